@@ -1,0 +1,239 @@
+"""The frozen network: a table of backbones, how to build one, and the function from pixels to features."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import machine
+from pipeline.errors import IceboxError, SpecError, WeightsError
+from pipeline.spec import FeatureSpec
+
+logger = logging.getLogger(__name__)
+
+KerasModel = Any  # keras.Model; its own type hints are wrong in too many places to be checked against
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What goes with one network: preprocessing belongs to the model, so size and scaling stand here."""
+
+    name: str
+    application: str  # the builder's name in keras.applications
+    input_size: int
+    scaling: str
+    default_layer: str
+    weights_url: str
+    weights_file: str
+    weights_md5: str
+
+
+# Weights: Keras' own file, its address and MD5 as in keras/src/applications/inception_v3.py.
+# Scaling: keras.applications.inception_v3.preprocess_input.
+_INCEPTION_V3 = Backbone(
+    name="inception_v3",
+    application="InceptionV3",
+    input_size=299,
+    scaling="x/127.5-1",
+    default_layer="mixed10",
+    weights_url="https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
+    "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
+    weights_file="inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
+    weights_md5="bcbd6486424b2319ff4ef7d526e38f63",
+)
+BACKBONES = {_INCEPTION_V3.name: _INCEPTION_V3}
+DEFAULT_BACKBONE = _INCEPTION_V3.name
+
+ENGINE = "keras"  # which graph computes the features; another one rounds differently and is another space
+UNTRAINED_RECIPE = "glorot_centred_1"
+
+_KERAS_POLICY = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
+
+
+def import_keras() -> Any:
+    """Import TensorFlow and Keras quietly, GPU memory growing as needed, and return the keras module."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    if not machine.driver_gpus():
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or TensorFlow looks for one and reports a failure
+    with _stderr_held_back():
+        import keras
+        import tensorflow as tf
+
+    for gpu in tf.config.list_physical_devices("GPU"):
+        # Refused once the GPU is in use, which it can only be with the setting already made.
+        if not tf.config.experimental.get_memory_growth(gpu):
+            tf.config.experimental.set_memory_growth(gpu, True)
+    return keras
+
+
+@contextmanager
+def _stderr_held_back() -> Iterator[None]:
+    """Keep what native code prints while it is loaded off the terminal, unless loading fails.
+
+    TensorFlow's libraries greet on stderr before any of their settings is read.
+    """
+    if "tensorflow" in sys.modules:
+        yield
+        return
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(terminal, held.read())
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+def build(backbone: str, precision: str = "float32") -> KerasModel:
+    """Return the whole network without top, untrained, computing in `precision` on float32 variables.
+
+    Input (n, size, size, 3) float32 in -1 … 1; output the last feature tensor.
+    """
+    keras = import_keras()
+    row = BACKBONES[backbone]
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(_KERAS_POLICY[precision])
+    try:
+        builder = getattr(keras.applications, row.application)
+        shape = (row.input_size, row.input_size, 3)
+        return builder(include_top=False, weights=None, input_shape=shape, name=row.name)
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def load_weights(model: KerasModel, identity: str, path: Path | None) -> None:
+    """Give `model` the weights that a spec names: from the file at `path`, or drawn from the untrained recipe.
+
+    Raises
+    ------
+    WeightsError
+        If the file does not hold weights of this network.
+    """
+    if identity.startswith("untrained:"):
+        from pipeline.untrained import initialise
+
+        initialise(model, int(identity.rsplit(":", 1)[1]))
+        return
+    try:
+        model.load_weights(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # Keras raises whichever of these its reader stumbles into.
+        reason = str(error).strip().split("\n")[0][:200]
+        raise WeightsError(f"{path} does not hold weights of {model.name} without top: {reason}") from error
+
+
+def cut(model: KerasModel, layer: str) -> KerasModel:
+    """Return the network up to `layer`, whose output alone must carry the network on.
+
+    Raises
+    ------
+    SpecError
+        If there is no such layer, or a path from input to output goes around it.
+    """
+    keras = import_keras()
+    names = [each.name for each in model.layers]
+    if layer not in names:
+        mixed = ", ".join(name for name in names if name.startswith("mixed"))
+        raise SpecError(f"{model.name} has no layer {layer!r}; `summary` lists them, often used: {mixed}")
+    if not carries_alone(model, layer):
+        raise SpecError(
+            f"the output of {layer!r} does not carry {model.name} on by itself: other branches run beside it; "
+            "take a layer where they meet, such as mixed8, mixed9 or mixed10"
+        )
+    return keras.Model(model.inputs, model.get_layer(layer).output, name=f"{model.name}_to_{layer}")
+
+
+def carries_alone(model: KerasModel, layer: str) -> bool:
+    """Return whether every path from the input to the output of `model` passes through `layer`."""
+    waiting = [history.operation for history in (model.outputs[0]._keras_history,)]
+    seen: set[int] = set()
+    while waiting:
+        operation = waiting.pop()
+        if operation.name == layer or id(operation) in seen:
+            continue
+        seen.add(id(operation))
+        parents = [parent.operation for node in operation._inbound_nodes[:1] for parent in node.parent_nodes]
+        if not parents:
+            return False  # the input was reached without meeting the layer
+        waiting.extend(parents)
+    return True
+
+
+class FrozenBackbone:
+    """The function from images to features, compiled once for one batch shape.
+
+    One shape only, short batches padded: a row then depends on its image alone, not on its neighbours.
+    """
+
+    def __init__(self, spec: FeatureSpec, weights: Path | None, batch_size: int) -> None:
+        import_keras()
+        import tensorflow as tf
+
+        if spec.precision == "float16" and not tf.config.list_physical_devices("GPU"):
+            logger.warning("float16 is asked for, but TensorFlow sees no GPU: this will be slow")
+        whole = build(spec.backbone, spec.precision)
+        load_weights(whole, spec.weights, weights)
+        self.model = cut(whole, spec.layer)
+        self.spec = spec
+        self.batch_size = batch_size
+        self._run = _compiled(self.model, spec, batch_size)
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the features (n, h, w, c) in the storage type and their float32 spatial means (n, c).
+
+        `images` is (n, size, size, 3) uint8 RGB, 1 ≤ n ≤ batch_size.
+
+        Raises
+        ------
+        IceboxError
+            If a feature is not finite, or not within the storage type.
+        """
+        n = len(images)
+        if n < self.batch_size:
+            padding = [(0, self.batch_size - n), (0, 0), (0, 0), (0, 0)]
+            images = np.pad(images, padding)
+        features, pooled, finite = (output.numpy()[:n] for output in self._run(images))
+        if not finite.all():
+            raise IceboxError(
+                f"features are not finite at precision {self.spec.precision}, storage {self.spec.storage}; "
+                "check the weights, or take --precision float32 --storage float32"
+            )
+        return features, pooled
+
+
+def _compiled(model: KerasModel, spec: FeatureSpec, batch_size: int) -> Any:
+    """Return the graph: uint8 in, so that a quarter of the bytes travel; scaling inside."""
+    import tensorflow as tf
+
+    shape = (batch_size, spec.input_size, spec.input_size, 3)
+
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8)])
+    def run(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        output = model(scale(tf.cast(images, tf.float32)), training=False)  # (B, h, w, c)
+        exact = tf.cast(output, tf.float32)
+        stored = tf.cast(exact, spec.storage)
+        finite = tf.reduce_all(tf.math.is_finite(stored), axis=[1, 2, 3])  # (B,)
+        return stored, tf.reduce_mean(exact, axis=[1, 2]), finite
+
+    return run
+
+
+def scale(images: Any) -> Any:
+    """Return pixels 0 … 255 as -1 … 1, the scaling InceptionV3 was trained with; float in, float out."""
+    return images / 127.5 - 1.0

@@ -1,0 +1,112 @@
+"""Who an image is: the sha256 of its bytes, remembered as long as its file has not been touched."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache.index import FileStamp, Index
+from pipeline.dataset import Dataset
+from pipeline.errors import CacheError
+
+# A file touched less than this before it was hashed may be touched again within the clock's grain and look
+# the same. Two seconds is the coarsest grain in use (FAT).
+_GRAIN_NS = 2_000_000_000
+_BLOCK = 4096  # images looked up, hashed and remembered at a time
+
+
+@dataclass(frozen=True)
+class Identities:
+    """The key of each image: 32 bytes, or None where the image could not be read; `unread` says why."""
+
+    keys: list[bytes | None]
+    unread: dict[int, str]
+
+
+def digest(data: bytes | np.ndarray) -> bytes:
+    """Return the key of an image: sha256 of its encoded bytes, or of its raw pixels in C order."""
+    return hashlib.sha256(np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else data).digest()
+
+
+def identify(dataset: Dataset, index: Index, advance: Callable[[int], None]) -> Identities:
+    """Return the keys of all images of `dataset`, hashing only files whose digest is not remembered.
+
+    `advance(n)` is called after every n images.
+    """
+    found = Identities([None] * len(dataset), {})
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(dataset), _BLOCK):
+            block = range(start, min(start + _BLOCK, len(dataset)))
+            _identify_block(dataset, block, index, pool, found)
+            advance(len(block))
+    return found
+
+
+def _identify_block(dataset: Dataset, block: range, index: Index, pool: ThreadPoolExecutor, found: Identities) -> None:
+    paths = [dataset.path(i) for i in block]
+    if paths[0] is None:
+        for i in block:
+            found.keys[i] = digest(dataset.read(i))
+        return
+    files = [path.absolute() for path in paths if path is not None]
+    fresh: dict[Path, tuple[FileStamp, bytes]] = {}
+    results = pool.map(_identify_file, files, index.file_digests(files))
+    for i, path, result in zip(block, files, results, strict=True):
+        if isinstance(result, str):
+            found.unread[i] = result
+            continue
+        stamp, key, remember = result
+        found.keys[i] = key
+        if remember:
+            fresh[path] = (stamp, key)
+    index.remember_digests(fresh)
+
+
+def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> tuple[FileStamp, bytes, bool] | str:
+    """Return (stamp, key, whether to remember it), or why the file cannot be read."""
+    try:
+        stamp = file_stamp(path)
+        if known is not None and known[0] == stamp:
+            return stamp, known[1], False
+        now = time.time_ns()
+        with path.open("rb") as file:
+            key = hashlib.file_digest(file, "sha256").digest()
+        settled = now - max(stamp.mtime, stamp.ctime) > _GRAIN_NS and file_stamp(path) == stamp
+    except OSError as error:
+        return unreadable(error)
+    return stamp, key, settled
+
+
+def file_stamp(path: Path) -> FileStamp:
+    """Return what `path` looks like now."""
+    stat = path.stat()
+    return FileStamp(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+def unreadable(error: OSError) -> str:
+    """Return the reason to list for a file that could not be read; such a failure is never remembered."""
+    return f"cannot be read: {error.strerror or error}"
+
+
+def remembered_digest(path: Path, index: Index, *, only_known: bool = False) -> bytes:
+    """Return the sha256 of the file `path`, hashing it only if it changed since it was last asked for.
+
+    With `only_known` nothing is hashed: the digest is b"" unless it is remembered.
+    """
+    path = path.absolute()
+    known = index.file_digests([path])[0]
+    if only_known:
+        return known[1] if known and known[0] == file_stamp(path) else b""
+    result = _identify_file(path, known)
+    if isinstance(result, str):
+        raise CacheError(f"{path} {result}")
+    stamp, key, remember = result
+    if remember:
+        index.remember_digests({path: (stamp, key)})
+    return key

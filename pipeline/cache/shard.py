@@ -1,0 +1,217 @@
+"""One shard: an HDF5 file of up to some hundreds of rows, written once, named by the hash of its bytes.
+
+Layout (version 1), row i being one image and one view of it:
+
+    features (n, h, w, c)  float16 or float32, one row a chunk, Blosc2 (zstd) and Fletcher32
+    pooled   (n, c)        float32 spatial means, taken before rounding to the storage type
+    key      (n, 32)       uint8, sha256 of the image's encoded bytes (or raw pixels)
+    view     (n,)          int64, 0 for the plain image
+
+and the attributes format, version, spec (canonical JSON) and views (JSON: view number → recipe).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import hdf5plugin
+import numpy as np
+
+from pipeline.cache import storage
+from pipeline.errors import CacheError
+from pipeline.spec import FeatureSpec, canonical_json
+
+FORMAT = "icebox-shard"
+VERSION = 1
+MAX_ROWS = 65_536  # far above what is ever written: a file claiming more is not ours
+_CHUNK_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in memory: features (n, h, w, c), pooled (n, c) float32, keys (n, 32) uint8, views (n,) int64."""
+
+    features: np.ndarray
+    pooled: np.ndarray
+    keys: np.ndarray
+    views: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the index needs to know of a published shard."""
+
+    name: str
+    bytes: int
+    keys: np.ndarray
+    views: np.ndarray
+
+
+def write_shard(directory: Path, rows: Rows, spec: FeatureSpec) -> ShardInfo:
+    """Write `rows` as a new shard in `directory` and publish it under its hash.
+
+    Raises
+    ------
+    CacheError
+        If the disk is full or cannot be written; nothing is left behind then.
+    """
+    partial = storage.partial_name(directory, ".h5")
+    try:
+        _write_file(partial, rows, spec)
+        name = storage.sha256_file(partial)
+        size = partial.stat().st_size
+        storage.publish(partial, directory / f"{name}.h5")
+    except OSError as error:
+        raise CacheError(f"cannot write a shard in {directory}: {error}; make room and run again") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return ShardInfo(name, size, rows.keys, rows.views)
+
+
+def file_size(rows: Rows, spec: FeatureSpec) -> int:
+    """Return the bytes a shard of `rows` takes, by writing one in memory."""
+    with h5py.File("estimate.h5", "w", driver="core", backing_store=False) as file:
+        _fill(file, rows, spec)
+        file.flush()
+        return file.id.get_filesize()
+
+
+def _write_file(path: Path, rows: Rows, spec: FeatureSpec) -> None:
+    with h5py.File(path, "w") as file:
+        _fill(file, rows, spec)
+
+
+def _fill(file: h5py.File, rows: Rows, spec: FeatureSpec) -> None:
+    one_row = (1, *rows.features.shape[1:])
+    filters = hdf5plugin.Blosc2(cname="zstd", clevel=1, filters=hdf5plugin.Blosc2.SHUFFLE)
+    pooled_rows = max(1, min(len(rows), _CHUNK_BYTES // rows.pooled[0].nbytes))
+    file.attrs["format"] = FORMAT
+    file.attrs["version"] = VERSION
+    file.attrs["spec"] = canonical_json(spec.to_dict())
+    file.attrs["views"] = json.dumps({"0": "plain"})
+    file.create_dataset("features", data=rows.features, chunks=one_row, fletcher32=True, **filters)
+    file.create_dataset(
+        "pooled",
+        data=rows.pooled,
+        chunks=(pooled_rows, rows.pooled.shape[1]),
+        fletcher32=True,
+        **filters,
+    )
+    file.create_dataset("key", data=rows.keys, chunks=rows.keys.shape, fletcher32=True)
+    file.create_dataset("view", data=rows.views, chunks=rows.views.shape, fletcher32=True)
+
+
+def read_info(path: Path, spec: FeatureSpec) -> ShardInfo:
+    """Return the keys and views of a shard that the index does not know yet.
+
+    Raises
+    ------
+    CacheError
+        If the file is not a shard of this space.
+    """
+    with _damage_named(path), opened(path) as file:
+        stored = file.attrs.get("spec")
+        if stored != canonical_json(spec.to_dict()):
+            raise CacheError(f"{path} belongs to another feature space; move it out of this folder")
+        return ShardInfo(path.stem, path.stat().st_size, _all(file, "key"), _all(file, "view"))
+
+
+def row_layout(path: Path, dataset: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Return the shape and dtype of one row of `dataset` in a shard."""
+    with _damage_named(path), opened(path) as file:
+        found: Any = file[dataset]
+        return found.shape[1:], found.dtype
+
+
+def read_rows(path: Path, dataset: str, positions: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+    """Read rows `positions` (ascending) of `dataset` from a shard into `out[at]`.
+
+    Raises
+    ------
+    CacheError
+        If the shard is gone or damaged (Fletcher32 notices flipped bytes).
+    """
+    with _damage_named(path), opened(path) as file:
+        _read(file[dataset], positions, out, at)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn what h5py raises on a damaged file, of many kinds, into one error that names shard and remedy."""
+    try:
+        yield
+    except CacheError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise CacheError(
+            f"shard {path} cannot be read ({error}); move it away and run `features` again: "
+            "only its rows are computed anew"
+        ) from error
+
+
+def _all(file: h5py.File, name: str) -> np.ndarray:
+    dataset: Any = file[name]
+    return dataset[:]
+
+
+def _read(dataset: Any, positions: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+    whole = len(positions) == len(dataset)
+    if whole or dataset.chunks[0] > 1:
+        # One call for all: cheaper by far when most rows are wanted or rows share chunks anyway.
+        rows = dataset[:]
+        out[at] = rows if whole else rows[positions]
+        return
+    for position, target in zip(positions, at, strict=True):
+        dataset.read_direct(out, np.s_[int(position)], np.s_[int(target)])
+
+
+def opened(path: Path) -> h5py.File:
+    """Open a shard for reading, refusing anything that is not laid out as we write it."""
+    try:
+        # Shards never change, so no lock is needed; asking for one fails on NFS and Lustre.
+        file = h5py.File(path, "r", locking=False)
+    except OSError as error:
+        raise CacheError(f"shard {path} cannot be opened: {error}") from error
+    try:
+        _check_layout(file, path)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _check_layout(file: h5py.File, path: Path) -> None:
+    """Look at links, shapes and dtypes before a byte is read: a file from elsewhere may lie about them."""
+    if file.attrs.get("format") != FORMAT or file.attrs.get("version") != VERSION:
+        raise CacheError(f"{path} is not an {FORMAT} of version {VERSION}; move it out of the cache")
+    dims = {"features": 4, "pooled": 2, "key": 2, "view": 1}
+    shapes = {name: _plain_shape(file, name, ndim, path) for name, ndim in dims.items()}
+    n = shapes["key"][0]
+    agree = (
+        0 < n <= MAX_ROWS
+        and all(shape[0] == n for shape in shapes.values())
+        and shapes["key"][1] == 32
+        and shapes["features"][-1] == shapes["pooled"][-1]
+        and file["key"].dtype == np.uint8  # type: ignore[union-attr]
+        and file["view"].dtype == np.int64  # type: ignore[union-attr]
+    )
+    if not agree:
+        raise CacheError(f"{path} is damaged: its datasets disagree ({shapes}); move it out of the cache")
+
+
+def _plain_shape(file: h5py.File, name: str, ndim: int, path: Path) -> tuple[int, ...]:
+    link = file.get(name, getlink=True)
+    dataset = file.get(name) if isinstance(link, h5py.HardLink) else None
+    plain = isinstance(dataset, h5py.Dataset) and not dataset.external and not dataset.is_virtual
+    if not plain or dataset.ndim != ndim:  # type: ignore[union-attr]
+        raise CacheError(f"{path} has no plain dataset {name!r}; move it out of the cache")
+    return dataset.shape  # type: ignore[union-attr]

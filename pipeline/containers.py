@@ -1,0 +1,218 @@
+"""What an image file says of itself, read without decoding a pixel: its header, and whether it is whole.
+
+A decoder may fill what is missing from a file with grey and call it a picture, so JPEG, PNG and WebP are walked
+here to their end. The other formats need no walk: OpenCV reports a BMP, GIF or TIFF that was cut short
+(`tests/test_images.py` cuts each of them at every length).
+"""
+
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import BmpImagePlugin, JpegImagePlugin
+from PIL import TiffImagePlugin as Tiff
+
+from pipeline.errors import DecodeError
+
+# These tell of odd metadata (a damaged EXIF block, say), once per file; no pixel depends on it.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.(Jpeg|Tiff|Bmp)ImagePlugin")
+
+# A marker that is no stuffed 0xFF byte, restart marker or fill byte: what ends a scan, or opens a segment.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_JPEG_END = 0xD9
+
+_PNG_CHECKED = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf"})
+_PNG_WANTED = frozenset({b"IHDR", b"tRNS", b"eXIf"})
+
+_TIFF_ORIENTATION = 274
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What must be known before decoding, and what OpenCV does not tell of the pixels it returns.
+
+    `width` and `height` are those of the stored picture; in a TIFF, of the upright one.
+    """
+
+    kind: str
+    width: int
+    height: int
+    exif: bytes = b""
+    clear: int | None = None  # the grey level that means transparent, in the units of the decoded pixels
+    opaque: bool = False  # a fourth channel, if there is one, is not alpha
+    premultiplied: bool = False  # colours were multiplied by alpha already
+    inverted: bool = False  # 0 is white
+    five_bits: bool = False  # channels hold 5 or 6 bits, in the upper bits
+
+
+def read_header(data: bytes) -> Header:
+    """Read the header of an image file, and walk the file to its end where OpenCV would not miss a part.
+
+    Raises DecodeError, and nothing else, for any bytes that are not one whole image as far as can be told so.
+    """
+    if not data:
+        raise DecodeError("empty file")
+    kind, read = next((entry[1:] for entry in _FORMATS if data.startswith(entry[0])), ("", None))
+    if read is None or (kind == "WebP" and data[8:12] != b"WEBP"):
+        raise DecodeError("not an image in a supported format (JPEG, PNG, WebP, BMP, TIFF, GIF)")
+    try:
+        return read(data)
+    except DecodeError:
+        raise
+    except Exception as error:  # parsing arbitrary bytes runs into anything; only some of it has a text for people
+        detail = f" ({one_line(error)})" if isinstance(error, OSError | SyntaxError) else ""
+        raise DecodeError(f"{kind} with a damaged header{detail}") from error
+
+
+def one_line(message: object) -> str:
+    """Shorten a library's message to part of a line."""
+    return " ".join(str(message).split())[:80]
+
+
+# Pillow's classes are called directly: Image.open would add its own pixel limit, a process-wide setting, to
+# --max-pixels. PNG, WebP and GIF headers are read here, because for these Pillow does more than reading them:
+# it unpacks text and profiles (within limits of its own), makes a decoder with its canvas, follows frames.
+
+
+def _read_jpeg(data: bytes) -> Header:
+    image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    check_jpeg(data)
+    return Header("JPEG", *image.size, exif=image.info.get("exif", b""))
+
+
+def check_jpeg(data: bytes) -> None:
+    """Follow the JPEG segments to the end marker; bytes after it (MPO, trailers) are nobody's business.
+
+    Raises DecodeError if the file ends before.
+    """
+    at = 2
+    while found := _JPEG_MARKER.search(data, at):
+        marker, at = data[found.end() - 1], found.end()
+        if marker == _JPEG_END:
+            return
+        # Segments are stepped over, so the end marker of an EXIF thumbnail is not taken for the file's own.
+        # Scan data follows its segment directly: the next search runs through it.
+        at += int.from_bytes(data[at : at + 2], "big")
+    raise DecodeError("JPEG cut short: no end marker")
+
+
+def _read_png(data: bytes) -> Header:
+    chunks = png_chunks(data)
+    width, height, depth, colour = struct.unpack_from(">IIBB", chunks[b"IHDR"])
+    clear = None
+    if colour == 0 and len(chunks.get(b"tRNS", b"")) == 2:  # OpenCV ignores it in grey images, and only there
+        clear = int.from_bytes(chunks[b"tRNS"], "big")
+        clear = clear if depth >= 8 else clear * 255 // (2**depth - 1)
+    return Header("PNG", width, height, exif=chunks.get(b"eXIf", b""), clear=clear)
+
+
+def png_chunks(data: bytes) -> dict[bytes, bytes]:
+    """Walk the PNG chunks to IEND and return the bodies of IHDR (always), tRNS and eXIf (if present).
+
+    Checksums are compared here because libpng would report them on stderr, whatever the log level.
+
+    Raises DecodeError for a file without its end, a wrong checksum or a missing header.
+    """
+    found: dict[bytes, bytes] = {}
+    view, at, kind = memoryview(data), 8, b""
+    while kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, at) if at + 12 <= len(data) else (0, b"")
+        body, at = at + 8, at + 12 + length
+        if not kind or at > len(data):
+            raise DecodeError("PNG cut short: no IEND chunk")
+        if kind in _PNG_CHECKED and zlib.crc32(view[body - 4 : at - 4]).to_bytes(4, "big") != view[at - 4 : at]:
+            raise DecodeError(f"PNG damaged: wrong checksum of {kind.decode()}")
+        if kind in _PNG_WANTED:
+            found.setdefault(kind, data[body : at - 4])
+    if len(found.get(b"IHDR", b"")) != 13:
+        raise DecodeError("PNG damaged: no header")
+    return found
+
+
+def _read_webp(data: bytes) -> Header:
+    chunks = webp_chunks(data)
+    if canvas := chunks.get(b"VP8X"):
+        width, height = (int.from_bytes(canvas[at : at + 3], "little") + 1 for at in (4, 7))
+    elif lossless := chunks.get(b"VP8L"):
+        bits = int.from_bytes(lossless[1:5], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", chunks[b"VP8 "], 6))
+    return Header("WebP", width, height, exif=chunks.get(b"EXIF", b""))
+
+
+def webp_chunks(data: bytes) -> dict[bytes, bytes]:
+    """Return the first bytes of the first chunk of each kind in a WebP file, and all of its EXIF chunk.
+
+    Raises DecodeError if the file is shorter than it says.
+    """
+    end = 8 + int.from_bytes(data[4:8], "little")
+    if end > len(data):
+        raise DecodeError("WebP cut short: the file is shorter than its header says")
+    found: dict[bytes, bytes] = {}
+    at = 12
+    while at + 8 <= end:
+        kind, length = struct.unpack_from("<4sI", data, at)
+        found.setdefault(kind, data[at + 8 : at + 8 + (length if kind == b"EXIF" else min(length, 10))])
+        at += 8 + length + length % 2
+    return found
+
+
+def _read_gif(data: bytes) -> Header:
+    return Header("GIF", *struct.unpack_from("<HH", data, 6))
+
+
+def _read_bmp(data: bytes) -> Header:
+    image = BmpImagePlugin.BmpImageFile(io.BytesIO(data))
+    return Header("BMP", *image.size, five_bits=data[14] >= 40 and data[28] == 16)
+
+
+def _read_tiff(data: bytes) -> Header:
+    image = Tiff.TiffImageFile(io.BytesIO(data))
+    tags = image.tag_v2
+    bits: tuple[int, ...] = tags.get(Tiff.BITSPERSAMPLE, (1,))
+    extra: tuple[int, ...] = tags.get(Tiff.EXTRASAMPLES, ())
+    if fault := _tiff_fault(tags, bits):
+        raise DecodeError(f"TIFF with {fault}: not supported")
+    return Header(
+        "TIFF",
+        *image.size,
+        opaque=image.mode != "RGBA",
+        # 1 is alpha that was multiplied in, 2 is not; libtiff multiplies it in when it reads 8 bits.
+        premultiplied=1 in extra or (2 in extra and bits[0] == 8),
+        inverted=bits[0] == 16 and tags[Tiff.PHOTOMETRIC_INTERPRETATION] == 0,  # libtiff does it for 8 bits
+    )
+
+
+def _tiff_fault(tags: Mapping[int, Any], bits: tuple[int, ...]) -> str:
+    """Name what OpenCV 5.0 would get wrong without a word; '' if nothing."""
+    photometric, planes = tags.get(Tiff.PHOTOMETRIC_INTERPRETATION, 0), tags.get(Tiff.PLANAR_CONFIGURATION, 1)
+    tiled, deep = Tiff.TILEWIDTH in tags, bits[0] == 16
+    faults = {
+        "signed or floating-point samples": not {*tags.get(Tiff.SAMPLEFORMAT, (1,))} <= {1},
+        f"{max(bits)} bits a sample": len({*bits}) > 1 or bits[0] not in (1, 2, 4, 8, 16),
+        "alpha in a grey or palette image": photometric in (0, 1, 3) and tags.get(Tiff.SAMPLESPERPIXEL, 1) > 1,
+        "16-bit colours that are not RGB": deep and photometric not in (0, 1, 2),
+        "16-bit colours in separate planes": deep and planes != 1 and len(bits) > 1,
+        "8-bit tiles to be turned": tiled and not deep and tags.get(_TIFF_ORIENTATION, 1) != 1,
+    }
+    return next((fault for fault, found in faults.items() if found), "")
+
+
+_FORMATS: tuple[tuple[bytes, str, Callable[[bytes], Header]], ...] = (
+    (b"\xff\xd8\xff", "JPEG", _read_jpeg),
+    (b"\x89PNG\r\n\x1a\n", "PNG", _read_png),
+    (b"RIFF", "WebP", _read_webp),
+    (b"GIF87a", "GIF", _read_gif),
+    (b"GIF89a", "GIF", _read_gif),
+    (b"BM", "BMP", _read_bmp),
+    (b"II*\0", "TIFF", _read_tiff),
+    (b"MM\0*", "TIFF", _read_tiff),
+    (b"II+\0", "TIFF", _read_tiff),
+    (b"MM\0+", "TIFF", _read_tiff),
+)

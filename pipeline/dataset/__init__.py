@@ -1,0 +1,71 @@
+"""Where images come from: a known dataset, a folder of class folders or a manifest becomes a `Dataset`."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from pipeline.dataset.base import Dataset, Source, limit
+from pipeline.dataset.cifar import CIFAR10, CIFAR100, open_cifar
+from pipeline.dataset.digits import open_digits
+from pipeline.dataset.folder import open_folder
+from pipeline.dataset.manifest import MANIFEST_ENDINGS, open_manifest
+from pipeline.dataset.split import Split, assign
+from pipeline.errors import DatasetError, UsageError
+
+__all__ = ["Dataset", "Source", "Split", "assign", "limit", "open_dataset"]
+
+_ARCHIVES = {published.name: published for published in (CIFAR10, CIFAR100)}
+_KNOWN = ("digits", *_ARCHIVES)
+_OTHERWISE = f"a folder of class folders, or a manifest ({', '.join(MANIFEST_ENDINGS)})"
+
+
+def open_dataset(name: str, *, downloads: Path, archive: Path | None = None) -> Dataset:
+    """List the dataset called `name`; no image file is read.
+
+    A known name wins over a folder of the same name, which can be given as "./digits".
+
+    Parameters
+    ----------
+    name
+        "digits", "cifar10", "cifar100", or the path of a folder or manifest.
+    downloads
+        The folder where downloaded archives are kept; made when first needed.
+    archive
+        The published CIFAR tarball at hand, in place of a download.
+
+    Raises
+    ------
+    DatasetError
+        If there is no such dataset, or it cannot be listed.
+    UsageError
+        If `archive` is given with a dataset that has none.
+    """
+    if name in _ARCHIVES:
+        return open_cifar(_ARCHIVES[name], downloads=downloads, archive=archive)
+    if archive is not None:
+        raise UsageError(f"--archive goes with {' and '.join(_ARCHIVES)} only, found it with {name!r}")
+    if name == "digits":
+        return open_digits()
+    return _open_path(name)
+
+
+def _open_path(name: str) -> Dataset:
+    path = Path(name).expanduser()
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:  # a name too long, a parent that may not be entered
+        raise DatasetError(f"cannot look at {name!r}: {error.strerror or error}") from error
+    if not name or not exists:
+        raise DatasetError(_unknown(name))
+    if is_folder:
+        return open_folder(path)
+    if path.suffix.lower() in MANIFEST_ENDINGS:
+        return open_manifest(path)
+    raise DatasetError(f"expected {_OTHERWISE}, found the file {name!r}: give it the ending of what it is")
+
+
+def _unknown(name: str) -> str:
+    text = f"no dataset {name!r}: known are {', '.join(_KNOWN)}; no such file or folder exists either"
+    near = difflib.get_close_matches(name.lower(), _KNOWN, n=1)
+    return f"{text}; did you mean {near[0]}?" if near else f"{text} (expected {_OTHERWISE})"

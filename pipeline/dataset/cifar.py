@@ -1,0 +1,230 @@
+"""CIFAR-10 and CIFAR-100 from the published tarballs, checked by hash, streamed, never unpacked to disk."""
+
+from __future__ import annotations
+
+import pickle
+import tarfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+
+from pipeline.dataset.base import ArraySource, Dataset, remap
+from pipeline.errors import DatasetError
+
+_PIXELS = 3 * 32 * 32
+_MAX_MEMBER = 256 << 20  # bytes; the largest published member, CIFAR-100's train, has 155 MB
+
+
+@dataclass(frozen=True)
+class Published:
+    """A tarball of pickled batches: where it is, what it hashes to and what its members are called."""
+
+    name: str
+    url: str
+    sha256: str
+    batches: Mapping[str, str]  # member → split, in the order of the rows
+    meta: str
+    labels_key: bytes
+    names_key: bytes
+
+
+# The hashes are those of keras 3.15, keras/src/datasets/cifar10.py and cifar100.py.
+CIFAR10 = Published(
+    name="cifar10",
+    url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+    sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    batches={f"cifar-10-batches-py/data_batch_{i}": "train" for i in range(1, 6)}
+    | {"cifar-10-batches-py/test_batch": "test"},
+    meta="cifar-10-batches-py/batches.meta",
+    labels_key=b"labels",
+    names_key=b"label_names",
+)
+CIFAR100 = Published(
+    name="cifar100",
+    url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+    sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+    batches={"cifar-100-python/train": "train", "cifar-100-python/test": "test"},
+    meta="cifar-100-python/meta",
+    labels_key=b"fine_labels",
+    names_key=b"fine_label_names",
+)
+
+
+def open_cifar(published: Published, *, downloads: Path, archive: Path | None = None) -> Dataset:
+    """Return the images, (32, 32, 3) uint8 RGB, with the published train and test splits.
+
+    All pixels are held in memory (184 MB).
+
+    Parameters
+    ----------
+    published
+        Which tarball; its `sha256` is checked whether it was downloaded or at hand.
+    downloads
+        The folder where the tarball is kept.
+    archive
+        The tarball at hand, in place of a download.
+
+    Raises
+    ------
+    DatasetError
+        If the tarball cannot be had, is another file, or does not hold what was published.
+    """
+    path = _download(published, downloads) if archive is None else _checked(published, archive)
+    members = _read_members(published, path)
+    names = _class_names(published, members[published.meta])
+    parts = [_batch(published, member, members.pop(member), len(names)) for member in published.batches]
+    splits = [s for s, (pixels, _) in zip(published.batches.values(), parts, strict=True) for _ in pixels]
+    labels = np.concatenate([labels for _, labels in parts])
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return Dataset(
+        name=published.name,
+        classes=tuple(names[i] for i in order),
+        names=_image_names(published.name, splits),
+        labels=remap(order, labels),
+        splits=splits,
+        groups=None,
+        source=ArraySource(np.concatenate([pixels for pixels, _ in parts])),
+    )
+
+
+def _image_names(dataset: str, splits: list[str]) -> list[str]:
+    """Return "cifar10/test/0", "cifar10/test/1", …: each split is counted on its own."""
+    counts = dict.fromkeys(splits, 0)
+    names = []
+    for split in splits:
+        names.append(f"{dataset}/{split}/{counts[split]}")
+        counts[split] += 1
+    return names
+
+
+def _download(published: Published, downloads: Path) -> Path:
+    """Return the tarball in `downloads`, fetched if it is missing or damaged; pooch checks its hash."""
+    import pooch
+
+    fname = PurePosixPath(published.url).name
+    try:
+        found = pooch.retrieve(published.url, f"sha256:{published.sha256}", fname=fname, path=downloads)
+    except (OSError, ValueError) as error:  # no network, no space; or another file than was published
+        reason = " ".join(str(error).split())
+        raise DatasetError(
+            f"{published.name}: could not download {published.url} ({reason}); "
+            "fetch that file by other means and pass it with --archive FILE"
+        ) from error
+    return Path(found)
+
+
+def _checked(published: Published, archive: Path) -> Path:
+    import pooch
+
+    try:
+        found = pooch.file_hash(str(archive), alg="sha256")
+    except OSError as error:
+        raise DatasetError(f"{published.name}: cannot read --archive {archive}: {error.strerror}") from error
+    if found != published.sha256:
+        raise DatasetError(
+            f"{published.name}: {archive} is not the published archive: expected sha256 {published.sha256}, "
+            f"found {found}; fetch {published.url} again"
+        )
+    return archive
+
+
+def _read_members(published: Published, path: Path) -> dict[str, dict[bytes, Any]]:
+    """Return what the named members hold; all others pass by unread."""
+    wanted = {published.meta, *published.batches}
+    found: dict[str, dict[bytes, Any]] = {}
+    try:
+        with tarfile.open(path, "r|gz") as tar:
+            for member in tar:
+                if member.name in wanted:
+                    found[member.name] = _member_content(tar, member)
+    except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
+        raise DatasetError(f"{path}: expected a whole .tar.gz file, found: {error}") from error
+    if missing := sorted(wanted - set(found)):
+        raise DatasetError(f"{path}: expected the members {', '.join(missing)}, found none of that name")
+    return found
+
+
+def _member_content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[bytes, Any]:
+    stream = tar.extractfile(member) if member.isreg() else None
+    if stream is None or member.size > _MAX_MEMBER:
+        raise DatasetError(
+            f"{member.name}: expected a file of at most {_MAX_MEMBER >> 20} MiB, "
+            f"found {member.size >> 20} MiB of tar type {member.type!r}"
+        )
+    content = _unpickle(stream, member.name)
+    if not isinstance(content, dict):
+        raise DatasetError(f"{member.name}: expected a pickled dict, found {type(content).__name__}")
+    return content
+
+
+def _class_names(published: Published, meta: dict[bytes, Any]) -> list[str]:
+    names = meta.get(published.names_key)
+    if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
+        raise DatasetError(f"{published.meta}: expected a list of names under {published.names_key!r}")
+    if not names or len(set(names)) != len(names):
+        raise DatasetError(f"{published.meta}: expected distinct class names, found {names!r:.200}")
+    return [name.decode("utf-8", "replace") for name in names]
+
+
+def _batch(published: Published, member: str, content: dict[bytes, Any], classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return one batch as pixels, (n, 32, 32, 3) uint8 RGB, and labels, (n,) int32 in the order published."""
+    data = content.get(b"data")
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (_PIXELS,):
+        found = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
+        raise DatasetError(f"{member}: expected uint8 pixels of shape (n, {_PIXELS}), found {found}")
+    labels = content.get(published.labels_key)
+    if not isinstance(labels, list) or not all(type(x) is int and 0 <= x < classes for x in labels):
+        raise DatasetError(f"{member}: expected a list of labels from 0 to {classes - 1}")
+    if len(labels) != len(data):
+        raise DatasetError(f"{member}: expected {len(data)} labels, found {len(labels)}")
+    pixels = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # planes to channels last
+    return np.ascontiguousarray(pixels), np.array(labels, np.int32)
+
+
+def _unpickle(stream: IO[bytes], member: str) -> Any:
+    try:
+        # Python 2 wrote these files: its strings are bytes.
+        return _ArrayUnpickler(stream, encoding="bytes").load()
+    except DatasetError as error:
+        raise DatasetError(f"{member}: {error}") from error
+    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DatasetError(f"{member}: expected a pickled batch, found: {error}") from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds arrays and plain values, and calls nothing else a pickle may name."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        try:
+            return _ALLOWED[module_name, global_name]
+        except KeyError:
+            raise DatasetError(
+                f"expected arrays and plain values only, found a call of {module_name}.{global_name}"
+            ) from None
+
+
+def _empty_array(_kind: object, shape: tuple[int, ...], _code: bytes) -> np.ndarray:
+    """Stand in for numpy's `_reconstruct`, whose shape a pickle could set to terabytes."""
+    if shape != (0,):
+        raise DatasetError(f"expected arrays to be rebuilt from shape (0,), found {shape}")
+    return np.empty(0, np.uint8)
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Stand in for `_codecs.encode`, by which protocol 2 writes bytes under Python 3."""
+    if encoding not in ("latin1", b"latin1"):
+        raise DatasetError(f"expected bytes written as latin1, found {encoding!r}")
+    return text.encode("latin1")
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy", "ndarray"): "ndarray",  # only ever an argument of the above; as text it cannot be called
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin1,
+}

@@ -1,0 +1,172 @@
+"""A CSV, TSV or Parquet manifest: one image a row, with the columns path, label and perhaps split, group."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.dataset.base import SPLIT_NAMES, Dataset, FileSource, brought, index_labels
+from pipeline.errors import DatasetError
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+MANIFEST_ENDINGS = (*_DELIMITERS, ".parquet", ".pq")
+_COLUMNS = ("path", "label", "split", "group")
+_REQUIRED = 2
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+# The number of a line or row, and its path, label, split and group; "" where a value or column is missing.
+_Row = tuple[int, Sequence[str]]
+
+
+def open_manifest(path: Path) -> Dataset:
+    """List the images of a manifest, in its order; paths are relative to its folder, or absolute.
+
+    The text is UTF-8, with or without a byte order mark; labels and groups may be whole numbers in Parquet.
+    Other columns are passed over. No image file is looked at.
+
+    Raises
+    ------
+    DatasetError
+        If it cannot be read, a column is missing or a row is malformed; the text names the line.
+    """
+    path = path.absolute()  # a worker elsewhere may run in another folder
+    delimiter = _DELIMITERS.get(path.suffix.lower())
+    rows = _Rows(path, "row" if delimiter is None else "line")
+    for number, values in _parquet_rows(path) if delimiter is None else _text_rows(path, delimiter):
+        rows.add(number, *values)
+    if not rows.names:
+        raise DatasetError(f"{path}: expected at least one image, found no rows below the header")
+    classes, labels = index_labels(rows.labels)
+    return Dataset(
+        name=path.name,
+        classes=classes,
+        names=rows.names,
+        labels=labels,
+        splits=brought(rows.splits) if any(rows.splits) else None,
+        groups=rows.groups if any(rows.groups) else None,
+        source=FileSource(path.parent, rows.names),
+    )
+
+
+class _Rows:
+    """The rows so far, checked one by one. Texts that repeat are interned, so a million rows stay small."""
+
+    def __init__(self, path: Path, unit: str) -> None:
+        self.path = path
+        self.unit = unit
+        self.names: list[str] = []
+        self.labels: list[str] = []
+        self.splits: list[str] = []
+        self.groups: list[str] = []
+
+    def add(self, number: int, path: str, label: str, split: str, group: str) -> None:
+        where = f"{self.path}: {self.unit} {number}"
+        label = label.strip()
+        _check_path(where, path)
+        if not label:
+            raise DatasetError(f"{where}: expected a label for {path!r}, found none")
+        side = self._side(where, split.strip())
+        self.names.append(path)
+        self.labels.append(sys.intern(label))
+        self.splits.append(side)
+        self.groups.append(sys.intern(group.strip()))
+
+    def _side(self, where: str, split: str) -> str:
+        side = SPLIT_NAMES.get(split.lower(), "")
+        if split and not side:
+            raise DatasetError(f"{where}: expected the split to be {_one_of(SPLIT_NAMES)}, found {split!r}")
+        if self.splits and bool(self.splits[0]) != bool(side):
+            expected = "a split, as the rows above have one" if not side else "no split, as above"
+            raise DatasetError(f"{where}: expected {expected}, found {split!r}; give all rows one, or none")
+        return side
+
+
+def _one_of(names: Any) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}"
+
+
+def _check_path(where: str, path: str) -> None:
+    if not path.strip():
+        raise DatasetError(f"{where}: expected the path of an image, found none")
+    if _URL.match(path):
+        raise DatasetError(f"{where}: expected the path of a local file, found {path!r}; fetch it first")
+    if "\0" in path:
+        raise DatasetError(f"{where}: expected the path of an image, found one with a null character")
+
+
+def _columns(path: Path, header: Sequence[str]) -> list[int | None]:
+    """Return where path, label, split and group stand in the header; None for an optional one not there."""
+    names = [name.strip().lower() for name in header]
+    for name in _COLUMNS:
+        found = names.count(name)
+        if found > 1 or (not found and name in _COLUMNS[:_REQUIRED]):
+            raise DatasetError(
+                f"{path}: line 1: expected one column {name!r} (of path,label[,split][,group]), "
+                f"found {found} in {','.join(header)!r:.200}"
+            )
+    return [names.index(name) if name in names else None for name in _COLUMNS]
+
+
+def _text_rows(path: Path, delimiter: str) -> Iterator[_Row]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            # Strict: an unclosed quote is an error, where it would swallow the rest of the file as one field.
+            reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+            header = next(reader, [])
+            columns, number = _columns(path, header), reader.line_num
+            for fields in reader:
+                number = reader.line_num
+                if fields:
+                    _check_width(f"{path}: line {number}", header, fields)
+                    yield number, ["" if c is None else fields[c] for c in columns]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: expected UTF-8 text in columns, after line {number}: {error}") from error
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _check_width(where: str, header: Sequence[str], fields: Sequence[str]) -> None:
+    if len(fields) != len(header):
+        raise DatasetError(
+            f"{where}: expected {len(header)} values, found {len(fields)}; quote a value that holds a separator"
+        )
+
+
+def _parquet_rows(path: Path) -> Iterator[_Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            columns = [None if c is None else schema.field(c) for c in _columns(path, schema.names)]
+            _check_types(path, columns)
+            names = [column.name for column in columns if column is not None]
+            for batch in file.iter_batches(batch_size=1 << 14, columns=names):
+                blank = [None] * len(batch)
+                lists = [blank if c is None else batch.column(c.name).to_pylist() for c in columns]
+                for values in zip(*lists, strict=True):
+                    number += 1
+                    yield number, ["" if value is None else str(value) for value in values]
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"{path}: expected a Parquet file, found: {error}") from error
+
+
+def _check_types(path: Path, columns: Sequence[Any]) -> None:
+    """Refuse columns whose text would be a guess: only text, and whole numbers where no path is meant."""
+    import pyarrow as pa
+
+    for name, column in zip(_COLUMNS, columns, strict=True):
+        if column is None:
+            continue
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        if not (text or pa.types.is_null(kind) or (name in ("label", "group") and pa.types.is_integer(kind))):
+            raise DatasetError(f"{path}: expected text in the column {name!r}, found {column.type}")

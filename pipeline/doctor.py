@@ -1,0 +1,49 @@
+"""What this machine has, and what Icebox would do with it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import asdict
+from typing import Any
+
+from pipeline import machine
+from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE
+from pipeline.cache import storage
+from pipeline.weights import find_imagenet
+from pipeline.workspace import Workspace
+
+_PACKAGES = ("tensorflow", "keras", "opencv-python", "h5py", "hdf5plugin", "scikit-learn", "typer")
+
+
+def examine(workspace: Workspace) -> dict[str, Any]:
+    """Return what was found, every line of it looked up now. Sizes in bytes.
+
+    This one imports TensorFlow, to ask it which devices it really sees.
+    """
+    found = asdict(machine.look())
+    spaces = [space.totals() for space in workspace.cache.spaces()]
+    imagenet = find_imagenet(BACKBONES[DEFAULT_BACKBONE], workspace.downloads, workspace.cache.index)
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        **found,
+        "tensorflow_gpus": _tensorflow_gpus(),
+        "precision_auto": machine.best_precision(),
+        "data_dir": str(workspace.root),
+        "data_dir_free": storage.free_bytes(workspace.root),
+        "imagenet_weights": str(imagenet) if imagenet else "not downloaded",
+        "cache_spaces": len(spaces),
+        "cache_rows": sum(totals.rows for totals in spaces),
+        "cache_bytes": sum(totals.bytes for totals in spaces),
+    }
+
+
+def _tensorflow_gpus() -> int:
+    from pipeline.backbone import import_keras
+
+    import_keras()
+    import tensorflow as tf
+
+    return len(tf.config.list_physical_devices("GPU"))

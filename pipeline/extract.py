@@ -1,0 +1,253 @@
+"""Stage one, `features`: choose the feature space, plan what is missing, have it computed.
+
+Nothing here loads TensorFlow unless rows are missing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline import images, machine
+from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, FrozenBackbone
+from pipeline.cache.digests import Identities, identify
+from pipeline.cache.index import Index
+from pipeline.cache.space import FeatureSpace
+from pipeline.compute import ComputeOptions, Job, compute
+from pipeline.dataset import Dataset
+from pipeline.errors import SpecError, WeightsError
+from pipeline.spec import FeatureRequest, FeatureSpec
+from pipeline.weights import Weights, find_by_identity, resolve
+from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+_OFFLINE_DATASETS = ("digits",)  # for these `--weights auto` never touches the network
+_DEFAULT_STORAGE = "float16"
+
+
+@dataclass(frozen=True)
+class FeatureChoice:
+    """What the user said about the features; "auto" leaves a field to the spaces on disk, then to the machine."""
+
+    weights: str = "auto"
+    layer: str = BACKBONES[DEFAULT_BACKBONE].default_layer
+    fit: str = "squash"
+    precision: str = "auto"
+    storage: str = "auto"
+    space: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done for a dataset; indices count its images."""
+
+    todo: list[int]  # the first image of each key that has no row
+    reused: int  # keys that have a row
+    duplicates: int  # images that are copies of another image of the dataset
+    quarantined: dict[int, str]  # image → why it cannot be read or decoded
+
+    @property
+    def rows(self) -> int:
+        """Images that have features, or will have once `todo` is done."""
+        return len(self.todo) + self.reused + self.duplicates
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What `features` did; rows = computed + reused + duplicates, and rows + quarantined = images."""
+
+    images: int
+    computed: int
+    reused: int
+    duplicates: int
+    quarantined: dict[str, str]  # the image's name → why
+    compute_seconds: float  # from the first batch asked of the model to the last shard published
+    space: FeatureSpace | None  # None if nothing was computed ever
+
+    @property
+    def rows(self) -> int:
+        """Images that have features."""
+        return self.computed + self.reused + self.duplicates
+
+
+def extract(
+    dataset: Dataset,
+    workspace: Workspace,
+    choice: FeatureChoice,
+    options: ComputeOptions,
+    *,
+    retry_failed: bool = False,
+) -> Extraction:
+    """Make sure that every image of `dataset` that can be decoded has its row, computing only what is missing.
+
+    Raises
+    ------
+    IceboxError
+        If the weights, the layer or the space cannot be had, or the cache cannot be written.
+    """
+    cache = workspace.cache
+    with workspace.progress("identifying images", len(dataset)) as advance:
+        identities = identify(dataset, cache.index, advance)
+    if retry_failed:
+        cache.index.forget_quarantined([key for key in identities.keys if key is not None])
+    space, weights = find_space(workspace, choice, identities)
+    plan = make_plan(identities, space, cache.index, options.max_pixels)
+    before, seconds = plan.reused, 0.0
+    if plan.todo:
+        weights = weights or _weights_of(space, dataset, workspace)
+        spec = space.spec if space else _new_spec(choice, weights)
+        warn_untrained(spec)
+        backbone = FrozenBackbone(spec, weights.path, min(options.batch_size, options.shard_rows))
+        space = space or cache.create(spec, _made_by(weights))
+        job = Job(dataset, identities, space, backbone, cache.index, options, workspace.progress)
+        with space.lock(_waiting):
+            before = make_plan(identities, space, cache.index, options.max_pixels).reused
+            plan, seconds = _compute_all(job)
+    elif space is not None:
+        warn_untrained(space.spec)
+    failed = {dataset.names[i]: reason for i, reason in sorted(plan.quarantined.items())}
+    return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, seconds, space)
+
+
+def _compute_all(job: Job) -> tuple[Plan, float]:
+    """Compute until nothing is missing; return the plan that says so and the seconds it took.
+
+    One pass is enough unless a file changes after it was hashed: its former copies may then lack a row.
+    """
+    seconds = 0.0
+    while (plan := make_plan(job.identities, job.space, job.index, job.options.max_pixels)).todo:
+        seconds += compute(job, plan.todo)
+    return plan, seconds
+
+
+def _waiting(holder: str) -> None:
+    logger.warning("waiting: %s is writing to this feature space", holder)
+
+
+def find_space(
+    workspace: Workspace, choice: FeatureChoice, identities: Identities
+) -> tuple[FeatureSpace | None, Weights | None]:
+    """Return the space on disk that `choice` means, if there is one, and the weights if they were stated.
+
+    Raises
+    ------
+    SpecError
+        If the space that `choice.space` names differs from what else was stated.
+    """
+    cache, weights = workspace.cache, None
+    if choice.weights != "auto":
+        weights = resolve(choice.weights, DEFAULT_BACKBONE, workspace.downloads, cache.index)
+    request = _request(choice, weights)
+    if choice.space is None:
+        keys = list({key for key in identities.keys if key is not None})
+        return cache.choose(request, keys), weights
+    space = cache.open(choice.space)
+    if differing := request.differences(space.spec):
+        pairs = ", ".join(f"{name} is {getattr(space.spec, name)}" for name in differing)
+        raise SpecError(f"the space {space.name} is not the one asked for: {pairs}")
+    return space, weights
+
+
+def make_plan(identities: Identities, space: FeatureSpace | None, index: Index, max_pixels: int) -> Plan:
+    """Return which images need computing, given who they are and what the cache holds."""
+    first: dict[bytes, int] = {}
+    for i, key in enumerate(identities.keys):
+        if key is not None:
+            first.setdefault(key, i)
+    unique = list(first)
+    stored = _stored(space, unique)
+    refused = index.quarantined(unique, images.decoder_version(), max_pixels)
+    todo: list[int] = []
+    duplicates = 0
+    quarantined: dict[int, str] = {}
+    for i, key in enumerate(identities.keys):
+        if key is None:
+            quarantined[i] = identities.unread[i]
+        elif key in refused and key not in stored:
+            quarantined[i] = refused[key]
+        elif first[key] != i:
+            duplicates += 1
+        elif key not in stored:
+            todo.append(i)
+    return Plan(todo, len(stored), duplicates, quarantined)
+
+
+def warn_untrained(spec: FeatureSpec) -> None:
+    """Say it loudly when features come from weights that were never trained."""
+    if spec.untrained:
+        logger.warning(
+            "the backbone's weights are UNTRAINED: fine for trying Icebox out, no basis for judging your images"
+        )
+
+
+def _stored(space: FeatureSpace | None, unique: list[bytes]) -> set[bytes]:
+    if space is None:
+        return set()
+    found = space.locate(unique).found
+    return {key for key, has_row in zip(unique, found, strict=True) if has_row}
+
+
+def _request(choice: FeatureChoice, weights: Weights | None) -> FeatureRequest:
+    return FeatureRequest(
+        backbone=DEFAULT_BACKBONE,
+        layer=choice.layer,
+        fit=choice.fit,
+        decode=images.DECODE_POLICY,
+        resize=images.RESIZE_POLICY,
+        weights=weights.identity if weights else None,
+        precision=None if choice.precision == "auto" else choice.precision,
+        storage=None if choice.storage == "auto" else choice.storage,
+    )
+
+
+def _new_spec(choice: FeatureChoice, weights: Weights) -> FeatureSpec:
+    row = BACKBONES[DEFAULT_BACKBONE]
+    return FeatureSpec(
+        backbone=row.name,
+        weights=weights.identity,
+        layer=choice.layer,
+        input_size=row.input_size,
+        decode=images.DECODE_POLICY,
+        resize=images.RESIZE_POLICY,
+        fit=choice.fit,
+        scaling=row.scaling,
+        precision=machine.best_precision() if choice.precision == "auto" else choice.precision,
+        engine=ENGINE,
+        storage=_DEFAULT_STORAGE if choice.storage == "auto" else choice.storage,
+    )
+
+
+def _weights_of(space: FeatureSpace | None, dataset: Dataset, workspace: Workspace) -> Weights:
+    """Return the weights for computing when none were stated: those of the space, or what `auto` means."""
+    if space is None:
+        offline = dataset.name in _OFFLINE_DATASETS
+        return resolve("auto", DEFAULT_BACKBONE, workspace.downloads, workspace.cache.index, offline=offline)
+    logger.warning("adding to %s, which holds some of these images already", space.name)
+    found = find_by_identity(space.spec.weights, workspace.cache.index)
+    if found is None:
+        raise WeightsError(
+            f"the space {space.name} was computed with {space.provenance.get('weights', 'weights')} "
+            f"({space.spec.weights}), which are not on this machine; give the file by `--weights FILE`"
+        )
+    return found
+
+
+def _made_by(weights: Weights) -> dict[str, Any]:
+    packages = ("icebox", "tensorflow", "keras", "opencv-python", "pillow", "h5py", "hdf5plugin", "numpy")
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "weights": weights.label,
+        "cpu": machine.look().cpu,
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

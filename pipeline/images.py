@@ -1,0 +1,195 @@
+"""Bytes to uint8 RGB: the one decoding of the whole program.
+
+Headers are read before any pixel is decoded, so that a file of a few KB cannot ask for gigabytes; OpenCV then
+decodes. What comes out is what a person sees: turned upright, 8 bits a channel, over white where transparent,
+the first frame of an animation. A file that is not there whole is refused, never filled.
+"""
+
+import os
+from typing import Literal, get_args
+
+import cv2
+import numpy as np
+import PIL
+from PIL import Image
+
+from pipeline.containers import Header, one_line, read_header
+from pipeline.errors import DecodeError, UsageError
+
+Fit = Literal["squash", "crop", "pad"]
+FITS: tuple[str, ...] = get_args(Fit)
+
+# Both names go into the feature spec: change them whenever the same file would give other pixels.
+DECODE_POLICY = "rgb8-exif-over_white-1"
+RESIZE_POLICY = "opencv-area_down-linear_up-1"
+
+DEFAULT_MAX_PIXELS = 180_000_000
+IMAGE_ENDINGS: frozenset[str] = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"}
+)
+
+_MAX_SIDE = 1_000_000  # libpng's limit; OpenCV's own is 2**20 for all formats
+_PAD_GREY = 127  # about 0 after x / 127.5 - 1
+_EXIF_ORIENTATION = 0x0112
+
+# Every failure is told in a DecodeError, so the chatter of the libraries would only tear the progress display.
+if "OPENCV_LOG_LEVEL" not in os.environ:
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
+def decode(
+    data: bytes | np.ndarray, *, size: int = 299, fit: Fit = "squash", max_pixels: int = DEFAULT_MAX_PIXELS
+) -> np.ndarray:
+    """Decode one image and bring it to `size` x `size`.
+
+    Args:
+        data: the bytes of an image file, or pixels: uint8 of shape (h, w), (h, w, 1) or (h, w, 3), RGB.
+        size: the side of the result.
+        fit: `squash` ignores the aspect ratio, `crop` takes the largest central square, `pad` adds grey.
+        max_pixels: refuse, before decoding, an image with more.
+
+    Returns:
+        uint8, (size, size, 3), RGB, contiguous. Given an array that fits already, it may be that array.
+
+    Raises:
+        DecodeError: not one whole image; the text is the reason, on one line.
+    """
+    pixels = _check_pixels(data, max_pixels) if isinstance(data, np.ndarray) else _decode_file(data, max_pixels)
+    return resize(pixels, size, fit)
+
+
+def resize(pixels: np.ndarray, size: int, fit: Fit) -> np.ndarray:
+    """Bring uint8 (h, w, 3) to (size, size, 3): by area where it shrinks, linearly where it grows.
+
+    Returns the array itself if it has that size already. Raises UsageError for an unknown `fit`.
+    """
+    if fit not in FITS:
+        raise UsageError(f"fit must be one of {', '.join(FITS)}; found {fit!r}")
+    height, width = pixels.shape[:2]
+    if fit == "pad" and height != width:
+        return _padded(pixels, size)
+    if fit == "crop" and height != width:
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        pixels = pixels[top : top + side, left : left + side]
+    return np.ascontiguousarray(_scaled(pixels, size, size))
+
+
+def decoder_version() -> str:
+    """Name the libraries that decode: a remembered failure holds for this version only."""
+    return f"opencv {cv2.__version__} pillow {PIL.__version__}"
+
+
+def _scaled(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    # Averaging is only right for the side that shrinks; the other then grows in a step of its own.
+    smaller = (min(width, pixels.shape[1]), min(height, pixels.shape[0]))
+    if smaller != (pixels.shape[1], pixels.shape[0]):
+        pixels = cv2.resize(pixels, smaller, interpolation=cv2.INTER_AREA)
+    if smaller != (width, height):
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
+    return pixels
+
+
+def _padded(pixels: np.ndarray, size: int) -> np.ndarray:
+    scale = size / max(pixels.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
+    top, left = (size - height) // 2, (size - width) // 2
+    result = np.full((size, size, 3), _PAD_GREY, np.uint8)
+    result[top : top + height, left : left + width] = _scaled(pixels, width, height)
+    return result
+
+
+def _check_pixels(pixels: np.ndarray, max_pixels: int) -> np.ndarray:
+    shape = pixels.shape
+    if pixels.dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3))):
+        raise DecodeError(f"pixels must be uint8 of shape (h, w), (h, w, 1) or (h, w, 3); found {pixels.dtype} {shape}")
+    _check_size(shape[1], shape[0], max_pixels)
+    if shape[2:] == (3,):
+        return pixels
+    return cv2.cvtColor(np.ascontiguousarray(pixels), cv2.COLOR_GRAY2RGB)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise DecodeError(f"no pixels: {width} x {height}")
+    if width * height > max_pixels:
+        raise DecodeError(f"{width} x {height} pixels, over the limit of {max_pixels:,} (--max-pixels)")
+    if max(width, height) > _MAX_SIDE:
+        raise DecodeError(f"{width} x {height} pixels, and the decoder takes at most {_MAX_SIDE:,} on a side")
+
+
+def _decode_file(data: bytes, max_pixels: int) -> np.ndarray:
+    data = bytes(data)  # no copy if it is bytes
+    header = read_header(data)
+    _check_size(header.width, header.height, max_pixels)
+    pixels = _decode_pixels(data, header)
+    # TIFF headers give the size of the picture upright, the others the size as stored.
+    if {*pixels.shape[:2]} != {header.width, header.height}:
+        raise DecodeError(f"{header.kind} damaged: the header and the pixels disagree about the size")
+    if header.kind != "JPEG":
+        pixels = _to_rgb8(pixels, header)
+    return _upright(pixels, _orientation(header.exif))
+
+
+def _decode_pixels(data: bytes, header: Header) -> np.ndarray:
+    # IMREAD_UNCHANGED alone keeps alpha and 16 bits (IMREAD_ANYDEPTH spoils 16-bit colour TIFFs in 5.0), but it
+    # leaves pictures unturned, save TIFFs, which OpenCV always turns. So none is turned here, and _upright does it.
+    jpeg = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = jpeg if header.kind == "JPEG" else cv2.IMREAD_UNCHANGED
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error as error:
+        if "CV_IO_MAX_IMAGE" not in str(error):
+            raise DecodeError(f"{header.kind} that OpenCV cannot decode ({one_line(error.err)})") from error
+        limit = "OPENCV_IO_MAX_IMAGE_PIXELS, _WIDTH or _HEIGHT"
+        raise DecodeError(f"{header.width} x {header.height} pixels, over OpenCV's limit ({limit})") from error
+    if pixels is None:
+        raise DecodeError(f"{header.kind} that OpenCV cannot decode: cut short, damaged or of a rare kind")
+    return pixels
+
+
+def _to_rgb8(pixels: np.ndarray, header: Header) -> np.ndarray:
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise DecodeError(f"{header.kind} with pixels of {pixels.dtype}, which have no defined range")
+    if header.clear is not None and pixels.ndim == 2:
+        pixels[pixels == header.clear] = np.iinfo(pixels.dtype).max
+    if header.inverted:
+        pixels = cv2.bitwise_not(pixels)
+    if pixels.dtype == np.uint16:
+        pixels = cv2.convertScaleAbs(pixels, alpha=1 / 257)  # rounds: 65535 is 255, 0 is 0
+    if header.five_bits:
+        pixels |= pixels >> 5  # 248 is the most that OpenCV returns, and was white
+    if pixels.ndim == 2:
+        return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
+    if pixels.shape[2] == 3:
+        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return _over_white(pixels, header)
+
+
+def _over_white(pixels: np.ndarray, header: Header) -> np.ndarray:
+    colour, alpha = cv2.cvtColor(pixels, cv2.COLOR_BGRA2RGB), cv2.extractChannel(pixels, 3)
+    if header.opaque or alpha.min() == 255:
+        return colour
+    alpha = cv2.cvtColor(alpha, cv2.COLOR_GRAY2RGB)
+    if not header.premultiplied:
+        colour = cv2.multiply(colour, alpha, scale=1 / 255)
+    return cv2.add(colour, cv2.bitwise_not(alpha))
+
+
+def _orientation(exif: bytes) -> int:
+    if not exif:
+        return 1
+    tags = Image.Exif()
+    try:
+        tags.load(exif)
+        value = tags.get(_EXIF_ORIENTATION)
+    except Exception:  # a damaged EXIF block says nothing, and the pixels are whole
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation in (5, 6, 7, 8):
+        pixels = cv2.transpose(pixels)
+    flips = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # 1 left and right, 0 top and bottom, -1 both
+    return cv2.flip(pixels, flips[orientation]) if orientation in flips else pixels

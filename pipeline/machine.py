@@ -1,0 +1,97 @@
+"""What this machine has, asked without TensorFlow."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+# Flags of /proc/cpuinfo under which oneDNN multiplies bfloat16 in hardware.
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The hardware, as far as choices depend on it; memory in bytes."""
+
+    cpu: str
+    cores: int
+    bfloat16: bool
+    gpus: int
+    memory: int
+    available_memory: int
+
+
+def look() -> Machine:
+    """Return what this machine has now."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    model, flags = _cpu()
+    return Machine(
+        cpu=model,
+        cores=usable_cores(),
+        bfloat16=bool(flags & _BFLOAT16_FLAGS),
+        gpus=gpu_count(),
+        memory=memory.total,
+        available_memory=memory.available,
+    )
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def best_precision() -> str:
+    """Return the precision for a new feature space: the fastest one this machine computes in hardware."""
+    if gpu_count():
+        return "float16"
+    return "bfloat16" if _cpu()[1] & _BFLOAT16_FLAGS else "float32"
+
+
+def gpu_count() -> int:
+    """Return how many GPUs TensorFlow could use: those the driver shows, if TensorFlow's CUDA parts are there."""
+    return driver_gpus() if tensorflow_has_cuda() else 0
+
+
+def driver_gpus() -> int:
+    """Return how many GPUs the CUDA driver shows; 0 without a driver."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    usable = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return count.value if usable else 0
+
+
+def tensorflow_has_cuda() -> bool:
+    """Return whether the CUDA libraries TensorFlow loads are installed, by the `gpu` extra or system-wide."""
+    if any(name.startswith("nvidia-cudnn") for name in _distributions()):
+        return True
+    try:
+        ctypes.CDLL("libcudnn.so.9")
+    except OSError:
+        return False
+    return True
+
+
+def _distributions() -> set[str]:
+    return {(found.metadata["Name"] or "").lower() for found in importlib.metadata.distributions()}
+
+
+def _cpu() -> tuple[str, set[str]]:
+    """Return the processor's name and its feature flags; no flags where the system does not list them."""
+    listing = Path("/proc/cpuinfo")
+    if not listing.exists():
+        return platform.processor() or platform.machine(), set()
+    fields: dict[str, str] = {}
+    for line in listing.read_text().splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    model = fields.get("model name") or platform.machine()
+    return model, set(fields.get("flags", fields.get("Features", "")).split())

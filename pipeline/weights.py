@@ -1,0 +1,150 @@
+"""Which weights the backbone gets, settled without TensorFlow: a checked file, or an untrained recipe.
+
+The digest of the file, not its name, is what a feature space is known by.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, UNTRAINED_RECIPE, Backbone
+from pipeline.cache.digests import remembered_digest
+from pipeline.cache.index import Index
+from pipeline.errors import UsageError, WeightsError
+from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+_DOWNLOAD_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that are at hand. `identity` goes into the feature spec; `path` is None when untrained."""
+
+    kind: Literal["imagenet", "file", "untrained"]
+    identity: str
+    path: Path | None
+
+    @property
+    def label(self) -> str:
+        """What to call them in a summary: imagenet, untrained, or the file's name."""
+        return self.path.name if self.kind == "file" and self.path else self.kind
+
+
+def resolve(choice: str, backbone: str, downloads: Path, index: Index, *, offline: bool = False) -> Weights:
+    """Return the weights that `choice` names.
+
+    `choice` is "auto", "imagenet", "untrained", "untrained:SEED" or a path. With `offline`, "auto" takes
+    ImageNet's file if it is at hand and untrained weights else; without, it is "imagenet".
+
+    Raises
+    ------
+    WeightsError
+        If the file cannot be had; the text lists the ways out.
+    UsageError
+        If the seed is not a number.
+    """
+    row = BACKBONES[backbone]
+    if choice == "untrained" or choice.startswith("untrained:"):
+        return _untrained(choice)
+    if choice in ("auto", "imagenet"):
+        path = find_imagenet(row, downloads, index)
+        if path is None and choice == "auto" and offline:
+            return _untrained("untrained")
+        return _from_file("imagenet", path or _download(row, downloads), index)
+    return _from_file("file", Path(choice).expanduser(), index)
+
+
+def find_by_identity(identity: str, index: Index) -> Weights | None:
+    """Return the weights a feature space names, if they are still at hand on this machine."""
+    if identity.startswith("untrained:"):
+        return Weights("untrained", identity, None)
+    wanted = bytes.fromhex(identity.removeprefix("sha256:"))
+    for path in index.files_with_digest(wanted):
+        if path.is_file() and remembered_digest(path, index) == wanted:
+            return Weights("file", identity, path)
+    return None
+
+
+def find_imagenet(backbone: Backbone, downloads: Path, index: Index) -> Path | None:
+    """Return ImageNet's weights file if it is in `downloads` or in Keras' own folder, and is the published one."""
+    import pooch
+
+    keras_home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
+    for path in (downloads / backbone.weights_file, keras_home / "models" / backbone.weights_file):
+        if not path.is_file():
+            continue
+        # A digest is remembered only after this check, so the 88 MB are hashed twice only once.
+        if remembered_digest(path, index, only_known=True) or pooch.file_hash(path, "md5") == backbone.weights_md5:
+            return path
+        logger.warning("%s is not the published file (its MD5 differs); it is passed over", path)
+    return None
+
+
+def _download(backbone: Backbone, downloads: Path) -> Path:
+    import pooch
+
+    pooch.get_logger().setLevel(logging.ERROR)
+    logger.warning("downloading ImageNet weights, 88 MB, once: %s", backbone.weights_url)
+    try:
+        found = pooch.retrieve(
+            backbone.weights_url,
+            known_hash=f"md5:{backbone.weights_md5}",
+            fname=backbone.weights_file,
+            path=downloads,
+            downloader=pooch.HTTPDownloader(timeout=_DOWNLOAD_TIMEOUT_S),  # pyright: ignore[reportArgumentType]
+        )
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"ImageNet weights cannot be downloaded ({_short(error)}); give a Keras weights file by "
+            f"`--weights FILE`, or put {backbone.weights_file} (MD5 {backbone.weights_md5}) into {downloads}, "
+            "or take `--weights untrained` for a trial"
+        ) from error
+    return Path(found)
+
+
+def _from_file(kind: Literal["imagenet", "file"], path: Path, index: Index) -> Weights:
+    if not path.is_file():
+        raise WeightsError(
+            f"no weights file {path}; --weights takes auto, imagenet, untrained or the path of a Keras weights "
+            "file (.weights.h5 or .h5)"
+        )
+    if path.suffix != ".h5":
+        raise WeightsError(f"{path} does not end in .weights.h5 or .h5, as Keras weights files do")
+    return Weights(kind, f"sha256:{remembered_digest(path, index).hex()}", path)
+
+
+def _untrained(choice: str) -> Weights:
+    _, _, seed = choice.partition(":")
+    if not (seed or "0").isdecimal():
+        raise UsageError(f"--weights untrained:SEED takes a whole number, found {seed!r}")
+    return Weights("untrained", f"untrained:{UNTRAINED_RECIPE}:{int(seed or 0)}", None)
+
+
+def _short(error: Exception) -> str:
+    """Return the innermost cause: network libraries wrap it several times over."""
+    while isinstance(error.__cause__ or error.__context__, Exception):
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return str(error).split("\n")[0][:200]
+
+
+def describe(choice: str | None, workspace: Workspace) -> dict[str, str | None]:
+    """Return where weights come from; with a `choice`, get those ready and return who they are."""
+    row, index = BACKBONES[DEFAULT_BACKBONE], workspace.cache.index
+    if choice is not None:
+        found = resolve(choice, row.name, workspace.downloads, index)
+        return {"weights": found.label, "identity": found.identity, "path": str(found.path) if found.path else None}
+    at_hand = find_imagenet(row, workspace.downloads, index)
+    return {
+        "imagenet": row.weights_url,
+        "imagenet_md5": row.weights_md5,
+        "imagenet_file": str(at_hand) if at_hand else "not downloaded; `weights --weights imagenet` does it",
+        "untrained": f"drawn from a seed by the recipe {UNTRAINED_RECIPE}: --weights untrained or untrained:SEED",
+        "file": "any Keras weights of InceptionV3 without top: --weights FILE (.weights.h5 or .h5)",
+        "auto": "imagenet; for `digits`, which needs no network, untrained unless ImageNet's file is there",
+    }

@@ -1,0 +1,37 @@
+"""Where things lie under the data directory, opened once and handed to every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.cache.space import Cache
+from pipeline.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The data directory: cache/, runs/ and downloads/, and how progress is reported."""
+
+    root: Path
+    cache: Cache
+    progress: Progress = silent
+
+    @property
+    def runs(self) -> Path:
+        """Where run directories are published."""
+        return self.root / "runs"
+
+    @property
+    def downloads(self) -> Path:
+        """Where weights and archives are kept."""
+        return self.root / "downloads"
+
+
+@contextmanager
+def open_workspace(root: Path, progress: Progress = silent) -> Iterator[Workspace]:
+    """Open the data directory `root`; what it lacks is made when it is needed."""
+    with closing(Cache(root / "cache")) as cache:
+        yield Workspace(root, cache, progress)

@@ -1,0 +1,592 @@
+"""Listing datasets: what is found, what is refused, and what each refusal says."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.dataset import Dataset, limit, open_dataset
+from pipeline.dataset.cifar import CIFAR10, CIFAR100, Published, open_cifar
+from pipeline.errors import DatasetError, UsageError
+
+
+def write(root: Path, *names: str) -> Path:
+    """Make files whose content is their name."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def listed(path: Path) -> Dataset:
+    return open_dataset(str(path), downloads=path / "downloads")
+
+
+def rows(dataset: Dataset) -> list[tuple[str, str]]:
+    return [(name, dataset.classes[label]) for name, label in zip(dataset.names, dataset.labels, strict=True)]
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("name", ["digit", "Digits", "cifar-10", "cifar1000"])
+def test_a_near_miss_is_suggested(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"known are digits, cifar10, cifar100.*did you mean (digits|cifar10)"):
+        open_dataset(name, downloads=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "no/such/folder", "x" * 5000, "a\0b"])
+def test_what_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"^(no dataset|cannot look at)"):
+        open_dataset(name, downloads=tmp_path)
+
+
+def test_a_missing_path_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no such file or folder"):
+        listed(tmp_path / "photos")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"expected .*\.parquet.*found the file"):
+        listed(write(tmp_path, "a.zip") / "a.zip")
+
+
+def test_an_archive_goes_with_cifar_only(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cifar10 and cifar100"):
+        open_dataset("digits", downloads=tmp_path, archive=tmp_path / "a.tar.gz")
+
+
+# ---- digits
+
+
+def test_digits_are_grey_levels_with_their_labels(tmp_path: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    digits = open_dataset("digits", downloads=tmp_path)
+    assert len(digits) == 1797 and digits.name == "digits" and digits.names[17] == "digits/17"
+    assert digits.classes == tuple("0123456789") and digits.splits is None and digits.path(0) is None
+    assert digits.labels.dtype == np.int32
+    np.testing.assert_array_equal(digits.labels, bunch.target)
+    image = digits.read(17)
+    assert isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (8, 8)
+    np.testing.assert_allclose(image, bunch.images[17] * 255 / 16, atol=0.5)
+    assert max(np.max(digits.read(i)) for i in range(100)) == 255
+
+
+# ---- take, limit, pickling
+
+
+def test_take_keeps_every_column_in_step(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text("path,label,split,group\na,x,train,g\nb,y,test,h\nc,x,val,\n")
+    write(tmp_path, "a", "b", "c")
+    part = listed(table).take([2, 1])
+    assert part.names == ["c", "b"] and part.classes == ("x", "y") and part.labels.tolist() == [0, 1]
+    assert part.splits == ["val", "test"] and part.groups == ["", "h"]
+    assert part.read(0) == b"c" and part.path(1) == tmp_path / "b"
+    assert part.take([1]).read(0) == b"b"
+    assert part.take(np.array([False, True])).names == ["b"]
+    assert len(part.take([])) == 0
+    with pytest.raises(IndexError):
+        part.take([2])
+
+
+def test_a_part_of_an_array_dataset_pickles_small(tmp_path: Path) -> None:
+    digits = open_dataset("digits", downloads=tmp_path)
+    blob = pickle.dumps(digits.take([5, 7]))
+    assert len(blob) < 2000
+    np.testing.assert_array_equal(pickle.loads(blob).read(1), digits.read(7))
+
+
+def test_a_folder_dataset_survives_pickling_and_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "pets", "cat/1.jpg")
+    monkeypatch.chdir(tmp_path)
+    blob = pickle.dumps(open_dataset("pets", downloads=tmp_path))
+    monkeypatch.chdir("/")
+    assert pickle.loads(blob).read(0) == b"cat/1.jpg"
+
+
+def test_columns_of_different_length_are_refused(tmp_path: Path) -> None:
+    digits = open_dataset("digits", downloads=tmp_path)
+    with pytest.raises(DatasetError, match="expected 1797 splits, found 1"):
+        dataclasses.replace(digits, splits=["train"])
+
+
+def test_limit_is_balanced_and_a_beginning_of_any_larger_one(tmp_path: Path) -> None:
+    digits = open_dataset("digits", downloads=tmp_path)
+    small, large = limit(digits, 25), limit(digits, 300)
+    assert sorted(np.bincount(small.labels)) == [2] * 5 + [3] * 5
+    assert np.bincount(large.labels).tolist() == [30] * 10
+    assert list(large.names)[:25] == small.names
+    assert limit(large, 25).names == small.names
+
+
+def test_limit_follows_the_hash_of_the_names_not_their_order(tmp_path: Path) -> None:
+    cats = [f"cat/{i}.png" for i in range(9)]
+    dataset = listed(write(tmp_path, *cats, "dog/1.png"))
+    by_hash = sorted(cats, key=lambda name: hashlib.sha256(name.encode()).digest())
+    assert limit(dataset, 4).names == [by_hash[0], "dog/1.png", *by_hash[1:3]]  # no dog is left after one
+    assert limit(dataset.take(range(9, -1, -1)), 4).names == limit(dataset, 4).names
+
+
+def test_limit_of_all_is_the_dataset_and_of_none_is_refused(tmp_path: Path) -> None:
+    dataset = listed(write(tmp_path, "cat/1.png", "dog/1.png"))
+    assert limit(dataset, 2) is dataset and limit(dataset, 3) is dataset
+    with pytest.raises(UsageError, match="at least 1, found 0"):
+        limit(dataset, 0)
+
+
+# ---- folders
+
+
+def test_class_folders_are_listed_in_order_at_any_depth(tmp_path: Path) -> None:
+    dataset = listed(write(tmp_path / "pets", "dog/b.JPG", "dog/a/z.png", "cat/2.webp", "cat/10.gif"))
+    assert dataset.name == "pets" and dataset.classes == ("cat", "dog") and dataset.labels.dtype == np.int32
+    assert rows(dataset) == [
+        ("cat/10.gif", "cat"),
+        ("cat/2.webp", "cat"),
+        ("dog/a/z.png", "dog"),
+        ("dog/b.JPG", "dog"),
+    ]
+    assert dataset.splits is None and dataset.groups is None and dataset.ignored == {}
+    assert dataset.read(2) == b"dog/a/z.png" and dataset.path(0) == tmp_path / "pets/cat/10.gif"
+
+
+def test_what_is_no_image_is_counted_not_listed(tmp_path: Path) -> None:
+    write(tmp_path, "cat/a.jpg", "cat/b.txt", "cat/c.TXT", "notes", ".DS_Store", "cat/._a.jpg", ".git/x.png")
+    (tmp_path / "empty").mkdir()
+    dataset = listed(tmp_path)
+    assert rows(dataset) == [("cat/a.jpg", "cat")]  # a folder without images is no class
+    assert dataset.ignored == {".txt": 2, "": 1, ".ds_store": 1, ".jpg": 1, ".git/": 1}
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "Val"])
+def test_split_folders_are_splits(val: str, tmp_path: Path) -> None:
+    dataset = listed(write(tmp_path, "train/cat/1.png", "train/dog/1.png", f"{val}/dog/2.png", "test/cat/a/1.png"))
+    assert dataset.classes == ("cat", "dog")
+    found = {name: (split, label) for (name, label), split in zip(rows(dataset), dataset.splits or (), strict=True)}
+    assert found == {
+        "train/cat/1.png": ("train", "cat"),
+        "train/dog/1.png": ("train", "dog"),
+        f"{val}/dog/2.png": ("val", "dog"),
+        "test/cat/a/1.png": ("test", "cat"),
+    }
+
+
+def test_a_class_of_one_split_only_is_a_class(tmp_path: Path) -> None:
+    dataset = listed(write(tmp_path, "train/cat/1.png", "test/ant/1.png", "test/cat/note.txt"))
+    assert dataset.classes == ("ant", "cat") and dataset.ignored == {".txt": 1}
+
+
+@pytest.mark.parametrize("other", ["car/1.png", "trains/1.png"])
+def test_folders_that_are_not_all_splits_are_classes(other: str, tmp_path: Path) -> None:
+    dataset = listed(write(tmp_path, "train/a/1.png", "test/1.png", other))
+    assert dataset.classes == tuple(sorted(["train", "test", other.split("/")[0]])) and dataset.splits is None
+
+
+def test_val_folders_alone_are_classes(tmp_path: Path) -> None:
+    assert listed(write(tmp_path, "val/a/1.png", "valid/a/1.png")).classes == ("val", "valid")
+
+
+def test_a_train_folder_alone_brings_no_split(tmp_path: Path) -> None:
+    write(tmp_path, "train/cat/1.png", ".cache/x")
+    dataset = listed(tmp_path)
+    assert dataset.splits is None and rows(dataset) == [("train/cat/1.png", "cat")]
+
+
+@pytest.mark.parametrize("names", [["1.png"], ["cat/1.png", "2.png"], ["train/cat/1.png", "test/2.png"]])
+def test_images_outside_a_class_folder_are_refused(names: list[str], tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=rf"expected <class>/<image>.*found 1 .*{names[-1]}"):
+        listed(write(tmp_path, *names))
+
+
+def test_a_folder_without_images_is_refused_naming_what_was_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"found no images \(passed over: 2 \.npy\)"):
+        listed(write(tmp_path, "cat/1.npy", "dog/1.npy"))
+
+
+def test_links_are_followed_but_not_for_ever(tmp_path: Path) -> None:
+    write(tmp_path / "other", "a.png")
+    write(tmp_path / "pets", "cat/1.png")
+    pets = tmp_path / "pets"
+    (pets / "dog").symlink_to(tmp_path / "other")
+    (pets / "cat/again").symlink_to(pets)
+    (pets / "cat/2.png").symlink_to(tmp_path / "other/a.png")
+    (pets / "itself").symlink_to(pets / "itself")
+    dataset = listed(pets)
+    assert [name for name in dataset.names if "again" not in name] == ["cat/1.png", "cat/2.png", "dog/a.png"]
+    assert dataset.read(1) == b"a.png" and dataset.ignored == {"(link loop)": 1, "": 1}
+
+
+def test_a_broken_link_is_listed_and_fails_when_read(tmp_path: Path) -> None:
+    write(tmp_path, "cat/1.png")
+    (tmp_path / "cat/2.png").symlink_to(tmp_path / "gone.png")
+    dataset = listed(tmp_path)
+    assert dataset.names == ["cat/1.png", "cat/2.png"]
+    with pytest.raises(FileNotFoundError):
+        dataset.read(1)
+
+
+def test_a_pipe_is_not_listed_for_it_would_block(tmp_path: Path) -> None:
+    write(tmp_path, "cat/1.png")
+    os.mkfifo(tmp_path / "cat/2.png")
+    (tmp_path / "cat/3.png").symlink_to(tmp_path / "cat/2.png")
+    dataset = listed(tmp_path)
+    assert dataset.names == ["cat/1.png"] and dataset.ignored == {".png": 2}
+
+
+def test_a_name_that_is_no_text_can_be_listed_limited_and_read(tmp_path: Path) -> None:
+    write(tmp_path, "cat/1.png", "cat/2.png", os.fsdecode(b"cat/\xff.png").encode("utf-8", "replace").decode())
+    (tmp_path / os.fsdecode(b"cat/\xfe.png")).write_bytes(b"odd")
+    dataset = listed(tmp_path)
+    assert len(limit(dataset, 3)) == 3
+    assert dataset.read(list(dataset.names).index(os.fsdecode(b"cat/\xfe.png"))) == b"odd"
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "cat/1.png", "dog/1.png")
+    real = os.scandir
+
+    def scandir(folder: Path) -> Any:
+        if folder.name == "dog":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DatasetError, match=r"cannot list the folder .*dog: Permission denied"):
+        listed(tmp_path)
+
+
+# ---- manifests
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(("ending", "between"), [("csv", ","), ("tsv", "\t"), ("CSV", ", ")])
+def test_a_text_manifest_is_listed_in_its_order(start: bytes, ending: str, between: str, tmp_path: Path) -> None:
+    write(tmp_path, "b.png", "sub/a.png")
+    lines = [["Path", "label", "extra"], ["sub/a.png", "dög", "1"], [str(tmp_path / "b.png"), "7", ""]]
+    table = tmp_path / f"pets.{ending}"
+    table.write_bytes(start + "\r\n".join(between.join(line) for line in lines).encode() + b"\r\n\r\n")
+    dataset = listed(table)
+    assert dataset.name == table.name and rows(dataset) == [
+        ("sub/a.png", "dög"),
+        (str(tmp_path / "b.png"), "7"),
+    ]
+    assert dataset.splits is None and dataset.groups is None
+    assert dataset.read(0) == b"sub/a.png" and dataset.read(1) == b"b.png"
+
+
+def test_a_manifest_brings_splits_and_groups(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text('group,split,label,path\ng,Train,x,"a,b.png"\n,valid,y,b.png\n,TEST,x,b.png\n')
+    dataset = listed(table)
+    assert dataset.splits == ["train", "val", "test"] and dataset.groups == ["g", "", ""]
+    assert rows(dataset) == [("a,b.png", "x"), ("b.png", "y"), ("b.png", "x")]
+
+
+def test_a_space_after_a_comma_belongs_to_no_value(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('label, path\ncat , a b.png\ndog, "a,b.png"\n')
+    assert rows(listed(tmp_path / "a.csv")) == [("a b.png", "cat"), ("a,b.png", "dog")]
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_a_split_column_that_sets_nothing_apart_is_none(split: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"path,label,split,group\na,x,{split},\nb,x,{split},\n")
+    dataset = listed(tmp_path / "a.csv")
+    assert dataset.splits is None and dataset.groups is None
+
+
+MALFORMED = {
+    "": "line 1: expected one column 'path'",
+    "path;label\na;b\n": "line 1: expected one column 'path'.*found 0 in 'path;label'",
+    "path,name\na,b\n": "line 1: expected one column 'label'",
+    "path,label,Path\na,b,c\n": "line 1: expected one column 'path'.*found 2",
+    "path,label\n": "no rows below the header",
+    "path,label\na,b\n ,c\n": "line 3: expected the path",
+    "path,label\na,b\n\nc, \n": "line 4: expected a label for 'c'",
+    "path,label\na,b\nc\n": "line 3: expected 2 values, found 1",
+    "path,label\na,b,c\n": "line 2: expected 2 values, found 3",
+    'path,label\n"a,b\nc,d\n': "after line 1: unexpected end of data",
+    "path,label,split\na,b,train\nc,d,dev\n": "line 3: expected the split to be train,.*, found 'dev'",
+    "path,label,split\na,b,train\nc,d,\n": "line 3: expected a split, as the rows above",
+    "path,label,split\na,b,\nc,d,test\n": "line 3: expected no split, as above, found 'test'",
+    "path,label\ns3://a/b.png,x\n": "line 2: expected the path of a local file, found 's3://a/b.png'",
+    "path,label\nHTTPS://a/b.png,x\n": "line 2: expected the path of a local file",
+    "path,label\na\0b,x\n": "line 2: .*null character",
+}
+
+
+@pytest.mark.parametrize("text", MALFORMED, ids=range(len(MALFORMED)))
+def test_a_malformed_manifest_is_refused_naming_the_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(DatasetError, match=MALFORMED[text]):
+        listed(tmp_path / "a.csv")
+
+
+def test_a_manifest_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("path,label\na,dög\n".encode("latin1"))
+    with pytest.raises(DatasetError, match="expected UTF-8 text"):
+        listed(tmp_path / "a.csv")
+
+
+def parquet(file: Path, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), file)
+    return file
+
+
+@pytest.mark.parametrize("ending", ["parquet", "pq"])
+def test_a_parquet_manifest_is_listed(ending: str, tmp_path: Path) -> None:
+    table = parquet(
+        tmp_path / f"a.{ending}",
+        image=[b"1", b"2", b"3"],
+        label=[10, 9, 10],
+        path=pa.array(["a.png", "b.png", "a.png"]).dictionary_encode(),
+        group=["g", None, "h"],
+    )
+    dataset = listed(table)
+    assert dataset.classes == ("10", "9") and dataset.splits is None and dataset.groups == ["g", "", "h"]
+    assert rows(dataset) == [("a.png", "10"), ("b.png", "9"), ("a.png", "10")]
+
+
+def test_a_long_parquet_manifest_is_read_to_its_end(tmp_path: Path) -> None:
+    count = 40_000
+    table = parquet(tmp_path / "a.pq", path=[f"{i}" for i in range(count)], label=[i % 3 for i in range(count)])
+    dataset = listed(table)
+    assert dataset.names == [f"{i}" for i in range(count)]
+    np.testing.assert_array_equal(dataset.labels, np.arange(count) % 3)
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        ({"path": ["a"]}, "expected one column 'label'"),
+        ({"path": ["a", "b"], "label": ["x", None]}, "row 2: expected a label"),
+        ({"path": ["a", None], "label": ["x", "y"]}, "row 2: expected the path"),
+        ({"path": [b"a"], "label": ["x"]}, "expected text in the column 'path', found binary"),
+        ({"path": [1], "label": ["x"]}, "expected text in the column 'path', found int64"),
+        ({"path": ["a"], "label": [0.5]}, "expected text in the column 'label', found double"),
+    ],
+)
+def test_a_malformed_parquet_manifest_is_refused(columns: dict[str, list], text: str, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=text):
+        listed(parquet(tmp_path / "a.parquet", **columns))
+
+
+def test_what_is_no_parquet_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="expected a Parquet file"):
+        listed(write(tmp_path, "a.parquet") / "a.parquet")
+
+
+# ---- CIFAR
+
+
+_PurePickler: Any = vars(pickle)["_Pickler"]  # the one in Python, whose opcodes can be replaced
+
+
+class Python2Pickler(_PurePickler):
+    """Pickles as Python 2 did: text and bytes alike become its one kind of string."""
+
+    dispatch: ClassVar[dict[type, Any]] = dict(_PurePickler.dispatch)
+
+    def save_string(self, value: str | bytes) -> None:
+        raw = value.encode() if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + len(raw).to_bytes(4, "little") + raw)
+        self.memoize(value)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+
+def python2_pickle(value: object) -> bytes:
+    buffer = io.BytesIO()
+    Python2Pickler(buffer, protocol=2).dump(value)
+    return buffer.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+def python3_pickle(value: object) -> bytes:
+    return pickle.dumps(value, protocol=2)
+
+
+def pack(path: Path, published: Published, members: dict[str, bytes]) -> Published:
+    """Write a tarball and return `published` with its hash."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return dataclasses.replace(published, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def cifar10_members(dump: Any = python2_pickle, per_batch: int = 4) -> tuple[dict[str, bytes], np.ndarray]:
+    """Return the members of a small CIFAR-10 in the shuffled order of the real one, and its pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6 * per_batch, 3072), np.uint8)
+    members = {}
+    for i, name in enumerate(CIFAR10.batches):
+        part = slice(i * per_batch, (i + 1) * per_batch)
+        labels = [j % 3 for j in range(part.start, part.stop)]
+        members[name] = dump({b"data": pixels[part], b"labels": labels, b"filenames": [b"x.png"] * per_batch})
+    members[CIFAR10.meta] = dump({b"label_names": [b"frog", b"ant", b"cat"]})
+    members["cifar-10-batches-py/readme.html"] = b"<html>"
+    return {name: members[name] for name in reversed(members)}, pixels
+
+
+@pytest.mark.parametrize("dump", [python2_pickle, python3_pickle])
+def test_cifar10_is_read_in_order_with_sorted_classes(dump: Any, tmp_path: Path) -> None:
+    members, pixels = cifar10_members(dump)
+    published = pack(tmp_path / "a.tar.gz", CIFAR10, members)
+    dataset = open_cifar(published, downloads=tmp_path / "none", archive=tmp_path / "a.tar.gz")
+    assert dataset.name == "cifar10" and dataset.classes == ("ant", "cat", "frog")
+    assert [dataset.classes[label] for label in dataset.labels] == ["frog", "ant", "cat"] * 8
+    assert dataset.splits == ["train"] * 20 + ["test"] * 4
+    assert dataset.names[19:22] == ["cifar10/train/19", "cifar10/test/0", "cifar10/test/1"]
+    image = dataset.read(21)
+    assert isinstance(image, np.ndarray) and image.shape == (32, 32, 3) and image.dtype == np.uint8
+    np.testing.assert_array_equal(image, pixels[21].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.tar.gz"]  # nothing was unpacked
+
+
+def test_cifar100_takes_the_fine_labels(tmp_path: Path) -> None:
+    def batch(fine: list[int]) -> bytes:
+        data = np.zeros((len(fine), 3072), np.uint8)
+        return python2_pickle({b"data": data, b"fine_labels": fine, b"coarse_labels": [0] * len(fine)})
+
+    meta = {b"fine_label_names": [b"bee", b"ape"], b"coarse_label_names": [b"animal"]}
+    members = {
+        "cifar-100-python/meta": python2_pickle(meta),
+        "cifar-100-python/test": batch([1]),
+        "cifar-100-python/train": batch([0, 1, 1]),
+    }
+    published = pack(tmp_path / "a.tar.gz", CIFAR100, members)
+    dataset = open_cifar(published, downloads=tmp_path, archive=tmp_path / "a.tar.gz")
+    assert dataset.classes == ("ape", "bee") and dataset.labels.tolist() == [1, 0, 0, 0]
+    assert dataset.splits == ["train", "train", "train", "test"]
+
+
+def test_another_archive_is_refused_with_both_hashes(tmp_path: Path) -> None:
+    archive = write(tmp_path, "a.tar.gz") / "a.tar.gz"
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    with pytest.raises(DatasetError, match=f"expected sha256 {CIFAR10.sha256}, found {found}; fetch https://"):
+        open_dataset("cifar10", downloads=tmp_path, archive=archive)
+
+
+def test_a_missing_archive_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"cannot read --archive .*No such file"):
+        open_dataset("cifar100", downloads=tmp_path, archive=tmp_path / "gone")
+
+
+def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    published = dataclasses.replace(CIFAR10, url="http://127.0.0.1:9/cifar-10-python.tar.gz")
+    with pytest.raises(DatasetError, match=r"could not download http://127\.0\.0\.1:9/.*--archive FILE"):
+        open_cifar(published, downloads=tmp_path / "downloads")
+
+
+def test_a_download_at_hand_is_used_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    members, _ = cifar10_members()
+    published = pack(tmp_path / "a.tar.gz", CIFAR10, members)
+    published = dataclasses.replace(published, url="http://127.0.0.1:9/a.tar.gz")
+    assert len(open_cifar(published, downloads=tmp_path)) == 24
+    damaged = (tmp_path / "a.tar.gz").read_bytes()[:-9]
+    (tmp_path / "a.tar.gz").write_bytes(damaged)
+    with pytest.raises(DatasetError, match="could not download"):
+        open_cifar(published, downloads=tmp_path)
+
+
+class Calls:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function: Any, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+_RECONSTRUCT: Any = np.empty(0).__reduce__()[0]
+_PIXELS = np.zeros((1, 3072), np.uint8)
+BAD_BATCHES: dict[str, tuple[object, str]] = {
+    "calls the shell": (Calls(os.system, "true"), r"found a call of (posix|nt)\.system"),
+    "calls eval": ({b"data": Calls(eval, "1")}, "found a call of __builtin__.eval"),
+    "declares terabytes": ({b"data": Calls(_RECONSTRUCT, np.ndarray, (1 << 42,), b"b")}, r"shape \(0,\)"),
+    "calls ndarray": ({b"data": Calls(np.ndarray, (1 << 42,))}, "expected a pickled batch"),
+    "is no dict": ([1, 2], "expected a pickled dict, found list"),
+    "has no data": ({b"labels": [0]}, "expected uint8 pixels .* found NoneType"),
+    "has floats": ({b"data": _PIXELS * 1.0, b"labels": [0]}, r"found float64 \(1, 3072\)"),
+    "has another shape": ({b"data": _PIXELS[:, :99], b"labels": [0]}, r"found uint8 \(1, 99\)"),
+    "has no labels": ({b"data": _PIXELS}, "expected a list of labels from 0 to 2"),
+    "has a label out of range": ({b"data": _PIXELS, b"labels": [3]}, "labels from 0 to 2"),
+    "has a negative label": ({b"data": _PIXELS, b"labels": [-1]}, "labels from 0 to 2"),
+    "has too few labels": ({b"data": _PIXELS, b"labels": []}, "expected 1 labels, found 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_a_bad_batch_is_refused_even_if_the_hash_fits(case: str, tmp_path: Path) -> None:
+    content, text = BAD_BATCHES[case]
+    members, _ = cifar10_members()
+    members["cifar-10-batches-py/data_batch_2"] = python3_pickle(content)
+    published = pack(tmp_path / "a.tar.gz", CIFAR10, members)
+    with pytest.raises(DatasetError, match=f"data_batch_2: .*{text}"):
+        open_cifar(published, downloads=tmp_path, archive=tmp_path / "a.tar.gz")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", python3_pickle([1, 2, 3])[:-4]])
+def test_a_torn_batch_is_refused(content: bytes, tmp_path: Path) -> None:
+    members, _ = cifar10_members()
+    published = pack(tmp_path / "a.tar.gz", CIFAR10, members | {"cifar-10-batches-py/test_batch": content})
+    with pytest.raises(DatasetError, match="test_batch: expected a pickled batch"):
+        open_cifar(published, downloads=tmp_path, archive=tmp_path / "a.tar.gz")
+
+
+def test_a_missing_member_is_named(tmp_path: Path) -> None:
+    members, _ = cifar10_members()
+    del members["cifar-10-batches-py/data_batch_3"]
+    published = pack(tmp_path / "a.tar.gz", CIFAR10, members)
+    with pytest.raises(DatasetError, match="expected the members cifar-10-batches-py/data_batch_3,"):
+        open_cifar(published, downloads=tmp_path, archive=tmp_path / "a.tar.gz")
+
+
+def test_a_member_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    link = tarfile.TarInfo("cifar-10-batches-py/test_batch")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        tar.addfile(link)
+    digest = hashlib.sha256((tmp_path / "a.tar.gz").read_bytes()).hexdigest()
+    with pytest.raises(DatasetError, match="test_batch: expected a file of at most 256 MiB"):
+        published = dataclasses.replace(CIFAR10, sha256=digest)
+        open_cifar(published, downloads=tmp_path, archive=tmp_path / "a.tar.gz")
+
+
+def test_an_absurdly_large_member_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members, _ = cifar10_members()
+    published = pack(tmp_path / "a.tar.gz", CIFAR10, members)
+    monkeypatch.setattr("pipeline.dataset.cifar._MAX_MEMBER", 1 << 10)
+    with pytest.raises(DatasetError, match="test_batch: expected a file of at most 0 MiB"):
+        open_cifar(published, downloads=tmp_path, archive=tmp_path / "a.tar.gz")
+
+
+@pytest.mark.parametrize("at", [0, 20, 200, 5000])
+@pytest.mark.parametrize("rest", [b"", b"\xff" * 99_000])
+def test_a_torn_archive_is_refused_even_if_the_hash_fits(at: int, rest: bytes, tmp_path: Path) -> None:
+    members, _ = cifar10_members()
+    pack(tmp_path / "a.tar.gz", CIFAR10, members)
+    torn = (tmp_path / "a.tar.gz").read_bytes()[:at] + rest
+    (tmp_path / "a.tar.gz").write_bytes(torn)
+    published = dataclasses.replace(CIFAR10, sha256=hashlib.sha256(torn).hexdigest())
+    with pytest.raises(DatasetError, match=r"expected a (whole \.tar\.gz file|pickled batch)"):
+        open_cifar(published, downloads=tmp_path, archive=tmp_path / "a.tar.gz")
