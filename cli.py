@@ -25,6 +25,8 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="Look at the feature cache.", rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
+runs_app = typer.Typer(help="Look at the trained heads.", rich_markup_mode=None)
+app.add_typer(runs_app, name="runs")
 
 # Options that several commands share have one name and one meaning everywhere.
 DatasetOption = Annotated[
@@ -227,6 +229,36 @@ def cache_ls(context: typer.Context, as_json: JsonOption = False) -> None:
     )
 
 
+@runs_app.command("ls")
+def runs_ls(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the trained heads and their accuracies, the oldest first."""
+    from pipeline import runs, terminal
+
+    with _workspace(context) as workspace:
+        found = runs.list_runs(workspace.runs)
+    if as_json:
+        terminal.emit_json({"runs": [{"dataset": about["dataset"]["name"], **about["summary"]} for about in found]})
+        return
+    if not found:
+        terminal.say("there are no runs; `train-head` makes them")
+        return
+    rows = [_run_row(about["summary"]) for about in found]
+    terminal.table(rows, ("run", "head", "accuracy", "95% interval", "val", "seconds", "weights"))
+
+
+def _run_row(summary: dict[str, Any]) -> tuple[object, ...]:
+    low, high = summary["accuracy_interval"]
+    return (
+        summary["run"],
+        summary["head"],
+        f"{summary['accuracy']:.3f}",
+        f"{low:.3f} … {high:.3f}",
+        f"{summary['val_accuracy']:.3f}",
+        f"{summary['seconds']:.1f}",
+        summary["weights"],
+    )
+
+
 @app.command()
 def doctor(context: typer.Context, as_json: JsonOption = False) -> None:
     """Tell what this machine has, and what Icebox would do with it."""
@@ -371,17 +403,21 @@ def main(arguments: list[str] | None = None) -> int:
     from typer.exceptions import TyperException
 
     try:
-        return app(arguments, prog_name="cli.py", standalone_mode=False) or 0
+        code = app(arguments, prog_name="cli.py", standalone_mode=False) or 0
     except TyperException as error:
         return _fail(error.format_message(), error.exit_code, arguments)
-    except (typer.Abort, KeyboardInterrupt):
-        return _fail("stopped; what was done is kept, and the same command goes on from there", 1, arguments)
     except Exception as error:
         from pipeline.errors import IceboxError, UsageError
 
         if not isinstance(error, (IceboxError, OSError)):
             raise  # a bug: the traceback is what helps
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1, arguments)
+    if code == _INTERRUPTED:
+        return _fail("stopped; features computed so far are kept, and the same command computes the rest", 1, arguments)
+    return code
+
+
+_INTERRUPTED = 130  # how Typer reports Ctrl-C
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,8 +132,11 @@ def load_weights(model: KerasModel, identity: str, path: Path | None) -> None:
         initialise(model, int(identity.rsplit(":", 1)[1]))
         return
     try:
-        model.load_weights(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        with warnings.catch_warnings():
+            # Keras only warns where a file lacks layers, and leaves those at random values.
+            warnings.simplefilter("error", UserWarning)
+            model.load_weights(path)
+    except (UserWarning, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # Keras raises whichever of these its reader stumbles into.
         reason = str(error).strip().split("\n")[0][:200]
         raise WeightsError(f"{path} does not hold weights of {model.name} without top: {reason}") from error

@@ -101,8 +101,10 @@ def load(directory: Path) -> Head:
         spec = HeadSpec.make(made.pop("head"), **made.pop("settings"))
         model = build(spec, tuple(made["input_shape"]), made["classes"])
         model.load_weights(directory / _WEIGHTS_FILE)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"no head can be loaded from {directory}: {error}") from error
+    except Exception as error:
+        # JSON, Keras, HDF5, zip and skops readers raise many kinds, some of them over dozens of lines.
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise RunError(f"no head can be loaded from {directory}: {reason}") from error
     return DenseHead(model, spec)
 
 
@@ -183,7 +185,7 @@ def _fit_dense(spec: HeadSpec, data: Data, advance: Callable[[int], None]) -> Fi
     if settings["normalize"]:
         _set_normalization(model.get_layer("normalize"), *channel_statistics(data.train))
     model.compile(
-        keras.optimizers.Adam(settings["learning_rate"]),
+        keras.optimizers.Adam(float(settings["learning_rate"])),
         loss="sparse_categorical_crossentropy",
         metrics=["accuracy"],
         jit_compile=False,  # compiling takes longer than a small head trains
@@ -304,11 +306,15 @@ class LogregHead:
     def load(cls, directory: Path, classes: int) -> LogregHead:
         """Return the head in `directory`; a file that holds any type but scikit-learn's own is refused."""
         import skops.io
+        from sklearn.pipeline import Pipeline
 
         path = directory / _SKOPS_FILE
         if strange := skops.io.get_untrusted_types(file=path):
             raise RunError(f"{path} holds types that a logistic regression does not: {', '.join(strange)}")
-        return cls(skops.io.load(path, trusted=[]), classes)
+        pipeline = skops.io.load(path, trusted=[])
+        if not isinstance(pipeline, Pipeline) or not max(pipeline.classes_) < classes:
+            raise RunError(f"{path} does not hold a logistic regression over {classes} classes")
+        return cls(pipeline, classes)
 
     @property
     def parameters(self) -> int:

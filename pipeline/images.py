@@ -24,9 +24,6 @@ DECODE_POLICY = "rgb8-exif-over_white-1"
 RESIZE_POLICY = "opencv-area_down-linear_up-1"
 
 DEFAULT_MAX_PIXELS = 180_000_000
-IMAGE_ENDINGS: frozenset[str] = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"}
-)
 
 _MAX_SIDE = 1_000_000  # libpng's limit; OpenCV's own is 2**20 for all formats
 _PAD_GREY = 127  # about 0 after x / 127.5 - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -20,6 +21,7 @@ from pipeline.errors import RunError
 
 FORMAT = "icebox-run"
 VERSION = 1
+_LONGEST_SLUG = 120  # file systems take names of 255 bytes; time, number and prefix are added
 
 
 @contextmanager
@@ -33,24 +35,46 @@ def new_run(root: Path, title: str) -> Iterator[tuple[str, Path]]:
     RunError
         If `root` cannot be written.
     """
-    partial = storage.partial_name(root)
     try:
-        partial.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
+        name, partial = _reserve(root, f"{datetime.now():%Y%m%d-%H%M%S}-{_slug(title)}")
     except OSError as error:
         raise RunError(f"no run can be written to {root}: {error}") from error
-    name = _free_name(root, f"{datetime.now():%Y%m%d-%H%M%S}-{_slug(title)}")
     try:
         yield name, partial
         for path in partial.iterdir():
             storage.fsync(path)
         storage.publish(partial, root / name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already if it was published
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def list_runs(root: Path) -> list[dict[str, Any]]:
+    """Return the content of run.json of every run under `root`, by name, so the oldest first.
+
+    Raises
+    ------
+    RunError
+        If a run's description cannot be read.
+    """
+    return [_read_about(path) for path in sorted(root.glob("[!.]*/run.json"))]
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
+        raise RunError(f"{path} is not an {FORMAT} of version {VERSION}; move its folder out of the runs")
+    return about
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name's odd byte, as JSON spells it
 
 
 @dataclass(frozen=True)
@@ -91,17 +115,24 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, float]], x: str, titl
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(title)
+    figure.suptitle(title.encode("utf-8", "backslashreplace").decode(), parse_math=False)
     figure.savefig(path, dpi=120)
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "run"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:_LONGEST_SLUG] or "run"
 
 
-def _free_name(root: Path, name: str) -> str:
-    number, candidate = 1, name
-    while (root / candidate).exists():
-        number += 1
-        candidate = f"{name}-{number}"
-    return candidate
+def _reserve(root: Path, wanted: str) -> tuple[str, Path]:
+    """Return a free name and its hidden folder, made now: only who made that folder may take the name."""
+    for number in itertools.count(1):
+        name = wanted if number == 1 else f"{wanted}-{number}"
+        partial = root / f"{storage.PARTIAL_PREFIX}{name}"
+        try:
+            partial.mkdir()
+        except FileExistsError:
+            continue
+        if not (root / name).exists():
+            return name, partial
+        partial.rmdir()
+    raise AssertionError("there is always a next number")

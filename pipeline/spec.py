@@ -80,6 +80,10 @@ class FeatureSpec:
         if set(value) != names:
             wrong = ", ".join(sorted(set(value) ^ names))
             raise SpecError(f"a feature spec with other fields than this version knows: {wrong}")
+        for field in fields(cls):
+            kind = int if field.type == "int" else str
+            if type(value[field.name]) is not kind:
+                raise SpecError(f"{field.name} must be {kind.__name__}, found {value[field.name]!r}")
         return cls(**value)
 
 

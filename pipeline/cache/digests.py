@@ -18,6 +18,7 @@ from pipeline.errors import CacheError
 # A file touched less than this before it was hashed may be touched again within the clock's grain and look
 # the same. Two seconds is the coarsest grain in use (FAT).
 _GRAIN_NS = 2_000_000_000
+_NO_STAMP = FileStamp(-1, -1, -1, -1)  # agrees with no file, so that it is hashed again
 _BLOCK = 4096  # images looked up, hashed and remembered at a time
 
 
@@ -74,6 +75,8 @@ def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> tuple[F
         stamp = file_stamp(path)
         if known is not None and known[0] == stamp:
             return stamp, known[1], False
+        if not path.is_file():
+            return "cannot be read: not a regular file"  # a pipe would be waited for, a device read for ever
         now = time.time_ns()
         with path.open("rb") as file:
             key = hashlib.file_digest(file, "sha256").digest()
@@ -94,19 +97,17 @@ def unreadable(error: OSError) -> str:
     return f"cannot be read: {error.strerror or error}"
 
 
-def remembered_digest(path: Path, index: Index, *, only_known: bool = False) -> bytes:
+def remembered_digest(path: Path, index: Index) -> bytes:
     """Return the sha256 of the file `path`, hashing it only if it changed since it was last asked for.
 
-    With `only_known` nothing is hashed: the digest is b"" unless it is remembered.
+    Where it was seen is remembered even if its digest may not be trusted yet: `Index.files_with_digest` finds it.
     """
     path = path.absolute()
     known = index.file_digests([path])[0]
-    if only_known:
-        return known[1] if known and known[0] == file_stamp(path) else b""
     result = _identify_file(path, known)
     if isinstance(result, str):
         raise CacheError(f"{path} {result}")
     stamp, key, remember = result
-    if remember:
-        index.remember_digests({path: (stamp, key)})
+    if known is None or known != (stamp, key):
+        index.remember_digests({path: (stamp if remember else _NO_STAMP, key)})
     return key

@@ -6,6 +6,7 @@ derived, the quarantine, is met again by the next `features`.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ CREATE TABLE IF NOT EXISTS rows (
     key BLOB NOT NULL, view INTEGER NOT NULL, PRIMARY KEY (shard, position)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS rows_by_key ON rows (key, view);
 CREATE TABLE IF NOT EXISTS files (
-    path TEXT PRIMARY KEY, size INTEGER NOT NULL, mtime INTEGER NOT NULL, ctime INTEGER NOT NULL,
+    path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime INTEGER NOT NULL, ctime INTEGER NOT NULL,
     inode INTEGER NOT NULL, digest BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS quarantine (
     key BLOB NOT NULL, decoder TEXT NOT NULL, max_pixels INTEGER NOT NULL, reason TEXT NOT NULL,
@@ -66,6 +67,8 @@ class Index:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = _connect(path)
+        except CacheError:
+            raise
         except (sqlite3.Error, OSError) as error:
             raise CacheError(
                 f"the index {path} cannot be opened ({error}); it can be deleted, it is derived again from "
@@ -122,13 +125,13 @@ class Index:
     def file_digests(self, paths: Iterable[Path]) -> list[tuple[FileStamp, bytes] | None]:
         """Return for each path the stamp and digest that were remembered, or None."""
         query = "SELECT size, mtime, ctime, inode, digest FROM files WHERE path = ?"
-        found = (self._db.execute(query, (_text(path),)).fetchone() for path in paths)
+        found = (self._db.execute(query, (os.fsencode(path),)).fetchone() for path in paths)
         return [(FileStamp(*row[:4]), row[4]) if row else None for row in found]
 
     def remember_digests(self, digests: Mapping[Path, tuple[FileStamp, bytes]]) -> None:
         """Remember the digest of each file as it was at the time of its stamp."""
         rows = (
-            (_text(path), stamp.size, stamp.mtime, stamp.ctime, stamp.inode, digest)
+            (os.fsencode(path), stamp.size, stamp.mtime, stamp.ctime, stamp.inode, digest)
             for path, (stamp, digest) in digests.items()
         )
         with self._db:
@@ -137,7 +140,7 @@ class Index:
     def files_with_digest(self, digest: bytes) -> list[Path]:
         """Return the paths that were last seen with this digest; they may have changed since."""
         rows = self._db.execute("SELECT path FROM files WHERE digest = ?", (digest,))
-        return [Path(row[0]) for row in rows]
+        return [Path(os.fsdecode(row[0])) for row in rows]
 
     # Quarantine
 
@@ -185,8 +188,3 @@ def _connect(path: Path) -> sqlite3.Connection:
         db.executescript(_SCHEMA)
         db.execute(f"PRAGMA user_version = {VERSION}")
     return db
-
-
-def _text(path: Path) -> str:
-    # File names are bytes to the system; SQLite wants valid Unicode, so odd bytes are spelt out.
-    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -22,9 +22,13 @@ def exclusive(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
     Raises
     ------
     CacheError
-        If the file system has no locks.
+        If the lock file cannot be written, or the file system has no locks.
     """
-    with path.open("a+") as file:
+    try:
+        file = path.open("a+")
+    except OSError as error:
+        raise CacheError(f"{path.parent} cannot be written ({error.strerror or error}), so nothing is added") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -13,8 +13,9 @@ and the attributes format, version, spec (canonical JSON) and views (JSON: view 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,11 @@ from pipeline.spec import FeatureSpec, canonical_json
 FORMAT = "icebox-shard"
 VERSION = 1
 MAX_ROWS = 65_536  # far above what is ever written: a file claiming more is not ours
+_MAX_ROW_BYTES = 2**26  # likewise: no layer of a 299 × 299 network comes near it
 _CHUNK_BYTES = 2**20
+# HDF5's oldest format has no checksums in its own bookkeeping: one flipped bit there made another row, or zeros, be
+# read without an error. The format of HDF5 1.10 has them, and takes less room.
+_LIBVER = ("v110", "v110")
 
 
 @dataclass(frozen=True)
@@ -70,23 +75,24 @@ def write_shard(directory: Path, rows: Rows, spec: FeatureSpec) -> ShardInfo:
         name = storage.sha256_file(partial)
         size = partial.stat().st_size
         storage.publish(partial, directory / f"{name}.h5")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # HDF5 notices a full disk on close, by a RuntimeError
         raise CacheError(f"cannot write a shard in {directory}: {error}; make room and run again") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return ShardInfo(name, size, rows.keys, rows.views)
 
 
 def file_size(rows: Rows, spec: FeatureSpec) -> int:
     """Return the bytes a shard of `rows` takes, by writing one in memory."""
-    with h5py.File("estimate.h5", "w", driver="core", backing_store=False) as file:
+    with h5py.File("estimate.h5", "w", driver="core", backing_store=False, libver=_LIBVER) as file:
         _fill(file, rows, spec)
         file.flush()
         return file.id.get_filesize()
 
 
 def _write_file(path: Path, rows: Rows, spec: FeatureSpec) -> None:
-    with h5py.File(path, "w") as file:
+    with h5py.File(path, "w", libver=_LIBVER) as file:
         _fill(file, rows, spec)
 
 
@@ -122,6 +128,9 @@ def read_info(path: Path, spec: FeatureSpec) -> ShardInfo:
         stored = file.attrs.get("spec")
         if stored != canonical_json(spec.to_dict()):
             raise CacheError(f"{path} belongs to another feature space; move it out of this folder")
+        features: Any = file["features"]
+        if features.dtype != np.dtype(spec.storage):
+            raise CacheError(f"{path} is damaged: its features are {features.dtype}; move it out of the cache")
         return ShardInfo(path.stem, path.stat().st_size, _all(file, "key"), _all(file, "view"))
 
 
@@ -151,7 +160,7 @@ def _damage_named(path: Path) -> Iterator[None]:
         yield
     except CacheError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise CacheError(
             f"shard {path} cannot be read ({error}); move it away and run `features` again: "
             "only its rows are computed anew"
@@ -164,7 +173,7 @@ def _all(file: h5py.File, name: str) -> np.ndarray:
 
 
 def _read(dataset: Any, positions: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
-    whole = len(positions) == len(dataset)
+    whole = np.array_equal(positions, np.arange(len(dataset)))  # as many may also be one row several times
     if whole or dataset.chunks[0] > 1:
         # One call for all: cheaper by far when most rows are wanted or rows share chunks anyway.
         rows = dataset[:]
@@ -201,6 +210,10 @@ def _check_layout(file: h5py.File, path: Path) -> None:
         and all(shape[0] == n for shape in shapes.values())
         and shapes["key"][1] == 32
         and shapes["features"][-1] == shapes["pooled"][-1]
+        and file["features"].dtype in (np.float16, np.float32)  # type: ignore[union-attr]
+        and file["features"].chunks == (1, *shapes["features"][1:])  # type: ignore[union-attr]
+        and 0 < math.prod(shapes["features"][1:]) * 4 <= _MAX_ROW_BYTES
+        and file["pooled"].dtype == np.float32  # type: ignore[union-attr]
         and file["key"].dtype == np.uint8  # type: ignore[union-attr]
         and file["view"].dtype == np.int64  # type: ignore[union-attr]
     )
@@ -212,6 +225,7 @@ def _plain_shape(file: h5py.File, name: str, ndim: int, path: Path) -> tuple[int
     link = file.get(name, getlink=True)
     dataset = file.get(name) if isinstance(link, h5py.HardLink) else None
     plain = isinstance(dataset, h5py.Dataset) and not dataset.external and not dataset.is_virtual
+    plain = plain and dataset.chunks is not None and dataset.fletcher32  # type: ignore[union-attr]
     if not plain or dataset.ndim != ndim:  # type: ignore[union-attr]
         raise CacheError(f"{path} has no plain dataset {name!r}; move it out of the cache")
     return dataset.shape  # type: ignore[union-attr]

@@ -118,17 +118,15 @@ class ShardReader:
 
     def read(self, located: Located) -> np.ndarray:
         """Return the located rows in their order; each shard is opened once, its rows read in file order."""
-        out: np.ndarray | None = None
+        if not len(located.shards):
+            raise MissingRowsError("no rows were asked for")
         order = np.lexsort((located.positions, located.shards))
         starts = np.flatnonzero(np.diff(located.shards[order], prepend=-2))
+        shape, dtype = self.layout(located)
+        out = np.empty((len(order), *shape), dtype)
         for at in np.split(order, starts[1:]):
             path = self._path(int(located.shards[at[0]]))
-            if out is None:
-                shape, dtype = row_layout(path, self._dataset)
-                out = np.empty((len(order), *shape), dtype)
             read_rows(path, self._dataset, located.positions[at], out, at)
-        if out is None:
-            raise MissingRowsError("no rows were asked for")
         return out
 
     def layout(self, located: Located) -> tuple[tuple[int, ...], np.dtype]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pipeline.dataset.base import SPLIT_NAMES, Dataset, FileSource, brought, index_labels
 from pipeline.errors import DatasetError
-from pipeline.images import IMAGE_ENDINGS
+
+IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"})
 
 _LAYOUT = "expected <class>/<image>, or train/<class>/<image> with test/ and perhaps val/ beside it"
 _LOOP = "(link loop)"

@@ -1,0 +1,64 @@
+# Icebox. `make help` lists the targets; NAME=value after a target changes what it works on.
+
+PYTHON  ?= python3
+EXTRAS  ?=
+DATASET ?= digits
+HEAD    ?= gap
+WEIGHTS ?= auto
+MAX_BAD ?= 0
+
+VENV := .venv
+BIN  := $(VENV)/bin
+CLI  := $(BIN)/python cli.py
+PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart features train-head test lint check format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  with DATASET= HEAD= WEIGHTS= MAX_BAD= (features, train-head), EXTRAS=gpu (setup), PYTHON= (setup)"
+
+setup: $(VENV)/.ready ## install Icebox into .venv; EXTRAS=gpu adds TensorFlow's CUDA build
+ifneq ($(EXTRAS),)
+	$(PIP) --editable '.[$(EXTRAS)]'
+endif
+
+quickstart: setup ## from nothing to features, three heads and their accuracies, on digits
+	$(CLI) features
+	$(CLI) train-head --head logreg
+	$(CLI) train-head --head gap --patience 5
+	$(CLI) train-head --head flatten --patience 3
+	$(CLI) runs ls
+
+features: setup ## compute the features of DATASET that are missing
+	$(CLI) features --dataset '$(DATASET)' --weights '$(WEIGHTS)' --max-bad '$(MAX_BAD)'
+
+train-head: setup ## train HEAD on the cached features of DATASET
+	$(CLI) train-head --dataset '$(DATASET)' --head '$(HEAD)' --weights '$(WEIGHTS)' --max-bad '$(MAX_BAD)'
+
+test: $(VENV)/.ready-dev ## set up and run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready-dev ## format and lint (ruff), types (pyright)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+check: lint test ## all of the above
+
+format: $(VENV)/.ready-dev ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove .venv and caches of tools; data/ is left alone
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP) --editable '.[dev]'
+	@touch $@

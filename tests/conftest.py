@@ -1,0 +1,71 @@
+"""What several test modules share: the command line as a subprocess, and folders of small images."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one JSON object on stdout; fails the test if there is anything else."""
+        return json.loads(self.out)
+
+
+def command_line(data: Path, *arguments: str | Path) -> list[str]:
+    return [sys.executable, str(ROOT / "cli.py"), "--data-dir", str(data), *map(str, arguments)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment without what would change answers, and with every download sent to a closed port."""
+    closed = "http://127.0.0.1:9"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ICEBOX_")}
+    return {**kept, "http_proxy": closed, "https_proxy": closed, "no_proxy": "", "COLUMNS": "200", **more}
+
+
+def icebox(data: Path, *arguments: str | Path, cwd: Path = ROOT, **env: str) -> Finished:
+    """Run `cli.py` with its data in `data`."""
+    done = subprocess.run(
+        command_line(data, *arguments), capture_output=True, text=True, cwd=cwd, env=environment(**env), timeout=900
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def picture(seed: int, height: int = 40, width: int = 50, channels: int = 3) -> np.ndarray:
+    """A smooth coloured image, different for every seed: uint8 (height, width, channels), BGR as OpenCV writes it."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 7, channels), np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).reshape(height, width, channels)
+
+
+def write_picture(path: Path, seed: int, **shape: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), picture(seed, **shape))
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with two classes of six images each."""
+    root = tmp_path / "photos"
+    for i in range(12):
+        write_picture(root / ("cats" if i % 2 else "dogs") / f"{i}.png", seed=i)
+    return root

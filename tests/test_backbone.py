@@ -1,0 +1,159 @@
+"""The frozen network gives what Keras' own gives, and a row depends on its image alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from conftest import picture
+
+from pipeline import backbone, images
+from pipeline.backbone import FrozenBackbone, build, carries_alone, cut, load_weights
+from pipeline.errors import IceboxError, SpecError, WeightsError
+from pipeline.spec import FeatureSpec, HeadSpec
+
+SPEC = FeatureSpec(
+    backbone="inception_v3",
+    weights="untrained:glorot_centred_1:0",
+    layer="mixed10",
+    input_size=299,
+    decode=images.DECODE_POLICY,
+    resize=images.RESIZE_POLICY,
+    fit="squash",
+    scaling="x/127.5-1",
+    precision="float32",
+    engine="keras",
+    storage="float16",
+)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    """The whole network in float32 with the untrained weights of seed 0."""
+    model = build("inception_v3")
+    load_weights(model, SPEC.weights, None)
+    return model
+
+
+@pytest.fixture(scope="module")
+def frozen() -> FrozenBackbone:
+    return FrozenBackbone(SPEC, None, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """Six images of several kinds, (6, 299, 299, 3) uint8."""
+    noise = np.random.default_rng(0).integers(0, 256, (299, 299, 3), np.uint8)
+    made = [images.resize(picture(i), 299, "squash") for i in range(3)]
+    return np.stack([*made, noise, np.zeros_like(noise), np.full_like(noise, 255)])
+
+
+def test_float32_rows_equal_keras_within_float16_rounding(
+    whole: Any, frozen: FrozenBackbone, pixels: np.ndarray
+) -> None:
+    reference = keras.applications.InceptionV3(include_top=False, weights=None, input_shape=(299, 299, 3))
+    reference.set_weights(whole.get_weights())
+    scaled = keras.applications.inception_v3.preprocess_input(pixels.astype(np.float32))
+    expected = np.asarray(reference(scaled, training=False))  # (6, 8, 8, 2048)
+    features, pooled = frozen(pixels[:4])
+    assert features.shape == (4, 8, 8, 2048)
+    assert features.dtype == np.float16
+    # Half a unit in float16's last place; the rest is float32's own rounding, in another graph, at another shape.
+    np.testing.assert_allclose(features, expected[:4], rtol=2**-11, atol=2**-14)
+    np.testing.assert_allclose(pooled, expected[:4].mean(axis=(1, 2)), rtol=1e-4, atol=2**-16)
+    assert features.max() > 0.05, "magnitudes are ordinary"
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_place(frozen: FrozenBackbone, pixels: np.ndarray) -> None:
+    together, pooled = frozen(pixels[:4])
+    alone, alone_pooled = frozen(pixels[2:3])  # padded to the same shape
+    moved, _ = frozen(pixels[[2, 5, 4]])
+    np.testing.assert_array_equal(together[2], alone[0])
+    np.testing.assert_array_equal(together[2], moved[0])
+    np.testing.assert_array_equal(pooled[2], alone_pooled[0])
+
+
+def test_bfloat16_rows_keep_no_noise_below_bfloat16(pixels: np.ndarray, frozen: FrozenBackbone) -> None:
+    half = FrozenBackbone(replace(SPEC, precision="bfloat16"), None, batch_size=4)
+    features, _ = half(pixels[:4])
+    normal = features[np.abs(features) > 2.0**-14]
+    assert not (normal.view(np.uint16) & 0b111).any(), "float16 has three bits more than bfloat16: all must be 0"
+    exact, _ = frozen(pixels[:4])
+    difference = np.linalg.norm(features.astype(np.float32) - exact) / np.linalg.norm(exact.astype(np.float32))
+    assert 0 < difference < 0.1
+
+
+def test_features_that_are_not_finite_are_refused(pixels: np.ndarray) -> None:
+    model = FrozenBackbone(SPEC, None, batch_size=2)
+    first = model.model.get_layer(index=1)
+    first.kernel.assign(first.kernel * 1e12)
+    with pytest.raises(IceboxError, match="not finite"):
+        model(pixels[:2])
+
+
+@pytest.mark.parametrize("layer", ["mixed8", "mixed9", "mixed10"])
+def test_the_cut_carries_the_rest_of_the_network(whole: Any, layer: str) -> None:
+    assert cut(whole, layer).output.shape[-1] == whole.get_layer(layer).output.shape[-1]
+
+
+def test_only_layers_where_branches_meet_can_be_cut(whole: Any) -> None:
+    names = [each.name for each in whole.layers[18:] if carries_alone(whole, each.name)]
+    assert names == [f"mixed{i}" for i in range(11)]
+    branch = whole.layers[245].name
+    with pytest.raises(SpecError, match="does not carry"):
+        cut(whole, branch)
+    with pytest.raises(SpecError, match="no layer 'mixed11'"):
+        cut(whole, "mixed11")
+
+
+def test_weights_files_of_both_formats_give_the_network_back(whole: Any, tmp_path: Path) -> None:
+    path = tmp_path / "w.weights.h5"
+    whole.save_weights(path)
+    other = build("inception_v3")
+    load_weights(other, "sha256:00", path)
+    for expected, found in zip(whole.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(expected, found)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    small = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    small.save_weights(tmp_path / "small.weights.h5")
+    (tmp_path / "text.weights.h5").write_text("no weights at all")
+    for name in ("small.weights.h5", "text.weights.h5"):
+        with pytest.raises(WeightsError, match="does not hold weights"):
+            load_weights(build("inception_v3"), "sha256:00", tmp_path / name)
+
+
+def test_untrained_weights_are_the_seeds_and_differ_between_seeds(whole: Any) -> None:
+    again, other = build("inception_v3"), build("inception_v3")
+    load_weights(again, "untrained:glorot_centred_1:0", None)
+    load_weights(other, "untrained:glorot_centred_1:1", None)
+    np.testing.assert_array_equal(whole.get_weights()[-10], again.get_weights()[-10])
+    np.testing.assert_array_equal(whole.get_weights()[0], again.get_weights()[0])
+    assert not np.array_equal(whole.get_weights()[0], other.get_weights()[0])
+
+
+def test_a_head_on_the_cached_row_is_the_full_model_on_the_image(whole: Any, pixels: np.ndarray) -> None:
+    from pipeline.heads import build as build_head
+
+    row, pooled = FrozenBackbone(SPEC, None, batch_size=4)(pixels[:4])
+    on_tensor = build_head(HeadSpec.make("gap"), (8, 8, 2048), 5)
+    on_pooled = build_head(HeadSpec.make("gap"), (2048,), 5)
+    on_pooled.set_weights(on_tensor.get_weights())
+    full = keras.Model(whole.input, on_tensor(whole.output))
+    expected = np.asarray(full(backbone.scale(pixels[:4].astype(np.float32)), training=False))
+    np.testing.assert_allclose(on_tensor.predict_on_batch(row), expected, atol=1e-3)
+    np.testing.assert_allclose(on_pooled.predict_on_batch(pooled), expected, atol=1e-5)
+
+
+def test_parameter_counts_of_the_known_recipes(whole: Any) -> None:
+    from pipeline.summary import summarize
+
+    counts = summarize("gap", 10, "mixed10")
+    assert counts["trainable_all"] == 21_900_138
+    assert counts["trainable_backbone_frozen"] == 131_786
+    assert summarize("flatten", 10, "mixed10")["head_parameters"] == 33_557_258

@@ -1,0 +1,239 @@
+"""What the command line promises: exit codes, one JSON object, one line of error, speed of --help."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT, Finished, command_line, environment, icebox, picture, write_picture
+from PIL import Image
+
+FEATURE_KEYS = {
+    "rows", "computed", "reused", "duplicates", "quarantined", "seconds", "images_per_second", "space",
+    "bytes_per_row", "weights", "precision",
+}  # fmt: skip
+HEAD_KEYS = {
+    "run", "head", "stage", "accuracy", "val_accuracy", "train_rows", "test_rows", "classes", "seconds",
+    "features_computed",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory with the features of 300 digits."""
+    data = tmp_path_factory.mktemp("data")
+    done = icebox(data, "features", "--limit", "300", "--json")
+    assert done.code == 0, done.err
+    assert done.json.keys() >= FEATURE_KEYS
+    assert (done.json["rows"], done.json["computed"], done.json["weights"]) == (300, 300, "untrained")
+    assert done.json["images_per_second"] > 0
+    assert "UNTRAINED" in done.err
+    assert re.search(r"300 images to compute: about \d+ s, [\d.]+ GB on disk", done.err)
+    return data
+
+
+def assert_one_line(done: Finished, code: int, *words: str) -> None:
+    assert done.code == code, done.err
+    last = done.err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "Traceback" not in done.err
+    for word in words:
+        assert word in last
+
+
+@pytest.mark.parametrize(
+    ("head", "options"),
+    [
+        ("logreg", ("--C", "0.5")),
+        ("gap", ("--epochs", "8")),
+        ("flatten", ("--epochs", "8", "--hidden", "64", "--dropout", "0")),
+    ],
+)
+def test_each_head_trains_from_the_cache(data: Path, head: str, options: tuple[str, ...]) -> None:
+    done = icebox(data, "train-head", "--head", head, "--limit", "300", *options, "--json")
+    assert done.code == 0, done.err
+    assert done.json.keys() >= HEAD_KEYS
+    assert (done.json["head"], done.json["stage"], done.json["features_computed"]) == (head, "head", 0)
+    assert done.json["accuracy"] > 0.5, "ten classes, so far above chance"
+    run = data / "runs" / done.json["run"]
+    assert json.loads((run / "run.json").read_text())["head"]["head"] == head
+    listed = icebox(data, "runs", "ls", "--json").json["runs"]
+    assert done.json["run"] in [each["run"] for each in listed]
+
+
+def test_settings_a_head_does_not_have_are_wrong_usage(data: Path) -> None:
+    assert_one_line(icebox(data, "train-head", "--head", "logreg", "--epochs", "3"), 2, "logreg", "epochs")
+    assert_one_line(icebox(data, "train-head", "--head", "gap", "--C", "3"), 2, "gap head has no C")
+    assert_one_line(icebox(data, "train-head", "--dropout", "1.5"), 2, "--dropout", "1.5")
+
+
+def test_missing_rows_name_the_command_that_makes_them(data: Path) -> None:
+    done = icebox(data, "train-head", "--head", "logreg", "--json")
+    assert_one_line(done, 1, "1,497 of 1,797 images", f"cli.py --data-dir {data} features --dataset digits")
+    assert "1,497 of 1,797" in done.json["error"]
+    other = icebox(data, "train-head", "--head", "logreg", "--limit", "300", "--layer", "mixed8", "--fit", "pad")
+    assert_one_line(other, 1, "300 of 300", "features --dataset digits --limit 300 --layer mixed8 --fit pad")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("features", "--dataset", "digit"), 1, ("did you mean digits",)),
+        (("features", "--dataset", "no/such/folder"), 1, ("no/such/folder",)),
+        (("features", "--limit", "0"), 2, ("--limit",)),
+        (("features", "--limt", "3"), 2, ("--limit",)),
+        (("featurs",), 2, ("features",)),
+        (("features", "--precision", "int8"), 2, ("bfloat16",)),
+        (("features", "--weights", "nothing.h5", "--limit", "310"), 1, ("nothing.h5", "untrained")),
+        (("features", "--weights", "untrained:x"), 2, ("untrained:SEED",)),
+        (("features", "--layer", "mixed11", "--limit", "5"), 1, ("mixed11", "mixed10")),
+        (("features", "--space", "none-such"), 1, ("none-such", "inception_v3-mixed10-")),
+        (("features", "--archive", "README.md"), 2, ("--archive",)),
+        (("features", "--max-bad", "2"), 2, ("--max-bad",)),
+        (("train-head", "--head", "forest"), 2, ("logreg",)),
+        (("cache",), 2, ("command",)),
+    ],
+)
+def test_mistakes_get_one_line_and_their_exit_code(
+    data: Path, arguments: tuple[str, ...], code: int, words: tuple[str, ...]
+) -> None:
+    done = icebox(data, *arguments, "--json") if arguments != ("cache",) else icebox(data, *arguments)
+    assert_one_line(done, code, *words)
+    if arguments != ("cache",):
+        assert done.json.keys() == {"error"}
+
+
+def write_mixture(folder: Path) -> dict[str, str]:
+    """Write ten files, good and bad, and return the names of the bad ones with a word of the reason."""
+    photo, good = folder / "photo", write_picture(folder / "photo" / "good.jpg", 1, height=300, width=400)
+    data = good.read_bytes()
+    (photo / "half.jpg").write_bytes(data[: len(data) // 2])
+    (photo / "empty.jpg").write_bytes(b"")
+    (photo / "text.png").write_text("this is no picture")
+    drawn = folder / "drawn"
+    drawn.mkdir()
+    cv2.imwrite(str(drawn / "deep.png"), picture(2).astype(np.uint16) * 257)
+    cv2.imwrite(str(drawn / "grey.png"), picture(3, channels=1))
+    cv2.imwrite(str(drawn / "alpha.png"), picture(4, channels=4))
+    Image.fromarray(picture(5)).convert("CMYK").save(drawn / "cmyk.jpg")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(picture(6)).save(drawn / "turned.jpg", exif=turned)
+    (drawn / "bomb.png").write_bytes(small_bomb())
+    return {
+        "photo/half.jpg": "cut short",
+        "photo/empty.jpg": "empty",
+        "photo/text.png": "not an image",
+        "drawn/bomb.png": "20000 x 20000",
+    }
+
+
+def small_bomb() -> bytes:
+    """A PNG whose header claims 20,000 x 20,000 pixels, in a few kilobytes."""
+    packer, packed = zlib.compressobj(9), b""
+    for _ in range(20_000):
+        packed += packer.compress(bytes(2501))
+    body = packed + packer.flush()
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", body), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part)) for name, part in parts
+    )
+
+
+def test_bad_images_are_named_and_the_exit_code_says_so(tmp_path: Path) -> None:
+    bad = write_mixture(tmp_path / "mixture")
+    command = ("features", "--dataset", tmp_path / "mixture", "--weights", "untrained")
+    done = icebox(tmp_path / "data", *command, "--json")
+    assert done.code == 3
+    assert (done.json["rows"], done.json["quarantined"], done.json["images"]) == (6, 4, 10)
+    reasons = {each["path"]: each["reason"] for each in done.json["quarantined_images"]}
+    assert reasons.keys() == bad.keys()
+    for name, word in bad.items():
+        assert word in reasons[name]
+        assert f"quarantined {name}: {reasons[name]}" in done.err
+    assert icebox(tmp_path / "data", *command, "--max-bad", "0.39").code == 3
+    assert icebox(tmp_path / "data", *command, "--max-bad", "0.4").code == 0
+
+
+def test_files_passed_over_are_said(tmp_path: Path) -> None:
+    write_picture(tmp_path / "mixed" / "a" / "1.png", 1)
+    write_picture(tmp_path / "mixed" / "b" / "2.png", 2)
+    (tmp_path / "mixed" / "a" / "notes.txt").write_text("hello")
+    done = icebox(tmp_path / "data", "features", "--dataset", tmp_path / "mixed", "--weights", "untrained")
+    assert done.code == 0
+    assert "passed over" in done.err
+    assert ".txt 1" in done.err
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    heavy = ("tensorflow", "keras", "sklearn", "cv2", "h5py", "numpy", "matplotlib", "dask")
+    script = f"import sys, cli; cli.main(['--help']); print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "train-head" in done.stdout
+
+
+def test_logreg_and_listing_start_no_tensorflow(data: Path) -> None:
+    for arguments in (("train-head", "--head", "logreg", "--limit", "300"), ("cache", "ls"), ("weights",)):
+        words = command_line(data, *arguments)[2:]
+        script = "import sys, cli; cli.main(sys.argv[1:]); sys.exit('tensorflow' in sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words], capture_output=True, text=True, env=environment(), cwd=ROOT
+        )
+        assert done.returncode == 0, arguments
+
+
+def test_cache_ls_counts(data: Path) -> None:
+    listed = icebox(data, "cache", "ls", "--json").json
+    plain = [space for space in listed["spaces"] if space["spec"]["layer"] == "mixed10"]
+    assert [space["rows"] for space in plain] == [300]
+    shards = list(data.glob("cache/*/shards/*.h5"))
+    assert listed["bytes"] == sum(path.stat().st_size for path in shards)
+    assert listed["shards"] == len(shards)
+
+
+def test_doctor_tells_the_truth(data: Path) -> None:
+    import importlib.metadata
+    import os
+    import platform
+
+    told = icebox(data, "doctor", "--json").json
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert told["python"] == platform.python_version()
+    assert told["tensorflow"] == importlib.metadata.version("tensorflow")
+    assert told["cores"] == len(os.sched_getaffinity(0))
+    assert told["bfloat16"] == any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
+    assert told["cache_rows"] == 300
+    assert told["memory"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if told["tensorflow_gpus"] == 0:
+        assert told["precision_auto"] == ("bfloat16" if told["bfloat16"] else "float32")
+
+
+def test_weights_and_summary_answer(data: Path) -> None:
+    assert icebox(data, "weights", "--weights", "untrained:3", "--json").json["identity"].endswith(":3")
+    told = icebox(data, "summary", "--head", "flatten", "--classes", "10", "--json").json
+    assert told["head_parameters"] == 33_557_258
+    assert [each["name"] for each in told["layers"] if each["cut"]][-11:] == [f"mixed{i}" for i in range(11)]
+
+
+def test_the_data_directory_may_come_from_the_environment(data: Path) -> None:
+    command = [sys.executable, str(ROOT / "cli.py"), "cache", "ls", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(ICEBOX_DATA=str(data)), check=True)
+    assert json.loads(done.stdout)["rows"] >= 300
+
+
+def test_the_constant_in_the_command_line_is_the_librarys() -> None:
+    import cli
+    from pipeline import compute, images
+
+    assert cli._MAX_PIXELS == images.DEFAULT_MAX_PIXELS
+    assert (compute.DEFAULT_SHARD_ROWS, compute.DEFAULT_BATCH_SIZE) == (256, 32)

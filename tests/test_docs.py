@@ -1,0 +1,95 @@
+"""Every command and snippet in the README and the docs does what it says, in a copy of the project."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment, icebox, write_picture
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What runs these tests, and what only prepares the shell.
+NOT_RUN = ("make test", "source .venv/bin/activate")
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """Return (page, code) of each fenced block of a language."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [(page.name, code) for page in PAGES for code in fence.findall(page.read_text())]
+
+
+def commands() -> list[str]:
+    lines = [line.strip() for _, code in blocks("sh") for line in code.splitlines()]
+    return [line for line in lines if line and not line.startswith(NOT_RUN)]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with a folder `photos` of its user's, whose features are there already."""
+    copy = tmp_path_factory.mktemp("clone") / "icebox"
+    ignored = shutil.ignore_patterns(".git", ".venv", "data", "*.egg-info", "__pycache__", ".*_cache", "tests")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    (copy / ".venv").symlink_to(sys.prefix)
+    for i in range(40):
+        write_picture(copy / "photos" / ("cats" if i % 2 else "dogs") / f"{i}.jpg", seed=i)
+    # No network here, so no ImageNet: `auto` then finds these features on disk and uses them.
+    done = icebox(copy / "data", "features", "--dataset", copy / "photos", "--weights", "untrained")
+    assert done.code == 0, done.err
+    return copy
+
+
+def run(project: Path, command: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", command], cwd=project, env=environment(PATH=path), capture_output=True, text=True, timeout=900
+    )
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands(project: Path, command: str) -> None:
+    if command.startswith("make") and not (Path(sys.prefix) / ".ready").exists():
+        pytest.skip("not an environment that `make setup` made: run the tests by `make test`")
+    done = run(project, command)
+    assert done.returncode == 0, done.stderr
+    if command == "make quickstart":
+        table = done.stderr.strip().splitlines()[-4:]
+        assert table[0].split()[:3] == ["run", "head", "accuracy"]
+        accuracies = {line.split()[1]: float(line.split()[2]) for line in table[1:]}
+        assert accuracies["logreg"] >= 0.92
+        assert accuracies["gap"] >= 0.90
+        assert accuracies["flatten"] >= 0.90
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"))
+def test_snippets(project: Path, page: str, code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "8, 8, 2048" in done.stdout
+
+
+def test_every_command_stands_in_the_readme() -> None:
+    listed = icebox(ROOT / "data", "--help").out.partition("Commands:")[2]
+    names = re.findall(r"^  ([a-z-]+)  ", listed, re.MULTILINE)
+    assert len(names) >= 7
+    text = (ROOT / "README.md").read_text()
+    missing = [name for name in names if f"cli.py {name}" not in text]
+    assert not missing
+
+
+def test_make_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[1] for line in shown.splitlines() if line.startswith("  make ")} == set(phony[1].split())
+
+
+def test_the_project_names_no_machine_and_no_registry() -> None:
+    hosts = re.compile(r"p[y]pi\.org|python[h]osted|npm[j]s|deb\.de[b]ian|^/(?:home|root|work)/", re.MULTILINE)
+    for path in [*PAGES, ROOT / "constraints.txt", ROOT / "pyproject.toml", ROOT / "Makefile"]:
+        assert not hosts.search(path.read_text()), path

@@ -1,0 +1,95 @@
+"""Metrics against cases small enough to work out by hand."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+
+from pipeline.evaluate import evaluate, wilson_interval
+
+CLASSES = ("ant", "bee", "cow", "dog")
+
+# Truth: two ants, two bees, one dog and no cow. Said: ant bee | bee bee | cow.
+LABELS = np.array([0, 0, 1, 1, 3], np.int32)
+PROBABILITIES = np.array(
+    [
+        [0.7, 0.1, 0.1, 0.1],
+        [0.2, 0.6, 0.1, 0.1],
+        [0.0, 1.0, 0.0, 0.0],
+        [0.25, 0.5, 0.25, 0.0],
+        [0.1, 0.1, 0.6, 0.2],
+    ],
+    np.float32,
+)
+
+
+@pytest.fixture
+def metrics() -> dict:
+    return evaluate(LABELS, PROBABILITIES, CLASSES)
+
+
+def test_accuracy_is_the_share_of_hits(metrics: dict) -> None:
+    assert metrics["images"] == 5
+    assert metrics["accuracy"] == 3 / 5
+
+
+def test_confusion_has_a_row_for_each_true_class_and_a_column_for_each_predicted(metrics: dict) -> None:
+    assert metrics["confusion"] == [[1, 1, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]]
+
+
+def test_each_class_has_its_precision_recall_f1_and_support(metrics: dict) -> None:
+    table = {entry.pop("class"): entry for entry in metrics["per_class"]}
+    assert list(table) == list(CLASSES)
+    assert table["ant"] == pytest.approx({"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "support": 2})
+    assert table["bee"] == pytest.approx({"precision": 2 / 3, "recall": 1.0, "f1": 0.8, "support": 2})
+    assert table["cow"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+    assert table["dog"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 1}
+
+
+def test_means_over_classes_leave_out_a_class_without_images(metrics: dict) -> None:
+    assert metrics["balanced_accuracy"] == pytest.approx((0.5 + 1.0 + 0.0) / 3)  # ant, bee, dog
+    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 0.8 + 0.0) / 3)
+
+
+def test_log_loss_is_the_mean_of_minus_the_log_of_what_the_truth_was_given(metrics: dict) -> None:
+    expected = -(math.log(0.7) + math.log(0.2) + math.log(1.0) + math.log(0.5) + math.log(0.2)) / 5
+    assert metrics["log_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_log_loss_stays_finite_when_the_truth_was_given_nothing() -> None:
+    sure_and_wrong = np.array([[0.0, 1.0]], np.float32)
+    assert 30 < evaluate(np.array([0]), sure_and_wrong, ("a", "b"))["log_loss"] < 800
+
+
+def test_the_interval_is_wilsons(metrics: dict) -> None:
+    n, p, z = 5, 3 / 5, 1.959963984540054
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert metrics["accuracy_interval"] == pytest.approx((centre - half, centre + half), rel=1e-9)
+
+
+@pytest.mark.parametrize(("hits", "expected"), [(0, (0.0, 0.2775)), (10, (0.7225, 1.0))])
+def test_the_interval_of_no_or_only_hits_is_not_a_point(hits: int, expected: tuple[float, float]) -> None:
+    assert wilson_interval(hits, 10) == pytest.approx(expected, abs=1e-4)
+
+
+def test_softmax_in_float32_gives_no_warning() -> None:
+    """Rows of float32 sum to 1 within 1e-7 only, which scikit-learn's log loss takes amiss."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 8, (500, 100)).astype(np.float32)
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    assert np.any(shares.sum(axis=1, dtype=np.float64) != 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics = evaluate(rng.integers(0, 90, 500).astype(np.int32), shares, [str(i) for i in range(100)])
+    assert sum(map(sum, metrics["confusion"])) == 500
+
+
+def test_what_was_handed_in_is_not_altered() -> None:
+    labels, probabilities = LABELS.copy(), PROBABILITIES.astype(np.float64) * 3
+    before = probabilities.copy()
+    evaluate(labels, probabilities, CLASSES)
+    assert np.array_equal(probabilities, before)
+    assert np.array_equal(labels, LABELS)

@@ -1,0 +1,404 @@
+"""`features`: nothing computed twice, nothing stale served, in = cached + quarantined, safe to kill."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import h5py
+import hdf5plugin  # noqa: F401  registers the filter
+import numpy as np
+import pytest
+from conftest import ROOT, command_line, environment, icebox, picture, write_picture
+
+import pipeline.extract
+from pipeline.backbone import FrozenBackbone
+from pipeline.compute import ComputeOptions
+from pipeline.dataset import Dataset, limit, open_dataset
+from pipeline.errors import SpecError, WeightsError
+from pipeline.extract import Extraction, FeatureChoice, extract
+from pipeline.workspace import Workspace, open_workspace
+
+UNTRAINED = FeatureChoice(weights="untrained", precision="float32")
+OPTIONS = ComputeOptions(shard_rows=8, batch_size=4)
+
+
+@pytest.fixture(autouse=True)
+def _one_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build the real backbone once for each spec of this module, not once a test."""
+    monkeypatch.setattr(pipeline.extract, "FrozenBackbone", _frozen_backbone)
+
+
+_frozen_backbone = functools.cache(FrozenBackbone)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Extraction]:
+    """Extract a folder's features into `tmp_path/data`."""
+
+    def run(folder: Path | Dataset, choice: FeatureChoice = UNTRAINED, **options: bool) -> Extraction:
+        dataset = folder if isinstance(folder, Dataset) else open_dataset(str(folder), downloads=tmp_path)
+        with open_workspace(tmp_path / "data") as workspace:
+            return extract(dataset, workspace, choice, OPTIONS, **options)
+
+    return run
+
+
+def counts(done: Extraction) -> tuple[int, int, int, int]:
+    assert done.rows + len(done.quarantined) == done.images
+    return done.computed, done.reused, done.duplicates, len(done.quarantined)
+
+
+def stored(data: Path) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
+    """Read every shard with plain h5py: key → (features, pooled)."""
+    rows = {}
+    for path in data.glob("cache/*/shards/*.h5"):
+        with h5py.File(path) as file:
+            content = {name: np.asarray(file[name]) for name in ("key", "features", "pooled")}
+        for key, features, pooled in zip(content["key"], content["features"], content["pooled"], strict=True):
+            rows[key.tobytes()] = (features, pooled)
+    return rows
+
+
+def test_a_second_run_computes_nothing(photos: Path, run: Callable[..., Extraction]) -> None:
+    assert counts(run(photos)) == (12, 0, 0, 0)
+    assert counts(run(photos)) == (0, 12, 0, 0)
+
+
+def test_only_what_is_new_is_computed(photos: Path, run: Callable[..., Extraction]) -> None:
+    run(photos)
+    (photos / "cats" / "1.png").rename(photos / "cats" / "renamed.png")
+    (photos / "cats" / "3.png").rename(photos / "dogs" / "relabelled.png")
+    moved = photos.parent / "elsewhere"
+    photos.rename(moved)
+    assert counts(run(moved)) == (0, 12, 0, 0)
+    write_picture(moved / "cats" / "new.png", seed=99)
+    shutil.copy(moved / "cats" / "5.png", moved / "dogs" / "copy.png")
+    assert counts(run(moved)) == (1, 12, 1, 0)
+    write_picture(moved / "cats" / "5.png", seed=100)  # changed in place: its copy keeps the row, it gets a new one
+    assert counts(run(moved)) == (1, 13, 0, 0)
+
+
+def test_rows_lie_in_shards_of_the_asked_size_under_their_content_hash(
+    photos: Path, run: Callable[..., Extraction], tmp_path: Path
+) -> None:
+    import hashlib
+
+    run(photos)
+    paths = sorted((tmp_path / "data/cache").glob("*/shards/*.h5"))
+    assert [path.stem for path in paths] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    with h5py.File(paths[0]) as file:
+        assert file["features"].shape[1:] == (8, 8, 2048)  # type: ignore[union-attr]
+    assert sorted(len(np.asarray(h5py.File(path)["view"])) for path in paths) == [4, 8]
+    keys = {hashlib.sha256(path.read_bytes()).digest() for path in photos.glob("*/*")}
+    assert stored(tmp_path / "data").keys() == keys
+
+
+def test_rows_equal_keras_on_the_same_pixels(tmp_path: Path, run: Callable[..., Extraction]) -> None:
+    """The whole way, from files of several kinds to a plain HDF5 reader, against keras.applications."""
+    import hashlib
+
+    import keras
+
+    from pipeline import images, untrained
+
+    folder = tmp_path / "kinds"
+    for name, seed, channels in (("a/c.jpg", 1, 3), ("a/g.png", 2, 1), ("b/t.png", 3, 4), ("b/w.webp", 4, 3)):
+        write_picture(folder / name, seed, channels=channels)
+    write_picture(folder / "b/large.bmp", 5, height=500, width=700)
+    assert counts(run(folder)) == (5, 0, 0, 0)
+    rows = stored(tmp_path / "data")
+    reference = keras.applications.InceptionV3(include_top=False, weights=None, input_shape=(299, 299, 3))
+    untrained.initialise(reference, 0)
+    for path in folder.glob("*/*"):
+        data = path.read_bytes()
+        pixels = images.decode(data).astype(np.float32)[None]
+        expected = np.asarray(reference(keras.applications.inception_v3.preprocess_input(pixels)))[0]
+        features, pooled = rows[hashlib.sha256(data).digest()]
+        np.testing.assert_allclose(features, expected, rtol=2**-11, atol=2**-14)
+        np.testing.assert_allclose(pooled, expected.mean(axis=(0, 1)), rtol=1e-4, atol=2**-16)
+
+
+def test_what_cannot_be_decoded_is_named_and_remembered(photos: Path, run: Callable[..., Extraction]) -> None:
+    (photos / "cats" / "empty.jpg").write_bytes(b"")
+    (photos / "cats" / "text.png").write_text("not a picture")
+    (photos / "dogs" / "twin.png").write_text("not a picture")
+    (photos / "dogs" / "gone.png").symlink_to(photos / "nowhere.png")
+    first = run(photos)
+    assert counts(first) == (12, 0, 0, 4)
+    assert set(first.quarantined) == {"cats/empty.jpg", "cats/text.png", "dogs/gone.png", "dogs/twin.png"}
+    assert "cannot be read" in first.quarantined["dogs/gone.png"]
+    assert first.quarantined["cats/text.png"] == first.quarantined["dogs/twin.png"]
+    assert counts(run(photos)) == (0, 12, 0, 4)
+
+
+def test_a_remembered_failure_is_tried_again_only_when_asked(
+    photos: Path, run: Callable[..., Extraction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import images
+    from pipeline.errors import DecodeError
+
+    bad = (photos / "cats" / "1.png").read_bytes()
+    decode = images.decode
+
+    def failing(data: bytes, **options: int) -> np.ndarray:
+        if data == bad:
+            raise DecodeError("out of luck")
+        return decode(data, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "decode", failing)
+        assert counts(run(photos)) == (11, 0, 0, 1)
+    assert counts(run(photos)) == (0, 11, 0, 1), "remembered, so not tried"
+    assert counts(run(photos, retry_failed=True)) == (1, 11, 0, 0)
+
+
+def test_a_file_changed_after_it_was_hashed_gets_the_key_of_what_was_decoded(
+    photos: Path, run: Callable[..., Extraction], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hashlib
+
+    original = (photos / "cats" / "1.png").read_bytes()
+    (photos / "dogs" / "copy.png").write_bytes(original)
+    build = pipeline.extract.FrozenBackbone
+
+    def change_then_build(*arguments: object) -> FrozenBackbone:
+        write_picture(photos / "cats" / "1.png", seed=77)
+        return build(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline.extract, "FrozenBackbone", change_then_build)
+    done = run(photos)
+    assert done.rows == 13
+    assert not done.quarantined
+    now = {hashlib.sha256(path.read_bytes()).digest() for path in photos.glob("*/*")}
+    assert stored(tmp_path / "data").keys() == now, "the copy of the former content has its row too"
+
+
+def test_auto_takes_the_space_on_disk_that_holds_most(photos: Path, run: Callable[..., Extraction]) -> None:
+    first = run(photos)
+    assert first.space
+    auto = run(photos, FeatureChoice())
+    assert auto.space
+    assert (auto.space.name, auto.computed) == (first.space.name, 0)
+    write_picture(photos / "cats" / "more.png", seed=55)
+    grown = run(photos, FeatureChoice())  # and goes on computing there, in its precision and with its weights
+    assert grown.space
+    assert (grown.space.name, counts(grown)) == (first.space.name, (1, 12, 0, 0))
+
+
+def test_a_stated_field_that_differs_is_another_space(photos: Path, run: Callable[..., Extraction]) -> None:
+    first = run(photos)
+    assert first.space
+    other = run(photos, replace(UNTRAINED, fit="pad"))
+    assert other.space
+    assert other.computed == 12
+    assert other.space.name != first.space.name
+    with pytest.raises(SpecError, match="fit is squash"):
+        run(photos, replace(UNTRAINED, fit="pad", space=first.space.name))
+    assert counts(run(photos, FeatureChoice(space=first.space.name))) == (0, 12, 0, 0)
+
+
+def test_auto_weights_that_cannot_be_had_name_the_ways_out(
+    photos: Path, run: Callable[..., Extraction], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(WeightsError, match="--weights FILE.*--weights untrained"):
+        run(photos, FeatureChoice())
+    assert not list((tmp_path / "data").glob("cache/*/space.json"))
+
+
+def test_digits_by_default_come_without_network(tmp_path: Path, run: Callable[..., Extraction]) -> None:
+    few = limit(open_dataset("digits", downloads=tmp_path), 20)
+    done = run(few, FeatureChoice(precision="float32"))
+    assert counts(done) == (20, 0, 0, 0)
+    assert done.space
+    assert done.space.provenance["weights"] == "untrained"
+    assert counts(run(few, FeatureChoice())) == (0, 20, 0, 0)
+
+
+def test_other_layers_have_spaces_of_their_own(photos: Path, run: Callable[..., Extraction], tmp_path: Path) -> None:
+    done = run(photos, replace(UNTRAINED, layer="mixed8"))
+    assert done.space
+    assert done.space.name.startswith("inception_v3-mixed8-")
+    assert next(iter(stored(tmp_path / "data").values()))[0].shape == (8, 8, 1280)
+
+
+def test_float32_storage_keeps_what_the_model_said(
+    photos: Path, run: Callable[..., Extraction], tmp_path: Path
+) -> None:
+    run(photos, replace(UNTRAINED, storage="float32"))
+    for features, pooled in stored(tmp_path / "data").values():
+        assert features.dtype == np.float32
+        np.testing.assert_allclose(features.mean(axis=(0, 1)), pooled, rtol=1e-5, atol=1e-7)
+
+
+# Real processes
+
+
+FEATURES = ("features", "--weights", "untrained", "--precision", "float32", "--shard-rows", "4", "--batch-size", "4")
+
+
+def many(folder: Path, n: int) -> Path:
+    for i in range(n):
+        write_picture(folder / ("cats" if i % 2 else "dogs") / f"{i}.png", seed=i)
+    return folder
+
+
+def start_and_wait_for_a_shard(data: Path, folder: Path) -> subprocess.Popen[str]:
+    command = command_line(data, *FEATURES, "--dataset", folder)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not list(data.glob("cache/*/shards/[!.]*.h5")):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def test_killed_in_the_middle_nothing_but_the_shard_in_hand_is_lost(tmp_path: Path) -> None:
+    folder, data, whole = many(tmp_path / "images", 40), tmp_path / "data", tmp_path / "whole"
+    process = start_and_wait_for_a_shard(data, folder)
+    process.kill()
+    process.wait()
+    kept = stored(data)
+    assert 4 <= len(kept) < 40
+    resumed = icebox(data, *FEATURES, "--dataset", folder, "--json")
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["reused"] == len(kept)
+    assert resumed.json["computed"] == 40 - len(kept)
+    assert icebox(whole, *FEATURES, "--dataset", folder).code == 0
+    expected, found = stored(whole), stored(data)
+    assert expected.keys() == found.keys()
+    for key, (features, pooled) in expected.items():
+        np.testing.assert_array_equal(found[key][0], features)
+        np.testing.assert_array_equal(found[key][1], pooled)
+    assert not list(data.glob("cache/*/shards/.partial-*"))
+
+
+def test_ctrl_c_keeps_what_was_computed_and_says_how_to_go_on(tmp_path: Path) -> None:
+    folder, data = many(tmp_path / "images", 40), tmp_path / "data"
+    process = start_and_wait_for_a_shard(data, folder)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert err.rstrip().endswith(
+        "error: stopped; features computed so far are kept, and the same command computes the rest"
+    )
+    assert not list(data.glob("cache/*/shards/.partial-*"))
+    resumed = icebox(data, *FEATURES, "--dataset", folder, "--json")
+    assert resumed.json["reused"] >= 4
+    assert resumed.json["rows"] == 40
+
+
+def test_two_at_once_on_one_space_compute_each_row_once(tmp_path: Path) -> None:
+    """Both plan everything, both wait for the lock that this test holds, then one finds the other's rows."""
+    folder, data = many(tmp_path / "images", 12), tmp_path / "data"
+    assert icebox(data, *FEATURES, "--dataset", folder, "--limit", "1").code == 0
+    command = command_line(data, *FEATURES, "--dataset", folder, "--json")
+    with open_workspace(data) as workspace:
+        (space,) = workspace.cache.spaces()
+        with space.lock(lambda holder: None):
+            both = [
+                subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
+                )
+                for _ in range(2)
+            ]
+            for process in both:
+                assert process.stderr
+                assert any(f"waiting: process {os.getpid()} on" in line for line in process.stderr), "says for whom"
+        results = [json.loads(process.communicate(timeout=120)[0]) for process in both]
+        space.sync()
+        assert space.totals().rows == 12
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(result["computed"] for result in results) == [0, 11]
+    assert [result["rows"] for result in results] == [12, 12]
+
+
+def test_a_second_run_starts_no_tensorflow(tmp_path: Path) -> None:
+    folder, data = many(tmp_path / "images", 4), tmp_path / "data"
+    assert icebox(data, *FEATURES, "--dataset", folder).code == 0
+    arguments = command_line(data, *FEATURES, "--dataset", folder, "--json")[2:]
+    script = (
+        "import sys, cli; code = cli.main(sys.argv[1:]);"
+        "print([name for name in ('tensorflow', 'keras', 'dask', 'matplotlib') if name in sys.modules]);"
+        "sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment(), cwd=ROOT
+    )
+    result, modules = done.stdout.splitlines()
+    assert json.loads(result)["computed"] == 0
+    assert modules == "[]"
+
+
+def test_a_pixel_bomb_costs_no_memory(tmp_path: Path) -> None:
+    """A PNG of 20,000 x 20,000 in a few hundred KB is refused by its header; the peak stays what it was."""
+
+    def peak(folder: Path) -> int:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        command = command_line(tmp_path / folder.name / "data", *FEATURES, "--dataset", folder, "--max-bad", "1")
+        process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        assert usage.ru_maxrss or before
+        return usage.ru_maxrss  # KiB
+
+    plain, bombed = many(tmp_path / "plain", 4), many(tmp_path / "bombed", 4)
+    (bombed / "cats" / "bomb.png").write_bytes(black_png(20_000))
+    assert peak(bombed) < peak(plain) * 1.05 + 20_000
+
+
+def black_png(side: int) -> bytes:
+    """A one-bit black PNG, written row by row: its pixels never exist here either."""
+    import struct
+    import zlib
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    packer, packed = zlib.compressobj(9), b""
+    for _ in range(side):
+        packed += packer.compress(bytes(1 + side // 8))
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", packed + packer.flush()), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def test_the_helpers_make_real_pictures() -> None:
+    assert cv2.imdecode(np.frombuffer(black_png(64), np.uint8), cv2.IMREAD_GRAYSCALE).shape == (64, 64)
+    assert not np.array_equal(picture(1), picture(2))
+
+
+def test_without_any_image_that_can_be_decoded_there_is_no_row(tmp_path: Path, run: Callable[..., Extraction]) -> None:
+    folder = tmp_path / "bad"
+    for name in ("a/1.png", "b/2.png"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(name)
+    assert counts(run(folder)) == (0, 0, 0, 2)
+    again = run(folder)
+    assert counts(again) == (0, 0, 0, 2)
+
+
+def test_a_workspace_closes_its_index(tmp_path: Path) -> None:
+    import sqlite3
+
+    with open_workspace(tmp_path) as workspace:
+        assert isinstance(workspace, Workspace)
+    with pytest.raises(sqlite3.ProgrammingError):
+        workspace.cache.index.shards("any")

@@ -1,0 +1,176 @@
+"""A run directory appears whole or not at all, under a name of its own; what it holds can be read back."""
+
+import csv
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import runs
+from pipeline.errors import RunError
+from pipeline.runs import Predictions, draw_curves, new_run, write_json, write_predictions
+
+ODD_NAMES = ["a,b.png", 'quo"te.png', "two\nlines.png", "carriage\rreturn.png", "\udcff\udc80.png", "=1+1", "é漢.png"]
+
+
+def published(root: Path) -> list[str]:
+    """What a reader sees: everything that is not hidden."""
+    return sorted(path.name for path in root.glob("[!.]*"))
+
+
+def test_a_run_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    with new_run(tmp_path / "runs", "digits-gap") as (name, directory):
+        (directory / "run.json").write_text("{}")
+        assert published(tmp_path / "runs") == []
+    assert published(tmp_path / "runs") == [name]
+    assert (tmp_path / "runs" / name / "run.json").read_text() == "{}"
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [name]
+
+
+def test_after_an_error_nothing_is_left_and_the_error_is_the_same(tmp_path: Path) -> None:
+    fault = ZeroDivisionError("a fault")
+    with pytest.raises(ZeroDivisionError) as caught, new_run(tmp_path, "digits-gap") as (_, directory):
+        (directory / "run.json").write_text("{}")
+        raise fault
+    assert caught.value is fault
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_after_a_kill_only_a_hidden_folder_is_left(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from pipeline.runs import new_run\n"
+        "with new_run(Path(sys.argv[1]), 'digits-gap') as (_, directory):\n"
+        "    (directory / 'run.json').write_text('{}'); os._exit(9)\n"
+    )
+    root = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=root, check=False).returncode == 9
+    assert published(tmp_path) == []
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_two_runs_that_start_in_the_same_second_and_overlap_are_both_published(tmp_path: Path) -> None:
+    for _ in range(3):  # a second may turn between the two, hardly three times
+        with new_run(tmp_path, "digits-gap") as (first, one), new_run(tmp_path, "digits-gap") as (second, two):
+            (one / "run.json").write_text(first)
+            (two / "run.json").write_text(second)
+        assert first != second
+    names = published(tmp_path)
+    assert len(names) == 6
+    assert [(tmp_path / name / "run.json").read_text() for name in names] == names
+
+
+def test_many_runs_at_once_are_all_published_under_the_names_they_were_told(tmp_path: Path) -> None:
+    barrier = threading.Barrier(12)
+
+    def work() -> None:
+        barrier.wait()
+        with new_run(tmp_path, "digits-gap") as (name, directory):
+            (directory / "run.json").write_text(name)
+
+    threads = [threading.Thread(target=work) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    names = published(tmp_path)
+    assert len(names) == 12
+    assert [(tmp_path / name / "run.json").read_text() for name in names] == names
+
+
+@pytest.mark.parametrize(
+    ("title", "slug"),
+    [
+        ("../../etc/passwd", "etc-passwd"),
+        ("my photos: 2024/gap", "my-photos-2024-gap"),
+        ("\udcff漢字\n", "run"),
+        ("..", "run"),
+        ("", "run"),
+        ("CIFAR_10.v2-gap", "CIFAR_10.v2-gap"),
+    ],
+)
+def test_odd_characters_do_not_get_into_a_name(tmp_path: Path, title: str, slug: str) -> None:
+    with new_run(tmp_path / "runs", title) as (name, _):
+        pass
+    assert name.split("-", 2)[2] == slug
+    assert published(tmp_path / "runs") == [name]
+    assert published(tmp_path) == ["runs"]
+
+
+def test_a_long_title_makes_a_name_that_a_file_system_takes(tmp_path: Path) -> None:
+    with new_run(tmp_path, "x" * 255 + "-flatten") as (name, _):
+        pass
+    assert published(tmp_path) == [name]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    blocked = tmp_path / "runs"
+    blocked.write_text("a file stands where the folder should")
+    with pytest.raises(RunError, match="no run can be written to") as caught, new_run(blocked, "digits-gap"):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [ODD_NAMES, dict.fromkeys(ODD_NAMES, "reason")])
+def test_json_with_odd_names_reads_back_the_same(tmp_path: Path, value: object) -> None:
+    write_json(tmp_path / "names.json", value)
+    assert json.loads((tmp_path / "names.json").read_text(encoding="utf-8")) == value
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_predictions_have_a_row_for_each_image(tmp_path: Path) -> None:
+    val = Predictions("val", ["a.png"], np.array([1]), np.array([[0.25, 0.75]], np.float32))
+    test = Predictions("test", ["b.png"], np.array([1]), np.array([[0.9, 0.1]], np.float32))
+    write_predictions(tmp_path / "predictions.csv", [val, test], ["cat", "dog"])
+    assert read_csv(tmp_path / "predictions.csv") == [
+        ["image", "split", "label", "predicted", "probability", "p:cat", "p:dog"],
+        ["a.png", "val", "dog", "dog", "0.75", "0.25", "0.75"],
+        ["b.png", "test", "dog", "cat", "0.9", "0.9", "0.1"],
+    ]
+
+
+def test_predictions_of_oddly_named_files_are_written_whole(tmp_path: Path) -> None:
+    n = len(ODD_NAMES)
+    part = Predictions("test", ODD_NAMES, np.zeros(n, np.int32), np.tile(np.float32([0.5, 0.5]), (n, 1)))
+    write_predictions(tmp_path / "predictions.csv", [part], ["a,\n\udcff", "b"])
+    header, *rows = read_csv(tmp_path / "predictions.csv")
+    expected = [name.encode("utf-8", "backslashreplace").decode() for name in ODD_NAMES]
+    assert [row[0] for row in rows] == expected
+    assert {len(row) for row in rows} == {len(header)} == {7}
+    assert header[5] == "p:a,\n\\udcff"
+
+
+DENSE = [{"epoch": i, "loss": 1 / i, "accuracy": 0.5, "val_loss": 1.0, "val_accuracy": 0.4} for i in range(1, 4)]
+SOLVER = [{"train_rows": n, "accuracy": 1.0, "val_accuracy": 0.5} for n in (10, 20)]
+
+
+@pytest.mark.parametrize(
+    ("history", "x", "panels"),
+    [(DENSE, "epoch", 2), (DENSE[:1], "epoch", 2), (SOLVER, "train_rows", 1)],
+    ids=["epochs", "one epoch", "solver"],
+)
+def test_curves_are_a_picture_with_a_panel_for_each_measure(tmp_path: Path, history: list, x: str, panels: int) -> None:
+    draw_curves(tmp_path / "curves.png", history, x, "gap on digits")
+    with Image.open(tmp_path / "curves.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert picture.size == (600 * panels, 432)
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 50  # lines and letters, not a blank sheet
+
+
+@pytest.mark.parametrize("title", ["gap on $5_and_$6", "gap on \\frac{$x$", "gap on \udcff", "gap on a_b^c"])
+def test_curves_take_any_dataset_name_as_plain_text(tmp_path: Path, title: str) -> None:
+    draw_curves(tmp_path / "curves.png", DENSE, "epoch", title)
+    assert (tmp_path / "curves.png").stat().st_size > 5_000
+
+
+def test_the_format_of_a_run_is_named() -> None:
+    assert (runs.FORMAT, runs.VERSION) == ("icebox-run", 1)
