@@ -14,7 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from pipeline.dataset import Dataset
-    from pipeline.extract import FeatureChoice
+    from pipeline.extract import FeatureChoice, Quarantined
     from pipeline.workspace import Workspace
 
 app = typer.Typer(
@@ -94,6 +94,7 @@ def features(
 ) -> None:
     """Compute the features that are missing, and keep them."""
     import time
+    from dataclasses import asdict
 
     from pipeline.compute import ComputeOptions
     from pipeline.extract import extract
@@ -112,7 +113,7 @@ def features(
         "reused": done.reused,
         "duplicates": done.duplicates,
         "quarantined": len(done.quarantined),
-        "quarantined_images": _reasons(done.quarantined),
+        "quarantined_images": [asdict(bad) for bad in done.quarantined],
         "seconds": round(time.perf_counter() - start, 3),
         "images_per_second": round(done.computed / done.compute_seconds, 2) if done.computed else None,
         "space": done.space.name if done.space else None,
@@ -361,10 +362,6 @@ def _features_command(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def _reasons(quarantined: dict[str, str]) -> list[dict[str, str]]:
-    return [{"path": name, "reason": reason} for name, reason in quarantined.items()]
-
-
 def _finish(result: dict[str, Any], as_json: bool, lines: tuple[str, ...], note: str | None = None) -> None:
     """Print the JSON object, or the named lines of it for people."""
     from pipeline import terminal
@@ -385,12 +382,12 @@ def _readable(name: str, value: Any) -> Any:
     return f"{value / 1e9:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.2f} MB"
 
 
-def _exit_for_bad(quarantined: dict[str, str], images: int, max_bad: float) -> None:
+def _exit_for_bad(quarantined: list[Quarantined], images: int, max_bad: float) -> None:
     """List what was quarantined; exit with 3 if it is more than was allowed for."""
     from pipeline import terminal
 
-    for name, reason in list(quarantined.items())[:20]:
-        terminal.say(f"quarantined {name}: {reason}", "yellow")
+    for bad in quarantined[:20]:
+        terminal.say(f"quarantined {bad.path}: {bad.reason}", "yellow")
     if len(quarantined) > 20:
         terminal.say(f"and {len(quarantined) - 20:,} more; --json lists them all", "yellow")
     if len(quarantined) > max_bad * images:

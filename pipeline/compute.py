@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SHARD_ROWS = 256
 DEFAULT_BATCH_SIZE = 32
+_ANNOUNCED_FROM = 4  # batches; fewer are done before an estimate of them would be
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,8 @@ def make_rows(features: np.ndarray, pooled: np.ndarray, keys: Sequence[bytes]) -
 def _announce(load: _Loader, todo: Sequence[int], job: Job) -> None:
     """Say how long it will take and how large it gets, measured on the first images; refuse if it cannot fit."""
     batch_size, path = job.backbone.batch_size, job.space.path
+    if len(todo) < _ANNOUNCED_FROM * batch_size:
+        return
     sample = [image for image in map(load, todo[:batch_size]) if image.pixels is not None]
     if not sample:
         return

@@ -57,6 +57,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Quarantined:
+    """An image without a row, by the name people know it under, and why. Names may repeat in a manifest."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Extraction:
     """What `features` did; rows = computed + reused + duplicates, and rows + quarantined = images."""
 
@@ -64,7 +72,7 @@ class Extraction:
     computed: int
     reused: int
     duplicates: int
-    quarantined: dict[str, str]  # the image's name → why
+    quarantined: list[Quarantined]
     compute_seconds: float  # from the first batch asked of the model to the last shard published
     space: FeatureSpace | None  # None if nothing was computed ever
 
@@ -109,8 +117,13 @@ def extract(
             plan, seconds = _compute_all(job)
     elif space is not None:
         warn_untrained(space.spec)
-    failed = {dataset.names[i]: reason for i, reason in sorted(plan.quarantined.items())}
+    failed = name_quarantined(dataset, plan)
     return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, seconds, space)
+
+
+def name_quarantined(dataset: Dataset, plan: Plan) -> list[Quarantined]:
+    """Return the quarantined images in the dataset's order."""
+    return [Quarantined(dataset.names[i], reason) for i, reason in sorted(plan.quarantined.items())]
 
 
 def _compute_all(job: Job) -> tuple[Plan, float]:
@@ -226,7 +239,7 @@ def _weights_of(space: FeatureSpace | None, dataset: Dataset, workspace: Workspa
     if space is None:
         offline = dataset.name in _OFFLINE_DATASETS
         return resolve("auto", DEFAULT_BACKBONE, workspace.downloads, workspace.cache.index, offline=offline)
-    logger.warning("adding to %s, which holds some of these images already", space.name)
+    logger.info("adding to the feature space %s", space.name)
     found = find_by_identity(space.spec.weights, workspace.cache.index)
     if found is None:
         raise WeightsError(

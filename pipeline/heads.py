@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.backbone import KerasModel, import_keras
+from pipeline.cache import storage
 from pipeline.errors import RunError
 from pipeline.rows import Rows, blocks
 from pipeline.runs import write_json
@@ -96,11 +97,16 @@ def load(directory: Path) -> Head:
     """
     try:
         made = json.loads((directory / _JSON_FILE).read_text())
+        file = _SKOPS_FILE if made["head"] == "logreg" else _WEIGHTS_FILE
+        if storage.sha256_file(directory / file) != made["sha256"]:
+            raise RunError(f"{file} is not the file that was saved")
         if made["head"] == "logreg":
             return LogregHead.load(directory, made["classes"])
-        spec = HeadSpec.make(made.pop("head"), **made.pop("settings"))
+        spec = HeadSpec.make(made["head"], **made["settings"])
         model = build(spec, tuple(made["input_shape"]), made["classes"])
-        model.load_weights(directory / _WEIGHTS_FILE)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # Keras only warns where a file lacks or adds layers
+            model.load_weights(directory / _WEIGHTS_FILE)
     except Exception as error:
         # JSON, Keras, HDF5, zip and skops readers raise many kinds, some of them over dozens of lines.
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
@@ -124,14 +130,15 @@ class DenseHead:
 
     def save(self, directory: Path) -> None:
         """Write Keras weights and our JSON."""
+        self.model.save_weights(directory / _WEIGHTS_FILE)
         made = {
             "head": self.spec.head,
             "settings": dict(self.spec.settings),
             "input_shape": list(self.model.input_shape[1:]),
             "classes": self.model.output_shape[-1],
+            "sha256": storage.sha256_file(directory / _WEIGHTS_FILE),
         }
         write_json(directory / _JSON_FILE, made)
-        self.model.save_weights(directory / _WEIGHTS_FILE)
 
     @property
     def parameters(self) -> int:
@@ -299,8 +306,9 @@ class LogregHead:
         """Write a skops file and our JSON."""
         import skops.io
 
-        write_json(directory / _JSON_FILE, {"head": "logreg", "classes": self.classes})
         skops.io.dump(self.pipeline, directory / _SKOPS_FILE)
+        digest = storage.sha256_file(directory / _SKOPS_FILE)
+        write_json(directory / _JSON_FILE, {"head": "logreg", "classes": self.classes, "sha256": digest})
 
     @classmethod
     def load(cls, directory: Path, classes: int) -> LogregHead:
@@ -356,9 +364,10 @@ def _accuracies(head: LogregHead, rows: np.ndarray, labels: np.ndarray, data: Da
 
 
 def _class_balanced_order(labels: np.ndarray) -> np.ndarray:
-    """Return an order of the rows whose every beginning holds the classes as evenly as it can."""
+    """Return an order of the rows whose every beginning holds the classes as evenly as it can, else mixed."""
+    random = np.random.default_rng(0)  # datasets list like beside like: the first of a class are no fair sample
     rank = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
-        at = np.flatnonzero(labels == label)
+        at = random.permutation(np.flatnonzero(labels == label))
         rank[at] = np.arange(len(at))
     return np.lexsort((labels, rank))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset, Split, assign
 from pipeline.errors import DatasetError, MissingRowsError, RunError
 from pipeline.evaluate import evaluate
-from pipeline.extract import FeatureChoice, find_space, make_plan, warn_untrained
+from pipeline.extract import FeatureChoice, Quarantined, find_space, make_plan, name_quarantined, warn_untrained
 from pipeline.rows import Rows, open_rows
 from pipeline.spec import HeadSpec
 from pipeline.workspace import Workspace
@@ -36,7 +36,7 @@ class HeadRun:
     name: str
     path: Path
     summary: dict[str, Any]
-    quarantined: dict[str, str]
+    quarantined: list[Quarantined]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class _Material:
     usable: np.ndarray  # (m,) indices into the dataset
     split: Split
     space: FeatureSpace
-    quarantined: dict[str, str]
+    quarantined: list[Quarantined]
 
     def members(self, side: str) -> np.ndarray:
         """Return positions in `keys` of the images on one side."""
@@ -82,11 +82,10 @@ def train_head(
     warn_untrained(material.space.spec)
     rows = open_rows(material.space, material.keys, heads.READS[spec.head], members)
     data = heads.Data(rows[0], labels[0], rows[1], labels[1], len(dataset.classes))
-    with workspace.progress(
-        f"training {spec.head}", heads.steps(spec), "fits" if spec.head == "logreg" else "epochs"
-    ) as advance:
-        fitted = heads.fit(spec, data, advance)
+    unit = "fits" if spec.head == "logreg" else "epochs"
     with runs.new_run(workspace.runs, f"{dataset.name}-{spec.head}") as (name, directory):
+        with workspace.progress(f"training {spec.head}", heads.steps(spec), unit) as advance:
+            fitted = heads.fit(spec, data, advance)
         predictions = [
             _predict(fitted.head, material, side, at, some)
             for side, at, some in zip(SPLITS[1:], members[1:], rows[1:], strict=True)
@@ -106,8 +105,11 @@ def _gather(
         identities = identify(dataset, index, advance)
     space, _ = find_space(workspace, choice, identities)
     plan = make_plan(identities, space, index, max_pixels)
+    if not plan.rows:
+        raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")
     if space is None or plan.todo:
-        lacking = len(plan.todo) if space else len(dataset) - len(plan.quarantined)
+        keys = {identities.keys[i] for i in plan.todo}
+        lacking = sum(key in keys for key in identities.keys)
         where = f" in {space.name}" if space else " in any feature space that agrees with what was asked for"
         raise MissingRowsError(
             f"{lacking:,} of {len(dataset):,} images have no features{where}; make them by: {features_command}"
@@ -115,8 +117,8 @@ def _gather(
     usable = np.array([i for i in range(len(dataset)) if i not in plan.quarantined], np.int64)
     split = assign(dataset, identities.keys)
     _report_leaks(split)
-    quarantined = {dataset.names[i]: reason for i, reason in sorted(plan.quarantined.items())}
-    return _Material(dataset, _keys(identities, usable), usable, split, space, quarantined)
+    bad = name_quarantined(dataset, plan)
+    return _Material(dataset, _keys(identities, usable), usable, split, space, bad)
 
 
 def _keys(identities: Identities, usable: np.ndarray) -> list[bytes]:
@@ -147,7 +149,7 @@ def _check_splits(dataset: Dataset, labels: Sequence[np.ndarray]) -> None:
         )
     if absent := sorted(set(range(len(dataset.classes))) - set(learnable.tolist())):
         names = ", ".join(dataset.classes[i] for i in absent[:5])
-        logger.warning("%d classes have no training image and will never be predicted: %s", len(absent), names)
+        logger.warning("%d classes have no training image and cannot be learned: %s", len(absent), names)
 
 
 _USES = {"train": "train on", "val": "validate on", "test": "test on"}
@@ -215,7 +217,7 @@ def _write(
     runs.write_json(directory / "run.json", about)
     runs.write_json(directory / "metrics.json", metrics)
     runs.write_json(directory / "history.json", fitted.history)
-    runs.write_json(directory / "quarantined.json", material.quarantined)
+    runs.write_json(directory / "quarantined.json", [asdict(bad) for bad in material.quarantined])
     runs.write_predictions(directory / "predictions.csv", predictions, dataset.classes)
     runs.draw_curves(directory / "curves.png", fitted.history, fitted.x, f"{spec.head} on {dataset.name}")
     fitted.head.save(directory)
@@ -224,7 +226,7 @@ def _write(
 def _check_saved(directory: Path, rows: Rows, expected: np.ndarray) -> None:
     """Read the head back and compare, so that what is published is the model that was measured."""
     difference = float(np.abs(heads.load(directory).predict(rows) - expected).max())
-    if difference > _MOST_DIFFERENCE:
+    if not difference <= _MOST_DIFFERENCE:  # so that NaN counts as different
         raise RunError(
             f"the saved head, read back, differs from the trained one by {difference:.2g}; nothing published"
         )

@@ -55,7 +55,8 @@ def pixels() -> np.ndarray:
 def test_float32_rows_equal_keras_within_float16_rounding(
     whole: Any, frozen: FrozenBackbone, pixels: np.ndarray
 ) -> None:
-    reference = keras.applications.InceptionV3(include_top=False, weights=None, input_shape=(299, 299, 3))
+    build: Any = keras.applications.InceptionV3
+    reference = build(include_top=False, weights=None, input_shape=(299, 299, 3))
     reference.set_weights(whole.get_weights())
     scaled = keras.applications.inception_v3.preprocess_input(pixels.astype(np.float32))
     expected = np.asarray(reference(scaled, training=False))  # (6, 8, 8, 2048)

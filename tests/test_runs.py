@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import runs
 from pipeline.errors import RunError
-from pipeline.runs import Predictions, draw_curves, new_run, write_json, write_predictions
+from pipeline.runs import Predictions, draw_curves, list_runs, new_run, write_json, write_predictions
 
 ODD_NAMES = ["a,b.png", 'quo"te.png', "two\nlines.png", "carriage\rreturn.png", "\udcff\udc80.png", "=1+1", "é漢.png"]
 
@@ -139,7 +138,7 @@ def test_predictions_have_a_row_for_each_image(tmp_path: Path) -> None:
 
 def test_predictions_of_oddly_named_files_are_written_whole(tmp_path: Path) -> None:
     n = len(ODD_NAMES)
-    part = Predictions("test", ODD_NAMES, np.zeros(n, np.int32), np.tile(np.float32([0.5, 0.5]), (n, 1)))
+    part = Predictions("test", ODD_NAMES, np.zeros(n, np.int32), np.full((n, 2), 0.5, np.float32))
     write_predictions(tmp_path / "predictions.csv", [part], ["a,\n\udcff", "b"])
     header, *rows = read_csv(tmp_path / "predictions.csv")
     expected = [name.encode("utf-8", "backslashreplace").decode() for name in ODD_NAMES]
@@ -172,5 +171,27 @@ def test_curves_take_any_dataset_name_as_plain_text(tmp_path: Path, title: str) 
     assert (tmp_path / "curves.png").stat().st_size > 5_000
 
 
-def test_the_format_of_a_run_is_named() -> None:
-    assert (runs.FORMAT, runs.VERSION) == ("icebox-run", 1)
+def make_run(root: Path, title: str, **about: object) -> str:
+    with new_run(root, title) as (name, directory):
+        write_json(directory / "run.json", {"format": "icebox-run", "version": 1, "name": name, **about})
+    return name
+
+
+def test_runs_are_listed_by_name_without_half_written_ones(tmp_path: Path) -> None:
+    assert list_runs(tmp_path / "none yet") == []
+    names = [make_run(tmp_path, title) for title in ("b", "a", "\udcff")]
+    (tmp_path / "a note.txt").write_text("not a run")
+    with new_run(tmp_path, "unfinished") as (_, directory):
+        (directory / "run.json").write_text("{}")
+        assert [about["name"] for about in list_runs(tmp_path)] == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"format": "other", "version": 1}', '{"format": "icebox-run", "version": 2}']
+)
+def test_a_run_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
+    name = make_run(tmp_path, "a")
+    (tmp_path / name / "run.json").write_text(text)
+    with pytest.raises(RunError, match=name) as caught:
+        list_runs(tmp_path)
+    assert "\n" not in str(caught.value)

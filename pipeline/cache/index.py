@@ -113,8 +113,10 @@ class Index:
         """Return where the rows of `keys` are; a row in several shards is found in one of them."""
         shards = np.full(len(keys), -1, np.int64)
         positions = np.zeros(len(keys), np.int64)
+        # CROSS JOIN is SQLite's way to fix the order: left to itself it goes through all rows of the space.
         query = """SELECT w.ordinal, r.shard, r.position FROM wanted w
-            JOIN rows r ON r.key = w.key AND r.view = ? JOIN shards s ON s.id = r.shard AND s.space = ?"""
+            CROSS JOIN rows r ON r.key = w.key AND r.view = ?
+            CROSS JOIN shards s ON s.id = r.shard AND s.space = ?"""
         with self._wanted(keys):
             for ordinal, shard, position in self._db.execute(query, (view, space)):
                 shards[ordinal], positions[ordinal] = shard, position

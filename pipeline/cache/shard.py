@@ -7,11 +7,13 @@ Layout (version 1), row i being one image and one view of it:
     key      (n, 32)       uint8, sha256 of the image's encoded bytes (or raw pixels)
     view     (n,)          int64, 0 for the plain image
 
-and the attributes format, version, spec (canonical JSON) and views (JSON: view number → recipe).
+and the attributes version, and as ASCII bytes format, spec (canonical JSON) and views (JSON: view number → recipe).
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -31,11 +33,11 @@ from pipeline.spec import FeatureSpec, canonical_json
 FORMAT = "icebox-shard"
 VERSION = 1
 MAX_ROWS = 65_536  # far above what is ever written: a file claiming more is not ours
-_MAX_ROW_BYTES = 2**26  # likewise: no layer of a 299 × 299 network comes near it
+_MAX_ROW_BYTES = 2**26  # likewise: no layer of a network on 299 by 299 pixels comes near it
 _CHUNK_BYTES = 2**20
 # HDF5's oldest format has no checksums in its own bookkeeping: one flipped bit there made another row, or zeros, be
 # read without an error. The format of HDF5 1.10 has them, and takes less room.
-_LIBVER = ("v110", "v110")
+_LIBVER = h5py.h5f.LIBVER_V110
 
 
 @dataclass(frozen=True)
@@ -71,39 +73,48 @@ def write_shard(directory: Path, rows: Rows, spec: FeatureSpec) -> ShardInfo:
     """
     partial = storage.partial_name(directory, ".h5")
     try:
-        _write_file(partial, rows, spec)
-        name = storage.sha256_file(partial)
-        size = partial.stat().st_size
+        image = _image(rows, spec)
+        name = hashlib.sha256(image).hexdigest()
+        partial.write_bytes(image)
         storage.publish(partial, directory / f"{name}.h5")
-    except (OSError, RuntimeError) as error:  # HDF5 notices a full disk on close, by a RuntimeError
+    except OSError as error:
         raise CacheError(f"cannot write a shard in {directory}: {error}; make room and run again") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-    return ShardInfo(name, size, rows.keys, rows.views)
+    return ShardInfo(name, len(image), rows.keys, rows.views)
 
 
 def file_size(rows: Rows, spec: FeatureSpec) -> int:
-    """Return the bytes a shard of `rows` takes, by writing one in memory."""
-    with h5py.File("estimate.h5", "w", driver="core", backing_store=False, libver=_LIBVER) as file:
-        _fill(file, rows, spec)
-        file.flush()
-        return file.id.get_filesize()
+    """Return the bytes a shard of `rows` takes, by making one in memory."""
+    return len(_image(rows, spec))
 
 
-def _write_file(path: Path, rows: Rows, spec: FeatureSpec) -> None:
-    with h5py.File(path, "w", libver=_LIBVER) as file:
+def _image(rows: Rows, spec: FeatureSpec) -> memoryview:
+    """Return the bytes of the shard of `rows`; equal rows give equal bytes.
+
+    HDF5 never sees the disk: once a write of its own has failed, as on a full disk, the process crashes at its end.
+    """
+    buffer = io.BytesIO()
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_obj_track_times(False)
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, buffer)
+    access.set_libver_bounds(_LIBVER, _LIBVER)
+    with h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, creation, access)) as file:
         _fill(file, rows, spec)
+    return buffer.getbuffer()
 
 
 def _fill(file: h5py.File, rows: Rows, spec: FeatureSpec) -> None:
     one_row = (1, *rows.features.shape[1:])
     filters = hdf5plugin.Blosc2(cname="zstd", clevel=1, filters=hdf5plugin.Blosc2.SHUFFLE)
     pooled_rows = max(1, min(len(rows), _CHUNK_BYTES // rows.pooled[0].nbytes))
-    file.attrs["format"] = FORMAT
     file.attrs["version"] = VERSION
-    file.attrs["spec"] = canonical_json(spec.to_dict())
-    file.attrs["views"] = json.dumps({"0": "plain"})
+    texts = {"format": FORMAT, "spec": canonical_json(spec.to_dict()), "views": json.dumps({"0": "plain"})}
+    for name, text in texts.items():
+        # Of fixed length, as bytes: HDF5 keeps other strings where no checksum covers them, and damage crashes it.
+        file.attrs[name] = np.bytes_(text.encode("ascii"))
     file.create_dataset("features", data=rows.features, chunks=one_row, fletcher32=True, **filters)
     file.create_dataset(
         "pooled",
@@ -125,8 +136,7 @@ def read_info(path: Path, spec: FeatureSpec) -> ShardInfo:
         If the file is not a shard of this space.
     """
     with _damage_named(path), opened(path) as file:
-        stored = file.attrs.get("spec")
-        if stored != canonical_json(spec.to_dict()):
+        if file.attrs.get("spec") != canonical_json(spec.to_dict()).encode():
             raise CacheError(f"{path} belongs to another feature space; move it out of this folder")
         features: Any = file["features"]
         if features.dtype != np.dtype(spec.storage):
@@ -200,7 +210,7 @@ def opened(path: Path) -> h5py.File:
 
 def _check_layout(file: h5py.File, path: Path) -> None:
     """Look at links, shapes and dtypes before a byte is read: a file from elsewhere may lie about them."""
-    if file.attrs.get("format") != FORMAT or file.attrs.get("version") != VERSION:
+    if file.attrs.get("format") != FORMAT.encode() or file.attrs.get("version") != VERSION:
         raise CacheError(f"{path} is not an {FORMAT} of version {VERSION}; move it out of the cache")
     dims = {"features": 4, "pooled": 2, "key": 2, "view": 1}
     shapes = {name: _plain_shape(file, name, ndim, path) for name, ndim in dims.items()}

@@ -1,0 +1,206 @@
+"""Cached rows as training data: the same numbers from memory and from disk, and no more memory than needed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import images, rows
+from pipeline.cache import shard
+from pipeline.cache.space import Cache, FeatureSpace
+from pipeline.errors import CacheError
+from pipeline.heads import Data, fit
+from pipeline.rows import StoredRows, blocks, open_rows
+from pipeline.spec import FeatureSpec, HeadSpec
+
+SPEC = FeatureSpec(
+    backbone="inception_v3",
+    weights="sha256:" + "0" * 64,
+    layer="mixed10",
+    input_size=299,
+    decode=images.DECODE_POLICY,
+    resize=images.RESIZE_POLICY,
+    fit="squash",
+    scaling="x/127.5-1",
+    precision="float32",
+    engine="keras",
+    storage="float16",
+)
+N = 120
+
+
+def key(i: int) -> bytes:
+    return hashlib.sha256(f"image {i}".encode()).digest()
+
+
+def features(n: int, shape: tuple[int, int, int] = (2, 2, 8)) -> np.ndarray:
+    """Rows whose every number says which image it is of, and class i % 3 in channel i % 3."""
+    made = np.random.default_rng(0).random((n, *shape), np.float32)
+    made[np.arange(n), ..., np.arange(n) % 3] += 2
+    return made.astype(np.float16)
+
+
+def store(space: FeatureSpace, tensors: np.ndarray, shards: int) -> None:
+    """Write the rows into several shards, in an order unrelated to the images'."""
+    order = np.random.default_rng(1).permutation(len(tensors))
+    for some in np.array_split(order, shards):
+        keys = np.frombuffer(b"".join(key(i) for i in some.tolist()), np.uint8).reshape(-1, 32)
+        pooled = tensors[some].astype(np.float32).mean(axis=(1, 2))
+        space.register(space.write(shard.Rows(tensors[some], pooled, keys, np.zeros(len(some), np.int64))))
+
+
+@pytest.fixture
+def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FeatureSpace]:
+    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
+    with closing(Cache(tmp_path / "cache")) as cache:
+        yield cache.create(SPEC, {"weights": "a test's"})
+
+
+@pytest.fixture
+def filled(space: FeatureSpace) -> FeatureSpace:
+    store(space, features(N), shards=4)
+    return space
+
+
+KEYS = [key(i) for i in range(N)]
+SPLITS = [np.arange(0, 80), np.arange(80, 100), np.arange(100, N)]
+
+
+def on_disk(space: FeatureSpace, dataset: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The rows as they are when memory is short."""
+    with monkeypatch.context() as short:
+        short.setattr(rows, "_SHARE_OF_MEMORY", 0)
+        return open_rows(space, KEYS, dataset, SPLITS)
+
+
+def test_rows_come_in_the_order_of_the_keys_whatever_that_of_the_shards(filled: FeatureSpace) -> None:
+    tensors = features(N)
+    means = tensors.astype(np.float32).mean(axis=(1, 2))
+    for at, some, pooled in zip(
+        SPLITS, open_rows(filled, KEYS, "features", SPLITS), open_rows(filled, KEYS, "pooled", SPLITS), strict=True
+    ):
+        assert np.array_equal(np.asarray(some), tensors[at])
+        assert np.array_equal(np.asarray(pooled), means[at])
+
+
+def test_a_split_may_be_any_selection_of_keys(filled: FeatureSpace) -> None:
+    at = np.array([7, 3, 119, 3, 0])
+    assert np.array_equal(np.asarray(open_rows(filled, KEYS, "features", [at])[0]), features(N)[at])
+
+
+INDICES = {
+    "forwards": np.arange(80),
+    "backwards": np.arange(80)[::-1],
+    "shuffled": np.random.default_rng(2).permutation(80),
+    "a few": np.array([41, 3, 60]),
+    "one": np.array([17]),
+    "repeated": np.array([5, 5, 9, 5]),
+}
+
+
+@pytest.mark.parametrize("order", INDICES)
+def test_rows_on_disk_equal_rows_in_memory(filled: FeatureSpace, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = on_disk(filled, "features", monkeypatch)[0]
+    here = open_rows(filled, KEYS, "features", SPLITS)[0]
+    assert isinstance(here, np.ndarray)
+    assert isinstance(there, StoredRows)
+    assert there.shape == here.shape == (80, 2, 2, 8)
+    assert len(there) == len(here)
+    read = there[INDICES[order]]
+    assert read.dtype == here.dtype == np.float16
+    assert np.array_equal(read, here[INDICES[order]])
+
+
+def test_pooled_rows_are_read_into_memory_even_when_it_is_short(
+    filled: FeatureSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pooled = on_disk(filled, "pooled", monkeypatch)
+    assert all(isinstance(some, np.ndarray) and some.dtype == np.float32 for some in pooled)
+
+
+def test_how_much_is_read_into_memory_is_said_first(
+    filled: FeatureSpace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "pipeline.rows"):
+        open_rows(filled, KEYS, "features", SPLITS)
+        on_disk(filled, "features", monkeypatch)
+    first, second = caplog.messages
+    assert "120 rows, 0.00 GB, are read into memory" in first
+    assert "read from disk batch by batch" in second
+
+
+def test_a_vanished_shard_is_named_when_its_row_is_needed(
+    filled: FeatureSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = on_disk(filled, "features", monkeypatch)[0]
+    for path in (filled.path / "shards").glob("*.h5"):
+        path.unlink()
+    with pytest.raises(CacheError, match="shard"):
+        there[np.array([0])]
+
+
+@pytest.mark.parametrize(("n", "size"), [(1, 256), (256, 256), (257, 256), (10, 3)])
+def test_blocks_cover_all_rows_once_in_order(n: int, size: int) -> None:
+    found = blocks(np.empty((n, 1)), size)
+    assert np.concatenate(found).tolist() == list(range(n))
+    assert max(map(len, found)) <= size
+
+
+# Training
+
+
+def train(some: list[Any]) -> tuple[list[dict[str, float]], np.ndarray]:
+    labels = [at % 3 for at in SPLITS]
+    spec = HeadSpec.make("flatten", epochs=3, hidden=16, batch_size=16)
+    done = fit(spec, Data(some[0], labels[0], some[1], labels[1], 3), lambda _: None)
+    return done.history, done.head.predict(some[2])
+
+
+def test_flatten_trained_from_disk_is_flatten_trained_from_memory(
+    filled: FeatureSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = on_disk(filled, "features", monkeypatch)
+    assert all(isinstance(some, StoredRows) for some in there)
+    (streamed, said), (held, expected) = train(there), train(open_rows(filled, KEYS, "features", SPLITS))
+    assert [list(entry.values()) for entry in streamed] == [pytest.approx(list(entry.values())) for entry in held]
+    assert np.allclose(said, expected, atol=1e-6)
+    assert held[0]["loss"] > held[-1]["loss"]
+
+
+def train_dense(some: Any, val: Any = None) -> None:
+    """Train one epoch, validated on the first 64 rows."""
+    data = Data(some, np.arange(len(some)) % 3, some if val is None else val, np.arange(64) % 3, 3)
+    fit(HeadSpec.make("flatten", epochs=1, hidden=4), data, lambda _: None)
+
+
+def peak_of_training(space: FeatureSpace, n: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes that opening, statistics and an epoch of training allocate at most, with rows left on disk."""
+    monkeypatch.setattr(rows, "_SHARE_OF_MEMORY", 0)
+    tracemalloc.start()
+    try:
+        train, val = open_rows(space, [key(i) for i in range(n)], "features", [np.arange(n), np.arange(64)])
+        train_dense(train, val)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_rows_when_they_are_left_on_disk(
+    space: FeatureSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, few = 1024, 256
+    train_dense(np.zeros((64, 2, 2, 8), np.float16))  # imports and Keras' own caches are not what is measured
+    tensors = features(many, (4, 4, 256))
+    store(space, tensors, shards=4)
+    before, after = (peak_of_training(space, n, monkeypatch) for n in (few, many))
+    grown = tensors[few:].nbytes
+    assert grown > 6e6
+    assert after - before < grown / 5

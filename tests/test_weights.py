@@ -1,0 +1,351 @@
+"""Which weights the backbone gets: the published file or none, a file by its hash, or a recipe and a seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, UNTRAINED_RECIPE, Backbone
+from pipeline.cache.digests import file_stamp
+from pipeline.cache.index import Index
+from pipeline.errors import UsageError, WeightsError
+from pipeline.weights import Weights, describe, find_by_identity, find_imagenet, resolve
+from pipeline.workspace import open_workspace
+
+PUBLISHED = b"what the weights file on the net holds" * 100
+WRONG = b"what somebody else put under its name!" * 100
+FILE = BACKBONES[DEFAULT_BACKBONE].weights_file
+
+
+def identity(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+@dataclass
+class Place:
+    """Where weights are looked for, in this test only."""
+
+    index: Index
+    downloads: Path
+    keras_models: Path
+
+    def resolve(self, choice: str, *, offline: bool = False) -> Weights:
+        return resolve(choice, DEFAULT_BACKBONE, self.downloads, self.index, offline=offline)
+
+    @property
+    def downloaded(self) -> list[str]:
+        return sorted(path.name for path in self.downloads.iterdir()) if self.downloads.exists() else []
+
+
+@dataclass
+class Server:
+    """A web server on this machine: answers with `content` and notes what was asked."""
+
+    content: bytes = PUBLISHED
+    cut_at: int | None = None  # where the line breaks
+    asked: list[str] = field(default_factory=list)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def __init__(self, server: Server, *arguments: object) -> None:
+        self.answers = server
+        super().__init__(*arguments)  # pyright: ignore[reportArgumentType]
+
+    def do_GET(self) -> None:
+        self.answers.asked.append(self.path)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.answers.content)))
+        self.end_headers()
+        self.wfile.write(self.answers.content[: self.answers.cut_at])
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def set_url(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    row = dataclasses.replace(
+        BACKBONES[DEFAULT_BACKBONE],
+        weights_url=url,
+        weights_md5=hashlib.md5(PUBLISHED).hexdigest(),
+    )
+    monkeypatch.setitem(BACKBONES, DEFAULT_BACKBONE, row)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """Empty folders, and a backbone whose weights are published at an address where nobody answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = free.getsockname()[1]
+    set_url(monkeypatch, f"http://127.0.0.1:{closed}/{FILE}")
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    (tmp_path / "keras" / "models").mkdir(parents=True)
+    index = Index(tmp_path / "cache.db")
+    yield Place(index, tmp_path / "downloads", tmp_path / "keras" / "models")
+    index.close()
+
+
+@pytest.fixture
+def server(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """The published address answers."""
+    answers = Server()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, answers)) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        set_url(monkeypatch, f"http://127.0.0.1:{http.server_address[1]}/{FILE}")
+        yield answers
+        http.shutdown()
+        thread.join()
+
+
+def row() -> Backbone:
+    return BACKBONES[DEFAULT_BACKBONE]
+
+
+def put(path: Path, content: bytes = PUBLISHED) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+# Untrained
+
+
+@pytest.mark.parametrize(
+    ("choice", "seed"),
+    [("untrained", 0), ("untrained:7", 7), ("untrained:0", 0), ("untrained:", 0), ("untrained:007", 7)],
+)
+def test_untrained_weights_are_known_by_recipe_and_seed(place: Place, choice: str, seed: int) -> None:
+    weights = place.resolve(choice)
+    assert weights == Weights("untrained", f"untrained:{UNTRAINED_RECIPE}:{seed}", None)
+    assert weights.label == "untrained"
+
+
+@pytest.mark.parametrize("seed", ["x", "-1", "1.5", " ", "7:7", "²"])
+def test_a_seed_that_is_no_whole_number_is_wrong_usage(place: Place, seed: str) -> None:
+    with pytest.raises(UsageError, match="untrained:SEED"):
+        place.resolve(f"untrained:{seed}")
+
+
+# A file
+
+
+@pytest.mark.parametrize("name", ["mine.h5", "mine.weights.h5", "caf\udce9.h5"])
+def test_a_file_is_known_by_its_hash(place: Place, tmp_path: Path, name: str) -> None:
+    path = put(tmp_path / name, b"mine")
+    assert place.resolve(str(path)) == Weights("file", identity(b"mine"), path)
+    assert place.resolve(str(path)).label == name
+
+
+def test_a_file_under_another_name_is_the_same_weights(place: Place, tmp_path: Path) -> None:
+    first, second = put(tmp_path / "a.h5", b"mine"), put(tmp_path / "b.h5", b"mine")
+    assert place.resolve(str(first)).identity == place.resolve(str(second)).identity
+
+
+def test_a_tilde_is_home(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = put(tmp_path / "mine.h5", b"mine")
+    assert place.resolve("~/mine.h5").path == path
+
+
+@pytest.mark.parametrize("choice", ["gone.h5", "", "Imagenet", "."])
+def test_a_missing_file_lists_what_may_be_given(place: Place, choice: str) -> None:
+    with pytest.raises(WeightsError, match=r"auto, imagenet, untrained or the path"):
+        place.resolve(choice)
+
+
+def test_a_folder_is_no_file(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "folder.h5").mkdir()
+    with pytest.raises(WeightsError, match="no weights file"):
+        place.resolve(str(tmp_path / "folder.h5"))
+
+
+@pytest.mark.parametrize("name", ["model.keras", "weights.npz", "weights", "weights.h5.part"])
+def test_a_file_of_another_kind_is_refused(place: Place, tmp_path: Path, name: str) -> None:
+    path = put(tmp_path / name)
+    with pytest.raises(WeightsError, match=r"does not end in .weights.h5 or .h5"):
+        place.resolve(str(path))
+
+
+# ImageNet at hand
+
+
+@pytest.mark.parametrize("choice", ["auto", "imagenet"])
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("folder", ["downloads", "keras_models"])
+def test_the_published_file_is_found(place: Place, choice: str, offline: bool, folder: str) -> None:
+    path = put(getattr(place, folder) / FILE)
+    weights = place.resolve(choice, offline=offline)
+    assert weights == Weights("imagenet", identity(PUBLISHED), path)
+    assert weights.label == "imagenet"
+
+
+def test_downloads_come_before_keras_own_folder(place: Place) -> None:
+    put(place.keras_models / FILE)
+    path = put(place.downloads / FILE)
+    assert place.resolve("imagenet").path == path
+
+
+def test_a_wrong_file_is_passed_over_for_a_right_one(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    wrong = put(place.downloads / FILE, WRONG)
+    right = put(place.keras_models / FILE)
+    assert place.resolve("imagenet").path == right
+    assert f"{wrong} is not the published file" in caplog.text
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_wrong_file_is_not_taken_for_imagenet(place: Place, times: int) -> None:
+    put(place.downloads / FILE, WRONG)
+    for _ in range(times):
+        assert find_imagenet(row(), place.downloads, place.index) is None
+        assert place.resolve("auto", offline=True).kind == "untrained"
+
+
+def test_a_wrong_file_that_was_given_by_its_path_before_is_not_taken_for_imagenet(place: Place) -> None:
+    path = put(place.downloads / FILE, WRONG)
+    assert place.resolve(str(path)).identity == identity(WRONG)
+    place.index.remember_digests({path: (file_stamp(path), hashlib.sha256(WRONG).digest())})  # as once it has settled
+    assert find_imagenet(row(), place.downloads, place.index) is None
+
+
+# ImageNet from the net
+
+
+def test_the_file_is_downloaded_once(place: Place, server: Server) -> None:
+    for _ in range(2):
+        assert place.resolve("imagenet") == Weights("imagenet", identity(PUBLISHED), place.downloads / FILE)
+    assert (place.downloads / FILE).read_bytes() == PUBLISHED
+    assert place.downloaded == [FILE]
+    assert server.asked == [f"/{FILE}"]
+
+
+def test_auto_downloads_when_it_may(place: Place, server: Server) -> None:
+    assert place.resolve("auto").kind == "imagenet"
+    assert len(server.asked) == 1
+
+
+def test_auto_never_touches_the_network_offline(place: Place, server: Server) -> None:
+    assert place.resolve("auto", offline=True) == place.resolve("untrained")
+    assert server.asked == []
+    assert place.downloaded == []
+
+
+def assert_nothing_but_ways_out(place: Place, choice: str) -> None:
+    with pytest.raises(WeightsError) as caught:
+        place.resolve(choice)
+    for way_out in ("--weights FILE", FILE, hashlib.md5(PUBLISHED).hexdigest(), "--weights untrained"):
+        assert way_out in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert place.downloaded == []
+
+
+@pytest.mark.parametrize("choice", ["auto", "imagenet"])
+def test_when_nobody_answers_the_ways_out_are_listed(place: Place, choice: str) -> None:
+    assert_nothing_but_ways_out(place, choice)
+
+
+def test_another_file_from_the_net_is_refused_and_not_kept(place: Place, server: Server) -> None:
+    server.content = WRONG
+    assert_nothing_but_ways_out(place, "imagenet")
+    assert server.asked
+
+
+def test_half_a_download_is_refused_and_not_kept(place: Place, server: Server) -> None:
+    server.cut_at = len(PUBLISHED) // 2
+    assert_nothing_but_ways_out(place, "imagenet")
+    assert server.asked
+
+
+def test_a_failed_download_leaves_a_wrong_file_as_it_is(place: Place) -> None:
+    path = put(place.downloads / FILE, WRONG)
+    with pytest.raises(WeightsError):
+        place.resolve("imagenet")
+    assert path.read_bytes() == WRONG
+    assert place.downloaded == [FILE]
+
+
+# The weights a feature space names
+
+
+def test_untrained_weights_are_always_at_hand(place: Place) -> None:
+    assert find_by_identity("untrained:glorot:7", place.index) == Weights("untrained", "untrained:glorot:7", None)
+
+
+def test_weights_nobody_has_seen_are_not_at_hand(place: Place) -> None:
+    assert find_by_identity(identity(b"never seen"), place.index) is None
+
+
+def test_weights_just_downloaded_are_at_hand(place: Place, server: Server) -> None:
+    weights = place.resolve("imagenet")
+    found = find_by_identity(weights.identity, place.index)
+    assert found is not None
+    assert (found.identity, found.path) == (identity(PUBLISHED), place.downloads / FILE)
+
+
+def test_a_file_moved_away_is_not_at_hand_and_moved_back_it_is(place: Place, tmp_path: Path) -> None:
+    path = put(tmp_path / "mine.h5", b"mine")
+    name = place.resolve(str(path)).identity
+    assert find_by_identity(name, place.index) == Weights("file", name, path)
+    path.rename(tmp_path / "elsewhere.h5")
+    assert find_by_identity(name, place.index) is None
+    shutil.copy(tmp_path / "elsewhere.h5", path)
+    assert find_by_identity(name, place.index) == Weights("file", name, path)
+
+
+def test_a_changed_file_is_refused(place: Place, tmp_path: Path) -> None:
+    path = put(tmp_path / "mine.h5", b"mine")
+    name = place.resolve(str(path)).identity
+    before = path.stat()
+    path.write_bytes(b"MINE")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert find_by_identity(name, place.index) is None
+    assert place.resolve(str(path)).identity == identity(b"MINE")
+
+
+def test_one_of_two_copies_is_enough(place: Place, tmp_path: Path) -> None:
+    first, second = put(tmp_path / "a.h5", b"mine"), put(tmp_path / "b.h5", b"mine")
+    name = place.resolve(str(first)).identity
+    place.resolve(str(second))
+    first.write_bytes(b"other")
+    found = find_by_identity(name, place.index)
+    assert found is not None
+    assert found.path == second
+
+
+def test_a_file_with_odd_bytes_in_its_name_is_found_again(place: Place, tmp_path: Path) -> None:
+    path = put(tmp_path / os.fsdecode(b"\xff.h5"), b"mine")
+    name = place.resolve(str(path)).identity
+    assert find_by_identity(name, place.index) == Weights("file", name, path)
+
+
+# What `weights` prints
+
+
+def test_describe_says_where_weights_come_from(place: Place, tmp_path: Path) -> None:
+    with open_workspace(tmp_path / "data") as workspace:
+        said = describe(None, workspace)
+        assert said["imagenet_md5"] == hashlib.md5(PUBLISHED).hexdigest()
+        assert "not downloaded" in str(said["imagenet_file"])
+        path = put(workspace.downloads / FILE)
+        assert describe(None, workspace)["imagenet_file"] == str(path)
+        assert describe("imagenet", workspace) == {
+            "weights": "imagenet",
+            "identity": identity(PUBLISHED),
+            "path": str(path),
+        }
+        assert describe("untrained:3", workspace)["path"] is None
