@@ -333,7 +333,7 @@ def _show_notices() -> None:
 def _open_dataset(workspace: Workspace, name: str, archive: Path | None, count: int | None) -> Dataset:
     from pipeline import dataset, terminal
 
-    found = dataset.open_dataset(name, downloads=workspace.downloads, archive=archive)
+    found = dataset.open_dataset(name, downloads=workspace.downloads, archive=archive, progress=terminal.progress)
     if found.ignored:
         listed = ", ".join(f"{ending or 'no ending'} {n:,}" for ending, n in sorted(found.ignored.items()))
         terminal.say(f"notice: passed over, as their endings are not of images: {listed}", "yellow")
@@ -369,8 +369,8 @@ def _finish(result: dict[str, Any], as_json: bool, lines: tuple[str, ...], note:
     if as_json:
         terminal.emit_json(result)
         return
-    shown = [(name.replace("_", " "), _readable(name, result[name])) for name in lines if result.get(name) is not None]
-    terminal.table(shown)
+    shown = {name.replace("_", " "): _readable(name, result[name]) for name in lines if result.get(name) is not None}
+    terminal.pairs(shown)
     if note:
         terminal.say(note)
 
@@ -404,9 +404,11 @@ def main(arguments: list[str] | None = None) -> int:
     except TyperException as error:
         return _fail(error.format_message(), error.exit_code, arguments)
     except Exception as error:
+        import sqlite3
+
         from pipeline.errors import IceboxError, UsageError
 
-        if not isinstance(error, (IceboxError, OSError)):
+        if not isinstance(error, (IceboxError, OSError, sqlite3.Error)):
             raise  # a bug: the traceback is what helps
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1, arguments)
     if code == _INTERRUPTED:

@@ -23,7 +23,7 @@ def examine(workspace: Workspace) -> dict[str, Any]:
     """
     found = asdict(machine.look())
     spaces = [space.totals() for space in workspace.cache.spaces()]
-    imagenet = find_imagenet(BACKBONES[DEFAULT_BACKBONE], workspace.downloads, workspace.cache.index)
+    imagenet = find_imagenet(BACKBONES[DEFAULT_BACKBONE], workspace.downloads)
     return {
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -153,7 +153,9 @@ def find_space(
     """
     cache, weights = workspace.cache, None
     if choice.weights != "auto":
-        weights = resolve(choice.weights, DEFAULT_BACKBONE, workspace.downloads, cache.index)
+        weights = resolve(
+            choice.weights, DEFAULT_BACKBONE, workspace.downloads, cache.index, progress=workspace.progress
+        )
     request = _request(choice, weights)
     if choice.space is None:
         keys = list({key for key in identities.keys if key is not None})
@@ -238,9 +240,10 @@ def _weights_of(space: FeatureSpace | None, dataset: Dataset, workspace: Workspa
     """Return the weights for computing when none were stated: those of the space, or what `auto` means."""
     if space is None:
         offline = dataset.name in _OFFLINE_DATASETS
-        return resolve("auto", DEFAULT_BACKBONE, workspace.downloads, workspace.cache.index, offline=offline)
+        index, progress = workspace.cache.index, workspace.progress
+        return resolve("auto", DEFAULT_BACKBONE, workspace.downloads, index, offline=offline, progress=progress)
     logger.info("adding to the feature space %s", space.name)
-    found = find_by_identity(space.spec.weights, workspace.cache.index)
+    found = find_by_identity(space.spec.weights, space.spec.backbone, workspace.downloads, workspace.cache.index)
     if found is None:
         raise WeightsError(
             f"the space {space.name} was computed with {space.provenance.get('weights', 'weights')} "

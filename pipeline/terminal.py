@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -59,7 +60,6 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
 
 def _Rate() -> Any:
     from rich.progress import ProgressColumn
-    from rich.text import Text
 
     class Rate(ProgressColumn):
         def render(self, task: Any) -> Text:
@@ -88,15 +88,22 @@ def _lines(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]
     yield advance
 
 
-def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> None:
-    """Print a small table of any cells."""
-    rows = [[_text(cell) for cell in row] for row in rows]
-    made = Table(*headers, show_header=bool(headers), box=None, pad_edge=False)
-    for _ in rows[0] if rows and not headers else ():
-        made.add_column(overflow="fold")  # a cell too wide is continued below, never cut
-    for row in rows:
-        made.add_row(*row)
-    console.print(made, markup=False)
+def table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> None:
+    """Print rows under headers. Too wide for the terminal it runs on, so that names stay whole and can be copied."""
+    lines = [list(headers), *([_text(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def pairs(values: Mapping[str, object]) -> None:
+    """Print names and values, a line each; a value too long for the terminal is continued below."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in values.items():
+        grid.add_row(name, Text(_text(value)))
+    console.print(grid, markup=False)
 
 
 def say(text: str, style: str | None = None) -> None:
@@ -111,9 +118,7 @@ def emit_json(value: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _text(cell: object) -> Any:
-    from rich.text import Text
-
+def _text(cell: object) -> str:
     if isinstance(cell, float):
-        return Text(f"{cell:,.4g}")
-    return Text(f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell))
+        return f"{cell:,.4g}"
+    return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)

@@ -14,12 +14,12 @@ from typing import Literal
 from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, UNTRAINED_RECIPE, Backbone
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.index import Index
+from pipeline.download import cause, fetch
 from pipeline.errors import UsageError, WeightsError
+from pipeline.progress import Progress, silent
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
-
-_DOWNLOAD_TIMEOUT_S = 30
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class Weights:
         return self.path.name if self.kind == "file" and self.path else self.kind
 
 
-def resolve(choice: str, backbone: str, downloads: Path, index: Index, *, offline: bool = False) -> Weights:
+def resolve(
+    choice: str, backbone: str, downloads: Path, index: Index, *, offline: bool = False, progress: Progress = silent
+) -> Weights:
     """Return the weights that `choice` names.
 
     `choice` is "auto", "imagenet", "untrained", "untrained:SEED" or a path. With `offline`, "auto" takes
@@ -53,30 +55,29 @@ def resolve(choice: str, backbone: str, downloads: Path, index: Index, *, offlin
     if choice == "untrained" or choice.startswith("untrained:"):
         return _untrained(choice)
     if choice in ("auto", "imagenet"):
-        path = find_imagenet(row, downloads, index)
+        path = find_imagenet(row, downloads)
         if path is None and choice == "auto" and offline:
             return _untrained("untrained")
-        return _from_file("imagenet", path or _download(row, downloads), index)
-    return _from_file("file", Path(choice).expanduser(), index)
+        return _from_file("imagenet", path or _download(row, downloads, progress), index)
+    return _from_file("file", Path(os.path.expanduser(choice)), index)  # noqa: PTH111  the Path method raises on "~nobody"
 
 
-def find_by_identity(identity: str, index: Index) -> Weights | None:
+def find_by_identity(identity: str, backbone: str, downloads: Path, index: Index) -> Weights | None:
     """Return the weights a feature space names, if they are still at hand on this machine."""
     if identity.startswith("untrained:"):
         return Weights("untrained", identity, None)
     wanted = bytes.fromhex(identity.removeprefix("sha256:"))
-    for path in index.files_with_digest(wanted):
+    for path in (*index.files_with_digest(wanted), *_imagenet_places(BACKBONES[backbone], downloads)):
         if path.is_file() and remembered_digest(path, index) == wanted:
             return Weights("file", identity, path)
     return None
 
 
-def find_imagenet(backbone: Backbone, downloads: Path, index: Index) -> Path | None:
+def find_imagenet(backbone: Backbone, downloads: Path) -> Path | None:
     """Return ImageNet's weights file if it is in `downloads` or in Keras' own folder, and is the published one."""
     import pooch
 
-    keras_home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
-    for path in (downloads / backbone.weights_file, keras_home / "models" / backbone.weights_file):
+    for path in _imagenet_places(backbone, downloads):
         if not path.is_file():
             continue
         # A remembered digest would prove nothing: any file given by --weights FILE has one.
@@ -86,26 +87,20 @@ def find_imagenet(backbone: Backbone, downloads: Path, index: Index) -> Path | N
     return None
 
 
-def _download(backbone: Backbone, downloads: Path) -> Path:
-    import pooch
+def _imagenet_places(backbone: Backbone, downloads: Path) -> tuple[Path, Path]:
+    keras_home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
+    return downloads / backbone.weights_file, keras_home / "models" / backbone.weights_file
 
-    pooch.get_logger().setLevel(logging.ERROR)
-    logger.warning("downloading ImageNet weights, 88 MB, once: %s", backbone.weights_url)
+
+def _download(backbone: Backbone, downloads: Path, progress: Progress) -> Path:
     try:
-        found = pooch.retrieve(
-            backbone.weights_url,
-            known_hash=f"md5:{backbone.weights_md5}",
-            fname=backbone.weights_file,
-            path=downloads,
-            downloader=pooch.HTTPDownloader(timeout=_DOWNLOAD_TIMEOUT_S),  # pyright: ignore[reportArgumentType]
-        )
+        return fetch(backbone.weights_url, f"md5:{backbone.weights_md5}", downloads, progress)
     except (OSError, ValueError) as error:
         raise WeightsError(
-            f"ImageNet weights cannot be downloaded ({_short(error)}); give a Keras weights file by "
+            f"ImageNet weights cannot be downloaded ({cause(error)}); give a Keras weights file by "
             f"`--weights FILE`, or put {backbone.weights_file} (MD5 {backbone.weights_md5}) into {downloads}, "
             "or take `--weights untrained` for a trial"
         ) from error
-    return Path(found)
 
 
 def _from_file(kind: Literal["imagenet", "file"], path: Path, index: Index) -> Weights:
@@ -126,20 +121,13 @@ def _untrained(choice: str) -> Weights:
     return Weights("untrained", f"untrained:{UNTRAINED_RECIPE}:{int(seed or 0)}", None)
 
 
-def _short(error: Exception) -> str:
-    """Return the innermost cause: network libraries wrap it several times over."""
-    while isinstance(error.__cause__ or error.__context__, Exception):
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return str(error).split("\n")[0][:200]
-
-
 def describe(choice: str | None, workspace: Workspace) -> dict[str, str | None]:
     """Return where weights come from; with a `choice`, get those ready and return who they are."""
     row, index = BACKBONES[DEFAULT_BACKBONE], workspace.cache.index
     if choice is not None:
-        found = resolve(choice, row.name, workspace.downloads, index)
+        found = resolve(choice, row.name, workspace.downloads, index, progress=workspace.progress)
         return {"weights": found.label, "identity": found.identity, "path": str(found.path) if found.path else None}
-    at_hand = find_imagenet(row, workspace.downloads, index)
+    at_hand = find_imagenet(row, workspace.downloads)
     return {
         "imagenet": row.weights_url,
         "imagenet_md5": row.weights_md5,

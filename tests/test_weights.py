@@ -40,6 +40,9 @@ class Place:
     downloads: Path
     keras_models: Path
 
+    def find(self, name: str) -> Weights | None:
+        return find_by_identity(name, DEFAULT_BACKBONE, self.downloads, self.index)
+
     def resolve(self, choice: str, *, offline: bool = False) -> Weights:
         return resolve(choice, DEFAULT_BACKBONE, self.downloads, self.index, offline=offline)
 
@@ -212,7 +215,7 @@ def test_a_wrong_file_is_passed_over_for_a_right_one(place: Place, caplog: pytes
 def test_a_wrong_file_is_not_taken_for_imagenet(place: Place, times: int) -> None:
     put(place.downloads / FILE, WRONG)
     for _ in range(times):
-        assert find_imagenet(row(), place.downloads, place.index) is None
+        assert find_imagenet(row(), place.downloads) is None
         assert place.resolve("auto", offline=True).kind == "untrained"
 
 
@@ -220,7 +223,7 @@ def test_a_wrong_file_that_was_given_by_its_path_before_is_not_taken_for_imagene
     path = put(place.downloads / FILE, WRONG)
     assert place.resolve(str(path)).identity == identity(WRONG)
     place.index.remember_digests({path: (file_stamp(path), hashlib.sha256(WRONG).digest())})  # as once it has settled
-    assert find_imagenet(row(), place.downloads, place.index) is None
+    assert find_imagenet(row(), place.downloads) is None
 
 
 # ImageNet from the net
@@ -283,16 +286,16 @@ def test_a_failed_download_leaves_a_wrong_file_as_it_is(place: Place) -> None:
 
 
 def test_untrained_weights_are_always_at_hand(place: Place) -> None:
-    assert find_by_identity("untrained:glorot:7", place.index) == Weights("untrained", "untrained:glorot:7", None)
+    assert place.find("untrained:glorot:7") == Weights("untrained", "untrained:glorot:7", None)
 
 
 def test_weights_nobody_has_seen_are_not_at_hand(place: Place) -> None:
-    assert find_by_identity(identity(b"never seen"), place.index) is None
+    assert place.find(identity(b"never seen")) is None
 
 
 def test_weights_just_downloaded_are_at_hand(place: Place, server: Server) -> None:
     weights = place.resolve("imagenet")
-    found = find_by_identity(weights.identity, place.index)
+    found = place.find(weights.identity)
     assert found is not None
     assert (found.identity, found.path) == (identity(PUBLISHED), place.downloads / FILE)
 
@@ -300,11 +303,11 @@ def test_weights_just_downloaded_are_at_hand(place: Place, server: Server) -> No
 def test_a_file_moved_away_is_not_at_hand_and_moved_back_it_is(place: Place, tmp_path: Path) -> None:
     path = put(tmp_path / "mine.h5", b"mine")
     name = place.resolve(str(path)).identity
-    assert find_by_identity(name, place.index) == Weights("file", name, path)
+    assert place.find(name) == Weights("file", name, path)
     path.rename(tmp_path / "elsewhere.h5")
-    assert find_by_identity(name, place.index) is None
+    assert place.find(name) is None
     shutil.copy(tmp_path / "elsewhere.h5", path)
-    assert find_by_identity(name, place.index) == Weights("file", name, path)
+    assert place.find(name) == Weights("file", name, path)
 
 
 def test_a_changed_file_is_refused(place: Place, tmp_path: Path) -> None:
@@ -313,7 +316,7 @@ def test_a_changed_file_is_refused(place: Place, tmp_path: Path) -> None:
     before = path.stat()
     path.write_bytes(b"MINE")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert find_by_identity(name, place.index) is None
+    assert place.find(name) is None
     assert place.resolve(str(path)).identity == identity(b"MINE")
 
 
@@ -322,7 +325,7 @@ def test_one_of_two_copies_is_enough(place: Place, tmp_path: Path) -> None:
     name = place.resolve(str(first)).identity
     place.resolve(str(second))
     first.write_bytes(b"other")
-    found = find_by_identity(name, place.index)
+    found = place.find(name)
     assert found is not None
     assert found.path == second
 
@@ -330,7 +333,7 @@ def test_one_of_two_copies_is_enough(place: Place, tmp_path: Path) -> None:
 def test_a_file_with_odd_bytes_in_its_name_is_found_again(place: Place, tmp_path: Path) -> None:
     path = put(tmp_path / os.fsdecode(b"\xff.h5"), b"mine")
     name = place.resolve(str(path)).identity
-    assert find_by_identity(name, place.index) == Weights("file", name, path)
+    assert place.find(name) == Weights("file", name, path)
 
 
 # What `weights` prints

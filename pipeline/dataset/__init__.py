@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from pipeline.dataset.base import Dataset, Source, limit
@@ -12,6 +13,7 @@ from pipeline.dataset.folder import open_folder
 from pipeline.dataset.manifest import MANIFEST_ENDINGS, open_manifest
 from pipeline.dataset.split import Split, assign
 from pipeline.errors import DatasetError, UsageError
+from pipeline.progress import Progress, silent
 
 __all__ = ["Dataset", "Source", "Split", "assign", "limit", "open_dataset"]
 
@@ -20,7 +22,7 @@ _KNOWN = ("digits", *_ARCHIVES)
 _OTHERWISE = f"a folder of class folders, or a manifest ({', '.join(MANIFEST_ENDINGS)})"
 
 
-def open_dataset(name: str, *, downloads: Path, archive: Path | None = None) -> Dataset:
+def open_dataset(name: str, *, downloads: Path, archive: Path | None = None, progress: Progress = silent) -> Dataset:
     """List the dataset called `name`; no image file is read.
 
     A known name wins over a folder of the same name, which can be given as "./digits".
@@ -31,6 +33,8 @@ def open_dataset(name: str, *, downloads: Path, archive: Path | None = None) -> 
         "digits", "cifar10", "cifar100", or the path of a folder or manifest.
     downloads
         The folder where downloaded archives are kept; made when first needed.
+    progress
+        Shows how far a download is.
     archive
         The published CIFAR tarball at hand, in place of a download.
 
@@ -42,7 +46,7 @@ def open_dataset(name: str, *, downloads: Path, archive: Path | None = None) -> 
         If `archive` is given with a dataset that has none.
     """
     if name in _ARCHIVES:
-        return open_cifar(_ARCHIVES[name], downloads=downloads, archive=archive)
+        return open_cifar(_ARCHIVES[name], downloads=downloads, archive=archive, progress=progress)
     if archive is not None:
         raise UsageError(f"--archive goes with {' and '.join(_ARCHIVES)} only, found it with {name!r}")
     if name == "digits":
@@ -51,7 +55,7 @@ def open_dataset(name: str, *, downloads: Path, archive: Path | None = None) -> 
 
 
 def _open_path(name: str) -> Dataset:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111  the Path method raises on "~nobody"
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except OSError as error:  # a name too long, a parent that may not be entered

@@ -7,13 +7,15 @@ import tarfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from pipeline.dataset.base import ArraySource, Dataset, remap
+from pipeline.download import cause, fetch
 from pipeline.errors import DatasetError
+from pipeline.progress import Progress, silent
 
 _PIXELS = 3 * 32 * 32
 _MAX_MEMBER = 256 << 20  # bytes; the largest published member, CIFAR-100's train, has 155 MB
@@ -54,7 +56,9 @@ CIFAR100 = Published(
 )
 
 
-def open_cifar(published: Published, *, downloads: Path, archive: Path | None = None) -> Dataset:
+def open_cifar(
+    published: Published, *, downloads: Path, archive: Path | None = None, progress: Progress = silent
+) -> Dataset:
     """Return the images, (32, 32, 3) uint8 RGB, with the published train and test splits.
 
     All pixels are held in memory (184 MB).
@@ -73,7 +77,7 @@ def open_cifar(published: Published, *, downloads: Path, archive: Path | None = 
     DatasetError
         If the tarball cannot be had, is another file, or does not hold what was published.
     """
-    path = _download(published, downloads) if archive is None else _checked(published, archive)
+    path = _download(published, downloads, progress) if archive is None else _checked(published, archive)
     members = _read_members(published, path)
     names = _class_names(published, members[published.meta])
     parts = [_batch(published, member, members.pop(member), len(names)) for member in published.batches]
@@ -101,20 +105,16 @@ def _image_names(dataset: str, splits: list[str]) -> list[str]:
     return names
 
 
-def _download(published: Published, downloads: Path) -> Path:
-    """Return the tarball in `downloads`, fetched if it is missing or damaged; pooch checks its hash."""
-    import pooch
-
-    fname = PurePosixPath(published.url).name
+def _download(published: Published, downloads: Path, progress: Progress) -> Path:
+    """Return the tarball in `downloads`, fetched if it is missing or damaged."""
     try:
-        found = pooch.retrieve(published.url, f"sha256:{published.sha256}", fname=fname, path=downloads)
+        return fetch(published.url, f"sha256:{published.sha256}", downloads, progress)
     except (OSError, ValueError) as error:  # no network, no space; or another file than was published
-        reason = " ".join(str(error).split())
+        reason = cause(error)
         raise DatasetError(
             f"{published.name}: could not download {published.url} ({reason}); "
             "fetch that file by other means and pass it with --archive FILE"
         ) from error
-    return Path(found)
 
 
 def _checked(published: Published, archive: Path) -> Path:
