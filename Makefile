@@ -55,6 +55,8 @@ clean: ## remove .venv and caches of tools; data/ is left alone
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
 
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "installing Icebox into $(VENV): a minute or two, about 3 GB"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Icebox needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
 	@touch $@

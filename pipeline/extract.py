@@ -109,6 +109,7 @@ def extract(
         weights = weights or _weights_of(space, dataset, workspace)
         spec = space.spec if space else _new_spec(choice, weights)
         warn_untrained(spec)
+        logger.info("loading TensorFlow and %s", spec.backbone)
         backbone = FrozenBackbone(spec, weights.path, min(options.batch_size, options.shard_rows))
         space = space or cache.create(spec, _made_by(weights))
         job = Job(dataset, identities, space, backbone, cache.index, options, workspace.progress)
