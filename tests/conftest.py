@@ -14,7 +14,25 @@ import cv2
 import numpy as np
 import pytest
 
+from pipeline import images
+from pipeline.spec import FeatureSpec
+
 ROOT = Path(__file__).parent.parent
+
+# The space of untrained weights in float32, as `features --weights untrained --precision float32` makes it.
+SPEC = FeatureSpec(
+    backbone="inception_v3",
+    weights="untrained:glorot_centred_1:0",
+    layer="mixed10",
+    input_size=299,
+    decode=images.DECODE_POLICY,
+    resize=images.RESIZE_POLICY,
+    fit="squash",
+    scaling="x/127.5-1",
+    precision="float32",
+    engine="keras",
+    storage="float16",
+)
 
 
 @dataclass(frozen=True)

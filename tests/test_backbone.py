@@ -9,26 +9,12 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import SPEC, picture
 
 from pipeline import backbone, images
 from pipeline.backbone import FrozenBackbone, build, carries_alone, cut, load_weights
 from pipeline.errors import IceboxError, SpecError, WeightsError
-from pipeline.spec import FeatureSpec, HeadSpec
-
-SPEC = FeatureSpec(
-    backbone="inception_v3",
-    weights="untrained:glorot_centred_1:0",
-    layer="mixed10",
-    input_size=299,
-    decode=images.DECODE_POLICY,
-    resize=images.RESIZE_POLICY,
-    fit="squash",
-    scaling="x/127.5-1",
-    precision="float32",
-    engine="keras",
-    storage="float16",
-)
+from pipeline.spec import HeadSpec
 
 
 @pytest.fixture(scope="module")

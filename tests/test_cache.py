@@ -15,9 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import conftest
 import h5py
 import hdf5plugin
 import numpy as np
@@ -31,19 +33,7 @@ from pipeline.errors import CacheError, MissingRowsError, SpecError
 from pipeline.spec import FeatureRequest, FeatureSpec, canonical_json
 
 ROOT = Path(__file__).parent.parent
-SPEC = FeatureSpec(
-    backbone="inception_v3",
-    weights="untrained:glorot:0",
-    layer="mixed10",
-    input_size=299,
-    decode="decode-1",
-    resize="resize-1",
-    fit="squash",
-    scaling="x/127.5-1",
-    precision="float32",
-    engine="keras",
-    storage="float16",
-)
+SPEC = replace(conftest.SPEC, weights="untrained:glorot:0", decode="decode-1", resize="resize-1")
 REQUEST = FeatureRequest("inception_v3", "mixed10", "squash", "decode-1", "resize-1")
 Opener = Callable[[], Cache]
 

@@ -7,33 +7,23 @@ import logging
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import conftest
 import numpy as np
 import pytest
 
-from pipeline import images, rows
+from pipeline import rows
 from pipeline.cache import shard
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.errors import CacheError
 from pipeline.heads import Data, fit
 from pipeline.rows import StoredRows, blocks, open_rows
-from pipeline.spec import FeatureSpec, HeadSpec
+from pipeline.spec import HeadSpec
 
-SPEC = FeatureSpec(
-    backbone="inception_v3",
-    weights="sha256:" + "0" * 64,
-    layer="mixed10",
-    input_size=299,
-    decode=images.DECODE_POLICY,
-    resize=images.RESIZE_POLICY,
-    fit="squash",
-    scaling="x/127.5-1",
-    precision="float32",
-    engine="keras",
-    storage="float16",
-)
+SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
 N = 120
 
 

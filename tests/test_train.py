@@ -10,10 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import conftest
 import h5py
 import numpy as np
 import pytest
@@ -31,19 +32,7 @@ from pipeline.train import HeadRun, train_head
 from pipeline.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
-SPEC = FeatureSpec(
-    backbone="inception_v3",
-    weights="sha256:" + "0" * 64,
-    layer="mixed10",
-    input_size=299,
-    decode=images.DECODE_POLICY,
-    resize=images.RESIZE_POLICY,
-    fit="squash",
-    scaling="x/127.5-1",
-    precision="float32",
-    engine="keras",
-    storage="float16",
-)
+SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
 CLASSES = ("ant", "bee", "cow")
 COMMAND = "icebox features --dataset photos"
 LOGREG = HeadSpec.make("logreg")
