@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -190,7 +191,7 @@ def _fit_dense(spec: HeadSpec, data: Data, advance: Callable[[int], None]) -> Fi
     keras.utils.set_random_seed(settings["seed"])
     model = build(spec, data.train.shape[1:], data.classes)
     if settings["normalize"]:
-        _set_normalization(model.get_layer("normalize"), *channel_statistics(data.train))
+        _set_normalization(model.get_layer("normalize"), data.train)
     model.compile(
         keras.optimizers.Adam(float(settings["learning_rate"])),
         loss="sparse_categorical_crossentropy",
@@ -217,8 +218,15 @@ def _fit_dense(spec: HeadSpec, data: Data, advance: Callable[[int], None]) -> Fi
     return Fitted(head, history, "epoch", times.median())
 
 
-def _set_normalization(layer: Any, mean: np.ndarray, variance: np.ndarray) -> None:
-    layer.set_weights([mean, variance, np.zeros((), "int64")][: len(layer.weights)])
+def _set_normalization(layer: Any, rows: Rows) -> None:
+    """Bring each channel to mean 0 and, over all the places where an image shows it, to variance 1 together.
+
+    At variance 1 in each of h · w places, the first steps of Adam overshoot: each weight moves by the learning
+    rate, all of 131,072 at once.
+    """
+    mean, variance = channel_statistics(rows)
+    places = math.prod(rows.shape[1:-1])  # h · w; 1 for pooled rows
+    layer.set_weights([mean, variance * places, np.zeros((), "int64")])
     layer.finalize_state()
 
 

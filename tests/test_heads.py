@@ -88,7 +88,7 @@ def test_gap_says_the_same_of_full_tensors_and_of_their_means() -> None:
     tensors = rng.random((20, 4, 4, 8), np.float32)
     spec = HeadSpec.make("gap")
     on_tensors, on_means = build(spec, (4, 4, 8), 3), build(spec, (8,), 3)
-    heads._set_normalization(on_means.get_layer("normalize"), *channel_statistics(tensors.mean(axis=(1, 2))))
+    heads._set_normalization(on_means.get_layer("normalize"), tensors.mean(axis=(1, 2)))
     on_tensors.set_weights(on_means.get_weights())
     for model in (on_tensors, on_means):
         model.get_layer("normalize").finalize_state()
@@ -134,6 +134,15 @@ def test_normalisation_acts_on_what_the_hidden_layer_sees() -> None:
     seen = np.asarray(model.get_layer("normalize")(train * 20 + 100))
     assert np.allclose(seen.mean(axis=0), 0, atol=1e-4)
     assert np.allclose(seen.std(axis=0), 1, atol=1e-4)
+
+
+def test_a_channel_of_a_flattened_tensor_has_variance_one_over_all_its_places() -> None:
+    tensors = np.random.default_rng(3).normal(5, 3, (200, 2, 4, 6)).astype(np.float16)
+    labels = np.arange(200) % 3
+    done = fit(make("flatten", epochs=1), Data(tensors, labels, tensors, labels, 3), quiet)
+    layer: Any = done.head.model.get_layer("normalize")  # pyright: ignore[reportAttributeAccessIssue]
+    energy = (np.asarray(layer(tensors), np.float64) ** 2).sum(axis=(1, 2)).mean(axis=0)
+    assert np.allclose(energy, 1, rtol=0.01)
 
 
 def test_a_channel_dead_in_training_does_not_blow_up() -> None:
