@@ -6,6 +6,7 @@ DATASET ?= digits
 HEAD    ?= gap
 WEIGHTS ?= auto
 MAX_BAD ?= 0
+export DATASET HEAD WEIGHTS MAX_BAD  # reach the commands as they were typed, blanks and quotes included
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -32,10 +33,10 @@ quickstart: setup ## from nothing to features, three heads and their accuracies,
 	$(CLI) runs ls
 
 features: setup ## compute the features of DATASET that are missing
-	$(CLI) features --dataset '$(DATASET)' --weights '$(WEIGHTS)' --max-bad '$(MAX_BAD)'
+	$(CLI) features --dataset "$$DATASET" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
 
 train-head: setup ## train HEAD on the cached features of DATASET
-	$(CLI) train-head --dataset '$(DATASET)' --head '$(HEAD)' --weights '$(WEIGHTS)' --max-bad '$(MAX_BAD)'
+	$(CLI) train-head --dataset "$$DATASET" --head "$$HEAD" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
 
 test: $(VENV)/.ready-dev ## set up and run the tests
 	$(BIN)/python -m pytest

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,14 +41,15 @@ LimitOption = Annotated[
     int | None, typer.Option(help="Take only the first N images of a fixed, class-balanced order.", min=1)
 ]
 WeightsOption = Annotated[str, typer.Option(help="auto, imagenet, untrained[:SEED], or a Keras weights file.")]
-LayerOption = Annotated[str, typer.Option(help="The layer whose output is cached.")]
+LayerOption = Annotated[str | None, typer.Option(help="The layer whose output is cached.  [default: mixed10]")]
 PrecisionOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="What the backbone computes in.")
 ]
 StorageOption = Annotated[Literal["auto", "float16", "float32"], typer.Option(help="What features are stored as.")]
 SpaceOption = Annotated[str | None, typer.Option(help="A feature space by its name in `cache ls`.")]
 FitOption = Annotated[
-    Literal["squash", "crop", "pad"], typer.Option(help="How an image that is not square becomes square.")
+    Literal["squash", "crop", "pad"] | None,
+    typer.Option(help="How an image that is not square becomes square.  [default: squash]"),
 ]
 MaxPixelsOption = Annotated[int, typer.Option(help="Quarantine images with more pixels than this.", min=1)]
 MaxBadOption = Annotated[
@@ -80,14 +82,14 @@ def features(
     archive: ArchiveOption = None,
     limit: LimitOption = None,
     weights: WeightsOption = "auto",
-    layer: LayerOption = "mixed10",
+    layer: LayerOption = None,
     precision: PrecisionOption = "auto",
     storage: StorageOption = "auto",
     space: SpaceOption = None,
-    fit: FitOption = "squash",
+    fit: FitOption = None,
     max_pixels: MaxPixelsOption = _MAX_PIXELS,
     shard_rows: Annotated[int, typer.Option(help="Rows in a shard, at most.", min=1, max=65_536)] = 256,
-    batch_size: Annotated[int, typer.Option(help="Images the model is given at once.", min=1, max=4096)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images the model is given at once.", min=1, max=512)] = 32,
     retry_failed: Annotated[bool, typer.Option(help="Try images again that could not be decoded before.")] = False,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
@@ -156,11 +158,11 @@ def train_head(
     ] = None,
     max_iter: Annotated[int | None, typer.Option(help="logreg: iterations at most.  [default: 1000]")] = None,
     weights: WeightsOption = "auto",
-    layer: LayerOption = "mixed10",
+    layer: LayerOption = None,
     precision: PrecisionOption = "auto",
     storage: StorageOption = "auto",
     space: SpaceOption = None,
-    fit: FitOption = "squash",
+    fit: FitOption = None,
     max_pixels: MaxPixelsOption = _MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
@@ -290,7 +292,7 @@ def weights_command(
 def summary(
     head: Annotated[Literal["flatten", "gap"], typer.Option(help="The head on top.")] = "gap",
     classes: Annotated[int, typer.Option(help="How many classes it tells apart.", min=2)] = 10,
-    layer: LayerOption = "mixed10",
+    layer: LayerOption = None,
     every_layer: Annotated[bool, typer.Option("--all", help="List every layer, not only those where to cut.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -299,7 +301,7 @@ def summary(
     from pipeline.summary import summarize
 
     _show_notices()
-    result = summarize(head, classes, layer)
+    result = summarize(head, classes, layer or "mixed10")
     layers = result["layers"] if as_json else result.pop("layers")
     if not as_json:
         rows = [
@@ -340,13 +342,26 @@ def _open_dataset(workspace: Workspace, name: str, archive: Path | None, count: 
     return found if count is None else dataset.limit(found, count)
 
 
-def _choice(weights: str, layer: str, precision: str, storage: str, space: str | None, fit: str) -> FeatureChoice:
+def _choice(
+    weights: str, layer: str | None, precision: str, storage: str, space: str | None, fit: str | None
+) -> FeatureChoice:
     from pipeline.extract import FeatureChoice
 
     return FeatureChoice(weights, layer, fit, precision, storage, space)
 
 
-_FEATURE_OPTIONS = ("dataset", "archive", "limit", "weights", "layer", "precision", "storage", "fit", "max_pixels")
+_FEATURE_OPTIONS = (
+    "dataset",
+    "archive",
+    "limit",
+    "weights",
+    "layer",
+    "precision",
+    "storage",
+    "space",
+    "fit",
+    "max_pixels",
+)
 
 
 def _features_command(context: typer.Context) -> str:
@@ -390,7 +405,7 @@ def _exit_for_bad(quarantined: list[Quarantined], images: int, max_bad: float) -
         terminal.say(f"quarantined {bad.path}: {bad.reason}", "yellow")
     if len(quarantined) > 20:
         terminal.say(f"and {len(quarantined) - 20:,} more; --json lists them all", "yellow")
-    if len(quarantined) > max_bad * images:
+    if len(quarantined) / images > max_bad:
         raise typer.Exit(3)
 
 
@@ -399,6 +414,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     from typer.exceptions import TyperException
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is as clean as Ctrl-C
     try:
         code = app(arguments, prog_name="cli.py", standalone_mode=False) or 0
     except TyperException as error:
@@ -408,11 +424,15 @@ def main(arguments: list[str] | None = None) -> int:
 
         from pipeline.errors import IceboxError, UsageError
 
-        if not isinstance(error, (IceboxError, OSError, sqlite3.Error)):
+        if isinstance(error, sqlite3.Error):
+            hint = "if it stays so, delete cache.db (or what ICEBOX_INDEX names): it is derived again"
+            return _fail(f"the cache's index: {error}; {hint}", 1, arguments)
+        if not isinstance(error, (IceboxError, OSError)):
             raise  # a bug: the traceback is what helps
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1, arguments)
     if code == _INTERRUPTED:
-        return _fail("stopped; features computed so far are kept, and the same command computes the rest", 1, arguments)
+        kept = "features computed so far are kept, and the same command computes the rest"
+        return _fail(f"stopped; {kept if 'features' in arguments else 'nothing was published'}", 1, arguments)
     return code
 
 
@@ -422,7 +442,7 @@ _INTERRUPTED = 130  # how Typer reports Ctrl-C
 def _fail(message: str, code: int, arguments: list[str]) -> int:
     import json
 
-    text = " ".join(message.split())
+    text = "".join(c if c.isprintable() else " " for c in " ".join(message.split()))
     print(f"error: {text}", file=sys.stderr)
     if "--json" in arguments:
         print(json.dumps({"error": text}))

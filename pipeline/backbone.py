@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -70,6 +71,9 @@ def import_keras() -> Any:
         import keras
         import tensorflow as tf
 
+    # A keras.json in somebody's home must not decide what a feature is.
+    keras.config.set_floatx("float32")
+    keras.config.set_image_data_format("channels_last")
     for gpu in tf.config.list_physical_devices("GPU"):
         # Refused once the GPU is in use, which it can only be with the setting already made.
         if not tf.config.experimental.get_memory_growth(gpu):
@@ -92,7 +96,7 @@ def _stderr_held_back() -> Iterator[None]:
         os.dup2(held.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except Exception:
             held.seek(0)
             os.write(terminal, held.read())
             raise
@@ -153,9 +157,9 @@ def cut(model: KerasModel, layer: str) -> KerasModel:
     keras = import_keras()
     names = [each.name for each in model.layers]
     if layer not in names:
-        mixed = ", ".join(name for name in names if name.startswith("mixed"))
+        mixed = ", ".join(name for name in names if re.fullmatch(r"mixed\d+", name))
         raise SpecError(f"{model.name} has no layer {layer!r}; `summary` lists them, often used: {mixed}")
-    if not carries_alone(model, layer):
+    if layer == names[0] or not carries_alone(model, layer):
         raise SpecError(
             f"the output of {layer!r} does not carry {model.name} on by itself: other branches run beside it; "
             "take a layer where they meet, such as mixed8, mixed9 or mixed10"

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SHARD_ROWS = 256
 DEFAULT_BATCH_SIZE = 32
-_ANNOUNCED_FROM = 4  # batches; fewer are done before an estimate of them would be
+_ANNOUNCED_FROM = 100  # images; fewer are done before one has read an estimate
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,16 @@ def compute(job: Job, todo: Sequence[int]) -> float:
         ThreadPoolExecutor(machine.usable_cores()) as pool,
         job.progress("computing features", len(todo)) as advance,
     ):
-        _announce(load, todo, job)
         start = time.perf_counter()
         good = _sort_out(_ordered(pool, load, todo, ahead=2 * batch_size), job, advance)
         # Closed also on Ctrl-C: what was computed is kept.
         with closing(_Publisher(job.space, job.options.shard_rows)) as publisher:
-            for batch in _batches(good, batch_size):
-                publisher.add(*_run_model(job.backbone, batch))
+            for number, batch in enumerate(_batches(good, batch_size)):
+                asked = time.perf_counter()
+                rows = _run_model(job.backbone, batch)
+                if number == 1 and len(todo) >= _ANNOUNCED_FROM:  # the first batch compiles the graph
+                    _announce(rows, time.perf_counter() - asked, len(todo), job)
+                publisher.add(*rows)
                 advance(len(batch))
         return time.perf_counter() - start
 
@@ -111,6 +114,9 @@ class _Loader:
             pixels = images.decode(data, size=self.size, fit=cast(images.Fit, self.fit), max_pixels=self.max_pixels)
         except DecodeError as error:
             return _Loaded(i, key, None, str(error))
+        except MemoryError as error:
+            # The machine's fault, not the image's: without a key it is not remembered.
+            return _Loaded(i, None, None, f"cannot be read: {error or 'out of memory'}")
         return _Loaded(i, key, pixels)
 
 
@@ -209,32 +215,28 @@ def make_rows(features: np.ndarray, pooled: np.ndarray, keys: Sequence[bytes]) -
     return Rows(features, pooled, stacked, np.zeros(len(keys), np.int64))
 
 
-def _announce(load: _Loader, todo: Sequence[int], job: Job) -> None:
-    """Say how long it will take and how large it gets, measured on the first images; refuse if it cannot fit."""
-    batch_size, path = job.backbone.batch_size, job.space.path
-    if len(todo) < _ANNOUNCED_FROM * batch_size:
-        return
-    sample = [image for image in map(load, todo[:batch_size]) if image.pixels is not None]
-    if not sample:
-        return
-    rows = make_rows(*_run_model(job.backbone, sample))  # compiles the graph
-    start = time.perf_counter()
-    _run_model(job.backbone, sample)
-    seconds = (time.perf_counter() - start) / batch_size * len(todo)
-    size = file_size(rows, job.space.spec) / len(rows) * len(todo)
+def _announce(batch: tuple[np.ndarray, np.ndarray, list[bytes]], took: float, images: int, job: Job) -> None:
+    """Say how long all `images` will take and how large they get, by one batch; refuse if they cannot fit."""
+    rows, path = make_rows(*batch), job.space.path
+    seconds = took / len(rows) * images
+    size = file_size(rows, job.space.spec) / len(rows) * images
     free = storage.free_bytes(path)
     if size > free:
         raise CacheError(
-            f"{len(todo):,} rows need about {size / 1e9:.1f} GB in {path.parent}, {free / 1e9:.1f} GB are "
-            "free; make room, or put the data elsewhere by --data-dir"
+            f"{images:,} rows need about {_size(size)} in {path.parent}, {_size(free)} are free; "
+            "make room, or put the data elsewhere by --data-dir"
         )
     logger.info(
-        "%s images to compute: about %s, %.2f GB on disk (%.0f GB free)",
-        f"{len(todo):,}",
+        "%s images to compute: about %s, %s on disk (%s free)",
+        f"{images:,}",
         _duration(seconds),
-        size / 1e9,
-        free / 1e9,
+        _size(size),
+        _size(free),
     )
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 def _duration(seconds: float) -> str:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _OFFLINE_DATASETS = ("digits",)  # for these `--weights auto` never touches the network
 _DEFAULT_STORAGE = "float16"
+_DEFAULT_FIT = "squash"
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class FeatureChoice:
     """What the user said about the features; "auto" leaves a field to the spaces on disk, then to the machine."""
 
     weights: str = "auto"
-    layer: str = BACKBONES[DEFAULT_BACKBONE].default_layer
-    fit: str = "squash"
+    layer: str | None = None  # None: the backbone's default, or that of the space that is named
+    fit: str | None = None
     precision: str = "auto"
     storage: str = "auto"
     space: str | None = None
@@ -208,10 +209,11 @@ def _stored(space: FeatureSpace | None, unique: list[bytes]) -> set[bytes]:
 
 
 def _request(choice: FeatureChoice, weights: Weights | None) -> FeatureRequest:
+    named = choice.space is not None  # a space named outright need agree only with what was said beside it
     return FeatureRequest(
         backbone=DEFAULT_BACKBONE,
-        layer=choice.layer,
-        fit=choice.fit,
+        layer=choice.layer if named else _layer(choice),
+        fit=choice.fit if named else _fit(choice),
         decode=images.DECODE_POLICY,
         resize=images.RESIZE_POLICY,
         weights=weights.identity if weights else None,
@@ -220,16 +222,24 @@ def _request(choice: FeatureChoice, weights: Weights | None) -> FeatureRequest:
     )
 
 
+def _layer(choice: FeatureChoice) -> str:
+    return choice.layer or BACKBONES[DEFAULT_BACKBONE].default_layer
+
+
+def _fit(choice: FeatureChoice) -> str:
+    return choice.fit or _DEFAULT_FIT
+
+
 def _new_spec(choice: FeatureChoice, weights: Weights) -> FeatureSpec:
     row = BACKBONES[DEFAULT_BACKBONE]
     return FeatureSpec(
         backbone=row.name,
         weights=weights.identity,
-        layer=choice.layer,
+        layer=_layer(choice),
         input_size=row.input_size,
         decode=images.DECODE_POLICY,
         resize=images.RESIZE_POLICY,
-        fit=choice.fit,
+        fit=_fit(choice),
         scaling=row.scaling,
         precision=machine.best_precision() if choice.precision == "auto" else choice.precision,
         engine=ENGINE,

@@ -25,6 +25,7 @@ RESIZE_POLICY = "opencv-area_down-linear_up-1"
 
 DEFAULT_MAX_PIXELS = 180_000_000
 
+_NO_MEMORY = -4  # cv2.Error.StsNoMem
 _MAX_SIDE = 1_000_000  # libpng's limit; OpenCV's own is 2**20 for all formats
 _PAD_GREY = 127  # about 0 after x / 127.5 - 1
 _EXIF_ORIENTATION = 0x0112
@@ -50,6 +51,7 @@ def decode(
 
     Raises:
         DecodeError: not one whole image; the text is the reason, on one line.
+        MemoryError: the machine has no room for the decoded image.
     """
     pixels = _check_pixels(data, max_pixels) if isinstance(data, np.ndarray) else _decode_file(data, max_pixels)
     return resize(pixels, size, fit)
@@ -136,6 +138,8 @@ def _decode_pixels(data: bytes, header: Header) -> np.ndarray:
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
+        if error.code == _NO_MEMORY:
+            raise MemoryError(f"no memory for {header.width} x {header.height} pixels") from error
         if "CV_IO_MAX_IMAGE" not in str(error):
             raise DecodeError(f"{header.kind} that OpenCV cannot decode ({one_line(error.err)})") from error
         limit = "OPENCV_IO_MAX_IMAGE_PIXELS, _WIDTH or _HEIGHT"

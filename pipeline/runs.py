@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +20,11 @@ import numpy as np
 from pipeline.cache import storage
 from pipeline.errors import RunError
 
+logger = logging.getLogger(__name__)
+
 FORMAT = "icebox-run"
 VERSION = 1
+_SUMMARY = {"run", "head", "accuracy", "accuracy_interval", "val_accuracy", "seconds", "weights"}  # what is listed
 _LONGEST_SLUG = 120  # file systems take names of 255 bytes; time, number and prefix are added
 
 
@@ -53,20 +57,24 @@ def new_run(root: Path, title: str) -> Iterator[tuple[str, Path]]:
 def list_runs(root: Path) -> list[dict[str, Any]]:
     """Return the content of run.json of every run under `root`, by name, so the oldest first.
 
-    Raises
-    ------
-    RunError
-        If a run's description cannot be read.
+    A run that cannot be read is passed over, and it is said why.
     """
-    return [_read_about(path) for path in sorted(root.glob("[!.]*/run.json"))]
+    found = []
+    for path in sorted(root.glob("[!.]*/run.json")):
+        try:
+            found.append(_read_about(path))
+        except RunError as error:
+            logger.warning("%s", error)
+    return found
 
 
 def _read_about(path: Path) -> dict[str, Any]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
+        raise RunError(f"{path} cannot be read ({error}); move its folder out of the runs") from error
+    whole = isinstance(about, dict) and (about.get("format"), about.get("version")) == (FORMAT, VERSION)
+    if not whole or not about.keys() >= {"dataset", "summary"} or not about["summary"].keys() >= _SUMMARY:
         raise RunError(f"{path} is not an {FORMAT} of version {VERSION}; move its folder out of the runs")
     return about
 

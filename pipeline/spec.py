@@ -92,8 +92,8 @@ class FeatureRequest:
     """The fields of a `FeatureSpec` that were stated; None stands for `auto` and agrees with any value."""
 
     backbone: str
-    layer: str
-    fit: str
+    layer: str | None
+    fit: str | None
     decode: str
     resize: str
     weights: str | None = None

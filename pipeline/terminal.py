@@ -107,7 +107,8 @@ def pairs(values: Mapping[str, object]) -> None:
 
 
 def say(text: str, style: str | None = None) -> None:
-    """Print one line."""
+    """Print one line; what a file's name may hold beside letters, line breaks and escapes, is spelt out."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     console.print(text, style=style, markup=False)
 
 

@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (done.json["rows"], done.json["computed"], done.json["weights"]) == (300, 300, "untrained")
     assert done.json["images_per_second"] > 0
     assert "UNTRAINED" in done.err
-    assert re.search(r"300 images to compute: about \d+ s, [\d.]+ GB on disk", done.err)
+    assert re.search(r"300 images to compute: about \d+ s, [\d.,]+ [GM]B on disk", done.err)
     return data
 
 
@@ -237,3 +237,40 @@ def test_the_constant_in_the_command_line_is_the_librarys() -> None:
 
     assert cli._MAX_PIXELS == images.DEFAULT_MAX_PIXELS
     assert (compute.DEFAULT_SHARD_ROWS, compute.DEFAULT_BATCH_SIZE) == (256, 32)
+
+
+def test_one_broken_run_or_space_does_not_hide_the_others(tmp_path: Path) -> None:
+    write_picture(tmp_path / "two" / "a" / "1.png", 1)
+    write_picture(tmp_path / "two" / "b" / "2.png", 2)
+    assert icebox(tmp_path, "features", "--dataset", tmp_path / "two", "--weights", "untrained").code == 0
+    (good,) = (tmp_path / "cache").glob("*/space.json")
+    for name, text in (("bad", "{"), ("moved", good.read_text()), ("worse", '{"spec": {}, "made_by": []}')):
+        (tmp_path / "cache" / name).mkdir()
+        (tmp_path / "cache" / name / "space.json").write_text(text)
+    listed = icebox(tmp_path, "cache", "ls", "--json")
+    assert [space["space"] for space in listed.json["spaces"]] == [good.parent.name]
+    assert all(f"the space {name} is passed over" in listed.err for name in ("bad", "moved", "worse"))
+    for name, text in (("cut", "{"), ("empty", '{"format": "icebox-run", "version": 1}')):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text(text)
+    runs = icebox(tmp_path, "runs", "ls", "--json")
+    assert runs.json == {"runs": []}
+    assert all(str(tmp_path / "runs" / name) in runs.err for name in ("cut", "empty"))
+
+
+def test_a_batch_systems_stop_is_as_clean_as_ctrl_c(data: Path) -> None:
+    import signal
+    import time
+
+    command = command_line(data, "train-head", "--head", "gap", "--limit", "300", "--epochs", "100000", "--json")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    deadline = time.monotonic() + 120
+    while not list((data / "runs").glob(".partial-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert json.loads(out) == {"error": "stopped; nothing was published"}
+    assert "Traceback" not in err
+    assert not list((data / "runs").glob(".partial-*"))

@@ -406,3 +406,39 @@ def test_a_workspace_closes_its_index(tmp_path: Path) -> None:
         assert isinstance(workspace, Workspace)
     with pytest.raises(sqlite3.ProgrammingError):
         workspace.cache.index.shards("any")
+
+
+def test_a_space_named_outright_needs_nothing_else_said(photos: Path, run: Callable[..., Extraction]) -> None:
+    other = run(photos, replace(UNTRAINED, layer="mixed8", fit="pad"))
+    assert other.space
+    assert counts(run(photos, FeatureChoice(space=other.space.name))) == (0, 12, 0, 0)
+    with pytest.raises(SpecError, match="layer is mixed8"):
+        run(photos, FeatureChoice(space=other.space.name, layer="mixed10"))
+
+
+def test_a_keras_json_in_somebodys_home_changes_nothing(tmp_path: Path) -> None:
+    folder, home = many(tmp_path / "images", 4), tmp_path / "keras"
+    home.mkdir()
+    (home / "keras.json").write_text('{"floatx": "float16", "image_data_format": "channels_first"}')
+    assert icebox(tmp_path / "plain", *FEATURES, "--dataset", folder).code == 0
+    done = icebox(tmp_path / "odd", *FEATURES, "--dataset", folder, KERAS_HOME=str(home))
+    assert done.code == 0, done.err
+    plain, odd = stored(tmp_path / "plain"), stored(tmp_path / "odd")
+    for key, (features, pooled) in plain.items():
+        np.testing.assert_array_equal(odd[key][0], features)
+        np.testing.assert_array_equal(odd[key][1], pooled)
+
+
+def test_no_memory_for_an_image_is_not_remembered_against_it(
+    photos: Path, run: Callable[..., Extraction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What OpenCV says when it cannot allocate, said by a decoder that stands in for a small machine's."""
+    from pipeline import images
+
+    def no_room(data: bytes, **options: int) -> np.ndarray:
+        raise MemoryError("no memory for 40 x 50 pixels")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "decode", no_room)
+        assert counts(run(photos)) == (0, 0, 0, 12)
+    assert counts(run(photos)) == (12, 0, 0, 0)

@@ -89,7 +89,7 @@ def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> tuple[F
 def file_stamp(path: Path) -> FileStamp:
     """Return what `path` looks like now."""
     stat = path.stat()
-    return FileStamp(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    return FileStamp(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino % 2**63)  # SQLite's largest
 
 
 def unreadable(error: OSError) -> str:

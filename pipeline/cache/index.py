@@ -186,7 +186,8 @@ def _connect(path: Path) -> sqlite3.Connection:
             "derived again from the shards"
         )
     db.execute("PRAGMA foreign_keys = ON")
-    with db:
-        db.executescript(_SCHEMA)
-        db.execute(f"PRAGMA user_version = {VERSION}")
+    if version == 0:  # new; one that is there may lie where nothing can be written
+        with db:
+            db.executescript(_SCHEMA)
+            db.execute(f"PRAGMA user_version = {VERSION}")
     return db

@@ -35,6 +35,7 @@ VERSION = 1
 MAX_ROWS = 65_536  # far above what is ever written: a file claiming more is not ours
 _MAX_ROW_BYTES = 2**26  # likewise: no layer of a network on 299 by 299 pixels comes near it
 _CHUNK_BYTES = 2**20
+_REMEDY = "move it away and run `features` again: only its rows are computed anew"
 # HDF5's oldest format has no checksums in its own bookkeeping: one flipped bit there made another row, or zeros, be
 # read without an error. The format of HDF5 1.10 has them, and takes less room.
 _LIBVER = h5py.h5f.LIBVER_V110
@@ -171,10 +172,7 @@ def _damage_named(path: Path) -> Iterator[None]:
     except CacheError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise CacheError(
-            f"shard {path} cannot be read ({error}); move it away and run `features` again: "
-            "only its rows are computed anew"
-        ) from error
+        raise CacheError(f"shard {path} cannot be read ({error}); {_REMEDY}") from error
 
 
 def _all(file: h5py.File, name: str) -> np.ndarray:
@@ -199,7 +197,7 @@ def opened(path: Path) -> h5py.File:
         # Shards never change, so no lock is needed; asking for one fails on NFS and Lustre.
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
-        raise CacheError(f"shard {path} cannot be opened: {error}") from error
+        raise CacheError(f"shard {path} cannot be opened ({error}); {_REMEDY}") from error
     try:
         _check_layout(file, path)
     except BaseException:

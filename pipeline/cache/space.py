@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ from pipeline.cache import storage
 from pipeline.cache.index import Index, Located
 from pipeline.cache.lock import exclusive
 from pipeline.cache.shard import Rows, ShardInfo, read_info, read_rows, row_layout, write_shard
-from pipeline.errors import MissingRowsError, SpecError
+from pipeline.errors import CacheError, MissingRowsError, SpecError
 from pipeline.spec import FeatureRequest, FeatureSpec
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class FeatureSpace:
 
         A shard's name is the hash of its bytes, so one known by name needs no second look.
         """
-        present = {path.stem for path in self._shards.glob("[!.]*.h5")}
+        # In this order: a shard published in between is then met as unknown, not taken for vanished.
         known = self._index.shards(self.name)
+        present = {path.stem for path in self._shards.glob("[!.]*.h5")}
         for name in sorted(present - known.keys()):
             self.register(read_info(self._shards / f"{name}.h5", self.spec))
         for name in sorted(known.keys() - present):
@@ -134,6 +138,8 @@ class ShardReader:
         return row_layout(self._path(int(located.shards[0])), self._dataset)
 
     def _path(self, shard: int) -> Path:
+        if shard not in self._names:
+            raise CacheError("a shard was removed while it was to be read; run the command again")
         return self._directory / f"{self._names[shard]}.h5"
 
 
@@ -153,8 +159,14 @@ class Cache:
         return sorted(path.parent.name for path in self.root.glob("*/space.json"))
 
     def spaces(self) -> list[FeatureSpace]:
-        """Return every space on disk."""
-        return [self.open(name) for name in self.names()]
+        """Return every space on disk that can be opened; of the others it is said why not."""
+        found = []
+        for name in self.names():
+            try:
+                found.append(self.open(name))
+            except (SpecError, CacheError) as error:
+                logger.warning("the space %s is passed over: %s", name, error)
+        return found
 
     def open(self, name: str) -> FeatureSpace:
         """Return the space in folder `name`.
@@ -171,9 +183,12 @@ class Cache:
         try:
             stored = json.loads((path / "space.json").read_text())
             spec = FeatureSpec.from_dict(stored["spec"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise SpecError(f"{path / 'space.json'} is not readable: {error}") from error
-        return FeatureSpace(path, spec, stored.get("made_by", {}), self.index)
+            made_by = dict(stored["made_by"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SpecError(f"{path / 'space.json'} is not readable ({error}); move {path} away") from error
+        if spec.directory != name:
+            raise SpecError(f"{path} holds another feature space than its name says; move it away")
+        return FeatureSpace(path, spec, made_by, self.index)
 
     def create(self, spec: FeatureSpec, made_by: Mapping[str, Any]) -> FeatureSpace:
         """Return the space of `spec`, made now unless it is on disk already.
@@ -189,8 +204,8 @@ class Cache:
             text = json.dumps({"spec": spec.to_dict(), "made_by": dict(made_by)}, indent=1)
             storage.write_whole(path / "space.json", text.encode())
         space = self.open(spec.directory)
-        if space.spec != spec:
-            raise SpecError(f"{path} holds another feature space than its name says; move it away")
+        if space.spec != spec:  # two specs under one hash
+            raise SpecError(f"{path} holds another feature space; move it away")
         return space
 
     def choose(self, request: FeatureRequest, keys: Sequence[bytes]) -> FeatureSpace | None:
