@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -353,18 +352,17 @@ def test_a_pixel_bomb_costs_no_memory(tmp_path: Path) -> None:
     """A PNG of 20,000 x 20,000 in a few hundred KB is refused by its header; the peak stays what it was."""
 
     def peak(folder: Path) -> int:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         command = command_line(tmp_path / folder.name / "data", *FEATURES, "--dataset", folder, "--max-bad", "1")
         process = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0
-        assert usage.ru_maxrss or before
         return usage.ru_maxrss  # KiB
 
     plain, bombed = many(tmp_path / "plain", 4), many(tmp_path / "bombed", 4)
     (bombed / "cats" / "bomb.png").write_bytes(black_png(20_000))
-    assert peak(bombed) < peak(plain) * 1.05 + 20_000
+    # Decoded it takes at least 400 MB, as RGB 1.2 GB; TensorFlow's own peak wanders by up to 100 MB between runs.
+    assert peak(bombed) < peak(plain) + 200_000
 
 
 def black_png(side: int) -> bytes:
