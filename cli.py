@@ -301,7 +301,7 @@ def summary(
     from pipeline.summary import summarize
 
     _show_notices()
-    result = summarize(head, classes, layer or "mixed10")
+    result = summarize(head, classes, layer)
     layers = result["layers"] if as_json else result.pop("layers")
     if not as_json:
         rows = [

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.backbone import DEFAULT_BACKBONE, build, carries_alone, cut
+from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, build, carries_alone, cut
 from pipeline.heads import build as build_head
 from pipeline.spec import HeadSpec
 
 
-def summarize(head: str, classes: int, layer: str) -> dict[str, Any]:
-    """Return the layers up to `layer`, and how many parameters would train with and without the backbone."""
+def summarize(head: str, classes: int, layer: str | None = None) -> dict[str, Any]:
+    """Return the layers up to `layer` and how many parameters would train with and without the backbone.
+
+    Without a `layer` it is the backbone's default.
+    """
+    layer = layer or BACKBONES[DEFAULT_BACKBONE].default_layer
     whole = build(DEFAULT_BACKBONE)
     backbone = cut(whole, layer)
     on_top = build_head(HeadSpec.make(head), tuple(backbone.output.shape[1:]), classes)
