@@ -3,20 +3,35 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from pipeline.dataset import Dataset
-    from pipeline.extract import FeatureChoice, Quarantined
-    from pipeline.workspace import Workspace
+from pipeline.commands.cache import cache_app
+from pipeline.commands.shared import (
+    MAX_PIXELS,
+    ArchiveOption,
+    DatasetOption,
+    FitOption,
+    JsonOption,
+    LayerOption,
+    LimitOption,
+    MaxBadOption,
+    MaxPixelsOption,
+    PrecisionOption,
+    SpaceOption,
+    StorageOption,
+    WeightsOption,
+    exit_for_bad,
+    feature_choice,
+    features_command,
+    finish,
+    open_dataset,
+    opened,
+)
 
 app = typer.Typer(
     help="Freeze InceptionV3 once, keep its features on disk, train heads from them for ever.",
@@ -24,41 +39,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cache_app = typer.Typer(help="Look at the feature cache.", rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
 runs_app = typer.Typer(help="Look at the trained heads.", rich_markup_mode=None)
 app.add_typer(runs_app, name="runs")
 
-# Options that several commands share have one name and one meaning everywhere.
-DatasetOption = Annotated[
-    str,
-    typer.Option(help="digits, cifar10, cifar100, a folder of class folders, or a .csv or .parquet manifest."),
-]
-ArchiveOption = Annotated[
-    Path | None, typer.Option(help="The published CIFAR archive, if it is at hand.", dir_okay=False)
-]
-LimitOption = Annotated[
-    int | None, typer.Option(help="Take only the first N images of a fixed, class-balanced order.", min=1)
-]
-WeightsOption = Annotated[str, typer.Option(help="auto, imagenet, untrained[:SEED], or a Keras weights file.")]
-LayerOption = Annotated[str | None, typer.Option(help="The layer whose output is cached.  [default: mixed10]")]
-PrecisionOption = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="What the backbone computes in.")
-]
-StorageOption = Annotated[Literal["auto", "float16", "float32"], typer.Option(help="What features are stored as.")]
-SpaceOption = Annotated[str | None, typer.Option(help="A feature space by its name in `cache ls`.")]
-FitOption = Annotated[
-    Literal["squash", "crop", "pad"] | None,
-    typer.Option(help="How an image that is not square becomes square.  [default: squash]"),
-]
-MaxPixelsOption = Annotated[int, typer.Option(help="Quarantine images with more pixels than this.", min=1)]
-MaxBadOption = Annotated[
-    float, typer.Option(help="Share of images that may be quarantined before the exit code is 3.", min=0, max=1)
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-
 _DATA_DIR = Path(__file__).parent / "data"
-_MAX_PIXELS = 180_000_000  # pipeline.images.DEFAULT_MAX_PIXELS, not imported here as it brings OpenCV
 
 
 @app.callback()
@@ -87,7 +72,7 @@ def features(
     storage: StorageOption = "auto",
     space: SpaceOption = None,
     fit: FitOption = None,
-    max_pixels: MaxPixelsOption = _MAX_PIXELS,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     shard_rows: Annotated[int, typer.Option(help="Rows in a shard, at most.", min=1, max=65_536)] = 256,
     batch_size: Annotated[int, typer.Option(help="Images the model is given at once.", min=1, max=512)] = 32,
     retry_failed: Annotated[bool, typer.Option(help="Try images again that could not be decoded before.")] = False,
@@ -102,11 +87,10 @@ def features(
     from pipeline.extract import extract
 
     start = time.perf_counter()
-    choice = _choice(weights, layer, precision, storage, space, fit)
     options = ComputeOptions(shard_rows, batch_size, max_pixels)
-    with _workspace(context) as workspace:
-        images = _open_dataset(workspace, dataset, archive, limit)
-        done = extract(images, workspace, choice, options, retry_failed=retry_failed)
+    with opened(context) as workspace:
+        images = open_dataset(workspace, context)
+        done = extract(images, workspace, feature_choice(context), options, retry_failed=retry_failed)
         totals = done.space.totals() if done.space else None
     result = {
         "images": done.images,
@@ -123,8 +107,8 @@ def features(
         "weights": done.space.provenance.get("weights") if done.space else None,
         "precision": done.space.spec.precision if done.space else None,
     }
-    _finish(result, as_json, ("rows", "computed", "reused", "duplicates", "quarantined", "seconds", *_FEATURE_LINES))
-    _exit_for_bad(done.quarantined, done.images, max_bad)
+    finish(result, as_json, ("rows", "computed", "reused", "duplicates", "quarantined", "seconds", *_FEATURE_LINES))
+    exit_for_bad(done.quarantined, done.images, max_bad)
 
 
 _FEATURE_LINES = ("images_per_second", "space", "bytes_per_row", "weights", "precision")
@@ -163,7 +147,7 @@ def train_head(
     storage: StorageOption = "auto",
     space: SpaceOption = None,
     fit: FitOption = None,
-    max_pixels: MaxPixelsOption = _MAX_PIXELS,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -184,12 +168,11 @@ def train_head(
         C=c,
         max_iter=max_iter,
     )
-    choice = _choice(weights, layer, precision, storage, space, fit)
-    with _workspace(context) as workspace:
-        images = _open_dataset(workspace, dataset, archive, limit)
-        run = train(images, workspace, choice, spec, max_pixels, _features_command(context))
-    _finish(run.summary, as_json, _HEAD_LINES, note=f"kept in {run.path}")
-    _exit_for_bad(run.quarantined, len(images), max_bad)
+    with opened(context) as workspace:
+        images = open_dataset(workspace, context)
+        run = train(images, workspace, feature_choice(context), spec, max_pixels, features_command(context))
+    finish(run.summary, as_json, _HEAD_LINES, note=f"kept in {run.path}")
+    exit_for_bad(run.quarantined, len(images), max_bad)
 
 
 _HEAD_LINES = (
@@ -198,46 +181,12 @@ _HEAD_LINES = (
 )  # fmt: skip
 
 
-@cache_app.command("ls")
-def cache_ls(context: typer.Context, as_json: JsonOption = False) -> None:
-    """List the feature spaces on disk."""
-    from dataclasses import asdict
-
-    from pipeline import terminal
-
-    with _workspace(context) as workspace:
-        spaces = [
-            {
-                "space": space.name,
-                **asdict(space.totals()),
-                "spec": space.spec.to_dict(),
-                "made_by": dict(space.provenance),
-            }
-            for space in workspace.cache.spaces()
-        ]
-    result = {"spaces": spaces, **{key: sum(space[key] for space in spaces) for key in ("shards", "rows", "bytes")}}
-    if as_json:
-        terminal.emit_json(result)
-        return
-    if not spaces:
-        terminal.say("the cache is empty; `features` fills it")
-        return
-    headers = ("space", "rows", "shards", "MB", "weights", "precision")
-    terminal.table(
-        [
-            (s["space"], s["rows"], s["shards"], s["bytes"] / 1e6, s["made_by"].get("weights"), s["spec"]["precision"])
-            for s in spaces
-        ],
-        headers,
-    )
-
-
 @runs_app.command("ls")
 def runs_ls(context: typer.Context, as_json: JsonOption = False) -> None:
     """List the trained heads and their accuracies, the oldest first."""
     from pipeline import runs, terminal
 
-    with _workspace(context) as workspace:
+    with opened(context) as workspace:
         found = runs.list_runs(workspace.runs)
     if as_json:
         terminal.emit_json({"runs": [{"dataset": about["dataset"]["name"], **about["summary"]} for about in found]})
@@ -267,9 +216,9 @@ def doctor(context: typer.Context, as_json: JsonOption = False) -> None:
     """Tell what this machine has, and what Icebox would do with it."""
     from pipeline.doctor import examine
 
-    with _workspace(context) as workspace:
+    with opened(context) as workspace:
         result = examine(workspace)
-    _finish(result, as_json, tuple(result))
+    finish(result, as_json, tuple(result))
 
 
 @app.command("weights")
@@ -283,9 +232,9 @@ def weights_command(
     """Tell where weights come from; with --weights, get them and tell their digest."""
     from pipeline.weights import describe
 
-    with _workspace(context) as workspace:
+    with opened(context) as workspace:
         result = describe(weights, workspace)
-    _finish(result, as_json, tuple(result))
+    finish(result, as_json, tuple(result))
 
 
 @app.command()
@@ -300,7 +249,7 @@ def summary(
     from pipeline import terminal
     from pipeline.summary import summarize
 
-    _show_notices()
+    terminal.show_notices()
     result = summarize(head, classes, layer)
     layers = result["layers"] if as_json else result.pop("layers")
     if not as_json:
@@ -310,103 +259,7 @@ def summary(
             if every_layer or each["cut"]
         ]
         terminal.table(rows, ("index", "layer", "type", "output", "parameters"))
-    _finish(result, as_json, tuple(result))
-
-
-# Helpers of the commands
-
-
-@contextmanager
-def _workspace(context: typer.Context) -> Iterator[Workspace]:
-    from pipeline import terminal
-    from pipeline.workspace import open_workspace
-
-    _show_notices()
-    with open_workspace(context.obj, terminal.progress) as workspace:
-        yield workspace
-
-
-def _show_notices() -> None:
-    from pipeline import terminal
-
-    terminal.show_notices()
-
-
-def _open_dataset(workspace: Workspace, name: str, archive: Path | None, count: int | None) -> Dataset:
-    from pipeline import dataset, terminal
-
-    found = dataset.open_dataset(name, downloads=workspace.downloads, archive=archive, progress=terminal.progress)
-    if found.ignored:
-        listed = ", ".join(f"{ending or 'no ending'} {n:,}" for ending, n in sorted(found.ignored.items()))
-        terminal.say(f"notice: passed over, as their endings are not of images: {listed}", "yellow")
-    return found if count is None else dataset.limit(found, count)
-
-
-def _choice(
-    weights: str, layer: str | None, precision: str, storage: str, space: str | None, fit: str | None
-) -> FeatureChoice:
-    from pipeline.extract import FeatureChoice
-
-    return FeatureChoice(weights, layer, fit, precision, storage, space)
-
-
-_FEATURE_OPTIONS = (
-    "dataset",
-    "archive",
-    "limit",
-    "weights",
-    "layer",
-    "precision",
-    "storage",
-    "space",
-    "fit",
-    "max_pixels",
-)
-
-
-def _features_command(context: typer.Context) -> str:
-    """Return the command line that makes the features this one lacks."""
-    words = ["python", "cli.py"]
-    parent = context.parent
-    if parent and str(parent.get_parameter_source("data_dir")).endswith("COMMANDLINE"):
-        words += ["--data-dir", str(context.obj)]
-    words.append("features")
-    for name in _FEATURE_OPTIONS:
-        if name == "dataset" or str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
-            words += [f"--{name.replace('_', '-')}", str(context.params[name])]
-    return shlex.join(words)
-
-
-def _finish(result: dict[str, Any], as_json: bool, lines: tuple[str, ...], note: str | None = None) -> None:
-    """Print the JSON object, or the named lines of it for people."""
-    from pipeline import terminal
-
-    if as_json:
-        terminal.emit_json(result)
-        return
-    shown = {name.replace("_", " "): _readable(name, result[name]) for name in lines if result.get(name) is not None}
-    terminal.pairs(shown)
-    if note:
-        terminal.say(note)
-
-
-def _readable(name: str, value: Any) -> Any:
-    """Return sizes in units people read; other values as they are."""
-    if not name.endswith(("memory", "bytes", "free")):
-        return value
-    return f"{value / 1e9:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.2f} MB"
-
-
-def _exit_for_bad(quarantined: list[Quarantined], images: int, max_bad: float) -> None:
-    """List what was quarantined; exit with 3 if it is more than was allowed for."""
-    from pipeline import terminal
-
-    for bad in quarantined[:20]:
-        terminal.say(f"quarantined {bad.path}: {bad.reason}", "yellow")
-    if len(quarantined) > 20:
-        terminal.say(f"and {len(quarantined) - 20:,} more; --json lists them all", "yellow")
-    if len(quarantined) / images > max_bad:
-        raise typer.Exit(3)
+    finish(result, as_json, tuple(result))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,124 @@
+"""What the commands share: options with one name and one meaning everywhere, and how results are printed."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.dataset import Dataset
+    from pipeline.extract import FeatureChoice, Quarantined
+    from pipeline.workspace import Workspace
+
+DatasetOption = Annotated[
+    str,
+    typer.Option(help="digits, cifar10, cifar100, a folder of class folders, or a .csv or .parquet manifest."),
+]
+ArchiveOption = Annotated[
+    Path | None, typer.Option(help="The published CIFAR archive, if it is at hand.", dir_okay=False)
+]
+LimitOption = Annotated[
+    int | None, typer.Option(help="Take only the first N images of a fixed, class-balanced order.", min=1)
+]
+WeightsOption = Annotated[str, typer.Option(help="auto, imagenet, untrained[:SEED], or a Keras weights file.")]
+LayerOption = Annotated[str | None, typer.Option(help="The layer whose output is cached.  [default: mixed10]")]
+PrecisionOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="What the backbone computes in.")
+]
+StorageOption = Annotated[Literal["auto", "float16", "float32"], typer.Option(help="What features are stored as.")]
+SpaceOption = Annotated[str | None, typer.Option(help="A feature space by its name in `cache ls`.")]
+FitOption = Annotated[
+    Literal["squash", "crop", "pad"] | None,
+    typer.Option(help="How an image that is not square becomes square.  [default: squash]"),
+]
+MaxPixelsOption = Annotated[int, typer.Option(help="Quarantine images with more pixels than this.", min=1)]
+MaxBadOption = Annotated[
+    float, typer.Option(help="Share of images that may be quarantined before the exit code is 3.", min=0, max=1)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+
+MAX_PIXELS = 180_000_000  # pipeline.images.DEFAULT_MAX_PIXELS, not imported here as it brings OpenCV
+
+
+@contextmanager
+def opened(context: typer.Context) -> Iterator[Workspace]:
+    """Open the workspace of a command, its notices and progress going to the terminal."""
+    from pipeline import terminal
+    from pipeline.workspace import open_workspace
+
+    terminal.show_notices()
+    with open_workspace(context.obj, terminal.progress) as workspace:
+        yield workspace
+
+
+def open_dataset(workspace: Workspace, context: typer.Context) -> Dataset:
+    """Open what `--dataset`, `--archive` and `--limit` of a command say."""
+    from pipeline import dataset, terminal
+
+    name, archive = context.params["dataset"], context.params["archive"]
+    found = dataset.open_dataset(name, downloads=workspace.downloads, archive=archive, progress=terminal.progress)
+    if found.ignored:
+        listed = ", ".join(f"{ending or 'no ending'} {n:,}" for ending, n in sorted(found.ignored.items()))
+        terminal.say(f"notice: passed over, as their endings are not of images: {listed}", "yellow")
+    count = context.params.get("limit")
+    return found if count is None else dataset.limit(found, count)
+
+
+_CHOICE_OPTIONS = ("weights", "layer", "precision", "storage", "space", "fit")
+_FEATURE_OPTIONS = ("dataset", "archive", "limit", *_CHOICE_OPTIONS, "max_pixels")
+
+
+def feature_choice(context: typer.Context) -> FeatureChoice:
+    """Return what the options of a command say about the features."""
+    from pipeline.extract import FeatureChoice
+
+    return FeatureChoice(**{name: context.params[name] for name in _CHOICE_OPTIONS})
+
+
+def features_command(context: typer.Context) -> str:
+    """Return the command line that makes the features this one lacks."""
+    words = ["python", "cli.py"]
+    if str(context.find_root().get_parameter_source("data_dir")).endswith("COMMANDLINE"):
+        words += ["--data-dir", str(context.obj)]
+    words.append("features")
+    for name in _FEATURE_OPTIONS:
+        if name == "dataset" or str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
+            words += [f"--{name.replace('_', '-')}", str(context.params[name])]
+    return shlex.join(words)
+
+
+def finish(result: dict[str, Any], as_json: bool, lines: tuple[str, ...], note: str | None = None) -> None:
+    """Print the JSON object, or the named lines of it for people."""
+    from pipeline import terminal
+
+    if as_json:
+        terminal.emit_json(result)
+        return
+    shown = {name.replace("_", " "): _readable(name, result[name]) for name in lines if result.get(name) is not None}
+    terminal.pairs(shown)
+    if note:
+        terminal.say(note)
+
+
+def _readable(name: str, value: Any) -> Any:
+    """Return sizes in units people read; other values as they are."""
+    if not name.endswith(("memory", "bytes", "free")):
+        return value
+    return f"{value / 1e9:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.2f} MB"
+
+
+def exit_for_bad(quarantined: list[Quarantined], images: int, max_bad: float) -> None:
+    """List what was quarantined; exit with 3 if it is more than was allowed for."""
+    from pipeline import terminal
+
+    for bad in quarantined[:20]:
+        terminal.say(f"quarantined {bad.path}: {bad.reason}", "yellow")
+    if len(quarantined) > 20:
+        terminal.say(f"and {len(quarantined) - 20:,} more; --json lists them all", "yellow")
+    if len(quarantined) / images > max_bad:
+        raise typer.Exit(3)
