@@ -3,6 +3,8 @@
 Every message says what was expected, what was found and what to do; the command line prints it as it is.
 """
 
+from pathlib import Path
+
 
 class IceboxError(Exception):
     """Anything a person can mend: the command line prints its text on one line and exits with 1."""
@@ -30,6 +32,26 @@ class WeightsError(IceboxError, OSError):
 
 class CacheError(IceboxError, OSError):
     """The cache on disk is damaged, locked, full or not writable."""
+
+
+class IndexDamagedError(CacheError):
+    """The index cannot be read any more. `path` is the file, to be set aside; it is derived again."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        self.text = f"the index {path} is damaged ({reason})"
+        super().__init__(f"{self.text}; delete it, it is derived again from the shards")
+
+
+class ShardDamagedError(CacheError):
+    """A shard that is not to be read from. `problem` is what is wrong with it, without its path."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        self.path = path
+        self.problem = problem
+        remedy = "run `cache verify --repair`, then `features`: only its rows are computed anew"
+        super().__init__(f"shard {path} {problem}; {remedy}")
 
 
 class MissingRowsError(CacheError, LookupError):

@@ -49,7 +49,7 @@ class Plan:
     todo: list[int]  # the first image of each key that has no row
     reused: int  # keys that have a row
     duplicates: int  # images that are copies of another image of the dataset
-    quarantined: dict[int, str]  # image → why it cannot be read or decoded
+    quarantined: dict[int, tuple[str, str | None]]  # image → why it cannot be read or decoded, since when
 
     @property
     def rows(self) -> int:
@@ -59,10 +59,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """An image without a row, by the name people know it under, and why. Names may repeat in a manifest."""
+    """An image without a row, by the name people know it under, and why. Names may repeat in a manifest.
+
+    `since` is when its content was first refused (ISO 8601, UTC); None if it could not be read, which is not kept.
+    """
 
     path: str
     reason: str
+    since: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def extract(
 
 def name_quarantined(dataset: Dataset, plan: Plan) -> list[Quarantined]:
     """Return the quarantined images in the dataset's order."""
-    return [Quarantined(dataset.names[i], reason) for i, reason in sorted(plan.quarantined.items())]
+    return [Quarantined(dataset.names[i], *why) for i, why in sorted(plan.quarantined.items())]
 
 
 def _compute_all(job: Job) -> tuple[Plan, float]:
@@ -180,12 +184,12 @@ def make_plan(identities: Identities, space: FeatureSpace | None, index: Index, 
     refused = index.quarantined(unique, images.decoder_version(), max_pixels)
     todo: list[int] = []
     duplicates = 0
-    quarantined: dict[int, str] = {}
+    quarantined: dict[int, tuple[str, str | None]] = {}
     for i, key in enumerate(identities.keys):
         if key is None:
-            quarantined[i] = identities.unread[i]
+            quarantined[i] = (identities.unread[i], None)
         elif key in refused and key not in stored:
-            quarantined[i] = refused[key]
+            quarantined[i] = (refused[key].reason, refused[key].since)
         elif first[key] != i:
             duplicates += 1
         elif key not in stored:

@@ -42,8 +42,7 @@ class StoredRows:
         return self.shape[0]
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        some = Located(self._located.shards[indices], self._located.positions[indices])
-        return self._reader.read(some)
+        return self._reader.read(self._located.take(indices))
 
 
 def open_rows(space: FeatureSpace, keys: Sequence[bytes], dataset: str, splits: Sequence[np.ndarray]) -> list[Rows]:
@@ -62,7 +61,7 @@ def open_rows(space: FeatureSpace, keys: Sequence[bytes], dataset: str, splits: 
     fits = dataset == "pooled" or size <= _SHARE_OF_MEMORY * room
     where = "read into memory" if fits else "read from disk batch by batch"
     logger.info("%s rows, %.2f GB, are %s (%.1f GB free)", f"{sum(map(len, splits)):,}", size / 1e9, where, room / 1e9)
-    stored = [StoredRows(reader, Located(located.shards[at], located.positions[at]), shape) for at in splits]
+    stored = [StoredRows(reader, located.take(at), shape) for at in splits]
     return [rows[np.arange(len(rows))] for rows in stored] if fits else list(stored)
 
 

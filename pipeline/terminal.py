@@ -28,8 +28,15 @@ def show_notices() -> None:
 
 
 class _ConsoleHandler(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
+        if warning and record.getMessage() in self._said:  # met again on the way; once is enough
+            return
+        self._said.add(record.getMessage())
         text = ("notice: " if warning else "") + record.getMessage()
         console.print(text, style="yellow" if warning else None, markup=False)
 

@@ -33,5 +33,5 @@ class Workspace:
 @contextmanager
 def open_workspace(root: Path, progress: Progress = silent) -> Iterator[Workspace]:
     """Open the data directory `root`; what it lacks is made when it is needed."""
-    with closing(Cache(root / "cache")) as cache:
+    with closing(Cache(root / "cache", progress)) as cache:
         yield Workspace(root, cache, progress)

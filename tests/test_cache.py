@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ import numpy as np
 import pytest
 
 from pipeline.cache import storage
-from pipeline.cache.index import FileStamp, Index
+from pipeline.cache.index import FileStamp, Index, Quarantine
 from pipeline.cache.shard import Rows, ShardInfo, file_size, read_info, read_rows, row_layout, write_shard
 from pipeline.cache.space import Cache, FeatureSpace
-from pipeline.errors import CacheError, MissingRowsError, SpecError
+from pipeline.errors import CacheError, IndexDamagedError, MissingRowsError, ShardDamagedError, SpecError
 from pipeline.spec import FeatureRequest, FeatureSpec, canonical_json
 
 ROOT = Path(__file__).parent.parent
@@ -177,7 +178,7 @@ def test_rows_of_a_shard_come_back_bit_for_bit(tmp_path: Path, store: str, datas
     shape, dtype = row_layout(path, dataset)
     out = np.full((len(positions) + 1, *shape), 77, dtype)
     at = np.random.default_rng(0).permutation(len(positions))
-    read_rows(path, dataset, np.array(positions), out, at)
+    read_rows(path, dataset, np.array(positions), rows.keys[positions], out, at)
     expected = getattr(rows, dataset)
     assert all(bits(out[target]) == bits(expected[position]) for position, target in zip(positions, at, strict=True))
     assert (out[-1] == 77).all()
@@ -189,7 +190,7 @@ def test_a_shard_of_one_row_can_be_read(tmp_path: Path) -> None:
     for dataset in ("features", "pooled"):
         shape, dtype = row_layout(path, dataset)
         out = np.empty((1, *shape), dtype)
-        read_rows(path, dataset, np.array([0]), out, np.array([0]))
+        read_rows(path, dataset, np.array([0]), rows.keys[[0]], out, np.array([0]))
         assert bits(out) == bits(getattr(rows, dataset))
 
 
@@ -212,13 +213,14 @@ def chunk_places(path: Path, dataset: str) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("dataset", ["features", "pooled"])
 def test_a_flipped_bit_in_the_data_is_noticed_by_an_ordinary_read(tmp_path: Path, dataset: str) -> None:
     n = 6
-    path = tmp_path / f"{write_shard(tmp_path, made(list(range(n))), SPEC).name}.h5"
+    rows = made(list(range(n)))
+    path = tmp_path / f"{write_shard(tmp_path, rows, SPEC).name}.h5"
     shape, dtype = row_layout(path, dataset)
     for offset, size in chunk_places(path, dataset):
         for place in {0, size // 3, size // 2, size - 5, size - 1}:
             copy = damaged(path, offset + place, place % 8)
             with pytest.raises(CacheError, match=r"damaged.h5"):
-                read_rows(copy, dataset, np.arange(n), np.empty((n, *shape), dtype), np.arange(n))
+                read_rows(copy, dataset, np.arange(n), rows.keys, np.empty((n, *shape), dtype), np.arange(n))
 
 
 def test_only_the_row_with_the_flipped_bit_is_lost(tmp_path: Path) -> None:
@@ -227,10 +229,10 @@ def test_only_the_row_with_the_flipped_bit_is_lost(tmp_path: Path) -> None:
     offset, size = chunk_places(path, "features")[1]
     copy = damaged(path, offset + size // 2)
     out = np.empty((2, *rows.features.shape[1:]), np.float16)
-    read_rows(copy, "features", np.array([0, 2]), out, np.array([0, 1]))
+    read_rows(copy, "features", np.array([0, 2]), rows.keys[[0, 2]], out, np.array([0, 1]))
     assert bits(out) == bits(rows.features[[0, 2]])
     with pytest.raises(CacheError):
-        read_rows(copy, "features", np.array([1]), out, np.array([0]))
+        read_rows(copy, "features", np.array([1]), rows.keys[[1]], out, np.array([0]))
 
 
 def test_a_flipped_bit_anywhere_never_gives_other_rows(tmp_path: Path) -> None:
@@ -243,8 +245,8 @@ def test_a_flipped_bit_anywhere_never_gives_other_rows(tmp_path: Path) -> None:
         features, pooled = np.full_like(rows.features, 77), np.full_like(rows.pooled, 77)
         try:
             info = read_info(copy, SPEC)
-            read_rows(copy, "features", np.arange(4), features, np.arange(4))
-            read_rows(copy, "pooled", np.arange(4), pooled, np.arange(4))
+            read_rows(copy, "features", np.arange(4), rows.keys, features, np.arange(4))
+            read_rows(copy, "pooled", np.arange(4), rows.keys, pooled, np.arange(4))
         except CacheError:
             noticed += 1
             continue
@@ -436,9 +438,20 @@ def test_a_file_that_is_not_hdf5_is_refused(tmp_path: Path, content: bytes) -> N
 
 
 def test_rows_are_not_written_into_another_shape(tmp_path: Path) -> None:
-    path = tmp_path / f"{write_shard(tmp_path, made([1, 2]), SPEC).name}.h5"
+    rows = made([1, 2])
+    path = tmp_path / f"{write_shard(tmp_path, rows, SPEC).name}.h5"
     with pytest.raises(CacheError):
-        read_rows(path, "features", np.array([1]), np.empty((1, 9, 9, 9), np.float16), np.array([0]))
+        read_rows(path, "features", np.array([1]), rows.keys[[1]], np.empty((1, 9, 9, 9), np.float16), np.array([0]))
+
+
+def test_rows_of_other_images_than_the_index_says_are_refused(tmp_path: Path) -> None:
+    rows = made([1, 2])
+    path = tmp_path / f"{write_shard(tmp_path, rows, SPEC).name}.h5"
+    out = np.full((1, *rows.features.shape[1:]), 77, np.float16)
+    for position, keys in ((0, rows.keys[[1]]), (2, rows.keys[[1]])):
+        with pytest.raises(ShardDamagedError, match="holds other rows than the index says"):
+            read_rows(path, "features", np.array([position]), keys, out, np.array([0]))
+    assert (out == 77).all()
 
 
 def test_a_folder_that_is_not_there_is_a_cache_error(tmp_path: Path) -> None:
@@ -604,14 +617,18 @@ def test_an_open_space_learns_of_shards_only_by_sync(opener: Opener, space: Feat
     with_own_index.close()
 
 
-def test_a_shard_deleted_by_hand_is_forgotten_and_its_rows_are_missing(opener: Opener, space: FeatureSpace) -> None:
+def test_a_shard_deleted_by_hand_is_known_as_gone_and_its_rows_are_missing(opener: Opener, space: FeatureSpace) -> None:
     gone, kept = add(space, [1, 2]), add(space, [3])
     shard_file(space, gone).unlink()
     again = opener().open(space.name)
     assert again.locate([key(1), key(2), key(3)]).found.tolist() == [False, False, True]
     assert (again.totals().shards, again.totals().bytes) == (1, kept.bytes)
-    with sqlite3.connect(space.path.parent / "cache.db") as db:
-        assert db.execute("SELECT count(*) FROM rows").fetchone() == (1,)
+    lost = again.index.lost(space.name, [key(1), key(2), key(3)])
+    assert lost == {key(n): f"{gone.name[:12]}…: is gone from the disk" for n in (1, 2)}
+    add(again, [2, 5])  # what is computed anew is no longer lost
+    assert again.index.lost(space.name, [key(1), key(2)]).keys() == {key(1)}
+    add(again, [1])
+    assert again.index.shards(space.name).keys() == {path.stem for path in (space.path / "shards").iterdir()}
 
 
 def test_a_shard_that_vanishes_while_open_is_a_cache_error(space: FeatureSpace) -> None:
@@ -650,8 +667,10 @@ def test_a_shard_of_another_space_is_not_adopted(opener: Opener, cache: Cache, s
     info = add(space, [1])
     other = cache.create(dataclasses.replace(SPEC, layer="mixed8"), {})
     (other.path / "shards" / f"{info.name}.h5").write_bytes(shard_file(space, info).read_bytes())
-    with pytest.raises(CacheError, match="another feature space"):
-        opener().open(other.name)
+    again = opener().open(other.name)
+    assert again.totals().shards == 0
+    record = again.index.shards(other.name)[info.name]
+    assert (record.state, record.problem) == ("bad", "belongs to another feature space")
 
 
 def test_hidden_and_other_files_among_the_shards_are_passed_over(opener: Opener, space: FeatureSpace) -> None:
@@ -669,7 +688,7 @@ def test_a_space_says_what_it_is(space: FeatureSpace) -> None:
     assert FeatureSpec.from_dict(stored["spec"]) == SPEC
     assert stored["made_by"] == {"weights": "untrained"} == space.provenance
     assert space.name == SPEC.directory
-    assert files_in(space.path) == ["shards", "space.json"]
+    assert files_in(space.path) == [".lock", ".reading", "shards", "space.json"]
 
 
 def test_making_a_space_twice_gives_the_same_with_its_rows(cache: Cache, space: FeatureSpace) -> None:
@@ -793,6 +812,7 @@ def test_what_killed_writers_left_is_removed_under_the_lock_only(opener: Opener,
     again.sync()
     assert partial.exists()
     with again.lock(lambda holder: None):
+        again.remove_leftovers()
         assert not partial.exists()
     assert again.totals().shards == 1
 
@@ -821,6 +841,7 @@ def test_the_lock_names_its_last_holder_only(space: FeatureSpace) -> None:
 
 
 def test_a_lock_file_that_cannot_be_made_is_a_cache_error(space: FeatureSpace) -> None:
+    (space.path / ".lock").unlink()
     (space.path / ".lock").mkdir()
     with pytest.raises(CacheError, match="cannot be written"), space.lock(lambda holder: None):
         pass
@@ -892,6 +913,7 @@ def test_a_partial_file_is_safe_while_its_writer_holds_the_lock(
         release(holder)
 
     with space.lock(look):
+        space.remove_leftovers()
         assert not partial.exists()
 
 
@@ -919,7 +941,7 @@ def test_fifty_thousand_keys_are_located_quickly(tmp_path: Path) -> None:
     located = index.locate("b", keys)
     seconds = time.perf_counter() - started
     assert located.found.tolist() == [False] * 10_000 + [True] * 40_000
-    names = {number: name for name, number in index.shards("b").items()}
+    names = {record.id: name for name, record in index.shards("b").items()}
     for ordinal in (10_000, 23_456, 49_999):
         number = 59_999 - ordinal
         assert int(names[int(located.shards[ordinal])]) + located.positions[ordinal] == number
@@ -980,12 +1002,19 @@ def test_the_quarantine_goes_by_content_decoder_and_limit(tmp_path: Path) -> Non
     index = Index(tmp_path / "cache.db")
     index.remember_quarantined({key(1): "half a JPEG", key(2): "text"}, "opencv 5", 1_000)
     keys = [key(n) for n in range(4)]
-    assert index.quarantined(keys, "opencv 5", 1_000) == {key(1): "half a JPEG", key(2): "text"}
-    assert index.quarantined([key(2)], "opencv 5", 1_000) == {key(2): "text"}
-    assert index.quarantined(keys, "opencv 6", 1_000) == {}
-    assert index.quarantined(keys, "opencv 5", 2_000) == {}
+
+    def reasons(keys: list[bytes], decoder: str, max_pixels: int) -> dict[bytes, str]:
+        return {known: found.reason for known, found in index.quarantined(keys, decoder, max_pixels).items()}
+
+    assert reasons(keys, "opencv 5", 1_000) == {key(1): "half a JPEG", key(2): "text"}
+    assert reasons([key(2)], "opencv 5", 1_000) == {key(2): "text"}
+    assert reasons(keys, "opencv 6", 1_000) == {}
+    assert reasons(keys, "opencv 5", 2_000) == {}
+    assert {found.key for found in index.all_quarantined()} == {key(1), key(2)}
+    since = index.all_quarantined()[0].since
+    assert since and abs((datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()) < 60
     index.forget_quarantined([key(1)])
-    assert index.quarantined(keys, "opencv 5", 1_000) == {key(2): "text"}
+    assert reasons(keys, "opencv 5", 1_000) == {key(2): "text"}
     index.close()
 
 
@@ -997,23 +1026,86 @@ def test_what_was_remembered_is_there_for_the_next_process(tmp_path: Path) -> No
 from pathlib import Path
 from test_cache import Index, key
 index = Index(Path(sys.argv[1]))
-print(index.totals("a"), index.quarantined([key(1)], "d", 1) == {key(1): "text"})
+print(index.totals("a"), index.quarantined([key(1)], "d", 1)[key(1)].reason)
 """
     done = subprocess.run(python(code, tmp_path / "cache.db"), capture_output=True, text=True, timeout=60)
-    assert done.stdout == "(1, 2, 1) True\n", done.stderr
+    assert done.stdout == "(1, 2, 1) text\n", done.stderr
     index.close()
 
 
-def test_an_index_that_is_no_database_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "cache.db").write_text("this is no database, but text that is long enough to be looked at")
-    with pytest.raises(CacheError, match="can be deleted"):
-        Index(tmp_path / "cache.db")
+def foreign(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE shards (id)")
+        db.execute("CREATE TRIGGER t AFTER INSERT ON shards BEGIN DELETE FROM shards; END")
+        db.execute("PRAGMA user_version = 2")
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("this is no database, but text " * 100), foreign])
+def test_an_index_that_is_not_ours_is_set_aside_and_derived_again(
+    tmp_path: Path, opener: Opener, space: FeatureSpace, make: Callable[[Path], object], caplog: Any
+) -> None:
+    add(space, [1, 2])
+    path = tmp_path / "cache" / "cache.db"
+    path.unlink()
+    make(path)
+    found = path.read_bytes()
+    (path.parent / "cache.db-journal").write_bytes(b"whose?")
+    again = opener().open(space.name)
+    assert again.locate([key(1), key(2)]).found.all()
+    (aside,) = path.parent.glob("cache.db.damaged-*[0-9]")
+    assert aside.read_bytes() == found
+    assert not (path.parent / "cache.db-journal").exists()
+    assert "derived again from the shards" in caplog.text
+
+
+def test_a_page_torn_out_of_the_index_is_noticed(tmp_path: Path, opener: Opener, space: FeatureSpace) -> None:
+    for start in range(0, 600, 50):
+        add(space, list(range(start, start + 50)))
+    path = tmp_path / "cache" / "cache.db"
+    content = bytearray(path.read_bytes())
+    content[4096 * 3 : -4096] = bytes(len(content) - 4096 * 4)
+    path.write_bytes(content)
+    index = Index(path)
+    with pytest.raises(IndexDamagedError) as damage:
+        index.check()
+    with pytest.raises(IndexDamagedError):
+        index.locate(space.name, [key(n) for n in range(600)])
+    index.renew(damage.value)
+    index.check()
+    index.close()
+    assert opener().open(space.name).locate([key(n) for n in range(600)]).found.all()
+
+
+def test_an_index_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "cache.db"
+    with sqlite3.connect(path) as db:
+        db.executescript("""
+            CREATE TABLE shards (id INTEGER PRIMARY KEY, space TEXT NOT NULL, name TEXT NOT NULL,
+                bytes INTEGER NOT NULL, rows INTEGER NOT NULL, UNIQUE (space, name));
+            CREATE TABLE rows (shard INTEGER NOT NULL REFERENCES shards (id) ON DELETE CASCADE,
+                position INTEGER NOT NULL, key BLOB NOT NULL, view INTEGER NOT NULL,
+                PRIMARY KEY (shard, position)) WITHOUT ROWID;
+            CREATE INDEX rows_by_key ON rows (key, view);
+            CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime INTEGER NOT NULL,
+                ctime INTEGER NOT NULL, inode INTEGER NOT NULL, digest BLOB NOT NULL) WITHOUT ROWID;
+            CREATE TABLE quarantine (key BLOB NOT NULL, decoder TEXT NOT NULL, max_pixels INTEGER NOT NULL,
+                reason TEXT NOT NULL, PRIMARY KEY (key, decoder, max_pixels)) WITHOUT ROWID;
+            INSERT INTO shards VALUES (1, 'a', 'x', 10, 1);
+            PRAGMA user_version = 1;
+        """)
+        db.execute("INSERT INTO rows VALUES (1, 0, ?, 0)", (key(1),))
+        db.execute("INSERT INTO quarantine VALUES (?, 'd', 1, 'text')", (key(2),))
+    index = Index(path)
+    assert index.locate("a", [key(1)]).found.all()
+    assert index.shards("a")["x"].state == "good"
+    assert index.all_quarantined() == [Quarantine(key(2), "d", 1, "text", None)]
+    index.close()
 
 
 def test_an_index_of_another_version_is_refused_once(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "cache.db") as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(CacheError, match=r"^the index .* is of version 99, this program reads 1; delete it"):
+    with pytest.raises(CacheError, match=r"^the index .* is of version 99, this program reads 2; delete it"):
         Index(tmp_path / "cache.db")
 
 

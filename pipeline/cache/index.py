@@ -6,34 +6,50 @@ derived, the quarantine, is met again by the next `features`.
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.cache import storage
 from pipeline.cache.shard import ShardInfo
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, IndexDamagedError
 
-VERSION = 1
+logger = logging.getLogger(__name__)
+
+VERSION = 2
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS shards (
+CREATE TABLE shards (
     id INTEGER PRIMARY KEY, space TEXT NOT NULL, name TEXT NOT NULL, bytes INTEGER NOT NULL,
-    rows INTEGER NOT NULL, UNIQUE (space, name));
-CREATE TABLE IF NOT EXISTS rows (
+    rows INTEGER NOT NULL, state TEXT NOT NULL DEFAULT 'good', problem TEXT, UNIQUE (space, name));
+CREATE TABLE rows (
     shard INTEGER NOT NULL REFERENCES shards (id) ON DELETE CASCADE, position INTEGER NOT NULL,
     key BLOB NOT NULL, view INTEGER NOT NULL, PRIMARY KEY (shard, position)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS rows_by_key ON rows (key, view);
-CREATE TABLE IF NOT EXISTS files (
+CREATE INDEX rows_by_key ON rows (key, view);
+CREATE TABLE files (
     path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime INTEGER NOT NULL, ctime INTEGER NOT NULL,
     inode INTEGER NOT NULL, digest BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS quarantine (
+CREATE TABLE quarantine (
     key BLOB NOT NULL, decoder TEXT NOT NULL, max_pixels INTEGER NOT NULL, reason TEXT NOT NULL,
-    PRIMARY KEY (key, decoder, max_pixels)) WITHOUT ROWID;
+    since TEXT, PRIMARY KEY (key, decoder, max_pixels)) WITHOUT ROWID;
 """
+_FROM_VERSION_1 = """
+ALTER TABLE shards ADD COLUMN state TEXT NOT NULL DEFAULT 'good';
+ALTER TABLE shards ADD COLUMN problem TEXT;
+ALTER TABLE quarantine ADD COLUMN since TEXT;
+"""
+# What a file of ours holds, whatever its version: anything more, a trigger say, is somebody else's.
+_OBJECTS = {"shards", "rows", "rows_by_key", "files", "quarantine"}
+_DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+State = Literal["good", "bad", "settled"]
 
 
 @dataclass(frozen=True)
@@ -47,16 +63,47 @@ class FileStamp:
 
 
 @dataclass(frozen=True)
+class ShardRecord:
+    """What is known of a shard. Rows of a shard that is not "good" count as missing.
+
+    "bad" is damaged or gone, and `verify` says so; "settled" is one that `verify --repair` moved aside.
+    """
+
+    id: int
+    name: str
+    bytes: int
+    rows: int
+    state: State
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """A content that a decoder refused."""
+
+    key: bytes
+    decoder: str
+    max_pixels: int
+    reason: str
+    since: str | None  # ISO 8601, UTC; None if it was remembered by a version that kept no dates
+
+
+@dataclass(frozen=True)
 class Located:
-    """Where n keys are stored: shard ids (n,) int64, -1 where missing, and positions (n,) int64."""
+    """Where n keys are stored: shard ids (n,) int64, -1 where missing; positions (n,) int64; keys (n, 32) uint8."""
 
     shards: np.ndarray
     positions: np.ndarray
+    keys: np.ndarray
 
     @property
     def found(self) -> np.ndarray:
         """Return a mask (n,) of the keys that have a row."""
         return self.shards >= 0
+
+    def take(self, at: np.ndarray) -> Located:
+        """Return the part at the indices or the mask `at`."""
+        return Located(self.shards[at], self.positions[at], self.keys[at])
 
 
 class Index:
@@ -65,49 +112,93 @@ class Index:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = _connect(path)
-        except CacheError:
-            raise
+            storage.make_folder(path.parent)
+            self._db = self._opened()
         except (sqlite3.Error, OSError) as error:
+            if isinstance(error, CacheError):
+                raise
             raise CacheError(
-                f"the index {path} cannot be opened ({error}); it can be deleted, it is derived again from "
-                "the shards; ICEBOX_INDEX=FILE puts it elsewhere"
+                f"the index {path} cannot be opened ({error}); ICEBOX_INDEX=FILE puts it elsewhere"
             ) from error
+
+    def _opened(self) -> sqlite3.Connection:
+        try:
+            return _connect(self.path)
+        except IndexDamagedError as error:
+            set_aside(error)
+            return _connect(self.path)
 
     def close(self) -> None:
         """Close the database; the object is of no use afterwards."""
         self._db.close()
 
-    # Rows and shards
+    # Shards
 
-    def shards(self, space: str) -> dict[str, int]:
-        """Return name → id of the shards known in `space`."""
-        query = "SELECT name, id FROM shards WHERE space = ?"
-        return dict(self._db.execute(query, (space,)).fetchall())
+    def shards(self, space: str) -> dict[str, ShardRecord]:
+        """Return name → what is known, of the shards of `space`."""
+        query = "SELECT id, name, bytes, rows, state, problem FROM shards WHERE space = ?"
+        return {row[1]: ShardRecord(*row) for row in self._all(query, (space,))}
+
+    def spaces(self) -> list[str]:
+        """Return the names of the spaces that have shards here, sorted."""
+        return [name for (name,) in self._all("SELECT DISTINCT space FROM shards ORDER BY space")]
 
     def totals(self, space: str) -> tuple[int, int, int]:
         """Return (shards, rows, bytes) of `space`; a row that stands in two shards counts twice."""
-        query = "SELECT count(*), coalesce(sum(rows), 0), coalesce(sum(bytes), 0) FROM shards WHERE space = ?"
-        return self._db.execute(query, (space,)).fetchone()
+        query = """SELECT count(*), coalesce(sum(rows), 0), coalesce(sum(bytes), 0) FROM shards
+            WHERE space = ? AND state = 'good'"""
+        return self._all(query, (space,))[0]
 
     def add_shard(self, space: str, info: ShardInfo) -> None:
-        """Make the rows of a published shard known, all or none; a shard known already changes nothing."""
-        insert = "INSERT OR IGNORE INTO shards (space, name, bytes, rows) VALUES (?, ?, ?, ?)"
-        with self._db:
-            done = self._db.execute(insert, (space, info.name, info.bytes, len(info.keys)))
-            if done.rowcount == 0:
+        """Make the rows of a published shard known, all or none; a good shard known already changes nothing."""
+        known = self.shards(space).get(info.name)
+        if known is not None and known.state == "good":
+            return
+        with self._changing() as db:
+            db.execute("DELETE FROM shards WHERE space = ? AND name = ?", (space, info.name))
+            insert = "INSERT OR IGNORE INTO shards (space, name, bytes, rows) VALUES (?, ?, ?, ?)"
+            done = db.execute(insert, (space, info.name, info.bytes, len(info.keys)))
+            if done.rowcount == 0:  # another process was quicker
                 return
             rows = (
                 (done.lastrowid, position, key.tobytes(), int(view))
                 for position, (key, view) in enumerate(zip(info.keys, info.views, strict=True))
             )
-            self._db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", rows)
+            db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", rows)
+            # What is stored well again need no longer be known as lost.
+            db.execute(
+                """DELETE FROM rows WHERE shard IN (SELECT id FROM shards WHERE space = ? AND state != 'good')
+                AND (key, view) IN (SELECT key, view FROM rows WHERE shard = ?)""",
+                (space, done.lastrowid),
+            )
+            db.execute(
+                """DELETE FROM shards WHERE space = ? AND state != 'good'
+                AND NOT EXISTS (SELECT 1 FROM rows WHERE shard = shards.id)""",
+                (space,),
+            )
 
-    def forget_shard(self, space: str, name: str) -> None:
-        """Drop a shard that is no longer on disk, and its rows."""
-        with self._db:
-            self._db.execute("DELETE FROM shards WHERE space = ? AND name = ?", (space, name))
+    def mark_shard(self, space: str, name: str, size: int, state: State, problem: str) -> None:
+        """Note that a shard is not to be read from; its rows stay known, so that it can be said what was lost."""
+        query = """INSERT INTO shards (space, name, bytes, rows, state, problem) VALUES (?, ?, ?, 0, ?, ?)
+            ON CONFLICT (space, name) DO UPDATE SET state = excluded.state, problem = excluded.problem"""
+        with self._changing() as db:
+            db.execute(query, (space, name, size, state, problem))
+
+    def forget_shards(self, space: str, names: Iterable[str]) -> None:
+        """Drop shards and their rows."""
+        with self._changing() as db:
+            db.executemany("DELETE FROM shards WHERE space = ? AND name = ?", [(space, name) for name in names])
+
+    # Rows
+
+    def rows(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what is known of a shard's rows, by position: keys (n, 32) uint8 and views (n,) int64."""
+        found = self._all("SELECT position, key, view FROM rows WHERE shard = ? ORDER BY position", (shard,))
+        whole = [position for position, _, _ in found] == list(range(len(found)))
+        if not whole or any(not isinstance(key, bytes) or len(key) != 32 for _, key, _ in found):
+            raise IndexDamagedError(self.path, f"it has other rows than shard {shard} can have")
+        keys = np.frombuffer(b"".join(key for _, key, _ in found), np.uint8).reshape(-1, 32)
+        return keys, np.array([view for _, _, view in found], np.int64)
 
     def locate(self, space: str, keys: Sequence[bytes], view: int = 0) -> Located:
         """Return where the rows of `keys` are; a row in several shards is found in one of them."""
@@ -116,78 +207,213 @@ class Index:
         # CROSS JOIN is SQLite's way to fix the order: left to itself it goes through all rows of the space.
         query = """SELECT w.ordinal, r.shard, r.position FROM wanted w
             CROSS JOIN rows r ON r.key = w.key AND r.view = ?
-            CROSS JOIN shards s ON s.id = r.shard AND s.space = ?"""
-        with self._wanted(keys):
-            for ordinal, shard, position in self._db.execute(query, (view, space)):
+            CROSS JOIN shards s ON s.id = r.shard AND s.space = ? AND s.state = 'good'"""
+        with self._wanted(keys) as db:
+            for ordinal, shard, position in db.execute(query, (view, space)):
                 shards[ordinal], positions[ordinal] = shard, position
-        return Located(shards, positions)
+        return Located(shards, positions, np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32))
+
+    def lost(self, space: str, keys: Sequence[bytes]) -> dict[bytes, str]:
+        """Return key → what became of its shard, for those of `keys` whose row was in one that is not good."""
+        query = """SELECT w.key, s.name, s.problem FROM wanted w
+            CROSS JOIN rows r ON r.key = w.key
+            CROSS JOIN shards s ON s.id = r.shard AND s.space = ? AND s.state != 'good'"""
+        with self._wanted(keys) as db:
+            return {key: f"{name[:12]}…: {problem}" for key, name, problem in db.execute(query, (space,))}
 
     # Digests of files
 
     def file_digests(self, paths: Iterable[Path]) -> list[tuple[FileStamp, bytes] | None]:
         """Return for each path the stamp and digest that were remembered, or None."""
         query = "SELECT size, mtime, ctime, inode, digest FROM files WHERE path = ?"
-        found = (self._db.execute(query, (os.fsencode(path),)).fetchone() for path in paths)
+        with self._reading() as db:
+            found = [db.execute(query, (os.fsencode(path),)).fetchone() for path in paths]
         return [(FileStamp(*row[:4]), row[4]) if row else None for row in found]
 
     def remember_digests(self, digests: Mapping[Path, tuple[FileStamp, bytes]]) -> None:
         """Remember the digest of each file as it was at the time of its stamp."""
-        rows = (
+        rows = [
             (os.fsencode(path), stamp.size, stamp.mtime, stamp.ctime, stamp.inode, digest)
             for path, (stamp, digest) in digests.items()
-        )
-        with self._db:
-            self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
+        ]
+        if not rows:  # so that a cache that cannot be written can be read
+            return
+        with self._changing() as db:
+            db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+    def forget_digests(self, paths: Iterable[Path]) -> None:
+        """Forget the digests of these files, so that they are hashed again."""
+        with self._changing() as db:
+            db.executemany("DELETE FROM files WHERE path = ?", [(os.fsencode(path),) for path in paths])
 
     def files_with_digest(self, digest: bytes) -> list[Path]:
         """Return the paths that were last seen with this digest; they may have changed since."""
-        rows = self._db.execute("SELECT path FROM files WHERE digest = ?", (digest,))
+        rows = self._all("SELECT path FROM files WHERE digest = ?", (digest,))
         return [Path(os.fsdecode(row[0])) for row in rows]
+
+    def files(self) -> dict[Path, bytes]:
+        """Return path → digest of every file that was ever hashed; they may have changed since."""
+        return {Path(os.fsdecode(path)): digest for path, digest in self._all("SELECT path, digest FROM files")}
 
     # Quarantine
 
-    def quarantined(self, keys: Sequence[bytes], decoder: str, max_pixels: int) -> dict[bytes, str]:
-        """Return key → reason for those of `keys` that this decoder is known to refuse."""
-        query = """SELECT q.key, q.reason FROM wanted w
+    def quarantined(self, keys: Sequence[bytes], decoder: str, max_pixels: int) -> dict[bytes, Quarantine]:
+        """Return key → what is remembered, for those of `keys` that this decoder is known to refuse."""
+        query = """SELECT q.key, q.decoder, q.max_pixels, q.reason, q.since FROM wanted w
             JOIN quarantine q ON q.key = w.key WHERE q.decoder = ? AND q.max_pixels = ?"""
-        with self._wanted(keys):
-            return dict(self._db.execute(query, (decoder, max_pixels)).fetchall())
+        with self._wanted(keys) as db:
+            return {row[0]: Quarantine(*row) for row in db.execute(query, (decoder, max_pixels))}
+
+    def all_quarantined(self) -> list[Quarantine]:
+        """Return everything that is remembered, the latest first."""
+        query = "SELECT key, decoder, max_pixels, reason, since FROM quarantine ORDER BY since DESC, key"
+        return [Quarantine(*row) for row in self._all(query)]
 
     def remember_quarantined(self, reasons: Mapping[bytes, str], decoder: str, max_pixels: int) -> None:
         """Remember that this decoder refuses these contents."""
-        rows = ((key, decoder, max_pixels, reason) for key, reason in reasons.items())
-        with self._db:
-            self._db.executemany("INSERT OR REPLACE INTO quarantine VALUES (?, ?, ?, ?)", rows)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        rows = [(key, decoder, max_pixels, reason, now) for key, reason in reasons.items()]
+        with self._changing() as db:
+            db.executemany("INSERT OR REPLACE INTO quarantine VALUES (?, ?, ?, ?, ?)", rows)
 
     def forget_quarantined(self, keys: Sequence[bytes]) -> None:
         """Forget what was remembered of these contents, by whatever decoder."""
-        with self._db:
-            self._db.executemany("DELETE FROM quarantine WHERE key = ?", ((key,) for key in keys))
+        with self._changing() as db:
+            db.executemany("DELETE FROM quarantine WHERE key = ?", [(key,) for key in keys])
+
+    # The file itself
+
+    def check(self) -> None:
+        """Have SQLite look at every page of the file.
+
+        Raises
+        ------
+        IndexDamagedError
+            If it finds anything wrong.
+        """
+        found = self._all("PRAGMA integrity_check(1)")
+        if found != [("ok",)]:
+            raise IndexDamagedError(self.path, str(found[0][0]) if found else "no answer")
+
+    def renew(self, damage: IndexDamagedError) -> None:
+        """Set the damaged file aside and begin an empty one, to be filled from the shards."""
+        self._db.close()
+        set_aside(damage)
+        self._db = _connect(self.path)
+
+    # Every statement goes through one of these
+
+    def _all(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._reading() as db:
+            return db.execute(query, values).fetchall()
 
     @contextmanager
-    def _wanted(self, keys: Sequence[bytes]) -> Iterator[None]:
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        storage.about_to("query", self.path)
+        with _damage_named(self.path):
+            yield self._db
+
+    @contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """Run the statements inside as one transaction: all of them take effect, or none."""
+        with self._reading() as db:
+            try:
+                yield db
+                storage.about_to("commit", self.path)
+                db.commit()
+            except BaseException:
+                db.rollback()
+                raise
+
+    @contextmanager
+    def _wanted(self, keys: Sequence[bytes]) -> Iterator[sqlite3.Connection]:
         """Offer `keys` as a temporary table to join with: one pass instead of a query for every key."""
-        self._db.execute("CREATE TEMP TABLE wanted (ordinal INTEGER PRIMARY KEY, key BLOB NOT NULL)")
-        try:
-            self._db.executemany("INSERT INTO wanted VALUES (?, ?)", enumerate(keys))
-            yield
-        finally:
-            self._db.execute("DROP TABLE temp.wanted")
-            self._db.commit()
+        with self._reading() as db:
+            db.execute("CREATE TEMP TABLE wanted (ordinal INTEGER PRIMARY KEY, key BLOB NOT NULL)")
+            try:
+                db.executemany("INSERT INTO wanted VALUES (?, ?)", enumerate(keys))
+                yield db
+            finally:
+                db.execute("DROP TABLE temp.wanted")
+                db.commit()
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        if (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _DAMAGED:
+            raise IndexDamagedError(path, str(error)) from error
+        raise
+
+
+def set_aside(damage: IndexDamagedError) -> None:
+    """Move a damaged index out of the way; whoever opens the cache next derives a new one from the shards."""
+    if _sound(damage.path):  # another process has done so already
+        return
+    aside = damage.path.with_name(f"{damage.path.name}.damaged-{datetime.now():%Y%m%d-%H%M%S}")
+    logger.warning("%s; it is moved to %s and derived again from the shards", damage.text, aside.name)
+    # The journal first: SQLite would take it for the new file's and undo what that never did.
+    for ending in ("-journal", "-wal", "-shm", ""):
+        found = damage.path.with_name(damage.path.name + ending)
+        if found.exists():
+            storage.move(found, aside.with_name(aside.name + ending))
+
+
+def _sound(path: Path) -> bool:
+    try:
+        with closing(_connect(path)) as db, _damage_named(path):
+            return db.execute("PRAGMA integrity_check(1)").fetchall() == [("ok",)]
+    except IndexDamagedError:
+        return False
 
 
 def _connect(path: Path) -> sqlite3.Connection:
+    storage.about_to("open index", path)
     db = sqlite3.connect(path, timeout=60)
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version not in (0, VERSION):
+    try:
+        with _damage_named(path):
+            _prepare(db, path)
+    except BaseException:
         db.close()
+        raise
+    return db
+
+
+def _prepare(db: sqlite3.Connection, path: Path) -> None:
+    for setting in ("trusted_schema = OFF", "temp_store = MEMORY", "foreign_keys = ON"):
+        db.execute(f"PRAGMA {setting}")
+    version, objects = _version(db)
+    if version > VERSION:
         raise CacheError(
             f"the index {path} is of version {version}, this program reads {VERSION}; delete it, it is "
             "derived again from the shards"
         )
-    db.execute("PRAGMA foreign_keys = ON")
-    if version == 0:  # new; one that is there may lie where nothing can be written
-        with db:
-            db.executescript(_SCHEMA)
-            db.execute(f"PRAGMA user_version = {VERSION}")
-    return db
+    if objects != (_OBJECTS if version else set()):
+        raise IndexDamagedError(path, "it is not one that Icebox made")
+    if version < VERSION:  # one that is up to date may lie where nothing can be written
+        storage.about_to("make index", path)
+        _bring_up_to_date(db)
+
+
+def _version(db: sqlite3.Connection) -> tuple[int, set[str]]:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    objects = db.execute("SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'").fetchall()
+    return version, {name for (name,) in objects}
+
+
+def _bring_up_to_date(db: sqlite3.Connection) -> None:
+    with closing(db.cursor()) as cursor:
+        # Nobody else may do the same meanwhile: the lock comes first, then the question what there is to do.
+        cursor.execute("BEGIN IMMEDIATE")
+        try:
+            version, _ = _version(db)
+            statements = {0: _SCHEMA, 1: _FROM_VERSION_1}.get(version, "")
+            for statement in filter(str.strip, statements.split(";")):
+                cursor.execute(statement)
+            cursor.execute(f"PRAGMA user_version = {VERSION}")
+            cursor.execute("COMMIT")
+        except BaseException:
+            db.rollback()
+            raise

@@ -1,4 +1,4 @@
-"""One writer a feature space: an advisory lock that dies with its holder."""
+"""Advisory locks on a feature space that die with their holder: one writer; many readers, or one who removes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.cache import storage
 from pipeline.errors import CacheError
 
 
@@ -24,23 +25,51 @@ def exclusive(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
     CacheError
         If the lock file cannot be written, or the file system has no locks.
     """
+    storage.about_to("lock", path)
     try:
-        file = path.open("a+")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise CacheError(f"{path.parent} cannot be written ({error.strerror or error}), so nothing is added") from error
-    with file:
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            on_wait(file.read().strip() or "another process")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            on_wait(os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process")
+            fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
-            reason = errno.errorcode.get(error.errno or 0, str(error))
-            raise CacheError(
-                f"{path.parent} cannot be locked ({reason}); put the cache on a disk with locks"
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+            raise _no_locks(path, error) from error
+        with suppress(OSError):  # the name is for people who wait; a full disk must not keep `gc` from making room
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def shared(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` together with other readers, waiting for whoever holds it alone.
+
+    Where the folder cannot be written nobody removes anything either, so there it is done without.
+    """
+    storage.about_to("lock", path)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOSPC):
+            raise CacheError(f"{path} cannot be opened ({error.strerror or error})") from error
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        except OSError as error:
+            raise _no_locks(path, error) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _no_locks(path: Path, error: OSError) -> CacheError:
+    reason = errno.errorcode.get(error.errno or 0, str(error))
+    return CacheError(f"{path.parent} cannot be locked ({reason}); put the cache on a disk with locks")

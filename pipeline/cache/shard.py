@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ import hdf5plugin
 import numpy as np
 
 from pipeline.cache import storage
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, ShardDamagedError
 from pipeline.spec import FeatureSpec, canonical_json
 
 FORMAT = "icebox-shard"
@@ -35,7 +35,6 @@ VERSION = 1
 MAX_ROWS = 65_536  # far above what is ever written: a file claiming more is not ours
 _MAX_ROW_BYTES = 2**26  # likewise: no layer of a network on 299 by 299 pixels comes near it
 _CHUNK_BYTES = 2**20
-_REMEDY = "move it away and run `features` again: only its rows are computed anew"
 # HDF5's oldest format has no checksums in its own bookkeeping: one flipped bit there made another row, or zeros, be
 # read without an error. The format of HDF5 1.10 has them, and takes less room.
 _LIBVER = h5py.h5f.LIBVER_V110
@@ -52,6 +51,16 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def take(self, at: slice | np.ndarray) -> Rows:
+        """Return the rows at `at`."""
+        return Rows(self.features[at], self.pooled[at], self.keys[at], self.views[at])
+
+    @staticmethod
+    def join(parts: Sequence[Rows]) -> Rows:
+        """Return the rows of all parts, in their order."""
+        columns = [(part.features, part.pooled, part.keys, part.views) for part in parts]
+        return Rows(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -76,13 +85,13 @@ def write_shard(directory: Path, rows: Rows, spec: FeatureSpec) -> ShardInfo:
     try:
         image = _image(rows, spec)
         name = hashlib.sha256(image).hexdigest()
-        partial.write_bytes(image)
+        storage.write_file(partial, image)
         storage.publish(partial, directory / f"{name}.h5")
     except OSError as error:
         raise CacheError(f"cannot write a shard in {directory}: {error}; make room and run again") from error
     finally:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)  # gone already when all went well
     return ShardInfo(name, len(image), rows.keys, rows.views)
 
 
@@ -129,20 +138,44 @@ def _fill(file: h5py.File, rows: Rows, spec: FeatureSpec) -> None:
 
 
 def read_info(path: Path, spec: FeatureSpec) -> ShardInfo:
-    """Return the keys and views of a shard that the index does not know yet.
+    """Return the keys and views of a shard, looking at its layout but not at its rows.
 
     Raises
     ------
-    CacheError
+    ShardDamagedError
         If the file is not a shard of this space.
     """
     with _damage_named(path), opened(path) as file:
         if file.attrs.get("spec") != canonical_json(spec.to_dict()).encode():
-            raise CacheError(f"{path} belongs to another feature space; move it out of this folder")
+            raise ShardDamagedError(path, "belongs to another feature space")
         features: Any = file["features"]
         if features.dtype != np.dtype(spec.storage):
-            raise CacheError(f"{path} is damaged: its features are {features.dtype}; move it out of the cache")
+            raise ShardDamagedError(path, f"is damaged: its features are {features.dtype}")
         return ShardInfo(path.stem, path.stat().st_size, _all(file, "key"), _all(file, "view"))
+
+
+def check_bytes(path: Path) -> None:
+    """Read every byte of a shard and compare their hash with its name.
+
+    Raises
+    ------
+    ShardDamagedError
+        If they differ, or it cannot be read.
+    """
+    try:
+        found = storage.sha256_file(path)
+    except OSError as error:
+        # Not known to be damaged: a folder without permission must not have everything computed anew.
+        raise CacheError(f"shard {path} cannot be read ({error.strerror or error}); see `cache verify`") from error
+    if found != path.stem:
+        raise ShardDamagedError(path, "is damaged: its bytes are not those it is named by")
+
+
+def read_spec(path: Path) -> FeatureSpec:
+    """Return the feature space that a shard says it belongs to. Raises CacheError or SpecError."""
+    with _damage_named(path), opened(path) as file:
+        text: Any = file.attrs["spec"]
+        return FeatureSpec.from_dict(json.loads(text))
 
 
 def row_layout(path: Path, dataset: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -152,16 +185,30 @@ def row_layout(path: Path, dataset: str) -> tuple[tuple[int, ...], np.dtype]:
         return found.shape[1:], found.dtype
 
 
-def read_rows(path: Path, dataset: str, positions: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+def read_rows(
+    path: Path, dataset: str, positions: np.ndarray, keys: np.ndarray, out: np.ndarray, at: np.ndarray
+) -> None:
     """Read rows `positions` (ascending) of `dataset` from a shard into `out[at]`.
+
+    `keys` (n, 32) is who the rows must be: the shard itself says so, whatever the index believes.
 
     Raises
     ------
-    CacheError
-        If the shard is gone or damaged (Fletcher32 notices flipped bytes).
+    ShardDamagedError
+        If the shard is gone or damaged (Fletcher32 notices flipped bytes), or holds other rows there.
     """
     with _damage_named(path), opened(path) as file:
+        stored = _all(file, "key")
+        if positions[-1] >= len(stored) or not np.array_equal(stored[positions], keys):
+            raise ShardDamagedError(path, "holds other rows than the index says")
         _read(file[dataset], positions, out, at)
+
+
+def read_whole(path: Path, positions: np.ndarray) -> Rows:
+    """Return all there is of the rows `positions` (ascending) of a shard. Raises ShardDamagedError."""
+    with _damage_named(path), opened(path) as file:
+        columns = (_all(file, name) for name in ("features", "pooled", "key", "view"))
+        return Rows(*columns).take(positions)
 
 
 @contextmanager
@@ -172,7 +219,7 @@ def _damage_named(path: Path) -> Iterator[None]:
     except CacheError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise CacheError(f"shard {path} cannot be read ({error}); {_REMEDY}") from error
+        raise ShardDamagedError(path, f"cannot be read ({error})") from error
 
 
 def _all(file: h5py.File, name: str) -> np.ndarray:
@@ -193,11 +240,12 @@ def _read(dataset: Any, positions: np.ndarray, out: np.ndarray, at: np.ndarray) 
 
 def opened(path: Path) -> h5py.File:
     """Open a shard for reading, refusing anything that is not laid out as we write it."""
+    storage.about_to("open shard", path)
     try:
         # Shards never change, so no lock is needed; asking for one fails on NFS and Lustre.
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
-        raise CacheError(f"shard {path} cannot be opened ({error}); {_REMEDY}") from error
+        raise ShardDamagedError(path, f"cannot be opened ({error})") from error
     try:
         _check_layout(file, path)
     except BaseException:
@@ -209,7 +257,7 @@ def opened(path: Path) -> h5py.File:
 def _check_layout(file: h5py.File, path: Path) -> None:
     """Look at links, shapes and dtypes before a byte is read: a file from elsewhere may lie about them."""
     if file.attrs.get("format") != FORMAT.encode() or file.attrs.get("version") != VERSION:
-        raise CacheError(f"{path} is not an {FORMAT} of version {VERSION}; move it out of the cache")
+        raise ShardDamagedError(path, f"is not an {FORMAT} of version {VERSION}")
     dims = {"features": 4, "pooled": 2, "key": 2, "view": 1}
     shapes = {name: _plain_shape(file, name, ndim, path) for name, ndim in dims.items()}
     n = shapes["key"][0]
@@ -226,7 +274,7 @@ def _check_layout(file: h5py.File, path: Path) -> None:
         and file["view"].dtype == np.int64  # type: ignore[union-attr]
     )
     if not agree:
-        raise CacheError(f"{path} is damaged: its datasets disagree ({shapes}); move it out of the cache")
+        raise ShardDamagedError(path, f"is damaged: its datasets disagree ({shapes})")
 
 
 def _plain_shape(file: h5py.File, name: str, ndim: int, path: Path) -> tuple[int, ...]:
@@ -235,5 +283,5 @@ def _plain_shape(file: h5py.File, name: str, ndim: int, path: Path) -> tuple[int
     plain = isinstance(dataset, h5py.Dataset) and not dataset.external and not dataset.is_virtual
     plain = plain and dataset.chunks is not None and dataset.fletcher32  # type: ignore[union-attr]
     if not plain or dataset.ndim != ndim:  # type: ignore[union-attr]
-        raise CacheError(f"{path} has no plain dataset {name!r}; move it out of the cache")
+        raise ShardDamagedError(path, f"has no plain dataset {name!r}")
     return dataset.shape  # type: ignore[union-attr]

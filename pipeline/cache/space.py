@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +21,18 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import storage
-from pipeline.cache.index import Index, Located
-from pipeline.cache.lock import exclusive
-from pipeline.cache.shard import Rows, ShardInfo, read_info, read_rows, row_layout, write_shard
-from pipeline.errors import CacheError, MissingRowsError, SpecError
+from pipeline.cache.index import Index, Located, ShardRecord
+from pipeline.cache.lock import exclusive, shared
+from pipeline.cache.shard import Rows, ShardInfo, check_bytes, read_info, read_rows, row_layout, write_shard
+from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError, SpecError
+from pipeline.progress import Progress, silent
 from pipeline.spec import FeatureRequest, FeatureSpec
 
 logger = logging.getLogger(__name__)
+
+GONE = "is gone from the disk"
+_MOST_DESCRIPTION = 2**20  # bytes of a space.json; ours have about 1,000
+_SHARD_NAME = re.compile(r"[0-9a-f]{64}\.h5")
 
 
 @dataclass(frozen=True)
@@ -40,13 +47,15 @@ class SpaceTotals:
 class FeatureSpace:
     """One feature space on disk, open for reading and adding rows."""
 
-    def __init__(self, path: Path, spec: FeatureSpec, provenance: Mapping[str, Any], index: Index) -> None:
+    def __init__(
+        self, path: Path, spec: FeatureSpec, provenance: Mapping[str, Any], index: Index, progress: Progress = silent
+    ) -> None:
         self.path = path
         self.spec = spec
         self.provenance = provenance
-        self._index = index
-        self._shards = path / "shards"
-        self.sync()
+        self.index = index
+        self.progress = progress
+        self.shards = path / "shards"
 
     @property
     def name(self) -> str:
@@ -54,41 +63,104 @@ class FeatureSpace:
         return self.path.name
 
     def sync(self) -> None:
-        """Make the index agree with the shards on disk: adopt the unknown, forget the vanished.
+        """Make the index agree with the shards on disk: adopt the unknown, note the damaged and the vanished.
 
-        A shard's name is the hash of its bytes, so one known by name needs no second look.
+        A shard is adopted if its bytes hash to its name; one known by name and size needs no second look. Rows
+        of all others count as missing.
         """
-        # In this order: a shard published in between is then met as unknown, not taken for vanished.
-        known = self._index.shards(self.name)
-        present = {path.stem for path in self._shards.glob("[!.]*.h5")}
-        for name in sorted(present - known.keys()):
-            self.register(read_info(self._shards / f"{name}.h5", self.spec))
-        for name in sorted(known.keys() - present):
-            self._index.forget_shard(self.name, name)
+        with shared(self.path / ".reading"):  # nobody removes a shard between the look at the folder and at the file
+            # In this order: a shard published in between is then met as unknown, not taken for vanished.
+            known = self.index.shards(self.name)
+            sizes = {name.removesuffix(".h5"): stat.st_size for name, stat in self.shard_files().items()}
+            changed = {name for name, size in sizes.items() if name in known and known[name].bytes != size}
+            good = {name for name, record in known.items() if record.state == "good"}
+            self._adopt(sorted(sizes.keys() - (good - changed)), known)
+            for name in sorted(good - sizes.keys()):
+                self._pass_over(known[name], GONE)
+
+    def shard_files(self) -> dict[str, os.stat_result]:
+        """Return name → stat of the files in the shards' folder that are named as shards are."""
+        found = storage.files(self.shards)
+        return {name: stat for name, stat in found.items() if _SHARD_NAME.fullmatch(name)}
+
+    def examine(self, name: str) -> ShardInfo:
+        """Return keys and views of a shard, every byte of it checked. Raises ShardDamagedError."""
+        path = self.shard_path(name)
+        check_bytes(path)
+        return read_info(path, self.spec)
+
+    def shard_path(self, name: str) -> Path:
+        """Return the file of the shard `name`."""
+        return self.shards / f"{name}.h5"
+
+    def _adopt(self, names: Sequence[str], known: Mapping[str, ShardRecord]) -> None:
+        if not names:
+            return
+        with (
+            ThreadPoolExecutor() as pool,
+            self.progress("checking shards the index does not know", len(names), "shards") as advance,
+        ):
+            for name, found in zip(names, pool.map(self._examined, names), strict=True):
+                if isinstance(found, ShardInfo):
+                    self.register(found)
+                else:
+                    record = known.get(name) or ShardRecord(0, name, 0, 0, "good", None)
+                    self._pass_over(record, found.problem)
+                advance(1)
+
+    def _examined(self, name: str) -> ShardInfo | ShardDamagedError:
+        try:
+            return self.examine(name)
+        except ShardDamagedError as error:
+            return error
+
+    def _pass_over(self, record: ShardRecord, problem: str) -> None:
+        rows = f"its {record.rows:,} rows count" if record.rows else "what rows it has count"
+        path = self.shard_path(record.name)
+        logger.warning("shard %s %s; %s as missing; `cache verify` tells more", path, problem, rows)
+        if (record.state, record.problem) != ("bad", problem):
+            self.index.mark_shard(self.name, record.name, record.bytes, "bad", problem)
 
     def totals(self) -> SpaceTotals:
         """Return the numbers of shards, rows and bytes."""
-        return SpaceTotals(*self._index.totals(self.name))
+        return SpaceTotals(*self.index.totals(self.name))
 
     def locate(self, keys: Sequence[bytes]) -> Located:
         """Return where the plain view of each key is stored."""
-        return self._index.locate(self.name, keys)
+        return self.index.locate(self.name, keys)
 
     @contextmanager
     def lock(self, on_wait: Callable[[str], None]) -> Iterator[None]:
         """Be the only writer of this space; on entry what others wrote meanwhile is known."""
         with exclusive(self.path / ".lock", on_wait):
-            storage.remove_partials(self._shards)
             self.sync()
+            yield
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left behind. Only the holder of `lock` may call this."""
+        storage.remove_partials(self.shards)
+        storage.remove_partials(self.path)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep `gc` from removing shards that are being read; on entry the index knows what there is."""
+        with shared(self.path / ".reading"):
+            self.sync()
+            yield
+
+    @contextmanager
+    def removing(self, on_wait: Callable[[str], None]) -> Iterator[None]:
+        """Wait until nobody reads, and keep readers out. Only the holder of `lock` may call this."""
+        with exclusive(self.path / ".reading", on_wait):
             yield
 
     def write(self, rows: Rows) -> ShardInfo:
         """Publish `rows` as a shard. Touches no database, so any thread or machine may call it."""
-        return write_shard(self._shards, rows, self.spec)
+        return write_shard(self.shards, rows, self.spec)
 
     def register(self, info: ShardInfo) -> None:
         """Make a published shard's rows known to the index."""
-        self._index.add_shard(self.name, info)
+        self.index.add_shard(self.name, info)
 
     def read(self, keys: Sequence[bytes], dataset: str) -> np.ndarray:
         """Return the rows of `keys`, in their order: "features" (n, h, w, c) or "pooled" (n, c) float32.
@@ -108,8 +180,8 @@ class FeatureSpace:
 
     def reader(self, dataset: str) -> ShardReader:
         """Return a reader of one dataset of this space's shards."""
-        names = {number: name for name, number in self._index.shards(self.name).items()}
-        return ShardReader(self._shards, names, dataset)
+        names = {record.id: name for name, record in self.index.shards(self.name).items()}
+        return ShardReader(self.shards, names, dataset)
 
 
 class ShardReader:
@@ -130,7 +202,7 @@ class ShardReader:
         out = np.empty((len(order), *shape), dtype)
         for at in np.split(order, starts[1:]):
             path = self._path(int(located.shards[at[0]]))
-            read_rows(path, self._dataset, located.positions[at], out, at)
+            read_rows(path, self._dataset, located.positions[at], located.keys[at], out, at)
         return out
 
     def layout(self, located: Located) -> tuple[tuple[int, ...], np.dtype]:
@@ -146,8 +218,9 @@ class ShardReader:
 class Cache:
     """All feature spaces under one folder."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, progress: Progress = silent) -> None:
         self.root = root
+        self.progress = progress
         self.index = Index(Path(os.environ.get("ICEBOX_INDEX") or root / "cache.db"))
 
     def close(self) -> None:
@@ -156,7 +229,7 @@ class Cache:
 
     def names(self) -> list[str]:
         """Return the names of the spaces on disk, sorted."""
-        return sorted(path.parent.name for path in self.root.glob("*/space.json"))
+        return [name for name in storage.folders(self.root) if (self.root / name / "space.json").exists()]
 
     def spaces(self) -> list[FeatureSpace]:
         """Return every space on disk that can be opened; of the others it is said why not."""
@@ -164,12 +237,12 @@ class Cache:
         for name in self.names():
             try:
                 found.append(self.open(name))
-            except (SpecError, CacheError) as error:
+            except SpecError as error:
                 logger.warning("the space %s is passed over: %s", name, error)
         return found
 
-    def open(self, name: str) -> FeatureSpace:
-        """Return the space in folder `name`.
+    def open(self, name: str, *, sync: bool = True) -> FeatureSpace:
+        """Return the space in folder `name`; with `sync`, after a look at which shards there are.
 
         Raises
         ------
@@ -181,14 +254,19 @@ class Cache:
             have = ", ".join(self.names()) or "none"
             raise SpecError(f"no feature space named {name!r} in {self.root}; there are: {have}")
         try:
-            stored = json.loads((path / "space.json").read_text())
+            stored = json.loads(storage.read_small(path / "space.json", _MOST_DESCRIPTION))
             spec = FeatureSpec.from_dict(stored["spec"])
             made_by = dict(stored["made_by"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SpecError(f"{path / 'space.json'} is not readable ({error}); move {path} away") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise SpecError(f"{path / 'space.json'} is not readable ({error}); see `cache verify`") from error
+        except OSError as error:
+            raise SpecError(f"{path / 'space.json'} cannot be read ({error}); see `cache verify`") from error
         if spec.directory != name:
             raise SpecError(f"{path} holds another feature space than its name says; move it away")
-        return FeatureSpace(path, spec, made_by, self.index)
+        space = FeatureSpace(path, spec, made_by, self.index, self.progress)
+        if sync:
+            space.sync()
+        return space
 
     def create(self, spec: FeatureSpec, made_by: Mapping[str, Any]) -> FeatureSpace:
         """Return the space of `spec`, made now unless it is on disk already.
@@ -197,16 +275,28 @@ class Cache:
         ------
         SpecError
             If the folder of that name holds another spec: the whole spec is compared, not its hash.
+        CacheError
+            If it cannot be written.
         """
         path = self.root / spec.directory
         if not (path / "space.json").exists():
-            (path / "shards").mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"spec": spec.to_dict(), "made_by": dict(made_by)}, indent=1)
-            storage.write_whole(path / "space.json", text.encode())
+            try:
+                storage.make_folder(path / "shards")
+                with exclusive(path / ".lock", lambda holder: None):  # leftovers are removed by whoever holds it
+                    self.describe(path, spec, made_by)
+            except CacheError:
+                raise
+            except OSError as error:
+                raise CacheError(f"{path} cannot be written ({error}); make room, or see its permissions") from error
         space = self.open(spec.directory)
         if space.spec != spec:  # two specs under one hash
             raise SpecError(f"{path} holds another feature space; move it away")
         return space
+
+    def describe(self, path: Path, spec: FeatureSpec, made_by: Mapping[str, Any]) -> None:
+        """Write the description of the space in folder `path`."""
+        text = json.dumps({"spec": spec.to_dict(), "made_by": dict(made_by)}, indent=1)
+        storage.write_whole(path / "space.json", text.encode())
 
     def choose(self, request: FeatureRequest, keys: Sequence[bytes]) -> FeatureSpace | None:
         """Return the space that agrees with all stated fields and holds most of `keys`; None if none holds any.

@@ -1,7 +1,10 @@
-"""The few file-system calls the cache and the runs make, in one place.
+"""Every file-system call of the cache, in one place; the runs make theirs here too.
 
 A file appears under its final name only when it is whole and on the disk: written beside it under a
 temporary name, fsynced, renamed, and the directory fsynced after.
+
+HDF5 and SQLite call the system themselves; whoever lets them says so by `about_to`. So a test that sets
+`watcher` sees every step, and can make any of them fail, or kill the process just before it.
 """
 
 from __future__ import annotations
@@ -10,9 +13,20 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 PARTIAL_PREFIX = ".partial-"
+_BLOCK = 2**20  # written at a time: a full disk is met between two of them
+
+# Called with the kind of call and its path, before each; what it raises, the call raises.
+watcher: Callable[[str, Path], None] | None = None
+
+
+def about_to(call: str, path: Path) -> None:
+    """Announce a call. Everything in this module does; HDF5's and SQLite's callers do it for them."""
+    if watcher is not None:
+        watcher(call, path)
 
 
 def partial_name(directory: Path, suffix: str = "") -> Path:
@@ -20,9 +34,26 @@ def partial_name(directory: Path, suffix: str = "") -> Path:
     return directory / f"{PARTIAL_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}{suffix}"
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder `path` and those above it, where they are missing."""
+    about_to("make folder", path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Write a new file; it is not durable before `publish`."""
+    about_to("create", path)
+    with path.open("xb", buffering=0) as file:
+        rest = memoryview(data)
+        while rest:
+            about_to("write", path)
+            rest = rest[file.write(rest[:_BLOCK]) :]
+
+
 def publish(partial: Path, final: Path) -> None:
     """Make the closed file `partial` durable and give it its final name, replacing any file there."""
     fsync(partial)
+    about_to("rename", final)
     partial.replace(final)
     fsync(final.parent)
 
@@ -31,14 +62,26 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write `data` to `path` such that a reader sees all of it or nothing of it."""
     partial = partial_name(path.parent)
     try:
-        partial.write_bytes(data)
+        write_file(partial, data)
         publish(partial, path)
-    finally:
+    except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """Return the content of a file of at most `most` bytes. Raises OSError also if it is larger."""
+    about_to("read", path)
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(f"larger than {most:,} bytes")
+    return data
 
 
 def fsync(path: Path) -> None:
     """Flush a file's or a directory's content to the disk."""
+    about_to("sync", path)
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -48,8 +91,50 @@ def fsync(path: Path) -> None:
 
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a file's bytes as 64 hex digits."""
+    about_to("hash", path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files(directory: Path) -> dict[str, os.stat_result]:
+    """Return name → stat of the regular files in `directory`; empty if there is no such folder."""
+    about_to("list", directory)
+    try:
+        with os.scandir(directory) as entries:
+            found = list(entries)
+    except FileNotFoundError:
+        return {}
+    return {entry.name: stat for entry in found if entry.is_file() and (stat := _stat(entry)) is not None}
+
+
+def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
+    try:
+        return entry.stat()
+    except FileNotFoundError:  # removed since it was listed
+        return None
+
+
+def folders(directory: Path) -> list[str]:
+    """Return the names of the folders in `directory`, sorted; empty if there is no such folder."""
+    about_to("list", directory)
+    try:
+        with os.scandir(directory) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except FileNotFoundError:
+        return []
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there."""
+    about_to("remove", path)
+    path.unlink(missing_ok=True)
+
+
+def move(path: Path, target: Path) -> None:
+    """Give a file another name on the same file system, durably."""
+    about_to("rename", target)
+    path.rename(target)
+    fsync(target.parent)
 
 
 def free_bytes(path: Path) -> int:
@@ -59,7 +144,14 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def remove_partials(directory: Path) -> None:
-    """Remove what killed writers left behind. Only the holder of the space's lock may call this."""
-    for leftover in directory.glob(f"{PARTIAL_PREFIX}*"):
-        leftover.unlink(missing_ok=True)
+def is_partial(name: str) -> bool:
+    """Return whether a file of this name was never finished: somebody is writing it, or was killed doing so."""
+    return name.startswith(PARTIAL_PREFIX)
+
+
+def remove_partials(directory: Path) -> int:
+    """Remove what killed writers left behind and return its bytes. Only the holder of the lock may call this."""
+    leftovers = {name: stat for name, stat in files(directory).items() if is_partial(name)}
+    for name in leftovers:
+        remove(directory / name)
+    return sum(stat.st_size for stat in leftovers.values())

@@ -1,0 +1,197 @@
+"""Make room: shards without a living row go, those mostly dead or very small are repacked, leftovers are removed.
+
+Whatever moment it is killed at, every living row stands in at least one shard: a repacked one is published before
+those it replaces go. A row may then stand in two, which is legal, and the next run finds it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache import storage
+from pipeline.cache.index import Index, ShardRecord
+from pipeline.cache.shard import Rows, read_whole, row_layout
+from pipeline.cache.space import Cache, FeatureSpace
+from pipeline.cache.verify import ASIDE
+
+logger = logging.getLogger(__name__)
+
+SHARD_ROWS = 256  # of a repacked shard, at most
+SMALL_ROWS = 64  # a shard of fewer is worth merging with others like it
+_MOST_BYTES = 2**28  # of a repacked shard's features in memory
+_DEAD_SHARE = 0.5  # of a shard's rows, from which on it is written anew without them
+
+Row = tuple[bytes, int]  # key and view
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What must stay: everything by default, else the rows of these keys and whole spaces."""
+
+    keys: Collection[bytes] | None = None
+    spaces: Collection[str] = ()
+
+    def everything_of(self, space: str) -> bool:
+        """Return whether all rows of a space stay."""
+        return space in self.spaces or (self.keys is None and not self.spaces)
+
+    def lives(self, key: bytes) -> bool:
+        """Return whether a row stays in a space that is not kept whole."""
+        return self.keys is not None and key in self.keys
+
+
+@dataclass
+class Collected:
+    """What was removed and rewritten, or would be."""
+
+    rows_removed: int = 0
+    shards_removed: int = 0
+    shards_repacked: int = 0
+    shards_written: int = 0
+    leftovers: int = 0
+    bytes_freed: int = 0
+    removed: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    record: ShardRecord
+    living: np.ndarray  # positions, ascending
+
+
+def collect(cache: Cache, keep: Keep, *, damaged: bool = False, dry_run: bool = False) -> Collected:
+    """Remove what `keep` does not name from all spaces, and leftovers; with `damaged`, shards moved aside too.
+
+    With `dry_run` nothing changes, and the sizes of repacked shards are estimated.
+    """
+    done = Collected()
+    for space in cache.spaces():
+        if dry_run:
+            _collect_space(space, keep, damaged, True, done)
+            continue
+        with space.lock(_waiting(space)):
+            _collect_space(space, keep, damaged, False, done)
+    _tidy_index(cache, dry_run, done)
+    return done
+
+
+def _waiting(space: FeatureSpace) -> Callable[[str], None]:
+    return lambda holder: logger.warning("waiting: %s is using %s", holder, space.name)
+
+
+def _collect_space(space: FeatureSpace, keep: Keep, damaged: bool, dry_run: bool, done: Collected) -> None:
+    for folder in (space.path, space.shards):
+        _remove_files(folder, list(filter(storage.is_partial, storage.files(folder))), dry_run, done)
+    if damaged:
+        _remove_files(space.path / ASIDE, list(storage.files(space.path / ASIDE)), dry_run, done)
+    shards = _living(space, keep)
+    dead = [shard for shard in shards if not len(shard.living)]
+    spent = _worth_repacking(shards)
+    done.rows_removed += sum(shard.record.rows for shard in shards) - sum(len(shard.living) for shard in shards)
+    done.shards_removed += len(dead)
+    done.shards_repacked += len(spent)
+    written = _repack(space, spent, dry_run, done)
+    _remove_shards(space, [s for s in (*dead, *spent) if s.record.name not in written], dry_run, done)
+
+
+def _living(space: FeatureSpace, keep: Keep) -> list[_Shard]:
+    """Return the good shards, each with its living rows. A row in several lives in the one with most rows only."""
+    records = [record for record in space.index.shards(space.name).values() if record.state == "good"]
+    everything, seen = keep.everything_of(space.name), set[Row]()
+    found = []
+    for record in sorted(records, key=lambda record: (-record.rows, record.name)):
+        keys, views = space.index.rows(record.id)
+        living = []
+        for position, row in enumerate(zip(map(bytes, keys), views.tolist(), strict=True)):
+            if row not in seen and (everything or keep.lives(row[0])):
+                seen.add(row)
+                living.append(position)
+        found.append(_Shard(record, np.array(living, np.int64)))
+    return found
+
+
+def _worth_repacking(shards: Sequence[_Shard]) -> list[_Shard]:
+    some = [shard for shard in shards if len(shard.living)]
+    spent = [shard for shard in some if len(shard.living) <= (1 - _DEAD_SHARE) * shard.record.rows]
+    small = [shard for shard in some if shard not in spent and len(shard.living) < SMALL_ROWS]
+    # One small shard alone is as good as it gets.
+    return spent + (small if len(small) + len(spent) > 1 else [])
+
+
+def _repack(space: FeatureSpace, spent: Sequence[_Shard], dry_run: bool, done: Collected) -> set[str]:
+    """Write the living rows of `spent` to new shards; return their names."""
+    if dry_run:
+        living = sum(len(shard.living) for shard in spent)
+        done.shards_written += math.ceil(living / SHARD_ROWS)
+        done.bytes_freed -= sum(round(s.record.bytes * len(s.living) / s.record.rows) for s in spent)
+        return set()
+    written = set()
+    with space.progress("repacking", len(spent), "shards") as advance:
+        for rows in _gathered(space, spent, advance):
+            info = space.write(rows)
+            space.register(info)
+            written.add(info.name)
+            done.shards_written += 1
+            done.bytes_freed -= info.bytes
+    return written
+
+
+def _gathered(space: FeatureSpace, spent: Sequence[_Shard], advance: Callable[[int], None]) -> Iterator[Rows]:
+    """Yield the living rows of `spent` in shards of full size, the last one smaller."""
+    waiting: list[Rows] = []
+    for shard in spent:
+        path = space.shard_path(shard.record.name)
+        shape, dtype = row_layout(path, "features")
+        most = max(1, min(SHARD_ROWS, _MOST_BYTES // (math.prod(shape) * dtype.itemsize)))
+        waiting.append(read_whole(path, shard.living))
+        while sum(map(len, waiting)) >= most:
+            rows = Rows.join(waiting)
+            yield rows.take(slice(0, most))
+            waiting = [rows.take(slice(most, None))]
+        advance(1)
+    if rest := [rows for rows in waiting if len(rows)]:
+        yield Rows.join(rest)
+
+
+def _remove_shards(space: FeatureSpace, shards: Sequence[_Shard], dry_run: bool, done: Collected) -> None:
+    done.removed.extend(space.shard_path(shard.record.name) for shard in shards)
+    done.bytes_freed += sum(shard.record.bytes for shard in shards)
+    if dry_run or not shards:
+        return
+    with space.removing(_waiting(space)):
+        # The index first: killed in between, the shard is met again as unknown, and nobody misses it.
+        space.index.forget_shards(space.name, [shard.record.name for shard in shards])
+        for shard in shards:
+            storage.remove(space.shard_path(shard.record.name))
+        storage.fsync(space.shards)
+
+
+def _remove_files(folder: Path, names: Sequence[str], dry_run: bool, done: Collected) -> None:
+    sizes = storage.files(folder)
+    for name in names:
+        done.leftovers += 1
+        done.bytes_freed += sizes[name].st_size if name in sizes else 0
+        done.removed.append(folder / name)
+        if not dry_run:
+            storage.remove(folder / name)
+
+
+def _tidy_index(cache: Cache, dry_run: bool, done: Collected) -> None:
+    """Drop what the index knows of files and spaces that are no more, and damaged indexes set aside before."""
+    path = cache.index.path
+    old = [name for name in storage.files(path.parent) if name.startswith(f"{path.name}.damaged-")]
+    _remove_files(path.parent, old, dry_run, done)
+    if not dry_run:
+        _forget_vanished(cache.index, set(cache.names()))
+
+
+def _forget_vanished(index: Index, spaces: Collection[str]) -> None:
+    index.forget_digests([path for path in index.files() if not path.exists()])
+    for space in set(index.spaces()) - set(spaces):
+        index.forget_shards(space, index.shards(space))

@@ -1,0 +1,241 @@
+"""Is the cache what it was when it was written? Looks at every shard, compares, names what is wrong, moves it aside.
+
+Quick: names, layouts, row counts, keys, and the index against the shards. With `sample` above 0 that share of the
+shards is read to the last byte: a shard is named by the hash of its bytes, so nothing that changed escapes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache import storage
+from pipeline.cache.index import ShardRecord
+from pipeline.cache.lock import exclusive
+from pipeline.cache.shard import ShardInfo, check_bytes, read_info, read_spec
+from pipeline.cache.space import GONE, Cache, FeatureSpace
+from pipeline.errors import CacheError, IndexDamagedError, ShardDamagedError, SpecError
+
+logger = logging.getLogger(__name__)
+
+ASIDE = "aside"  # the folder in a space where damaged shards are moved
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong, what it costs in rows, and whether it was mended."""
+
+    path: Path
+    problem: str
+    rows: int = 0
+    repaired: bool = False
+
+
+@dataclass
+class Verification:
+    """What was looked at, and what was found."""
+
+    spaces: int = 0
+    shards: int = 0
+    rows: int = 0
+    bytes: int = 0
+    bytes_read: int = 0  # in shards read to the last byte
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong any more."""
+        return all(problem.repaired for problem in self.problems)
+
+
+def verify(cache: Cache, *, space: str | None = None, sample: float = 0.0, repair: bool = False) -> Verification:
+    """Check all spaces, or one; the share `sample` of each space's shards, 0 to 1, is read to the last byte.
+
+    With `repair` damaged shards are moved aside, their rows counting as missing from then on; an index that
+    disagrees with sound shards is put right; a lost space.json is written again from what the shards say.
+
+    Raises
+    ------
+    SpecError
+        If there is no space of that name.
+    """
+    done = Verification()
+    _check_index(cache, done)
+    for name in _folders(cache, space):
+        lock = exclusive(cache.root / name / ".lock", _waiting) if repair else nullcontext()
+        with lock:
+            found = _open(cache, name, repair, done)
+            if found is not None:
+                _Space(found, sample, repair, done).check()
+    return done
+
+
+def _waiting(holder: str) -> None:
+    logger.warning("waiting: %s is writing to this feature space", holder)
+
+
+def _check_index(cache: Cache, done: Verification) -> None:
+    try:
+        cache.index.check()
+    except IndexDamagedError as error:  # every command mends this by itself, so this one does too
+        cache.index.renew(error)
+        done.problems.append(Problem(error.path, error.reason, repaired=True))
+
+
+def _folders(cache: Cache, space: str | None) -> list[str]:
+    """Return the folders that are spaces, or were: one without its description still has its shards."""
+    names = [
+        name
+        for name in storage.folders(cache.root)
+        if (cache.root / name / "space.json").exists() or (cache.root / name / "shards").is_dir()
+    ]
+    if space is None:
+        return names
+    if space not in names:
+        raise SpecError(f"no feature space named {space!r} in {cache.root}; there are: {', '.join(names) or 'none'}")
+    return [space]
+
+
+def _open(cache: Cache, name: str, repair: bool, done: Verification) -> FeatureSpace | None:
+    path = cache.root / name
+    try:
+        return cache.open(name, sync=False)
+    except SpecError as error:
+        mended = repair and _describe_again(cache, path)
+        problem = "is missing" if not (path / "space.json").exists() and not mended else str(error)
+        rows = sum(record.rows for record in cache.index.shards(name).values())
+        done.problems.append(Problem(path / "space.json", problem, rows, repaired=mended))
+        return cache.open(name, sync=False) if mended else None
+
+
+def _describe_again(cache: Cache, path: Path) -> bool:
+    """Write space.json from what a shard says of its space; return whether one did."""
+    for name in storage.files(path / "shards"):
+        try:
+            spec = read_spec(path / "shards" / name)
+        except (CacheError, SpecError):
+            continue
+        if spec.directory == path.name:
+            cache.describe(path, spec, {"described_again": datetime.now(UTC).isoformat(timespec="seconds")})
+            return True
+    return False
+
+
+class _Space:
+    """The check of one space."""
+
+    def __init__(self, space: FeatureSpace, sample: float, repair: bool, done: Verification) -> None:
+        self._space = space
+        self._index = space.index
+        self._sample = sample
+        self._repair = repair
+        self._done = done
+
+    def check(self) -> None:
+        # The index first: a shard published in between is then merely unknown, which is no fault.
+        known = self._index.shards(self._space.name)
+        files = self._space.shard_files()
+        self._foreign(storage.files(self._space.shards).keys() - files.keys())
+        sizes = {name.removesuffix(".h5"): stat.st_size for name, stat in files.items()}
+        self._done.spaces += 1
+        self._shards(sizes, known)
+        self._gone(known, sizes)
+
+    def _foreign(self, names: Iterable[str]) -> None:
+        for name in sorted(names):
+            if not storage.is_partial(name):
+                path = self._space.shards / name
+                self._report(Problem(path, "is not named as a shard is, by the hash of its bytes"))
+
+    def _shards(self, sizes: Mapping[str, int], known: Mapping[str, ShardRecord]) -> None:
+        names = sorted(sizes)
+        to_read = set(random.sample(names, math.ceil(self._sample * len(names))))
+        title = f"checking {self._space.name}"
+        with ThreadPoolExecutor() as pool, self._space.progress(title, len(names), "shards") as advance:
+            found = pool.map(lambda name: self._examined(name, name in to_read), names)
+            for name, result in zip(names, found, strict=True):
+                self._one(name, result, known.get(name), sizes[name])
+                self._done.bytes_read += sizes[name] if name in to_read else 0
+                advance(1)
+
+    def _examined(self, name: str, to_read: bool) -> ShardInfo | CacheError:
+        path = self._space.shard_path(name)
+        try:
+            if to_read:
+                check_bytes(path)
+            return read_info(path, self._space.spec)
+        except CacheError as error:
+            return error
+
+    def _one(self, name: str, result: ShardInfo | CacheError, record: ShardRecord | None, size: int) -> None:
+        path, rows = self._space.shard_path(name), record.rows if record else 0
+        if isinstance(result, CacheError):
+            if path.exists() or self._still_good(name):  # else `gc` removed it meanwhile
+                self._report(Problem(path, _reason(result), rows), name)
+            return
+        self._done.shards += 1
+        self._done.rows += len(result.keys)
+        self._done.bytes += size
+        if record is None or record.state != "good" or self._agrees(record, result):
+            return
+        # One of the two is wrong: its bytes tell whether it is the shard.
+        if isinstance(again := self._examined(name, to_read=True), CacheError):
+            self._report(Problem(path, _reason(again), rows), name)
+        elif self._still_good(name):
+            self._disagreement(name, result)
+
+    def _agrees(self, record: ShardRecord, info: ShardInfo) -> bool:
+        try:
+            keys, views = self._index.rows(record.id)
+        except IndexDamagedError:
+            return False
+        same_rows = np.array_equal(keys, info.keys) and np.array_equal(views, info.views)
+        return same_rows and (record.bytes, record.rows) == (info.bytes, len(info.keys))
+
+    def _disagreement(self, name: str, info: ShardInfo) -> None:
+        if self._repair:
+            self._index.forget_shards(self._space.name, [name])
+            self._space.register(info)
+        text = f"says otherwise of shard {self._space.shard_path(name)}, which is sound"
+        self._done.problems.append(Problem(self._index.path, text, len(info.keys), repaired=self._repair))
+
+    def _gone(self, known: Mapping[str, ShardRecord], present: Iterable[str]) -> None:
+        missing = [record for record in known.values() if record.state != "settled" and record.name not in present]
+        for record in missing:
+            if record.name in self._index.shards(self._space.name):  # else `gc` removed it meanwhile
+                self._report(Problem(self._space.shard_path(record.name), GONE, record.rows), record.name)
+
+    def _still_good(self, name: str) -> bool:
+        record = self._index.shards(self._space.name).get(name)
+        return record is not None and record.state == "good"
+
+    def _report(self, problem: Problem, shard: str | None = None) -> None:
+        """Note a problem of a file; with `repair`, move the file aside and let its rows count as missing."""
+        if self._repair:
+            self._move_aside(problem.path)
+            if shard is not None:
+                self._index.mark_shard(self._space.name, shard, 0, "settled", problem.problem)
+        self._done.problems.append(replace(problem, repaired=self._repair))
+
+    def _move_aside(self, path: Path) -> None:
+        if not path.exists():
+            return
+        aside = self._space.path / ASIDE
+        storage.make_folder(aside)
+        target = aside / path.name
+        if target.exists():
+            target = aside / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S-%f}{path.suffix}"
+        storage.move(path, target)
+
+
+def _reason(error: CacheError) -> str:
+    return error.problem if isinstance(error, ShardDamagedError) else str(error)
