@@ -16,6 +16,7 @@ from pipeline.commands.shared import (
     ArchiveOption,
     DatasetOption,
     FitOption,
+    ImageRootOption,
     JsonOption,
     LayerOption,
     LimitOption,
@@ -65,6 +66,7 @@ def features(
     context: typer.Context,
     dataset: DatasetOption = "digits",
     archive: ArchiveOption = None,
+    image_root: ImageRootOption = None,
     limit: LimitOption = None,
     weights: WeightsOption = "auto",
     layer: LayerOption = None,
@@ -76,6 +78,9 @@ def features(
     shard_rows: Annotated[int, typer.Option(help="Rows in a shard, at most.", min=1, max=65_536)] = 256,
     batch_size: Annotated[int, typer.Option(help="Images the model is given at once.", min=1, max=512)] = 32,
     retry_failed: Annotated[bool, typer.Option(help="Try images again that could not be decoded before.")] = False,
+    on_error: Annotated[
+        Literal["quarantine", "fail"], typer.Option(help="What an image that cannot be read or decoded does.")
+    ] = "quarantine",
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -87,7 +92,7 @@ def features(
     from pipeline.extract import extract
 
     start = time.perf_counter()
-    options = ComputeOptions(shard_rows, batch_size, max_pixels)
+    options = ComputeOptions(shard_rows, batch_size, max_pixels, strict=on_error == "fail")
     with opened(context) as workspace:
         images = open_dataset(workspace, context)
         done = extract(images, workspace, feature_choice(context), options, retry_failed=retry_failed)
@@ -120,6 +125,7 @@ def train_head(
     head: Annotated[Literal["flatten", "gap", "logreg"], typer.Option(help="Which head to train.")] = "gap",
     dataset: DatasetOption = "digits",
     archive: ArchiveOption = None,
+    image_root: ImageRootOption = None,
     limit: LimitOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training rows.  [default: 50]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows a step.  [default: 64]")] = None,
@@ -269,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is as clean as Ctrl-C
     try:
-        code = app(arguments, prog_name="cli.py", standalone_mode=False) or 0
+        code = _run(arguments)
     except TyperException as error:
         return _fail(error.format_message(), error.exit_code, arguments)
     except Exception as error:
@@ -287,6 +293,21 @@ def main(arguments: list[str] | None = None) -> int:
         kept = "features computed so far are kept, and the same command computes the rest"
         return _fail(f"stopped; {kept if 'features' in arguments else 'nothing was published'}", 1, arguments)
     return code
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the command; if the index turns out to be damaged on the way, once more with a new one."""
+    try:
+        return app(arguments, prog_name="cli.py", standalone_mode=False) or 0
+    except OSError as error:
+        from pipeline.errors import IndexDamagedError
+
+        if not isinstance(error, IndexDamagedError):
+            raise
+        from pipeline.cache.index import set_aside
+
+        set_aside(error)
+        return app(arguments, prog_name="cli.py", standalone_mode=False) or 0
 
 
 _INTERRUPTED = 130  # how Typer reports Ctrl-C

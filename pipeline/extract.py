@@ -16,9 +16,10 @@ from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, FrozenBackbon
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.index import Index
 from pipeline.cache.space import FeatureSpace
-from pipeline.compute import ComputeOptions, Job, compute
+from pipeline.compute import ComputeOptions, Job, check_room, compute, note_bad
 from pipeline.dataset import Dataset
-from pipeline.errors import SpecError, WeightsError
+from pipeline.decoder import Loader, first_good
+from pipeline.errors import DecodeError, SpecError, WeightsError
 from pipeline.spec import FeatureRequest, FeatureSpec
 from pipeline.weights import Weights, find_by_identity, resolve
 from pipeline.workspace import Workspace
@@ -101,6 +102,8 @@ def extract(
     ------
     IceboxError
         If the weights, the layer or the space cannot be had, or the cache cannot be written.
+    DecodeError
+        With `options.strict`, at the first image that cannot be read or decoded.
     """
     cache = workspace.cache
     with workspace.progress("identifying images", len(dataset)) as advance:
@@ -109,22 +112,85 @@ def extract(
         cache.index.forget_quarantined([key for key in identities.keys if key is not None])
     space, weights = find_space(workspace, choice, identities)
     plan = make_plan(identities, space, cache.index, options.max_pixels)
+    if plan.todo:
+        plan = meet_undecodable(dataset, identities, space, cache.index, options.max_pixels, plan)
+    if options.strict:
+        _refuse_bad(dataset, plan)
     before, seconds = plan.reused, 0.0
     if plan.todo:
-        weights = weights or _weights_of(space, dataset, workspace)
-        spec = space.spec if space else _new_spec(choice, weights)
-        warn_untrained(spec)
-        logger.info("loading TensorFlow and %s", spec.backbone)
-        backbone = FrozenBackbone(spec, weights.path, min(options.batch_size, options.shard_rows))
-        space = space or cache.create(spec, _made_by(weights))
-        job = Job(dataset, identities, space, backbone, cache.index, options, workspace.progress)
-        with space.lock(_waiting):
-            before = make_plan(identities, space, cache.index, options.max_pixels).reused
-            plan, seconds = _compute_all(job)
-    elif space is not None:
+        source = _Source(dataset, identities, choice, weights)
+        space, before, plan, seconds = _compute_missing(source, workspace, space, options, len(plan.todo))
+    if space is not None:
         warn_untrained(space.spec)
     failed = name_quarantined(dataset, plan)
     return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, seconds, space)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is to be computed, and as what."""
+
+    dataset: Dataset
+    identities: Identities
+    choice: FeatureChoice
+    weights: Weights | None
+
+
+def _compute_missing(
+    source: _Source, workspace: Workspace, space: FeatureSpace | None, options: ComputeOptions, count: int
+) -> tuple[FeatureSpace, int, Plan, float]:
+    """Compute what is missing, alone in the space; return it, the rows there before, the last plan, the seconds."""
+    cache, identities = workspace.cache, source.identities
+    weights = source.weights or weights_of(space, source.dataset, workspace)
+    spec = space.spec if space else _new_spec(source.choice, weights)
+    warn_untrained(spec)
+    if space is None:
+        # Made only after the weights turned out to fit: a mistake in an option leaves no empty space behind.
+        backbone = _load(spec, weights, options)
+        space = cache.create(spec, _made_by(weights, options))
+    else:
+        backbone = None
+        check_room(space, count)
+    with space.lock(_waiting):
+        space.remove_leftovers()
+        plan = make_plan(identities, space, cache.index, options.max_pixels)
+        before = plan.reused
+        if not plan.todo:  # whoever held the lock has computed it all
+            return space, before, plan, 0.0
+        backbone = backbone or _load(spec, weights, options)
+        job = Job(source.dataset, identities, space, backbone, cache.index, options, workspace.progress)
+        plan, seconds = _compute_all(job)
+    return space, before, plan, seconds
+
+
+def _load(spec: FeatureSpec, weights: Weights, options: ComputeOptions) -> FrozenBackbone:
+    logger.info("loading TensorFlow and %s", spec.backbone)
+    return FrozenBackbone(spec, weights.path, min(options.batch_size, options.shard_rows))
+
+
+def meet_undecodable(
+    dataset: Dataset,
+    identities: Identities,
+    space: FeatureSpace | None,
+    index: Index,
+    max_pixels: int,
+    plan: Plan,
+) -> Plan:
+    """Decode images that lack a row until one can be decoded; those before it are quarantined, as the new plan says.
+
+    So neither TensorFlow is loaded nor is anything demanded when what lacks rows can have none, as after the index,
+    which remembers the quarantine, was lost.
+    """
+    fit = space.spec.fit if space else _DEFAULT_FIT
+    with Loader(dataset, BACKBONES[DEFAULT_BACKBONE].input_size, fit, max_pixels) as loader:
+        first_good(loader, plan.todo, lambda bad: note_bad(bad, identities, index, max_pixels))
+    return make_plan(identities, space, index, max_pixels)
+
+
+def _refuse_bad(dataset: Dataset, plan: Plan) -> None:
+    if bad := name_quarantined(dataset, plan):
+        more = f" (and {len(bad) - 1:,} more)" if len(bad) > 1 else ""
+        raise DecodeError(f"{bad[0].path}: {bad[0].reason}{more}; mend or remove it, or leave out --on-error fail")
 
 
 def name_quarantined(dataset: Dataset, plan: Plan) -> list[Quarantined]:
@@ -162,7 +228,7 @@ def find_space(
         weights = resolve(
             choice.weights, DEFAULT_BACKBONE, workspace.downloads, cache.index, progress=workspace.progress
         )
-    request = _request(choice, weights)
+    request = request_of(choice, weights)
     if choice.space is None:
         keys = list({key for key in identities.keys if key is not None})
         return cache.choose(request, keys), weights
@@ -212,7 +278,8 @@ def _stored(space: FeatureSpace | None, unique: list[bytes]) -> set[bytes]:
     return {key for key, has_row in zip(unique, found, strict=True) if has_row}
 
 
-def _request(choice: FeatureChoice, weights: Weights | None) -> FeatureRequest:
+def request_of(choice: FeatureChoice, weights: Weights | None) -> FeatureRequest:
+    """Return the fields of a spec that were stated."""
     named = choice.space is not None  # a space named outright need agree only with what was said beside it
     return FeatureRequest(
         backbone=DEFAULT_BACKBONE,
@@ -251,7 +318,7 @@ def _new_spec(choice: FeatureChoice, weights: Weights) -> FeatureSpec:
     )
 
 
-def _weights_of(space: FeatureSpace | None, dataset: Dataset, workspace: Workspace) -> Weights:
+def weights_of(space: FeatureSpace | None, dataset: Dataset, workspace: Workspace) -> Weights:
     """Return the weights for computing when none were stated: those of the space, or what `auto` means."""
     if space is None:
         offline = dataset.name in _OFFLINE_DATASETS
@@ -267,12 +334,13 @@ def _weights_of(space: FeatureSpace | None, dataset: Dataset, workspace: Workspa
     return found
 
 
-def _made_by(weights: Weights) -> dict[str, Any]:
+def _made_by(weights: Weights, options: ComputeOptions) -> dict[str, Any]:
     packages = ("icebox", "tensorflow", "keras", "opencv-python", "pillow", "h5py", "hdf5plugin", "numpy")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "weights": weights.label,
         "cpu": machine.look().cpu,
+        "batch_size": min(options.batch_size, options.shard_rows),
         "versions": {name: _version(name) for name in packages},
     }
 

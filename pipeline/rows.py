@@ -54,6 +54,7 @@ def open_rows(space: FeatureSpace, keys: Sequence[bytes], dataset: str, splits: 
     import psutil
 
     located = space.locate(keys)
+    space.require(located)
     reader = space.reader(dataset)
     shape, dtype = reader.layout(located)
     size = sum(map(len, splits)) * math.prod(shape) * dtype.itemsize

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import storage
+from pipeline.cache.lock import abandoned, alive
 from pipeline.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ _LONGEST_SLUG = 120  # file systems take names of 255 bytes; time, number and pr
 def new_run(root: Path, title: str) -> Iterator[tuple[str, Path]]:
     """Give the name of a new run and a folder to fill; on leaving without an error it becomes `root/<name>`.
 
-    After an error nothing is left; after a kill a hidden ".partial-…" folder, which no reader looks at.
+    After an error nothing is left; after a kill a hidden ".partial-…" folder, which no reader looks at and
+    `remove_leftovers` removes.
 
     Raises
     ------
@@ -45,13 +47,25 @@ def new_run(root: Path, title: str) -> Iterator[tuple[str, Path]]:
     except OSError as error:
         raise RunError(f"no run can be written to {root}: {error}") from error
     try:
-        yield name, partial
-        for path in partial.iterdir():
-            storage.fsync(path)
-        storage.publish(partial, root / name)
+        with alive(partial):
+            yield name, partial
+            for path in partial.iterdir():
+                storage.fsync(path)
+            storage.publish(partial, root / name)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def remove_leftovers(root: Path, *, dry_run: bool = False) -> tuple[list[Path], int]:
+    """Remove the folders of runs that were killed; return them and their bytes."""
+    found = [root / name for name in storage.folders(root) if storage.is_partial(name)]
+    dead = [folder for folder in found if abandoned(folder)]
+    size = sum(path.stat().st_size for folder in dead for path in folder.rglob("*") if path.is_file())
+    for folder in dead:
+        if not dry_run:
+            shutil.rmtree(folder)
+    return dead, size
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:

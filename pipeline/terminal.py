@@ -119,6 +119,21 @@ def say(text: str, style: str | None = None) -> None:
     console.print(text, style=style, markup=False)
 
 
+def age(moment: str | None) -> str:
+    """Return how long ago an ISO 8601 time was, as people say it; "" for none or one that cannot be read."""
+    from datetime import UTC, datetime
+
+    try:
+        then = datetime.fromisoformat(moment or "")
+    except ValueError:
+        return ""
+    seconds = (datetime.now(UTC) - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds()
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds // size:,.0f} {unit} ago"
+    return "just now" if seconds < 60 else "a minute ago"
+
+
 def emit_json(value: Mapping[str, Any]) -> None:
     """Print the one JSON object of a command to stdout."""
     json.dump(value, sys.stdout, ensure_ascii=True, allow_nan=False)

@@ -13,19 +13,17 @@ from typing import Any
 import numpy as np
 
 from pipeline import heads, runs
-from pipeline.cache.digests import Identities, identify
-from pipeline.cache.space import FeatureSpace
-from pipeline.dataset import Dataset, Split, assign
-from pipeline.errors import DatasetError, MissingRowsError, RunError
+from pipeline.dataset import Dataset
+from pipeline.errors import DatasetError, RunError
 from pipeline.evaluate import evaluate
-from pipeline.extract import FeatureChoice, Quarantined, find_space, make_plan, name_quarantined, warn_untrained
+from pipeline.extract import FeatureChoice, Quarantined, warn_untrained
+from pipeline.gather import SPLITS, Material, gather
 from pipeline.rows import Rows, open_rows
 from pipeline.spec import HeadSpec
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "val", "test")
 _MOST_DIFFERENCE = 1e-5  # between the probabilities of a head in memory and the same one read back
 
 
@@ -37,22 +35,6 @@ class HeadRun:
     path: Path
     summary: dict[str, Any]
     quarantined: list[Quarantined]
-
-
-@dataclass(frozen=True)
-class _Material:
-    """The images that have rows, split: for each split the indices of its images in the dataset."""
-
-    dataset: Dataset
-    keys: list[bytes]  # of the usable images, in the order of `usable`
-    usable: np.ndarray  # (m,) indices into the dataset
-    split: Split
-    space: FeatureSpace
-    quarantined: list[Quarantined]
-
-    def members(self, side: str) -> np.ndarray:
-        """Return positions in `keys` of the images on one side."""
-        return np.flatnonzero(self.split.sides[self.usable] == side)
 
 
 def train_head(
@@ -75,11 +57,24 @@ def train_head(
         If the saved head, read back, does not say what it said before.
     """
     start = time.perf_counter()
-    material = _gather(dataset, workspace, choice, max_pixels, features_command)
+    material = gather(dataset, workspace, choice, max_pixels, features_command)
     members = [material.members(side) for side in SPLITS]
     labels = [dataset.labels[material.usable[at]] for at in members]
     _check_splits(dataset, labels)
     warn_untrained(material.space.spec)
+    with material.space.reading():  # `gc` waits
+        return _train(material, workspace, spec, members, labels, start)
+
+
+def _train(
+    material: Material,
+    workspace: Workspace,
+    spec: HeadSpec,
+    members: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+    start: float,
+) -> HeadRun:
+    dataset = material.dataset
     rows = open_rows(material.space, material.keys, heads.READS[spec.head], members)
     data = heads.Data(rows[0], labels[0], rows[1], labels[1], len(dataset.classes))
     unit = "fits" if spec.head == "logreg" else "epochs"
@@ -95,44 +90,6 @@ def train_head(
         _write(directory, summary, spec, material, fitted, predictions)
         _check_saved(directory, rows[1], predictions[0].probabilities)
     return HeadRun(name, workspace.runs / name, summary, material.quarantined)
-
-
-def _gather(
-    dataset: Dataset, workspace: Workspace, choice: FeatureChoice, max_pixels: int, features_command: str
-) -> _Material:
-    index = workspace.cache.index
-    with workspace.progress("identifying images", len(dataset)) as advance:
-        identities = identify(dataset, index, advance)
-    space, _ = find_space(workspace, choice, identities)
-    plan = make_plan(identities, space, index, max_pixels)
-    if not plan.rows:
-        raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")
-    if space is None or plan.todo:
-        keys = {identities.keys[i] for i in plan.todo}
-        lacking = sum(key in keys for key in identities.keys)
-        where = f" in {space.name}" if space else " in any feature space that agrees with what was asked for"
-        raise MissingRowsError(
-            f"{lacking:,} of {len(dataset):,} images have no features{where}; make them by: {features_command}"
-        )
-    usable = np.array([i for i in range(len(dataset)) if i not in plan.quarantined], np.int64)
-    split = assign(dataset, identities.keys)
-    _report_leaks(split)
-    bad = name_quarantined(dataset, plan)
-    return _Material(dataset, _keys(identities, usable), usable, split, space, bad)
-
-
-def _keys(identities: Identities, usable: np.ndarray) -> list[bytes]:
-    keys = [identities.keys[i] for i in usable]
-    return [key for key in keys if key is not None]
-
-
-def _report_leaks(split: Split) -> None:
-    if split.crossing:
-        logger.warning("%d images have an identical copy on another side of the split", split.crossing)
-    if split.crossing_groups:
-        logger.warning("%d groups lie on more than one side of the split", split.crossing_groups)
-    if split.conflicting:
-        logger.warning("%d images have an identical copy under another label", split.conflicting)
 
 
 def _check_splits(dataset: Dataset, labels: Sequence[np.ndarray]) -> None:
@@ -155,7 +112,7 @@ def _check_splits(dataset: Dataset, labels: Sequence[np.ndarray]) -> None:
 _USES = {"train": "train on", "val": "validate on", "test": "test on"}
 
 
-def _predict(head: heads.Head, material: _Material, side: str, at: np.ndarray, rows: Rows) -> runs.Predictions:
+def _predict(head: heads.Head, material: Material, side: str, at: np.ndarray, rows: Rows) -> runs.Predictions:
     images = material.usable[at]
     names = [material.dataset.names[int(i)] for i in images]
     return runs.Predictions(side, names, material.dataset.labels[images], head.predict(rows))
@@ -164,7 +121,7 @@ def _predict(head: heads.Head, material: _Material, side: str, at: np.ndarray, r
 def _summary(
     name: str,
     spec: HeadSpec,
-    material: _Material,
+    material: Material,
     fitted: heads.Fitted,
     predictions: Sequence[runs.Predictions],
     labels: Sequence[np.ndarray],
@@ -200,7 +157,7 @@ def _write(
     directory: Path,
     summary: dict[str, Any],
     spec: HeadSpec,
-    material: _Material,
+    material: Material,
     fitted: heads.Fitted,
     predictions: Sequence[runs.Predictions],
 ) -> None:

@@ -15,51 +15,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import conftest
 import h5py
 import hdf5plugin
 import numpy as np
 import pytest
+from made import SPEC, add, chunk_places, key, made, shard_file
 
 from pipeline.cache import storage
 from pipeline.cache.index import FileStamp, Index, Quarantine
-from pipeline.cache.shard import Rows, ShardInfo, file_size, read_info, read_rows, row_layout, write_shard
+from pipeline.cache.shard import ShardInfo, file_size, read_info, read_rows, row_layout, write_shard
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.errors import CacheError, IndexDamagedError, MissingRowsError, ShardDamagedError, SpecError
 from pipeline.spec import FeatureRequest, FeatureSpec, canonical_json
 
 ROOT = Path(__file__).parent.parent
-SPEC = replace(conftest.SPEC, weights="untrained:glorot:0", decode="decode-1", resize="resize-1")
 REQUEST = FeatureRequest("inception_v3", "mixed10", "squash", "decode-1", "resize-1")
 Opener = Callable[[], Cache]
-
-
-def key(number: int) -> bytes:
-    return hashlib.sha256(f"image {number}".encode()).digest()
-
-
-def made(numbers: list[int], spec: FeatureSpec = SPEC, shape: tuple[int, ...] = (2, 3, 8)) -> Rows:
-    """Rows of the images `numbers`: what an image is decides its row, and no two rows are alike."""
-    values = [np.random.default_rng(n).normal(size=shape).astype(np.float32) for n in numbers]
-    exact = np.maximum(np.stack(values), 0)
-    keys = np.stack([np.frombuffer(key(n), np.uint8) for n in numbers])
-    views = np.zeros(len(numbers), np.int64)
-    return Rows(exact.astype(spec.storage), exact.mean((1, 2), dtype=np.float32), keys, views)
-
-
-def add(space: FeatureSpace, numbers: list[int]) -> ShardInfo:
-    info = space.write(made(numbers, space.spec))
-    space.register(info)
-    return info
-
-
-def shard_file(space: FeatureSpace, info: ShardInfo) -> Path:
-    return space.path / "shards" / f"{info.name}.h5"
 
 
 def files_in(directory: Path) -> list[str]:
@@ -201,13 +176,6 @@ def damaged(path: Path, offset: int, bit: int = 0) -> Path:
     copy.unlink(missing_ok=True)
     copy.write_bytes(content)
     return copy
-
-
-def chunk_places(path: Path, dataset: str) -> list[tuple[int, int]]:
-    with h5py.File(path, "r") as file:
-        handle: Any = file[dataset]
-        chunks = (handle.id.get_chunk_info(i) for i in range(handle.id.get_num_chunks()))
-        return [(chunk.byte_offset, chunk.size) for chunk in chunks]
 
 
 @pytest.mark.parametrize("dataset", ["features", "pooled"])
@@ -474,7 +442,7 @@ def python(code: str, *arguments: str | Path) -> list[str]:
 _FULL_DISK = """
 import resource, signal
 from pathlib import Path
-from test_cache import SPEC, made
+from made import SPEC, made
 from pipeline.cache.shard import write_shard
 from pipeline.errors import CacheError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -1024,7 +992,8 @@ def test_what_was_remembered_is_there_for_the_next_process(tmp_path: Path) -> No
     index.remember_quarantined({key(1): "text"}, "d", 1)
     code = """
 from pathlib import Path
-from test_cache import Index, key
+from made import key
+from pipeline.cache.index import Index
 index = Index(Path(sys.argv[1]))
 print(index.totals("a"), index.quarantined([key(1)], "d", 1)[key(1)].reason)
 """

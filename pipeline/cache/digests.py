@@ -35,26 +35,31 @@ def digest(data: bytes | np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else data).digest()
 
 
-def identify(dataset: Dataset, index: Index, advance: Callable[[int], None]) -> Identities:
+def identify(dataset: Dataset, index: Index, advance: Callable[[int], None], *, remember: bool = True) -> Identities:
     """Return the keys of all images of `dataset`, hashing only files whose digest is not remembered.
 
-    `advance(n)` is called after every n images.
+    `advance(n)` is called after every n images. Without `remember` the index learns nothing.
     """
     found = Identities([None] * len(dataset), {})
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(dataset), _BLOCK):
             block = range(start, min(start + _BLOCK, len(dataset)))
-            _identify_block(dataset, block, index, pool, found)
+            fresh = _identify_block(dataset, block, index, pool, found)
+            if remember:
+                index.remember_digests(fresh)
             advance(len(block))
     return found
 
 
-def _identify_block(dataset: Dataset, block: range, index: Index, pool: ThreadPoolExecutor, found: Identities) -> None:
+def _identify_block(
+    dataset: Dataset, block: range, index: Index, pool: ThreadPoolExecutor, found: Identities
+) -> dict[Path, tuple[FileStamp, bytes]]:
+    """Find the keys of some images; return the digests worth remembering."""
     paths = [dataset.path(i) for i in block]
     if paths[0] is None:
         for i in block:
             found.keys[i] = digest(dataset.read(i))
-        return
+        return {}
     files = [path.absolute() for path in paths if path is not None]
     fresh: dict[Path, tuple[FileStamp, bytes]] = {}
     results = pool.map(_identify_file, files, index.file_digests(files))
@@ -66,7 +71,7 @@ def _identify_block(dataset: Dataset, block: range, index: Index, pool: ThreadPo
         found.keys[i] = key
         if remember:
             fresh[path] = (stamp, key)
-    index.remember_digests(fresh)
+    return fresh
 
 
 def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> tuple[FileStamp, bytes, bool] | str:

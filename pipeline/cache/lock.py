@@ -70,6 +70,30 @@ def shared(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def alive(folder: Path) -> Iterator[None]:
+    """Hold `folder` as being worked on, as far as its file system has locks for folders."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # NFS has none: `abandoned` then says no, and the folder is left alone
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def abandoned(folder: Path) -> bool:
+    """Return whether nobody holds `folder` by `alive` any more."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
 def _no_locks(path: Path, error: OSError) -> CacheError:
     reason = errno.errorcode.get(error.errno or 0, str(error))
     return CacheError(f"{path.parent} cannot be locked ({reason}); put the cache on a disk with locks")

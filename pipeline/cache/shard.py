@@ -106,35 +106,39 @@ def _image(rows: Rows, spec: FeatureSpec) -> memoryview:
     HDF5 never sees the disk: once a write of its own has failed, as on a full disk, the process crashes at its end.
     """
     buffer = io.BytesIO()
-    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
-    creation.set_obj_track_times(False)
-    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, buffer)
-    access.set_libver_bounds(_LIBVER, _LIBVER)
-    with h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, creation, access)) as file:
+    with h5_in(buffer) as file:
         _fill(file, rows, spec)
     return buffer.getbuffer()
 
 
+def h5_in(file: Any) -> h5py.File:
+    """Return a new HDF5 file inside a Python file object; equal content gives equal bytes."""
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_obj_track_times(False)
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, file)
+    access.set_libver_bounds(_LIBVER, _LIBVER)
+    return h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, creation, access))
+
+
 def _fill(file: h5py.File, rows: Rows, spec: FeatureSpec) -> None:
-    one_row = (1, *rows.features.shape[1:])
-    filters = hdf5plugin.Blosc2(cname="zstd", clevel=1, filters=hdf5plugin.Blosc2.SHUFFLE)
-    pooled_rows = max(1, min(len(rows), _CHUNK_BYTES // rows.pooled[0].nbytes))
     file.attrs["version"] = VERSION
     texts = {"format": FORMAT, "spec": canonical_json(spec.to_dict()), "views": json.dumps({"0": "plain"})}
     for name, text in texts.items():
         # Of fixed length, as bytes: HDF5 keeps other strings where no checksum covers them, and damage crashes it.
         file.attrs[name] = np.bytes_(text.encode("ascii"))
-    file.create_dataset("features", data=rows.features, chunks=one_row, fletcher32=True, **filters)
-    file.create_dataset(
-        "pooled",
-        data=rows.pooled,
-        chunks=(pooled_rows, rows.pooled.shape[1]),
-        fletcher32=True,
-        **filters,
-    )
+    for name, values in (("features", rows.features), ("pooled", rows.pooled)):
+        file.create_dataset(name, data=values, **row_filters(name, values.shape, values.dtype))
     file.create_dataset("key", data=rows.keys, chunks=rows.keys.shape, fletcher32=True)
     file.create_dataset("view", data=rows.views, chunks=rows.views.shape, fletcher32=True)
+
+
+def row_filters(dataset: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
+    """Return how "features" or "pooled" of n rows are chunked and compressed, as keywords of `create_dataset`."""
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    rows = 1 if dataset == "features" else max(1, min(shape[0], _CHUNK_BYTES // row_bytes))
+    blosc = hdf5plugin.Blosc2(cname="zstd", clevel=1, filters=hdf5plugin.Blosc2.SHUFFLE)
+    return {"chunks": (rows, *shape[1:]), "fletcher32": True, **blosc}
 
 
 def read_info(path: Path, spec: FeatureSpec) -> ShardInfo:

@@ -173,10 +173,14 @@ class FeatureSpace:
             If a shard is damaged.
         """
         located = self.locate(keys)
+        self.require(located)
+        return self.reader(dataset).read(located)
+
+    def require(self, located: Located) -> None:
+        """Raise MissingRowsError if a row was not found."""
         if not located.found.all():
             lost = int((~located.found).sum())
-            raise MissingRowsError(f"{lost:,} of {len(keys):,} rows are not in {self.name}; run `features`")
-        return self.reader(dataset).read(located)
+            raise MissingRowsError(f"{lost:,} of {len(located.found):,} rows are not in {self.name}; run `features`")
 
     def reader(self, dataset: str) -> ShardReader:
         """Return a reader of one dataset of this space's shards."""

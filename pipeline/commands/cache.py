@@ -2,42 +2,385 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
 import typer
 
-from pipeline.commands.shared import JsonOption, opened
+from pipeline.commands.shared import (
+    MAX_PIXELS,
+    ArchiveOption,
+    DatasetOption,
+    FitOption,
+    ImageRootOption,
+    JsonOption,
+    LayerOption,
+    LimitOption,
+    MaxBadOption,
+    MaxPixelsOption,
+    PrecisionOption,
+    SpaceOption,
+    StorageOption,
+    WeightsOption,
+    exit_for_bad,
+    feature_choice,
+    features_command,
+    finish,
+    open_dataset,
+    open_named,
+    opened,
+)
 
-cache_app = typer.Typer(help="Look at the feature cache.", rich_markup_mode=None)
+if TYPE_CHECKING:
+    from pipeline.cache.gc import Keep
+    from pipeline.cache.verify import Verification
+    from pipeline.canary import Drift
+    from pipeline.workspace import Workspace
+
+cache_app = typer.Typer(help="Look at the feature cache, check it, clean it, take it elsewhere.", rich_markup_mode=None)
+
+_LISTED = 20  # lines of what may be thousands; --json has them all
 
 
 @cache_app.command("ls")
 def cache_ls(context: typer.Context, as_json: JsonOption = False) -> None:
-    """List the feature spaces on disk."""
-    from dataclasses import asdict
-
+    """List the feature spaces on disk: rows, bytes, how far they are compressed, how old they are."""
     from pipeline import terminal
+    from pipeline.cache.listing import describe
 
     with opened(context) as workspace:
-        spaces = [
-            {
-                "space": space.name,
-                **asdict(space.totals()),
-                "spec": space.spec.to_dict(),
-                "made_by": dict(space.provenance),
-            }
-            for space in workspace.cache.spaces()
-        ]
-    result = {"spaces": spaces, **{key: sum(space[key] for space in spaces) for key in ("shards", "rows", "bytes")}}
+        spaces = [describe(space) for space in workspace.cache.spaces()]
+        quarantined = len(workspace.cache.index.all_quarantined())
+    totals = {key: sum(space[key] for space in spaces) for key in ("shards", "rows", "bytes")}
+    result = {"spaces": spaces, **totals, "quarantined": quarantined}
     if as_json:
         terminal.emit_json(result)
         return
     if not spaces:
         terminal.say("the cache is empty; `features` fills it")
         return
-    headers = ("space", "rows", "shards", "MB", "weights", "precision")
-    terminal.table(
-        [
-            (s["space"], s["rows"], s["shards"], s["bytes"] / 1e6, s["made_by"].get("weights"), s["spec"]["precision"])
-            for s in spaces
-        ],
-        headers,
+    headers = ("space", "rows", "shards", "MB", "compressed", "begun", "last added", "weights", "precision")
+    terminal.table([_space_row(space) for space in spaces], headers)
+
+
+def _space_row(space: dict[str, Any]) -> tuple[object, ...]:
+    from pipeline import terminal
+
+    ratio = space["compression_ratio"]
+    return (
+        space["space"],
+        space["rows"],
+        space["shards"],
+        space["bytes"] / 1e6,
+        f"{ratio:.1f}x" if ratio else "",
+        terminal.age(space["created"]),
+        terminal.age(space["last_added"]),
+        space["made_by"].get("weights"),
+        space["spec"]["precision"],
     )
+
+
+@cache_app.command("quarantine")
+def cache_quarantine(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the contents that could not be decoded: why, since when, and where they were seen."""
+    from pipeline import terminal
+
+    with opened(context) as workspace:
+        index = workspace.cache.index
+        found = [
+            {
+                "key": bad.key.hex(),
+                "reason": bad.reason,
+                "since": bad.since,
+                "decoder": bad.decoder,
+                "max_pixels": bad.max_pixels,
+                "paths": [str(path) for path in index.files_with_digest(bad.key)],
+            }
+            for bad in index.all_quarantined()
+        ]
+    if as_json:
+        terminal.emit_json({"quarantined": len(found), "contents": found})
+        return
+    if not found:
+        terminal.say("nothing is quarantined")
+        return
+    rows = [(terminal.age(bad["since"]), bad["reason"], ", ".join(bad["paths"]) or bad["key"][:16]) for bad in found]
+    terminal.table(rows, ("since", "reason", "file"))
+    terminal.say("`features --retry-failed` tries them again")
+
+
+@cache_app.command("verify")
+def cache_verify(
+    context: typer.Context,
+    space: SpaceOption = None,
+    read_data: Annotated[bool, typer.Option("--read-data", help="Read every byte of every shard.")] = False,
+    sample: Annotated[
+        float | None, typer.Option(help="Read every byte of this share of the shards, drawn anew.", min=0, max=1)
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Move bad shards aside; `features` then computes just their rows.")
+    ] = False,
+    recompute: Annotated[int, typer.Option(help="Compute N random rows of each space afresh and compare.", min=0)] = 0,
+    dataset: Annotated[
+        str | None, typer.Option(help="Where --recompute finds the images.  [default: files seen before, digits]")
+    ] = None,
+    archive: ArchiveOption = None,
+    image_root: ImageRootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the cache: names, sizes, row counts, the index against the shards. Exits with 1 if anything is wrong."""
+    from dataclasses import asdict
+
+    from pipeline.cache.verify import verify
+    from pipeline.errors import UsageError
+
+    if read_data and sample is not None:
+        raise UsageError("--read-data reads all, --sample a share: give one of the two")
+    if not recompute and any(given is not None for given in (dataset, archive, image_root)):
+        raise UsageError("--dataset, --archive and --image-root go with --recompute N only")
+    start = time.perf_counter()
+    with opened(context) as workspace:
+        done = verify(workspace.cache, space=space, sample=1.0 if read_data else sample or 0.0, repair=repair)
+        drifts = _recomputed(workspace, context, space, recompute) if recompute and done.sound else []
+    result = {
+        **{name: getattr(done, name) for name in ("spaces", "shards", "rows", "bytes", "bytes_read")},
+        "problems": [{**asdict(problem), "path": str(problem.path)} for problem in done.problems],
+        "recomputed": [asdict(drift) for drift in drifts],
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    error = _verdict(done, drifts, repair)
+    _show_problems(done, drifts, as_json)
+    finish(result | ({"error": error} if error else {}), as_json, ("spaces", "shards", "rows", "bytes", "bytes_read"))
+    _conclude(error, as_json, "" if done.problems else "nothing is wrong")
+
+
+def _recomputed(workspace: Workspace, context: typer.Context, space: str | None, count: int) -> list[Drift]:
+    from pipeline.canary import recompute
+
+    dataset = open_dataset(workspace, context) if context.params["dataset"] is not None else None
+    spaces = [workspace.cache.open(space)] if space else workspace.cache.spaces()
+    return [drift for each in spaces if (drift := recompute(each, count, workspace, dataset)) is not None]
+
+
+def _verdict(done: Verification, drifts: Sequence[Drift], repair: bool) -> str | None:
+    """Return what is wrong, on one line, or None."""
+    left = [problem for problem in done.problems if not problem.repaired]
+    if left:
+        again = "move it out of the cache by hand" if repair else "run `cache verify --repair`, then `features`"
+        return f"{len(left):,} problems, the first: {left[0].path} {left[0].problem}; {again}"
+    if drifted := [drift for drift in drifts if not drift.same]:
+        return (
+            f"the features of {drifted[0].space} are not what this machine computes now (relative difference "
+            f"{drifted[0].max_relative:.2g}); add nothing to it here, or compute it anew"
+        )
+    return None
+
+
+def _show_problems(done: Verification, drifts: Sequence[Drift], as_json: bool) -> None:
+    from pipeline import terminal
+
+    if as_json:
+        return
+    for problem in done.problems[:_LISTED]:
+        mended = " (mended)" if problem.repaired else ""
+        rows = f", {problem.rows:,} rows" if problem.rows else ""
+        terminal.say(f"{problem.path}: {problem.problem}{rows}{mended}", "yellow")
+    if len(done.problems) > _LISTED:
+        terminal.say(f"and {len(done.problems) - _LISTED:,} more; --json lists them all", "yellow")
+    for drift in drifts:
+        terminal.say(
+            f"{drift.space}: {drift.identical:,} of {drift.rows:,} rows computed afresh are identical, greatest "
+            f"difference {drift.max_difference:.3g}, of a row {drift.max_relative:.2%}"
+        )
+
+
+def _conclude(error: str | None, as_json: bool, otherwise: str) -> None:
+    from pipeline import terminal
+
+    if error:
+        terminal.say(f"error: {error}")
+        raise typer.Exit(1)
+    if otherwise and not as_json:
+        terminal.say(otherwise)
+
+
+@cache_app.command("gc")
+def cache_gc(
+    context: typer.Context,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Keep the rows of this dataset and of others named so, in any space.")
+    ] = None,
+    space: Annotated[list[str] | None, typer.Option(help="Keep this space whole, and others named so.")] = None,
+    archive: ArchiveOption = None,
+    image_root: ImageRootOption = None,
+    damaged: Annotated[bool, typer.Option("--damaged", help="Remove shards that `verify` moved aside, too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before rows are removed.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make room: leftovers of killed runs go, small shards are merged.
+
+    With --dataset or --space, every row that belongs to none of those named is removed as well.
+    """
+    from pipeline.cache.gc import collect
+    from pipeline.runs import remove_leftovers
+
+    start = time.perf_counter()
+    with opened(context) as workspace:
+        keep = _keep(workspace, dataset or [], space or [], archive, image_root)
+        if not (dry_run or yes):
+            _ask(collect(workspace.cache, keep, damaged=damaged, dry_run=True).rows_removed)
+        done = collect(workspace.cache, keep, damaged=damaged, dry_run=dry_run)
+        folders, size = remove_leftovers(workspace.runs, dry_run=dry_run)
+    numbers = ("rows_removed", "shards_removed", "shards_repacked", "shards_written")
+    result = {
+        **{name: getattr(done, name) for name in numbers},
+        "leftovers": done.leftovers + len(folders),
+        "bytes_freed": done.bytes_freed + size,
+        "removed": [str(path) for path in (*done.removed, *folders)],
+        "dry_run": dry_run,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    note = "this would be done; nothing was, as --dry-run was given" if dry_run else None
+    finish(result, as_json, (*numbers, "leftovers", "bytes_freed"), note=note)
+
+
+def _keep(
+    workspace: Workspace, datasets: Sequence[str], spaces: Sequence[str], archive: Path | None, root: Path | None
+) -> Keep:
+    from pipeline.cache.digests import identify
+    from pipeline.cache.gc import Keep
+    from pipeline.errors import DatasetError
+
+    for name in spaces:
+        workspace.cache.open(name, sync=False)  # a name mistyped must not cost a space
+    keys: set[bytes] = set()
+    for name in datasets:
+        images = open_named(workspace, name, archive, root)
+        with workspace.progress(f"identifying images of {images.name}", len(images)) as advance:
+            found = identify(images, workspace.cache.index, advance)
+        if found.unread:
+            first, reason = next(iter(found.unread.items()))
+            raise DatasetError(
+                f"{len(found.unread):,} images of {name} cannot be read now, so it is not known which rows are theirs "
+                f"(the first: {images.names[first]} {reason}); nothing was removed"
+            )
+        keys.update(key for key in found.keys if key is not None)
+    return Keep(keys if datasets else None, spaces)
+
+
+def _ask(rows: int) -> None:
+    """Ask before features are removed, where there is somebody to answer."""
+    import sys
+
+    if rows and sys.stdin.isatty():
+        typer.confirm(f"{rows:,} rows of features will be removed; go on?", abort=True, err=True)
+
+
+@cache_app.command("explain")
+def cache_explain(
+    context: typer.Context,
+    image: Annotated[
+        list[str] | None, typer.Argument(help="Only these images, by their path in the dataset or on disk.")
+    ] = None,
+    dataset: DatasetOption = "digits",
+    archive: ArchiveOption = None,
+    image_root: ImageRootOption = None,
+    limit: LimitOption = None,
+    weights: WeightsOption = "auto",
+    layer: LayerOption = None,
+    precision: PrecisionOption = "auto",
+    storage: StorageOption = "auto",
+    space: SpaceOption = None,
+    fit: FitOption = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell why images would be computed: new bytes, another space, quarantined, a bad shard. Changes nothing."""
+    from dataclasses import asdict
+
+    from pipeline import terminal
+    from pipeline.explain import explain, only
+
+    with opened(context) as workspace:
+        images = open_dataset(workspace, context)
+        found = explain(images, workspace, feature_choice(context), max_pixels)
+        shown = only(found.images, images, image) if image else found.images
+    result = {
+        "space": found.space,
+        "counts": found.counts,
+        "spaces": [asdict(each) for each in found.spaces],
+        "images": [asdict(each) for each in shown],
+    }
+    if as_json:
+        terminal.emit_json(result)
+        return
+    terminal.say(f"features would {'use ' + found.space if found.space else 'begin a new space'}")
+    for each in found.spaces:
+        pairs = [f"{name} is {pair['found']}, asked for {pair['asked']}" for name, pair in each.differs.items()]
+        terminal.say(f"{each.space}: {each.rows:,} of these images; {'; '.join(pairs) or 'as asked for'}")
+    terminal.table(sorted(found.counts.items(), key=lambda pair: -pair[1]), ("images are", "count"))
+    listed = shown if image else [each for each in shown if each.state != "cached"]
+    terminal.table([(each.path, each.state, each.why) for each in listed[:_LISTED]], ("image", "state", "why"))
+    if len(listed) > _LISTED:
+        terminal.say(f"and {len(listed) - _LISTED:,} more; --json lists them all")
+
+
+@cache_app.command("export")
+def cache_export(
+    context: typer.Context,
+    out: Annotated[Path, typer.Argument(help="The HDF5 file to write.", dir_okay=False)],
+    what: Annotated[Literal["features", "pooled"], typer.Option(help="Full tensors, or their spatial means.")] = (
+        "features"
+    ),
+    virtual: Annotated[
+        bool, typer.Option("--virtual", help="Refer to the shards, with NaN for what is missing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file of that name.")] = False,
+    dataset: DatasetOption = "digits",
+    archive: ArchiveOption = None,
+    image_root: ImageRootOption = None,
+    limit: LimitOption = None,
+    weights: WeightsOption = "auto",
+    layer: LayerOption = None,
+    precision: PrecisionOption = "auto",
+    storage: StorageOption = "auto",
+    space: SpaceOption = None,
+    fit: FitOption = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+    max_bad: MaxBadOption = 0.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the features of a dataset, with labels, paths, splits and class names, to one HDF5 file."""
+    from dataclasses import asdict
+
+    from pipeline.errors import UsageError
+    from pipeline.export import export_dataset
+
+    if out.exists() and not force:
+        raise UsageError(f"{out} is there already; --force replaces it")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {out.absolute().parent} to write {out.name} to")
+    start = time.perf_counter()
+    with opened(context) as workspace:
+        images = open_dataset(workspace, context)
+        command = features_command(context)
+        done = export_dataset(
+            images, workspace, feature_choice(context), max_pixels, command, out.absolute(), what, virtual=virtual
+        )
+    result = {
+        "path": str(out),
+        "rows": done.rows,
+        "missing": done.missing,
+        "bytes": done.bytes,
+        "space": done.space,
+        "what": what,
+        "virtual": virtual,
+        "quarantined": len(done.quarantined),
+        "quarantined_images": [asdict(bad) for bad in done.quarantined],
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    finish(result, as_json, ("path", "rows", "missing", "bytes", "space", "seconds"))
+    exit_for_bad(done.quarantined, len(images), max_bad)

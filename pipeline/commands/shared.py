@@ -22,6 +22,10 @@ DatasetOption = Annotated[
 ArchiveOption = Annotated[
     Path | None, typer.Option(help="The published CIFAR archive, if it is at hand.", dir_okay=False)
 ]
+ImageRootOption = Annotated[
+    Path | None,
+    typer.Option(help="The folder that a manifest's paths start from and may not leave.", file_okay=False),
+]
 LimitOption = Annotated[
     int | None, typer.Option(help="Take only the first N images of a fixed, class-balanced order.", min=1)
 ]
@@ -57,20 +61,30 @@ def opened(context: typer.Context) -> Iterator[Workspace]:
 
 
 def open_dataset(workspace: Workspace, context: typer.Context) -> Dataset:
-    """Open what `--dataset`, `--archive` and `--limit` of a command say."""
-    from pipeline import dataset, terminal
+    """Open what `--dataset`, `--archive`, `--image-root` and `--limit` of a command say."""
+    from pipeline import dataset
 
-    name, archive = context.params["dataset"], context.params["archive"]
-    found = dataset.open_dataset(name, downloads=workspace.downloads, archive=archive, progress=terminal.progress)
-    if found.ignored:
-        listed = ", ".join(f"{ending or 'no ending'} {n:,}" for ending, n in sorted(found.ignored.items()))
-        terminal.say(f"notice: passed over, as their endings are not of images: {listed}", "yellow")
+    name, archive, root = (context.params[option] for option in ("dataset", "archive", "image_root"))
+    found = open_named(workspace, name, archive, root)
     count = context.params.get("limit")
     return found if count is None else dataset.limit(found, count)
 
 
+def open_named(workspace: Workspace, name: str, archive: Path | None, image_root: Path | None) -> Dataset:
+    """Open the dataset `name`; files that are passed over are said."""
+    from pipeline import dataset, terminal
+
+    found = dataset.open_dataset(
+        name, downloads=workspace.downloads, archive=archive, image_root=image_root, progress=terminal.progress
+    )
+    if found.ignored:
+        listed = ", ".join(f"{ending or 'no ending'} {n:,}" for ending, n in sorted(found.ignored.items()))
+        terminal.say(f"notice: passed over, as their endings are not of images: {listed}", "yellow")
+    return found
+
+
 _CHOICE_OPTIONS = ("weights", "layer", "precision", "storage", "space", "fit")
-_FEATURE_OPTIONS = ("dataset", "archive", "limit", *_CHOICE_OPTIONS, "max_pixels")
+_FEATURE_OPTIONS = ("dataset", "archive", "image_root", "limit", *_CHOICE_OPTIONS, "max_pixels")
 
 
 def feature_choice(context: typer.Context) -> FeatureChoice:

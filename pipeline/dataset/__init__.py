@@ -6,7 +6,7 @@ import difflib
 import os
 from pathlib import Path
 
-from pipeline.dataset.base import Dataset, Source, limit
+from pipeline.dataset.base import Dataset, Source, limit, of_files
 from pipeline.dataset.cifar import CIFAR10, CIFAR100, open_cifar
 from pipeline.dataset.digits import open_digits
 from pipeline.dataset.folder import open_folder
@@ -15,7 +15,7 @@ from pipeline.dataset.split import Split, assign
 from pipeline.errors import DatasetError, UsageError
 from pipeline.progress import Progress, silent
 
-__all__ = ["Dataset", "Source", "Split", "assign", "limit", "open_dataset"]
+__all__ = ["Dataset", "Source", "Split", "assign", "limit", "of_files", "open_dataset"]
 
 _ARCHIVES = {published.name: published for published in (CIFAR10, CIFAR100)}
 _KNOWN = ("digits", *_ARCHIVES)

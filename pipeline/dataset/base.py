@@ -153,6 +153,12 @@ class Dataset:
         )
 
 
+def of_files(name: str, paths: Sequence[Path]) -> Dataset:
+    """Return images of no known class: the files at the absolute `paths`."""
+    names = [str(path) for path in paths]
+    return Dataset(name, ("unknown",), names, np.zeros(len(names), np.int32), None, None, FileSource(Path("/"), names))
+
+
 def _pick(values: Sequence[Any], rows: np.ndarray) -> list[Any]:
     return [values[i] for i in rows.tolist()]
 

@@ -1,0 +1,225 @@
+"""A dataset's rows as one HDF5 file, to be taken elsewhere or read by other programs.
+
+    features (n, h, w, c) or pooled (n, c)   as in the shards
+    label    (n,) int32, indices into class_names (k,)
+    path, split (n,) text; key (n, 32) uint8, sha256 of the image's bytes; present (n,) bool
+
+Self-contained, or virtual: then the rows stay in the shards, and what is missing there reads as NaN.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+
+from pipeline.cache import storage
+from pipeline.cache.index import Located
+from pipeline.cache.shard import check_bytes, h5_in, opened, row_filters, row_layout
+from pipeline.cache.space import FeatureSpace
+from pipeline.errors import CacheError, MissingRowsError
+
+FORMAT = "icebox-export"
+VERSION = 1
+What = Literal["features", "pooled"]
+_MARGIN = 1.05  # HDF5's own bookkeeping on top of the rows
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is known of n images beside their features."""
+
+    dataset: str
+    keys: Sequence[bytes]
+    names: Sequence[str]
+    labels: np.ndarray  # (n,) int32
+    splits: Sequence[str]
+    classes: Sequence[str]
+
+
+def export(space: FeatureSpace, columns: Columns, out: Path, what: What, *, virtual: bool) -> int:
+    """Write the rows of `columns.keys`, in that order, to the new file `out`; return its bytes.
+
+    It appears whole or not at all. With `virtual` it refers to the shards by absolute path, and a row that is
+    missing, now or later, is NaN; without, every row must be there.
+
+    Raises
+    ------
+    MissingRowsError
+        If a row is missing and the file is not to be virtual, or none is there.
+    CacheError
+        If a shard is damaged, or there is no room.
+    """
+    with space.reading():
+        located = space.locate(columns.keys)
+        if not virtual:
+            space.require(located)
+        if not located.found.any():
+            raise MissingRowsError(f"none of the rows is in {space.name}; run `features`")
+        job = _Export(space, columns, located, what)
+        partial = storage.partial_name(out.parent, ".h5")
+        try:
+            if not virtual:
+                job.check_room(out)
+            with _written(partial) as file:
+                job.write_columns(file)
+                (job.write_virtual if virtual else job.write_rows)(file)
+            storage.publish(partial, out)
+        except OSError as error:
+            if isinstance(error, CacheError):
+                raise
+            raise CacheError(
+                f"cannot write {out}: {error.strerror or error}; make room, or name another file"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+    return out.stat().st_size
+
+
+class _Export:
+    def __init__(self, space: FeatureSpace, columns: Columns, located: Located, what: What) -> None:
+        self._space = space
+        self._columns = columns
+        self._located = located
+        self._what = what
+        self._names = {record.id: name for name, record in space.index.shards(space.name).items()}
+        first = self._path(int(located.shards[located.found][0]))
+        self._shape, self._dtype = row_layout(first, what)  # of one row
+
+    def _path(self, shard: int) -> Path:
+        return self._space.shard_path(self._names[shard])
+
+    def check_room(self, out: Path) -> None:
+        """Refuse before a byte is written if the rows cannot fit."""
+        totals = self._space.totals()
+        row = totals.bytes / totals.rows if self._what == "features" else math.prod(self._shape) * self._dtype.itemsize
+        needed, free = round(len(self._columns.keys) * row * _MARGIN), storage.free_bytes(out.parent)
+        if needed > free:
+            raise CacheError(f"{out} needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; make room")
+
+    def write_columns(self, file: h5py.File) -> None:
+        columns, text = self._columns, h5py.string_dtype()
+        file.attrs.update({"format": FORMAT, "version": VERSION, "dataset": columns.dataset})
+        file.attrs["spec"] = json.dumps(self._space.spec.to_dict())
+        file["label"] = columns.labels.astype(np.int32)
+        file["key"] = self._located.keys
+        file["present"] = self._located.found
+        for name, values in (("path", columns.names), ("split", columns.splits), ("class_names", columns.classes)):
+            readable = [value.encode("utf-8", "backslashreplace") for value in values]  # a file name's odd byte
+            file.create_dataset(name, data=np.array(readable, object), dtype=text)
+
+    def write_rows(self, file: h5py.File) -> None:
+        """Copy the rows. Chunks of features are taken as they lie in the shards, without unpacking them."""
+        n = len(self._columns.keys)
+        filters = row_filters(self._what, (n, *self._shape), self._dtype)
+        target: Any = file.create_dataset(self._what, (n, *self._shape), self._dtype, **filters)
+        copy = _copy_chunks if self._what == "features" else _copy_values
+        with self._space.progress("exporting", n, "rows") as advance:
+            for shard, at in self._by_shard():
+                path = self._path(shard)
+                check_bytes(path)  # an unpacked chunk would tell of damage; these are passed on unseen
+                with opened(path) as source:
+                    self._check_keys(source, path, at)
+                    copy(source[self._what], self._located.positions[at], target, at)
+                advance(len(at))
+
+    def _by_shard(self) -> Iterator[tuple[int, np.ndarray]]:
+        shards = self._located.shards
+        order = np.lexsort((self._located.positions, shards))
+        for at in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+            yield int(shards[at[0]]), at
+
+    def _check_keys(self, source: h5py.File, path: Path, at: np.ndarray) -> None:
+        stored: Any = source["key"]
+        if not np.array_equal(stored[:][self._located.positions[at]], self._located.keys[at]):
+            raise CacheError(f"shard {path} holds other rows than the index says; run `cache verify --repair`")
+
+    def write_virtual(self, file: h5py.File) -> None:
+        """Map runs of rows that lie side by side in a shard."""
+        n = len(self._columns.keys)
+        layout = h5py.VirtualLayout((n, *self._shape), self._dtype)
+        shards, positions = self._located.shards, self._located.positions
+        ends = np.flatnonzero((np.diff(shards) != 0) | (np.diff(positions) != 1)) + 1
+        sources: dict[int, h5py.VirtualSource] = {}
+        for run in np.split(np.arange(n), ends):
+            shard, start = int(shards[run[0]]), int(positions[run[0]])
+            if shard < 0:
+                continue
+            if shard not in sources:
+                sources[shard] = self._source(shard)
+            layout[int(run[0]) : int(run[-1]) + 1] = sources[shard][start : start + len(run)]
+        file.create_virtual_dataset(self._what, layout, fillvalue=np.nan)
+
+    def _source(self, shard: int) -> h5py.VirtualSource:
+        path = self._path(shard)
+        with opened(path) as file:
+            found: Any = file[self._what]
+            return h5py.VirtualSource(str(path.absolute()), self._what, found.shape, found.dtype)
+
+
+def _copy_chunks(source: Any, positions: np.ndarray, target: Any, at: np.ndarray) -> None:
+    zeros = (0,) * (source.ndim - 1)
+    for position, place in zip(positions.tolist(), at.tolist(), strict=True):
+        mask, chunk = source.id.read_direct_chunk((position, *zeros))
+        target.id.write_direct_chunk((place, *zeros), chunk, mask)
+
+
+def _copy_values(source: Any, positions: np.ndarray, target: Any, at: np.ndarray) -> None:
+    rows, order = source[:][positions], np.argsort(at)
+    target[at[order]] = rows[order]  # HDF5 takes ascending places only
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[h5py.File]:
+    """Give a new HDF5 file whose disk may fill up: HDF5 would crash the process at its end, so it is not told."""
+    storage.about_to("create", path)
+    with path.open("x+b", buffering=0) as raw:
+        sink = _Sink(raw, lambda: storage.about_to("write", path))
+        with h5_in(sink) as file:
+            yield file
+        if sink.error is not None:
+            raise sink.error
+
+
+class _Sink(io.RawIOBase):
+    """A file that takes every write: after the first that fails it only remembers why."""
+
+    def __init__(self, file: io.FileIO, before_write: Callable[[], None]) -> None:
+        self._file = file
+        self._before_write = before_write
+        self.error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        rest = memoryview(data)
+        size = len(rest)
+        try:
+            self._before_write()
+            while rest and self.error is None:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.error = self.error or error
+        return size
+
+    def readinto(self, buffer: Any, /) -> int:
+        return self._file.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def truncate(self, size: int | None = None, /) -> int:
+        try:
+            return self._file.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0

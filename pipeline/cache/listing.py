@@ -1,0 +1,50 @@
+"""What a feature space holds, in numbers: for `cache ls`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline.cache import storage
+from pipeline.cache.shard import row_layout
+from pipeline.cache.space import FeatureSpace
+from pipeline.cache.verify import ASIDE
+from pipeline.errors import CacheError
+
+
+def describe(space: FeatureSpace) -> dict[str, Any]:
+    """Return name, shards, rows, bytes, compression ratio, ages (ISO 8601, UTC), spec and provenance as JSON values.
+
+    The ratio is of the rows' bytes in memory to those on disk; None if there is no row.
+    """
+    totals, files = space.totals(), space.shard_files()
+    aside = storage.files(space.path / ASIDE)
+    newest = max((stat.st_mtime for stat in files.values()), default=None)
+    return {
+        "space": space.name,
+        **asdict(totals),
+        "compression_ratio": _ratio(space, totals.rows, totals.bytes),
+        "created": _text(space.provenance.get("created")),
+        "last_added": None if newest is None else datetime.fromtimestamp(newest, UTC).isoformat(timespec="seconds"),
+        "aside_bytes": sum(stat.st_size for stat in aside.values()),
+        "spec": space.spec.to_dict(),
+        "made_by": dict(space.provenance),
+    }
+
+
+def _ratio(space: FeatureSpace, rows: int, size: int) -> float | None:
+    good = [record.name for record in space.index.shards(space.name).values() if record.state == "good"]
+    if not good:
+        return None
+    path = space.shard_path(good[0])
+    try:
+        layouts = [row_layout(path, dataset) for dataset in ("features", "pooled")]
+    except CacheError:  # listing goes on; `cache verify` says what is wrong
+        return None
+    return round(rows * sum(math.prod(shape) * dtype.itemsize for shape, dtype in layouts) / size, 2)
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

@@ -1,0 +1,113 @@
+"""Does this machine still say what the cache says? Cached rows, computed afresh and compared."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline import images
+from pipeline.backbone import FrozenBackbone
+from pipeline.cache.digests import identify
+from pipeline.cache.space import FeatureSpace
+from pipeline.compute import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE
+from pipeline.dataset import Dataset, of_files, open_dataset
+from pipeline.decoder import Loaded, Loader
+from pipeline.errors import CacheError
+from pipeline.extract import weights_of
+from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+SAME = 0.1  # of a row's norm; rounding in bfloat16 by other means than before moves features by about 0.02
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far rows computed now are from those in the cache."""
+
+    space: str
+    rows: int
+    identical: int  # rows that agree to the last bit
+    max_difference: float  # between two numbers
+    max_relative: float  # of a row: norm of the difference over norm of what is cached
+
+    @property
+    def same(self) -> bool:
+        """Whether the rows are still the same features, but for rounding."""
+        return self.max_relative <= SAME
+
+
+def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Dataset | None) -> Drift | None:
+    """Compute `count` random rows of `space` afresh and compare; None if the space holds no row.
+
+    Their images are looked for in `dataset`, or if there is none, among the files that were ever hashed on this
+    machine and in the embedded digits.
+
+    Raises
+    ------
+    CacheError
+        If none of the images is at hand.
+    WeightsError
+        If the weights the space was made with are not.
+    """
+    if not space.totals().rows:
+        return None
+    sources = [dataset] if dataset is not None else _known_images(workspace)
+    loaded = _draw(space, count, sources, workspace)
+    if not loaded:
+        raise CacheError(f"none of the images of {space.name} is at hand; name the dataset they are of by `--dataset`")
+    keys, pixels = [key for key, _ in loaded], np.stack([some for _, some in loaded])
+    batch_size = _batch_size(space)
+    weights = weights_of(space, sources[0], workspace)
+    logger.info("loading TensorFlow and %s to compute %d rows of %s", space.spec.backbone, len(keys), space.name)
+    backbone = FrozenBackbone(space.spec, weights.path, batch_size)
+    fresh = [backbone(pixels[at : at + batch_size])[0] for at in range(0, len(pixels), batch_size)]
+    return _compare(space, keys, np.concatenate(fresh))
+
+
+def _batch_size(space: FeatureSpace) -> int:
+    """Return the batch shape the space was begun with: another one rounds otherwise."""
+    stored = space.provenance.get("batch_size")
+    return stored if isinstance(stored, int) and 0 < stored <= MAX_BATCH_SIZE else DEFAULT_BATCH_SIZE
+
+
+def _known_images(workspace: Workspace) -> list[Dataset]:
+    known = list(workspace.cache.index.files())
+    digits = open_dataset("digits", downloads=workspace.downloads)
+    return [*([of_files("files seen before", known)] if known else []), digits]
+
+
+def _draw(
+    space: FeatureSpace, count: int, sources: list[Dataset], workspace: Workspace
+) -> list[tuple[bytes, np.ndarray]]:
+    """Return key and pixels of up to `count` random images whose row is in `space`."""
+    found: dict[bytes, np.ndarray] = {}
+    for dataset in sources:
+        with workspace.progress("identifying images", len(dataset)) as advance:
+            identities = identify(dataset, workspace.cache.index, advance, remember=False)
+        at = [i for i, key in enumerate(identities.keys) if key is not None]
+        stored = space.locate([key for key in identities.keys if key is not None]).found
+        candidates = [i for i, has_row in zip(at, stored, strict=True) if has_row]
+        random.shuffle(candidates)
+        with Loader(dataset, space.spec.input_size, space.spec.fit, images.DEFAULT_MAX_PIXELS) as loader:
+            for i in candidates:
+                if len(found) >= count:
+                    break
+                image: Loaded = loader(i)
+                if image.key is not None and image.key == identities.keys[i] and image.pixels is not None:
+                    found[image.key] = image.pixels
+    return list(found.items())
+
+
+def _compare(space: FeatureSpace, keys: list[bytes], fresh: np.ndarray) -> Drift:
+    cached = space.read(keys, "features")
+    flat = (len(keys), -1)
+    identical = int((cached == fresh).reshape(flat).all(axis=1).sum())
+    before, after = cached.astype(np.float64).reshape(flat), fresh.astype(np.float64).reshape(flat)
+    difference = np.abs(after - before)
+    norms = np.maximum(np.linalg.norm(before, axis=1), np.finfo(np.float32).tiny)
+    relative = np.linalg.norm(difference, axis=1) / norms
+    return Drift(space.name, len(keys), identical, float(difference.max()), float(relative.max()))

@@ -1,0 +1,162 @@
+"""Why would an image be computed, or not? What `cache explain` says."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.cache.digests import Identities, identify
+from pipeline.cache.space import FeatureSpace
+from pipeline.dataset import Dataset
+from pipeline.errors import UsageError
+from pipeline.extract import FeatureChoice, Plan, find_space, make_plan, request_of
+from pipeline.workspace import Workspace
+
+State = Literal["cached", "copy", "quarantined", "bad shard", "other space", "changed", "new"]
+
+
+@dataclass(frozen=True)
+class ImageExplained:
+    """One image: its name, its state, and what is behind it."""
+
+    path: str
+    state: State
+    why: str
+
+
+@dataclass(frozen=True)
+class SpaceExplained:
+    """One space on disk: how many of the images it holds, and in which fields it differs from what was asked.
+
+    `differs` has for each such field what was asked and what was found.
+    """
+
+    space: str
+    rows: int
+    chosen: bool
+    differs: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `features` would do with a dataset, and why."""
+
+    space: str | None  # None: a new one would be made
+    images: list[ImageExplained]
+    spaces: list[SpaceExplained]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Return state → how many images."""
+        return dict(Counter(image.state for image in self.images).most_common())
+
+
+def explain(dataset: Dataset, workspace: Workspace, choice: FeatureChoice, max_pixels: int) -> Explanation:
+    """Say for each image of `dataset` whether it has a row, and if not, why. Changes nothing.
+
+    Raises
+    ------
+    IceboxError
+        If the weights or the space that were stated cannot be had.
+    """
+    index = workspace.cache.index
+    before = _digests_before(dataset, workspace)
+    with workspace.progress("identifying images", len(dataset)) as advance:
+        identities = identify(dataset, index, advance, remember=False)
+    space, weights = find_space(workspace, choice, identities)
+    plan = make_plan(identities, space, index, max_pixels)
+    request = request_of(choice, weights)
+    keys = [key for key in dict.fromkeys(identities.keys) if key is not None]
+    on_disk = workspace.cache.spaces()
+    spaces = []
+    for each in on_disk:
+        pairs = {
+            name: {"asked": getattr(request, name), "found": getattr(each.spec, name)}
+            for name in request.differences(each.spec)
+        }
+        chosen = space is not None and each.name == space.name
+        spaces.append(SpaceExplained(each.name, int(each.locate(keys).found.sum()), chosen, pairs))
+    reasons = _Reasons(identities, plan, space, on_disk, before)
+    images = [ImageExplained(dataset.names[i], *reasons.of(i)) for i in range(len(dataset))]
+    return Explanation(space.name if space else None, images, spaces)
+
+
+def _digests_before(dataset: Dataset, workspace: Workspace) -> list[bytes | None]:
+    """Return for each image the digest remembered from before, or None."""
+    paths = [dataset.path(i) for i in range(len(dataset))]
+    if any(path is None for path in paths):
+        return [None] * len(paths)
+    known = workspace.cache.index.file_digests(path.absolute() for path in paths if path is not None)
+    return [each[1] if each else None for each in known]
+
+
+def only(images: Sequence[ImageExplained], dataset: Dataset, wanted: Sequence[str]) -> list[ImageExplained]:
+    """Return those of `images` that a person means by `wanted`: names in the dataset, or paths on disk.
+
+    Raises
+    ------
+    UsageError
+        If one is not in the dataset.
+    """
+    named: dict[str, list[int]] = {}
+    for i, name in enumerate(dataset.names):
+        path = dataset.path(i)
+        for known in {name, *([os.path.normpath(path)] if path else [])}:
+            named.setdefault(known, []).append(i)
+    found: list[ImageExplained] = []
+    for each in wanted:
+        at = named.get(each) or named.get(os.path.normpath(Path.cwd() / each))
+        if at is None:
+            raise UsageError(f"{each} is not an image of {dataset.name}; its first is {dataset.names[0]}")
+        found.extend(images[i] for i in at)
+    return found
+
+
+class _Reasons:
+    """Finds the reason for each image, asking the index once for all."""
+
+    def __init__(
+        self,
+        identities: Identities,
+        plan: Plan,
+        space: FeatureSpace | None,
+        spaces: Sequence[FeatureSpace],
+        before: Sequence[bytes | None],
+    ) -> None:
+        self._keys = identities.keys
+        self._plan = plan
+        self._before = before
+        self._space = space
+        missing = [key for i in plan.todo if (key := identities.keys[i]) is not None]
+        self._missing = set(missing)
+        self._lost = space.index.lost(space.name, missing) if space else {}
+        self._elsewhere: dict[bytes, list[str]] = {}
+        for each in spaces:
+            for key, found in zip(missing, each.locate(missing).found, strict=True):
+                if found:
+                    self._elsewhere.setdefault(key, []).append(each.name)
+        self._first = {key: i for i, key in reversed(list(enumerate(identities.keys))) if key is not None}
+
+    def of(self, i: int) -> tuple[State, str]:
+        """Return state and reason of image i."""
+        key = self._keys[i]
+        if i in self._plan.quarantined:
+            reason, since = self._plan.quarantined[i]
+            return "quarantined", f"{reason}{f', since {since}' if since else ''}"
+        if key is None or key not in self._missing:
+            first = self._first.get(key or b"", i)
+            return ("cached", "") if first == i else ("copy", "its bytes are those of an image before it")
+        return self._missing_because(i, key)
+
+    def _missing_because(self, i: int, key: bytes) -> tuple[State, str]:
+        if key in self._lost:
+            return "bad shard", f"its row was in shard {self._lost[key]}"
+        if key in self._elsewhere:
+            return "other space", f"it has a row in {', '.join(self._elsewhere[key])}"
+        if self._before[i] not in (None, key):
+            return "changed", "the bytes of the file are others than before"
+        return "new", "its bytes have not been computed before"

@@ -1,0 +1,100 @@
+"""A dataset and its cached rows, brought together: which images have rows, in which space, on which side."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.cache.digests import Identities, identify
+from pipeline.cache.space import FeatureSpace
+from pipeline.dataset import Dataset, Split, assign
+from pipeline.errors import DatasetError, MissingRowsError
+from pipeline.extract import (
+    FeatureChoice,
+    Quarantined,
+    find_space,
+    make_plan,
+    meet_undecodable,
+    name_quarantined,
+)
+from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Material:
+    """The images that have rows, split: for each split the indices of its images in the dataset."""
+
+    dataset: Dataset
+    keys: list[bytes]  # of the usable images, in the order of `usable`
+    usable: np.ndarray  # (m,) indices into the dataset
+    split: Split
+    space: FeatureSpace
+    quarantined: list[Quarantined]
+
+    def members(self, side: str) -> np.ndarray:
+        """Return positions in `keys` of the images on one side."""
+        return np.flatnonzero(self.split.sides[self.usable] == side)
+
+
+def gather(
+    dataset: Dataset,
+    workspace: Workspace,
+    choice: FeatureChoice,
+    max_pixels: int,
+    features_command: str,
+    *,
+    partly: bool = False,
+) -> Material:
+    """Find the rows of all images of `dataset` that can be decoded; with `partly`, some of these may have none.
+
+    Raises
+    ------
+    MissingRowsError
+        If an image that can be decoded has no row; the text names `features_command`.
+    DatasetError
+        If none can be decoded.
+    """
+    index = workspace.cache.index
+    with workspace.progress("identifying images", len(dataset)) as advance:
+        identities = identify(dataset, index, advance)
+    space, _ = find_space(workspace, choice, identities)
+    plan = make_plan(identities, space, index, max_pixels)
+    if space is not None and plan.todo:
+        plan = meet_undecodable(dataset, identities, space, index, max_pixels, plan)
+    if not plan.rows:
+        raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")
+    lacking = {identities.keys[i] for i in plan.todo}
+    if space is None or (lacking and not partly):
+        raise _missing(identities, lacking, space, len(dataset), features_command)
+    usable = np.array([i for i in range(len(dataset)) if i not in plan.quarantined], np.int64)
+    split = assign(dataset, identities.keys)
+    _report_leaks(split)
+    bad = name_quarantined(dataset, plan)
+    keys = [key for i in usable if (key := identities.keys[i]) is not None]
+    return Material(dataset, keys, usable, split, space, bad)
+
+
+def _missing(
+    identities: Identities, lacking: set[bytes | None], space: FeatureSpace | None, images: int, features_command: str
+) -> MissingRowsError:
+    count = sum(key in lacking for key in identities.keys)
+    where = f" in {space.name}" if space else " in any feature space that agrees with what was asked for"
+    return MissingRowsError(
+        f"{count:,} of {images:,} images have no features{where}; make them by: {features_command}"
+        " (`cache explain` tells why)"
+    )
+
+
+def _report_leaks(split: Split) -> None:
+    if split.crossing:
+        logger.warning("%d images have an identical copy on another side of the split", split.crossing)
+    if split.crossing_groups:
+        logger.warning("%d groups lie on more than one side of the split", split.crossing_groups)
+    if split.conflicting:
+        logger.warning("%d images have an identical copy under another label", split.conflicting)

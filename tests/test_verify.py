@@ -1,0 +1,244 @@
+"""`verify` finds whatever happened to a cache, names it, and mends it so that only the lost rows are missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made import SPEC, add, chunk_places, flip, key, made, shard_file
+
+from pipeline.cache.shard import ShardInfo
+from pipeline.cache.space import Cache, FeatureSpace
+from pipeline.cache.verify import Verification, verify
+from pipeline.errors import ShardDamagedError, SpecError
+
+ROWS = 8  # in a shard
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
+    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
+    opened = Cache(tmp_path / "cache")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def space(cache: Cache) -> FeatureSpace:
+    return cache.create(SPEC, {"weights": "untrained"})
+
+
+@pytest.fixture
+def shards(space: FeatureSpace) -> list[ShardInfo]:
+    """Four shards of eight rows."""
+    return [add(space, list(range(start, start + ROWS))) for start in range(0, 4 * ROWS, ROWS)]
+
+
+def found(done: Verification) -> dict[str, str]:
+    return {problem.path.name: problem.problem for problem in done.problems}
+
+
+def missing(cache: Cache, space: FeatureSpace) -> set[int]:
+    """The numbers of the images that have no row, as the next command sees it."""
+    numbers = range(4 * ROWS)
+    located = cache.open(space.name).locate([key(n) for n in numbers])
+    return {n for n, has_row in zip(numbers, located.found, strict=True) if not has_row}
+
+
+def rows_of(shards: list[ShardInfo], *which: int) -> set[int]:
+    return {n for i in which for n in range(i * ROWS, (i + 1) * ROWS)}
+
+
+def test_a_sound_cache_is_counted_and_nothing_found(cache: Cache, shards: list[ShardInfo]) -> None:
+    quick, thorough = verify(cache), verify(cache, sample=1.0)
+    size = sum(info.bytes for info in shards)
+    assert dataclasses.asdict(quick) == dataclasses.asdict(Verification(1, 4, 32, size, 0, []))
+    assert dataclasses.asdict(thorough) == dataclasses.asdict(Verification(1, 4, 32, size, size, []))
+    assert quick.sound
+
+
+def test_an_empty_cache_is_sound(cache: Cache) -> None:
+    assert dataclasses.asdict(verify(cache, sample=1.0)) == dataclasses.asdict(Verification())
+
+
+def test_a_thousand_flipped_bits_are_all_found(cache: Cache, space: FeatureSpace, shards: list[ShardInfo]) -> None:
+    random = np.random.default_rng(0)
+    for _ in range(1000):
+        info = shards[random.integers(len(shards))]
+        path, offset, bit = shard_file(space, info), int(random.integers(info.bytes)), int(random.integers(8))
+        flip(path, offset, bit)
+        assert list(found(verify(cache, sample=1.0))) == [path.name], (offset, bit)
+        flip(path, offset, bit)
+    assert verify(cache, sample=1.0).sound
+
+
+def test_cut_swapped_and_deleted_shards_are_found_without_reading_them(
+    cache: Cache, space: FeatureSpace, shards: list[ShardInfo]
+) -> None:
+    first, second, third, fourth = (shard_file(space, info) for info in shards)
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    third.write_bytes(third.read_bytes()[:-1])
+    fourth.unlink()
+    done = verify(cache)
+    assert found(done).keys() == {path.name for path in (first, second, third, fourth)}
+    assert found(done)[fourth.name] == "is gone from the disk"
+    assert [problem.rows for problem in done.problems] == [ROWS] * 4
+    assert not done.sound
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.3, 0.999])
+def test_a_cut_shard_is_found_wherever_it_was_cut(
+    cache: Cache, space: FeatureSpace, shards: list[ShardInfo], kept: float
+) -> None:
+    path = shard_file(space, shards[1])
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if kept < 1 else int(kept)])
+    assert found(verify(cache)).keys() == {path.name}
+
+
+def test_looking_changes_nothing(cache: Cache, space: FeatureSpace, shards: list[ShardInfo]) -> None:
+    path = shard_file(space, shards[0])
+    flip(path, chunk_places(path, "features")[0][0] + 5)
+    shard_file(space, shards[1]).unlink()
+    before = sorted((each, each.read_bytes()) for each in cache.root.rglob("*") if each.is_file())
+    first, second = found(verify(cache, sample=1.0)), found(verify(cache, sample=1.0))
+    assert len(first) == 2
+    assert first == second
+    assert sorted((each, each.read_bytes()) for each in cache.root.rglob("*") if each.is_file()) == before
+
+
+def test_repair_leaves_a_sound_cache_that_lacks_the_lost_rows_only(
+    cache: Cache, space: FeatureSpace, shards: list[ShardInfo]
+) -> None:
+    damaged, gone = shard_file(space, shards[0]), shard_file(space, shards[2])
+    flip(damaged, chunk_places(damaged, "features")[3][0] + 5)
+    content = damaged.read_bytes()
+    gone.unlink()
+    done = verify(cache, sample=1.0, repair=True)
+    assert done.sound
+    assert all(problem.repaired for problem in done.problems)
+    assert (space.path / "aside" / damaged.name).read_bytes() == content
+    assert not damaged.exists()
+    assert verify(cache, sample=1.0).problems == []
+    assert missing(cache, space) == rows_of(shards, 0, 2)
+    add(space, sorted(rows_of(shards, 0)))  # the very bytes again, under the same name
+    assert missing(cache, space) == rows_of(shards, 2)
+    assert verify(cache, sample=1.0).problems == []
+
+
+def test_a_bad_shard_moved_aside_twice_keeps_both(cache: Cache, space: FeatureSpace, shards: list[ShardInfo]) -> None:
+    path = shard_file(space, shards[0])
+    sound = path.read_bytes()
+    for offset in (200, 300):
+        path.write_bytes(sound)
+        flip(path, len(sound) - offset)
+        assert verify(cache, sample=1.0, repair=True).sound
+    assert len(list((space.path / "aside").iterdir())) == 2
+
+
+def test_a_sample_reads_its_share_and_sees_all_in_the_long_run(
+    cache: Cache, space: FeatureSpace, shards: list[ShardInfo]
+) -> None:
+    path = shard_file(space, shards[3])
+    flip(path, chunk_places(path, "features")[0][0] + 5)  # which a quick look cannot see
+    assert verify(cache).sound
+    runs = [verify(cache, sample=0.25) for _ in range(60)]
+    assert {done.bytes_read for done in runs} <= {info.bytes for info in shards}
+    assert {done.sound for done in runs} == {True, False}  # 60 draws of one in four miss with chance 3e-8
+
+
+def test_files_that_are_no_shards_are_named_and_moved(cache: Cache, space: FeatureSpace) -> None:
+    (space.shards / "copy of a shard.h5").write_bytes(b"x")
+    (space.shards / ".partial-1-abc.h5").write_bytes(b"somebody is writing this")
+    assert list(found(verify(cache))) == ["copy of a shard.h5"]
+    assert verify(cache, repair=True).sound
+    assert sorted(path.name for path in space.shards.iterdir()) == [".partial-1-abc.h5"]
+    assert verify(cache).problems == []
+
+
+def test_an_index_that_says_otherwise_is_put_right(cache: Cache, space: FeatureSpace, shards: list[ShardInfo]) -> None:
+    with sqlite3.connect(cache.index.path) as db:
+        db.execute("UPDATE rows SET key = ? WHERE position = 3 AND shard = 1", (key(99),))
+        db.execute("UPDATE rows SET view = 5 WHERE position = 2 AND shard = 2")
+        db.execute("DELETE FROM rows WHERE position = 7 AND shard = 3")
+        db.execute("UPDATE shards SET rows = 9 WHERE id = 4")
+    assert missing(cache, space) == {3, ROWS + 2, 2 * ROWS + 7}
+    with pytest.raises(ShardDamagedError, match="other rows than the index says"):
+        space.read([key(99)], "features")
+    done = verify(cache)
+    assert [problem.path for problem in done.problems] == [cache.index.path] * 4
+    assert not done.sound
+    assert verify(cache, repair=True).sound
+    assert verify(cache).problems == []
+    assert missing(cache, space) == set()
+    assert not (space.path / "aside").exists()
+
+
+def test_without_its_index_a_cache_is_as_sound_as_before(
+    cache: Cache, space: FeatureSpace, shards: list[ShardInfo]
+) -> None:
+    cache.close()
+    cache.index.path.unlink()
+    again = Cache(cache.root)
+    assert verify(again, sample=1.0).problems == []
+    assert missing(again, space) == set()
+    assert verify(again).shards == 4
+    again.close()
+
+
+def test_damage_met_while_the_index_is_derived_again_is_passed_over_and_found(
+    cache: Cache, space: FeatureSpace, shards: list[ShardInfo], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = shard_file(space, shards[1])
+    flip(path, chunk_places(path, "features")[0][0] + 5)  # layout, keys and views are whole
+    cache.close()
+    cache.index.path.unlink()
+    again = Cache(cache.root)
+    assert missing(again, space) == rows_of(shards, 1)
+    assert f"shard {path} is damaged: its bytes are not those it is named by" in caplog.text
+    assert list(found(verify(again, sample=1.0))) == [path.name]
+    again.close()
+
+
+def test_a_description_that_is_lost_is_written_again_from_the_shards(
+    cache: Cache, space: FeatureSpace, shards: list[ShardInfo]
+) -> None:
+    for text in (None, "{", json.dumps({"spec": SPEC.to_dict() | {"layer": "mixed9"}, "made_by": {}})):
+        (space.path / "space.json").unlink() if text is None else (space.path / "space.json").write_text(text)
+        done = verify(cache)
+        assert list(found(done)) == ["space.json"]
+        assert done.problems[0].rows == 4 * ROWS
+        assert verify(cache, repair=True).sound
+        assert verify(cache).problems == []
+        assert cache.open(space.name).spec == SPEC
+        assert missing(cache, space) == set()
+
+
+def test_one_space_can_be_named(cache: Cache, space: FeatureSpace, shards: list[ShardInfo]) -> None:
+    other = cache.create(dataclasses.replace(SPEC, layer="mixed8"), {})
+    shutil.copy(shard_file(space, shards[0]), other.shards)
+    assert verify(cache, space=space.name).sound
+    assert list(found(verify(cache, space=other.name)).values()) == ["belongs to another feature space"]
+    assert verify(cache).spaces == 2
+    with pytest.raises(SpecError, match=r"no feature space named 'nothing'.*mixed10"):
+        verify(cache, space="nothing")
+
+
+def test_rows_read_back_are_those_written_after_all_that(
+    cache: Cache, space: FeatureSpace, shards: list[ShardInfo]
+) -> None:
+    path = shard_file(space, shards[0])
+    flip(path, 2000)
+    verify(cache, sample=1.0, repair=True)
+    add(space, sorted(rows_of(shards, 0)))
+    keys = [key(n) for n in range(4 * ROWS)]
+    rows = cache.open(space.name).read(keys, "features")
+    assert rows.tobytes() == made(list(range(4 * ROWS))).features.tobytes()
