@@ -19,6 +19,7 @@ import numpy as np
 from pipeline import machine
 from pipeline.errors import IceboxError, SpecError, WeightsError
 from pipeline.spec import FeatureSpec
+from pipeline.weights_file import check as check_file
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,8 @@ def load_weights(model: KerasModel, identity: str, path: Path | None) -> None:
 
         initialise(model, int(identity.rsplit(":", 1)[1]))
         return
+    assert path is not None  # only untrained weights have none
+    check_file(path)
     try:
         with warnings.catch_warnings():
             # Keras only warns where a file lacks layers, and leaves those at random values.

@@ -15,8 +15,8 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.compute import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE
 from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.decoder import Loaded, Loader
-from pipeline.errors import CacheError
-from pipeline.extract import weights_of
+from pipeline.errors import CacheError, SpecError
+from pipeline.extract import FeatureChoice, request_of, weights_of
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -50,11 +50,17 @@ def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Da
     ------
     CacheError
         If none of the images is at hand.
+    SpecError
+        If this version could not have made the space.
     WeightsError
         If the weights the space was made with are not.
     """
     if not space.totals().rows:
         return None
+    if differing := request_of(FeatureChoice(space=space.name), None).differences(space.spec):
+        raise SpecError(
+            f"{space.name} was made by another version, with another {', '.join(differing)}"
+        )
     sources = [dataset] if dataset is not None else _known_images(workspace)
     loaded = _draw(space, count, sources, workspace)
     if not loaded:

@@ -12,18 +12,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 
 from pipeline import images, machine
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache import storage
-from pipeline.cache.digests import Identities, digest, unreadable
+from pipeline.cache.digests import Identities
 from pipeline.cache.index import Index
 from pipeline.cache.shard import Rows, ShardInfo, file_size
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
+from pipeline.decoder import Loaded, Loader
 from pipeline.errors import CacheError, DecodeError
 from pipeline.progress import Progress
 
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SHARD_ROWS = 256
 DEFAULT_BATCH_SIZE = 32
+MAX_BATCH_SIZE = 512
+_MOST_DECODERS = 16  # each takes some 60 MB, and a model on a CPU keeps fewer busy
 _ANNOUNCED_FROM = 100  # images; fewer are done before one has read an estimate
 
 
@@ -44,6 +47,7 @@ class ComputeOptions:
     shard_rows: int = DEFAULT_SHARD_ROWS
     batch_size: int = DEFAULT_BATCH_SIZE
     max_pixels: int = images.DEFAULT_MAX_PIXELS
+    strict: bool = False  # end at the first image that cannot be decoded
 
 
 @dataclass(frozen=True)
@@ -64,60 +68,36 @@ def compute(job: Job, todo: Sequence[int]) -> float:
 
     Returns the seconds from the first batch asked of the model to the last shard published. On Ctrl-C the
     rows computed so far are published before the interrupt goes on.
+
+    Raises
+    ------
+    CacheError
+        If the rows do not fit on the disk, or cannot be written.
+    DecodeError
+        With `options.strict`, at the first image that cannot be read or decoded.
     """
     batch_size = job.backbone.batch_size
-    load = _Loader(job.dataset, job.space.spec.input_size, job.space.spec.fit, job.options.max_pixels)
+    spec = job.space.spec
     with (
-        ThreadPoolExecutor(machine.usable_cores()) as pool,
+        Loader(job.dataset, spec.input_size, spec.fit, job.options.max_pixels) as load,
+        ThreadPoolExecutor(min(machine.usable_cores(), _MOST_DECODERS)) as pool,
         job.progress("computing features", len(todo)) as advance,
     ):
-        start = time.perf_counter()
+        start, size = time.perf_counter(), 0.0
         good = _sort_out(_ordered(pool, load, todo, ahead=2 * batch_size), job, advance)
         # Closed also on Ctrl-C: what was computed is kept.
         with closing(_Publisher(job.space, job.options.shard_rows)) as publisher:
             for number, batch in enumerate(_batches(good, batch_size)):
                 asked = time.perf_counter()
                 rows = _run_model(job.backbone, batch)
-                if number == 1 and len(todo) >= _ANNOUNCED_FROM:  # the first batch compiles the graph
-                    _announce(rows, time.perf_counter() - asked, len(todo), job)
+                if number == 0:
+                    size = file_size(make_rows(*rows), spec) / len(batch)
+                    check_room(job.space, len(todo), size)
+                elif number == 1 and len(todo) >= _ANNOUNCED_FROM:  # the first batch compiles the graph
+                    _announce((time.perf_counter() - asked) / len(batch), size, len(todo), job.space)
                 publisher.add(*rows)
                 advance(len(batch))
         return time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """One image, read and decoded, or the reason why not; `key` is None if it could not even be read."""
-
-    i: int
-    key: bytes | None
-    pixels: np.ndarray | None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class _Loader:
-    """Reads, hashes and decodes one image; the hash is taken of the very bytes that are decoded."""
-
-    dataset: Dataset
-    size: int
-    fit: str
-    max_pixels: int
-
-    def __call__(self, i: int) -> _Loaded:
-        try:
-            data = self.dataset.read(i)
-        except OSError as error:
-            return _Loaded(i, None, None, unreadable(error))
-        key = digest(data)
-        try:
-            pixels = images.decode(data, size=self.size, fit=cast(images.Fit, self.fit), max_pixels=self.max_pixels)
-        except DecodeError as error:
-            return _Loaded(i, key, None, str(error))
-        except MemoryError as error:
-            # The machine's fault, not the image's: without a key it is not remembered.
-            return _Loaded(i, None, None, f"cannot be read: {error or 'out of memory'}")
-        return _Loaded(i, key, pixels)
 
 
 def _ordered(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
@@ -135,23 +115,44 @@ def _ordered(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T
             future.cancel()
 
 
-def _sort_out(loaded: Iterable[_Loaded], job: Job, advance: Callable[[int], None]) -> Iterator[_Loaded]:
+def _sort_out(loaded: Iterable[Loaded], job: Job, advance: Callable[[int], None]) -> Iterator[Loaded]:
     """Pass on what was decoded; note what was not, and who turned out to be somebody else."""
     for image in loaded:
-        job.identities.keys[image.i] = image.key
         if image.pixels is not None:
+            _note_key(image, job.dataset, job.identities, job.index)
             yield image
             continue
-        if image.key is None:
-            job.identities.unread[image.i] = image.reason
-        else:
-            reasons = {image.key: image.reason}
-            job.index.remember_quarantined(reasons, images.decoder_version(), job.options.max_pixels)
+        note_bad(image, job.dataset, job.identities, job.index, job.options.max_pixels)
+        if job.options.strict:
+            raise refusal(job.dataset.names[image.i], image.reason)
         advance(1)
 
 
-def _batches(loaded: Iterable[_Loaded], size: int) -> Iterator[list[_Loaded]]:
-    batch: list[_Loaded] = []
+def note_bad(image: Loaded, dataset: Dataset, identities: Identities, index: Index, max_pixels: int) -> None:
+    """Remember that an image could not be decoded, or note that it could not be read, which is not remembered."""
+    _note_key(image, dataset, identities, index)
+    if image.key is None:
+        identities.unread[image.i] = image.reason
+    else:
+        index.remember_quarantined({image.key: image.reason}, images.decoder_version(), max_pixels)
+
+
+def _note_key(image: Loaded, dataset: Dataset, identities: Identities, index: Index) -> None:
+    """Correct who an image is. The digest that was remembered is not to be trusted if its bytes are others now."""
+    planned, path = identities.keys[image.i], dataset.path(image.i)
+    if image.key is not None and image.key != planned and path is not None:
+        index.forget_digests([path.absolute()])
+    identities.keys[image.i] = image.key
+
+
+def refusal(name: str, reason: str, more: int = 0) -> DecodeError:
+    """Return the error for people who want no image to be set aside."""
+    others = f" (and {more:,} more)" if more else ""
+    return DecodeError(f"{name}: {reason}{others}; mend or remove it, or leave out --on-error fail")
+
+
+def _batches(loaded: Iterable[Loaded], size: int) -> Iterator[list[Loaded]]:
+    batch: list[Loaded] = []
     for image in loaded:
         batch.append(image)
         if len(batch) == size:
@@ -161,7 +162,7 @@ def _batches(loaded: Iterable[_Loaded], size: int) -> Iterator[list[_Loaded]]:
         yield batch
 
 
-def _run_model(backbone: FrozenBackbone, batch: list[_Loaded]) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+def _run_model(backbone: FrozenBackbone, batch: list[Loaded]) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
     features, pooled = backbone(np.stack([image.pixels for image in batch if image.pixels is not None]))
     return features, pooled, [image.key for image in batch if image.key is not None]
 
@@ -215,23 +216,33 @@ def make_rows(features: np.ndarray, pooled: np.ndarray, keys: Sequence[bytes]) -
     return Rows(features, pooled, stacked, np.zeros(len(keys), np.int64))
 
 
-def _announce(batch: tuple[np.ndarray, np.ndarray, list[bytes]], took: float, images: int, job: Job) -> None:
-    """Say how long all `images` will take and how large they get, by one batch; refuse if they cannot fit."""
-    rows, path = make_rows(*batch), job.space.path
-    seconds = took / len(rows) * images
-    size = file_size(rows, job.space.spec) / len(rows) * images
-    free = storage.free_bytes(path)
-    if size > free:
+def check_room(space: FeatureSpace, count: int, row_bytes: float | None = None) -> None:
+    """Refuse what cannot fit: `count` rows, of `row_bytes` each or as large as those the space has.
+
+    Raises
+    ------
+    CacheError
+        If they need more than is free.
+    """
+    if row_bytes is None:
+        totals = space.totals()
+        row_bytes = totals.bytes / totals.rows if totals.rows else 0
+    free = storage.free_bytes(space.path)
+    if row_bytes * count > free:
         raise CacheError(
-            f"{images:,} rows need about {_size(size)} in {path.parent}, {_size(free)} are free; "
+            f"{count:,} rows need about {_size(row_bytes * count)} in {space.path.parent}, {_size(free)} are free; "
             "make room, or put the data elsewhere by --data-dir"
         )
+
+
+def _announce(row_seconds: float, row_bytes: float, count: int, space: FeatureSpace) -> None:
+    """Say how long all will take and how large they get."""
     logger.info(
         "%s images to compute: about %s, %s on disk (%s free)",
-        f"{images:,}",
-        _duration(seconds),
-        _size(size),
-        _size(free),
+        f"{count:,}",
+        _duration(row_seconds * count),
+        _size(row_bytes * count),
+        _size(storage.free_bytes(space.path)),
     )
 
 

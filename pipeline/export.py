@@ -48,7 +48,7 @@ def export_dataset(
     columns = Columns(
         dataset.name,
         material.keys,
-        [dataset.names[i] for i in images],
+        [str(dataset.names[i]) for i in images],
         dataset.labels[material.usable],
         [str(material.split.sides[i]) for i in images],
         dataset.classes,

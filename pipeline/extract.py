@@ -16,10 +16,10 @@ from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, FrozenBackbon
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.index import Index
 from pipeline.cache.space import FeatureSpace
-from pipeline.compute import ComputeOptions, Job, check_room, compute, note_bad
+from pipeline.compute import ComputeOptions, Job, check_room, compute, note_bad, refusal
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loader, first_good
-from pipeline.errors import DecodeError, SpecError, WeightsError
+from pipeline.errors import SpecError, WeightsError
 from pipeline.spec import FeatureRequest, FeatureSpec
 from pipeline.weights import Weights, find_by_identity, resolve
 from pipeline.workspace import Workspace
@@ -183,14 +183,13 @@ def meet_undecodable(
     """
     fit = space.spec.fit if space else _DEFAULT_FIT
     with Loader(dataset, BACKBONES[DEFAULT_BACKBONE].input_size, fit, max_pixels) as loader:
-        first_good(loader, plan.todo, lambda bad: note_bad(bad, identities, index, max_pixels))
+        first_good(loader, plan.todo, lambda bad: note_bad(bad, dataset, identities, index, max_pixels))
     return make_plan(identities, space, index, max_pixels)
 
 
 def _refuse_bad(dataset: Dataset, plan: Plan) -> None:
     if bad := name_quarantined(dataset, plan):
-        more = f" (and {len(bad) - 1:,} more)" if len(bad) > 1 else ""
-        raise DecodeError(f"{bad[0].path}: {bad[0].reason}{more}; mend or remove it, or leave out --on-error fail")
+        raise refusal(bad[0].path, bad[0].reason, more=len(bad) - 1)
 
 
 def name_quarantined(dataset: Dataset, plan: Plan) -> list[Quarantined]:
@@ -281,12 +280,16 @@ def _stored(space: FeatureSpace | None, unique: list[bytes]) -> set[bytes]:
 def request_of(choice: FeatureChoice, weights: Weights | None) -> FeatureRequest:
     """Return the fields of a spec that were stated."""
     named = choice.space is not None  # a space named outright need agree only with what was said beside it
+    row = BACKBONES[DEFAULT_BACKBONE]
     return FeatureRequest(
-        backbone=DEFAULT_BACKBONE,
+        backbone=row.name,
         layer=choice.layer if named else _layer(choice),
         fit=choice.fit if named else _fit(choice),
         decode=images.DECODE_POLICY,
         resize=images.RESIZE_POLICY,
+        input_size=row.input_size,
+        scaling=row.scaling,
+        engine=ENGINE,
         weights=weights.identity if weights else None,
         precision=None if choice.precision == "auto" else choice.precision,
         storage=None if choice.storage == "auto" else choice.storage,

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "icebox-run"
 VERSION = 1
 _SUMMARY = {"run", "head", "accuracy", "accuracy_interval", "val_accuracy", "seconds", "weights"}  # what is listed
+_MOST_BYTES = 2**26  # of a run.json: it lists quarantined images, a few at most
 _LONGEST_SLUG = 120  # file systems take names of 255 bytes; time, number and prefix are added
 
 
@@ -84,13 +86,26 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
 
 def _read_about(path: Path) -> dict[str, Any]:
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        about = json.loads(storage.read_small(path, _MOST_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error}); move its folder out of the runs") from error
-    whole = isinstance(about, dict) and (about.get("format"), about.get("version")) == (FORMAT, VERSION)
-    if not whole or not about.keys() >= {"dataset", "summary"} or not about["summary"].keys() >= _SUMMARY:
+    if not _whole(about):
         raise RunError(f"{path} is not an {FORMAT} of version {VERSION}; move its folder out of the runs")
     return about
+
+
+def _whole(about: Any) -> bool:
+    """Return whether what is listed of a run is there, and is what it should be."""
+    if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (FORMAT, VERSION):
+        return False
+    dataset, summary = about.get("dataset"), about.get("summary")
+    if not isinstance(dataset, dict) or not isinstance(summary, dict) or "name" not in dataset:
+        return False
+    interval = summary.get("accuracy_interval")
+    numbers = [summary.get(name) for name in ("accuracy", "val_accuracy", "seconds")]
+    numbers += interval if isinstance(interval, list) and len(interval) == 2 else [None]
+    finite = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    return finite and summary.keys() >= _SUMMARY
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
@@ -17,6 +18,8 @@ from pipeline.errors import SpecError, UsageError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 STORAGES = ("float16", "float32")
+_WEIGHTS = re.compile(r"sha256:[0-9a-f]{64}|untrained:\w+:[0-9]{1,18}")
+_MOST_PIXELS = 4096  # on a side
 
 
 def canonical_json(value: Mapping[str, Any]) -> str:
@@ -46,8 +49,10 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("storage", self.storage, STORAGES)
-        if not self.weights.startswith(("sha256:", "untrained:")):
-            raise SpecError(f"weights must be 'sha256:…' or 'untrained:…', found {self.weights!r}")
+        if not _WEIGHTS.fullmatch(self.weights):
+            raise SpecError(f"weights must be 'sha256:…' or 'untrained:…', found {self.weights!r:.100}")
+        if not 1 <= self.input_size <= _MOST_PIXELS:
+            raise SpecError(f"input_size must lie in 1 … {_MOST_PIXELS}, found {self.input_size}")
 
     @property
     def untrained(self) -> bool:
@@ -96,6 +101,9 @@ class FeatureRequest:
     fit: str | None
     decode: str
     resize: str
+    input_size: int
+    scaling: str
+    engine: str
     weights: str | None = None
     precision: str | None = None
     storage: str | None = None

@@ -37,8 +37,7 @@ class _ConsoleHandler(logging.Handler):
         if warning and record.getMessage() in self._said:  # met again on the way; once is enough
             return
         self._said.add(record.getMessage())
-        text = ("notice: " if warning else "") + record.getMessage()
-        console.print(text, style="yellow" if warning else None, markup=False)
+        say(("notice: " if warning else "") + record.getMessage(), "yellow" if warning else None)
 
 
 @contextmanager
@@ -115,8 +114,11 @@ def pairs(values: Mapping[str, object]) -> None:
 
 def say(text: str, style: str | None = None) -> None:
     """Print one line; what a file's name may hold beside letters, line breaks and escapes, is spelt out."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    console.print(text, style=style, markup=False)
+    console.print(_spelt_out(text), style=style, markup=False)
+
+
+def _spelt_out(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def age(moment: str | None) -> str:
@@ -144,4 +146,4 @@ def emit_json(value: Mapping[str, Any]) -> None:
 def _text(cell: object) -> str:
     if isinstance(cell, float):
         return f"{cell:,.4g}"
-    return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
+    return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else _spelt_out(str(cell))

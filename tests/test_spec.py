@@ -31,7 +31,7 @@ OTHER: dict[str, Any] = {
     "storage": "float32",
 }
 FIELDS = [field.name for field in dataclasses.fields(FeatureSpec)]
-REQUEST = FeatureRequest("inception_v3", "mixed10", "squash", "decode-1", "resize-1")
+REQUEST = FeatureRequest("inception_v3", "mixed10", "squash", "decode-1", "resize-1", 299, "x/127.5-1", "keras")
 
 
 def test_canonical_json_is_one_text_whatever_the_order() -> None:

@@ -188,6 +188,10 @@ class FeatureSpace:
         return ShardReader(self.shards, names, dataset)
 
 
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
 class ShardReader:
     """Reads rows of one dataset from many shards. Holds no database, so any thread may use it."""
 
@@ -258,7 +262,8 @@ class Cache:
             have = ", ".join(self.names()) or "none"
             raise SpecError(f"no feature space named {name!r} in {self.root}; there are: {have}")
         try:
-            stored = json.loads(storage.read_small(path / "space.json", _MOST_DESCRIPTION))
+            text = storage.read_small(path / "space.json", _MOST_DESCRIPTION)
+            stored = json.loads(text, parse_constant=_no_number)
             spec = FeatureSpec.from_dict(stored["spec"])
             made_by = dict(stored["made_by"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -321,7 +321,8 @@ def cache_explain(
     for each in found.spaces:
         pairs = [f"{name} is {pair['found']}, asked for {pair['asked']}" for name, pair in each.differs.items()]
         terminal.say(f"{each.space}: {each.rows:,} of these images; {'; '.join(pairs) or 'as asked for'}")
-    terminal.table(sorted(found.counts.items(), key=lambda pair: -pair[1]), ("images are", "count"))
+    counted = sorted(found.counts, key=lambda state: -found.counts[state])
+    terminal.table([(state, found.counts[state]) for state in counted], ("images are", "count"))
     listed = shown if image else [each for each in shown if each.state != "cached"]
     terminal.table([(each.path, each.state, each.why) for each in listed[:_LISTED]], ("image", "state", "why"))
     if len(listed) > _LISTED:

@@ -22,7 +22,14 @@ _KNOWN = ("digits", *_ARCHIVES)
 _OTHERWISE = f"a folder of class folders, or a manifest ({', '.join(MANIFEST_ENDINGS)})"
 
 
-def open_dataset(name: str, *, downloads: Path, archive: Path | None = None, progress: Progress = silent) -> Dataset:
+def open_dataset(
+    name: str,
+    *,
+    downloads: Path,
+    archive: Path | None = None,
+    image_root: Path | None = None,
+    progress: Progress = silent,
+) -> Dataset:
     """List the dataset called `name`; no image file is read.
 
     A known name wins over a folder of the same name, which can be given as "./digits".
@@ -37,24 +44,29 @@ def open_dataset(name: str, *, downloads: Path, archive: Path | None = None, pro
         Shows how far a download is.
     archive
         The published CIFAR tarball at hand, in place of a download.
+    image_root
+        The folder that the paths of a manifest start from and may not leave, in place of the manifest's own.
 
     Raises
     ------
     DatasetError
         If there is no such dataset, or it cannot be listed.
     UsageError
-        If `archive` is given with a dataset that has none.
+        If `archive` is given with a dataset that has none, or `image_root` with one that is no manifest.
     """
+    known = name in (*_ARCHIVES, "digits")
+    if image_root is not None and (known or Path(name).suffix.lower() not in MANIFEST_ENDINGS):
+        raise UsageError(f"--image-root goes with a manifest only, found it with {name!r}")
     if name in _ARCHIVES:
         return open_cifar(_ARCHIVES[name], downloads=downloads, archive=archive, progress=progress)
     if archive is not None:
         raise UsageError(f"--archive goes with {' and '.join(_ARCHIVES)} only, found it with {name!r}")
     if name == "digits":
         return open_digits()
-    return _open_path(name)
+    return _open_path(name, image_root)
 
 
-def _open_path(name: str) -> Dataset:
+def _open_path(name: str, image_root: Path | None) -> Dataset:
     path = Path(os.path.expanduser(name))  # noqa: PTH111  the Path method raises on "~nobody"
     try:
         is_folder, exists = path.is_dir(), path.exists()
@@ -65,7 +77,7 @@ def _open_path(name: str) -> Dataset:
     if is_folder:
         return open_folder(path)
     if path.suffix.lower() in MANIFEST_ENDINGS:
-        return open_manifest(path)
+        return open_manifest(path, image_root)
     raise DatasetError(f"expected {_OTHERWISE}, found the file {name!r}: give it the ending of what it is")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,8 +47,11 @@ class FileSource:
     names: Sequence[str]
 
     def read(self, i: int) -> bytes:
-        """Return the bytes of file i. Raises OSError if it cannot be read."""
-        return self.path(i).read_bytes()
+        """Return the bytes of file i. Raises OSError if it cannot be read, or is no regular file."""
+        path = self.path(i)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError("not a regular file")  # a pipe would be waited for, a device read for ever
+        return path.read_bytes()
 
     def path(self, i: int) -> Path:
         """Return the path of file i."""

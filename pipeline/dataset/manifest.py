@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,8 +23,11 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _Row = tuple[int, Sequence[str]]
 
 
-def open_manifest(path: Path) -> Dataset:
-    """List the images of a manifest, in its order; paths are relative to its folder, or absolute.
+def open_manifest(path: Path, image_root: Path | None = None) -> Dataset:
+    """List the images of a manifest, in its order.
+
+    Paths start from `image_root`, or from the manifest's own folder, and may not leave it: a manifest may come from
+    somebody else, and what it names is read. Absolute ones must lie in there too. Links are followed.
 
     The text is UTF-8, with or without a byte order mark; labels and groups may be whole numbers in Parquet.
     Other columns are passed over. No image file is looked at.
@@ -35,7 +39,10 @@ def open_manifest(path: Path) -> Dataset:
     """
     path = path.absolute()  # a worker elsewhere may run in another folder
     delimiter = _DELIMITERS.get(path.suffix.lower())
-    rows = _Rows(path, "row" if delimiter is None else "line")
+    root = path.parent if image_root is None else Path(os.path.normpath(image_root.absolute()))
+    if not root.is_dir():
+        raise DatasetError(f"expected --image-root to be a folder, found none at {root}")
+    rows = _Rows(path, "row" if delimiter is None else "line", root)
     for number, values in _parquet_rows(path) if delimiter is None else _text_rows(path, delimiter):
         rows.add(number, *values)
     if not rows.names:
@@ -48,16 +55,17 @@ def open_manifest(path: Path) -> Dataset:
         labels=labels,
         splits=brought(rows.splits) if any(rows.splits) else None,
         groups=rows.groups if any(rows.groups) else None,
-        source=FileSource(path.parent, rows.names),
+        source=FileSource(root, rows.names),
     )
 
 
 class _Rows:
     """The rows so far, checked one by one. Texts that repeat are interned, so a million rows stay small."""
 
-    def __init__(self, path: Path, unit: str) -> None:
+    def __init__(self, path: Path, unit: str, root: Path) -> None:
         self.path = path
         self.unit = unit
+        self.root = os.path.normpath(root)
         self.names: list[str] = []
         self.labels: list[str] = []
         self.splits: list[str] = []
@@ -66,7 +74,7 @@ class _Rows:
     def add(self, number: int, path: str, label: str, split: str, group: str) -> None:
         where = f"{self.path}: {self.unit} {number}"
         label = label.strip()
-        _check_path(where, path)
+        _check_path(where, path, self.root)
         if not label:
             raise DatasetError(f"{where}: expected a label for {path!r}, found none")
         side = self._side(where, split.strip())
@@ -90,13 +98,23 @@ def _one_of(names: Any) -> str:
     return f"{', '.join(most)} or {last}"
 
 
-def _check_path(where: str, path: str) -> None:
+def _check_path(where: str, path: str, root: str) -> None:
     if not path.strip():
         raise DatasetError(f"{where}: expected the path of an image, found none")
     if _URL.match(path):
         raise DatasetError(f"{where}: expected the path of a local file, found {path!r}; fetch it first")
     if "\0" in path:
         raise DatasetError(f"{where}: expected the path of an image, found one with a null character")
+    # Only for the few paths that could leave it: a million rows are checked in a second.
+    if (path.startswith("/") or ".." in path) and not _lies_in(root, path):
+        raise DatasetError(
+            f"{where}: expected a path inside {root}, found {path!r}; if it is meant, name the folder that all images "
+            "are in by --image-root"
+        )
+
+
+def _lies_in(root: str, path: str) -> bool:
+    return os.path.commonpath([root, os.path.normpath(os.path.join(root, path))]) == root  # noqa: PTH118
 
 
 def _columns(path: Path, header: Sequence[str]) -> list[int | None]:

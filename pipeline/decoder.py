@@ -1,0 +1,168 @@
+"""Reads, hashes and decodes images, each decoder in a process of its own: one that crashes costs its image only."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from pipeline import images
+from pipeline.cache.digests import digest, unreadable
+from pipeline.dataset import Dataset
+from pipeline.decode_process import BUG, NO_MEMORY, PIXELS
+from pipeline.errors import DecodeError
+
+# -P: a folder we happen to stand in must not bring its own `json`.
+_COMMAND = (sys.executable, "-P", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+            "from pipeline.decode_process import main; main()", str(Path(__file__).parent.parent))  # fmt: skip
+# Who sends these ends a process for reasons of his own, as the kernel does when memory runs out.
+_STOPPED = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGXCPU}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One image, read and decoded: pixels (size, size, 3) uint8 RGB, or None and the reason why not.
+
+    `key` is None if the failure may pass, as it is not the image's own: it could not even be read, say.
+    """
+
+    i: int
+    key: bytes | None
+    pixels: np.ndarray | None
+    reason: str = ""
+
+
+class Loader:
+    """Loads images of a dataset, from any thread; the hash is taken of the very bytes that are decoded.
+
+    Files are decoded in another process, one for each thread that asks. Images that come as pixels need no decoder.
+    Leaving the context ends the processes; no thread may be loading then.
+    """
+
+    def __init__(self, dataset: Dataset, size: int, fit: str, max_pixels: int) -> None:
+        self._dataset = dataset
+        self._size = size
+        self._fit: images.Fit = cast(images.Fit, fit)
+        self._max_pixels = max_pixels
+        self._mine = threading.local()
+        self._decoders: list[_Decoder] = []
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for decoder in self._decoders:
+            decoder.stop()
+
+    def __call__(self, i: int) -> Loaded:
+        """Read, hash and decode image i."""
+        try:
+            data = self._dataset.read(i)
+        except OSError as error:
+            return Loaded(i, None, None, unreadable(error))
+        key = digest(data)
+        try:
+            return Loaded(i, key, self._pixels(data))
+        except DecodeError as error:
+            return Loaded(i, key, None, str(error))
+        except MemoryError as error:
+            # The machine's fault, not the image's: without a key it is not remembered.
+            return Loaded(i, None, None, f"cannot be read: {error or 'out of memory'}")
+
+    def _pixels(self, data: bytes | np.ndarray) -> np.ndarray:
+        if isinstance(data, np.ndarray):
+            return images.decode(data, size=self._size, fit=self._fit, max_pixels=self._max_pixels)
+        if not hasattr(self._mine, "decoder"):
+            self._mine.decoder = _Decoder(self._size, self._fit, self._max_pixels)
+            self._decoders.append(self._mine.decoder)
+        return self._mine.decoder.decode(data)
+
+
+class _Decoder:
+    """A process that decodes, started when first needed and again after a crash."""
+
+    def __init__(self, size: int, fit: str, max_pixels: int) -> None:
+        self._shape = (size, size, 3)
+        self._command = [*_COMMAND, str(size), fit, str(max_pixels)]
+        self._running: tuple[subprocess.Popen[bytes], Connection] | None = None
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """Return the pixels of an image file.
+
+        Raises
+        ------
+        DecodeError
+            If it is not one whole image, or decoding it crashes the process twice: an earlier image may have
+            prepared the first crash.
+        MemoryError
+            If there is no room to decode it, or somebody ended the process.
+        """
+        code = 0
+        for _ in range(2):
+            process, connection = self._running = self._running or self._start()
+            try:
+                return self._ask(connection, data)
+            except (EOFError, ConnectionError):
+                code = process.wait()
+                self.stop()
+        if code >= 0:  # no crash: Python ended, with a message that nobody saw
+            raise RuntimeError(f"the decoding process ended with exit code {code}; see `{shlex.join(self._command)}`")
+        if -code in _STOPPED:
+            raise MemoryError(f"the decoder was stopped by {_signal_name(-code)}, perhaps for want of memory")
+        raise DecodeError(f"crashes the decoder ({_signal_name(-code)})")
+
+    def stop(self) -> None:
+        """End the process; it holds nothing that could be lost."""
+        if self._running is None:
+            return
+        process, connection = self._running
+        self._running = None
+        process.kill()
+        process.wait()
+        connection.close()
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # What libraries print must not tear the progress display; what matters is in the answers.
+            nowhere = subprocess.DEVNULL
+            process = subprocess.Popen(self._command, stdin=theirs.fileno(), stdout=nowhere, stderr=nowhere)
+        return process, Connection(ours.detach())
+
+    def _ask(self, connection: Connection, data: bytes) -> np.ndarray:
+        connection.send_bytes(data)
+        kind = connection.recv_bytes()
+        if kind == PIXELS:
+            pixels = np.empty(self._shape, np.uint8)
+            connection.recv_bytes_into(pixels.data.cast("B"))
+            return pixels
+        text = connection.recv_bytes().decode()
+        if kind == BUG:
+            raise RuntimeError(f"decoding failed: {text}")
+        raise (MemoryError if kind == NO_MEMORY else DecodeError)(text)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def first_good(loader: Loader, indices: Iterable[int], on_bad: Callable[[Loaded], None]) -> None:
+    """Load images until one can be decoded; `on_bad` is told of those before it."""
+    for i in indices:
+        loaded = loader(i)
+        if loaded.pixels is not None:
+            return
+        on_bad(loaded)

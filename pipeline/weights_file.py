@@ -1,0 +1,85 @@
+"""Is a file what Keras weights are? Looked at before Keras reads it, as it may come from anywhere.
+
+Keras weights are HDF5: numbers under names. HDF5 can do more, such as pointing into other files or claiming sizes that
+nothing stands behind, and files that Keras saved whole may hold code; weights need none of that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+
+from pipeline.errors import WeightsError
+
+_MOST_BYTES = 2**31  # unpacked; InceptionV3 has 87 MB, with an optimizer's state three times that
+_MOST_OBJECTS = 100_000
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+
+
+def check(path: Path) -> None:
+    """Look at every name, link, size and dtype in the weights file `path`, and at none of its numbers.
+
+    Raises
+    ------
+    WeightsError
+        If it is not plain HDF5 with numbers only.
+    """
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(4)
+        if not h5py.is_hdf5(path):
+            raise WeightsError(f"{path} {_kind(beginning)}")
+        with h5py.File(path, "r", locking=False) as file:
+            _check_code(file, path)
+            _check_content(file, path)
+    except WeightsError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py's, at a damaged file
+        raise WeightsError(f"{path} cannot be read as HDF5: {' '.join(str(error).split())[:200]}") from error
+
+
+def _kind(beginning: bytes) -> str:
+    if beginning == _ZIP:
+        return (
+            "is a zip archive, as .keras files are; these may hold code, so save the weights alone: "
+            "model.save_weights('name.weights.h5')"
+        )
+    if beginning[:1] == _PICKLE:
+        return "is a Python pickle, which may hold code; it is not opened. Expected a Keras weights file (HDF5)"
+    return "is not a Keras weights file (HDF5)"
+
+
+def _check_code(file: h5py.File, path: Path) -> None:
+    config = file.attrs.get("model_config")
+    text = config.decode(errors="replace") if isinstance(config, bytes) else str(config)
+    if '"Lambda"' in text:
+        raise WeightsError(f"{path} holds a model with Lambda layers, which are code; save the weights of one without")
+
+
+def _check_content(file: h5py.File, path: Path) -> None:
+    count = total = 0
+
+    def look(name: str, link: object) -> None:
+        nonlocal count, total
+        count += 1
+        if count > _MOST_OBJECTS:
+            raise WeightsError(f"{path} holds more than {_MOST_OBJECTS:,} objects, which weights do not")
+        if not isinstance(link, h5py.HardLink):
+            raise WeightsError(f"{path} links {name!r} to elsewhere, which weights do not")
+        found = file[name]
+        if isinstance(found, h5py.Dataset):
+            total += _checked_size(found, path)
+        if total > _MOST_BYTES:
+            raise WeightsError(f"{path} claims more than {_MOST_BYTES / 1e9:.1f} GB of weights; InceptionV3 has 0.1")
+
+    file.visititems_links(look)
+
+
+def _checked_size(dataset: h5py.Dataset, path: Path) -> int:
+    if dataset.external or dataset.is_virtual:
+        raise WeightsError(f"{path} keeps {dataset.name!r} in other files, which weights do not")
+    # "V2" is how Keras writes bfloat16; integers are counters of optimizers and seeds.
+    if dataset.dtype.kind not in "fiub" and dataset.dtype.str != "|V2":
+        raise WeightsError(f"{path} has {dataset.dtype} at {dataset.name!r}, where weights are numbers")
+    return dataset.nbytes

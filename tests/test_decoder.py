@@ -1,0 +1,197 @@
+"""Decoders in processes of their own: the same pixels, and a crash costs one image."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import ROOT, command_line, environment, icebox, write_picture
+
+from pipeline import images
+from pipeline.cache.digests import digest
+from pipeline.dataset import of_files, open_dataset
+from pipeline.decoder import Loaded, Loader, first_good
+
+# Laid on the way of every Python process: OpenCV's decoder, but for marked files, which really end the process.
+CRASHING = """
+import os, signal, sys
+if any("decode_process" in argument for argument in sys.orig_argv):
+    import cv2
+    imdecode = cv2.imdecode
+    def dangerous(data, flags):
+        marks = {b"SEGV": signal.SIGSEGV, b"ABRT": signal.SIGABRT, b"KILL": signal.SIGKILL, b"TERM": signal.SIGXCPU}
+        for mark, number in marks.items():
+            if data.tobytes().endswith(mark):
+                os.kill(os.getpid(), number)
+        once = os.environ.get("CRASH_ONCE")
+        if once and not os.path.exists(once):
+            open(once, "w").close()
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return imdecode(data, flags)
+    cv2.imdecode = dangerous
+"""
+
+
+@pytest.fixture
+def crashing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put the dangerous decoder on the way of child processes; return the folder it lies in."""
+    folder = tmp_path / "dangerous"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(CRASHING)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return folder
+
+
+def mark(path: Path, ending: bytes) -> Path:
+    """Append to a PNG what makes the dangerous decoder crash, and a sound one does not mind."""
+    path.write_bytes(path.read_bytes() + ending)
+    return path
+
+
+def load(paths: list[Path], **options: int) -> list[Loaded]:
+    with Loader(of_files("some", paths), 299, "squash", options.get("max_pixels", 10**6)) as loader:
+        return [loader(i) for i in range(len(paths))]
+
+
+def test_pixels_and_key_are_those_of_the_file(tmp_path: Path) -> None:
+    path = write_picture(tmp_path / "a.png", 1)
+    (loaded,) = load([path])
+    assert loaded.key == digest(path.read_bytes())
+    assert loaded.pixels is not None
+    assert loaded.pixels.dtype == np.uint8
+    assert np.array_equal(loaded.pixels, images.decode(path.read_bytes()))
+
+
+def test_images_that_are_pixels_need_no_process(tmp_path: Path) -> None:
+    digits = open_dataset("digits", downloads=tmp_path)
+    before = psutil.Process().children()
+    with Loader(digits, 299, "squash", 10**6) as loader:
+        loaded = loader(5)
+        assert psutil.Process().children() == before
+    assert loaded.pixels is not None
+    assert np.array_equal(loaded.pixels, images.decode(digits.read(5)))
+
+
+def test_what_cannot_be_decoded_has_key_and_reason(tmp_path: Path) -> None:
+    text, large, empty = tmp_path / "text.jpg", write_picture(tmp_path / "large.png", 2), tmp_path / "empty.png"
+    text.write_text("no image")
+    empty.touch()
+    found = load([text, large, empty], max_pixels=100)
+    assert [each.pixels for each in found] == [None] * 3
+    assert [each.key for each in found] == [digest(path.read_bytes()) for path in (text, large, empty)]
+    assert "50 x 40 pixels, over the limit of 100" in found[1].reason
+    assert all(found[i].reason for i in (0, 2))
+
+
+def test_what_cannot_be_read_has_no_key(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    missing, pipe = load([tmp_path / "missing.png", tmp_path / "pipe.png"])
+    assert (missing.key, missing.reason) == (None, "cannot be read: No such file or directory")
+    assert (pipe.key, pipe.reason) == (None, "cannot be read: not a regular file")
+
+
+@pytest.mark.parametrize(("ending", "name"), [(b"SEGV", "SIGSEGV"), (b"ABRT", "SIGABRT")])
+def test_an_image_that_crashes_the_decoder_is_named_and_the_next_is_decoded(
+    ending: bytes, name: str, tmp_path: Path, crashing: Path
+) -> None:
+    paths = [write_picture(tmp_path / f"{i}.png", i) for i in range(3)]
+    mark(paths[1], ending)
+    first, bad, last = load(paths)
+    assert bad.key == digest(paths[1].read_bytes())
+    assert bad.reason == f"crashes the decoder ({name})"
+    for each, path in ((first, paths[0]), (last, paths[2])):
+        assert each.pixels is not None
+        assert np.array_equal(each.pixels, images.decode(path.read_bytes()))
+
+
+def test_an_image_is_given_a_second_process_before_it_is_blamed(
+    tmp_path: Path, crashing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRASH_ONCE", str(tmp_path / "crashed"))
+    (loaded,) = load([write_picture(tmp_path / "a.png", 1)])
+    assert (tmp_path / "crashed").exists()
+    assert loaded.pixels is not None
+
+
+@pytest.mark.parametrize("ending", [b"KILL", b"TERM"])
+def test_a_decoder_that_was_killed_from_outside_blames_no_image(ending: bytes, tmp_path: Path, crashing: Path) -> None:
+    (loaded,) = load([mark(write_picture(tmp_path / "a.png", 1), ending)])
+    assert loaded.key is None
+    assert "the decoder was stopped by SIG" in loaded.reason
+
+
+def test_many_threads_load_at_once(tmp_path: Path) -> None:
+    paths = [write_picture(tmp_path / f"{i}.png", i) for i in range(40)]
+    with Loader(of_files("some", paths), 299, "pad", 10**6) as loader, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(loader, range(40)))
+    for i, path in enumerate(paths):
+        assert found[i].i == i
+        assert np.array_equal(found[i].pixels, images.decode(path.read_bytes(), fit="pad"))  # type: ignore[arg-type]
+    assert psutil.Process().children() == []
+
+
+def test_first_good_stops_at_the_first(tmp_path: Path) -> None:
+    paths = [tmp_path / "missing.png", *(write_picture(tmp_path / f"{i}.png", i) for i in range(2))]
+    bad: list[Loaded] = []
+    with Loader(of_files("some", paths), 299, "squash", 10**6) as loader:
+        first_good(loader, [0, 1, 2], bad.append)
+    assert [each.i for each in bad] == [0]
+
+
+def test_an_image_that_crashes_the_decoder_is_quarantined_and_the_run_goes_on(
+    photos: Path, tmp_path: Path, crashing: Path
+) -> None:
+    mark(photos / "cats" / "3.png", b"SEGV")
+    options = ("features", "--dataset", photos, "--weights", "untrained", "--json")
+    done = icebox(tmp_path / "data", *options, PYTHONPATH=str(crashing))
+    assert (done.code, done.json["computed"]) == (3, 11)
+    (bad,) = done.json["quarantined_images"]
+    assert (bad["path"], bad["reason"]) == ("cats/3.png", "crashes the decoder (SIGSEGV)")
+    again = icebox(tmp_path / "data", *options, PYTHONPATH=str(crashing))
+    assert (again.json["computed"], again.json["quarantined"]) == (0, 1)
+    # A sound decoder reads it, once it is asked to.
+    retried = icebox(tmp_path / "data", *options, "--retry-failed", PYTHONPATH="")
+    assert (retried.code, retried.json["computed"], retried.json["quarantined"]) == (0, 1, 0)
+
+
+def test_a_killed_run_leaves_no_decoder_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    for i in range(400):
+        write_picture(folder / "class" / f"{i}.png", i)
+    command = command_line(tmp_path / "data", "features", "--dataset", folder, "--weights", "untrained")
+    program = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, cwd=ROOT)
+    try:
+        decoders = _decoders_of(program)
+    finally:
+        program.send_signal(signal.SIGKILL)
+        program.wait()
+    _, alive = psutil.wait_procs(decoders, timeout=20)
+    assert alive == []
+
+
+def _decoders_of(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Wait until the program has decoders, and return them."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert program.poll() is None
+        found = psutil.Process(program.pid).children(recursive=True)
+        if decoders := [each for each in found if "decode_process" in " ".join(each.cmdline())]:
+            return decoders
+        time.sleep(0.02)
+    pytest.fail("no decoder was ever started")
+
+
+def test_a_decoding_process_that_cannot_start_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text("import os, sys\nos._exit(7)\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    with pytest.raises(RuntimeError, match="ended with exit code 7"):
+        load([write_picture(tmp_path / "a.png", 1)])
