@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import machine
+from pipeline import machine, weights_file
 from pipeline.errors import IceboxError, SpecError, WeightsError
 from pipeline.spec import FeatureSpec
-from pipeline.weights_file import check as check_file
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +135,6 @@ def load_weights(model: KerasModel, identity: str, path: Path | None) -> None:
 
         initialise(model, int(identity.rsplit(":", 1)[1]))
         return
-    assert path is not None  # only untrained weights have none
-    check_file(path)
     try:
         with warnings.catch_warnings():
             # Keras only warns where a file lacks layers, and leaves those at random values.
@@ -193,6 +190,8 @@ class FrozenBackbone:
     """
 
     def __init__(self, spec: FeatureSpec, weights: Path | None, batch_size: int) -> None:
+        if weights is not None:
+            weights_file.check(weights)  # before TensorFlow, which takes its time
         import_keras()
         import tensorflow as tf
 

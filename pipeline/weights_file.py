@@ -60,26 +60,30 @@ def _check_code(file: h5py.File, path: Path) -> None:
 def _check_content(file: h5py.File, path: Path) -> None:
     count = total = 0
 
-    def look(name: str, link: object) -> None:
+    def look(name: str, link: object) -> str | None:
         nonlocal count, total
         count += 1
         if count > _MOST_OBJECTS:
-            raise WeightsError(f"{path} holds more than {_MOST_OBJECTS:,} objects, which weights do not")
+            return f"holds more than {_MOST_OBJECTS:,} objects"
         if not isinstance(link, h5py.HardLink):
-            raise WeightsError(f"{path} links {name!r} to elsewhere, which weights do not")
+            return f"links {name!r} to elsewhere"
         found = file[name]
-        if isinstance(found, h5py.Dataset):
-            total += _checked_size(found, path)
-        if total > _MOST_BYTES:
-            raise WeightsError(f"{path} claims more than {_MOST_BYTES / 1e9:.1f} GB of weights; InceptionV3 has 0.1")
+        if not isinstance(found, h5py.Dataset):
+            return None
+        total += found.nbytes
+        return _fault(found, total)
 
-    file.visititems_links(look)
+    # What `look` returns ends the walk; an exception would come out of HDF5 with a traceback of its own.
+    if fault := file.visititems_links(look):
+        raise WeightsError(f"{path} {fault}, which weights do not")
 
 
-def _checked_size(dataset: h5py.Dataset, path: Path) -> int:
+def _fault(dataset: h5py.Dataset, total: int) -> str | None:
     if dataset.external or dataset.is_virtual:
-        raise WeightsError(f"{path} keeps {dataset.name!r} in other files, which weights do not")
+        return f"keeps {dataset.name!r} in other files"
     # "V2" is how Keras writes bfloat16; integers are counters of optimizers and seeds.
     if dataset.dtype.kind not in "fiub" and dataset.dtype.str != "|V2":
-        raise WeightsError(f"{path} has {dataset.dtype} at {dataset.name!r}, where weights are numbers")
-    return dataset.nbytes
+        return f"has {dataset.dtype} at {dataset.name!r}"
+    if total > _MOST_BYTES:
+        return f"claims more than {_MOST_BYTES / 1e9:.1f} GB"
+    return None
