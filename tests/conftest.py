@@ -87,3 +87,7 @@ def photos(tmp_path: Path) -> Path:
     for i in range(12):
         write_picture(root / ("cats" if i % 2 else "dogs") / f"{i}.png", seed=i)
     return root
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-call", action="store_true", help="kill `features` at each of its file-system calls")

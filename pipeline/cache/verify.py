@@ -93,16 +93,17 @@ def _check_index(cache: Cache, done: Verification) -> None:
 
 def _folders(cache: Cache, space: str | None) -> list[str]:
     """Return the folders that are spaces, or were: one without its description still has its shards."""
-    names = [
-        name
-        for name in storage.folders(cache.root)
-        if (cache.root / name / "space.json").exists() or (cache.root / name / "shards").is_dir()
-    ]
+    names = [name for name in storage.folders(cache.root) if _holds_something(cache.root / name)]
     if space is None:
         return names
     if space not in names:
         raise SpecError(f"no feature space named {space!r} in {cache.root}; there are: {', '.join(names) or 'none'}")
     return [space]
+
+
+def _holds_something(folder: Path) -> bool:
+    """Return whether a folder is more than what is left if its maker was killed before it described the space."""
+    return (folder / "space.json").exists() or not all(map(storage.is_partial, storage.files(folder / "shards")))
 
 
 def _open(cache: Cache, name: str, repair: bool, done: Verification) -> FeatureSpace | None:

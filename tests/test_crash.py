@@ -1,0 +1,381 @@
+"""Killed anywhere, failed anywhere, full at any moment: the rows are those of a run that was never disturbed.
+
+`pytest --every-call` kills `features` at each of its calls; otherwise a few are taken, as TensorFlow takes its time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import h5py
+import hdf5plugin  # noqa: F401  registers the filter
+import made
+import pytest
+from conftest import ROOT, command_line, environment, icebox
+from faults import WRITES, Watcher, disk_full, io_error, watched
+
+import cli
+import pipeline.extract
+from pipeline.backbone import FrozenBackbone
+from pipeline.cache import storage
+from pipeline.cache.space import Cache
+
+FEATURES = (
+    "features", "--dataset", "digits", "--limit", "6", "--batch-size", "2", "--shard-rows", "2",
+    "--weights", "untrained", "--precision", "float32",
+)  # fmt: skip
+VERIFY = ("cache", "verify", "--read-data")
+
+_frozen_backbone = functools.cache(FrozenBackbone)
+
+
+@pytest.fixture(autouse=True)
+def _one_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build the real backbone once, not once a run."""
+    monkeypatch.setattr(pipeline.extract, "FrozenBackbone", _frozen_backbone)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Any:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def shards_of(data: Path) -> list[Path]:
+    return sorted(data.glob("cache/*/shards/*.h5"))
+
+
+def rows_of(data: Path) -> dict[bytes, tuple[bytes, bytes]]:
+    """Return key → bytes of features and pooled, unpacked, of every shard; each is what its name says."""
+    found: dict[bytes, tuple[bytes, bytes]] = {}
+    for path in shards_of(data):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
+        with h5py.File(path) as file:
+            columns: list[Any] = [file[name] for name in ("key", "features", "pooled")]
+            for key, features, pooled in zip(*(column[:] for column in columns), strict=True):
+                row = (features.tobytes(), pooled.tobytes())
+                assert found.setdefault(key.tobytes(), row) == row
+    return found
+
+
+def stored_rows(data: Path) -> int:
+    """Return the number of rows on disk, a row in two shards counting twice."""
+    count = 0
+    for path in shards_of(data):
+        with h5py.File(path) as file:
+            keys: Any = file["key"]
+            count += len(keys)
+    return count
+
+
+def leftovers(data: Path) -> list[Path]:
+    return [path for path in data.rglob(".partial-*") if path.name != ".partial-"]
+
+
+class Scenario:
+    """A command, and the state it starts from."""
+
+    def __init__(self, name: str, template: Path, *command: str) -> None:
+        self.name = name
+        self.template = template
+        self.command = command
+
+    def fresh(self, data: Path) -> Path:
+        shutil.rmtree(data, ignore_errors=True)
+        if self.template.exists():
+            shutil.copytree(self.template, data)
+        return data
+
+
+def call(data: Path, *arguments: str) -> int:
+    return cli.main(["--data-dir", str(data), *arguments])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of a run that nothing happened to."""
+    data = tmp_path_factory.mktemp("undisturbed") / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.extract, "FrozenBackbone", _frozen_backbone)
+        assert call(data, *FEATURES) == 0
+    assert len(rows_of(data)) == 6
+    return data
+
+
+@pytest.fixture(scope="module")
+def without_index(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("without_index") / "data"
+    shutil.copytree(undisturbed, data)
+    (data / "cache" / "cache.db").unlink()
+    return data
+
+
+@pytest.fixture(scope="module")
+def damaged(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("damaged") / "data"
+    shutil.copytree(undisturbed, data)
+    made.flip(shards_of(data)[0], 5000)
+    return data
+
+
+@pytest.fixture
+def scenario(request: pytest.FixtureRequest, tmp_path: Path) -> Scenario:
+    """`features` on nothing, `gc` that repacks, `features` without an index, `verify --repair` of a bad shard."""
+    name: str = request.param
+    templates = {"features": lambda: tmp_path / "nothing", "gc": lambda: request.getfixturevalue("undisturbed")}
+    templates |= {
+        "no index": lambda: request.getfixturevalue("without_index"),
+        "repair": lambda: request.getfixturevalue("damaged"),
+    }
+    commands = {"gc": ("cache", "gc"), "repair": (*VERIFY, "--repair")}
+    return Scenario(name, templates[name](), *commands.get(name, FEATURES))
+
+
+SCENARIOS = ("features", "gc", "no index", "repair")
+
+
+def check_after(scenario: Scenario, data: Path, undisturbed: Path, where: str) -> None:
+    """Nothing torn, nothing lost but what is in hand; the same command again ends as if nothing had happened."""
+    if scenario.name != "repair":
+        assert call(data, *VERIFY) == 0, where
+    assert rows_of_sound(data).items() <= rows_of(undisturbed).items(), where
+    if scenario.name in ("gc", "no index"):
+        assert rows_of(data) == rows_of(undisturbed), where
+    assert call(data, *scenario.command) == 0, where
+    assert call(data, *FEATURES) == 0, where
+    assert rows_of_sound(data) == rows_of(undisturbed), where
+    assert call(data, *VERIFY) == 0, where
+    assert leftovers(data / "cache") == [], where
+
+
+def rows_of_sound(data: Path) -> dict[bytes, tuple[bytes, bytes]]:
+    """Return the rows, once shards known to be damaged are out of the way."""
+    for path in shards_of(data):
+        if hashlib.sha256(path.read_bytes()).hexdigest() != path.stem:
+            return {}
+    return rows_of(data)
+
+
+@pytest.mark.parametrize(("act", "for_good"), [(io_error, False), (io_error, True), (disk_full, True)])
+@pytest.mark.parametrize("scenario", SCENARIOS, indirect=True)
+def test_every_call_may_fail(
+    scenario: Scenario,
+    act: Callable[[str, Path], None],
+    for_good: bool,
+    undisturbed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    among = frozenset(WRITES if act is disk_full else ())
+    with watched(Watcher(among=among)) as watcher:
+        assert call(scenario.fresh(tmp_path / "data"), *scenario.command) == 0
+    total, codes = len(watcher.calls), Counter[int]()
+    assert total >= 4
+    for number in range(1, total + 1):
+        data = scenario.fresh(tmp_path / "data")
+        capsys.readouterr()
+        with watched(Watcher(number, act, for_good, among)) as watcher:
+            code = call(data, *scenario.command)
+        said = capsys.readouterr().err
+        where = f"{act.__name__} at call {number} of {total}, {watcher.calls[number - 1]}: {said}"
+        assert code in (0, 1), where
+        assert len(re.findall("^error: ", said, re.MULTILINE)) == code, where
+        codes[code] += 1
+        check_after(scenario, data, undisturbed, where)
+    assert codes[1] > 0
+    with capsys.disabled():
+        print(f"\n{scenario.name}, {act.__name__}{' for good' if for_good else ''}: {total} calls, exit codes {codes}")
+
+
+def killed_at(number: int, data: Path, command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "tests" / "faults.py"), str(number), "--data-dir", str(data), *command]
+    return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, indirect=True)
+def test_every_call_may_be_the_last(
+    scenario: Scenario, undisturbed: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    with watched(Watcher()) as watcher:
+        assert call(scenario.fresh(tmp_path / "data"), *scenario.command) == 0
+    numbers = list(range(1, len(watcher.calls) + 1))
+    if scenario.name == "features" and not request.config.getoption("every_call"):
+        numbers = first_of_each_kind(watcher.calls)
+    for number in numbers:
+        data = scenario.fresh(tmp_path / "data")
+        done = killed_at(number, data, scenario.command)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        check_after(scenario, data, undisturbed, f"killed at call {number}: {watcher.calls[number - 1]}")
+
+
+def first_of_each_kind(calls: list[tuple[str, Path]]) -> list[int]:
+    """Return the numbers of the calls by which a shard comes to be, and of the last call."""
+    of_shard = [number for number, (_, path) in enumerate(calls, 1) if path.suffix == ".h5"]
+    kinds = {calls[number - 1][0]: number for number in reversed(of_shard)}
+    commits = [number for number, (kind, _) in enumerate(calls, 1) if kind == "commit" and number > of_shard[0]]
+    return sorted({*kinds.values(), commits[0], len(calls)})
+
+
+def test_killed_at_random_moments(undisturbed: Path, tmp_path: Path) -> None:
+    """The real program, from its start to its end; `benchmarks/kills.py` does this some hundred times."""
+    data, rng, kills = tmp_path / "data", random.Random(7), 0
+    while kills < 6:
+        program = subprocess.Popen(
+            command_line(data, *FEATURES),
+            env=environment(),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            program.wait(rng.uniform(0.1, 14))
+        except subprocess.TimeoutExpired:
+            program.send_signal(signal.SIGKILL)
+        finally:
+            program.wait()
+        kills += 1
+        assert program.returncode in (0, -signal.SIGKILL)
+        assert call(data, *VERIFY) == 0
+    assert call(data, *FEATURES) == 0
+    assert rows_of(data) == rows_of(undisturbed)
+    assert leftovers(data) == []
+
+
+def test_a_full_disk_is_told_before_anything_is_computed(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(undisturbed, tmp_path / "data")
+    monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(pipeline.extract, "FrozenBackbone", None)  # not even loaded
+    before = rows_of(data)
+    assert call(data, *(argument if argument != "6" else "8" for argument in FEATURES)) == 1
+    assert "2 rows need about 0 MB" in capsys.readouterr().err
+    assert rows_of(data) == before
+
+
+def mounted(folder: Path, size: str) -> None:
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a file system here")
+
+
+def test_a_disk_too_small_is_told_and_the_run_goes_on_when_it_grows(undisturbed: Path, tmp_path: Path) -> None:
+    """A real full file system: large enough for the first shards and the estimate's own error, not for the rest."""
+    disk = tmp_path / "disk"
+    mounted(disk, "700k")
+    try:
+        data = disk / "data"
+        options = ("--shard-rows", "1", "--batch-size", "2")  # the estimate is of the first batch, and is refused
+        done = icebox(data, *FEATURES, *options)
+        assert done.code == 1
+        assert re.search(r"6 rows need about \d MB in \S+, \d MB are free; make room", done.err)
+        assert icebox(data, *VERIFY).code == 0
+        subprocess.run(["mount", "-o", "remount,size=2M", str(disk)], check=True)
+        assert icebox(data, *FEATURES).code == 0
+        assert rows_of(data) == rows_of(undisturbed)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_meanwhile_is_told_and_the_run_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    """Somebody else fills it after the estimate: HDF5 itself never writes to it, so nothing crashes at the end."""
+    disk = tmp_path / "disk"
+    mounted(disk, "3M")
+    try:
+        data, ballast = disk / "data", disk / "ballast"
+
+        def fill(call_: str, path: Path) -> None:
+            if ballast.exists():
+                return
+            with ballast.open("wb", buffering=0) as file:
+                try:
+                    while file.write(b"x" * 4096):
+                        pass
+                except OSError:
+                    pass
+
+        creates = [0]
+
+        def at_third_shard(call_: str, path: Path) -> None:
+            creates[0] += call_ == "create" and path.suffix == ".h5"
+            if creates[0] == 3:
+                fill(call_, path)
+
+        storage.watcher = at_third_shard
+        try:
+            code = call(data, *FEATURES)
+        finally:
+            storage.watcher = None
+        assert code == 1
+        assert len(rows_of(data)) == 4
+        ballast.unlink()
+        assert call(data, *VERIFY) == 0
+        assert call(data, *FEATURES) == 0
+        assert rows_of(data) == rows_of(undisturbed)
+        assert leftovers(data) == []
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_two_runs_at_once_compute_every_row_once(undisturbed: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    programs = [
+        subprocess.Popen(
+            command_line(data, *FEATURES, "--json"),
+            env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [program.communicate(timeout=300) for program in programs]
+    assert [program.returncode for program in programs] == [0, 0], said
+    assert stored_rows(data) == 6
+    assert rows_of(data) == rows_of(undisturbed)
+
+
+def test_the_lock_of_a_dead_holder_is_taken_over(undisturbed: Path, tmp_path: Path) -> None:
+    """Killed while it held the lock and was writing; the next one neither waits nor asks."""
+    data = tmp_path / "data"
+    with watched(Watcher()) as watcher:
+        assert call(data, *FEATURES) == 0
+    writes = [number for number, (kind, path) in enumerate(watcher.calls, 1) if kind == "write" and path.suffix]
+    shutil.rmtree(data)
+    assert killed_at(writes[0], data, FEATURES).returncode == -signal.SIGKILL
+    (lock,) = data.glob("cache/*/.lock")
+    assert lock.read_text().startswith("process ")
+    assert leftovers(data) != []
+    start = time.monotonic()
+    assert call(data, *FEATURES) == 0
+    assert time.monotonic() - start < 120
+    assert rows_of(data) == rows_of(undisturbed)
+    assert leftovers(data) == []
+
+
+def test_who_waits_is_told_for_whom(undisturbed: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(undisturbed, tmp_path / "data")
+    with closing(Cache(data / "cache")) as cache:
+        (space,) = cache.spaces()
+        with space.lock(lambda holder: None):
+            program = subprocess.Popen(
+                command_line(data, "cache", "gc"), env=environment(), cwd=ROOT, text=True, stderr=subprocess.PIPE
+            )
+            assert program.stderr is not None
+            line = program.stderr.readline()
+            assert re.match(r"notice: waiting: process \d+ on \S+ is using inception_v3-mixed10-", line)
+            assert program.poll() is None
+    program.communicate(timeout=60)
+    assert program.returncode == 0
