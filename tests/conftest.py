@@ -89,5 +89,45 @@ def photos(tmp_path: Path) -> Path:
     return root
 
 
+# Laid on the way of every Python process: OpenCV's decoder, but for marked files. Some really end the process.
+DANGEROUS_DECODER = """
+import os, signal, sys
+if any("decode_process" in argument for argument in sys.orig_argv):
+    import cv2
+    imdecode = cv2.imdecode
+    def dangerous(data, flags):
+        marks = {b"SEGV": signal.SIGSEGV, b"ABRT": signal.SIGABRT, b"KILL": signal.SIGKILL, b"XCPU": signal.SIGXCPU}
+        mark = data.tobytes()[-4:]
+        if mark in marks:
+            os.kill(os.getpid(), marks[mark])
+        if mark == b"LUCK":
+            return None
+        if mark == b"ROOM":
+            raise MemoryError("no memory for 40 x 50 pixels")
+        once = os.environ.get("CRASH_ONCE")
+        if once and not os.path.exists(once):
+            open(once, "w").close()
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return imdecode(data, flags)
+    cv2.imdecode = dangerous
+"""
+
+
+@pytest.fixture
+def dangerous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put the dangerous decoder on the way of child processes; return the folder it lies in, for PYTHONPATH."""
+    folder = tmp_path / "dangerous"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(DANGEROUS_DECODER)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return folder
+
+
+def mark(path: Path, ending: bytes) -> Path:
+    """Append to a PNG what the dangerous decoder looks for, and a sound one does not mind."""
+    path.write_bytes(path.read_bytes() + ending)
+    return path
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-call", action="store_true", help="kill `features` at each of its file-system calls")

@@ -20,7 +20,7 @@ import h5py
 import hdf5plugin  # noqa: F401  registers the filter
 import numpy as np
 import pytest
-from conftest import ROOT, command_line, environment, icebox, picture, write_picture
+from conftest import ROOT, command_line, environment, icebox, mark, picture, write_picture
 
 import pipeline.extract
 from pipeline.backbone import FrozenBackbone
@@ -146,22 +146,11 @@ def test_what_cannot_be_decoded_is_named_and_remembered(photos: Path, run: Calla
 
 
 def test_a_remembered_failure_is_tried_again_only_when_asked(
-    photos: Path, run: Callable[..., Extraction], monkeypatch: pytest.MonkeyPatch
+    photos: Path, run: Callable[..., Extraction], dangerous: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import images
-    from pipeline.errors import DecodeError
-
-    bad = (photos / "cats" / "1.png").read_bytes()
-    decode = images.decode
-
-    def failing(data: bytes, **options: int) -> np.ndarray:
-        if data == bad:
-            raise DecodeError("out of luck")
-        return decode(data, **options)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(images, "decode", failing)
-        assert counts(run(photos)) == (11, 0, 0, 1)
+    mark(photos / "cats" / "1.png", b"LUCK")
+    assert counts(run(photos)) == (11, 0, 0, 1)
+    monkeypatch.delenv("PYTHONPATH")
     assert counts(run(photos)) == (0, 11, 0, 1), "remembered, so not tried"
     assert counts(run(photos, retry_failed=True)) == (1, 11, 0, 0)
 
@@ -428,15 +417,11 @@ def test_a_keras_json_in_somebodys_home_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_no_memory_for_an_image_is_not_remembered_against_it(
-    photos: Path, run: Callable[..., Extraction], monkeypatch: pytest.MonkeyPatch
+    photos: Path, run: Callable[..., Extraction], dangerous: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What OpenCV says when it cannot allocate, said by a decoder that stands in for a small machine's."""
-    from pipeline import images
-
-    def no_room(data: bytes, **options: int) -> np.ndarray:
-        raise MemoryError("no memory for 40 x 50 pixels")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(images, "decode", no_room)
-        assert counts(run(photos)) == (0, 0, 0, 12)
-    assert counts(run(photos)) == (12, 0, 0, 0)
+    mark(photos / "cats" / "1.png", b"ROOM")
+    done = run(photos)
+    assert counts(done) == (11, 0, 0, 1)
+    assert "no memory for 40 x 50 pixels" in done.quarantined[0].reason
+    monkeypatch.delenv("PYTHONPATH")
+    assert counts(run(photos)) == (1, 11, 0, 0)

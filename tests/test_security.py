@@ -26,7 +26,7 @@ import h5py
 import made
 import numpy as np
 import pytest
-from conftest import ROOT, icebox, picture, write_picture
+from conftest import DANGEROUS_DECODER, ROOT, icebox, picture, write_picture
 
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.spec import FeatureSpec
@@ -130,9 +130,7 @@ CASES["any of these, with --on-error fail"] = lambda folder: [*_empty(folder), "
 
 @case("an image that crashes the decoder")
 def _(folder: Path) -> list[str | Path]:
-    from test_decoder import CRASHING
-
-    (folder / "sitecustomize.py").write_text(CRASHING)
+    (folder / "sitecustomize.py").write_text(DANGEROUS_DECODER)
     return evil(folder, "crash.png", encoded(".png") + b"SEGV")
 
 
