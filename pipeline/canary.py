@@ -58,9 +58,7 @@ def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Da
     if not space.totals().rows:
         return None
     if differing := request_of(FeatureChoice(space=space.name), None).differences(space.spec):
-        raise SpecError(
-            f"{space.name} was made by another version, with another {', '.join(differing)}"
-        )
+        raise SpecError(f"{space.name} was made by another version, with another {', '.join(differing)}")
     sources = [dataset] if dataset is not None else _known_images(workspace)
     loaded = _draw(space, count, sources, workspace)
     if not loaded:
