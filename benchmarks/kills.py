@@ -127,8 +127,9 @@ def compare(folder: Path, options: list[str], given: argparse.Namespace) -> dict
     longest = 15.0
     while phases.total() < given.kills:
         phase, to_first_batch = killed.kill_after(rng.uniform(0, longest))
-        if phase.startswith("ended"):
-            break
+        if phase.startswith("ended"):  # nothing is left to compute: from now on it is killed while planning
+            longest = 2.0
+            continue
         phases[phase] += 1
         # Far enough beyond the start that some shards are published, whatever else the machine is doing.
         longest = to_first_batch + 6 if to_first_batch is not None else longest

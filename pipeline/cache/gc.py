@@ -93,7 +93,7 @@ def _collect_space(space: FeatureSpace, keep: Keep, damaged: bool, dry_run: bool
     shards = _living(space, keep)
     dead = [shard for shard in shards if not len(shard.living)]
     spent = _worth_repacking(shards)
-    done.rows_removed += sum(shard.record.rows for shard in shards) - sum(len(shard.living) for shard in shards)
+    done.rows_removed += sum(shard.record.rows - len(shard.living) for shard in (*dead, *spent))
     done.shards_removed += len(dead)
     done.shards_repacked += len(spent)
     written = _repack(space, spent, dry_run, done)

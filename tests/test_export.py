@@ -1,0 +1,175 @@
+"""`cache export`: the rows of a dataset in one file, with all that is needed to train from it elsewhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import h5py
+import hdf5plugin  # noqa: F401  registers the filter
+import numpy as np
+import pytest
+from conftest import SPEC, icebox, write_picture
+from made import flip, made
+
+from pipeline.cache import export as exporting
+from pipeline.cache import storage
+from pipeline.cache.digests import digest
+from pipeline.cache.shard import Rows
+from pipeline.cache.space import Cache
+
+N = 24
+SPACE = ("--space", SPEC.directory)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Images in two classes and three splits, their made-up rows in shards of five."""
+    keys, rows = [], made(list(range(N)))
+    for i in range(N):
+        split = ("train", "train", "val", "test")[i % 4]
+        path = write_picture(tmp_path / "photos" / split / ("cats" if i % 3 else "dogs") / f"ü{i}.png", i)
+        keys.append(np.frombuffer(digest(path.read_bytes()), np.uint8))
+    with closing(Cache(tmp_path / "data" / "cache")) as cache:
+        space = cache.create(SPEC, {})
+        order = np.random.default_rng(0).permutation(N)  # rows lie in another order than the images
+        whole = Rows(rows.features, rows.pooled, np.stack(keys), rows.views).take(order)
+        for at in range(0, N, 5):
+            space.register(space.write(whole.take(slice(at, at + 5))))
+    return tmp_path / "data"
+
+
+def export(data: Path, *options: str, out: str = "out.h5") -> Any:
+    folder = data.parent / "photos"
+    return icebox(data, "cache", "export", data.parent / out, "--dataset", folder, *SPACE, *options, "--json")
+
+
+def shards(data: Path) -> list[Path]:
+    return sorted(data.glob("cache/*/shards/*.h5"))
+
+
+def column(file: h5py.File, name: str) -> Any:
+    values: Any = file[name]
+    return values.asstr()[:] if h5py.check_string_dtype(values.dtype) else values[:]
+
+
+@pytest.mark.parametrize("what", ["features", "pooled"])
+@pytest.mark.parametrize("virtual", [False, True])
+def test_every_row_stands_beside_its_image(what: str, virtual: bool, data: Path) -> None:
+    done = export(data, "--what", what, *(["--virtual"] if virtual else []))
+    assert (done.code, done.json["rows"], done.json["missing"]) == (0, N, 0), done.err
+    expected = getattr(made(list(range(N))), what)
+    with h5py.File(data.parent / "out.h5") as file:
+        names, classes = list(column(file, "path")), list(column(file, "class_names"))
+        assert classes == ["cats", "dogs"]
+        numbers = [int(Path(name).stem[1:]) for name in names]
+        assert sorted(numbers) == list(range(N))
+        assert np.array_equal(column(file, what), expected[numbers])
+        assert column(file, what).dtype == expected.dtype
+        assert [classes[label] for label in column(file, "label")] == [Path(name).parent.name for name in names]
+        assert list(column(file, "split")) == [Path(name).parts[0] for name in names]
+        paths = [data.parent / "photos" / name for name in names]
+        assert [key.tobytes() for key in column(file, "key")] == [digest(path.read_bytes()) for path in paths]
+        assert column(file, "present").all()
+        spec: Any = file.attrs["spec"]
+        assert json.loads(spec) == SPEC.to_dict()
+
+
+def test_a_self_contained_file_needs_no_icebox(data: Path) -> None:
+    export(data)
+    program = (
+        "import h5py, hdf5plugin, sys; f = h5py.File(sys.argv[1]); print(f['features'].shape, f['features'][3].sum())"
+    )
+    for path in shards(data):
+        path.unlink()
+    command = [sys.executable, "-c", program, str(data.parent / "out.h5")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True)
+    assert done.stdout.startswith("(24, 2, 3, 8) ")
+
+
+def test_what_is_missing_refuses_a_self_contained_file_and_is_nan_in_a_virtual_one(data: Path) -> None:
+    write_picture(data.parent / "photos" / "train" / "cats" / "new.png", 99)
+    refused = export(data)
+    assert refused.code == 1
+    assert "1 of 25 images have no features" in refused.err
+    assert not (data.parent / "out.h5").exists()
+    done = export(data, "--virtual")
+    assert (done.code, done.json["rows"], done.json["missing"]) == (0, 25, 1)
+    with h5py.File(data.parent / "out.h5") as file:
+        missing = [name.endswith("new.png") for name in column(file, "path")]
+        assert list(~column(file, "present")) == missing
+        assert np.array_equal(np.isnan(column(file, "features")).all(axis=(1, 2, 3)), missing)
+
+
+def test_a_shard_that_goes_later_reads_as_nan(data: Path) -> None:
+    export(data, "--virtual")
+    shards(data)[0].unlink()
+    with h5py.File(data.parent / "out.h5") as file:
+        gone = np.isnan(column(file, "features")).all(axis=(1, 2, 3))
+    assert 4 <= gone.sum() <= 5
+
+
+def test_a_damaged_shard_is_named_and_nothing_is_written(data: Path) -> None:
+    flip(shards(data)[1], 3000)
+    done = export(data)
+    assert done.code == 1
+    assert str(shards(data)[1]) in done.err
+    assert "cache verify --repair" in done.err
+    assert list(data.parent.glob("*.h5")) == list(data.parent.glob(".partial-*")) == []
+
+
+def test_a_file_that_is_there_is_replaced_only_when_asked(data: Path) -> None:
+    out = data.parent / "out.h5"
+    out.write_text("somebody's")
+    done = export(data)
+    assert (done.code, out.read_text()) == (2, "somebody's")
+    assert "is there already; --force replaces it" in done.err
+    assert export(data, "--force").code == 0
+    assert h5py.is_hdf5(out)
+
+
+def test_a_folder_that_is_not_there_is_told(data: Path) -> None:
+    done = export(data, out="no/such/out.h5")
+    assert done.code == 2
+    assert "there is no folder" in done.err
+
+
+def test_images_that_cannot_be_decoded_are_left_out_and_listed(data: Path) -> None:
+    (data.parent / "photos" / "train" / "cats" / "bad.png").write_text("no image")
+    done = export(data)
+    assert (done.code, done.json["rows"], done.json["quarantined"]) == (3, N, 1)
+    assert done.json["quarantined_images"][0]["path"] == "train/cats/bad.png"
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cli
+
+    monkeypatch.setattr(storage, "free_bytes", lambda path: 10)
+    arguments = ["cache", "export", str(data.parent / "out.h5"), "--dataset", str(data.parent / "photos"), *SPACE]
+    assert cli.main(["--data-dir", str(data), *arguments]) == 1
+    assert list(data.parent.glob("*.h5")) == []
+
+
+def test_a_disk_that_fills_meanwhile_leaves_nothing(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """HDF5 crashes at the end of a process one of whose writes failed; so it must not notice."""
+    import resource
+
+    import cli
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(exporting, "_MARGIN", 0.0)
+    arguments = ["cache", "export", str(data.parent / "out.h5"), "--dataset", str(data.parent / "photos"), *SPACE]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        code = cli.main(["--data-dir", str(data), *arguments])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1
+    assert "error: " in capsys.readouterr().err
+    assert [path for path in data.parent.iterdir() if "h5" in path.name] == []

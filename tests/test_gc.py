@@ -1,0 +1,228 @@
+"""`cache gc`: what nobody named goes, what was spread is brought together, no living row is ever lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import icebox, write_picture
+from made import SPEC, add, flip, key, made, shard_file
+
+from pipeline import runs
+from pipeline.cache import gc
+from pipeline.cache.gc import Collected, Keep, collect
+from pipeline.cache.space import Cache, FeatureSpace
+from pipeline.cache.verify import verify
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Cache]:
+    with closing(Cache(tmp_path / "cache")) as cache:
+        yield cache
+
+
+@pytest.fixture
+def space(cache: Cache) -> FeatureSpace:
+    return cache.create(SPEC, {})
+
+
+def names(space: FeatureSpace) -> set[str]:
+    return {path.stem for path in space.shards.glob("[!.]*.h5")}
+
+
+def check_rows(space: FeatureSpace, numbers: list[int]) -> None:
+    """Exactly these rows are there, on disk and in the index, with the values they were made with."""
+    with closing(Cache(space.path.parent)) as again:
+        space = again.open(space.name)
+        expected = made(numbers, space.spec)
+        assert np.array_equal(space.read([key(n) for n in numbers], "features"), expected.features)
+        assert np.array_equal(space.read([key(n) for n in numbers], "pooled"), expected.pooled)
+        assert space.totals().rows == len(numbers)
+        assert verify(again, sample=1.0).problems == []
+
+
+def test_small_shards_are_merged(cache: Cache, space: FeatureSpace) -> None:
+    before = {add(space, [n, n + 1]).name for n in range(0, 20, 2)}
+    done = collect(cache, Keep())
+    assert (done.rows_removed, done.shards_removed, done.shards_repacked, done.shards_written) == (0, 0, 10, 1)
+    assert done.bytes_freed > 0
+    assert len(names(space)) == 1
+    assert not names(space) & before
+    check_rows(space, list(range(20)))
+    assert collect(cache, Keep()) == Collected(), "there is no more to do"
+
+
+def test_shards_of_full_size_are_left_alone(cache: Cache, space: FeatureSpace) -> None:
+    large = add(space, list(range(gc.SMALL_ROWS)))
+    small = add(space, [1000])
+    assert collect(cache, Keep()) == Collected(), "one small shard alone is as good as it gets"
+    assert names(space) == {large.name, small.name}
+
+
+def test_rows_that_nobody_named_go(cache: Cache, space: FeatureSpace) -> None:
+    all_dead = add(space, list(range(100, 170)))
+    mostly_dead = add(space, list(range(70)))
+    alive = add(space, list(range(200, 300)))
+    kept = [*range(30), *range(200, 300)]
+    done = collect(cache, Keep({key(n) for n in kept}))
+    assert (done.rows_removed, done.shards_removed, done.shards_repacked) == (110, 1, 1)
+    assert not names(space) & {all_dead.name, mostly_dead.name}
+    assert alive.name in names(space)
+    check_rows(space, kept)
+
+
+def test_a_shard_that_is_mostly_alive_keeps_its_dead_rows(cache: Cache, space: FeatureSpace) -> None:
+    """Writing 260 MB anew to save 2 is not worth it; the rows count as removed only once they are gone."""
+    add(space, list(range(100)))
+    done = collect(cache, Keep({key(n) for n in range(90)}))
+    assert done.shards_repacked == 0
+    check_rows(space, list(range(100)))
+    assert done.rows_removed == 0
+
+
+def test_a_space_that_is_named_stays_whole_and_others_lose_all(cache: Cache, space: FeatureSpace) -> None:
+    other = cache.create(replace(SPEC, layer="mixed8"), {})
+    add(space, list(range(70)))
+    add(other, list(range(70)))
+    done = collect(cache, Keep(None, [space.name]))
+    assert (done.rows_removed, done.shards_removed) == (70, 1)
+    check_rows(space, list(range(70)))
+    assert names(other) == set()
+
+
+def test_a_row_in_two_shards_stays_once(cache: Cache, space: FeatureSpace) -> None:
+    add(space, [1, 2, 3])
+    add(space, [3, 4])
+    done = collect(cache, Keep())
+    assert done.rows_removed == 1
+    check_rows(space, [1, 2, 3, 4])
+
+
+def test_a_dry_run_changes_nothing_and_foretells(cache: Cache, space: FeatureSpace) -> None:
+    for n in range(5):
+        add(space, [n])
+    (space.shards / ".partial-1-abc.h5").write_bytes(bytes(1000))
+    before = {path: path.read_bytes() for path in space.path.rglob("*") if path.is_file()}
+    told = collect(cache, Keep({key(0), key(1)}), dry_run=True)
+    assert {path: path.read_bytes() for path in space.path.rglob("*") if path.is_file()} == before
+    done = collect(cache, Keep({key(0), key(1)}))
+    sure = ("rows_removed", "shards_removed", "shards_repacked", "shards_written", "leftovers")
+    assert [getattr(told, name) for name in sure] == [getattr(done, name) for name in sure] == [3, 3, 2, 1, 1]
+    assert told.bytes_freed == pytest.approx(done.bytes_freed, rel=0.5)
+
+
+def test_leftovers_of_killed_runs_go(cache: Cache, space: FeatureSpace) -> None:
+    add(space, [1])
+    leftovers = [space.shards / ".partial-1-a.h5", space.path / ".partial-2-b", cache.index.path.with_name("x")]
+    damaged = cache.index.path.with_name(f"{cache.index.path.name}.damaged-20260101-000000")
+    for path in (*leftovers, damaged):
+        path.write_bytes(bytes(100))
+    done = collect(cache, Keep())
+    assert (done.leftovers, done.bytes_freed) == (3, 300)
+    assert [path.exists() for path in (*leftovers, damaged)] == [False, False, True, False]
+    check_rows(space, [1])
+
+
+def test_what_verify_moved_aside_goes_when_asked(cache: Cache, space: FeatureSpace) -> None:
+    flip(shard_file(space, add(space, [1, 2])), 500)
+    verify(cache, sample=1.0, repair=True)
+    assert collect(cache, Keep()).leftovers == 0
+    assert collect(cache, Keep(), damaged=True).leftovers == 1
+    assert list((space.path / "aside").iterdir()) == []
+
+
+def test_a_damaged_shard_is_left_to_verify(cache: Cache, space: FeatureSpace) -> None:
+    """Its rows cannot be taken along, and it may be all that is left of them."""
+    good, bad = add(space, [1]), add(space, [2])
+    flip(shard_file(space, bad), 500)
+    cache.index.forget_shards(space.name, [bad.name])
+    collect(cache, Keep())
+    assert names(space) == {good.name, bad.name}
+
+
+def test_digests_of_files_that_are_gone_are_forgotten(cache: Cache, space: FeatureSpace, tmp_path: Path) -> None:
+    from pipeline.cache.digests import remembered_digest
+
+    paths = [tmp_path / "there", tmp_path / "gone"]
+    for path in paths:
+        path.write_text(path.name)
+        remembered_digest(path, cache.index)
+    paths[1].unlink()
+    collect(cache, Keep())
+    assert set(cache.index.files()) == {paths[0]}
+
+
+def test_a_space_whose_folder_is_gone_is_forgotten(cache: Cache, space: FeatureSpace) -> None:
+    import shutil
+
+    add(space, [1])
+    shutil.rmtree(space.path)
+    collect(cache, Keep())
+    assert cache.index.spaces() == []
+
+
+# The command
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A data folder whose cache has the rows of two folders of images."""
+    with closing(Cache(tmp_path / "data" / "cache")) as cache:
+        space = cache.create(SPEC, {})
+        for n, name in enumerate(("kept", "gone")):
+            paths = [write_picture(tmp_path / name / "class" / f"{i}.png", 10 * n + i) for i in range(3)]
+            rows = made(list(range(3)))
+            from pipeline.cache.digests import digest
+            from pipeline.cache.shard import Rows
+
+            keys = np.stack([np.frombuffer(digest(path.read_bytes()), np.uint8) for path in paths])
+            space.register(space.write(Rows(rows.features, rows.pooled, keys, rows.views)))
+    return tmp_path / "data"
+
+
+def test_the_command_keeps_what_it_is_told_to(data: Path) -> None:
+    kept = data.parent / "kept"
+    told = icebox(data, "cache", "gc", "--dataset", kept, "--dry-run", "--json").json
+    assert (told["rows_removed"], told["dry_run"]) == (3, True)
+    assert len(told["removed"]) == 1
+    done = icebox(data, "cache", "gc", "--dataset", kept, "--json")
+    assert (done.code, done.json["rows_removed"], done.json["shards_removed"]) == (0, 3, 1)
+    assert done.json["bytes_freed"] == told["bytes_freed"]
+    assert icebox(data, "cache", "ls", "--json").json["rows"] == 3
+    assert icebox(data, "cache", "explain", "--dataset", kept, "--space", SPEC.directory, "--json").code in (0, 1)
+
+
+def test_a_mistyped_name_removes_nothing(data: Path) -> None:
+    before = icebox(data, "cache", "ls", "--json").json["rows"]
+    for options in (("--space", "inception"), ("--dataset", "keptt")):
+        done = icebox(data, "cache", "gc", *options)
+        assert done.code == 1
+        assert "no feature space named" in done.err or "no dataset" in done.err
+    assert icebox(data, "cache", "ls", "--json").json["rows"] == before
+
+
+def test_a_dataset_that_cannot_be_read_removes_nothing(data: Path) -> None:
+    listed = data.parent / "kept" / "list.csv"
+    listed.write_text("path,label\nclass/0.png,a\nclass/missing.png,a\n")
+    done = icebox(data, "cache", "gc", "--dataset", listed)
+    assert done.code == 1
+    assert "1 images of" in done.err
+    assert "class/missing.png" in done.err
+    assert "nothing was removed" in done.err
+    assert icebox(data, "cache", "ls", "--json").json["rows"] == 6
+
+
+def test_folders_of_killed_runs_go_and_those_at_work_stay(data: Path) -> None:
+    root = data / "runs"
+    dead = root / f"{runs.storage.PARTIAL_PREFIX}20260101-000000-dead"
+    dead.mkdir(parents=True)
+    (dead / "head.weights.h5").write_bytes(bytes(5000))
+    with runs.new_run(root, "alive") as (_, partial):
+        done = icebox(data, "cache", "gc", "--json").json
+        assert (done["leftovers"], str(dead) in done["removed"]) == (1, True)
+        assert partial.exists()
+        assert not dead.exists()
