@@ -13,11 +13,18 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pipeline import images
 from pipeline.spec import FeatureSpec
 
 ROOT = Path(__file__).parent.parent
+
+# What Hypothesis tries is the same every time, unless it is told to look further: --hypothesis-profile=explore
+_ALWAYS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
+settings.register_profile("kept", derandomize=True, database=None, max_examples=100, **_ALWAYS)
+settings.register_profile("explore", max_examples=3000, **_ALWAYS)
+settings.load_profile("kept")
 
 # The space of untrained weights in float32, as `features --weights untrained --precision float32` makes it.
 SPEC = FeatureSpec(
