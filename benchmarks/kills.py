@@ -124,15 +124,16 @@ def compare(folder: Path, options: list[str], given: argparse.Namespace) -> dict
     rng, phases, torn, checked = random.Random(given.seed), Counter[str](), 0, set[Path]()
     alone, killed = Runs(folder / "alone", options), Runs(folder / "killed", options)
     alone.finish()
-    longest = 15.0
+    began, longest = 0.0, 15.0
     while phases.total() < given.kills:
-        phase, to_first_batch = killed.kill_after(rng.uniform(0, longest))
+        # Loading TensorFlow is most of a life this short; every other kill comes after it.
+        phase, to_first_batch = killed.kill_after(rng.uniform(began if phases.total() % 2 else 0, longest))
         if phase.startswith("ended"):  # nothing is left to compute: from now on it is killed while planning
-            longest = 2.0
+            began, longest = 0.0, 2.0
             continue
         phases[phase] += 1
         # Far enough beyond the start that some shards are published, whatever else the machine is doing.
-        longest = to_first_batch + 6 if to_first_batch is not None else longest
+        began, longest = (to_first_batch, to_first_batch + 6) if to_first_batch is not None else (began, longest)
         for path in set(killed.data.glob("cache/*/shards/[!.]*.h5")) - checked:
             torn += hashlib.sha256(path.read_bytes()).hexdigest() != path.stem
             checked.add(path)

@@ -137,4 +137,4 @@ def mark(path: Path, ending: bytes) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-call", action="store_true", help="kill `features` at each of its file-system calls")
+    parser.addoption("--every-call", action="store_true", help="leave no file-system call of `features` out")
