@@ -39,7 +39,7 @@ train-head: setup ## train HEAD on the cached features of DATASET
 	$(CLI) train-head --dataset "$$DATASET" --head "$$HEAD" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
 
 test: $(VENV)/.ready-dev ## set up and run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.ready-dev ## format and lint (ruff), types (pyright)
 	$(BIN)/ruff format --check .
