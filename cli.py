@@ -284,7 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
         from pipeline.errors import IceboxError, UsageError
 
         if isinstance(error, sqlite3.Error):
-            hint = "if it stays so, delete cache.db (or what ICEBOX_INDEX names): it is derived again"
+            full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+            otherwise = "if it stays so, delete cache.db (or what ICEBOX_INDEX names): it is derived again"
+            hint = "make room and run again; what was published is kept" if full else otherwise
             return _fail(f"the cache's index: {error}; {hint}", 1, arguments)
         if not isinstance(error, (IceboxError, OSError)):
             raise  # a bug: the traceback is what helps
