@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import closing
@@ -130,6 +131,15 @@ def test_a_file_that_is_there_is_replaced_only_when_asked(data: Path) -> None:
     assert "is there already; --force replaces it" in done.err
     assert export(data, "--force").code == 0
     assert h5py.is_hdf5(out)
+
+
+def test_what_is_no_file_is_never_replaced(data: Path) -> None:
+    pipe = data.parent / "pipe.h5"
+    os.mkfifo(pipe)
+    done = export(data, "--force", out="pipe.h5")
+    assert done.code == 2
+    assert "is no regular file" in done.err
+    assert pipe.is_fifo()
 
 
 def test_a_folder_that_is_not_there_is_told(data: Path) -> None:

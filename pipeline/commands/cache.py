@@ -360,6 +360,8 @@ def cache_export(
     from pipeline.errors import UsageError
     from pipeline.export import export_dataset
 
+    if out.exists() and not out.is_file():
+        raise UsageError(f"{out} is no regular file, and is not replaced by one")
     if out.exists() and not force:
         raise UsageError(f"{out} is there already; --force replaces it")
     if not out.absolute().parent.is_dir():
