@@ -50,7 +50,7 @@ class ShardDamagedError(CacheError):
     def __init__(self, path: Path, problem: str) -> None:
         self.path = path
         self.problem = problem
-        remedy = "run `cache verify --repair`, then `features`: only its rows are computed anew"
+        remedy = "run `cache verify --read-data --repair`, then `features`: only its rows are computed anew"
         super().__init__(f"shard {path} {problem}; {remedy}")
 
 

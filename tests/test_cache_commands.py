@@ -213,7 +213,7 @@ def test_verify_names_what_is_wrong_and_mends_it(data: Path, images: list[Path],
     (problem,) = done.json["problems"]
     assert (problem["path"], problem["rows"], problem["repaired"]) == (str(shards[2]), 2, False)
     assert str(shards[2]) in done.json["error"]
-    assert "run `cache verify --repair`, then `features`" in done.err
+    assert "run `cache verify --read-data --repair`, then `features`" in done.err
     assert icebox(data, "cache", "verify", "--sample", "1").code == 1
     assert icebox(data, "cache", "verify", "--repair", "--read-data").code == 0
     assert icebox(data, "cache", "verify", "--read-data").code == 0

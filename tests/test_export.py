@@ -119,7 +119,7 @@ def test_a_damaged_shard_is_named_and_nothing_is_written(data: Path) -> None:
     done = export(data)
     assert done.code == 1
     assert str(shards(data)[1]) in done.err
-    assert "cache verify --repair" in done.err
+    assert "cache verify --read-data --repair" in done.err
     assert list(data.parent.glob("*.h5")) == list(data.parent.glob(".partial-*")) == []
 
 

@@ -140,7 +140,9 @@ class _Export:
     def _check_keys(self, source: h5py.File, path: Path, at: np.ndarray) -> None:
         stored: Any = source["key"]
         if not np.array_equal(stored[:][self._located.positions[at]], self._located.keys[at]):
-            raise CacheError(f"shard {path} holds other rows than the index says; run `cache verify --repair`")
+            raise CacheError(
+                f"shard {path} holds other rows than the index says; run `cache verify --read-data --repair`"
+            )
 
     def write_virtual(self, file: h5py.File) -> None:
         """Map runs of rows that lie side by side in a shard."""

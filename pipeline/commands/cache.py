@@ -168,7 +168,9 @@ def _verdict(done: Verification, drifts: Sequence[Drift], repair: bool) -> str |
     """Return what is wrong, on one line, or None."""
     left = [problem for problem in done.problems if not problem.repaired]
     if left:
-        again = "move it out of the cache by hand" if repair else "run `cache verify --repair`, then `features`"
+        again = (
+            "move it out of the cache by hand" if repair else "run `cache verify --read-data --repair`, then `features`"
+        )
         return f"{len(left):,} problems, the first: {left[0].path} {left[0].problem}; {again}"
     if drifted := [drift for drift in drifts if not drift.same]:
         return (
