@@ -232,28 +232,22 @@ def first_of_each_kind(calls: list[tuple[str, Path]]) -> list[int]:
     return sorted({*kinds.values(), commits[0], len(calls)})
 
 
-def test_killed_at_random_moments(undisturbed: Path, tmp_path: Path) -> None:
-    """The real program, from its start to its end; `benchmarks/kills.py` does this some hundred times."""
-    data, rng, kills = tmp_path / "data", random.Random(7), 0
-    while kills < 6:
-        program = subprocess.Popen(
-            command_line(data, *FEATURES),
-            env=environment(),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            program.wait(rng.uniform(0.1, 14))
-        except subprocess.TimeoutExpired:
-            program.send_signal(signal.SIGKILL)
-        finally:
-            program.wait()
-        kills += 1
-        assert program.returncode in (0, -signal.SIGKILL)
+def test_two_at_once_killed_at_random_moments(undisturbed: Path, tmp_path: Path) -> None:
+    """The real program, from its start to its end; `benchmarks/kills.py` does this some hundred times with one."""
+    data, rng, quiet = tmp_path / "data", random.Random(7), subprocess.DEVNULL
+    for _ in range(4):
+        line = command_line(data, *FEATURES)
+        programs = [subprocess.Popen(line, env=environment(), stdout=quiet, stderr=quiet) for _ in range(2)]
+        for program in programs:
+            try:
+                program.wait(rng.uniform(0.1, 12))
+            except subprocess.TimeoutExpired:
+                program.send_signal(signal.SIGKILL)
+            assert program.wait() in (0, -signal.SIGKILL)
         assert call(data, *VERIFY) == 0
     assert call(data, *FEATURES) == 0
     assert rows_of(data) == rows_of(undisturbed)
+    assert stored_rows(data) == 6
     assert leftovers(data) == []
 
 
