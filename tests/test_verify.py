@@ -7,6 +7,7 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -242,3 +243,34 @@ def test_rows_read_back_are_those_written_after_all_that(
     keys = [key(n) for n in range(4 * ROWS)]
     rows = cache.open(space.name).read(keys, "features")
     assert rows.tobytes() == made(list(range(4 * ROWS))).features.tobytes()
+
+
+def test_what_another_machine_repacked_is_no_problem_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a shared disk each machine has its own index; what `gc` did there is learned here, and no row is lost."""
+    from pipeline.cache.gc import Keep, collect
+
+    def opened(machine: str) -> Cache:
+        monkeypatch.setenv("ICEBOX_INDEX", str(tmp_path / f"{machine}.db"))
+        return Cache(tmp_path / "cache")
+
+    with closing(opened("here")) as here, closing(opened("there")) as there:
+        space = here.create(SPEC, {})
+        for n in range(4):
+            add(space, [n])
+        assert collect(there, Keep()).shards_repacked == 4
+        assert verify(here, sample=1.0).problems == []
+        assert here.open(SPEC.directory).totals().rows == 4
+        add(space, [4])
+        collect(there, Keep())
+        assert here.open(SPEC.directory).totals().rows == 5
+        assert "is gone" not in caplog.text
+        # What was really lost is still told.
+        there_space = there.open(SPEC.directory)
+        (name,) = there_space.shard_files()
+        (there_space.shards / name).unlink()
+        add(there_space, [1])
+        (problem,) = verify(here).problems
+        assert problem.problem == "is gone from the disk"
+        assert here.open(SPEC.directory).totals().rows == 1

@@ -74,9 +74,14 @@ class FeatureSpace:
             sizes = {name.removesuffix(".h5"): stat.st_size for name, stat in self.shard_files().items()}
             changed = {name for name, size in sizes.items() if name in known and known[name].bytes != size}
             good = {name for name, record in known.items() if record.state == "good"}
+            gone = sorted(good - sizes.keys())
+            for name in gone:  # first: if another machine's `gc` put its rows elsewhere, adopting that settles it
+                self.index.mark_shard(self.name, name, known[name].bytes, "bad", GONE)
             self._adopt(sorted(sizes.keys() - (good - changed)), known)
-            for name in sorted(good - sizes.keys()):
-                self._pass_over(known[name], GONE)
+            left = self.index.shards(self.name) if gone else {}
+            for name in gone:
+                if name in left:
+                    self._warn(known[name], GONE)
 
     def shard_files(self) -> dict[str, os.stat_result]:
         """Return name → stat of the files in the shards' folder that are named as shards are."""
@@ -115,11 +120,14 @@ class FeatureSpace:
             return error
 
     def _pass_over(self, record: ShardRecord, problem: str) -> None:
+        self._warn(record, problem)
+        if (record.state, record.problem) != ("bad", problem):
+            self.index.mark_shard(self.name, record.name, record.bytes, "bad", problem)
+
+    def _warn(self, record: ShardRecord, problem: str) -> None:
         rows = f"its {record.rows:,} rows count" if record.rows else "what rows it has count"
         path = self.shard_path(record.name)
         logger.warning("shard %s %s; %s as missing; `cache verify` tells more", path, problem, rows)
-        if (record.state, record.problem) != ("bad", problem):
-            self.index.mark_shard(self.name, record.name, record.bytes, "bad", problem)
 
     def totals(self) -> SpaceTotals:
         """Return the numbers of shards, rows and bytes."""

@@ -147,6 +147,10 @@ class _Space:
         files = self._space.shard_files()
         self._foreign(storage.files(self._space.shards).keys() - files.keys())
         sizes = {name.removesuffix(".h5"): stat.st_size for name, stat in files.items()}
+        if sizes.keys() - known.keys() and known.keys() - sizes.keys():
+            # Another machine may have repacked shards, by an index of its own: then no row is lost.
+            self._space.sync()
+            known = self._index.shards(self._space.name)
         self._done.spaces += 1
         self._shards(sizes, known)
         self._gone(known, sizes)
