@@ -69,9 +69,12 @@ def export(space: FeatureSpace, columns: Columns, out: Path, what: What, *, virt
         try:
             if not virtual:
                 job.check_room(out)
-            with _written(partial) as file:
+            with _written(partial) as (file, sink):
                 job.write_columns(file)
-                (job.write_virtual if virtual else job.write_rows)(file)
+                if virtual:
+                    job.write_virtual(file)
+                else:
+                    job.write_rows(file, sink)
             storage.publish(partial, out)
         except OSError as error:
             if isinstance(error, CacheError):
@@ -116,7 +119,7 @@ class _Export:
             readable = [value.encode("utf-8", "backslashreplace") for value in values]  # a file name's odd byte
             file.create_dataset(name, data=np.array(readable, object), dtype=text)
 
-    def write_rows(self, file: h5py.File) -> None:
+    def write_rows(self, file: h5py.File, sink: _Sink) -> None:
         """Copy the rows. Chunks of features are taken as they lie in the shards, without unpacking them."""
         n = len(self._columns.keys)
         filters = row_filters(self._what, (n, *self._shape), self._dtype)
@@ -129,6 +132,8 @@ class _Export:
                 with opened(path) as source:
                     self._check_keys(source, path, at)
                     copy(source[self._what], self._located.positions[at], target, at)
+                if sink.error is not None:  # the rest would be written to nowhere
+                    return
                 advance(len(at))
 
     def _by_shard(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -180,13 +185,13 @@ def _copy_values(source: Any, positions: np.ndarray, target: Any, at: np.ndarray
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[h5py.File]:
+def _written(path: Path) -> Iterator[tuple[h5py.File, _Sink]]:
     """Give a new HDF5 file whose disk may fill up: HDF5 would crash the process at its end, so it is not told."""
     storage.about_to("create", path)
     with path.open("x+b", buffering=0) as raw:
         sink = _Sink(raw, lambda: storage.about_to("write", path))
         with h5_in(sink) as file:
-            yield file
+            yield file, sink
         if sink.error is not None:
             raise sink.error
 
@@ -211,7 +216,11 @@ class _Sink(io.RawIOBase):
         return size
 
     def readinto(self, buffer: Any, /) -> int:
-        return self._file.readinto(buffer)
+        size = self._file.readinto(buffer) or 0
+        if self.error is not None:  # what was not written reads as zeros, not as whatever the memory held
+            memoryview(buffer)[size:] = bytes(len(buffer) - size)
+            return len(buffer)
+        return size
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         return self._file.seek(offset, whence)
