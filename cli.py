@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipeline.commands.cache import cache_app
+from pipeline.commands.heads import train_head
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
@@ -28,7 +29,6 @@ from pipeline.commands.shared import (
     WeightsOption,
     exit_for_bad,
     feature_choice,
-    features_command,
     finish,
     open_dataset,
     opened,
@@ -43,6 +43,7 @@ app = typer.Typer(
 app.add_typer(cache_app, name="cache")
 runs_app = typer.Typer(help="Look at the trained heads.", rich_markup_mode=None)
 app.add_typer(runs_app, name="runs")
+app.command("train-head")(train_head)
 
 _DATA_DIR = Path(__file__).parent / "data"
 
@@ -117,74 +118,6 @@ def features(
 
 
 _FEATURE_LINES = ("images_per_second", "space", "bytes_per_row", "weights", "precision")
-
-
-@app.command("train-head")
-def train_head(
-    context: typer.Context,
-    head: Annotated[Literal["flatten", "gap", "logreg"], typer.Option(help="Which head to train.")] = "gap",
-    dataset: DatasetOption = "digits",
-    archive: ArchiveOption = None,
-    image_root: ImageRootOption = None,
-    limit: LimitOption = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows.  [default: 50]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step.  [default: 64]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Adam's step.  [default: 0.001]")] = None,
-    hidden: Annotated[
-        int | None, typer.Option(help="Units of the hidden layer.  [default: flatten 256, gap 64]")
-    ] = None,
-    dropout: Annotated[
-        float | None, typer.Option(help="Share dropped before the softmax.  [default: flatten 0.5, gap 0]")
-    ] = None,
-    normalize: Annotated[
-        bool | None, typer.Option(help="Normalise each channel by the training rows.  [default: normalize]")
-    ] = None,
-    patience: Annotated[
-        int | None, typer.Option(help="Stop after N epochs without a better validation loss; 0: never.  [default: 0]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the first weights, the order and dropout.  [default: 0]")] = None,
-    c: Annotated[
-        float | None, typer.Option("--C", help="logreg: inverse strength of the penalty.  [default: 1]")
-    ] = None,
-    max_iter: Annotated[int | None, typer.Option(help="logreg: iterations at most.  [default: 1000]")] = None,
-    weights: WeightsOption = "auto",
-    layer: LayerOption = None,
-    precision: PrecisionOption = "auto",
-    storage: StorageOption = "auto",
-    space: SpaceOption = None,
-    fit: FitOption = None,
-    max_pixels: MaxPixelsOption = MAX_PIXELS,
-    max_bad: MaxBadOption = 0.0,
-    as_json: JsonOption = False,
-) -> None:
-    """Train a head from the cache. Computes no feature."""
-    from pipeline.spec import HeadSpec
-    from pipeline.train import train_head as train
-
-    spec = HeadSpec.make(
-        head,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        hidden=hidden,
-        dropout=dropout,
-        normalize=normalize,
-        patience=patience,
-        seed=seed,
-        C=c,
-        max_iter=max_iter,
-    )
-    with opened(context) as workspace:
-        images = open_dataset(workspace, context)
-        run = train(images, workspace, feature_choice(context), spec, max_pixels, features_command(context))
-    finish(run.summary, as_json, _HEAD_LINES, note=f"kept in {run.path}")
-    exit_for_bad(run.quarantined, len(images), max_bad)
-
-
-_HEAD_LINES = (
-    "run", "accuracy", "val_accuracy", "train_rows", "val_rows", "test_rows", "classes", "epochs",
-    "seconds", "weights", "precision",
-)  # fmt: skip
 
 
 @runs_app.command("ls")

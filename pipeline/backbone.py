@@ -71,6 +71,7 @@ def import_keras() -> Any:
         import keras
         import tensorflow as tf
 
+    tf.get_logger().setLevel("ERROR")  # several small models in one process make it warn of retracing
     # A keras.json in somebody's home must not decide what a feature is.
     keras.config.set_floatx("float32")
     keras.config.set_image_data_format("channels_last")

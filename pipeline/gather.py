@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
-from pipeline.dataset import Dataset, Split, assign
+from pipeline.dataset import Dataset, Split, assign, groups
 from pipeline.errors import DatasetError, MissingRowsError
 from pipeline.extract import (
     FeatureChoice,
@@ -36,10 +37,22 @@ class Material:
     split: Split
     space: FeatureSpace
     quarantined: list[Quarantined]
+    groups: np.ndarray  # (m,) int64, alike for images that must stay together
 
     def members(self, side: str) -> np.ndarray:
         """Return positions in `keys` of the images on one side."""
         return np.flatnonzero(self.split.sides[self.usable] == side)
+
+    def labels(self, members: np.ndarray) -> np.ndarray:
+        """Return the labels of the images at these positions in `keys`."""
+        return self.dataset.labels[self.usable[members]]
+
+    def digest(self) -> str:
+        """Return a hash of which rows there are, of which space, under which labels and on which sides."""
+        found = hashlib.sha256(self.space.spec.fingerprint().encode() + b"".join(self.keys))
+        found.update(self.dataset.labels[self.usable].astype("<i8").tobytes())
+        found.update(self.split.sides[self.usable].astype("<U5").tobytes())
+        return found.hexdigest()
 
 
 def gather(
@@ -77,7 +90,8 @@ def gather(
     _report_leaks(split)
     bad = name_quarantined(dataset, plan)
     keys = [key for i in usable if (key := identities.keys[i]) is not None]
-    return Material(dataset, keys, usable, split, space, bad)
+    together = groups(dataset, identities.keys)[usable]
+    return Material(dataset, keys, usable, split, space, bad, together)
 
 
 def _missing(

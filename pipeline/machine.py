@@ -37,8 +37,31 @@ def look() -> Machine:
         bfloat16=bool(flags & _BFLOAT16_FLAGS),
         gpus=gpu_count(),
         memory=memory.total,
-        available_memory=memory.available,
+        available_memory=available_memory(),
     )
+
+
+def available_memory() -> int:
+    """Return the bytes this process may still take: what the system has left, or its control group if less."""
+    import psutil
+
+    return min([psutil.virtual_memory().available, *_left_in_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+
+
+def _left_in_groups(root: Path, membership: Path) -> list[int]:
+    """Return what each control group (version 2) that this process is in, or one above it, leaves under its limit."""
+    if not membership.exists():
+        return []
+    path = next((line[3:] for line in membership.read_text().splitlines() if line.startswith("0::")), "/")
+    group, left = root / path.lstrip("/"), []
+    for folder in (group, *group.parents):
+        if (folder / "memory.max").exists() and (most := (folder / "memory.max").read_text().strip()) != "max":
+            used = int((folder / "memory.current").read_text())
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            left.append(max(0, int(most) - used + int(counts.get("inactive_file", 0))))  # a file's cache is given back
+        if folder == root:
+            break
+    return left
 
 
 def usable_cores() -> int:

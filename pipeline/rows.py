@@ -1,20 +1,25 @@
-"""Cached rows as training data: in memory when they fit, else read from the shards batch by batch."""
+"""Cached rows as training data: in memory when they fit, else read from the shards as they are needed."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 
+from pipeline import machine
 from pipeline.cache.index import Located
 from pipeline.cache.space import FeatureSpace, ShardReader
+from pipeline.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-_SHARE_OF_MEMORY = 0.5  # of what is available now; training needs room beside the rows
+_SHARE_OF_MEMORY = 0.5  # of what is available and not needed otherwise
+_AT_ONCE = 3  # parts of what is streamed that are in memory together: in use, read, being read
+_PASS_BYTES = 2**24  # read at once where rows are gone through in order
 
 
 class Rows(Protocol):
@@ -31,12 +36,16 @@ class Rows(Protocol):
 
 
 class StoredRows:
-    """Rows left on disk. One image is one chunk, so a shuffled batch reads no byte it does not need."""
+    """Rows left on disk, of which at most `room` bytes are held at any time. May be pickled and used by any thread."""
 
-    def __init__(self, reader: ShardReader, located: Located, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, reader: ShardReader, located: Located, shape: tuple[int, ...], row_bytes: int, room: int
+    ) -> None:
         self._reader = reader
         self._located = located
         self.shape = (len(located.shards), *shape)
+        self.row_bytes = row_bytes
+        self.room = room
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -44,28 +53,99 @@ class StoredRows:
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         return self._reader.read(self._located.take(indices))
 
+    def take(self, at: np.ndarray) -> StoredRows:
+        """Return the rows at these indices, still on disk."""
+        return StoredRows(self._reader, self._located.take(at), self.shape[1:], self.row_bytes, self.room)
 
-def open_rows(space: FeatureSpace, keys: Sequence[bytes], dataset: str, splits: Sequence[np.ndarray]) -> list[Rows]:
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows may be read at a time, the room being shared by those in use and those read ahead."""
+        return self.room // (_AT_ONCE * self.row_bytes)
+
+    def as_stored(self) -> np.ndarray:
+        """Return the indices (n,) in the order in which the rows lie on disk."""
+        return np.lexsort((self._located.positions, self._located.shards))
+
+
+class _Selected:
+    """Some rows of others that are in memory, not copied."""
+
+    def __init__(self, rows: Rows, at: np.ndarray) -> None:
+        self._rows = rows
+        self._at = at
+        self.shape = (len(at), *rows.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        return self._rows[self._at[indices]]
+
+
+def select(rows: Rows, at: np.ndarray) -> Rows:
+    """Return the rows at these indices, without reading or copying any."""
+    return rows.take(at) if isinstance(rows, StoredRows) else _Selected(rows, at)
+
+
+def open_rows(
+    space: FeatureSpace,
+    keys: Sequence[bytes],
+    dataset: str,
+    splits: Sequence[np.ndarray],
+    *,
+    memory: int | None = None,
+    needed: int = 0,
+) -> list[Rows]:
     """Return the rows of `dataset` ("features" or "pooled") for each split, given as indices into `keys`.
 
-    They are read into memory if all of them fit into half of what is available, which is said; pooled rows
-    always are.
-    """
-    import psutil
+    They are read into memory if all of them fit into `memory` bytes; else they stay on disk, and reading them
+    takes no more than that. By default it is half of what is available beside the `needed` bytes. It is said.
 
+    Raises
+    ------
+    UsageError
+        If `memory` holds less than a few rows.
+    """
     located = space.locate(keys)
     space.require(located)
     reader = space.reader(dataset)
     shape, dtype = reader.layout(located)
-    size = sum(map(len, splits)) * math.prod(shape) * dtype.itemsize
-    room = psutil.virtual_memory().available
-    fits = dataset == "pooled" or size <= _SHARE_OF_MEMORY * room
-    where = "read into memory" if fits else "read from disk batch by batch"
-    logger.info("%s rows, %.2f GB, are %s (%.1f GB free)", f"{sum(map(len, splits)):,}", size / 1e9, where, room / 1e9)
-    stored = [StoredRows(reader, located.take(at), shape) for at in splits]
+    row_bytes = math.prod(shape) * dtype.itemsize
+    count = sum(map(len, splits))
+    room = round(_SHARE_OF_MEMORY * max(0, machine.available_memory() - needed)) if memory is None else memory
+    fits = count * row_bytes <= room
+    if not fits and room < _AT_ONCE * row_bytes * 16:
+        raise UsageError(f"--memory {room / 1e6:,.0f} MB is less than 48 rows of {row_bytes:,} bytes take; allow more")
+    where = "read into memory" if fits else "streamed from disk"
+    logger.info("%s rows, %.2f GB, are %s (%.2f GB allowed)", f"{count:,}", count * row_bytes / 1e9, where, room / 1e9)
+    stored = [StoredRows(reader, located.take(at), shape, row_bytes, room) for at in splits]
     return [rows[np.arange(len(rows))] for rows in stored] if fits else list(stored)
 
 
-def blocks(rows: Rows, size: int = 256) -> list[np.ndarray]:
-    """Return consecutive index ranges that cover `rows`, for passes that must not hold them all."""
-    return [np.arange(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+def read_ahead(rows: Rows, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield `rows[part]` for each part in turn; of rows on disk the next part is read while one is in use."""
+    if not isinstance(rows, StoredRows):
+        yield from (rows[part] for part in parts)
+        return
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        waiting: Future[np.ndarray] | None = None
+        for part in parts:
+            following = pool.submit(rows.__getitem__, part)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
+
+
+def _row_bytes(rows: Rows) -> int:
+    return math.prod(rows.shape[1:]) * 4
+
+
+def in_order(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield indices and rows, block after block, for passes that must not hold them all."""
+    stored = isinstance(rows, StoredRows)
+    most = min(_PASS_BYTES // rows.row_bytes, rows.rows_at_once) if stored else _PASS_BYTES // _row_bytes(rows)
+    size = max(1, min(1024, most))
+    parts = [np.arange(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+    yield from zip(parts, read_ahead(rows, parts), strict=True)

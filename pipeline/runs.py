@@ -28,6 +28,8 @@ FORMAT = "icebox-run"
 VERSION = 1
 _SUMMARY = {"run", "head", "accuracy", "accuracy_interval", "val_accuracy", "seconds", "weights"}  # what is listed
 _MOST_BYTES = 2**26  # of a run.json: it lists quarantined images, a few at most
+REQUEST = "request.json"  # what was asked, in an unfinished run's folder
+_KEPT = ("checkpoint.npz", "head.json")
 _LONGEST_SLUG = 120  # file systems take names of 255 bytes; time, number and prefix are added
 
 
@@ -35,8 +37,8 @@ _LONGEST_SLUG = 120  # file systems take names of 255 bytes; time, number and pr
 def new_run(root: Path, title: str) -> Iterator[tuple[str, Path]]:
     """Give the name of a new run and a folder to fill; on leaving without an error it becomes `root/<name>`.
 
-    After an error nothing is left; after a kill a hidden ".partial-…" folder, which no reader looks at and
-    `remove_leftovers` removes.
+    After an error nothing is left, unless there is a checkpoint to go on from; after a kill a hidden
+    ".partial-…" folder, which `unfinished` lists and `reopened` takes up again.
 
     Raises
     ------
@@ -48,26 +50,103 @@ def new_run(root: Path, title: str) -> Iterator[tuple[str, Path]]:
         name, partial = _reserve(root, f"{datetime.now():%Y%m%d-%H%M%S}-{_slug(title)}")
     except OSError as error:
         raise RunError(f"no run can be written to {root}: {error}") from error
+    with alive(partial), _published(partial, root / name):
+        yield name, partial
+
+
+@contextmanager
+def reopened(root: Path, name: str) -> Iterator[tuple[str, Path]]:
+    """Give name and folder of an unfinished run, to be filled and published as with `new_run`.
+
+    Raises
+    ------
+    RunError
+        If there is no such run, it is finished, or somebody is at work on it.
+    """
+    partial = _partial(root, name)
+    if not partial.is_dir():
+        raise RunError(_not_resumable(root, name))
+    if not abandoned(partial):
+        raise RunError(f"the run {name} is being worked on by another process")
+    with alive(partial), _published(partial, root / name):
+        yield name, partial
+
+
+@contextmanager
+def _published(partial: Path, final: Path) -> Iterator[None]:
     try:
-        with alive(partial):
-            yield name, partial
-            for path in partial.iterdir():
-                storage.fsync(path)
-            storage.publish(partial, root / name)
+        yield
+        storage.remove(partial / REQUEST)  # run.json says it from now on
+        for path in partial.rglob("*"):
+            storage.fsync(path)
+        storage.publish(partial, final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not _can_resume(partial):
+            shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def remove_leftovers(root: Path, *, dry_run: bool = False) -> tuple[list[Path], int]:
-    """Remove the folders of runs that were killed; return them and their bytes."""
+def read_request(root: Path, name: str) -> dict[str, Any]:
+    """Return what was asked of the unfinished run `name`. Raises RunError."""
+    path = _partial(root, name) / REQUEST
+    try:
+        return json.loads(storage.read_small(path, _MOST_BYTES))
+    except FileNotFoundError:
+        raise RunError(_not_resumable(root, name)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read ({error}); remove its folder and train anew") from error
+
+
+def unfinished(root: Path) -> list[str]:
+    """Return the names of the runs that were stopped and can be resumed, the oldest first."""
+    found = [name.removeprefix(storage.PARTIAL_PREFIX) for name in storage.folders(root) if storage.is_partial(name)]
+    return [name for name in found if _can_resume(_partial(root, name)) and abandoned(_partial(root, name))]
+
+
+def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> tuple[list[Path], int]:
+    """Remove the folders of killed runs, of `resumable` ones only if so asked; return them and their bytes."""
     found = [root / name for name in storage.folders(root) if storage.is_partial(name)]
-    dead = [folder for folder in found if abandoned(folder)]
+    dead = [folder for folder in found if abandoned(folder) and (resumable or not _can_resume(folder))]
     size = sum(path.stat().st_size for folder in dead for path in folder.rglob("*") if path.is_file())
     for folder in dead:
         if not dry_run:
             shutil.rmtree(folder)
     return dead, size
+
+
+def find_run(root: Path, name: str) -> Path:
+    """Return the folder of the run `name`: a name in `runs ls`, a path, or "latest". Raises RunError."""
+    if name == "latest":
+        names = sorted(path.parent.name for path in root.glob("[!.]*/run.json"))
+        if not names:
+            raise RunError(f"there are no runs in {root}; `train-head` makes them")
+        return root / names[-1]
+    for folder in (root / name, Path(name)):
+        if name and (folder / "run.json").exists():
+            return folder
+    raise RunError(f"no run named {name!r} in {root}; `runs ls` lists them")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return the content of run.json in a run's folder. Raises RunError."""
+    return _read_about(folder / "run.json")
+
+
+def _partial(root: Path, name: str) -> Path:
+    if name != _slug(name):
+        raise RunError(_not_resumable(root, name))
+    return root / f"{storage.PARTIAL_PREFIX}{name}"
+
+
+def _can_resume(folder: Path) -> bool:
+    """Return whether work would be lost with the folder: a checkpoint, or a whole head of several."""
+    return (folder / REQUEST).exists() and any(True for name in _KEPT for _ in folder.rglob(name))
+
+
+def _not_resumable(root: Path, name: str) -> str:
+    if (root / name / "run.json").exists():
+        return f"the run {name} is finished; `evaluate` measures it"
+    return f"no run named {name!r} can be resumed; there are: {', '.join(unfinished(root)) or 'none'}"
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:
@@ -109,9 +188,9 @@ def _whole(about: Any) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON."""
+    """Write readable JSON, the whole file or none."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name's odd byte, as JSON spells it
+    storage.write_whole(path, text.encode("utf-8", "backslashreplace"))  # a file name's odd byte, as JSON spells it
 
 
 @dataclass(frozen=True)
@@ -136,6 +215,14 @@ def write_predictions(path: Path, parts: Sequence[Predictions], classes: Sequenc
                 writer.writerow([name, part.split, classes[label], classes[guess], shares[guess], *shares])
 
 
+def write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Write a CSV with a line for each entry."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(history[0]))
+        writer.writeheader()
+        writer.writerows(history)
+
+
 def draw_curves(path: Path, history: Sequence[Mapping[str, float]], x: str, title: str) -> None:
     """Draw loss and accuracy of training and validation over `x`, a key of each entry of `history`."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
@@ -149,7 +236,10 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, float]], x: str, titl
                 values = [entry[key] for entry in history]
                 axis.plot([entry[x] for entry in history], values, marker="." if len(values) < 30 else "", label=label)
         axis.set(xlabel=x.replace("_", " "), ylabel=kind)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        if x == "C":
+            axis.set_xscale("log")
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(title.encode("utf-8", "backslashreplace").decode(), parse_math=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -115,20 +115,51 @@ class FeatureRequest:
 
 
 # What each head can be told, with its defaults. A setting that is not listed for a head is refused.
-_DENSE = {
+_DENSE: dict[str, Any] = {
     "epochs": 50,
     "batch_size": 64,
+    "optimizer": "adam",
     "learning_rate": 1e-3,
+    "schedule": "constant",
+    "weight_decay": 0.0,
+    "label_smoothing": 0.0,
+    "class_weight": "none",
     "patience": 0,
     "normalize": True,
     "seed": 0,
 }
+C_PATH = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HEAD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "flatten": {**_DENSE, "hidden": 256, "dropout": 0.5},
-    "gap": {**_DENSE, "hidden": 64, "dropout": 0.0},
-    "logreg": {"C": 1.0, "max_iter": 1000},
+    "flatten": {**_DENSE, "hidden": (256,), "dropout": 0.5},
+    "gap": {**_DENSE, "hidden": (64,), "dropout": 0.0},
+    "logreg": {"C": C_PATH, "select": "val", "class_weight": "none", "calibrate": True, "max_iter": 1000},
 }
 HEADS = tuple(HEAD_DEFAULTS)
+
+# (smallest, largest) legal value of each numeric setting, of each of its values if it takes several; inclusive.
+_RANGES: dict[str, tuple[float, float]] = {
+    "epochs": (1, 1_000_000),
+    "batch_size": (1, 65_536),
+    "learning_rate": (1e-12, 1e3),
+    "weight_decay": (0.0, 1e3),
+    "label_smoothing": (0.0, 0.99),
+    "patience": (0, 1_000_000),
+    "seed": (0, 2**32 - 1),
+    "hidden": (1, 65_536),
+    "dropout": (0.0, 0.99),
+    "C": (1e-12, 1e12),
+    "max_iter": (1, 1_000_000),
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "optimizer": ("adam", "sgd", "adagrad", "rmsprop"),
+    "schedule": ("constant", "cosine", "linear"),
+    "class_weight": ("none", "balanced"),
+    "select": ("val", "cv"),
+}
+_MOST_VALUES = 32  # hidden layers, or values of C
+_WHOLE = {"epochs", "batch_size", "patience", "seed", "hidden", "max_iter"}
+_YES_OR_NO = {"normalize", "calibrate"}
+_SEVERAL = {"hidden": "none", "C": None}  # how none at all is spelt, where that is legal
 
 
 @dataclass(frozen=True)
@@ -142,6 +173,8 @@ class HeadSpec:
     def make(cls, head: str, **given: Any) -> Self:
         """Return the spec of `head` with `given` over its defaults; None means 'not given'.
 
+        A value may be what `to_dict` gives or the text of it as on the command line: "256,128", "1e-3".
+
         Raises
         ------
         UsageError
@@ -154,35 +187,54 @@ class HeadSpec:
         if foreign := sorted(set(stated) - set(defaults)):
             has = ", ".join(defaults)
             raise UsageError(f"the {head} head has no {', '.join(foreign)}; its settings are {has}")
-        settings = {**defaults, **stated}
-        for name, value in settings.items():
-            _check_setting(name, value)
-        return cls(head, settings)
+        return cls(head, {**defaults, **{name: _setting(name, value) for name, value in stated.items()}})
 
     def to_dict(self) -> dict[str, Any]:
         """Return {"head": …} and the settings as plain JSON values."""
-        return {"head": self.head, **self.settings}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.settings.items()}
+        return {"head": self.head, **plain}
 
 
-# (smallest, largest) legal value of each numeric setting; bounds are inclusive.
-_RANGES: dict[str, tuple[float, float]] = {
-    "epochs": (1, 1_000_000),
-    "batch_size": (1, 65_536),
-    "learning_rate": (1e-12, 1e3),
-    "patience": (0, 1_000_000),
-    "seed": (0, 2**32 - 1),
-    "hidden": (1, 65_536),
-    "dropout": (0.0, 0.99),
-    "C": (1e-12, 1e12),
-    "max_iter": (1, 1_000_000),
-}
+def _setting(name: str, value: Any) -> Any:
+    """Return a setting in its own type, checked. Raises UsageError."""
+    if name in CHOICES:
+        if value not in CHOICES[name]:
+            raise UsageError(f"{_option(name)} must be one of {', '.join(CHOICES[name])}, found {str(value)!r:.60}")
+        return value
+    if name in _YES_OR_NO:
+        return _flag(name, value)
+    if name not in _SEVERAL:
+        return _number(name, value)
+    if isinstance(value, str):
+        value = [] if value == _SEVERAL[name] else value.split(",")
+    values = tuple(_number(name, each) for each in (value if isinstance(value, Sequence) else [value]))
+    if len(values) > _MOST_VALUES or not (values or _SEVERAL[name]):
+        raise UsageError(f"{_option(name)} takes 1 to {_MOST_VALUES} values, found {len(values)}")
+    return tuple(sorted(set(values))) if name == "C" else values
 
 
-def _check_setting(name: str, value: Any) -> None:
-    if name in _RANGES:
-        low, high = _RANGES[name]
-        if not low <= value <= high:
-            raise UsageError(f"--{name.replace('_', '-')} must lie in {low:g} … {high:g}, found {value:g}")
+def _flag(name: str, value: Any) -> bool:
+    known = {"true": True, "false": False, True: True, False: False}
+    if value not in known:
+        raise UsageError(f"{_option(name)} must be true or false, found {str(value)!r:.60}")
+    return known[value]
+
+
+def _number(name: str, value: Any) -> int | float:
+    low, high = _RANGES[name]
+    try:
+        number = int(value) if name in _WHOLE else float(value)
+        legal = low <= number <= high and not isinstance(value, bool) and number == float(value)
+    except (TypeError, ValueError, OverflowError):
+        legal, number = False, 0
+    if not legal:
+        kind = "a whole number" if name in _WHOLE else "a number"
+        raise UsageError(f"{_option(name)} must be {kind} in {low:g} … {high:g}, found {str(value)!r:.60}")
+    return number
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, build, carries_alone, cut
-from pipeline.heads import build as build_head
+from pipeline.heads.dense import build as build_head
 from pipeline.spec import HeadSpec
 
 

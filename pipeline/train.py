@@ -1,10 +1,10 @@
-"""Stage two: a head trained from the cache. Computes no feature."""
+"""Stage two: a head trained from the cache, measured, and published as a run. Computes no feature."""
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,17 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import heads, runs
+from pipeline import heads, runs, tracking
+from pipeline.asked import Asked
+from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
-from pipeline.errors import DatasetError, RunError
+from pipeline.errors import RunError
 from pipeline.evaluate import evaluate
-from pipeline.extract import FeatureChoice, Quarantined, warn_untrained
-from pipeline.gather import SPLITS, Material, gather
-from pipeline.rows import Rows, open_rows
-from pipeline.spec import HeadSpec
+from pipeline.extract import Quarantined
+from pipeline.fitting import Outcome, fit_asked
+from pipeline.gather import Material, gather
+from pipeline.prepare import Prepared, prepared
+from pipeline.rows import Rows
 from pipeline.workspace import Workspace
-
-logger = logging.getLogger(__name__)
 
 _MOST_DIFFERENCE = 1e-5  # between the probabilities of a head in memory and the same one read back
 
@@ -38,14 +39,9 @@ class HeadRun:
 
 
 def train_head(
-    dataset: Dataset,
-    workspace: Workspace,
-    choice: FeatureChoice,
-    spec: HeadSpec,
-    max_pixels: int,
-    features_command: str,
+    dataset: Dataset, workspace: Workspace, asked: Asked, features_command: str, *, resume: str | None = None
 ) -> HeadRun:
-    """Train, measure and save one head from cached rows; publish it as a run.
+    """Train, measure and save what was asked for from cached rows; publish it. `resume` names an unfinished run.
 
     Raises
     ------
@@ -54,94 +50,75 @@ def train_head(
     DatasetError
         If a split has no image, or there is only one class to learn.
     RunError
-        If the saved head, read back, does not say what it said before.
+        If the saved head, read back, does not say what it said before, or what is to be resumed has changed.
     """
     start = time.perf_counter()
-    material = gather(dataset, workspace, choice, max_pixels, features_command)
-    members = [material.members(side) for side in SPLITS]
-    labels = [dataset.labels[material.usable[at]] for at in members]
-    _check_splits(dataset, labels)
-    warn_untrained(material.space.spec)
-    with material.space.reading():  # `gc` waits
-        return _train(material, workspace, spec, members, labels, start)
-
-
-def _train(
-    material: Material,
-    workspace: Workspace,
-    spec: HeadSpec,
-    members: Sequence[np.ndarray],
-    labels: Sequence[np.ndarray],
-    start: float,
-) -> HeadRun:
-    dataset = material.dataset
-    rows = open_rows(material.space, material.keys, heads.READS[spec.head], members)
-    data = heads.Data(rows[0], labels[0], rows[1], labels[1], len(dataset.classes))
-    unit = "fits" if spec.head == "logreg" else "epochs"
-    with runs.new_run(workspace.runs, f"{dataset.name}-{spec.head}") as (name, directory):
-        with workspace.progress(f"training {spec.head}", heads.steps(spec), unit) as advance:
-            fitted = heads.fit(spec, data, advance)
-        predictions = [
-            _predict(fitted.head, material, side, at, some)
-            for side, at, some in zip(SPLITS[1:], members[1:], rows[1:], strict=True)
-        ]
-        summary = _summary(name, spec, material, fitted, predictions, labels)
-        summary["seconds"] = round(time.perf_counter() - start, 3)
-        _write(directory, summary, spec, material, fitted, predictions)
-        _check_saved(directory, rows[1], predictions[0].probabilities)
+    if asked.tensorboard:
+        tracking.require_tensorboard()
+    material = gather(dataset, workspace, asked.features, asked.max_pixels, features_command)
+    with (
+        prepared(material, [asked.head], asked.memory, asked.folds) as ready,
+        _run(workspace, asked, material, resume) as (name, directory),
+    ):
+        outcome = fit_asked(ready, asked, directory, workspace.progress)
+        summary = write_run(directory, name, ready, asked, outcome, time.perf_counter() - start)
     return HeadRun(name, workspace.runs / name, summary, material.quarantined)
 
 
-def _check_splits(dataset: Dataset, labels: Sequence[np.ndarray]) -> None:
-    counts = {side: len(some) for side, some in zip(SPLITS, labels, strict=True)}
-    if empty := [side for side, count in counts.items() if count == 0]:
-        found = ", ".join(f"{side} {count}" for side, count in counts.items())
-        raise DatasetError(
-            f"no images to {' or '.join(_USES[side] for side in empty)} ({found}); add images, or bring your own split"
+@contextmanager
+def _run(workspace: Workspace, asked: Asked, material: Material, resume: str | None) -> Iterator[tuple[str, Path]]:
+    """Give name and folder of the run: a new one, or the one to go on with if its rows are still the same."""
+    if resume is None:
+        with runs.new_run(workspace.runs, f"{material.dataset.name}-{asked.head.head}") as (name, directory):
+            runs.write_json(directory / runs.REQUEST, {"asked": asked.to_dict(), "material": material.digest()})
+            yield name, directory
+        return
+    if runs.read_request(workspace.runs, resume).get("material") != material.digest():
+        raise RunError(
+            f"the images, labels, splits or features of {resume} are no longer those it began with; train anew"
         )
-    learnable = np.unique(labels[0])
-    if len(learnable) < 2:
-        raise DatasetError(
-            f"the training images show one class only ({dataset.classes[learnable[0]]}); a classifier needs two"
-        )
-    if absent := sorted(set(range(len(dataset.classes))) - set(learnable.tolist())):
-        names = ", ".join(dataset.classes[i] for i in absent[:5])
-        logger.warning("%d classes have no training image and cannot be learned: %s", len(absent), names)
+    with runs.reopened(workspace.runs, resume) as found:
+        yield found
 
 
-_USES = {"train": "train on", "val": "validate on", "test": "test on"}
-
-
-def _predict(head: heads.Head, material: Material, side: str, at: np.ndarray, rows: Rows) -> runs.Predictions:
-    images = material.usable[at]
-    names = [material.dataset.names[int(i)] for i in images]
-    return runs.Predictions(side, names, material.dataset.labels[images], head.predict(rows))
+def write_run(
+    directory: Path, name: str, ready: Prepared, asked: Asked, outcome: Outcome, seconds: float
+) -> dict[str, Any]:
+    """Write everything of a run into its folder, check the saved head, and return the summary."""
+    predictions = [
+        ready.predictions("val", outcome.val_members, outcome.val),
+        ready.predictions("test", ready.members["test"], outcome.test),
+    ]
+    summary = _summary(name, asked, ready, outcome, predictions)
+    summary["seconds"] = round(seconds, 3)
+    _write(directory, summary, asked, ready.material, outcome.fitted, predictions)
+    _check_saved(directory, ready.rows["test"], outcome.test)
+    Checkpoint(directory).remove()
+    return summary
 
 
 def _summary(
-    name: str,
-    spec: HeadSpec,
-    material: Material,
-    fitted: heads.Fitted,
-    predictions: Sequence[runs.Predictions],
-    labels: Sequence[np.ndarray],
+    name: str, asked: Asked, ready: Prepared, outcome: Outcome, predictions: Sequence[runs.Predictions]
 ) -> dict[str, Any]:
-    classes = material.dataset.classes
-    val, test = (evaluate(part.labels, part.probabilities, classes) for part in predictions)
+    material, fitted = ready.material, outcome.fitted
+    val, test = (evaluate(part.labels, part.probabilities, material.dataset.classes) for part in predictions)
     return {
         "run": name,
-        "head": spec.head,
+        "head": asked.head.head,
         "stage": "head",
         "accuracy": test["accuracy"],
         "accuracy_interval": test["accuracy_interval"],
         "val_accuracy": val["accuracy"],
-        "train_rows": len(labels[0]),
-        "val_rows": len(labels[1]),
-        "test_rows": len(labels[2]),
-        "classes": len(classes),
+        "val_accuracy_interval": val["accuracy_interval"],
+        "train_rows": len(ready.members["train"]),
+        "val_rows": len(outcome.val_members),
+        "test_rows": len(ready.members["test"]),
+        "classes": ready.classes,
+        "folds": asked.folds,
         "parameters": fitted.head.parameters,
         "epochs": len(fitted.history) if fitted.x == "epoch" else None,
         "seconds_per_epoch": fitted.seconds_per_epoch,
+        **fitted.facts,
         "features_computed": 0,
         "copies_across_splits": material.split.crossing,
         "groups_across_splits": material.split.crossing_groups,
@@ -156,7 +133,7 @@ def _summary(
 def _write(
     directory: Path,
     summary: dict[str, Any],
-    spec: HeadSpec,
+    asked: Asked,
     material: Material,
     fitted: heads.Fitted,
     predictions: Sequence[runs.Predictions],
@@ -170,16 +147,18 @@ def _write(
         "classes": list(dataset.classes),
         "features": material.space.spec.to_dict(),
         "made_by": material.space.provenance,
-        "head": spec.to_dict(),
+        "head": asked.head.to_dict(),
+        "asked": asked.to_dict(),
         "summary": summary,
     }
     metrics = {part.split: evaluate(part.labels, part.probabilities, dataset.classes) for part in predictions}
     runs.write_json(directory / "run.json", about)
     runs.write_json(directory / "metrics.json", metrics)
     runs.write_json(directory / "history.json", fitted.history)
+    runs.write_history(directory / "history.csv", fitted.history)
     runs.write_json(directory / "quarantined.json", [asdict(bad) for bad in material.quarantined])
     runs.write_predictions(directory / "predictions.csv", predictions, dataset.classes)
-    runs.draw_curves(directory / "curves.png", fitted.history, fitted.x, f"{spec.head} on {dataset.name}")
+    runs.draw_curves(directory / "curves.png", fitted.history, fitted.x, f"{asked.head.head} on {dataset.name}")
     fitted.head.save(directory)
 
 

@@ -125,7 +125,7 @@ def test_untrained_weights_are_the_seeds_and_differ_between_seeds(whole: Any) ->
 
 
 def test_a_head_on_the_cached_row_is_the_full_model_on_the_image(whole: Any, pixels: np.ndarray) -> None:
-    from pipeline.heads import build as build_head
+    from pipeline.heads.dense import build as build_head
 
     row, pooled = FrozenBackbone(SPEC, None, batch_size=4)(pixels[:4])
     on_tensor = build_head(HeadSpec.make("gap"), (8, 8, 2048), 5)

@@ -19,17 +19,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pipeline import heads
+from pipeline.batches import Shuffled
 from pipeline.errors import RunError
-from pipeline.heads import READS, Data, Fitted, build, channel_statistics, fit, load
+from pipeline.heads import READS, Data, Fitted, Watch, fit, load
+from pipeline.heads.dense import DenseHead, _set_normalization, build, channel_statistics
 from pipeline.spec import HEADS, HeadSpec
 
 SHAPES = {"flatten": (2, 2, 8), "gap": (8,), "logreg": (8,)}
 DTYPES = {"flatten": np.float16, "gap": np.float32, "logreg": np.float32}  # as the cache stores them
 COLUMNS = ("loss", "accuracy", "val_loss", "val_accuracy")
-
-
-def quiet(_: int) -> None:
-    pass
 
 
 def separable(head: str, n: int, seed: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +51,7 @@ def make(head: str, **settings: Any) -> HeadSpec:
 @pytest.fixture(scope="module", params=HEADS)
 def fitted(request: pytest.FixtureRequest) -> tuple[str, Fitted]:
     """Each head, trained once; tests only read it."""
-    return request.param, fit(make(request.param), material(request.param), quiet)
+    return request.param, fit(make(request.param), material(request.param), Watch())
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder with a saved `gap` head and one with a saved `logreg` head."""
     folders = {head: tmp_path_factory.mktemp(head) for head in ("gap", "logreg")}
     for head, folder in folders.items():
-        fit(make(head), material(head), quiet).head.save(folder)
+        fit(make(head), material(head), Watch()).head.save(folder)
     return folders
 
 
@@ -74,7 +72,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 )
 def test_the_heads_have_the_sizes_the_design_states(head: str, shape: tuple[int, ...], parameters: int) -> None:
     spec = HeadSpec.make(head)
-    assert heads.DenseHead(build(spec, shape, 10), spec).parameters == parameters
+    assert DenseHead(build(spec, shape, 10), spec).parameters == parameters
 
 
 def test_parameters_of_a_regression_are_coefficients_and_intercepts(fitted: tuple[str, Fitted]) -> None:
@@ -88,13 +86,13 @@ def test_gap_says_the_same_of_full_tensors_and_of_their_means() -> None:
     tensors = rng.random((20, 4, 4, 8), np.float32)
     spec = HeadSpec.make("gap")
     on_tensors, on_means = build(spec, (4, 4, 8), 3), build(spec, (8,), 3)
-    heads._set_normalization(on_means.get_layer("normalize"), tensors.mean(axis=(1, 2)))
+    _set_normalization(on_means.get_layer("normalize"), tensors.mean(axis=(1, 2)))
     on_tensors.set_weights(on_means.get_weights())
     for model in (on_tensors, on_means):
         model.get_layer("normalize").finalize_state()
-    said = heads.DenseHead(on_tensors, spec).predict(tensors)
+    said = DenseHead(on_tensors, spec).predict(tensors)
     assert said.std(axis=0).min() > 1e-3  # the answers do depend on the rows
-    assert np.allclose(said, heads.DenseHead(on_means, spec).predict(tensors.mean(axis=(1, 2))), atol=1e-6)
+    assert np.allclose(said, DenseHead(on_means, spec).predict(tensors.mean(axis=(1, 2))), atol=1e-6)
 
 
 # Normalisation
@@ -119,7 +117,7 @@ def test_channel_statistics_do_not_cancel_digits() -> None:
 def test_normalisation_is_learned_from_the_training_rows_alone() -> None:
     train, labels = separable("gap", 90, 1)
     strange, strange_labels = separable("gap", 30, 2)
-    done = fit(make("gap", epochs=1), Data(train, labels, strange * 50 + 7, strange_labels, 3), quiet)
+    done = fit(make("gap", epochs=1), Data(train, labels, strange * 50 + 7, strange_labels, 3), Watch())
     layer = done.head.model.get_layer("normalize")  # pyright: ignore[reportAttributeAccessIssue]
     mean, variance = (np.asarray(weight).ravel() for weight in layer.get_weights()[:2])
     assert np.allclose(mean, train.mean(axis=0, dtype=np.float64), rtol=1e-6)
@@ -129,7 +127,7 @@ def test_normalisation_is_learned_from_the_training_rows_alone() -> None:
 def test_normalisation_acts_on_what_the_hidden_layer_sees() -> None:
     """The layer is given its weights after it was built: they must not just be stored."""
     train, labels = separable("gap", 90, 1)
-    done = fit(make("gap", epochs=1), Data(train * 20 + 100, labels, train, labels, 3), quiet)
+    done = fit(make("gap", epochs=1), Data(train * 20 + 100, labels, train, labels, 3), Watch())
     model: Any = done.head.model  # pyright: ignore[reportAttributeAccessIssue]
     seen = np.asarray(model.get_layer("normalize")(train * 20 + 100))
     assert np.allclose(seen.mean(axis=0), 0, atol=1e-4)
@@ -139,7 +137,7 @@ def test_normalisation_acts_on_what_the_hidden_layer_sees() -> None:
 def test_a_channel_of_a_flattened_tensor_has_variance_one_over_all_its_places() -> None:
     tensors = np.random.default_rng(3).normal(5, 3, (200, 2, 4, 6)).astype(np.float16)
     labels = np.arange(200) % 3
-    done = fit(make("flatten", epochs=1), Data(tensors, labels, tensors, labels, 3), quiet)
+    done = fit(make("flatten", epochs=1), Data(tensors, labels, tensors, labels, 3), Watch())
     layer: Any = done.head.model.get_layer("normalize")  # pyright: ignore[reportAttributeAccessIssue]
     energy = (np.asarray(layer(tensors), np.float64) ** 2).sum(axis=(1, 2)).mean(axis=0)
     assert np.allclose(energy, 1, rtol=0.01)
@@ -148,7 +146,7 @@ def test_a_channel_of_a_flattened_tensor_has_variance_one_over_all_its_places() 
 def test_a_channel_dead_in_training_does_not_blow_up() -> None:
     train, labels = separable("gap", 90, 1)
     train[:, 7] = 0.25
-    done = fit(make("gap"), Data(train, labels, *separable("gap", 30, 2), 3), quiet)
+    done = fit(make("gap"), Data(train, labels, *separable("gap", 30, 2), 3), Watch())
     model: Any = done.head.model  # pyright: ignore[reportAttributeAccessIssue]
     stirred = train + np.float32(0.01)
     change = np.asarray(model.get_layer("normalize")(stirred)) - np.asarray(model.get_layer("normalize")(train))
@@ -169,13 +167,13 @@ def test_without_normalisation_there_is_no_such_layer(head: str) -> None:
 
 
 def test_a_head_without_normalisation_learns_too() -> None:
-    done = fit(make("gap", normalize=False, epochs=12), material("gap"), quiet)
+    done = fit(make("gap", normalize=False, epochs=12), material("gap"), Watch())
     assert done.history[-1]["val_accuracy"] > 0.95
 
 
 def test_the_scaler_of_the_regression_sees_the_training_rows_alone() -> None:
     train, labels = separable("logreg", 90, 1)
-    done = fit(make("logreg"), Data(train, labels, train * 50 + 7, labels, 3), quiet)
+    done = fit(make("logreg"), Data(train, labels, train * 50 + 7, labels, 3), Watch())
     scaler = done.head.pipeline[0]  # pyright: ignore[reportAttributeAccessIssue]
     assert np.allclose(scaler.mean_, train.mean(axis=0, dtype=np.float64))
     assert np.allclose(scaler.var_, train.var(axis=0, dtype=np.float64))
@@ -193,9 +191,9 @@ def test_every_head_learns_a_separable_problem(fitted: tuple[str, Fitted]) -> No
 def test_the_history_has_an_entry_for_each_epoch_or_fit(fitted: tuple[str, Fitted]) -> None:
     head, done = fitted
     if head == "logreg":
-        assert done.x == "train_rows"
-        assert [entry["train_rows"] for entry in done.history] == [9, 22, 45, 90]
-        assert all(entry.keys() == {"train_rows", "accuracy", "val_accuracy"} for entry in done.history)
+        assert done.x == "C"
+        assert [entry["C"] for entry in done.history] == [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 10]
+        assert all(entry.keys() == {"C", *COLUMNS, "iterations", "converged", "temperature"} for entry in done.history)
         assert done.seconds_per_epoch is None
     else:
         assert done.x == "epoch"
@@ -203,28 +201,28 @@ def test_the_history_has_an_entry_for_each_epoch_or_fit(fitted: tuple[str, Fitte
         assert all(entry.keys() == {"epoch", *COLUMNS} for entry in done.history)
         assert done.seconds_per_epoch is not None
         assert 0 < done.seconds_per_epoch < 60
-    assert all(type(value) in (int, float) for entry in done.history for value in entry.values())
+    assert all(type(value) in (int, float, bool) for entry in done.history for value in entry.values())
 
 
 def test_the_history_says_of_validation_what_the_head_says(fitted: tuple[str, Fitted]) -> None:
     head, done = fitted
     data = material(head)
     said = done.head.predict(data.val)
-    assert done.history[-1]["val_accuracy"] == pytest.approx((said.argmax(axis=1) == data.val_labels).mean())
-    if head != "logreg":
-        assert done.history[-1]["val_loss"] == pytest.approx(cross_entropy(said, data.val_labels), rel=1e-3)
+    best = min(done.history, key=lambda entry: entry["val_loss"])
+    assert best["val_accuracy"] == pytest.approx((said.argmax(axis=1) == data.val_labels).mean())
+    assert best["val_loss"] == pytest.approx(cross_entropy(said, data.val_labels), rel=1e-3, abs=1e-6)
 
 
 def test_progress_advances_once_for_each_step(fitted: tuple[str, Fitted]) -> None:
     head, _ = fitted
     steps: list[int] = []
-    fit(make(head), material(head), steps.append)
-    assert steps == [1] * heads.steps(make(head)) == [1] * 4
+    fit(make(head), material(head), Watch(steps.append))
+    assert steps == [1] * heads.steps(make(head)) == [1] * (7 if head == "logreg" else 4)
 
 
 def test_a_seed_decides_the_training() -> None:
     def train(seed: int) -> tuple[list[dict[str, float]], list[np.ndarray]]:
-        done = fit(make("flatten", epochs=2, hidden=16, seed=seed), material("flatten"), quiet)
+        done = fit(make("flatten", epochs=2, hidden=16, seed=seed), material("flatten"), Watch())
         return done.history, done.head.model.get_weights()  # pyright: ignore[reportAttributeAccessIssue]
 
     (once, first), (again, second), (other, third) = train(5), train(5), train(6)
@@ -250,29 +248,24 @@ class Watched:
         return self.rows[indices]
 
 
-def epochs_of(batches: Any, count: int) -> list[list[np.ndarray]]:
-    found = []
-    for _ in range(count):
-        found.append([batches[i] for i in range(len(batches))])
-        batches.on_epoch_end()
-    return found
-
-
 def test_every_epoch_visits_each_row_once_in_an_order_of_its_own() -> None:
     rows, labels = np.arange(50)[:, None], np.arange(50) * 2
-    epochs = epochs_of(heads._batches(rows, labels, 16, 7), 3)
+    batches = Shuffled(rows, labels, 16, 7)
+    epochs = [list(batches.epoch(number)) for number in (1, 2, 3)]
     orders = [np.concatenate([x[:, 0] for x, _ in epoch]).tolist() for epoch in epochs]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders} | {tuple(range(50))}) == 4
-    assert all((y == 2 * x[:, 0]).all() for epoch in epochs for x, y in epoch)  # type: ignore[misc]
+    assert all((y == 2 * x[:, 0]).all() for epoch in epochs for x, y in epoch)
     assert [len(x) for x, _ in epochs[0]] == [16, 16, 16, 2]
+    assert len(batches) == 4
+    assert [x.tolist() for x, _ in batches.epoch(2)] == [x.tolist() for x, _ in epochs[1]]  # by its number alone
 
 
-def test_keras_takes_each_row_once_an_epoch_although_it_reads_ahead() -> None:
+def test_training_takes_each_row_once_an_epoch() -> None:
     rows, labels = separable("gap", 90, 1)
     watched = Watched(rows)
-    fit(make("gap", epochs=3), Data(watched, labels, *separable("gap", 30, 2), 3), quiet)
-    batches = watched.asked[-18:]  # before: statistics, and a look at the first batches' shapes
+    fit(make("gap", epochs=3), Data(watched, labels, *separable("gap", 30, 2), 3), Watch())
+    batches = watched.asked[-18:]  # before: statistics
     for epoch in (batches[:6], batches[6:12], batches[12:]):
         assert sorted(np.concatenate(epoch).tolist()) == list(range(90))
 
@@ -289,7 +282,7 @@ def unlearnable() -> Data:
 
 
 def test_early_stopping_stops_and_keeps_the_best_epoch(unlearnable: Data) -> None:
-    done = fit(make("gap", epochs=60, patience=3), unlearnable, quiet)
+    done = fit(make("gap", epochs=60, patience=3), unlearnable, Watch())
     losses = [entry["val_loss"] for entry in done.history]
     best = int(np.argmin(losses))
     assert len(losses) == best + 1 + 3 < 60
@@ -299,17 +292,18 @@ def test_early_stopping_stops_and_keeps_the_best_epoch(unlearnable: Data) -> Non
     assert losses[-1] > losses[best] * 1.01  # the last epoch's weights would have failed the line above
 
 
-def test_without_patience_every_epoch_is_run_and_the_last_is_kept(unlearnable: Data) -> None:
-    done = fit(make("gap", epochs=12, patience=0), unlearnable, quiet)
+def test_without_patience_every_epoch_is_run_and_the_best_is_kept(unlearnable: Data) -> None:
+    done = fit(make("gap", epochs=12, patience=0), unlearnable, Watch())
     losses = [entry["val_loss"] for entry in done.history]
     assert len(losses) == 12
     said = done.head.predict(unlearnable.val)
-    assert cross_entropy(said, unlearnable.val_labels) == pytest.approx(losses[-1], rel=1e-3)
+    assert cross_entropy(said, unlearnable.val_labels) == pytest.approx(min(losses), rel=1e-3)
     assert losses[-1] > min(losses) * 1.01
+    assert done.facts["best_epoch"] == int(np.argmin(losses)) + 1
 
 
 def test_a_learning_rate_may_be_a_whole_number() -> None:
-    assert len(fit(make("gap", epochs=1, learning_rate=1), material("gap"), quiet).history) == 1
+    assert len(fit(make("gap", epochs=1, learning_rate=1), material("gap"), Watch()).history) == 1
 
 
 # Logistic regression
@@ -318,7 +312,7 @@ def test_a_learning_rate_may_be_a_whole_number() -> None:
 def test_a_class_without_training_rows_is_given_probability_zero() -> None:
     rows, labels = separable("logreg", 90, 1, classes=4)
     some = labels != 2
-    done = fit(make("logreg"), Data(rows[some], labels[some], rows, labels, 4), quiet)
+    done = fit(make("logreg"), Data(rows[some], labels[some], rows, labels, 4), Watch())
     said = done.head.predict(rows)
     assert said.shape == (90, 4)
     assert said.dtype == np.float32
@@ -330,7 +324,7 @@ def test_a_class_without_training_rows_is_given_probability_zero() -> None:
 def test_two_classes_that_are_not_the_first_keep_their_numbers() -> None:
     rows, labels = separable("logreg", 90, 1, classes=4)
     some = labels % 2 == 1
-    done = fit(make("logreg"), Data(rows[some], labels[some], rows[some], labels[some], 4), quiet)
+    done = fit(make("logreg"), Data(rows[some], labels[some], rows[some], labels[some], 4), Watch())
     said = done.head.predict(rows[some])
     assert (said.argmax(axis=1) == labels[some]).all()
     assert (said[:, [0, 2]] == 0).all()
@@ -339,8 +333,8 @@ def test_two_classes_that_are_not_the_first_keep_their_numbers() -> None:
 def test_a_regression_that_does_not_converge_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "pipeline.heads"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit(make("logreg", max_iter=2), material("logreg"), quiet)
-    assert [(record.name, record.levelname) for record in caplog.records] == [("pipeline.heads", "WARNING")]
+        fit(make("logreg", max_iter=2, C=1), material("logreg"), Watch())
+    assert [(record.name, record.levelname) for record in caplog.records] == [("pipeline.heads.logreg", "WARNING")]
     assert "did not converge in 2 iterations" in caplog.text
     assert "--max-iter" in caplog.text
 
@@ -348,24 +342,16 @@ def test_a_regression_that_does_not_converge_says_so_once(caplog: pytest.LogCapt
 def test_a_regression_that_converges_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit(make("logreg"), material("logreg"), quiet)
-    assert caplog.records == []
+        fit(make("logreg", C="0.1,1"), material("logreg"), Watch())
+    assert "converge" not in caplog.text
 
 
 def test_the_penalty_is_the_one_asked_for() -> None:
     def largest(c: float) -> float:
-        head: Any = fit(make("logreg", C=c), material("logreg"), quiet).head
+        head: Any = fit(make("logreg", C=c, calibrate=False), material("logreg"), Watch()).head
         return np.abs(head.pipeline[-1].coef_).max()
 
     assert largest(1e-3) < largest(1.0) < largest(100.0)
-
-
-def test_every_beginning_of_the_learning_curve_holds_all_classes() -> None:
-    """Labels sorted by class, as a folder lists them: the first tenth would show one class only."""
-    rows, labels = separable("logreg", 90, 1)
-    order = np.argsort(labels, kind="stable")
-    done = fit(make("logreg"), Data(rows[order], labels[order], *separable("logreg", 30, 2), 3), quiet)
-    assert done.history[0]["val_accuracy"] > 0.8
 
 
 # On disk
@@ -390,7 +376,7 @@ def test_what_is_loaded_says_the_same(fitted: tuple[str, Fitted], tmp_path: Path
 def test_a_head_with_other_settings_is_rebuilt_as_it_was(tmp_path: Path) -> None:
     spec = make("flatten", hidden=16, dropout=0.0, normalize=False, epochs=1)
     data = material("flatten")
-    done = fit(spec, data, quiet)
+    done = fit(spec, data, Watch())
     done.head.save(tmp_path)
     loaded = load(tmp_path)
     assert np.abs(loaded.predict(data.val) - done.head.predict(data.val)).max() < 1e-6

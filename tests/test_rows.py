@@ -15,12 +15,11 @@ import conftest
 import numpy as np
 import pytest
 
-from pipeline import rows
 from pipeline.cache import shard
 from pipeline.cache.space import Cache, FeatureSpace
-from pipeline.errors import CacheError
-from pipeline.heads import Data, fit
-from pipeline.rows import StoredRows, blocks, open_rows
+from pipeline.errors import CacheError, UsageError
+from pipeline.heads import Data, Watch, fit
+from pipeline.rows import StoredRows, in_order, open_rows
 from pipeline.spec import HeadSpec
 
 SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
@@ -64,11 +63,12 @@ KEYS = [key(i) for i in range(N)]
 SPLITS = [np.arange(0, 80), np.arange(80, 100), np.arange(100, N)]
 
 
-def on_disk(space: FeatureSpace, dataset: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+LITTLE = 4_000  # bytes: 120 rows of 64 do not fit
+
+
+def on_disk(space: FeatureSpace, dataset: str) -> list[Any]:
     """The rows as they are when memory is short."""
-    with monkeypatch.context() as short:
-        short.setattr(rows, "_SHARE_OF_MEMORY", 0)
-        return open_rows(space, KEYS, dataset, SPLITS)
+    return open_rows(space, KEYS, dataset, SPLITS, memory=LITTLE)
 
 
 def test_rows_come_in_the_order_of_the_keys_whatever_that_of_the_shards(filled: FeatureSpace) -> None:
@@ -97,8 +97,8 @@ INDICES = {
 
 
 @pytest.mark.parametrize("order", INDICES)
-def test_rows_on_disk_equal_rows_in_memory(filled: FeatureSpace, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = on_disk(filled, "features", monkeypatch)[0]
+def test_rows_on_disk_equal_rows_in_memory(filled: FeatureSpace, order: str) -> None:
+    there = on_disk(filled, "features")[0]
     here = open_rows(filled, KEYS, "features", SPLITS)[0]
     assert isinstance(here, np.ndarray)
     assert isinstance(there, StoredRows)
@@ -109,39 +109,40 @@ def test_rows_on_disk_equal_rows_in_memory(filled: FeatureSpace, order: str, mon
     assert np.array_equal(read, here[INDICES[order]])
 
 
-def test_pooled_rows_are_read_into_memory_even_when_it_is_short(
-    filled: FeatureSpace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pooled = on_disk(filled, "pooled", monkeypatch)
-    assert all(isinstance(some, np.ndarray) and some.dtype == np.float32 for some in pooled)
-
-
-def test_how_much_is_read_into_memory_is_said_first(
-    filled: FeatureSpace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_how_much_is_read_into_memory_is_said_first(filled: FeatureSpace, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "pipeline.rows"):
         open_rows(filled, KEYS, "features", SPLITS)
-        on_disk(filled, "features", monkeypatch)
+        on_disk(filled, "features")
     first, second = caplog.messages
     assert "120 rows, 0.00 GB, are read into memory" in first
-    assert "read from disk batch by batch" in second
+    assert "streamed from disk" in second
 
 
-def test_a_vanished_shard_is_named_when_its_row_is_needed(
-    filled: FeatureSpace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    there = on_disk(filled, "features", monkeypatch)[0]
+def test_too_little_memory_for_a_few_rows_is_refused(filled: FeatureSpace) -> None:
+    with pytest.raises(UsageError, match=r"--memory .* 48 rows of 64 bytes"):
+        open_rows(filled, KEYS, "features", SPLITS, memory=48 * 64 - 1)
+
+
+def test_a_vanished_shard_is_named_when_its_row_is_needed(filled: FeatureSpace) -> None:
+    there = on_disk(filled, "features")[0]
     for path in (filled.path / "shards").glob("*.h5"):
         path.unlink()
     with pytest.raises(CacheError, match="shard"):
         there[np.array([0])]
 
 
-@pytest.mark.parametrize(("n", "size"), [(1, 256), (256, 256), (257, 256), (10, 3)])
-def test_blocks_cover_all_rows_once_in_order(n: int, size: int) -> None:
-    found = blocks(np.empty((n, 1)), size)
-    assert np.concatenate(found).tolist() == list(range(n))
-    assert max(map(len, found)) <= size
+@pytest.mark.parametrize("n", [1, 1024, 1025, 3000])
+def test_blocks_cover_all_rows_once_in_order(n: int) -> None:
+    rows = np.arange(n, dtype=np.float32)[:, None]
+    found = list(in_order(rows))
+    assert np.concatenate([at for at, _ in found]).tolist() == list(range(n))
+    assert all(np.array_equal(some[:, 0], at) for at, some in found)
+    assert max(len(at) for at, _ in found) <= 1024
+
+
+def test_rows_on_disk_are_gone_through_in_order_too(filled: FeatureSpace) -> None:
+    read = np.concatenate([some for _, some in in_order(on_disk(filled, "features")[0])])
+    assert np.array_equal(read, features(N)[:80])
 
 
 # Training
@@ -150,47 +151,45 @@ def test_blocks_cover_all_rows_once_in_order(n: int, size: int) -> None:
 def train(some: list[Any]) -> tuple[list[dict[str, float]], np.ndarray]:
     labels = [at % 3 for at in SPLITS]
     spec = HeadSpec.make("flatten", epochs=3, hidden=16, batch_size=16)
-    done = fit(spec, Data(some[0], labels[0], some[1], labels[1], 3), lambda _: None)
+    done = fit(spec, Data(some[0], labels[0], some[1], labels[1], 3), Watch())
     return done.history, done.head.predict(some[2])
 
 
-def test_flatten_trained_from_disk_is_flatten_trained_from_memory(
-    filled: FeatureSpace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    there = on_disk(filled, "features", monkeypatch)
+def test_flatten_trained_from_disk_learns_what_it_learns_from_memory(filled: FeatureSpace) -> None:
+    """The order of the rows differs, so the numbers do a little."""
+    there = on_disk(filled, "features")
     assert all(isinstance(some, StoredRows) for some in there)
     (streamed, said), (held, expected) = train(there), train(open_rows(filled, KEYS, "features", SPLITS))
-    assert [list(entry.values()) for entry in streamed] == [pytest.approx(list(entry.values())) for entry in held]
-    assert np.allclose(said, expected, atol=1e-6)
+    assert streamed[-1]["val_loss"] == pytest.approx(held[-1]["val_loss"], abs=0.1)
+    assert (said.argmax(axis=1) == expected.argmax(axis=1)).all()
     assert held[0]["loss"] > held[-1]["loss"]
 
 
 def train_dense(some: Any, val: Any = None) -> None:
     """Train one epoch, validated on the first 64 rows."""
     data = Data(some, np.arange(len(some)) % 3, some if val is None else val, np.arange(64) % 3, 3)
-    fit(HeadSpec.make("flatten", epochs=1, hidden=4), data, lambda _: None)
+    fit(HeadSpec.make("flatten", epochs=1, hidden=4), data, Watch())
 
 
-def peak_of_training(space: FeatureSpace, n: int, monkeypatch: pytest.MonkeyPatch) -> int:
+def peak_of_training(space: FeatureSpace, n: int) -> int:
     """Bytes that opening, statistics and an epoch of training allocate at most, with rows left on disk."""
-    monkeypatch.setattr(rows, "_SHARE_OF_MEMORY", 0)
     tracemalloc.start()
     try:
-        train, val = open_rows(space, [key(i) for i in range(n)], "features", [np.arange(n), np.arange(64)])
+        train, val = open_rows(
+            space, [key(i) for i in range(n)], "features", [np.arange(n), np.arange(64)], memory=10**6
+        )
         train_dense(train, val)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
 
 
-def test_memory_does_not_grow_with_the_rows_when_they_are_left_on_disk(
-    space: FeatureSpace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_does_not_grow_with_the_rows_when_they_are_left_on_disk(space: FeatureSpace) -> None:
     many, few = 1024, 256
     train_dense(np.zeros((64, 2, 2, 8), np.float16))  # imports and Keras' own caches are not what is measured
     tensors = features(many, (4, 4, 256))
     store(space, tensors, shards=4)
-    before, after = (peak_of_training(space, n, monkeypatch) for n in (few, many))
+    before, after = (peak_of_training(space, n) for n in (few, many))
     grown = tensors[few:].nbytes
     assert grown > 6e6
     assert after - before < grown / 5

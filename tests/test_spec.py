@@ -140,9 +140,9 @@ def test_all_differences_are_named() -> None:
 @pytest.mark.parametrize(
     ("head", "expected"),
     [
-        ("flatten", {"epochs": 50, "batch_size": 64, "learning_rate": 1e-3, "hidden": 256, "dropout": 0.5}),
-        ("gap", {"epochs": 50, "batch_size": 64, "learning_rate": 1e-3, "hidden": 64, "dropout": 0.0}),
-        ("logreg", {"C": 1.0}),
+        ("flatten", {"epochs": 50, "batch_size": 64, "learning_rate": 1e-3, "hidden": (256,), "dropout": 0.5}),
+        ("gap", {"epochs": 50, "batch_size": 64, "learning_rate": 1e-3, "hidden": (64,), "dropout": 0.0}),
+        ("logreg", {"C": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), "select": "val"}),
     ],
 )
 def test_a_head_has_the_documented_defaults(head: str, expected: dict[str, Any]) -> None:
@@ -167,14 +167,42 @@ def test_false_and_zero_are_given() -> None:
 def test_what_is_given_wins_and_leaves_the_defaults_alone() -> None:
     before = {head: dict(settings) for head, settings in HEAD_DEFAULTS.items()}
     made = HeadSpec.make("flatten", epochs=3, dropout=0.0)
-    assert (made.settings["epochs"], made.settings["dropout"], made.settings["hidden"]) == (3, 0.0, 256)
+    assert (made.settings["epochs"], made.settings["dropout"], made.settings["hidden"]) == (3, 0.0, (256,))
     made.settings["epochs"] = 9  # pyright: ignore[reportIndexIssue]
     assert before == HEAD_DEFAULTS
 
 
 def test_a_head_spec_becomes_plain_json() -> None:
     value = HeadSpec.make("logreg", C=0.5).to_dict()
-    assert json.loads(canonical_json(value)) == {"head": "logreg", "C": 0.5, "max_iter": 1000}
+    rest = {"max_iter": 1000, "select": "val", "class_weight": "none", "calibrate": True}
+    assert json.loads(canonical_json(value)) == {"head": "logreg", "C": [0.5], **rest}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_spec_survives_json(head: str) -> None:
+    spec = HeadSpec.make(head)
+    stored = json.loads(json.dumps(spec.to_dict()))
+    assert HeadSpec.make(stored.pop("head"), **stored) == spec
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "given", "meant"),
+    [
+        ("flatten", "hidden", "256,128", (256, 128)),
+        ("flatten", "hidden", 64, (64,)),  # how it was written before there could be several
+        ("gap", "hidden", "none", ()),
+        ("logreg", "C", "1,0.1,1e-3,1", (1e-3, 0.1, 1.0)),
+        ("logreg", "C", 1, (1.0,)),
+        ("gap", "epochs", "7", 7),
+        ("gap", "learning_rate", "1e-2", 0.01),
+        ("gap", "normalize", "false", False),
+        ("gap", "optimizer", "sgd", "sgd"),
+    ],
+)
+def test_a_setting_may_be_given_as_it_is_typed(head: str, name: str, given: Any, meant: Any) -> None:
+    found = HeadSpec.make(head, **{name: given}).settings[name]
+    assert found == meant
+    assert type(found) is type(meant)
 
 
 def test_an_unknown_head_is_refused_and_the_known_are_listed() -> None:
@@ -204,13 +232,25 @@ def test_a_setting_of_another_head_is_refused_by_name(head: str, foreign: str) -
         ("gap", "seed", -1),
         ("gap", "seed", 2**32),
         ("gap", "hidden", 0),
+        ("gap", "hidden", "64,"),
+        ("gap", "hidden", ",".join(["8"] * 33)),
+        ("gap", "epochs", 2.5),
+        ("gap", "epochs", "many"),
+        ("gap", "epochs", True),
+        ("gap", "normalize", "perhaps"),
+        ("gap", "optimizer", "adamant"),
+        ("gap", "weight_decay", -1),
+        ("gap", "label_smoothing", 1),
+        ("logreg", "C", ""),
+        ("logreg", "C", []),
+        ("logreg", "select", "test"),
         ("flatten", "dropout", -0.1),
         ("flatten", "dropout", 1.0),
         ("logreg", "C", 0.0),
         ("logreg", "max_iter", 0),
     ],
 )
-def test_a_value_out_of_range_is_refused_under_the_option_name(head: str, name: str, value: float) -> None:
+def test_a_value_out_of_range_is_refused_under_the_option_name(head: str, name: str, value: Any) -> None:
     with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
         HeadSpec.make(head, **{name: value})
 

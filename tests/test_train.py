@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import heads, images, rows
+from pipeline import heads, images
+from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache import shard
 from pipeline.cache.digests import digest
 from pipeline.cache.space import Cache, FeatureSpace
@@ -114,9 +115,16 @@ def fill(
 
 
 def train(
-    workspace: Workspace, dataset: Dataset, spec: HeadSpec = LOGREG, choice: FeatureChoice | None = None
+    workspace: Workspace,
+    dataset: Dataset,
+    spec: HeadSpec = LOGREG,
+    choice: FeatureChoice | None = None,
+    *,
+    resume: str | None = None,
+    **more: Any,
 ) -> HeadRun:
-    return train_head(dataset, workspace, choice or FeatureChoice(), spec, images.DEFAULT_MAX_PIXELS, COMMAND)
+    asked = Asked(DatasetChoice(dataset.name), choice or FeatureChoice(), spec, images.DEFAULT_MAX_PIXELS, **more)
+    return train_head(dataset, workspace, asked, COMMAND, resume=resume)
 
 
 def read(path: Path) -> Any:
@@ -183,7 +191,7 @@ def test_rows_joined_by_position_would_not_be_learned(photos: Path, workspace: W
     zipped, at = np.concatenate(stored), np.random.default_rng(0).permutation(len(dataset))
     labels = dataset.labels
     data = heads.Data(zipped[at[:90]], labels[at[:90]], zipped[at[90:]], labels[at[90:]], 3)
-    assert heads.fit(LOGREG, data, lambda _: None).history[-1]["val_accuracy"] < 0.7
+    assert heads.fit(LOGREG, data, heads.Watch()).history[-1]["val_accuracy"] < 0.7
 
 
 def test_the_order_in_which_images_are_listed_does_not_matter(photos: Path, workspace: Workspace) -> None:
@@ -225,7 +233,15 @@ def test_a_relabelled_image_needs_no_new_row(photos: Path, workspace: Workspace)
 def test_a_run_holds_everything(made: tuple[HeadRun, Dataset]) -> None:
     run, _ = made
     model = "head.skops" if run.summary["head"] == "logreg" else "head.weights.h5"
-    files = {"run.json", "metrics.json", "history.json", "predictions.csv", "curves.png", "quarantined.json"}
+    files = {
+        "run.json",
+        "metrics.json",
+        "history.json",
+        "history.csv",
+        "predictions.csv",
+        "curves.png",
+        "quarantined.json",
+    }
     assert set(visible(run.path)) == files | {"head.json", model}
     assert visible(run.path.parent) == [run.name]
     assert list(run.path.parent.iterdir()) == [run.path]
@@ -279,8 +295,13 @@ def test_probabilities_in_the_predictions_belong_to_the_classes_named(made: tupl
 def test_the_history_is_kept_and_drawn(made: tuple[HeadRun, Dataset]) -> None:
     run, _ = made
     history = read(run.path / "history.json")
-    assert len(history) == (4 if run.summary["head"] == "logreg" else run.summary["epochs"])
-    assert history[-1]["val_accuracy"] == pytest.approx(run.summary["val_accuracy"])
+    assert len(history) == (7 if run.summary["head"] == "logreg" else run.summary["epochs"])
+    best = min(history, key=lambda entry: entry["val_loss"])
+    assert best["val_accuracy"] == pytest.approx(run.summary["val_accuracy"])
+    with (run.path / "history.csv").open(newline="") as file:
+        assert [{k: float(v) for k, v in line.items() if k != "converged"} for line in csv.DictReader(file)] == [
+            {k: v for k, v in entry.items() if k != "converged"} for entry in history
+        ]
     with Image.open(run.path / "curves.png") as picture:
         picture.load()
         assert picture.format == "PNG"
@@ -338,7 +359,7 @@ def test_only_training_rows_have_a_say_in_the_head(sided: Path, tmp_path: Path, 
         with closing(Cache(tmp_path / f"by {factor}" / "cache")) as cache:
             workspace = Workspace(tmp_path / f"by {factor}", cache)
             fill(workspace, dataset, rewrite=lambda i, row, by=factor: row * by if i == at else row)
-            found.append(learned(train(workspace, dataset)))
+            found.append(learned(train(workspace, dataset, HeadSpec.make("logreg", C=1, calibrate=False))))
     assert same(*found) is not changes
 
 
@@ -500,10 +521,7 @@ def test_oddly_named_images_and_classes_get_through(tmp_path: Path, workspace: W
 # Failure
 
 
-def test_a_damaged_shard_stops_training_and_leaves_no_run(
-    photos: Path, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rows, "_SHARE_OF_MEMORY", 0)
+def test_a_damaged_shard_stops_training_and_leaves_no_run(photos: Path, workspace: Workspace) -> None:
     dataset = listed(photos)
     space = fill(workspace, dataset)
     for path in (space.path / "shards").glob("*.h5"):
@@ -514,8 +532,8 @@ def test_a_damaged_shard_stops_training_and_leaves_no_run(
         data[at + 20] ^= 255
         path.write_bytes(bytes(data))
     with pytest.raises(CacheError, match="shard"):
-        train(workspace, dataset, FLATTEN)
-    assert not workspace.runs.exists() or visible(workspace.runs) == []
+        train(workspace, dataset, FLATTEN, memory=4_000)
+    assert not workspace.runs.exists() or list(workspace.runs.iterdir()) == []
 
 
 def test_where_no_run_can_be_written_nothing_is(photos: Path, workspace: Workspace) -> None:
@@ -537,6 +555,7 @@ _IN_PROCESS = """
 import os, resource, sys
 from pathlib import Path
 from pipeline import images
+from pipeline.asked import Asked, DatasetChoice
 from pipeline.dataset import open_dataset
 from pipeline.extract import FeatureChoice
 from pipeline.spec import HeadSpec
@@ -546,7 +565,8 @@ def run(photos, data, head, **settings):
     dataset = open_dataset(photos, downloads=Path(data))
     with open_workspace(Path(data)) as workspace:
         spec = HeadSpec.make(head, **settings)
-        return train_head(dataset, workspace, FeatureChoice(), spec, images.DEFAULT_MAX_PIXELS, "")
+        asked = Asked(DatasetChoice(photos), FeatureChoice(), spec, images.DEFAULT_MAX_PIXELS)
+        return train_head(dataset, workspace, asked, "")
 """
 
 

@@ -190,6 +190,12 @@ class FeatureSpace:
             lost = int((~located.found).sum())
             raise MissingRowsError(f"{lost:,} of {len(located.found):,} rows are not in {self.name}; run `features`")
 
+    def row_shape(self, dataset: str, keys: Sequence[bytes]) -> tuple[int, ...]:
+        """Return the shape of one row of these keys, which must all be there."""
+        located = self.locate(keys)
+        self.require(located)
+        return self.reader(dataset).layout(located)[0]
+
     def reader(self, dataset: str) -> ShardReader:
         """Return a reader of one dataset of this space's shards."""
         names = {record.id: name for name, record in self.index.shards(self.name).items()}

@@ -13,8 +13,10 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 PARTIAL_PREFIX = ".partial-"
 _BLOCK = 2**20  # written at a time: a full disk is met between two of them
@@ -63,6 +65,21 @@ def write_whole(path: Path, data: bytes) -> None:
     partial = partial_name(path.parent)
     try:
         write_file(partial, data)
+        publish(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a file to be written; on leaving without an error it replaces `path`, whole and durable."""
+    partial = partial_name(path.parent)
+    about_to("create", partial)
+    try:
+        with partial.open("xb") as file:
+            yield file
+            about_to("write", partial)
         publish(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

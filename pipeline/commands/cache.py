@@ -28,8 +28,8 @@ from pipeline.commands.shared import (
     feature_choice,
     features_command,
     finish,
+    open_chosen,
     open_dataset,
-    open_named,
     opened,
 )
 
@@ -218,6 +218,9 @@ def cache_gc(
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,
     damaged: Annotated[bool, typer.Option("--damaged", help="Remove shards that `verify` moved aside, too.")] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Remove stopped runs that `train-head --resume` could finish, too.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before rows are removed.")] = False,
     as_json: JsonOption = False,
@@ -235,7 +238,7 @@ def cache_gc(
         if not (dry_run or yes):
             _ask(collect(workspace.cache, keep, damaged=damaged, dry_run=True).rows_removed)
         done = collect(workspace.cache, keep, damaged=damaged, dry_run=dry_run)
-        folders, size = remove_leftovers(workspace.runs, dry_run=dry_run)
+        folders, size = remove_leftovers(workspace.runs, resumable=unfinished, dry_run=dry_run)
     numbers = ("rows_removed", "shards_removed", "shards_repacked", "shards_written")
     result = {
         **{name: getattr(done, name) for name in numbers},
@@ -252,6 +255,7 @@ def cache_gc(
 def _keep(
     workspace: Workspace, datasets: Sequence[str], spaces: Sequence[str], archive: Path | None, root: Path | None
 ) -> Keep:
+    from pipeline.asked import DatasetChoice
     from pipeline.cache.digests import identify
     from pipeline.cache.gc import Keep
     from pipeline.errors import DatasetError
@@ -260,7 +264,7 @@ def _keep(
         workspace.cache.open(name, sync=False)  # a name mistyped must not cost a space
     keys: set[bytes] = set()
     for name in datasets:
-        images = open_named(workspace, name, archive, root)
+        images = open_chosen(workspace, DatasetChoice(name, archive and str(archive), root and str(root)))
         with workspace.progress(f"identifying images of {images.name}", len(images)) as advance:
             found = identify(images, workspace.cache.index, advance)
         if found.unread:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from pipeline.asked import DatasetChoice
     from pipeline.dataset import Dataset
     from pipeline.extract import FeatureChoice, Quarantined
     from pipeline.workspace import Workspace
@@ -44,6 +45,12 @@ MaxPixelsOption = Annotated[int, typer.Option(help="Quarantine images with more 
 MaxBadOption = Annotated[
     float, typer.Option(help="Share of images that may be quarantined before the exit code is 3.", min=0, max=1)
 ]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="What cached rows may take, e.g. 2GB; more are streamed.  [default: half of what is free]"
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
 MAX_PIXELS = 180_000_000  # pipeline.images.DEFAULT_MAX_PIXELS, not imported here as it brings OpenCV
@@ -60,23 +67,24 @@ def opened(context: typer.Context) -> Iterator[Workspace]:
         yield workspace
 
 
-def open_dataset(workspace: Workspace, context: typer.Context) -> Dataset:
-    """Open what `--dataset`, `--archive`, `--image-root` and `--limit` of a command say."""
-    from pipeline import dataset
+def dataset_choice(context: typer.Context) -> DatasetChoice:
+    """Return what `--dataset`, `--archive`, `--image-root` and `--limit` of a command say."""
+    from pipeline.asked import DatasetChoice
 
     name, archive, root = (context.params[option] for option in ("dataset", "archive", "image_root"))
-    found = open_named(workspace, name, archive, root)
-    count = context.params.get("limit")
-    return found if count is None else dataset.limit(found, count)
+    return DatasetChoice(name, archive and str(archive), root and str(root), context.params.get("limit"))
 
 
-def open_named(workspace: Workspace, name: str, archive: Path | None, image_root: Path | None) -> Dataset:
-    """Open the dataset `name`; files that are passed over are said."""
-    from pipeline import dataset, terminal
+def open_dataset(workspace: Workspace, context: typer.Context) -> Dataset:
+    """Open what `--dataset`, `--archive`, `--image-root` and `--limit` of a command say."""
+    return open_chosen(workspace, dataset_choice(context))
 
-    found = dataset.open_dataset(
-        name, downloads=workspace.downloads, archive=archive, image_root=image_root, progress=terminal.progress
-    )
+
+def open_chosen(workspace: Workspace, choice: DatasetChoice) -> Dataset:
+    """Open a dataset; files that are passed over are said."""
+    from pipeline import terminal
+
+    found = choice.open(workspace)
     if found.ignored:
         listed = ", ".join(f"{ending or 'no ending'} {n:,}" for ending, n in sorted(found.ignored.items()))
         terminal.say(f"notice: passed over, as their endings are not of images: {listed}", "yellow")
@@ -94,16 +102,39 @@ def feature_choice(context: typer.Context) -> FeatureChoice:
     return FeatureChoice(**{name: context.params[name] for name in _CHOICE_OPTIONS})
 
 
+def stated(context: typer.Context) -> list[str]:
+    """Return the names of the options that were given on the command line."""
+    return [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+
+
 def features_command(context: typer.Context) -> str:
     """Return the command line that makes the features this one lacks."""
+    given = {name: context.params[name] for name in stated(context) if name in _FEATURE_OPTIONS}
+    return features_line(context, {"dataset": context.params["dataset"], **given})
+
+
+def features_line(context: typer.Context, options: Mapping[str, Any]) -> str:
+    """Return the command line of `features` with these options, on the data directory of this one."""
     words = ["python", "cli.py"]
     if str(context.find_root().get_parameter_source("data_dir")).endswith("COMMANDLINE"):
         words += ["--data-dir", str(context.obj)]
     words.append("features")
     for name in _FEATURE_OPTIONS:
-        if name == "dataset" or str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
-            words += [f"--{name.replace('_', '-')}", str(context.params[name])]
+        if options.get(name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(options[name])]
     return shlex.join(words)
+
+
+def memory_bytes(text: str | None) -> int | None:
+    """Return the bytes that "1.5GB", "800MiB" or "200000" say. Raises UsageError."""
+    from dask.utils import parse_bytes
+
+    from pipeline.errors import UsageError
+
+    try:
+        return None if text is None else int(parse_bytes(text))
+    except ValueError as error:
+        raise UsageError(f"--memory must be a size such as 2GB or 500MiB, found {text!r}") from error
 
 
 def finish(result: dict[str, Any], as_json: bool, lines: tuple[str, ...], note: str | None = None) -> None:

@@ -11,15 +11,20 @@ from pipeline.dataset.cifar import CIFAR10, CIFAR100, open_cifar
 from pipeline.dataset.digits import open_digits
 from pipeline.dataset.folder import open_folder
 from pipeline.dataset.manifest import MANIFEST_ENDINGS, open_manifest
-from pipeline.dataset.split import Split, assign
+from pipeline.dataset.split import Split, assign, groups
 from pipeline.errors import DatasetError, UsageError
 from pipeline.progress import Progress, silent
 
-__all__ = ["Dataset", "Source", "Split", "assign", "limit", "of_files", "open_dataset"]
+__all__ = ["Dataset", "Source", "Split", "assign", "groups", "is_known", "limit", "of_files", "open_dataset"]
 
 _ARCHIVES = {published.name: published for published in (CIFAR10, CIFAR100)}
 _KNOWN = ("digits", *_ARCHIVES)
 _OTHERWISE = f"a folder of class folders, or a manifest ({', '.join(MANIFEST_ENDINGS)})"
+
+
+def is_known(name: str) -> bool:
+    """Return whether `name` is a dataset that Icebox knows by name, not a path."""
+    return name in _KNOWN
 
 
 def open_dataset(

@@ -59,8 +59,7 @@ def assign(dataset: Dataset, keys: Sequence[bytes | None]) -> Split:
     ValueError
         If there is not one key for each image.
     """
-    filled = [_sha256(n) if key is None else key for n, key in zip(dataset.names, keys, strict=True)]
-    image_key, distinct = _number(filled)  # (n,) → (k,)
+    image_key, distinct = _distinct(dataset, keys)
     drawn = hash_numbers(b"icebox split" + root for root in _roots(dataset.groups, image_key, distinct))
     share = (drawn / 2.0**64)[image_key]  # (n,) in [0, 1)
     if dataset.splits is None:
@@ -75,6 +74,20 @@ def assign(dataset: Dataset, keys: Sequence[bytes | None]) -> Split:
         crossing_groups=_crossing_groups(dataset.groups, codes),
         conflicting=int(_is_mixed(image_key, dataset.labels)[image_key].sum()),
     )
+
+
+def groups(dataset: Dataset, keys: Sequence[bytes | None]) -> np.ndarray:
+    """Return a number for each image, (n,) int64, alike for those that must stay together.
+
+    These are copies of one image, the members of a group, and of groups that share an image.
+    """
+    image_key, distinct = _distinct(dataset, keys)
+    return _number(_roots(dataset.groups, image_key, distinct))[0][image_key]
+
+
+def _distinct(dataset: Dataset, keys: Sequence[bytes | None]) -> tuple[np.ndarray, list[bytes]]:
+    """Return for each image the number of its key, (n,) int64, and the k distinct keys."""
+    return _number([_sha256(n) if key is None else key for n, key in zip(dataset.names, keys, strict=True)])
 
 
 def _sides(share: np.ndarray) -> np.ndarray:

@@ -1,0 +1,74 @@
+"""What a run was asked for: which images, which features, which head. Enough to go on with it, or to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from pipeline import dataset
+from pipeline.dataset import Dataset
+from pipeline.errors import RunError, UsageError
+from pipeline.extract import FeatureChoice
+from pipeline.spec import HeadSpec
+from pipeline.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class DatasetChoice:
+    """What the user said about the images."""
+
+    dataset: str
+    archive: str | None = None
+    image_root: str | None = None
+    limit: int | None = None
+
+    def anchored(self) -> Self:
+        """Return the same with absolute paths, so that it means the same from anywhere."""
+        name = self.dataset if dataset.is_known(self.dataset) else str(Path(self.dataset).absolute())
+        archive, root = (each and str(Path(each).absolute()) for each in (self.archive, self.image_root))
+        return replace(self, dataset=name, archive=archive, image_root=root)
+
+    def open(self, workspace: Workspace) -> Dataset:
+        """Open the dataset."""
+        found = dataset.open_dataset(
+            self.dataset,
+            downloads=workspace.downloads,
+            archive=Path(self.archive) if self.archive else None,
+            image_root=Path(self.image_root) if self.image_root else None,
+            progress=workspace.progress,
+        )
+        return found if self.limit is None else dataset.limit(found, self.limit)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One head to be trained; `folds` 0 trains one, K trains K of them as an ensemble; `memory` in bytes."""
+
+    images: DatasetChoice
+    features: FeatureChoice
+    head: HeadSpec
+    max_pixels: int
+    folds: int = 0
+    memory: int | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.folds == 1 or self.folds < 0:
+            raise UsageError(f"--folds must be 0 or at least 2, found {self.folds}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return {**asdict(self), "head": self.head.to_dict()}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Return what `to_dict` gave. Raises RunError if it is not that."""
+        try:
+            rest = dict(value)
+            head = dict(rest.pop("head"))
+            images, features = DatasetChoice(**rest.pop("images")), FeatureChoice(**rest.pop("features"))
+            return cls(images, features, HeadSpec.make(head.pop("head"), **head), **rest)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise RunError(f"what the run was asked for cannot be read ({error}); train anew") from error

@@ -1,0 +1,58 @@
+"""Shuffled batches of rows, in an order that the seed and the number of the epoch alone decide.
+
+Rows in memory are shuffled as a whole. Rows on disk are shuffled in blocks: rows that lie side by side are read
+together, blocks from all over the dataset fill a window as large as the memory allows, and the rows of a window
+are shuffled. So every epoch reads each shard a few times, in large pieces, and a batch still mixes rows from
+everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.rows import Rows, StoredRows, read_ahead
+
+_BLOCK = 32  # rows read side by side; smaller in a small window, that it may still hold many blocks
+_BLOCKS_IN_WINDOW = 16
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Batches of `size` rows and their labels (n,) int; the last one of an epoch may be smaller."""
+
+    rows: Rows
+    labels: np.ndarray
+    size: int
+    seed: int
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        return -(-len(self.rows) // self.size)
+
+    def epoch(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the batches of epoch `number`: each row once."""
+        random = np.random.default_rng([self.seed, number])
+        window = self.size
+        if isinstance(self.rows, StoredRows):
+            window *= max(1, self.rows.rows_at_once // self.size)
+            order = block_order(self.rows.as_stored(), window, random)
+        else:
+            order = random.permutation(len(self.rows))
+        windows = [order[start : start + window] for start in range(0, len(order), window)]
+        for at, rows in zip(windows, read_ahead(self.rows, windows), strict=True):
+            for start in range(0, len(at), self.size):
+                some = slice(start, start + self.size)
+                yield rows[some], self.labels[at[some]]
+
+
+def block_order(stored: np.ndarray, window: int, random: np.random.Generator) -> np.ndarray:
+    """Return the indices `stored`, given as they lie on disk, block-shuffled for windows of `window` rows."""
+    block = max(1, min(_BLOCK, window // _BLOCKS_IN_WINDOW))
+    starts = random.permutation(np.arange(0, len(stored), block))
+    order = np.concatenate([stored[start : start + block] for start in starts])
+    for start in range(0, len(order), window):
+        random.shuffle(order[start : start + window])
+    return order

@@ -1,0 +1,172 @@
+"""The commands of stage two: `train-head` and what comes of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pipeline.commands.shared import (
+    MAX_PIXELS,
+    ArchiveOption,
+    DatasetOption,
+    FitOption,
+    ImageRootOption,
+    JsonOption,
+    LayerOption,
+    LimitOption,
+    MaxBadOption,
+    MaxPixelsOption,
+    MemoryOption,
+    PrecisionOption,
+    SpaceOption,
+    StorageOption,
+    WeightsOption,
+    dataset_choice,
+    exit_for_bad,
+    feature_choice,
+    features_command,
+    features_line,
+    finish,
+    memory_bytes,
+    open_chosen,
+    opened,
+    stated,
+)
+
+if TYPE_CHECKING:
+    from pipeline.asked import Asked
+
+_SETTINGS = (
+    "epochs", "batch_size", "optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing",
+    "class_weight", "hidden", "dropout", "normalize", "patience", "seed", "select", "calibrate", "max_iter",
+)  # fmt: skip
+_SHOWN = (
+    "run", "accuracy", "val_accuracy", "train_rows", "val_rows", "test_rows", "classes", "folds", "epochs",
+    "best_epoch", "C", "seconds", "weights", "precision",
+)  # fmt: skip
+
+
+def train_head(
+    context: typer.Context,
+    head: Annotated[Literal["flatten", "gap", "logreg"], typer.Option(help="Which head to train.")] = "gap",
+    dataset: DatasetOption = "digits",
+    archive: ArchiveOption = None,
+    image_root: ImageRootOption = None,
+    limit: LimitOption = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training rows.  [default: 50]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.  [default: 64]")] = None,
+    optimizer: Annotated[
+        Literal["adam", "sgd", "adagrad", "rmsprop"] | None, typer.Option(help="How it steps.  [default: adam]")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The first step's.  [default: 0.001]")] = None,
+    schedule: Annotated[
+        Literal["constant", "cosine", "linear"] | None,
+        typer.Option(help="How the learning rate falls, to 0 over all epochs.  [default: constant]"),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Decoupled from the gradient; biases are spared.  [default: 0]")
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="Share of the label spread over all classes.  [default: 0]")
+    ] = None,
+    class_weight: Annotated[
+        Literal["none", "balanced"] | None,
+        typer.Option(help="balanced: rare classes count more in the loss.  [default: none]"),
+    ] = None,
+    hidden: Annotated[
+        str | None, typer.Option(help="Units of the hidden layers, 256,128 or none.  [default: flatten 256, gap 64]")
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="Share dropped after each hidden layer.  [default: flatten 0.5, gap 0]")
+    ] = None,
+    normalize: Annotated[
+        bool | None, typer.Option(help="Normalise each channel by the training rows.  [default: normalize]")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after N epochs without a better validation loss; 0: never.  [default: 0]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first weights, the order and dropout.  [default: 0]")] = None,
+    c: Annotated[
+        str | None,
+        typer.Option(
+            "--C",
+            help="logreg: inverse strength of the penalty; of several, the best is taken."
+            "  [default: 0.00001 to 10, in tens]",
+        ),
+    ] = None,
+    select: Annotated[
+        Literal["val", "cv"] | None,
+        typer.Option(help="logreg: choose C by the validation split or by cross-validation.  [default: val]"),
+    ] = None,
+    calibrate: Annotated[
+        bool | None, typer.Option(help="logreg: fit a temperature on the validation split.  [default: calibrate]")
+    ] = None,
+    max_iter: Annotated[int | None, typer.Option(help="logreg: iterations at most.  [default: 1000]")] = None,
+    folds: Annotated[
+        int, typer.Option(help="Train K heads by cross-validation over train and val, as one ensemble.", min=0, max=100)
+    ] = 0,
+    memory: MemoryOption = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard logs, too.")] = False,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped, as it was asked for.")
+    ] = None,
+    weights: WeightsOption = "auto",
+    layer: LayerOption = None,
+    precision: PrecisionOption = "auto",
+    storage: StorageOption = "auto",
+    space: SpaceOption = None,
+    fit: FitOption = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+    max_bad: MaxBadOption = 0.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a head from the cache. Computes no feature."""
+    from pipeline.train import train_head as train
+
+    asked = _asked(context) if resume is None else None
+    with opened(context) as workspace:
+        if asked is None:
+            asked = _resumed(context, str(resume), workspace.runs)
+            command, chosen = asked_command(context, asked), asked.images
+        else:
+            command, chosen = features_command(context), dataset_choice(context)
+        images = open_chosen(workspace, chosen)
+        run = train(images, workspace, asked, command, resume=resume)
+    finish(run.summary, as_json, _SHOWN, note=f"kept in {run.path}")
+    exit_for_bad(run.quarantined, len(images), max_bad)
+
+
+def _asked(context: typer.Context) -> Asked:
+    from pipeline.asked import Asked
+    from pipeline.spec import HeadSpec
+
+    given = context.params
+    return Asked(
+        images=dataset_choice(context).anchored(),
+        features=feature_choice(context),
+        head=HeadSpec.make(given["head"], C=given["c"], **{name: given[name] for name in _SETTINGS}),
+        max_pixels=given["max_pixels"],
+        folds=given["folds"],
+        memory=memory_bytes(given["memory"]),
+        tensorboard=given["tensorboard"],
+    )
+
+
+def asked_command(context: typer.Context, asked: Asked) -> str:
+    """Return the command line that makes the features a run was trained on."""
+    from dataclasses import asdict
+
+    choice = {name: value for name, value in asdict(asked.features).items() if value != "auto"}
+    return features_line(context, {**asdict(asked.images), **choice, "max_pixels": asked.max_pixels})
+
+
+def _resumed(context: typer.Context, name: str, root: Any) -> Asked:
+    from pipeline import runs
+    from pipeline.asked import Asked
+    from pipeline.errors import UsageError
+
+    if others := [option for option in stated(context) if option not in ("resume", "as_json", "max_bad")]:
+        listed = ", ".join(f"--{option.replace('_', '-')}" for option in others)
+        raise UsageError(f"--resume goes on with what the run was asked for; leave out {listed}")
+    return Asked.from_dict(runs.read_request(root, name).get("asked", {}))

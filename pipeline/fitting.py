@@ -1,0 +1,108 @@
+"""Fit what was asked for: one head, or K of them by cross-validation, each with its checkpoint and logs."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import heads, tracking
+from pipeline.asked import Asked
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import DatasetError
+from pipeline.heads.base import JSON_FILE
+from pipeline.heads.ensemble import Ensemble, member_name
+from pipeline.prepare import Prepared
+from pipeline.progress import Progress
+from pipeline.rows import select
+from pipeline.runs import write_json
+
+_HISTORY = "history.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A fitted head, and what it says of `val`, positions in the material, and of the test split: (n, k) float32.
+
+    Of several heads `val` is every row they were trained on, each answered by the head that did not see it.
+    """
+
+    fitted: heads.Fitted
+    val_members: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+
+def fit_asked(ready: Prepared, asked: Asked, directory: Path, progress: Progress) -> Outcome:
+    """Fit what was asked for, going on with what lies in `directory`."""
+    fit = _fit_folds if asked.folds else _fit_one
+    steps = heads.steps(asked.head) * max(1, asked.folds)
+    unit = "fits" if asked.head.head == "logreg" else "epochs"
+    with progress(f"training {asked.head.head}", steps, unit) as advance:
+        return fit(ready, asked, directory, advance)
+
+
+def fit_head(data: heads.Data, asked: Asked, directory: Path, advance: Callable[[int], None]) -> heads.Fitted:
+    """Fit one head, with checkpoint and logs in `directory`."""
+    with tracking.tensorboard(directory, asked.tensorboard) as note:
+        return heads.fit(asked.head, data, heads.Watch(advance, note, Checkpoint(directory)))
+
+
+def _fit_one(ready: Prepared, asked: Asked, directory: Path, advance: Callable[[int], None]) -> Outcome:
+    rows, labels = ready.rows, ready.labels
+    data = heads.Data(rows["train"], labels["train"], rows["val"], labels["val"], ready.classes, ready.groups)
+    fitted = fit_head(data, asked, directory, advance)
+    said = (fitted.head.predict(rows[side]) for side in ("val", "test"))
+    return Outcome(fitted, ready.members["val"], *said)
+
+
+def _fit_folds(ready: Prepared, asked: Asked, directory: Path, advance: Callable[[int], None]) -> Outcome:
+    rows, labels, groups = ready.rows["train"], ready.labels["train"], ready.groups
+    said = np.zeros((len(labels), ready.classes), np.float32)
+    members, history = list[heads.Head](), list[dict[str, float]]()
+    for number, (some, held) in enumerate(_folds(labels, groups, asked.folds), 1):
+        folder = directory / member_name(number)
+        held_rows = select(rows, held)
+        if not (folder / JSON_FILE).exists():
+            data = heads.Data(select(rows, some), labels[some], held_rows, labels[held], ready.classes, groups[some])
+            _fit_member(data, asked, folder, advance)
+        else:
+            advance(heads.steps(asked.head))
+        members.append(heads.load(folder))
+        said[held] = members[-1].predict(held_rows)
+        history.append({"fold": number, **_best(json.loads((folder / _HISTORY).read_text()))})
+    ensemble = Ensemble(members)
+    return Outcome(
+        heads.Fitted(ensemble, history, "fold", None),
+        ready.members["train"],
+        said,
+        ensemble.predict(ready.rows["test"]),
+    )
+
+
+def _fit_member(data: heads.Data, asked: Asked, folder: Path, advance: Callable[[int], None]) -> None:
+    folder.mkdir(exist_ok=True)
+    fitted = fit_head(data, asked, folder, advance)
+    write_json(folder / _HISTORY, fitted.history)
+    fitted.head.save(folder)
+    Checkpoint(folder).remove()
+
+
+def _best(history: list[dict[str, float]]) -> dict[str, float]:
+    best = min(history, key=lambda entry: entry["val_loss"])
+    return {name: best[name] for name in ("loss", "accuracy", "val_loss", "val_accuracy")}
+
+
+def _folds(labels: np.ndarray, groups: np.ndarray, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (train, held out) indices: classes spread evenly, rows of a group together, whatever the seed."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    if np.unique(groups).size < count or np.unique(labels, return_counts=True)[1].max() < count:
+        raise DatasetError(f"{len(labels)} images to train on are too few, or too much alike, for {count} folds")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds lacks in some of them
+        yield from StratifiedGroupKFold(count, shuffle=True, random_state=0).split(labels, labels, groups)

@@ -1,0 +1,71 @@
+"""The heads: build, fit, save and load. Each maps cached rows to class probabilities.
+
+`flatten` reads full tensors (n, h, w, c), `gap` and `logreg` their spatial means (n, c).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RunError
+from pipeline.heads.base import JSON_FILE, Data, Fitted, Head
+from pipeline.heads.ensemble import Ensemble, member_name
+from pipeline.loop import Watch
+from pipeline.spec import HeadSpec
+
+READS = {"flatten": "features", "gap": "pooled", "logreg": "pooled"}
+_MOST_MEMBERS = 1000
+
+__all__ = ["READS", "Data", "Ensemble", "Fitted", "Head", "Watch", "fit", "load", "memory_needed", "steps"]
+
+
+def fit(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
+    """Train a new head; `watch.advance(1)` is called after each epoch, or fit of the solver."""
+    from pipeline.heads import dense, logreg
+
+    return logreg.fit_logreg(spec, data, watch) if spec.head == "logreg" else dense.fit_dense(spec, data, watch)
+
+
+def steps(spec: HeadSpec) -> int:
+    """Return how often `fit` advances at most."""
+    from pipeline.heads import logreg
+
+    return logreg.fit_steps(spec) if spec.head == "logreg" else spec.settings["epochs"]
+
+
+def memory_needed(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> int:
+    """Return about how many bytes `fit` takes beside the rows."""
+    from pipeline.heads import dense
+
+    return 0 if spec.head == "logreg" else dense.memory_needed(spec, row_shape, classes)
+
+
+def load(directory: Path) -> Head:
+    """Return the head that `save` wrote.
+
+    It is rebuilt from our own JSON and filled with plain arrays; nothing in the file can run code.
+
+    Raises
+    ------
+    RunError
+        If the files are missing, or are not what the JSON says.
+    """
+    try:
+        made = json.loads((directory / JSON_FILE).read_text())
+        return _loaded(directory, made)
+    except Exception as error:
+        # JSON, Keras, HDF5, zip and skops readers raise many kinds, some of them over dozens of lines.
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise RunError(f"no head can be loaded from {directory}: {reason}") from error
+
+
+def _loaded(directory: Path, made: dict[str, Any]) -> Head:
+    from pipeline.heads import dense, logreg
+
+    if made["head"] == "ensemble":
+        if not 1 <= made["members"] <= _MOST_MEMBERS:
+            raise RunError(f"an ensemble of {made['members']} heads")
+        return Ensemble([load(directory / member_name(number + 1)) for number in range(made["members"])])
+    return (logreg.LogregHead if made["head"] == "logreg" else dense.DenseHead).load(directory, made)

@@ -1,0 +1,75 @@
+"""What every head is, what it is fitted on, and what comes of fitting it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from pipeline.loop import Entry
+from pipeline.rows import Rows
+
+JSON_FILE = "head.json"
+
+
+class Head(Protocol):
+    """A fitted head."""
+
+    def predict(self, rows: Rows) -> np.ndarray:
+        """Return class probabilities (n, k) float32."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write the head into a run directory; `head.json` comes last, so that it vouches for the rest."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers were learned by gradient or solver."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A head and how it came about: one history entry an epoch (or a solver's fit), over the key `x`."""
+
+    head: Head
+    history: list[Entry]
+    x: str
+    seconds_per_epoch: float | None
+    facts: dict[str, float | bool] = field(default_factory=dict)  # what else was found, for the run's summary
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a head is fitted on: rows and (n,) int labels of the training and validation splits.
+
+    `groups` (n,) int says which training rows belong together (copies, views, members of a group), if any do.
+    """
+
+    train: Rows
+    train_labels: np.ndarray
+    val: Rows
+    val_labels: np.ndarray
+    classes: int
+    groups: np.ndarray | None = None
+
+
+def class_weights(labels: np.ndarray, classes: int, kind: str) -> np.ndarray:
+    """Return what each class counts, (k,) float32: 1, or "balanced" by its frequency, as in scikit-learn."""
+    from sklearn.utils.class_weight import compute_class_weight
+
+    weights = np.ones(classes, np.float32)
+    if kind == "balanced":
+        present = np.unique(labels)
+        weights[present] = compute_class_weight("balanced", classes=present, y=labels)
+    return weights
+
+
+def measure(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Return the cross-entropy in nats and the accuracy."""
+    truth = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    loss = -np.log(np.maximum(truth, np.finfo(np.float32).eps)).mean()
+    return abs(float(loss)), float((probabilities.argmax(axis=1) == labels).mean())

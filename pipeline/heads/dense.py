@@ -1,0 +1,171 @@
+"""Dense heads, `flatten` and `gap`: small Keras models over rows, behind a fixed normalisation of each channel."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.backbone import KerasModel, import_keras
+from pipeline.batches import Shuffled
+from pipeline.cache import storage
+from pipeline.errors import DatasetError, RunError
+from pipeline.heads.base import JSON_FILE, Data, Fitted, class_weights, measure
+from pipeline.loop import Watch, train
+from pipeline.rows import Rows, in_order
+from pipeline.runs import write_json
+from pipeline.spec import HeadSpec
+
+_WEIGHTS_FILE = "head.weights.h5"
+_TENSORFLOW = 700_000_000  # bytes that TensorFlow itself takes, measured on a CPU
+_COPIES = 6  # of a head's numbers while it trains: weights, gradients, two of Adam's, the best ones, one on its way
+
+# A channel that hardly varies over the training rows must not be blown up: its deviation counts as at least
+# this share of the median channel's.
+_LEAST_DEVIATION = 0.01
+
+
+class DenseHead:
+    """A small Keras model over rows."""
+
+    def __init__(self, model: KerasModel, spec: HeadSpec) -> None:
+        self.model = model
+        self.spec = spec
+
+    def predict(self, rows: Rows) -> np.ndarray:
+        """Return class probabilities (n, k) float32."""
+        return np.concatenate([self.model.predict_on_batch(some) for _, some in in_order(rows)])
+
+    def save(self, directory: Path) -> None:
+        """Write Keras weights and our JSON."""
+        self.model.save_weights(directory / _WEIGHTS_FILE)
+        about = self.spec.to_dict()
+        made = {
+            "head": about.pop("head"),
+            "settings": about,
+            "input_shape": list(self.model.input_shape[1:]),
+            "classes": self.model.output_shape[-1],
+            "sha256": storage.sha256_file(directory / _WEIGHTS_FILE),
+        }
+        write_json(directory / JSON_FILE, made)
+
+    @classmethod
+    def load(cls, directory: Path, made: Mapping[str, Any]) -> DenseHead:
+        """Return the head that `save` wrote, rebuilt from our JSON `made` and filled with plain arrays."""
+        if storage.sha256_file(directory / _WEIGHTS_FILE) != made["sha256"]:
+            raise RunError(f"{_WEIGHTS_FILE} is not the file that was saved")
+        spec = HeadSpec.make(made["head"], **made["settings"])
+        model = build(spec, tuple(made["input_shape"]), made["classes"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # Keras only warns where a file lacks or adds layers
+            model.load_weights(directory / _WEIGHTS_FILE)
+        return cls(model, spec)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers."""
+        return sum(int(np.prod(weight.shape)) for weight in self.model.trainable_weights)
+
+
+def build(spec: HeadSpec, input_shape: tuple[int, ...], classes: int) -> KerasModel:
+    """Return an untrained dense head.
+
+    `input_shape` is (h, w, c) or, for `gap`, also (c,): rows that were pooled already.
+    """
+    layers = (keras := import_keras()).layers
+    settings = spec.settings
+    inputs = output = keras.Input(input_shape, name="features")
+    if spec.head == "gap" and len(input_shape) == 3:
+        output = layers.GlobalAveragePooling2D(name="pool")(output)
+    if settings["normalize"]:
+        output = layers.Normalization(name="normalize")(output)
+    if spec.head == "flatten":
+        output = layers.Flatten(name="flatten")(output)
+    for i, units in enumerate(settings["hidden"], 1):
+        suffix = f"_{i}" if i > 1 else ""
+        output = layers.Dense(units, "relu", name=f"hidden{suffix}")(output)
+        if settings["dropout"]:
+            output = layers.Dropout(settings["dropout"], seed=settings["seed"] + i - 1, name=f"dropout{suffix}")(output)
+    output = layers.Dense(classes, "softmax", name="probabilities")(output)
+    return keras.Model(inputs, output, name=f"{spec.head}_head")
+
+
+def memory_needed(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> int:
+    """Return about how many bytes training takes beside the rows."""
+    widths = [math.prod(row_shape), *spec.settings["hidden"], classes]
+    numbers = sum(a * b for a, b in itertools.pairwise(widths))
+    return _TENSORFLOW + _COPIES * 4 * numbers
+
+
+def channel_statistics(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and variance of each channel (c,) float32, in one pass with bounded memory.
+
+    Raises
+    ------
+    DatasetError
+        If a row holds what is not a number.
+    """
+    count = 0
+    mean, squares = np.zeros(rows.shape[-1]), np.zeros(rows.shape[-1])
+    for _, block in in_order(rows):
+        # Chan, Golub and LeVeque (1983): merging means and squared deviations does not cancel digits.
+        values = block.reshape(-1, rows.shape[-1]).astype(np.float32)
+        n, some = len(values), values.mean(axis=0, dtype=np.float64)
+        delta = some - mean
+        squares += values.var(axis=0, dtype=np.float64) * n + delta**2 * (count * n / (count + n))
+        count += n
+        mean += delta * (n / count)
+    if not np.isfinite(squares).all():
+        raise DatasetError(not_numbers("the training split"))
+    variance = squares / count
+    deviations = np.sqrt(variance[variance > 0])
+    floor = (_LEAST_DEVIATION * np.median(deviations)) ** 2 if len(deviations) else 1.0
+    return mean.astype(np.float32), np.maximum(variance, floor).astype(np.float32)
+
+
+def not_numbers(where: str) -> str:
+    """Return what to say of rows that hold NaN or infinity."""
+    return (
+        f"features of {where} are not numbers (NaN or infinite): they overflow in this precision or storage; "
+        "compute them by `features --precision float32 --storage float32`"
+    )
+
+
+def fit_dense(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
+    """Train a new dense head, or go on from the checkpoint of one."""
+    keras = import_keras()
+    settings = spec.settings
+    keras.utils.set_random_seed(settings["seed"])
+    model = build(spec, data.train.shape[1:], data.classes)
+    if settings["normalize"]:
+        _set_normalization(model.get_layer("normalize"), data.train)
+    head = DenseHead(model, spec)
+    trained = train(
+        model,
+        Shuffled(data.train, data.train_labels, settings["batch_size"], settings["seed"]),
+        lambda: measure(head.predict(data.val), data.val_labels),
+        settings,
+        class_weights(data.train_labels, data.classes, settings["class_weight"]),
+        watch,
+    )
+    # Without the optimizer, whose state is twice the size of the head.
+    alone = DenseHead(keras.Model(model.inputs, model.outputs), spec)
+    best = min(trained.history, key=lambda entry: entry["val_loss"])
+    return Fitted(alone, trained.history, "epoch", trained.seconds_per_epoch, {"best_epoch": best["epoch"]})
+
+
+def _set_normalization(layer: Any, rows: Rows) -> None:
+    """Bring each channel to mean 0 and, over all the places where an image shows it, to variance 1 together.
+
+    At variance 1 in each of h · w places, the first steps of Adam overshoot: each weight moves by the learning
+    rate, all of 131,072 at once.
+    """
+    mean, variance = channel_statistics(rows)
+    places = math.prod(rows.shape[1:-1])  # h · w; 1 for pooled rows
+    layer.set_weights([mean, variance * places, np.zeros((), "int64")])
+    layer.finalize_state()

@@ -1,0 +1,233 @@
+"""The baseline `logreg`: standardisation and multinomial logistic regression over pooled rows, by scikit-learn.
+
+The inverse penalty C is chosen from a path of values, by the loss on the validation split or by cross-validation
+within the training split; each fit starts from the one before. Then the probabilities are calibrated by one
+temperature (Guo et al. 2017, On Calibration of Modern Neural Networks), folded into the coefficients.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache import storage
+from pipeline.errors import DatasetError, RunError
+from pipeline.heads.base import JSON_FILE, Data, Fitted, measure
+from pipeline.heads.dense import not_numbers
+from pipeline.loop import Watch
+from pipeline.rows import Rows, in_order
+from pipeline.runs import write_json
+from pipeline.spec import HeadSpec
+
+logger = logging.getLogger(__name__)
+
+_SKOPS_FILE = "head.skops"
+_FOLDS = 5
+_WORTH_THREADS = 2**24  # numbers: below, threads of the linear algebra wait for each other longer than they work
+_TEMPERATURES = (0.05, 20.0)
+
+
+class LogregHead:
+    """Standardisation and multinomial logistic regression over pooled rows."""
+
+    def __init__(self, pipeline: Any, classes: int) -> None:
+        self.pipeline = pipeline
+        self.classes = classes
+
+    def predict(self, rows: Rows) -> np.ndarray:
+        """Return class probabilities (n, k) float32; 0 for a class that had no training row."""
+        probabilities = np.zeros((len(rows), self.classes), np.float32)
+        for at, some in in_order(rows):
+            probabilities[np.ix_(at, self.pipeline.classes_)] = self.pipeline.predict_proba(some)
+        return probabilities
+
+    def save(self, directory: Path) -> None:
+        """Write a skops file and our JSON."""
+        import skops.io
+
+        skops.io.dump(self.pipeline, directory / _SKOPS_FILE)
+        digest = storage.sha256_file(directory / _SKOPS_FILE)
+        write_json(directory / JSON_FILE, {"head": "logreg", "classes": self.classes, "sha256": digest})
+
+    @classmethod
+    def load(cls, directory: Path, made: Mapping[str, Any]) -> LogregHead:
+        """Return the head in `directory`; a file that holds any type but scikit-learn's own is refused."""
+        import skops.io
+        from sklearn.pipeline import Pipeline
+
+        path = directory / _SKOPS_FILE
+        if storage.sha256_file(path) != made["sha256"]:
+            raise RunError(f"{_SKOPS_FILE} is not the file that was saved")
+        if strange := skops.io.get_untrusted_types(file=path):
+            raise RunError(f"{path} holds types that a logistic regression does not: {', '.join(strange)}")
+        pipeline = skops.io.load(path, trusted=[])
+        if not isinstance(pipeline, Pipeline) or not max(pipeline.classes_) < made["classes"]:
+            raise RunError(f"{path} does not hold a logistic regression over {made['classes']} classes")
+        return cls(pipeline, made["classes"])
+
+    @property
+    def parameters(self) -> int:
+        """Coefficients and intercepts."""
+        regression = self.pipeline[-1]
+        return regression.coef_.size + regression.intercept_.size
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A regression at one C, calibrated, and how it went."""
+
+    c: float
+    regression: Any
+    temperature: float
+    converged: bool
+    val_loss: float
+    val_accuracy: float
+
+
+def fit_steps(spec: HeadSpec) -> int:
+    """Return how many fits `fit_logreg` makes."""
+    path = len(spec.settings["C"])
+    return path * (_FOLDS + 1) if spec.settings["select"] == "cv" and path > 1 else path
+
+
+def fit_logreg(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
+    """Fit a new regression. Needs all rows in memory, twice: as they are and standardised."""
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    settings = spec.settings
+    train, val = _all(data.train, "the training split"), _all(data.val, "the validation split")
+    scaler: Any = StandardScaler().fit(train)
+    train, val = scaler.transform(train), scaler.transform(val)
+    path = settings["C"]
+    by_folds = settings["select"] == "cv" and len(path) > 1
+    losses = _losses_by_folds(settings, train, data, watch.advance) if by_folds else None
+    fits, history = list[_Fit](), list[dict[str, float]]()
+    for fit in _along(path, settings, train, data.train_labels, val, data.val_labels):
+        entry = _entry(fit, train, data.train_labels)
+        if losses is not None:
+            entry["cv_loss"] = losses[len(fits)]
+        fits.append(fit)
+        history.append(entry)
+        watch.note(entry)
+        watch.advance(1)
+    chosen = int(np.argmin([fit.val_loss for fit in fits] if losses is None else losses))
+    best = fits[chosen]
+    _warn(best, fits, settings["max_iter"])
+    facts: dict[str, float | bool] = {"C": best.c, "converged": best.converged, "temperature": best.temperature}
+    return Fitted(LogregHead(make_pipeline(scaler, best.regression), data.classes), history, "C", None, facts)
+
+
+def _along(
+    path: tuple[float, ...],
+    settings: Mapping[str, Any],
+    train: np.ndarray,
+    labels: np.ndarray,
+    val: np.ndarray,
+    val_labels: np.ndarray,
+) -> Iterator[_Fit]:
+    """Fit at each C of the ascending `path`, each time starting from where the last one ended."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    threads = 1 if train.size < _WORTH_THREADS else None
+    weight = None if settings["class_weight"] == "none" else settings["class_weight"]
+    moving: Any = LogisticRegression(max_iter=settings["max_iter"], class_weight=weight, warm_start=True)
+    for c in path:
+        moving.C = c
+        with warnings.catch_warnings(), threadpool_limits(threads):
+            warnings.simplefilter("ignore", ConvergenceWarning)  # said below, in our own words
+            moving.fit(train, labels)
+        temperature = _temperature(moving, val, val_labels) if settings["calibrate"] else 1.0
+        fixed: Any = LogisticRegression(C=c, max_iter=settings["max_iter"], class_weight=weight)
+        fixed.classes_, fixed.n_iter_, fixed.n_features_in_ = moving.classes_, moving.n_iter_, moving.n_features_in_
+        fixed.coef_, fixed.intercept_ = moving.coef_ / temperature, moving.intercept_ / temperature
+        said = _probabilities(fixed, val, max(val_labels.max(), labels.max()) + 1)
+        converged = bool(max(moving.n_iter_) < settings["max_iter"])
+        yield _Fit(c, fixed, temperature, converged, *measure(said, val_labels))
+
+
+def _temperature(regression: Any, val: np.ndarray, labels: np.ndarray) -> float:
+    """Return what to divide the logits by for the least loss on the validation split."""
+    from scipy.optimize import minimize_scalar
+    from scipy.special import logsumexp
+
+    known = np.isin(labels, regression.classes_)
+    logits = regression.decision_function(val[known]).astype(np.float64)
+    if logits.ndim == 1:  # of two classes there is one logit, the other's being 0
+        logits = np.column_stack([np.zeros_like(logits), logits])
+    truth = np.searchsorted(regression.classes_, labels[known])
+
+    def loss(log_temperature: float) -> float:
+        scaled = logits / np.exp(log_temperature)
+        return float((logsumexp(scaled, axis=1) - scaled[np.arange(len(truth)), truth]).mean())
+
+    if not known.any():
+        return 1.0
+    found: Any = minimize_scalar(loss, bounds=tuple(np.log(_TEMPERATURES)), method="bounded")
+    return float(np.exp(found.x))
+
+
+def _losses_by_folds(
+    settings: Mapping[str, Any], train: np.ndarray, data: Data, advance: Callable[[int], None]
+) -> np.ndarray:
+    """Return for each C the mean loss over folds of the training split, rows of a group staying together."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    groups = np.arange(len(train)) if data.groups is None else data.groups
+    folds = StratifiedGroupKFold(_FOLDS, shuffle=True, random_state=0)
+    losses = np.zeros(len(settings["C"]))
+    labels = data.train_labels
+    for some, held in folds.split(train, labels, groups):
+        fits = _along(settings["C"], settings, train[some], labels[some], train[held], labels[held])
+        for i, fit in enumerate(fits):
+            losses[i] += fit.val_loss * len(held) / len(train)
+            advance(1)
+    return losses
+
+
+def _entry(fit: _Fit, train: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    said = _probabilities(fit.regression, train, labels.max() + 1)
+    loss, accuracy = measure(said, labels)
+    return {
+        "C": fit.c,
+        "loss": loss,
+        "accuracy": accuracy,
+        "val_loss": fit.val_loss,
+        "val_accuracy": fit.val_accuracy,
+        "iterations": int(max(fit.regression.n_iter_)),
+        "converged": fit.converged,
+        "temperature": fit.temperature,
+    }
+
+
+def _probabilities(regression: Any, rows: np.ndarray, classes: int) -> np.ndarray:
+    said = np.zeros((len(rows), classes))
+    said[:, regression.classes_] = regression.predict_proba(rows)
+    return said
+
+
+def _all(rows: Rows, where: str) -> np.ndarray:
+    """Return all rows as one array (n, c) of numbers."""
+    held = rows if isinstance(rows, np.ndarray) else rows[np.arange(len(rows))]
+    if not np.isfinite(held).all():
+        raise DatasetError(not_numbers(where))
+    return held
+
+
+def _warn(best: _Fit, fits: list[_Fit], max_iter: int) -> None:
+    if not best.converged:
+        logger.warning("the regression at C=%g did not converge in %d iterations: raise --max-iter", best.c, max_iter)
+    if len(fits) > 1 and best.c in (fits[0].c, fits[-1].c):
+        logger.warning("the best C, %g, is the %s tried: try %s ones by --C", *_edge(best, fits))
+
+
+def _edge(best: _Fit, fits: list[_Fit]) -> tuple[float, str, str]:
+    return (best.c, "smallest", "smaller") if best.c == fits[0].c else (best.c, "largest", "larger")

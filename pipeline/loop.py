@@ -1,0 +1,176 @@
+"""The training loop: epochs over batches, early stopping, the best weights kept, resumable after a kill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipeline.backbone import KerasModel, import_keras
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import RunError
+
+Entry = dict[str, float]
+
+
+class Batches(Protocol):
+    """Training data; the order depends on the number of the epoch alone, so that a resumed run sees the same."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield inputs and labels (n,) int of epoch `number`, 1 being the first."""
+        ...
+
+
+@dataclass
+class Watch:
+    """Who looks on: progress, what keeps the history, and the checkpoint; each may be left out."""
+
+    advance: Callable[[int], None] = lambda n: None
+    note: Callable[[Entry], None] = lambda entry: None
+    checkpoint: Checkpoint | None = None
+
+
+@dataclass
+class _State:
+    """Where the training stands, beside the numbers of model and optimizer."""
+
+    epoch: int = 0
+    waited: int = 0  # epochs since the best one
+    best_loss: float = float("inf")
+    history: list[Entry] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of each epoch, without validation
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it: an entry an epoch, and the median epoch's seconds without the first, which compiles."""
+
+    history: list[Entry]
+    seconds_per_epoch: float
+
+
+def optimizer(settings: Mapping[str, Any], steps_per_epoch: int) -> Any:
+    """Return the Keras optimizer of a spec's settings, its learning rate falling to 0 over all epochs if asked to.
+
+    Weight decay is decoupled from the gradient (Loshchilov and Hutter 2019) and spares the biases.
+    """
+    keras = import_keras()
+    rate: Any = float(settings["learning_rate"])
+    steps = settings["epochs"] * steps_per_epoch
+    if settings["schedule"] == "cosine":
+        rate = keras.optimizers.schedules.CosineDecay(rate, steps)
+    elif settings["schedule"] == "linear":
+        rate = keras.optimizers.schedules.PolynomialDecay(rate, steps, end_learning_rate=0.0)
+    kinds = {"adam": "Adam", "sgd": "SGD", "adagrad": "Adagrad", "rmsprop": "RMSprop"}
+    momentum = {"momentum": 0.9} if settings["optimizer"] == "sgd" else {}
+    made = getattr(keras.optimizers, kinds[settings["optimizer"]])(
+        rate, weight_decay=settings["weight_decay"] or None, **momentum
+    )
+    if settings["weight_decay"]:
+        made.exclude_from_weight_decay(var_names=["bias"])
+    return made
+
+
+def train(
+    model: KerasModel,
+    batches: Batches,
+    measure: Callable[[], tuple[float, float]],
+    settings: Mapping[str, Any],
+    class_weights: np.ndarray,
+    watch: Watch,
+) -> Trained:
+    """Train `model`, a classifier ending in softmax, and leave it at its best epoch by validation loss.
+
+    Parameters
+    ----------
+    measure
+        Gives loss and accuracy of the model on the validation split.
+    class_weights
+        (k,) float32, what each class counts in the loss.
+
+    Raises
+    ------
+    RunError
+        If the loss is not a number, or a checkpoint does not fit.
+    """
+    keras = import_keras()
+    model.compile(
+        optimizer(settings, len(batches)),
+        loss=keras.losses.CategoricalCrossentropy(label_smoothing=settings["label_smoothing"]),
+        metrics=["accuracy"],
+        jit_compile=False,  # compiling takes longer than a small head trains
+    )
+    model.optimizer.build(model.trainable_variables)
+    state, best = _restored(model, watch)
+    while state.epoch < settings["epochs"] and not (settings["patience"] and state.waited >= settings["patience"]):
+        state.epoch += 1
+        start = time.perf_counter()
+        loss, accuracy = _epoch(model, batches.epoch(state.epoch), class_weights)
+        state.seconds.append(time.perf_counter() - start)
+        val_loss, val_accuracy = measure()
+        if not np.isfinite([loss, val_loss]).all():
+            if watch.checkpoint is not None:
+                watch.checkpoint.remove()  # going on from it would end here again
+            raise RunError(
+                f"the loss is {loss:g}, on the validation split {val_loss:g}, after epoch {state.epoch}: "
+                "lower --learning-rate"
+            )
+        names = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy")
+        state.history.append(dict(zip(names, (state.epoch, loss, accuracy, val_loss, val_accuracy), strict=True)))
+        state.waited += 1
+        if val_loss < state.best_loss:
+            state.best_loss, state.waited, best = val_loss, 0, _numbers(model.weights)
+        watch.note(state.history[-1])
+        if watch.checkpoint is not None:
+            numbers = {"model": model.variables, "optimizer": model.optimizer.variables, "best": best}
+            watch.checkpoint.save(numbers, asdict(state))
+        watch.advance(1)
+    _assign(model.weights, best)
+    return Trained(state.history, float(np.median(state.seconds[1:] or state.seconds)))
+
+
+def _epoch(
+    model: KerasModel, batches: Iterator[tuple[np.ndarray, np.ndarray]], class_weights: np.ndarray
+) -> tuple[float, float]:
+    """Train on one epoch; return the mean loss, as it is minimised, and the accuracy on the way."""
+    one_hot = np.eye(len(class_weights), dtype=np.float32)
+    weighted = (class_weights != 1).any()
+    model.reset_metrics()
+    said: dict[str, float] = {}
+    for rows, labels in batches:
+        weights = class_weights[labels] if weighted else None
+        said = model.train_on_batch(rows, one_hot[labels], sample_weight=weights, return_dict=True)
+    return float(said["loss"]), float(said["accuracy"])
+
+
+def _restored(model: KerasModel, watch: Watch) -> tuple[_State, list[np.ndarray]]:
+    found = watch.checkpoint.load() if watch.checkpoint is not None else None
+    if found is None:
+        return _State(), _numbers(model.weights)
+    groups, saved = found
+    try:
+        state = _State(**saved)
+        _assign(model.variables, groups["model"])
+        _assign(model.optimizer.variables, groups["optimizer"])
+        if [each.shape for each in groups["best"]] != [tuple(each.shape) for each in model.weights]:
+            raise ValueError("other shapes")
+    except (TypeError, KeyError, ValueError) as error:
+        raise RunError(f"the checkpoint is not of this head ({error}); delete its run and train anew") from error
+    for entry in state.history:
+        watch.note(entry)
+    watch.advance(state.epoch)
+    return state, groups["best"]
+
+
+def _numbers(variables: Sequence[Any]) -> list[np.ndarray]:
+    return [np.asarray(variable.numpy()) for variable in variables]
+
+
+def _assign(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)

@@ -1,0 +1,92 @@
+"""What a head is trained on: the rows of a dataset, opened and checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline import heads, runs
+from pipeline.dataset import Dataset
+from pipeline.errors import DatasetError
+from pipeline.extract import warn_untrained
+from pipeline.gather import SPLITS, Material
+from pipeline.rows import Rows, open_rows
+from pipeline.spec import HeadSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a head needs: for each split its positions in the material, its labels and its rows.
+
+    For cross-validation what would be validation rows is part of "train", and there is no "val".
+    """
+
+    material: Material
+    members: Mapping[str, np.ndarray]
+    labels: Mapping[str, np.ndarray]
+    rows: Mapping[str, Rows]
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.material.dataset.classes)
+
+    @property
+    def groups(self) -> np.ndarray:
+        """Which training rows must stay together: alike numbers, (n,) int64."""
+        return self.material.groups[self.members["train"]]
+
+    def predictions(self, side: str, members: np.ndarray, probabilities: np.ndarray) -> runs.Predictions:
+        """Return what was said of `members`, with their names and labels."""
+        names = self.material.dataset.names
+        images = self.material.usable[members]
+        return runs.Predictions(side, [names[int(i)] for i in images], self.material.labels(members), probabilities)
+
+
+@contextmanager
+def prepared(material: Material, specs: Sequence[HeadSpec], memory: int | None, folds: int) -> Iterator[Prepared]:
+    """Check the splits and open the rows that heads of these specs read, all of one kind; `gc` waits meanwhile.
+
+    Raises
+    ------
+    DatasetError
+        If a split has no image, or there is only one class to learn.
+    """
+    sides = {"train": ("train", "val"), "test": ("test",)} if folds else {side: (side,) for side in SPLITS}
+    members = {name: np.sort(np.concatenate([material.members(side) for side in some])) for name, some in sides.items()}
+    labels = {name: material.labels(at) for name, at in members.items()}
+    _check_splits(material.dataset, labels)
+    warn_untrained(material.space.spec)
+    (reads,) = {heads.READS[spec.head] for spec in specs}
+    classes = len(material.dataset.classes)
+    with material.space.reading():
+        shape = material.space.row_shape(reads, material.keys)
+        needed = max(heads.memory_needed(spec, shape, classes) for spec in specs)
+        rows = open_rows(material.space, material.keys, reads, list(members.values()), memory=memory, needed=needed)
+        yield Prepared(material, members, labels, dict(zip(members, rows, strict=True)))
+
+
+def _check_splits(dataset: Dataset, labels: Mapping[str, np.ndarray]) -> None:
+    counts = {side: len(some) for side, some in labels.items()}
+    if empty := [side for side, count in counts.items() if count == 0]:
+        found = ", ".join(f"{side} {count}" for side, count in counts.items())
+        raise DatasetError(
+            f"no images to {' or '.join(_USES[side] for side in empty)} ({found}); add images, or bring your own split"
+        )
+    learnable = np.unique(labels["train"])
+    if len(learnable) < 2:
+        raise DatasetError(
+            f"the training images show one class only ({dataset.classes[learnable[0]]}); a classifier needs two"
+        )
+    if absent := sorted(set(range(len(dataset.classes))) - set(learnable.tolist())):
+        names = ", ".join(dataset.classes[i] for i in absent[:5])
+        logger.warning("%d classes have no training image and cannot be learned: %s", len(absent), names)
+
+
+_USES = {"train": "train on", "val": "validate on", "test": "test on"}

@@ -1,0 +1,50 @@
+"""A training's history as TensorBoard logs, written while it runs. Needs the extra `tensorboard`."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.backbone import import_keras
+from pipeline.errors import UsageError
+
+FOLDER = "tensorboard"
+
+
+def require_tensorboard() -> None:
+    """Raise UsageError unless TensorBoard is installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UsageError("--tensorboard needs the package of that name: make setup EXTRAS=tensorboard")
+
+
+@contextmanager
+def tensorboard(directory: Path, wanted: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Give the function that notes an entry of the history; if not `wanted` it does nothing.
+
+    A run that is resumed notes its former entries again, so older logs are removed first.
+    """
+    if not wanted:
+        yield lambda entry: None
+        return
+    import_keras()
+    import tensorflow as tf
+
+    shutil.rmtree(directory / FOLDER, ignore_errors=True)
+    writer = tf.summary.create_file_writer(str(directory / FOLDER))
+    step = 0
+
+    def note(entry: Mapping[str, float]) -> None:
+        nonlocal step
+        step += 1
+        with writer.as_default():
+            for name, value in entry.items():
+                tf.summary.scalar(name, float(value), step=step)
+        writer.flush()
+
+    try:
+        yield note
+    finally:
+        writer.close()
