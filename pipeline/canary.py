@@ -15,7 +15,7 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.compute import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE
 from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.decoder import Loaded, Loader
-from pipeline.errors import CacheError, SpecError
+from pipeline.errors import MissingRowsError, SpecError
 from pipeline.extract import FeatureChoice, request_of, weights_of
 from pipeline.workspace import Workspace
 
@@ -48,7 +48,7 @@ def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Da
 
     Raises
     ------
-    CacheError
+    MissingRowsError
         If none of the images is at hand.
     SpecError
         If this version could not have made the space.
@@ -62,7 +62,9 @@ def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Da
     sources = [dataset] if dataset is not None else _known_images(workspace)
     loaded = _draw(space, count, sources, workspace)
     if not loaded:
-        raise CacheError(f"none of the images of {space.name} is at hand; name the dataset they are of by `--dataset`")
+        raise MissingRowsError(
+            f"none of the images of {space.name} is at hand; name the dataset they are of by `--dataset`"
+        )
     keys, pixels = [key for key, _ in loaded], np.stack([some for _, some in loaded])
     batch_size = _batch_size(space)
     weights = weights_of(space, sources[0], workspace)

@@ -35,10 +35,14 @@ class CacheError(IceboxError, OSError):
 
 
 class IndexDamagedError(CacheError):
-    """The index cannot be read any more. `path` is the file, to be set aside; it is derived again."""
+    """The index cannot be read any more. `path` is the file, to be set aside; it is derived again.
 
-    def __init__(self, path: Path, reason: str) -> None:
+    `certain` if what it holds cannot be, though SQLite finds no fault.
+    """
+
+    def __init__(self, path: Path, reason: str, *, certain: bool = False) -> None:
         self.path = path
+        self.certain = certain
         self.reason = reason
         self.text = f"the index {path} is damaged ({reason})"
         super().__init__(f"{self.text}; delete it, it is derived again from the shards")

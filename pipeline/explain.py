@@ -133,7 +133,7 @@ class _Reasons:
         self._space = space
         missing = [key for i in plan.todo if (key := identities.keys[i]) is not None]
         self._missing = set(missing)
-        self._lost = space.index.lost(space.name, missing) if space else {}
+        self._lost = space.index.lost(space.name, missing) if space else {}  # `find_space` prefers one that lost rows
         self._elsewhere: dict[bytes, list[str]] = {}
         for each in spaces:
             for key, found in zip(missing, each.locate(missing).found, strict=True):

@@ -150,6 +150,7 @@ def _compute_missing(
         space = cache.create(spec, _made_by(weights, options))
     else:
         backbone = None
+        logger.info("adding to the feature space %s", space.name)
         check_room(space, count)
     with space.lock(_waiting):
         space.remove_leftovers()
@@ -327,7 +328,6 @@ def weights_of(space: FeatureSpace | None, dataset: Dataset, workspace: Workspac
         offline = dataset.name in _OFFLINE_DATASETS
         index, progress = workspace.cache.index, workspace.progress
         return resolve("auto", DEFAULT_BACKBONE, workspace.downloads, index, offline=offline, progress=progress)
-    logger.info("adding to the feature space %s", space.name)
     found = find_by_identity(space.spec.weights, space.spec.backbone, workspace.downloads, workspace.cache.index)
     if found is None:
         raise WeightsError(

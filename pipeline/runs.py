@@ -81,7 +81,9 @@ def _published(partial: Path, final: Path) -> Iterator[None]:
             storage.fsync(path)
         storage.publish(partial, final)
     except BaseException:
-        if not _can_resume(partial):
+        if _can_resume(partial):
+            logger.warning("what was trained so far is kept; go on by: train-head --resume %s", final.name)
+        else:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 

@@ -266,10 +266,11 @@ def test_a_batch_systems_stop_is_as_clean_as_ctrl_c(data: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     assert process.stderr
     assert any(line.startswith("training gap: ") for line in process.stderr), "a line every ten seconds"
-    assert list((data / "runs").glob(".partial-*"))
+    (partial,) = (data / "runs").glob(".partial-*")
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert json.loads(out) == {"error": "stopped; nothing was published"}
     assert "Traceback" not in err
-    assert not list((data / "runs").glob(".partial-*"))
+    assert f"train-head --resume {partial.name.removeprefix('.partial-')}" in err
+    assert (partial / "checkpoint.npz").exists()

@@ -9,9 +9,11 @@ Self-contained, or virtual: then the rows stay in the shards, and what is missin
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +27,13 @@ from pipeline.cache import storage
 from pipeline.cache.index import Located
 from pipeline.cache.shard import check_bytes, h5_in, opened, row_filters, row_layout
 from pipeline.cache.space import FeatureSpace
-from pipeline.errors import CacheError, MissingRowsError
+from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError
 
 FORMAT = "icebox-export"
 VERSION = 1
 What = Literal["features", "pooled"]
 _MARGIN = 1.05  # HDF5's own bookkeeping on top of the rows
+_VIRTUAL_ROW_BYTES = 200  # about what key, name, label and split of an image take
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,9 @@ def export(space: FeatureSpace, columns: Columns, out: Path, what: What, *, virt
         if not located.found.any():
             raise MissingRowsError(f"none of the rows is in {space.name}; run `features`")
         job = _Export(space, columns, located, what)
-        partial = storage.partial_name(out.parent, ".h5")
+        partial = out.with_name(f"{storage.PARTIAL_PREFIX}{out.name}")
         try:
-            if not virtual:
-                job.check_room(out)
+            job.check_room(out, virtual)
             with _written(partial) as (file, sink):
                 job.write_columns(file)
                 if virtual:
@@ -76,14 +78,18 @@ def export(space: FeatureSpace, columns: Columns, out: Path, what: What, *, virt
                 else:
                     job.write_rows(file, sink)
             storage.publish(partial, out)
+        except BlockingIOError as error:
+            raise CacheError(f"another process is writing {out}; wait for it, or name another file") from error
         except OSError as error:
+            partial.unlink(missing_ok=True)
             if isinstance(error, CacheError):
                 raise
             raise CacheError(
                 f"cannot write {out}: {error.strerror or error}; make room, or name another file"
             ) from error
-        finally:
+        except BaseException:
             partial.unlink(missing_ok=True)
+            raise
     return out.stat().st_size
 
 
@@ -100,10 +106,11 @@ class _Export:
     def _path(self, shard: int) -> Path:
         return self._space.shard_path(self._names[shard])
 
-    def check_room(self, out: Path) -> None:
+    def check_room(self, out: Path, virtual: bool) -> None:
         """Refuse before a byte is written if the rows cannot fit."""
         totals = self._space.totals()
         row = totals.bytes / totals.rows if self._what == "features" else math.prod(self._shape) * self._dtype.itemsize
+        row = _VIRTUAL_ROW_BYTES if virtual else row
         needed, free = round(len(self._columns.keys) * row * _MARGIN), storage.free_bytes(out.parent)
         if needed > free:
             raise CacheError(f"{out} needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; make room")
@@ -130,7 +137,7 @@ class _Export:
                 path = self._path(shard)
                 check_bytes(path)  # an unpacked chunk would tell of damage; these are passed on unseen
                 with opened(path) as source:
-                    self._check_keys(source, path, at)
+                    self._check_keys(source, shard, at)
                     copy(source[self._what], self._located.positions[at], target, at)
                 if sink.error is not None:  # the rest would be written to nowhere
                     return
@@ -142,12 +149,13 @@ class _Export:
         for at in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             yield int(shards[at[0]]), at
 
-    def _check_keys(self, source: h5py.File, path: Path, at: np.ndarray) -> None:
+    def _check_keys(self, source: h5py.File, shard: int, at: np.ndarray) -> None:
         stored: Any = source["key"]
-        if not np.array_equal(stored[:][self._located.positions[at]], self._located.keys[at]):
-            raise CacheError(
-                f"shard {path} holds other rows than the index says; run `cache verify --read-data --repair`"
-            )
+        keys, positions = stored[:], self._located.positions[at]
+        row: Any = source[self._what]
+        alike = row.shape[1:] == self._shape and positions.max() < len(keys)
+        if not alike or not np.array_equal(keys[positions], self._located.keys[at]):
+            raise ShardDamagedError(self._path(shard), "holds other rows than the index says")
 
     def write_virtual(self, file: h5py.File) -> None:
         """Map runs of rows that lie side by side in a shard."""
@@ -155,19 +163,18 @@ class _Export:
         layout = h5py.VirtualLayout((n, *self._shape), self._dtype)
         shards, positions = self._located.shards, self._located.positions
         ends = np.flatnonzero((np.diff(shards) != 0) | (np.diff(positions) != 1)) + 1
-        sources: dict[int, h5py.VirtualSource] = {}
+        sources = {shard: self._source(shard, at) for shard, at in self._by_shard() if shard >= 0}
         for run in np.split(np.arange(n), ends):
             shard, start = int(shards[run[0]]), int(positions[run[0]])
             if shard < 0:
                 continue
-            if shard not in sources:
-                sources[shard] = self._source(shard)
             layout[int(run[0]) : int(run[-1]) + 1] = sources[shard][start : start + len(run)]
         file.create_virtual_dataset(self._what, layout, fillvalue=np.nan)
 
-    def _source(self, shard: int) -> h5py.VirtualSource:
+    def _source(self, shard: int, at: np.ndarray) -> h5py.VirtualSource:
         path = self._path(shard)
         with opened(path) as file:
+            self._check_keys(file, shard, at)
             found: Any = file[self._what]
             return h5py.VirtualSource(str(path.absolute()), self._what, found.shape, found.dtype)
 
@@ -186,10 +193,15 @@ def _copy_values(source: Any, positions: np.ndarray, target: Any, at: np.ndarray
 
 @contextmanager
 def _written(path: Path) -> Iterator[tuple[h5py.File, _Sink]]:
-    """Give a new HDF5 file whose disk may fill up: HDF5 would crash the process at its end, so it is not told."""
+    """Give a new HDF5 file whose disk may fill up: HDF5 would crash the process at its end, so it is not told.
+
+    Raises BlockingIOError if another process is writing it; what a killed one left is begun anew.
+    """
     storage.about_to("create", path)
-    with path.open("x+b", buffering=0) as raw:
-        sink = _Sink(raw, lambda: storage.about_to("write", path))
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0) as raw:
+        fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        raw.truncate(0)
+        sink = _Sink(raw.fileno(), lambda: storage.about_to("write", path))
         with h5_in(sink) as file:
             yield file, sink
         if sink.error is not None:
@@ -197,40 +209,59 @@ def _written(path: Path) -> Iterator[tuple[h5py.File, _Sink]]:
 
 
 class _Sink(io.RawIOBase):
-    """A file that takes every write: after the first that fails it only remembers why."""
+    """A file that takes every write: after the first that fails it keeps them in memory, and remembers why.
 
-    def __init__(self, file: io.FileIO, before_write: Callable[[], None]) -> None:
-        self._file = file
+    HDF5 reads back what it wrote; were that missing, it would crash.
+    """
+
+    def __init__(self, handle: int, before_write: Callable[[], None]) -> None:
+        self._handle = handle
         self._before_write = before_write
+        self._at = 0
+        self._size = 0
+        self._kept: list[tuple[int, bytes]] = []  # (offset, block), the later ones over the earlier ones
         self.error: OSError | None = None
 
     def write(self, data: Any, /) -> int:
-        rest = memoryview(data)
-        size = len(rest)
-        try:
-            self._before_write()
-            while rest and self.error is None:
-                rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            self.error = self.error or error
-        return size
+        block = bytes(data)
+        if self.error is None:
+            try:
+                self._before_write()
+                done = 0
+                while done < len(block):
+                    done += os.pwrite(self._handle, block[done:], self._at + done)
+            except OSError as error:
+                self.error = error
+        if self.error is not None:
+            self._kept.append((self._at, block))
+        self._at += len(block)
+        self._size = max(self._size, self._at)
+        return len(block)
 
     def readinto(self, buffer: Any, /) -> int:
-        size = self._file.readinto(buffer) or 0
-        if self.error is not None:  # what was not written reads as zeros, not as whatever the memory held
-            memoryview(buffer)[size:] = bytes(len(buffer) - size)
-            return len(buffer)
+        view = memoryview(buffer).cast("B")
+        size = max(0, min(len(view), self._size - self._at))
+        found = bytearray(os.pread(self._handle, size, self._at).ljust(size, b"\0"))
+        for start, block in self._kept:
+            low, high = max(start, self._at), min(start + len(block), self._at + size)
+            if low < high:
+                found[low - self._at : high - self._at] = block[low - start : high - start]
+        view[:size] = found
+        self._at += size
         return size
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        return self._file.seek(offset, whence)
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
 
     def tell(self) -> int:
-        return self._file.tell()
+        return self._at
 
     def truncate(self, size: int | None = None, /) -> int:
-        try:
-            return self._file.truncate(size)
-        except OSError as error:
-            self.error = self.error or error
-            return size or 0
+        self._size = self._at if size is None else size
+        if self.error is None:
+            try:
+                os.ftruncate(self._handle, self._size)
+            except OSError as error:
+                self.error = error
+        return self._size

@@ -19,6 +19,7 @@ from pipeline.cache.index import Index, ShardRecord
 from pipeline.cache.shard import Rows, read_whole, row_layout
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.verify import ASIDE
+from pipeline.errors import ShardDamagedError
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +91,7 @@ def _collect_space(space: FeatureSpace, keep: Keep, damaged: bool, dry_run: bool
         _remove_files(folder, list(filter(storage.is_partial, storage.files(folder))), dry_run, done)
     if damaged:
         _remove_files(space.path / ASIDE, list(storage.files(space.path / ASIDE)), dry_run, done)
-    shards = _living(space, keep)
-    dead = [shard for shard in shards if not len(shard.living)]
-    spent = _worth_repacking(shards)
+    dead, spent = _disposable(space, keep, dry_run)
     done.rows_removed += sum(shard.record.rows - len(shard.living) for shard in (*dead, *spent))
     done.shards_removed += len(dead)
     done.shards_repacked += len(spent)
@@ -100,20 +99,60 @@ def _collect_space(space: FeatureSpace, keep: Keep, damaged: bool, dry_run: bool
     _remove_shards(space, [s for s in (*dead, *spent) if s.record.name not in written], dry_run, done)
 
 
-def _living(space: FeatureSpace, keep: Keep) -> list[_Shard]:
-    """Return the good shards, each with its living rows. A row in several lives in the one with most rows only."""
-    records = [record for record in space.index.shards(space.name).values() if record.state == "good"]
-    everything, seen = keep.everything_of(space.name), set[Row]()
-    found = []
+def _disposable(space: FeatureSpace, keep: Keep, dry_run: bool) -> tuple[list[_Shard], list[_Shard]]:
+    """Return the shards without a living row, and those worth repacking.
+
+    A shard is repacked, or relied on for a row that another holds too, only if every byte of it is right; one that
+    is not is left for `verify`, and said.
+    """
+    sound, broken = set[str](), set[str]()
+    while True:
+        shards, relied_on = _living(space, keep, broken)
+        spent = _worth_repacking(shards)
+        unknown = (relied_on | {shard.record.name for shard in spent}) - sound
+        if not unknown:
+            return [shard for shard in shards if not len(shard.living)], spent
+        for name in sorted(unknown):
+            (sound if _is_sound(space, name, dry_run) else broken).add(name)
+
+
+def _is_sound(space: FeatureSpace, name: str, dry_run: bool) -> bool:
+    """Return whether a shard is what its name and the index say; if not, note it."""
+    record = space.index.shards(space.name)[name]
+    try:
+        info = space.examine(name)
+        space.check_row_shape(info)
+        keys, views = space.index.rows(record.id)
+        if np.array_equal(info.keys, keys) and np.array_equal(info.views, views):
+            return True
+        problem = "holds other rows than the index says"
+    except ShardDamagedError as error:
+        problem = error.problem
+    logger.warning("shard %s %s; it is left as it is, see `cache verify`", space.shard_path(name), problem)
+    if not dry_run:
+        space.index.mark_shard(space.name, name, record.bytes, "bad", problem)
+    return False
+
+
+def _living(space: FeatureSpace, keep: Keep, broken: Collection[str]) -> tuple[list[_Shard], set[str]]:
+    """Return the good shards, each with its living rows, and those relied on for rows that others hold too.
+
+    A row in several lives in the one with most rows only.
+    """
+    records = [r for r in space.index.shards(space.name).values() if r.state == "good" and r.name not in broken]
+    everything, seen = keep.everything_of(space.name), dict[Row, str]()
+    found, relied_on = [], set[str]()
     for record in sorted(records, key=lambda record: (-record.rows, record.name)):
         keys, views = space.index.rows(record.id)
         living = []
         for position, row in enumerate(zip(map(bytes, keys), views.tolist(), strict=True)):
-            if row not in seen and (everything or keep.lives(row[0])):
-                seen.add(row)
+            if row in seen:
+                relied_on.add(seen[row])
+            elif everything or keep.lives(row[0]):
+                seen[row] = record.name
                 living.append(position)
         found.append(_Shard(record, np.array(living, np.int64)))
-    return found
+    return found, relied_on
 
 
 def _worth_repacking(shards: Sequence[_Shard]) -> list[_Shard]:
@@ -149,11 +188,12 @@ def _gathered(space: FeatureSpace, spent: Sequence[_Shard], advance: Callable[[i
         path = space.shard_path(shard.record.name)
         shape, dtype = row_layout(path, "features")
         most = max(1, min(SHARD_ROWS, _MOST_BYTES // (math.prod(shape) * dtype.itemsize)))
-        waiting.append(read_whole(path, shard.living))
-        while sum(map(len, waiting)) >= most:
-            rows = Rows.join(waiting)
-            yield rows.take(slice(0, most))
-            waiting = [rows.take(slice(most, None))]
+        for start in range(0, len(shard.living), most):
+            waiting.append(read_whole(path, shard.living[start : start + most]))
+            while sum(map(len, waiting)) >= most:
+                rows = Rows.join(waiting)
+                yield rows.take(slice(0, most))
+                waiting = [rows.take(slice(most, None))]
         advance(1)
     if rest := [rows for rows in waiting if len(rows)]:
         yield Rows.join(rest)

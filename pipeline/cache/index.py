@@ -137,7 +137,10 @@ class Index:
     def shards(self, space: str) -> dict[str, ShardRecord]:
         """Return name → what is known, of the shards of `space`."""
         query = "SELECT id, name, bytes, rows, state, problem FROM shards WHERE space = ?"
-        return {row[1]: ShardRecord(*row) for row in self._all(query, (space,))}
+        found = [ShardRecord(*row) for row in self._all(query, (space,))]
+        if any(not isinstance(number, int) for record in found for number in (record.bytes, record.rows)):
+            raise IndexDamagedError(self.path, "it has shards of no size", certain=True)
+        return {record.name: record for record in found}
 
     def spaces(self) -> list[str]:
         """Return the names of the spaces that have shards here, sorted."""
@@ -196,7 +199,7 @@ class Index:
         found = self._all("SELECT position, key, view FROM rows WHERE shard = ? ORDER BY position", (shard,))
         whole = [position for position, _, _ in found] == list(range(len(found)))
         if not whole or any(not isinstance(key, bytes) or len(key) != 32 for _, key, _ in found):
-            raise IndexDamagedError(self.path, f"it has other rows than shard {shard} can have")
+            raise IndexDamagedError(self.path, f"it has other rows than shard {shard} can have", certain=True)
         keys = np.frombuffer(b"".join(key for _, key, _ in found), np.uint8).reshape(-1, 32)
         return keys, np.array([view for _, _, view in found], np.int64)
 
@@ -267,7 +270,10 @@ class Index:
     def all_quarantined(self) -> list[Quarantine]:
         """Return everything that is remembered, the latest first."""
         query = "SELECT key, decoder, max_pixels, reason, since FROM quarantine ORDER BY since DESC, key"
-        return [Quarantine(*row) for row in self._all(query)]
+        found = [Quarantine(*row) for row in self._all(query)]
+        if any(not isinstance(bad.key, bytes) for bad in found):
+            raise IndexDamagedError(self.path, "it has quarantined contents of no key", certain=True)
+        return found
 
     def remember_quarantined(self, reasons: Mapping[bytes, str], decoder: str, max_pixels: int) -> None:
         """Remember that this decoder refuses these contents."""
@@ -350,7 +356,7 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 def set_aside(damage: IndexDamagedError) -> None:
     """Move a damaged index out of the way; whoever opens the cache next derives a new one from the shards."""
-    if _sound(damage.path):  # another process has done so already
+    if not damage.certain and _sound(damage.path):  # another process has done so already
         return
     aside = damage.path.with_name(f"{damage.path.name}.damaged-{datetime.now():%Y%m%d-%H%M%S}")
     logger.warning("%s; it is moved to %s and derived again from the shards", damage.text, aside.name)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class FeatureSpace:
         self.index = index
         self.progress = progress
         self.shards = path / "shards"
+        self._row_shape: tuple[int, ...] | None = None  # of a row's features, once it is known
 
     @property
     def name(self) -> str:
@@ -94,6 +96,20 @@ class FeatureSpace:
         check_bytes(path)
         return read_info(path, self.spec)
 
+    def check_row_shape(self, info: ShardInfo) -> None:
+        """Raise ShardDamagedError if a shard's rows are of another shape than those of the first good one here."""
+        if self._row_shape is None:
+            good = [record for record in self.index.shards(self.name).values() if record.state == "good"]
+            for record in sorted(good, key=lambda record: record.id):
+                with suppress(CacheError):  # a damaged one tells nothing; it is met on its own
+                    self._row_shape = row_layout(self.shard_path(record.name), "features")[0]
+                    break
+        if self._row_shape not in (None, info.row_shape):
+            found, expected = ("x".join(map(str, shape)) for shape in (info.row_shape, self._row_shape or ()))
+            raise ShardDamagedError(
+                self.shard_path(info.name), f"is not of this space: its rows are {found}, those of others {expected}"
+            )
+
     def shard_path(self, name: str) -> Path:
         """Return the file of the shard `name`."""
         return self.shards / f"{name}.h5"
@@ -106,11 +122,14 @@ class FeatureSpace:
             self.progress("checking shards the index does not know", len(names), "shards") as advance,
         ):
             for name, found in zip(names, pool.map(self._examined, names), strict=True):
-                if isinstance(found, ShardInfo):
+                try:
+                    if isinstance(found, ShardDamagedError):
+                        raise found
+                    self.check_row_shape(found)
                     self.register(found)
-                else:
+                except ShardDamagedError as error:
                     record = known.get(name) or ShardRecord(0, name, 0, 0, "good", None)
-                    self._pass_over(record, found.problem)
+                    self._pass_over(record, error.problem)
                 advance(1)
 
     def _examined(self, name: str) -> ShardInfo | ShardDamagedError:
@@ -141,6 +160,8 @@ class FeatureSpace:
     def lock(self, on_wait: Callable[[str], None]) -> Iterator[None]:
         """Be the only writer of this space; on entry what others wrote meanwhile is known."""
         with exclusive(self.path / ".lock", on_wait):
+            if not self.shards.is_dir():  # what copies a cache may leave empty folders out
+                storage.make_folder(self.shards)
             self.sync()
             yield
 
@@ -206,6 +227,18 @@ def _no_number(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is out of range")
+    return number
+
+
+def is_lost(folder: Path) -> bool:
+    """Return whether a folder was a space, and holds shards, but has lost its description."""
+    return not (folder / "space.json").exists() and not all(map(storage.is_partial, storage.files(folder / "shards")))
+
+
 class ShardReader:
     """Reads rows of one dataset from many shards. Holds no database, so any thread may use it."""
 
@@ -256,6 +289,12 @@ class Cache:
     def spaces(self) -> list[FeatureSpace]:
         """Return every space on disk that can be opened; of the others it is said why not."""
         found = []
+        for name in storage.folders(self.root):
+            if is_lost(self.root / name):
+                logger.warning(
+                    "%s holds shards but no space.json, and is passed over; `cache verify --repair` writes it again",
+                    self.root / name,
+                )
         for name in self.names():
             try:
                 found.append(self.open(name))
@@ -277,7 +316,7 @@ class Cache:
             raise SpecError(f"no feature space named {name!r} in {self.root}; there are: {have}")
         try:
             text = storage.read_small(path / "space.json", _MOST_DESCRIPTION)
-            stored = json.loads(text, parse_constant=_no_number)
+            stored = json.loads(text, parse_constant=_no_number, parse_float=_finite)
             spec = FeatureSpec.from_dict(stored["spec"])
             made_by = dict(stored["made_by"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -324,13 +363,15 @@ class Cache:
     def choose(self, request: FeatureRequest, keys: Sequence[bytes]) -> FeatureSpace | None:
         """Return the space that agrees with all stated fields and holds most of `keys`; None if none holds any.
 
-        Among equals trained weights come before untrained ones, then the name decides.
+        Rows in shards that are damaged count only where no space has whole ones. Among equals trained weights come
+        before untrained ones, then the name decides.
         """
-        best, most = None, (0, False)
+        best, most = None, (0, 0, False)
         for space in self.spaces():
             if request.differences(space.spec):
                 continue
-            rank = (int(space.locate(keys).found.sum()), not space.spec.untrained)
-            if rank[0] > 0 and rank > most:
+            found, lost = int(space.locate(keys).found.sum()), len(self.index.lost(space.name, keys))
+            rank = (found, lost, not space.spec.untrained)
+            if found + lost > 0 and rank > most:
                 best, most = space, rank
         return best

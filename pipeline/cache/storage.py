@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline.errors import CacheError
+
 PARTIAL_PREFIX = ".partial-"
 _BLOCK = 2**20  # written at a time: a full disk is met between two of them
 
@@ -39,7 +41,10 @@ def partial_name(directory: Path, suffix: str = "") -> Path:
 def make_folder(path: Path) -> None:
     """Make the folder `path` and those above it, where they are missing."""
     about_to("make folder", path)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CacheError(f"a file stands where the folder {path} should be; move it away") from error
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
@@ -121,7 +126,18 @@ def files(directory: Path) -> dict[str, os.stat_result]:
             found = list(entries)
     except FileNotFoundError:
         return {}
+    except NotADirectoryError as error:
+        raise CacheError(f"a file stands where the folder {directory} should be; move it away") from error
     return {entry.name: stat for entry in found if entry.is_file() and (stat := _stat(entry)) is not None}
+
+
+def everything(directory: Path) -> set[str]:
+    """Return the names of whatever lies in `directory`; empty if there is no such folder."""
+    about_to("list", directory)
+    try:
+        return {path.name for path in directory.iterdir()}
+    except FileNotFoundError:
+        return set()
 
 
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:

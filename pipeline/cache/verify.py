@@ -22,7 +22,7 @@ from pipeline.cache import storage
 from pipeline.cache.index import ShardRecord
 from pipeline.cache.lock import exclusive
 from pipeline.cache.shard import ShardInfo, check_bytes, read_info, read_spec
-from pipeline.cache.space import GONE, Cache, FeatureSpace
+from pipeline.cache.space import GONE, Cache, FeatureSpace, is_lost
 from pipeline.errors import CacheError, IndexDamagedError, ShardDamagedError, SpecError
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def _folders(cache: Cache, space: str | None) -> list[str]:
 
 def _holds_something(folder: Path) -> bool:
     """Return whether a folder is more than what is left if its maker was killed before it described the space."""
-    return (folder / "space.json").exists() or not all(map(storage.is_partial, storage.files(folder / "shards")))
+    return (folder / "space.json").exists() or is_lost(folder)
 
 
 def _open(cache: Cache, name: str, repair: bool, done: Verification) -> FeatureSpace | None:
@@ -111,8 +111,8 @@ def _open(cache: Cache, name: str, repair: bool, done: Verification) -> FeatureS
     try:
         return cache.open(name, sync=False)
     except SpecError as error:
+        problem = str(error) if (path / "space.json").exists() else "is missing"
         mended = repair and _describe_again(cache, path)
-        problem = "is missing" if not (path / "space.json").exists() and not mended else str(error)
         rows = sum(record.rows for record in cache.index.shards(name).values())
         done.problems.append(Problem(path / "space.json", problem, rows, repaired=mended))
         return cache.open(name, sync=False) if mended else None
@@ -145,7 +145,7 @@ class _Space:
         # The index first: a shard published in between is then merely unknown, which is no fault.
         known = self._index.shards(self._space.name)
         files = self._space.shard_files()
-        self._foreign(storage.files(self._space.shards).keys() - files.keys())
+        self._foreign(storage.everything(self._space.shards) - files.keys())
         sizes = {name.removesuffix(".h5"): stat.st_size for name, stat in files.items()}
         if sizes.keys() - known.keys() and known.keys() - sizes.keys():
             # Another machine may have repacked shards, by an index of its own: then no row is lost.
@@ -183,6 +183,11 @@ class _Space:
 
     def _one(self, name: str, result: ShardInfo | CacheError, record: ShardRecord | None, size: int) -> None:
         path, rows = self._space.shard_path(name), record.rows if record else 0
+        if isinstance(result, ShardInfo):
+            try:
+                self._space.check_row_shape(result)
+            except ShardDamagedError as error:
+                result = error
         if isinstance(result, CacheError):
             if path.exists() or self._still_good(name):  # else `gc` removed it meanwhile
                 self._report(Problem(path, _reason(result), rows), name)

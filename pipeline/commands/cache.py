@@ -157,11 +157,24 @@ def cache_verify(
 
 
 def _recomputed(workspace: Workspace, context: typer.Context, space: str | None, count: int) -> list[Drift]:
+    from pipeline import terminal
     from pipeline.canary import recompute
+    from pipeline.errors import MissingRowsError
 
     dataset = open_dataset(workspace, context) if context.params["dataset"] is not None else None
     spaces = [workspace.cache.open(space)] if space else workspace.cache.spaces()
-    return [drift for each in spaces if (drift := recompute(each, count, workspace, dataset)) is not None]
+    drifts, skipped = [], []
+    for each in spaces:
+        try:
+            drifts.append(recompute(each, count, workspace, dataset))
+        except MissingRowsError as error:
+            skipped.append(error)
+    compared = [drift for drift in drifts if drift is not None]
+    if skipped and not compared:
+        raise skipped[0]
+    for error in skipped:
+        terminal.say(f"notice: {error}", "yellow")
+    return compared
 
 
 def _verdict(done: Verification, drifts: Sequence[Drift], repair: bool) -> str | None:
@@ -171,7 +184,8 @@ def _verdict(done: Verification, drifts: Sequence[Drift], repair: bool) -> str |
         again = (
             "move it out of the cache by hand" if repair else "run `cache verify --read-data --repair`, then `features`"
         )
-        return f"{len(left):,} problems, the first: {left[0].path} {left[0].problem}; {again}"
+        count = "1 problem:" if len(left) == 1 else f"{len(left):,} problems, the first:"
+        return f"{count} {left[0].path} {left[0].problem}; {again}"
     if drifted := [drift for drift in drifts if not drift.same]:
         return (
             f"the features of {drifted[0].space} are not what this machine computes now (relative difference "
@@ -230,8 +244,11 @@ def cache_gc(
     With --dataset or --space, every row that belongs to none of those named is removed as well.
     """
     from pipeline.cache.gc import collect
+    from pipeline.errors import UsageError
     from pipeline.runs import remove_leftovers
 
+    if not dataset and (archive or image_root):
+        raise UsageError("--archive and --image-root go with --dataset only")
     start = time.perf_counter()
     with opened(context) as workspace:
         keep = _keep(workspace, dataset or [], space or [], archive, image_root)
@@ -248,7 +265,7 @@ def cache_gc(
         "dry_run": dry_run,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    note = "this would be done; nothing was, as --dry-run was given" if dry_run else None
+    note = "this would be done, the bytes being an estimate; nothing was, as --dry-run was given" if dry_run else None
     finish(result, as_json, (*numbers, "leftovers", "bytes_freed"), note=note)
 
 
@@ -374,6 +391,8 @@ def cache_export(
         raise UsageError(f"there is no folder {out.absolute().parent} to write {out.name} to")
     start = time.perf_counter()
     with opened(context) as workspace:
+        if workspace.cache.root.resolve() in out.resolve().parents:
+            raise UsageError(f"{out} lies in the cache itself; name a file elsewhere")
         images = open_dataset(workspace, context)
         command = features_command(context)
         done = export_dataset(
@@ -391,5 +410,6 @@ def cache_export(
         "quarantined_images": [asdict(bad) for bad in done.quarantined],
         "seconds": round(time.perf_counter() - start, 3),
     }
-    finish(result, as_json, ("path", "rows", "missing", "bytes", "space", "seconds"))
+    note = "it refers to the shards as they are now: after `cache gc`, export it again" if virtual else None
+    finish(result, as_json, ("path", "rows", "missing", "bytes", "space", "seconds"), note=note)
     exit_for_bad(done.quarantined, len(images), max_bad)

@@ -152,7 +152,7 @@ def finish(result: dict[str, Any], as_json: bool, lines: tuple[str, ...], note: 
 
 def _readable(name: str, value: Any) -> Any:
     """Return sizes in units people read; other values as they are."""
-    if not name.endswith(("memory", "bytes", "free")):
+    if not name.endswith(("memory", "bytes", "bytes_read", "bytes_freed", "free")):
         return value
     return f"{value / 1e9:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.2f} MB"
 

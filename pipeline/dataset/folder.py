@@ -71,7 +71,7 @@ def _walk(root: Path, ignored: Counter[str]) -> Iterator[str]:
                     ignored[f"{ending}/"] += 1
                 else:
                     stack.append((Path(entry.path), f"{prefix}{entry.name}/", above | {here}))
-            elif entry.name[0] != "." and ending in IMAGE_ENDINGS and _is_listed(entry):
+            elif entry.name[0] != "." and ending in IMAGE_ENDINGS:  # a pipe too: its reading fails, and is listed
                 yield prefix + entry.name
             else:
                 ignored[ending] += 1
@@ -104,14 +104,3 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
-
-
-def _is_listed(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a file or a broken link, whose reading fails and is reported; a pipe would block."""
-    if not entry.is_symlink():
-        return entry.is_file()
-    target = Path(entry.path)
-    try:
-        return target.is_file() or not target.exists()
-    except OSError:
-        return True
