@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipeline.commands.cache import cache_app
+from pipeline.commands.evaluate import evaluate
 from pipeline.commands.heads import train_head
 from pipeline.commands.shared import (
     MAX_PIXELS,
@@ -44,6 +45,7 @@ app.add_typer(cache_app, name="cache")
 runs_app = typer.Typer(help="Look at the trained heads.", rich_markup_mode=None)
 app.add_typer(runs_app, name="runs")
 app.command("train-head")(train_head)
+app.command("evaluate")(evaluate)
 
 _DATA_DIR = Path(__file__).parent / "data"
 
@@ -126,15 +128,18 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False) -> None:
     from pipeline import runs, terminal
 
     with opened(context) as workspace:
-        found = runs.list_runs(workspace.runs)
+        found, stopped = runs.list_runs(workspace.runs), runs.unfinished(workspace.runs)
     if as_json:
-        terminal.emit_json({"runs": [{"dataset": about["dataset"]["name"], **about["summary"]} for about in found]})
+        listed = [{"dataset": about["dataset"]["name"], **about["summary"]} for about in found]
+        terminal.emit_json({"runs": listed, "unfinished": stopped})
         return
     if not found:
         terminal.say("there are no runs; `train-head` makes them")
-        return
-    rows = [_run_row(about["summary"]) for about in found]
-    terminal.table(rows, ("run", "head", "accuracy", "95% interval", "val", "seconds", "weights"))
+    else:
+        rows = [_run_row(about["summary"]) for about in found]
+        terminal.table(rows, ("run", "head", "accuracy", "95% interval", "val", "seconds", "weights"))
+    for name in stopped:
+        terminal.say(f"stopped, go on by: train-head --resume {name}", "yellow")
 
 
 def _run_row(summary: dict[str, Any]) -> tuple[object, ...]:

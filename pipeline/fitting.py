@@ -14,12 +14,13 @@ from pipeline import heads, tracking
 from pipeline.asked import Asked
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import DatasetError
-from pipeline.heads.base import JSON_FILE
+from pipeline.heads.base import JSON_FILE, require_numbers
 from pipeline.heads.ensemble import Ensemble, member_name
 from pipeline.prepare import Prepared
 from pipeline.progress import Progress
-from pipeline.rows import select
+from pipeline.rows import Rows, select
 from pipeline.runs import write_json
+from pipeline.spec import HeadSpec
 
 _HISTORY = "history.json"
 
@@ -46,18 +47,26 @@ def fit_asked(ready: Prepared, asked: Asked, directory: Path, progress: Progress
         return fit(ready, asked, directory, advance)
 
 
-def fit_head(data: heads.Data, asked: Asked, directory: Path, advance: Callable[[int], None]) -> heads.Fitted:
+def fit_head(
+    spec: HeadSpec, data: heads.Data, directory: Path, advance: Callable[[int], None], *, tensorboard: bool = False
+) -> heads.Fitted:
     """Fit one head, with checkpoint and logs in `directory`."""
-    with tracking.tensorboard(directory, asked.tensorboard) as note:
-        return heads.fit(asked.head, data, heads.Watch(advance, note, Checkpoint(directory)))
+    with tracking.tensorboard(directory, tensorboard) as note:
+        return heads.fit(spec, data, heads.Watch(advance, note, Checkpoint(directory)))
 
 
 def _fit_one(ready: Prepared, asked: Asked, directory: Path, advance: Callable[[int], None]) -> Outcome:
-    rows, labels = ready.rows, ready.labels
-    data = heads.Data(rows["train"], labels["train"], rows["val"], labels["val"], ready.classes, ready.groups)
-    fitted = fit_head(data, asked, directory, advance)
-    said = (fitted.head.predict(rows[side]) for side in ("val", "test"))
+    fitted = fit_head(asked.head, ready.data(), directory, advance, tensorboard=asked.tensorboard)
+    said = (answers(fitted.head, ready.rows[side], side) for side in ("val", "test"))
     return Outcome(fitted, ready.members["val"], *said)
+
+
+def answers(head: heads.Head, rows: Rows, side: str) -> np.ndarray:
+    """Return what a head says of rows, (n, k) float32. Raises DatasetError if one of them holds what is no number."""
+    said = head.predict(rows)
+    if not np.isfinite(said).all():
+        require_numbers(rows, f"the {side} split")
+    return said
 
 
 def _fit_folds(ready: Prepared, asked: Asked, directory: Path, advance: Callable[[int], None]) -> Outcome:
@@ -73,20 +82,20 @@ def _fit_folds(ready: Prepared, asked: Asked, directory: Path, advance: Callable
         else:
             advance(heads.steps(asked.head))
         members.append(heads.load(folder))
-        said[held] = members[-1].predict(held_rows)
+        said[held] = answers(members[-1], held_rows, "train")
         history.append({"fold": number, **_best(json.loads((folder / _HISTORY).read_text()))})
     ensemble = Ensemble(members)
     return Outcome(
         heads.Fitted(ensemble, history, "fold", None),
         ready.members["train"],
         said,
-        ensemble.predict(ready.rows["test"]),
+        answers(ensemble, ready.rows["test"], "test"),
     )
 
 
 def _fit_member(data: heads.Data, asked: Asked, folder: Path, advance: Callable[[int], None]) -> None:
     folder.mkdir(exist_ok=True)
-    fitted = fit_head(data, asked, folder, advance)
+    fitted = fit_head(asked.head, data, folder, advance, tensorboard=asked.tensorboard)
     write_json(folder / _HISTORY, fitted.history)
     fitted.head.save(folder)
     Checkpoint(folder).remove()

@@ -16,6 +16,10 @@ from pipeline.errors import RunError
 Entry = dict[str, float]
 
 
+class NotFiniteError(RunError):
+    """The loss is not a number any more."""
+
+
 class Batches(Protocol):
     """Training data; the order depends on the number of the epoch alone, so that a resumed run sees the same."""
 
@@ -95,8 +99,10 @@ def train(
 
     Raises
     ------
+    NotFiniteError
+        If the loss is not a number.
     RunError
-        If the loss is not a number, or a checkpoint does not fit.
+        If a checkpoint does not fit.
     """
     keras = import_keras()
     model.compile(
@@ -116,7 +122,7 @@ def train(
         if not np.isfinite([loss, val_loss]).all():
             if watch.checkpoint is not None:
                 watch.checkpoint.remove()  # going on from it would end here again
-            raise RunError(
+            raise NotFiniteError(
                 f"the loss is {loss:g}, on the validation split {val_loss:g}, after epoch {state.epoch}: "
                 "lower --learning-rate"
             )

@@ -14,7 +14,7 @@ from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError
 from pipeline.extract import warn_untrained
 from pipeline.gather import SPLITS, Material
-from pipeline.rows import Rows, open_rows
+from pipeline.rows import Rows, hold, stored_rows
 from pipeline.spec import HeadSpec
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,11 @@ class Prepared:
     members: Mapping[str, np.ndarray]
     labels: Mapping[str, np.ndarray]
     rows: Mapping[str, Rows]
+
+    def data(self) -> heads.Data:
+        """Return what one head is fitted on."""
+        rows, labels = self.rows, self.labels
+        return heads.Data(rows["train"], labels["train"], rows["val"], labels["val"], self.classes, self.groups)
 
     @property
     def classes(self) -> int:
@@ -50,26 +55,43 @@ class Prepared:
 
 
 @contextmanager
-def prepared(material: Material, specs: Sequence[HeadSpec], memory: int | None, folds: int) -> Iterator[Prepared]:
+def prepared(
+    material: Material,
+    specs: Sequence[HeadSpec],
+    memory: int | None,
+    *,
+    folds: int = 0,
+    sides: Sequence[str] = SPLITS,
+    held: bool = True,
+) -> Iterator[Prepared]:
     """Check the splits and open the rows that heads of these specs read, all of one kind; `gc` waits meanwhile.
+
+    Rows are opened for `sides` only, by `hold`, or as they are stored if not `held`.
 
     Raises
     ------
     DatasetError
         If a split has no image, or there is only one class to learn.
     """
-    sides = {"train": ("train", "val"), "test": ("test",)} if folds else {side: (side,) for side in SPLITS}
-    members = {name: np.sort(np.concatenate([material.members(side) for side in some])) for name, some in sides.items()}
+    joined = {"train": ("train", "val"), "test": ("test",)} if folds else {side: (side,) for side in SPLITS}
+    members = {
+        name: np.sort(np.concatenate([material.members(side) for side in some])) for name, some in joined.items()
+    }
     labels = {name: material.labels(at) for name, at in members.items()}
     _check_splits(material.dataset, labels)
     warn_untrained(material.space.spec)
     (reads,) = {heads.READS[spec.head] for spec in specs}
-    classes = len(material.dataset.classes)
+    names = [name for name in members if name in sides]
     with material.space.reading():
-        shape = material.space.row_shape(reads, material.keys)
-        needed = max(heads.memory_needed(spec, shape, classes) for spec in specs)
-        rows = open_rows(material.space, material.keys, reads, list(members.values()), memory=memory, needed=needed)
-        yield Prepared(material, members, labels, dict(zip(members, rows, strict=True)))
+        stored = stored_rows(material.space, material.keys, reads, [members[name] for name in names])
+        needed = memory_needed(specs, stored[0].shape[1:], len(material.dataset.classes))
+        rows = hold(stored, memory=memory, needed=needed) if held else stored
+        yield Prepared(material, members, labels, dict(zip(names, rows, strict=True)))
+
+
+def memory_needed(specs: Sequence[HeadSpec], row_shape: tuple[int, ...], classes: int) -> int:
+    """Return about how many bytes training the largest of these heads takes beside the rows."""
+    return max(heads.memory_needed(spec, row_shape, classes) for spec in specs)
 
 
 def _check_splits(dataset: Dataset, labels: Mapping[str, np.ndarray]) -> None:

@@ -57,6 +57,10 @@ class StoredRows:
         """Return the rows at these indices, still on disk."""
         return StoredRows(self._reader, self._located.take(at), self.shape[1:], self.row_bytes, self.room)
 
+    def within(self, room: int) -> StoredRows:
+        """Return the same rows, of which at most `room` bytes are held."""
+        return StoredRows(self._reader, self._located, self.shape[1:], self.row_bytes, room)
+
     @property
     def rows_at_once(self) -> int:
         """How many rows may be read at a time, the room being shared by those in use and those read ahead."""
@@ -87,6 +91,44 @@ def select(rows: Rows, at: np.ndarray) -> Rows:
     return rows.take(at) if isinstance(rows, StoredRows) else _Selected(rows, at)
 
 
+def stored_rows(
+    space: FeatureSpace, keys: Sequence[bytes], dataset: str, splits: Sequence[np.ndarray]
+) -> list[StoredRows]:
+    """Return the rows of `dataset` ("features" or "pooled") for each split, given as indices into `keys`.
+
+    Raises
+    ------
+    MissingRowsError
+        If a key has no row.
+    """
+    located = space.locate(keys)
+    space.require(located)
+    reader = space.reader(dataset)
+    shape, dtype = reader.layout(located)
+    row_bytes = math.prod(shape) * dtype.itemsize
+    return [StoredRows(reader, located.take(at), shape, row_bytes, 0) for at in splits]
+
+
+def hold(stored: Sequence[StoredRows], *, memory: int | None = None, needed: int = 0) -> list[Rows]:
+    """Return the rows in memory if all of them fit into `memory` bytes; else such as take no more than that.
+
+    By default it is half of what is available beside the `needed` bytes. Which of the two it is, is said.
+
+    Raises
+    ------
+    UsageError
+        If `memory` holds less than a few rows.
+    """
+    count, row_bytes = sum(map(len, stored)), stored[0].row_bytes
+    room = round(_SHARE_OF_MEMORY * max(0, machine.available_memory() - needed)) if memory is None else memory
+    fits = count * row_bytes <= room
+    if not fits and room < _AT_ONCE * row_bytes * 16:
+        raise UsageError(f"--memory {room / 1e6:,.0f} MB is less than 48 rows of {row_bytes:,} bytes take; allow more")
+    where = "read into memory" if fits else "streamed from disk"
+    logger.info("%s rows, %.2f GB, are %s (%.2f GB allowed)", f"{count:,}", count * row_bytes / 1e9, where, room / 1e9)
+    return [rows[np.arange(len(rows))] if fits else rows.within(room) for rows in stored]
+
+
 def open_rows(
     space: FeatureSpace,
     keys: Sequence[bytes],
@@ -96,30 +138,8 @@ def open_rows(
     memory: int | None = None,
     needed: int = 0,
 ) -> list[Rows]:
-    """Return the rows of `dataset` ("features" or "pooled") for each split, given as indices into `keys`.
-
-    They are read into memory if all of them fit into `memory` bytes; else they stay on disk, and reading them
-    takes no more than that. By default it is half of what is available beside the `needed` bytes. It is said.
-
-    Raises
-    ------
-    UsageError
-        If `memory` holds less than a few rows.
-    """
-    located = space.locate(keys)
-    space.require(located)
-    reader = space.reader(dataset)
-    shape, dtype = reader.layout(located)
-    row_bytes = math.prod(shape) * dtype.itemsize
-    count = sum(map(len, splits))
-    room = round(_SHARE_OF_MEMORY * max(0, machine.available_memory() - needed)) if memory is None else memory
-    fits = count * row_bytes <= room
-    if not fits and room < _AT_ONCE * row_bytes * 16:
-        raise UsageError(f"--memory {room / 1e6:,.0f} MB is less than 48 rows of {row_bytes:,} bytes take; allow more")
-    where = "read into memory" if fits else "streamed from disk"
-    logger.info("%s rows, %.2f GB, are %s (%.2f GB allowed)", f"{count:,}", count * row_bytes / 1e9, where, room / 1e9)
-    stored = [StoredRows(reader, located.take(at), shape, row_bytes, room) for at in splits]
-    return [rows[np.arange(len(rows))] for rows in stored] if fits else list(stored)
+    """Return `stored_rows` as `hold` has them."""
+    return hold(stored_rows(space, keys, dataset, splits), memory=memory, needed=needed)
 
 
 def read_ahead(rows: Rows, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

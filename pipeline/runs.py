@@ -47,7 +47,7 @@ def new_run(root: Path, title: str) -> Iterator[tuple[str, Path]]:
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        name, partial = _reserve(root, f"{datetime.now():%Y%m%d-%H%M%S}-{_slug(title)}")
+        name, partial = _reserve(root, f"{datetime.now():%Y%m%d-%H%M%S}-{slug(title)}")
     except OSError as error:
         raise RunError(f"no run can be written to {root}: {error}") from error
     with alive(partial), _published(partial, root / name):
@@ -135,7 +135,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _partial(root: Path, name: str) -> Path:
-    if name != _slug(name):
+    if name != slug(name):
         raise RunError(_not_resumable(root, name))
     return root / f"{storage.PARTIAL_PREFIX}{name}"
 
@@ -225,30 +225,8 @@ def write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
         writer.writerows(history)
 
 
-def draw_curves(path: Path, history: Sequence[Mapping[str, float]], x: str, title: str) -> None:
-    """Draw loss and accuracy of training and validation over `x`, a key of each entry of `history`."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-    from matplotlib.ticker import MaxNLocator
-
-    kinds = [kind for kind in ("loss", "accuracy") if kind in history[0] or f"val_{kind}" in history[0]]
-    figure = Figure(figsize=(5 * len(kinds), 3.6), layout="constrained")
-    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        for key, label in ((kind, "training"), (f"val_{kind}", "validation")):
-            if key in history[0]:
-                values = [entry[key] for entry in history]
-                axis.plot([entry[x] for entry in history], values, marker="." if len(values) < 30 else "", label=label)
-        axis.set(xlabel=x.replace("_", " "), ylabel=kind)
-        if x == "C":
-            axis.set_xscale("log")
-        else:
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.suptitle(title.encode("utf-8", "backslashreplace").decode(), parse_math=False)
-    figure.savefig(path, dpi=120)
-
-
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """Return a text as part of a file name: letters, digits, dots, dashes and underscores."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:_LONGEST_SLUG] or "run"
 
 

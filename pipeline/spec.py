@@ -157,7 +157,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "select": ("val", "cv"),
 }
 _MOST_VALUES = 32  # hidden layers, or values of C
-_WHOLE = {"epochs", "batch_size", "patience", "seed", "hidden", "max_iter"}
+WHOLE = {"epochs", "batch_size", "patience", "seed", "hidden", "max_iter"}
 _YES_OR_NO = {"normalize", "calibrate"}
 _SEVERAL = {"hidden": "none", "C": None}  # how none at all is spelt, where that is legal
 
@@ -188,6 +188,11 @@ class HeadSpec:
             has = ", ".join(defaults)
             raise UsageError(f"the {head} head has no {', '.join(foreign)}; its settings are {has}")
         return cls(head, {**defaults, **{name: _setting(name, value) for name, value in stated.items()}})
+
+    @property
+    def identity(self) -> str:
+        """12 hex digits, alike for equal specs only."""
+        return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
         """Return {"head": …} and the settings as plain JSON values."""
@@ -223,12 +228,12 @@ def _flag(name: str, value: Any) -> bool:
 def _number(name: str, value: Any) -> int | float:
     low, high = _RANGES[name]
     try:
-        number = int(value) if name in _WHOLE else float(value)
+        number = int(value) if name in WHOLE else float(value)
         legal = low <= number <= high and not isinstance(value, bool) and number == float(value)
     except (TypeError, ValueError, OverflowError):
         legal, number = False, 0
     if not legal:
-        kind = "a whole number" if name in _WHOLE else "a number"
+        kind = "a whole number" if name in WHOLE else "a number"
         raise UsageError(f"{_option(name)} must be {kind} in {low:g} … {high:g}, found {str(value)!r:.60}")
     return number
 

@@ -21,6 +21,7 @@ from pipeline.evaluate import evaluate
 from pipeline.extract import Quarantined
 from pipeline.fitting import Outcome, fit_asked
 from pipeline.gather import Material, gather
+from pipeline.pictures import draw_curves
 from pipeline.prepare import Prepared, prepared
 from pipeline.rows import Rows
 from pipeline.workspace import Workspace
@@ -57,7 +58,7 @@ def train_head(
         tracking.require_tensorboard()
     material = gather(dataset, workspace, asked.features, asked.max_pixels, features_command)
     with (
-        prepared(material, [asked.head], asked.memory, asked.folds) as ready,
+        prepared(material, [asked.head], asked.memory, folds=asked.folds) as ready,
         _run(workspace, asked, material, resume) as (name, directory),
     ):
         outcome = fit_asked(ready, asked, directory, workspace.progress)
@@ -158,7 +159,7 @@ def _write(
     runs.write_history(directory / "history.csv", fitted.history)
     runs.write_json(directory / "quarantined.json", [asdict(bad) for bad in material.quarantined])
     runs.write_predictions(directory / "predictions.csv", predictions, dataset.classes)
-    runs.draw_curves(directory / "curves.png", fitted.history, fitted.x, f"{asked.head.head} on {dataset.name}")
+    draw_curves(directory / "curves.png", fitted.history, fitted.x, f"{asked.head.head} on {dataset.name}")
     fitted.head.save(directory)
 
 

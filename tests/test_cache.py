@@ -1080,8 +1080,11 @@ def test_an_index_of_another_version_is_refused_once(tmp_path: Path) -> None:
 
 def test_an_index_that_cannot_be_made_is_a_cache_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CacheError, match="ICEBOX_INDEX"):
+    with pytest.raises(CacheError, match=r"a file stands where the folder .*file should be; move it away"):
         Index(tmp_path / "file" / "cache.db")
+    (tmp_path / "cache.db").mkdir()
+    with pytest.raises(CacheError, match="ICEBOX_INDEX=FILE puts it elsewhere"):
+        Index(tmp_path / "cache.db")
 
 
 def test_the_cache_and_the_weights_do_not_load_tensorflow() -> None:

@@ -274,3 +274,29 @@ def test_images_that_are_not_at_hand_are_asked_for(data: Path, images: list[Path
     done = icebox(data, "cache", "verify", "--recompute", "2")
     assert done.code == 1
     assert f"none of the images of {SPEC.directory} is at hand; name the dataset they are of by `--dataset`" in done.err
+
+
+def test_with_several_spaces_those_whose_images_are_at_hand_are_compared(
+    data: Path, photos: Path, images: list[Path]
+) -> None:
+    options = ("--dataset", photos, *UNTRAINED, "--batch-size", "4")
+    assert icebox(data, "features", *options, "--limit", "4").code == 0
+    other = replace(SPEC, fit="pad")
+    with closing(Cache(data / "cache")) as cache:
+        space = cache.create(other, {})
+        space.register(space.write(made([1, 2, 3], other)))
+    done = icebox(data, "cache", "verify", "--recompute", "2", "--dataset", photos, "--json")
+    assert done.code == 0, done.err
+    assert [drift["space"] for drift in done.json["recomputed"]] == [SPEC.directory]
+    assert f"none of the images of {other.directory} is at hand" in done.err
+
+
+def test_explain_tells_of_the_bad_shard_though_it_was_the_only_one(
+    data: Path, photos: Path, images: list[Path]
+) -> None:
+    fill(data, images[:2])
+    (shard,) = data.glob("cache/*/shards/*.h5")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    states_found = [state for state, _ in states(data, photos, *UNTRAINED).values()]
+    assert states_found.count("bad shard") == 2
+    assert states_found.count("new") == 10

@@ -242,12 +242,15 @@ def test_a_broken_link_is_listed_and_fails_when_read(tmp_path: Path) -> None:
         dataset.read(1)
 
 
-def test_a_pipe_is_not_listed_for_it_would_block(tmp_path: Path) -> None:
+def test_a_pipe_is_listed_and_fails_when_read_instead_of_blocking(tmp_path: Path) -> None:
     write(tmp_path, "cat/1.png")
     os.mkfifo(tmp_path / "cat/2.png")
     (tmp_path / "cat/3.png").symlink_to(tmp_path / "cat/2.png")
     dataset = listed(tmp_path)
-    assert dataset.names == ["cat/1.png"] and dataset.ignored == {".png": 2}
+    assert dataset.names == ["cat/1.png", "cat/2.png", "cat/3.png"]
+    for at in (1, 2):
+        with pytest.raises(OSError, match="not a regular file"):
+            dataset.read(at)
 
 
 def test_a_name_that_is_no_text_can_be_listed_limited_and_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -178,3 +179,69 @@ def test_a_disk_that_fills_meanwhile_leaves_nothing(data: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "error: cannot write" in done.stderr
     assert [path for path in data.parent.iterdir() if "h5" in path.name] == []
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+@pytest.mark.parametrize("room", [0, 1, 2000, 6000, 12_000])
+def test_wherever_the_disk_is_full_the_process_ends_in_order(room: int, virtual: bool, data: Path) -> None:
+    """HDF5 reads back what it wrote; what could not be written it must find all the same."""
+    script = (
+        "import resource, sys, cli\n"
+        "from pipeline.cache import export\n"
+        "export._MARGIN = 0.0\n"
+        "written = export._written\n"
+        "def limited(path):\n"
+        f"    resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
+        "    return written(path)\n"
+        "export._written = limited\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    arguments = ["cache", "export", str(data.parent / "out.h5"), "--dataset", str(data.parent / "photos"), *SPACE]
+    command = [sys.executable, "-c", script, "--data-dir", str(data), *arguments, *(["--virtual"] if virtual else [])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "error: cannot write" in done.stderr
+    assert [path for path in data.parent.iterdir() if "h5" in path.name] == []
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_a_shard_with_other_rows_than_the_index_says_is_refused(virtual: bool, data: Path) -> None:
+    with closing(Cache(data / "cache")) as cache:
+        space = cache.open(SPEC.directory)
+        info = space.write(made(list(range(100, 105)), SPEC))
+    # Exchanged for one of the same size, as the quick look before each command cannot notice.
+    target = next(path for path in shards(data) if path.stem != info.name and path.stat().st_size == info.bytes)
+    (target.parent / f"{info.name}.h5").replace(target)
+    done = export(data, *(["--virtual"] if virtual else []))
+    assert done.code == 1
+    assert f"shard {target}" in done.err
+    assert list(data.parent.glob("*.h5")) == []
+
+
+def test_an_export_that_was_killed_leaves_what_the_next_one_replaces(data: Path) -> None:
+    (data.parent / ".partial-out.h5").write_bytes(bytes(10**6))
+    assert export(data).code == 0
+    assert list(data.parent.glob(".partial-*")) == []
+    with h5py.File(data.parent / "out.h5") as file:
+        assert column(file, "present").all()
+
+
+def test_two_exports_to_one_file_do_not_mix(data: Path) -> None:
+    with (data.parent / ".partial-out.h5").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        done = export(data)
+    assert done.code == 1
+    assert "another process is writing" in done.err
+    assert (data.parent / ".partial-out.h5").exists(), "it is not ours"
+
+
+def test_an_export_into_the_cache_is_refused(data: Path) -> None:
+    done = export(data, out=f"data/cache/{SPEC.directory}/shards/out.h5")
+    assert done.code == 2
+    assert "lies in the cache itself" in done.err
+
+
+def test_a_virtual_export_says_that_gc_ends_it(data: Path) -> None:
+    out, photos = data.parent / "out.h5", data.parent / "photos"
+    done = icebox(data, "cache", "export", out, "--dataset", photos, *SPACE, "--virtual")
+    assert "after `cache gc`, export it again" in done.err

@@ -226,3 +226,43 @@ def test_folders_of_killed_runs_go_and_those_at_work_stay(data: Path) -> None:
         assert (done["leftovers"], str(dead) in done["removed"]) == (1, True)
         assert partial.exists()
         assert not dead.exists()
+
+
+# Beside damage
+
+
+@pytest.mark.parametrize("harm", ["flip", "swap", "cut", "delete"])
+def test_gc_beside_a_damaged_shard_loses_no_row_that_could_be_read(
+    harm: str, cache: Cache, space: FeatureSpace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither repacked nor relied upon: a row that stands in a sound shard too stays there."""
+    damaged, *others = add(space, [1, 2, 3]), add(space, [3, 4]), add(space, [5, 6]), add(space, [7, 8, 9])
+    path = shard_file(space, damaged)
+    if harm == "flip":
+        flip(path, 3000)
+    elif harm == "cut":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif harm == "swap":
+        path.write_bytes(shard_file(space, others[-1]).read_bytes())
+    else:
+        path.unlink()
+    collect(cache, Keep())
+    assert f"shard {path}" in caplog.text
+    assert path.exists() == (harm != "delete"), "what is left of it is for `verify` to judge"
+    with closing(Cache(cache.root)) as again:
+        kept = [3, 4, 5, 6, 7, 8, 9]
+        rows = again.open(space.name).read([key(n) for n in kept], "features")
+        assert np.array_equal(rows, made(kept).features)
+
+
+def test_a_dry_run_beside_a_damaged_shard_changes_nothing(cache: Cache, space: FeatureSpace) -> None:
+    damaged, _ = add(space, [1, 2]), add(space, [3, 4])
+    flip(shard_file(space, damaged), 3000)
+    collect(cache, Keep(), dry_run=True)
+    assert space.index.shards(space.name)[damaged.name].state == "good"
+
+
+def test_options_of_a_dataset_need_a_dataset(data: Path) -> None:
+    done = icebox(data, "cache", "gc", "--image-root", data)
+    assert done.code == 2
+    assert "--archive and --image-root go with --dataset only" in done.err

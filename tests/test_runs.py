@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import RunError
-from pipeline.runs import Predictions, draw_curves, list_runs, new_run, write_json, write_predictions
+from pipeline.pictures import draw_curves
+from pipeline.runs import Predictions, list_runs, new_run, write_json, write_predictions
 
 ODD_NAMES = ["a,b.png", 'quo"te.png', "two\nlines.png", "carriage\rreturn.png", "\udcff\udc80.png", "=1+1", "é漢.png"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -369,9 +370,13 @@ def _(folder: Path) -> list[str | Path]:
     return forged(folder, make)
 
 
-def features(shape: tuple[int, ...], dtype: str = "f2", **options: Any) -> Callable[[h5py.File], None]:
+def features(
+    shape: tuple[int, ...], dtype: str = "f2", *, filled: bool = True, **options: Any
+) -> Callable[[h5py.File], None]:
     chunks = (1, *shape[1:]) if max(shape[1:]) < 10**6 else (1, 1, 1, 1)
     options = {"chunks": chunks, "fletcher32": True, **options}
+    if filled and math.prod(shape) < 10**6:
+        options["data"] = np.zeros(shape, dtype)
     return instead("features", lambda file: file.create_dataset("features", shape, dtype, **options))
 
 
@@ -393,6 +398,21 @@ def _(folder: Path) -> list[str | Path]:
 @case("features that are integers")
 def _(folder: Path) -> list[str | Path]:
     return forged(folder, features((8, 2, 3, 8), "i2"))
+
+
+@case("rows that are claimed but not there")
+def _(folder: Path) -> list[str | Path]:
+    return forged(folder, features((8, 2, 3, 8), filled=False))
+
+
+@case("rows of another shape than those beside them")
+def _(folder: Path) -> list[str | Path]:
+    return cache_with(folder, lambda space: space.write(made.made([9], made.SPEC, (3, 3, 8))))
+
+
+@case("a folder among the shards")
+def _(folder: Path) -> list[str | Path]:
+    return cache_with(folder, lambda space: (space.shards / "folder").mkdir())
 
 
 @case("keys that are text")
@@ -461,6 +481,11 @@ def _(folder: Path) -> list[str | Path]:
 @case("a space.json with NaN")
 def _(folder: Path) -> list[str | Path]:
     return described(folder, with_spec().replace('"made_by": {}', '"made_by": {"created": NaN}'))
+
+
+@case("a space.json with a number beyond all bounds")
+def _(folder: Path) -> list[str | Path]:
+    return described(folder, with_spec().replace('"made_by": {}', '"made_by": {"created": 1e999}'))
 
 
 @case("a space.json with a field too many")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import sqlite3
@@ -10,14 +11,16 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+from conftest import icebox
 from made import SPEC, add, chunk_places, flip, key, made, shard_file
 
-from pipeline.cache.shard import ShardInfo
+from pipeline.cache.shard import ShardInfo, row_filters
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.verify import Verification, verify
-from pipeline.errors import ShardDamagedError, SpecError
+from pipeline.errors import CacheError, ShardDamagedError, SpecError
 
 ROWS = 8  # in a shard
 
@@ -274,3 +277,87 @@ def test_what_another_machine_repacked_is_no_problem_here(
         (problem,) = verify(here).problems
         assert problem.problem == "is gone from the disk"
         assert here.open(SPEC.directory).totals().rows == 1
+
+
+def test_rows_of_another_shape_are_no_rows_of_this_space(
+    cache: Cache, space: FeatureSpace, shards: list[ShardInfo], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Soundly made, rightly named, by a version that cut the backbone elsewhere."""
+    foreign = space.write(made([100, 101], SPEC, (3, 3, 8)))
+    again = cache.open(space.name)
+    assert not again.locate([key(100)]).found.any()
+    assert "its rows are 3x3x8, those of others 2x3x8" in caplog.text
+    assert list(found(verify(cache))) == [f"{foreign.name}.h5"]
+    assert verify(cache, repair=True).sound
+    assert missing(cache, space) == set()
+
+
+def test_rows_claimed_but_not_there_are_no_zeros(cache: Cache, space: FeatureSpace, tmp_path: Path) -> None:
+    info = space.write(made([1, 2, 3]))
+    path = shard_file(space, info)
+    with h5py.File(path, "r+") as file:
+        filters = row_filters("features", (3, 2, 3, 8), np.dtype(np.float16))
+        del file["features"]
+        file.create_dataset("features", (3, 2, 3, 8), np.float16, **filters)
+    path.rename(path.with_name(f"{hashlib.sha256(path.read_bytes()).hexdigest()}.h5"))
+    (problem,) = verify(cache, sample=1.0).problems
+    assert "its datasets disagree" in problem.problem
+
+
+def test_the_folder_of_shards_is_made_again(cache: Cache, space: FeatureSpace, shards: list[ShardInfo]) -> None:
+    shutil.rmtree(space.shards)
+    assert set(found(verify(cache)).values()) == {"is gone from the disk"}
+    assert verify(cache, repair=True).sound
+    again = cache.open(space.name)
+    with again.lock(lambda holder: None):
+        add(again, [1])
+    assert verify(cache, sample=1.0).problems == []
+
+
+def test_a_folder_among_the_shards_is_named(cache: Cache, space: FeatureSpace, shards: list[ShardInfo]) -> None:
+    (space.shards / "copies").mkdir()
+    assert list(found(verify(cache))) == ["copies"]
+
+
+def test_a_file_in_the_place_of_the_shards_is_told(cache: Cache, space: FeatureSpace) -> None:
+    space.shards.rmdir()
+    space.shards.write_text("in the way")
+    with pytest.raises(CacheError, match=r"a file stands where the folder .*shards should be; move it away"):
+        verify(cache)
+
+
+def test_a_space_that_lost_its_description_is_not_passed_over_in_silence(
+    cache: Cache, space: FeatureSpace, shards: list[ShardInfo], caplog: pytest.LogCaptureFixture
+) -> None:
+    (space.path / "space.json").unlink()
+    assert cache.spaces() == []
+    assert f"{space.path} holds shards but no space.json" in caplog.text
+    assert "cache verify --repair" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE rows SET key = x'00' WHERE position = 0",
+        "UPDATE shards SET bytes = 'many'",
+        "UPDATE shards SET name = 7 WHERE id = 1",
+        "UPDATE rows SET position = 'first' WHERE position = 0",
+    ],
+)
+def test_an_index_with_what_cannot_be_is_derived_again(
+    statement: str, cache: Cache, space: FeatureSpace, shards: list[ShardInfo]
+) -> None:
+    """SQLite finds no fault with it."""
+    cache.close()
+    with closing(sqlite3.connect(cache.index.path)) as db:
+        db.execute("PRAGMA ignore_check_constraints = ON")
+        db.execute(statement)
+        db.commit()
+    done = icebox(cache.root.parent, "cache", "verify", "--json")
+    assert done.code == 0 or done.json["problems"], done.err
+    assert "Traceback" not in done.err
+    repaired = icebox(cache.root.parent, "cache", "verify", "--repair")
+    assert repaired.code == 0, repaired.err
+    with closing(Cache(cache.root)) as again:
+        assert verify(again, sample=1.0).problems == []
+        assert missing(again, again.open(space.name)) == set()

@@ -104,8 +104,9 @@ class FeatureSpace:
                 with suppress(CacheError):  # a damaged one tells nothing; it is met on its own
                     self._row_shape = row_layout(self.shard_path(record.name), "features")[0]
                     break
-        if self._row_shape not in (None, info.row_shape):
-            found, expected = ("x".join(map(str, shape)) for shape in (info.row_shape, self._row_shape or ()))
+        self._row_shape = self._row_shape or info.row_shape
+        if self._row_shape != info.row_shape:
+            found, expected = ("x".join(map(str, shape)) for shape in (info.row_shape, self._row_shape))
             raise ShardDamagedError(
                 self.shard_path(info.name), f"is not of this space: its rows are {found}, those of others {expected}"
             )
@@ -211,12 +212,6 @@ class FeatureSpace:
             lost = int((~located.found).sum())
             raise MissingRowsError(f"{lost:,} of {len(located.found):,} rows are not in {self.name}; run `features`")
 
-    def row_shape(self, dataset: str, keys: Sequence[bytes]) -> tuple[int, ...]:
-        """Return the shape of one row of these keys, which must all be there."""
-        located = self.locate(keys)
-        self.require(located)
-        return self.reader(dataset).layout(located)[0]
-
     def reader(self, dataset: str) -> ShardReader:
         """Return a reader of one dataset of this space's shards."""
         names = {record.id: name for name, record in self.index.shards(self.name).items()}
@@ -243,7 +238,7 @@ class ShardReader:
     """Reads rows of one dataset from many shards. Holds no database, so any thread may use it."""
 
     def __init__(self, directory: Path, names: Mapping[int, str], dataset: str) -> None:
-        self._directory = directory
+        self._directory = directory.absolute()  # it may be sent to a process elsewhere
         self._names = names
         self._dataset = dataset
 

@@ -39,6 +39,11 @@ class Split:
     crossing_groups: int
     conflicting: int
 
+    @property
+    def drawn(self) -> bool:
+        """Whether no image has a side that somebody gave it."""
+        return self.origin == _DRAWN
+
 
 def assign(dataset: Dataset, keys: Sequence[bytes | None]) -> Split:
     """Return the side of each image; what the dataset brings is kept, and its leaks are counted.

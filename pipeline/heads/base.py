@@ -8,8 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.errors import DatasetError
 from pipeline.loop import Entry
-from pipeline.rows import Rows
+from pipeline.rows import Rows, in_order
 
 JSON_FILE = "head.json"
 
@@ -73,3 +74,18 @@ def measure(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float
     truth = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     loss = -np.log(np.maximum(truth, np.finfo(np.float32).eps)).mean()
     return abs(float(loss)), float((probabilities.argmax(axis=1) == labels).mean())
+
+
+def not_numbers(where: str) -> str:
+    """Return what to say of rows that hold NaN or infinity."""
+    return (
+        f"features of {where} are not numbers (NaN or infinite): they overflow in this precision or storage; "
+        "compute them by `features --precision float32 --storage float32`"
+    )
+
+
+def require_numbers(rows: Rows, where: str) -> None:
+    """Raise DatasetError if a row holds what is not a number."""
+    for _, some in in_order(rows):
+        if not np.isfinite(some).all():
+            raise DatasetError(not_numbers(where))

@@ -15,8 +15,8 @@ from pipeline.backbone import KerasModel, import_keras
 from pipeline.batches import Shuffled
 from pipeline.cache import storage
 from pipeline.errors import DatasetError, RunError
-from pipeline.heads.base import JSON_FILE, Data, Fitted, class_weights, measure
-from pipeline.loop import Watch, train
+from pipeline.heads.base import JSON_FILE, Data, Fitted, class_weights, measure, not_numbers, require_numbers
+from pipeline.loop import NotFiniteError, Watch, train
 from pipeline.rows import Rows, in_order
 from pipeline.runs import write_json
 from pipeline.spec import HeadSpec
@@ -128,14 +128,6 @@ def channel_statistics(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), np.maximum(variance, floor).astype(np.float32)
 
 
-def not_numbers(where: str) -> str:
-    """Return what to say of rows that hold NaN or infinity."""
-    return (
-        f"features of {where} are not numbers (NaN or infinite): they overflow in this precision or storage; "
-        "compute them by `features --precision float32 --storage float32`"
-    )
-
-
 def fit_dense(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
     """Train a new dense head, or go on from the checkpoint of one."""
     keras = import_keras()
@@ -145,14 +137,19 @@ def fit_dense(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
     if settings["normalize"]:
         _set_normalization(model.get_layer("normalize"), data.train)
     head = DenseHead(model, spec)
-    trained = train(
-        model,
-        Shuffled(data.train, data.train_labels, settings["batch_size"], settings["seed"]),
-        lambda: measure(head.predict(data.val), data.val_labels),
-        settings,
-        class_weights(data.train_labels, data.classes, settings["class_weight"]),
-        watch,
-    )
+    try:
+        trained = train(
+            model,
+            Shuffled(data.train, data.train_labels, settings["batch_size"], settings["seed"]),
+            lambda: measure(head.predict(data.val), data.val_labels),
+            settings,
+            class_weights(data.train_labels, data.classes, settings["class_weight"]),
+            watch,
+        )
+    except NotFiniteError:
+        for rows, where in ((data.train, "the training split"), (data.val, "the validation split")):
+            require_numbers(rows, where)
+        raise
     # Without the optimizer, whose state is twice the size of the head.
     alone = DenseHead(keras.Model(model.inputs, model.outputs), spec)
     best = min(trained.history, key=lambda entry: entry["val_loss"])

@@ -18,8 +18,7 @@ import numpy as np
 
 from pipeline.cache import storage
 from pipeline.errors import DatasetError, RunError
-from pipeline.heads.base import JSON_FILE, Data, Fitted, measure
-from pipeline.heads.dense import not_numbers
+from pipeline.heads.base import JSON_FILE, Data, Fitted, measure, not_numbers
 from pipeline.loop import Watch
 from pipeline.rows import Rows, in_order
 from pipeline.runs import write_json

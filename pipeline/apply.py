@@ -1,0 +1,193 @@
+"""A published run applied to cached rows: those of its own dataset, or of another with the same classes."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline import heads, runs
+from pipeline.asked import Asked
+from pipeline.cache import storage
+from pipeline.dataset import Dataset
+from pipeline.errors import DatasetError, MissingRowsError, RunError, SpecError
+from pipeline.evaluate import evaluate
+from pipeline.extract import FeatureChoice, Quarantined, warn_untrained
+from pipeline.fitting import answers
+from pipeline.gather import Material, gather
+from pipeline.pictures import draw_calibration, draw_confusion
+from pipeline.rows import open_rows
+from pipeline.spec import FeatureSpec
+from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+Side = Literal["train", "val", "test", "all"]
+_MOST_NAMED = 5  # classes in an error's text
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A published run: its folder, the feature space and the classes it knows, what was asked for."""
+
+    path: Path
+    spec: FeatureSpec
+    classes: list[str]
+    reads: str  # "features" or "pooled"
+    asked: Asked | None  # None for a run of 0.1.0, which did not keep it
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @cached_property
+    def head(self) -> heads.Head:
+        """The head, read when it is first needed. Raises RunError."""
+        return heads.load(self.path)
+
+    def require_space(self, spec: FeatureSpec) -> None:
+        """Raise SpecError, naming each field that differs, unless `spec` is the space the run was trained in."""
+        mine, other = asdict(self.spec), asdict(spec)
+        if differing := [name for name in mine if mine[name] != other[name]]:
+            listed = ", ".join(f"{name} {mine[name]}, not {other[name]}" for name in differing)
+            raise SpecError(f"the run {self.name} was trained in another feature space: {listed}")
+
+    def require_classes(self, classes: Sequence[str]) -> None:
+        """Raise DatasetError, naming the difference, unless these are the run's classes."""
+        if list(classes) == self.classes:
+            return
+        lacking = [name for name in self.classes if name not in set(classes)]
+        strange = [name for name in classes if name not in set(self.classes)]
+        parts = [_some("it has no", lacking), _some("the run does not know", strange)]
+        raise DatasetError(
+            f"the classes are not those of the run {self.name}: {' and '.join(filter(None, parts)) or 'another order'}"
+        )
+
+
+def _some(what: str, names: Sequence[str]) -> str:
+    listed = ", ".join(names[:_MOST_NAMED])
+    return f"{what} {listed}{f' and {len(names) - _MOST_NAMED:,} more' * (len(names) > _MOST_NAMED)}" if names else ""
+
+
+def open_run(root: Path, name: str) -> TrainedRun:
+    """Return the run `name`: as `runs ls` lists it, a path, or "latest". Raises RunError."""
+    path = runs.find_run(root, name)
+    about = runs.read_run(path)
+    try:
+        classes, spec = [str(each) for each in about["classes"]], FeatureSpec.from_dict(about["features"])
+        reads = heads.READS[about["head"]["head"]]
+        asked = Asked.from_dict(about["asked"]) if "asked" in about else None
+    except (KeyError, TypeError, SpecError) as error:
+        raise RunError(f"{path / 'run.json'} is not that of a trained head ({error})") from error
+    return TrainedRun(path, spec, classes, reads, asked)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run is worth on some images: metrics as `evaluate` gives them, and where all of it is kept."""
+
+    run: str
+    dataset: str
+    split: Side
+    metrics: dict[str, Any]
+    path: Path
+    quarantined: list[Quarantined]
+
+
+def evaluate_run(
+    run: TrainedRun,
+    dataset: Dataset,
+    workspace: Workspace,
+    features_command: str,
+    *,
+    max_pixels: int,
+    split: Side | None = None,
+    space: str | None = None,
+    own: bool = True,
+    memory: int | None = None,
+) -> Evaluation:
+    """Measure `run` on cached rows of `dataset` and keep metrics, predictions and pictures in the run's folder.
+
+    Parameters
+    ----------
+    split
+        Which images; by default the test split, of a dataset not its own and without splits all of them.
+    space
+        A feature space by name, instead of the run's own.
+    own
+        Whether `dataset` is the one it was trained on.
+
+    Raises
+    ------
+    SpecError
+        If the space is not the one it was trained in.
+    DatasetError
+        If the classes differ, or the split is empty.
+    MissingRowsError
+        If an image that can be decoded has no row; the text names `features_command`.
+    """
+    run.require_classes(dataset.classes)
+    material = gather(dataset, workspace, _choice(run, workspace, space), max_pixels, features_command)
+    run.require_space(material.space.spec)
+    warn_untrained(material.space.spec)
+    side: Side = split or ("test" if own or not material.split.drawn else "all")
+    if own and (side in ("train", "all") or (side == "val" and run.asked is not None and run.asked.folds)):
+        logger.warning("the run %s was trained on images of this split: new ones will be harder", run.name)
+    members = np.arange(len(material.keys)) if side == "all" else material.members(side)
+    if not len(members):
+        raise DatasetError(f"no images in the {side} split of {dataset.name}; name another by --split")
+    predictions = _predicted(run, material, members, side, memory)
+    metrics = evaluate(predictions.labels, predictions.probabilities, run.classes)
+    title = side if own else f"{dataset.name}-{side}"
+    path = _keep(run, title, predictions, metrics)
+    return Evaluation(run.name, dataset.name, side, metrics, path, material.quarantined)
+
+
+def _choice(run: TrainedRun, workspace: Workspace, space: str | None) -> FeatureChoice:
+    if space is not None:
+        return FeatureChoice(space=space)
+    if run.spec.directory not in workspace.cache.names():
+        raise MissingRowsError(
+            f"the feature space {run.spec.directory} of the run {run.name} is not in the cache; make it by `features`"
+            f" with --layer {run.spec.layer} --precision {run.spec.precision} --storage {run.spec.storage}"
+            f" --fit {run.spec.fit} and the same weights ({run.spec.weights})"
+        )
+    return FeatureChoice(space=run.spec.directory)
+
+
+def _predicted(
+    run: TrainedRun, material: Material, members: np.ndarray, side: Side, memory: int | None
+) -> runs.Predictions:
+    with material.space.reading():
+        (rows,) = open_rows(material.space, material.keys, run.reads, [members], memory=memory)
+        said = answers(run.head, rows, side)
+    names = [material.dataset.names[int(i)] for i in material.usable[members]]
+    return runs.Predictions(side, names, material.labels(members), said)
+
+
+def _keep(run: TrainedRun, title: str, predictions: runs.Predictions, metrics: dict[str, Any]) -> Path:
+    """Write everything into a folder of the run, replacing what an earlier evaluation of the same left there."""
+    final = run.path / "evaluations" / runs.slug(title)
+    partial = storage.partial_name(final.parent)
+    heading = f"{run.name}\non {title}: accuracy {metrics['accuracy']:.3f}, {metrics['images']:,} images"
+    try:
+        partial.mkdir(parents=True)
+        runs.write_json(partial / "metrics.json", metrics)
+        runs.write_predictions(partial / "predictions.csv", [predictions], run.classes)
+        draw_confusion(partial / "confusion.png", np.array(metrics["confusion"]), run.classes, heading)
+        draw_calibration(partial / "calibration.png", metrics["calibration"], heading)
+        if final.exists():
+            shutil.rmtree(final)
+        storage.publish(partial, final)
+    except OSError as error:
+        raise RunError(f"the evaluation cannot be written to {final}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final

@@ -1,0 +1,125 @@
+"""`evaluate`: what a trained run is worth on some images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pipeline.commands.shared import (
+    MAX_PIXELS,
+    ArchiveOption,
+    ImageRootOption,
+    JsonOption,
+    LimitOption,
+    MaxBadOption,
+    MaxPixelsOption,
+    MemoryOption,
+    SpaceOption,
+    dataset_choice,
+    exit_for_bad,
+    features_line,
+    finish,
+    memory_bytes,
+    open_chosen,
+    opened,
+)
+
+if TYPE_CHECKING:
+    from pipeline.apply import TrainedRun
+    from pipeline.asked import DatasetChoice
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run as `runs ls` lists it, a path, or latest.")]
+_SHOWN = (
+    "run", "dataset", "split", "images", "accuracy", "accuracy_interval", "top5_accuracy", "balanced_accuracy",
+    "macro_f1", "log_loss", "roc_auc", "expected_calibration_error",
+)  # fmt: skip
+_MOST_CLASSES = 20  # listed for people: those with the lowest F1
+
+
+def evaluate(
+    context: typer.Context,
+    run: RunArgument,
+    split: Annotated[
+        Literal["train", "val", "test", "all"] | None,
+        typer.Option(help="Which images.  [default: test; of another dataset without splits: all]"),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Another dataset with the same classes.  [default: the run's own]")
+    ] = None,
+    archive: ArchiveOption = None,
+    image_root: ImageRootOption = None,
+    limit: LimitOption = None,
+    space: SpaceOption = None,
+    memory: MemoryOption = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+    max_bad: MaxBadOption = 0.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a trained run on cached rows, with pictures. Computes no feature."""
+    from pipeline.apply import evaluate_run, open_run
+
+    with opened(context) as workspace:
+        trained = open_run(workspace.runs, run)
+        chosen, own = _images(context, trained)
+        images = open_chosen(workspace, chosen)
+        command = features_line(context, {**asdict(chosen), "space": trained.spec.directory, "max_pixels": max_pixels})
+        done = evaluate_run(
+            trained,
+            images,
+            workspace,
+            command,
+            max_pixels=max_pixels,
+            split=split,
+            space=space,
+            own=own,
+            memory=memory_bytes(memory),
+        )
+    result = {
+        "run": done.run,
+        "dataset": done.dataset,
+        "split": done.split,
+        **done.metrics,
+        "path": str(done.path),
+        "features_computed": 0,
+        "quarantined": len(done.quarantined),
+    }
+    finish(result, as_json, _SHOWN)
+    if not as_json:
+        _list_classes(result["per_class"], f"pictures and predictions in {done.path}")
+    exit_for_bad(done.quarantined, len(images), max_bad)
+
+
+def _images(context: typer.Context, run: TrainedRun) -> tuple[DatasetChoice, bool]:
+    """Return which images were named, and whether they are the run's own."""
+    from pipeline.errors import UsageError
+
+    given = context.params
+    if given["dataset"] is None:
+        if alone := [name for name in ("archive", "image_root", "limit") if given[name] is not None]:
+            raise UsageError(f"--{alone[0].replace('_', '-')} goes with --dataset only")
+        if run.asked is None:
+            raise UsageError(f"the run {run.name} does not say what it was trained on; name the images by --dataset")
+        return run.asked.images, True
+    chosen = dataset_choice(context).anchored()
+    return chosen, run.asked is not None and chosen == run.asked.images
+
+
+def _list_classes(per_class: list[dict[str, Any]], note: str) -> None:
+    from pipeline import terminal
+
+    listed = [each for each in per_class if each["support"]]
+    hidden = len(listed) - _MOST_CLASSES
+    if hidden > 0:
+        listed = sorted(listed, key=lambda each: each["f1"])[:_MOST_CLASSES]
+    names = ("class", "precision", "recall", "f1", "support")
+    terminal.say("")
+    terminal.table([tuple(_cell(each[name]) for name in names) for each in listed], names)
+    if hidden > 0:
+        terminal.say(f"and {hidden:,} more classes, with a higher f1")
+    terminal.say(note)
+
+
+def _cell(value: Any) -> Any:
+    return f"{value:.3f}" if isinstance(value, float) else value

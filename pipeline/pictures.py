@@ -1,0 +1,104 @@
+"""Pictures of a training and of what a classifier says, by matplotlib. Knows no models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_MOST_NUMBERS = 20  # classes up to which a confusion matrix has its numbers written into it
+_MOST_NAMES = 60  # classes up to which they are named
+
+
+def draw_curves(path: Path, history: Sequence[Mapping[str, float]], x: str, title: str) -> None:
+    """Draw loss and accuracy of training and validation over `x`, a key of each entry of `history`."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    from matplotlib.ticker import MaxNLocator
+
+    kinds = [kind for kind in ("loss", "accuracy") if kind in history[0] or f"val_{kind}" in history[0]]
+    figure = Figure(figsize=(5 * len(kinds), 3.6), layout="constrained")
+    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        for key, label in ((kind, "training"), (f"val_{kind}", "validation")):
+            if key in history[0]:
+                values = [entry[key] for entry in history]
+                axis.plot([entry[x] for entry in history], values, marker="." if len(values) < 30 else "", label=label)
+        axis.set(xlabel=x.replace("_", " "), ylabel=kind)
+        if x == "C":
+            axis.set_xscale("log")
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.suptitle(_plain(title), parse_math=False)
+    figure.savefig(path, dpi=120)
+
+
+def draw_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str) -> None:
+    """Draw a confusion matrix (k, k) of counts, rows being the true classes, coloured by the share of its row."""
+    from matplotlib.figure import Figure
+
+    k = len(classes)
+    shares = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
+    size = 3.4 + 0.32 * min(k, _MOST_NAMES)
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
+    if k <= _MOST_NUMBERS:
+        for row, column in zip(*np.nonzero(confusion), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, f"{confusion[row, column]:,}", ha="center", va="center", color=colour, fontsize=8)
+    if k <= _MOST_NAMES:
+        names = [_plain(name) if len(name) <= 24 else _plain(name[:23]) + "…" for name in classes]
+        axis.set_xticks(range(k), names, rotation=90, parse_math=False)
+        axis.set_yticks(range(k), names, parse_math=False)
+    axis.set(xlabel="predicted", ylabel="true")
+    axis.set_title(_plain(title), parse_math=False, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def draw_calibration(path: Path, bins: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draw how often a classifier is right beside how sure it says it is, over bins of `evaluate`'s "calibration"."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="perfectly calibrated")
+    filled = [each for each in bins if each["images"]]
+    confidence = [each["confidence"] for each in filled]
+    upper.plot(confidence, [each["accuracy"] for each in filled], marker="o", label="this classifier")
+    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    upper.grid(alpha=0.3)
+    upper.legend(loc="upper left")
+    middles = [(each["from"] + each["to"]) / 2 for each in bins]
+    lower.bar(middles, [each["images"] for each in bins], width=0.9 / len(bins))
+    lower.set(xlabel="probability of the predicted class", ylabel="images")
+    lower.grid(alpha=0.3)
+    figure.suptitle(_plain(title), parse_math=False, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def _plain(text: str) -> str:
+    """Return a text as fonts can show it: a file name's odd byte is spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def draw_ranking(
+    path: Path, names: Sequence[str], spans: Sequence[tuple[float, float, float]], alike: Sequence[bool], title: str
+) -> None:
+    """Draw a value with its interval (low, value, high) for each name, the first on top; those `alike` stand out."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.4 + 0.26 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    for place, ((low, value, high), near) in enumerate(zip(spans, alike, strict=True)):
+        colour = "tab:blue" if near else "tab:grey"
+        axis.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3)
+    axis.set_yticks(range(len(names)), [_plain(name) for name in names], fontsize=8, parse_math=False)
+    axis.invert_yaxis()
+    axis.set(xlabel="validation accuracy, 95% interval; blue: within noise of the best")
+    axis.grid(alpha=0.3, axis="x")
+    figure.suptitle(_plain(title), parse_math=False, fontsize=10)
+    figure.savefig(path, dpi=120)
