@@ -40,6 +40,9 @@ def test_confusion_has_a_row_for_each_true_class_and_a_column_for_each_predicted
 
 def test_each_class_has_its_precision_recall_f1_and_support(metrics: dict) -> None:
     table = {entry.pop("class"): entry for entry in metrics["per_class"]}
+    areas = [entry.pop("roc_auc") for entry in table.values()]
+    assert areas == [pytest.approx(5 / 6), pytest.approx(5 / 6), None, 1.0]
+    assert metrics["roc_auc"] == pytest.approx((5 / 6 + 5 / 6 + 1) / 3)
     assert list(table) == list(CLASSES)
     assert table["ant"] == pytest.approx({"precision": 1.0, "recall": 0.5, "f1": 2 / 3, "support": 2})
     assert table["bee"] == pytest.approx({"precision": 2 / 3, "recall": 1.0, "f1": 0.8, "support": 2})
@@ -93,3 +96,21 @@ def test_what_was_handed_in_is_not_altered() -> None:
     evaluate(labels, probabilities, CLASSES)
     assert np.array_equal(probabilities, before)
     assert np.array_equal(labels, LABELS)
+
+
+def test_calibration_error_is_the_mean_gap_between_sure_and_right(metrics: dict) -> None:
+    # Sure 0.7 right, 0.6 wrong twice, 1.0 right, 0.5 right.
+    assert metrics["expected_calibration_error"] == pytest.approx((0.3 + 2 * 0.6 + 0 + 0.5) / 5, rel=1e-6)
+    filled = [each for each in metrics["calibration"] if each["images"]]
+    assert [each["images"] for each in filled] == [1, 2, 1, 1]
+    assert [each["accuracy"] for each in filled] == [1.0, 0.0, 1.0, 1.0]
+    assert all(each["from"] < each["confidence"] <= each["to"] + 1e-6 for each in filled)
+    assert len(metrics["calibration"]) == 15
+
+
+def test_top_five_counts_only_where_there_are_more_classes(metrics: dict) -> None:
+    assert metrics["top5_accuracy"] is None
+    probabilities = np.tile(np.array([0.3, 0.25, 0.2, 0.12, 0.08, 0.05], np.float32), (4, 1))
+    found = evaluate(np.array([0, 4, 5, 5]), probabilities, list("abcdef"))
+    assert found["top5_accuracy"] == 0.5
+    assert found["accuracy"] == 0.25
