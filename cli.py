@@ -34,6 +34,7 @@ from pipeline.commands.shared import (
     open_dataset,
     opened,
 )
+from pipeline.commands.sweep import sweep
 
 app = typer.Typer(
     help="Freeze InceptionV3 once, keep its features on disk, train heads from them for ever.",
@@ -45,6 +46,7 @@ app.add_typer(cache_app, name="cache")
 runs_app = typer.Typer(help="Look at the trained heads.", rich_markup_mode=None)
 app.add_typer(runs_app, name="runs")
 app.command("train-head")(train_head)
+app.command("sweep")(sweep)
 app.command("evaluate")(evaluate)
 
 _DATA_DIR = Path(__file__).parent / "data"
@@ -129,17 +131,19 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False) -> None:
 
     with opened(context) as workspace:
         found, stopped = runs.list_runs(workspace.runs), runs.unfinished(workspace.runs)
+        sweeps = runs.unfinished(workspace.sweeps)
     if as_json:
         listed = [{"dataset": about["dataset"]["name"], **about["summary"]} for about in found]
-        terminal.emit_json({"runs": listed, "unfinished": stopped})
+        terminal.emit_json({"runs": listed, "unfinished": stopped, "unfinished_sweeps": sweeps})
         return
     if not found:
         terminal.say("there are no runs; `train-head` makes them")
     else:
         rows = [_run_row(about["summary"]) for about in found]
         terminal.table(rows, ("run", "head", "accuracy", "95% interval", "val", "seconds", "weights"))
-    for name in stopped:
-        terminal.say(f"stopped, go on by: train-head --resume {name}", "yellow")
+    for command, names in (("train-head", stopped), ("sweep", sweeps)):
+        for name in names:
+            terminal.say(f"stopped, go on by: {command} --resume {name}", "yellow")
 
 
 def _run_row(summary: dict[str, Any]) -> tuple[object, ...]:

@@ -48,14 +48,19 @@ class _State:
     best_loss: float = float("inf")
     history: list[Entry] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # of each epoch, without validation
+    elapsed: float = 0.0  # seconds of all epochs, with validation
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it: an entry an epoch, and the median epoch's seconds without the first, which compiles."""
+    """What came of it: an entry an epoch, and the median epoch's seconds without the first, which compiles.
+
+    `seconds_before` is what epochs took that an earlier process trained.
+    """
 
     history: list[Entry]
     seconds_per_epoch: float
+    seconds_before: float
 
 
 def optimizer(settings: Mapping[str, Any], steps_per_epoch: int) -> Any:
@@ -113,12 +118,14 @@ def train(
     )
     model.optimizer.build(model.trainable_variables)
     state, best = _restored(model, watch)
+    seconds_before = state.elapsed
     while state.epoch < settings["epochs"] and not (settings["patience"] and state.waited >= settings["patience"]):
         state.epoch += 1
         start = time.perf_counter()
         loss, accuracy = _epoch(model, batches.epoch(state.epoch), class_weights)
         state.seconds.append(time.perf_counter() - start)
         val_loss, val_accuracy = measure()
+        state.elapsed += time.perf_counter() - start
         if not np.isfinite([loss, val_loss]).all():
             if watch.checkpoint is not None:
                 watch.checkpoint.remove()  # going on from it would end here again
@@ -137,7 +144,7 @@ def train(
             watch.checkpoint.save(numbers, asdict(state))
         watch.advance(1)
     _assign(model.weights, best)
-    return Trained(state.history, float(np.median(state.seconds[1:] or state.seconds)))
+    return Trained(state.history, float(np.median(state.seconds[1:] or state.seconds)), seconds_before)
 
 
 def _epoch(

@@ -29,16 +29,16 @@ VERSION = 1
 _SUMMARY = {"run", "head", "accuracy", "accuracy_interval", "val_accuracy", "seconds", "weights"}  # what is listed
 _MOST_BYTES = 2**26  # of a run.json: it lists quarantined images, a few at most
 REQUEST = "request.json"  # what was asked, in an unfinished run's folder
-_KEPT = ("checkpoint.npz", "head.json")
+_KEPT = ("checkpoint.npz", "head.json", "trial.json")
 _LONGEST_SLUG = 120  # file systems take names of 255 bytes; time, number and prefix are added
 
 
 @contextmanager
-def new_run(root: Path, title: str) -> Iterator[tuple[str, Path]]:
+def new_run(root: Path, title: str, command: str = "train-head") -> Iterator[tuple[str, Path]]:
     """Give the name of a new run and a folder to fill; on leaving without an error it becomes `root/<name>`.
 
     After an error nothing is left, unless there is a checkpoint to go on from; after a kill a hidden
-    ".partial-…" folder, which `unfinished` lists and `reopened` takes up again.
+    ".partial-…" folder, which `unfinished` lists and `reopened` takes up again. `command` is who does that.
 
     Raises
     ------
@@ -50,12 +50,12 @@ def new_run(root: Path, title: str) -> Iterator[tuple[str, Path]]:
         name, partial = _reserve(root, f"{datetime.now():%Y%m%d-%H%M%S}-{slug(title)}")
     except OSError as error:
         raise RunError(f"no run can be written to {root}: {error}") from error
-    with alive(partial), _published(partial, root / name):
+    with alive(partial), _published(partial, root / name, command):
         yield name, partial
 
 
 @contextmanager
-def reopened(root: Path, name: str) -> Iterator[tuple[str, Path]]:
+def reopened(root: Path, name: str, command: str = "train-head") -> Iterator[tuple[str, Path]]:
     """Give name and folder of an unfinished run, to be filled and published as with `new_run`.
 
     Raises
@@ -68,12 +68,12 @@ def reopened(root: Path, name: str) -> Iterator[tuple[str, Path]]:
         raise RunError(_not_resumable(root, name))
     if not abandoned(partial):
         raise RunError(f"the run {name} is being worked on by another process")
-    with alive(partial), _published(partial, root / name):
+    with alive(partial), _published(partial, root / name, command):
         yield name, partial
 
 
 @contextmanager
-def _published(partial: Path, final: Path) -> Iterator[None]:
+def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
     try:
         yield
         storage.remove(partial / REQUEST)  # run.json says it from now on
@@ -82,7 +82,7 @@ def _published(partial: Path, final: Path) -> Iterator[None]:
         storage.publish(partial, final)
     except BaseException:
         if _can_resume(partial):
-            logger.warning("what was trained so far is kept; go on by: train-head --resume %s", final.name)
+            logger.warning("what was trained so far is kept; go on by: %s --resume %s", command, final.name)
         else:
             shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -97,6 +97,14 @@ def read_request(root: Path, name: str) -> dict[str, Any]:
         raise RunError(_not_resumable(root, name)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error}); remove its folder and train anew") from error
+
+
+def require_same(root: Path, name: str, material: str) -> None:
+    """Raise RunError unless the unfinished run `name` began with the rows whose digest is `material`."""
+    if read_request(root, name).get("material") != material:
+        raise RunError(
+            f"the images, labels, splits or features of {name} are no longer those it began with; begin anew"
+        )
 
 
 def unfinished(root: Path) -> list[str]:
@@ -146,9 +154,9 @@ def _can_resume(folder: Path) -> bool:
 
 
 def _not_resumable(root: Path, name: str) -> str:
-    if (root / name / "run.json").exists():
-        return f"the run {name} is finished; `evaluate` measures it"
-    return f"no run named {name!r} can be resumed; there are: {', '.join(unfinished(root)) or 'none'}"
+    if (root / name).is_dir():
+        return f"{name} is finished; it lies in {root / name}"
+    return f"nothing named {name!r} can be resumed in {root}; there are: {', '.join(unfinished(root)) or 'none'}"
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:

@@ -62,7 +62,8 @@ def train_head(
         _run(workspace, asked, material, resume) as (name, directory),
     ):
         outcome = fit_asked(ready, asked, directory, workspace.progress)
-        summary = write_run(directory, name, ready, asked, outcome, time.perf_counter() - start)
+        seconds = time.perf_counter() - start + outcome.fitted.seconds_before
+        summary = write_run(directory, name, ready, asked, outcome, seconds)
     return HeadRun(name, workspace.runs / name, summary, material.quarantined)
 
 
@@ -74,10 +75,7 @@ def _run(workspace: Workspace, asked: Asked, material: Material, resume: str | N
             runs.write_json(directory / runs.REQUEST, {"asked": asked.to_dict(), "material": material.digest()})
             yield name, directory
         return
-    if runs.read_request(workspace.runs, resume).get("material") != material.digest():
-        raise RunError(
-            f"the images, labels, splits or features of {resume} are no longer those it began with; train anew"
-        )
+    runs.require_same(workspace.runs, resume, material.digest())
     with runs.reopened(workspace.runs, resume) as found:
         yield found
 

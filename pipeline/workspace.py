@@ -13,7 +13,7 @@ from pipeline.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Workspace:
-    """The data directory: cache/, runs/ and downloads/, and how progress is reported."""
+    """The data directory: cache/, runs/, sweeps/ and downloads/, and how progress is reported."""
 
     root: Path
     cache: Cache
@@ -23,6 +23,11 @@ class Workspace:
     def runs(self) -> Path:
         """Where run directories are published."""
         return self.root / "runs"
+
+    @property
+    def sweeps(self) -> Path:
+        """Where sweeps are published."""
+        return self.root / "sweeps"
 
     @property
     def downloads(self) -> Path:

@@ -233,7 +233,7 @@ def cache_gc(
     image_root: ImageRootOption = None,
     damaged: Annotated[bool, typer.Option("--damaged", help="Remove shards that `verify` moved aside, too.")] = False,
     unfinished: Annotated[
-        bool, typer.Option("--unfinished", help="Remove stopped runs that `train-head --resume` could finish, too.")
+        bool, typer.Option("--unfinished", help="Remove stopped runs and sweeps that `--resume` could finish, too.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before rows are removed.")] = False,
@@ -255,12 +255,15 @@ def cache_gc(
         if not (dry_run or yes):
             _ask(collect(workspace.cache, keep, damaged=damaged, dry_run=True).rows_removed)
         done = collect(workspace.cache, keep, damaged=damaged, dry_run=dry_run)
-        folders, size = remove_leftovers(workspace.runs, resumable=unfinished, dry_run=dry_run)
+        stopped = [
+            remove_leftovers(root, resumable=unfinished, dry_run=dry_run) for root in (workspace.runs, workspace.sweeps)
+        ]
+    folders = [folder for some, _ in stopped for folder in some]
     numbers = ("rows_removed", "shards_removed", "shards_repacked", "shards_written")
     result = {
         **{name: getattr(done, name) for name in numbers},
         "leftovers": done.leftovers + len(folders),
-        "bytes_freed": done.bytes_freed + size,
+        "bytes_freed": done.bytes_freed + sum(size for _, size in stopped),
         "removed": [str(path) for path in (*done.removed, *folders)],
         "dry_run": dry_run,
         "seconds": round(time.perf_counter() - start, 3),

@@ -22,16 +22,16 @@ from pipeline.commands.shared import (
     SpaceOption,
     StorageOption,
     WeightsOption,
+    asked_features_line,
     dataset_choice,
     exit_for_bad,
     feature_choice,
     features_command,
-    features_line,
     finish,
     memory_bytes,
     open_chosen,
     opened,
-    stated,
+    refuse_beside_resume,
 )
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def train_head(
     with opened(context) as workspace:
         if asked is None:
             asked = _resumed(context, str(resume), workspace.runs)
-            command, chosen = asked_command(context, asked), asked.images
+            command, chosen = asked_features_line(context, asked), asked.images
         else:
             command, chosen = features_command(context), dataset_choice(context)
         images = open_chosen(workspace, chosen)
@@ -153,20 +153,9 @@ def _asked(context: typer.Context) -> Asked:
     )
 
 
-def asked_command(context: typer.Context, asked: Asked) -> str:
-    """Return the command line that makes the features a run was trained on."""
-    from dataclasses import asdict
-
-    choice = {name: value for name, value in asdict(asked.features).items() if value != "auto"}
-    return features_line(context, {**asdict(asked.images), **choice, "max_pixels": asked.max_pixels})
-
-
 def _resumed(context: typer.Context, name: str, root: Any) -> Asked:
     from pipeline import runs
     from pipeline.asked import Asked
-    from pipeline.errors import UsageError
 
-    if others := [option for option in stated(context) if option not in ("resume", "as_json", "max_bad")]:
-        listed = ", ".join(f"--{option.replace('_', '-')}" for option in others)
-        raise UsageError(f"--resume goes on with what the run was asked for; leave out {listed}")
+    refuse_beside_resume(context)
     return Asked.from_dict(runs.read_request(root, name).get("asked", {}))

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from pipeline.asked import DatasetChoice
+    from pipeline.asked import Asked, DatasetChoice
     from pipeline.dataset import Dataset
     from pipeline.extract import FeatureChoice, Quarantined
+    from pipeline.sweep import SweepAsked
     from pipeline.workspace import Workspace
 
 DatasetOption = Annotated[
@@ -123,6 +124,25 @@ def features_line(context: typer.Context, options: Mapping[str, Any]) -> str:
         if options.get(name) is not None:
             words += [f"--{name.replace('_', '-')}", str(options[name])]
     return shlex.join(words)
+
+
+def asked_features_line(context: typer.Context, asked: Asked | SweepAsked) -> str:
+    """Return the command line that makes the features a run or a sweep was asked to be trained on."""
+    from dataclasses import asdict
+
+    choice = {name: value for name, value in asdict(asked.features).items() if value != "auto"}
+    return features_line(context, {**asdict(asked.images), **choice, "max_pixels": asked.max_pixels})
+
+
+def refuse_beside_resume(context: typer.Context, *allowed: str) -> None:
+    """Raise UsageError if more was said beside `--resume` than how to report, or what is `allowed`."""
+    from pipeline.errors import UsageError
+
+    fine = ("resume", "as_json", "max_bad", *allowed)
+    if others := [option for option in stated(context) if option not in fine]:
+        spelt = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+        listed = ", ".join(spelt[option] for option in others)
+        raise UsageError(f"--resume goes on with what was asked for before; leave out {listed}")
 
 
 def memory_bytes(text: str | None) -> int | None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipeline.spec import HeadSpec
 READS = {"flatten": "features", "gap": "pooled", "logreg": "pooled"}
 _MOST_MEMBERS = 1000
 
-__all__ = ["READS", "Data", "Ensemble", "Fitted", "Head", "Watch", "fit", "load", "memory_needed", "steps"]
+__all__ = ["READS", "Data", "Ensemble", "Fitted", "Head", "Watch", "fit", "load", "memory_needed", "release", "steps"]
 
 
 def fit(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
@@ -40,6 +41,12 @@ def memory_needed(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> i
     from pipeline.heads import dense
 
     return 0 if spec.head == "logreg" else dense.memory_needed(spec, row_shape, classes)
+
+
+def release() -> None:
+    """Give back what Keras keeps of heads that are no longer there."""
+    if "keras" in sys.modules:
+        sys.modules["keras"].backend.clear_session()
 
 
 def load(directory: Path) -> Head:

@@ -41,6 +41,7 @@ class Fitted:
     x: str
     seconds_per_epoch: float | None
     facts: dict[str, float | bool] = field(default_factory=dict)  # what else was found, for the run's summary
+    seconds_before: float = 0.0  # spent on it by an earlier process that was stopped
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,10 @@ def build(spec: HeadSpec, input_shape: tuple[int, ...], classes: int) -> KerasMo
     """
     layers = (keras := import_keras()).layers
     settings = spec.settings
+
+    def first(number: int) -> Any:
+        return keras.initializers.GlorotUniform(_seed(settings["seed"], number))
+
     inputs = output = keras.Input(input_shape, name="features")
     if spec.head == "gap" and len(input_shape) == 3:
         output = layers.GlobalAveragePooling2D(name="pool")(output)
@@ -88,11 +92,17 @@ def build(spec: HeadSpec, input_shape: tuple[int, ...], classes: int) -> KerasMo
         output = layers.Flatten(name="flatten")(output)
     for i, units in enumerate(settings["hidden"], 1):
         suffix = f"_{i}" if i > 1 else ""
-        output = layers.Dense(units, "relu", name=f"hidden{suffix}")(output)
+        output = layers.Dense(units, "relu", kernel_initializer=first(2 * i), name=f"hidden{suffix}")(output)
         if settings["dropout"]:
-            output = layers.Dropout(settings["dropout"], seed=settings["seed"] + i - 1, name=f"dropout{suffix}")(output)
-    output = layers.Dense(classes, "softmax", name="probabilities")(output)
+            drop = layers.Dropout(settings["dropout"], seed=_seed(settings["seed"], 2 * i + 1), name=f"dropout{suffix}")
+            output = drop(output)
+    output = layers.Dense(classes, "softmax", kernel_initializer=first(0), name="probabilities")(output)
     return keras.Model(inputs, output, name=f"{spec.head}_head")
+
+
+def _seed(seed: int, number: int) -> int:
+    """Return a seed of its own for each random thing in a head: what else a process draws must not matter."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 def memory_needed(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> int:
@@ -132,7 +142,6 @@ def fit_dense(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
     """Train a new dense head, or go on from the checkpoint of one."""
     keras = import_keras()
     settings = spec.settings
-    keras.utils.set_random_seed(settings["seed"])
     model = build(spec, data.train.shape[1:], data.classes)
     if settings["normalize"]:
         _set_normalization(model.get_layer("normalize"), data.train)
@@ -153,7 +162,8 @@ def fit_dense(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
     # Without the optimizer, whose state is twice the size of the head.
     alone = DenseHead(keras.Model(model.inputs, model.outputs), spec)
     best = min(trained.history, key=lambda entry: entry["val_loss"])
-    return Fitted(alone, trained.history, "epoch", trained.seconds_per_epoch, {"best_epoch": best["epoch"]})
+    facts: dict[str, float | bool] = {"best_epoch": best["epoch"]}
+    return Fitted(alone, trained.history, "epoch", trained.seconds_per_epoch, facts, trained.seconds_before)
 
 
 def _set_normalization(layer: Any, rows: Rows) -> None:

@@ -1,0 +1,81 @@
+"""Trials on the workers of a Dask scheduler. The workers must see the same files under the same paths."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import IceboxError, UsageError
+from pipeline.heads import Data
+from pipeline.rows import StoredRows, hold
+from pipeline.spec import HeadSpec
+
+_TIMEOUT_S = 10  # to find the scheduler
+_ONE = threading.Lock()  # a process trains one head at a time, however many threads its worker has
+_held: dict[str, Data] = {}  # in a worker: the rows of the trials at hand, so that they are read once
+
+Work = Callable[[HeadSpec, Data, Path], None]
+
+
+def submitted(
+    scheduler: str,
+    work: Work,
+    tasks: Mapping[str, tuple[HeadSpec, str]],
+    data: Data,
+    memory: int | None,
+    needed: int,
+) -> Iterator[str]:
+    """Have `work(spec, data, folder)` done for each of `tasks`, and yield their names as they finish.
+
+    `data` has rows as they are stored; each worker process reads them by `hold`. A task whose worker dies is given
+    to another, and goes on with what lies in its folder.
+
+    Raises
+    ------
+    UsageError
+        If no scheduler answers, or it has no workers.
+    IceboxError
+        What a task raises.
+    """
+    from distributed import Client, KilledWorker, as_completed
+
+    try:
+        client = Client(scheduler, timeout=_TIMEOUT_S, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"no Dask scheduler answers at {scheduler!r} ({error}); see --scheduler") from error
+    with client:
+        if not client.scheduler_info(n_workers=-1)["workers"]:
+            raise UsageError(f"the Dask scheduler at {scheduler} has no workers; start some: dask worker {scheduler}")
+        token = next(iter(tasks))
+        shared = client.scatter(data, hash=False)
+        futures = {
+            client.submit(_task, work, spec, folder, shared, f"{token}-{id(data)}", memory, needed, pure=False): name
+            for name, (spec, folder) in tasks.items()
+        }
+        for future in as_completed(futures, loop=client.loop):
+            try:
+                future.result()
+            except KilledWorker as error:
+                raise IceboxError(f"the worker of a trial died again and again ({error}); see its log") from error
+            yield futures[future]
+
+
+def _task(work: Work, spec: HeadSpec, folder: str, data: Data, token: str, memory: int | None, needed: int) -> None:
+    if not Path(folder).parent.is_dir():
+        raise UsageError(f"a worker does not see {Path(folder).parent}; it needs the same files under the same paths")
+    with _ONE:
+        if token not in _held:
+            _held.clear()
+            _held[token] = _read(data, memory, needed)
+        work(spec, _held[token], Path(folder))
+
+
+def _read(data: Data, memory: int | None, needed: int) -> Data:
+    stored: list[Any] = [data.train, data.val]
+    if not all(isinstance(rows, StoredRows) for rows in stored):
+        raise TypeError("rows that are not on disk")
+    train, val = hold(stored, memory=memory, needed=needed)
+    return replace(data, train=train, val=val)
