@@ -255,7 +255,7 @@ def test_one_broken_run_or_space_does_not_hide_the_others(tmp_path: Path) -> Non
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "run.json").write_text(text)
     runs = icebox(tmp_path, "runs", "ls", "--json")
-    assert runs.json == {"runs": []}
+    assert runs.json["runs"] == []
     assert all(str(tmp_path / "runs" / name) in runs.err for name in ("cut", "empty"))
 
 

@@ -8,24 +8,23 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import conftest
-import cv2
 import h5py
 import numpy as np
 import pytest
+from cached import CLASSES, SPEC, fill, listed, row_of, write_images
 from PIL import Image
 
 from pipeline import heads, images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache import shard
 from pipeline.cache.digests import digest
-from pipeline.cache.space import Cache, FeatureSpace
+from pipeline.cache.space import Cache
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.errors import CacheError, DatasetError, MissingRowsError, RunError, SpecError
 from pipeline.extract import FeatureChoice
@@ -34,27 +33,13 @@ from pipeline.train import HeadRun, train_head
 from pipeline.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
-SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
-CLASSES = ("ant", "bee", "cow")
 COMMAND = "icebox features --dataset photos"
 LOGREG = HeadSpec.make("logreg")
 GAP = HeadSpec.make("gap", epochs=5, learning_rate=0.02, batch_size=16)
 FLATTEN = HeadSpec.make("flatten", epochs=6, learning_rate=0.01, batch_size=16, hidden=32)
 SPECS = {"flatten": FLATTEN, "gap": GAP, "logreg": LOGREG}
 
-Rewrite = Callable[[int, np.ndarray], np.ndarray]
-
-
-# Images, their rows, and the workspace they lie in
-
-
-def write_images(root: Path, count: int, classes: tuple[str, ...] = CLASSES) -> None:
-    """`count` files a class, no two alike: a picture of one pixel, and behind it what tells them apart."""
-    pixel = cv2.imencode(".png", np.zeros((1, 1, 3), np.uint8))[1].tobytes()
-    for label in classes:
-        (root / label).mkdir(parents=True)
-        for i in range(count):
-            (root / label / f"{i:03}.png").write_bytes(pixel + os.fsencode(f"{root.name} {label} {i}"))
+# The workspace of images and rows
 
 
 @pytest.fixture
@@ -71,47 +56,11 @@ def sided(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def listed(root: Path) -> Dataset:
-    return open_dataset(str(root), downloads=root)
-
-
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
     monkeypatch.delenv("ICEBOX_INDEX", raising=False)
     with closing(Cache(tmp_path / "data" / "cache")) as cache:
         yield Workspace(tmp_path / "data", cache)
-
-
-def row_of(key: bytes, label: int) -> np.ndarray:
-    """A tensor (2, 2, 8) drawn from the image's key, with the class in the channel of its number."""
-    made = np.random.default_rng(list(key)).random((2, 2, 8), np.float32)
-    made[..., label] += 2
-    return made
-
-
-def fill(
-    workspace: Workspace,
-    dataset: Dataset,
-    *,
-    leave_out: frozenset[int] | set[int] = frozenset(),
-    rewrite: Rewrite = lambda _, row: row,
-    spec: FeatureSpec = SPEC,
-) -> FeatureSpace:
-    """Write the row of every image but some, in three shards and an order unrelated to the dataset's."""
-    space = workspace.cache.create(spec, {"weights": "a test's"})
-    first: dict[bytes, int] = {}
-    for i in range(len(dataset)):
-        if i not in leave_out:
-            first.setdefault(digest(dataset.read(i)), i)
-    keys = list(first)
-    order = np.random.default_rng(1).permutation(len(keys)).tolist()
-    for start in range(3):
-        some = [keys[i] for i in order[start::3]]
-        exact = np.stack([rewrite(first[key], row_of(key, dataset.labels[first[key]])) for key in some])
-        raw = np.frombuffer(b"".join(some), np.uint8).reshape(-1, 32)
-        made = shard.Rows(exact.astype(np.float16), exact.mean(axis=(1, 2)), raw, np.zeros(len(some), np.int64))
-        space.register(space.write(made))
-    return space
 
 
 def train(

@@ -1,0 +1,64 @@
+"""Trials in their order, with what chance allows."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from pipeline.leaderboard import Trial, draw_leaderboard, leaderboard, mcnemar, varied, write_leaderboard
+from pipeline.spec import HeadSpec
+
+GAP = [HeadSpec.make("gap", learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
+
+
+def trial(spec: HeadSpec, right: int, *, of: int = 100, loss: float = 1.0, error: str | None = None) -> Trial:
+    hits = np.arange(of) < right
+    return Trial(spec, hits if error is None else hits[:0], loss, 2.0, 1000, 4000, error)
+
+
+def test_the_best_stands_first_and_a_failure_last() -> None:
+    rows = leaderboard([trial(GAP[0], 50), trial(GAP[1], 0, error="the loss is nan"), trial(GAP[2], 60)])
+    assert [row["settings"]["learning_rate"] for row in rows] == [1e-2, 1e-4, 1e-3]
+    assert [row["rank"] for row in rows] == [1, 2, 3]
+    assert rows[2]["error"] == "the loss is nan"
+    assert rows[2]["val_accuracy"] is None
+
+
+def test_equal_accuracies_are_ranked_by_the_loss() -> None:
+    rows = leaderboard([trial(GAP[0], 50, loss=0.9), trial(GAP[1], 50, loss=0.8)])
+    assert rows[0]["val_loss"] == 0.8
+
+
+def test_mcnemar_counts_only_where_the_two_disagree() -> None:
+    one, other = np.zeros(1000, bool), np.zeros(1000, bool)
+    one[:12], other[10:14] = True, True  # 10 that only one got right, 2 that only the other did
+    assert mcnemar(one, other) == pytest.approx(binomtest(10, 12).pvalue) == mcnemar(other, one)
+    assert mcnemar(one, one) == 1.0
+
+
+def test_differences_within_noise_are_told_from_others() -> None:
+    rows = leaderboard([trial(GAP[0], 60), trial(GAP[1], 57), trial(GAP[2], 40)])
+    assert [row["within_noise"] for row in rows] == [True, True, False]
+    assert rows[1]["p_value"] == pytest.approx(0.25)  # three of three coins
+    assert rows[0]["low"] < 0.6 < rows[0]["high"]
+
+
+def test_settings_are_told_by_what_was_varied() -> None:
+    rows = leaderboard([trial(GAP[0], 60), trial(GAP[1], 57), trial(HeadSpec.make("logreg"), 50)])
+    assert list(varied(rows).values()) == ["learning_rate=0.0001", "learning_rate=0.001", ""]
+
+
+def test_table_and_picture_are_written(tmp_path: Path) -> None:
+    rows = leaderboard([trial(GAP[0], 60), trial(GAP[1], 0, error="nan"), trial(HeadSpec.make("logreg"), 50)])
+    write_leaderboard(tmp_path / "leaderboard.csv", rows)
+    draw_leaderboard(tmp_path / "leaderboard.png", rows, "$odd_title")
+    with (tmp_path / "leaderboard.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert [row["head"] for row in read] == ["gap", "logreg", "gap"]
+    assert read[0]["val_accuracy"] == "0.6"
+    assert read[1]["learning_rate"] == ""
+    assert (tmp_path / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
