@@ -1,0 +1,312 @@
+"""Many settings on one cache: each tried once, whatever is killed; the winner alone sees the test split."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cached import CLASSES, SPEC, fill, listed, row_of, write_images
+from conftest import command_line, environment, icebox
+from distributed import LocalCluster
+
+from pipeline import heads, images, runs
+from pipeline.asked import Asked, DatasetChoice
+from pipeline.cache.space import Cache
+from pipeline.errors import RunError, UsageError
+from pipeline.extract import FeatureChoice
+from pipeline.spec import HeadSpec
+from pipeline.sweep import Sweep, SweepAsked, sweep
+from pipeline.train import train_head
+from pipeline.workspace import Workspace
+
+GRID = (
+    *(HeadSpec.make("gap", epochs=4, batch_size=16, learning_rate=rate) for rate in (1e-4, 0.02)),
+    HeadSpec.make("flatten", epochs=4, batch_size=16, hidden=16, learning_rate=0.01),
+    HeadSpec.make("logreg", C=1.0),
+)
+SMALL = ("--head", "gap", "--head", "logreg", "--set", "gap.epochs=4", "--set", "gap.learning_rate=1e-4,0.02")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    write_images(tmp_path / "photos", 40)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
+    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
+    with closing(Cache(tmp_path / "data" / "cache")) as cache:
+        yield Workspace(tmp_path / "data", cache)
+
+
+def run(workspace: Workspace, photos: Path, specs: tuple[HeadSpec, ...] = GRID, **more: Any) -> Sweep:
+    asked = SweepAsked(DatasetChoice(str(photos)), FeatureChoice(), specs, images.DEFAULT_MAX_PIXELS)
+    return sweep(listed(photos), workspace, asked, "features", **more)
+
+
+def about(done: Sweep) -> dict[str, Any]:
+    return json.loads((done.path / "sweep.json").read_text())
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("[!.]*"))
+
+
+def test_every_setting_is_ranked_and_the_best_is_a_run(workspace: Workspace, photos: Path) -> None:
+    fill(workspace, listed(photos))
+    done = run(workspace, photos)
+    assert {row["trial"] for row in done.rows} == {spec.identity for spec in GRID}
+    accuracies = [row["val_accuracy"] for row in done.rows]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert done.rows[-1]["settings"]["learning_rate"] == 1e-4, "which learns next to nothing in four epochs"
+    assert all(row["low"] <= row["val_accuracy"] <= row["high"] for row in done.rows)
+    assert all(row["seconds"] > 0 and row["parameters"] > 0 and row["bytes"] > 0 for row in done.rows)
+    (published,) = runs.list_runs(workspace.runs)
+    assert published["summary"] == done.best == about(done)["best"]
+    assert published["head"] == {"head": done.rows[0]["head"], **done.rows[0]["settings"]}
+    assert done.best["val_accuracy"] == done.rows[0]["val_accuracy"]
+    assert visible(done.path) == ["leaderboard.csv", "leaderboard.png", "sweep.json", "trials"]
+    assert not list(done.path.rglob("head.*")), "the run has it"
+    with (done.path / "leaderboard.csv").open() as file:
+        assert [row["trial"] for row in csv.DictReader(file)] == [row["trial"] for row in done.rows]
+
+
+def test_a_trial_is_what_train_head_makes_of_its_settings(workspace: Workspace, photos: Path) -> None:
+    """Whatever was trained before it in the same process."""
+    fill(workspace, listed(photos))
+    done = run(workspace, photos)
+    for row in done.rows:
+        spec = HeadSpec.make(row["head"], **row["settings"])
+        asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), spec, images.DEFAULT_MAX_PIXELS)
+        alone = train_head(listed(photos), workspace, asked, "features")
+        trial = json.loads((done.path / "trials" / spec.identity / "trial.json").read_text())
+        assert json.loads((alone.path / "history.json").read_text()) == trial["history"]
+        assert alone.summary["val_accuracy"] == row["val_accuracy"]
+
+
+def test_the_test_split_has_no_say(workspace: Workspace, photos: Path, tmp_path: Path) -> None:
+    dataset = listed(photos)
+    fill(workspace, dataset)
+    one = run(workspace, photos)
+    sides = {row["image"]: row["split"] for row in predictions(workspace, one)}
+    with closing(Cache(tmp_path / "other" / "cache")) as cache:
+        other = Workspace(tmp_path / "other", cache)
+
+        def spoilt(i: int, row: np.ndarray) -> np.ndarray:
+            return row * 0 if sides.get(dataset.names[i]) == "test" else row
+
+        fill(other, dataset, rewrite=spoilt)
+        two = run(other, photos)
+    scores = [[(row["trial"], row["val_accuracy"], row["val_loss"]) for row in done.rows] for done in (one, two)]
+    assert scores[0] == scores[1]
+    assert one.best["accuracy"] > two.best["accuracy"]
+
+
+def predictions(workspace: Workspace, done: Sweep) -> list[dict[str, str]]:
+    with (workspace.runs / done.best["run"] / "predictions.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_setting_that_diverges_is_ranked_last_and_the_sweep_goes_on(workspace: Workspace, photos: Path) -> None:
+    fill(workspace, listed(photos))
+    wild = HeadSpec.make("gap", epochs=3, optimizer="sgd", learning_rate=1000.0, hidden=(64, 64), normalize=False)
+    done = run(workspace, photos, (wild, GRID[1]))
+    assert done.rows[-1]["trial"] == wild.identity
+    if done.rows[-1]["error"] is not None:
+        assert "lower --learning-rate" in done.rows[-1]["error"]
+    assert done.best["accuracy"] > 0.8
+
+
+def test_what_was_killed_goes_on_and_tries_nothing_twice(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(workspace, listed(photos))
+    whole = run(workspace, photos)
+    real, tried = heads.fit, list[str]()
+
+    def counted(spec: HeadSpec, *more: Any) -> Any:
+        tried.append(spec.identity)
+        if len(tried) in (2, 4):
+            raise KeyboardInterrupt
+        return real(spec, *more)
+
+    monkeypatch.setattr(heads, "fit", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(workspace, photos)
+    (name,) = runs.unfinished(workspace.sweeps)
+    with pytest.raises(KeyboardInterrupt):
+        run(workspace, photos, resume=name)
+    done = run(workspace, photos, resume=name)
+    assert (done.name, done.reused) == (name, 2)
+    interrupted = [tried[1], tried[3]]
+    assert sorted(tried) == sorted([spec.identity for spec in GRID] + interrupted)
+    same = ("trial", "val_accuracy", "val_loss", "p_value")
+    assert [[row[key] for key in same] for row in done.rows] == [[row[key] for key in same] for row in whole.rows]
+    assert runs.unfinished(workspace.sweeps) == []
+
+
+def test_killed_after_the_winner_was_published_there_is_no_second_one(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test split is touched once."""
+    fill(workspace, listed(photos))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.sweep.write_leaderboard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(workspace, photos)
+    (published,) = visible(workspace.runs)
+    (name,) = runs.unfinished(workspace.sweeps)
+    done = run(workspace, photos, resume=name)
+    assert done.best["run"] == published
+    assert visible(workspace.runs) == [published]
+
+
+def test_a_sweep_whose_images_changed_is_not_gone_on_with(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(workspace, listed(photos))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.sweep.leaderboard", lambda trials: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(workspace, photos)
+    (name,) = runs.unfinished(workspace.sweeps)
+    (photos / "ant" / "000.png").rename(photos / "bee" / "moved.png")
+    with pytest.raises(RunError, match="no longer those it began with"):
+        run(workspace, photos, resume=name)
+
+
+def test_only_the_best_head_is_kept_on_the_way(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(workspace, listed(photos))
+    kept = list[int]()
+    monkeypatch.setattr(
+        "pipeline.sweep._report", lambda trial: kept.append(len(list(workspace.sweeps.rglob("head.json"))))
+    )
+    run(workspace, photos)
+    assert kept == [1, 1, 1, 1]
+
+
+# On workers
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A real Dask scheduler with two worker processes."""
+    with LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None) as started:
+        yield started.scheduler_address
+
+
+def test_workers_find_what_is_found_here(workspace: Workspace, photos: Path, cluster: str) -> None:
+    fill(workspace, listed(photos))
+    here, there = run(workspace, photos), run(workspace, photos, scheduler=cluster)
+    same = ("trial", "val_accuracy", "val_loss", "p_value", "parameters", "bytes")
+    assert [[row[key] for key in same] for row in here.rows] == [[row[key] for key in same] for row in there.rows]
+    assert here.best["accuracy"] == there.best["accuracy"]
+
+
+def test_a_worker_that_dies_costs_its_trial_a_second_try(workspace: Workspace, photos: Path) -> None:
+    fill(workspace, listed(photos))
+    specs = tuple(HeadSpec.make("gap", epochs=150, batch_size=4, seed=seed) for seed in range(4))
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as started:
+        pid = next(iter(started.workers.values())).pid
+        script = f"import os, time; time.sleep(12); os.kill({pid}, 9)"
+        with subprocess.Popen(["python3", "-c", script]):
+            done = run(workspace, photos, specs, scheduler=started.scheduler_address)
+    assert [row["error"] for row in done.rows] == [None] * 4
+
+
+def test_a_scheduler_that_is_not_there_is_told(workspace: Workspace, photos: Path) -> None:
+    fill(workspace, listed(photos))
+    with pytest.raises(UsageError, match="no Dask scheduler answers at 'tcp://127.0.0.1:9'"):
+        run(workspace, photos, scheduler="tcp://127.0.0.1:9")
+    assert runs.unfinished(workspace.sweeps) == []
+
+
+# The command
+
+
+def test_the_command_ends_in_a_leaderboard(workspace: Workspace, photos: Path) -> None:
+    fill(workspace, listed(photos))
+    done = icebox(workspace.root, "sweep", "--dataset", photos, *SMALL, "--json")
+    assert done.code == 0, done.err
+    assert [row["rank"] for row in done.json["runs"]] == [1, 2, 3]
+    assert done.json["best"]["accuracy"] > 0.8
+    assert done.json["features_computed"] == 0
+    shown = icebox(workspace.root, "sweep", "--dataset", photos, *SMALL).err
+    assert "rank  head" in shown
+    assert "learning_rate=0.02" in shown
+    assert "of the others from the best" in shown
+    assert f"kept as the run {sorted(visible(workspace.runs))[-1]}" in shown
+
+
+def test_a_killed_command_is_listed_and_resumed(workspace: Workspace, photos: Path) -> None:
+    fill(workspace, listed(photos))
+    options = (
+        "--dataset",
+        photos,
+        "--head",
+        "gap",
+        "--set",
+        "seed=0,1,2,3",
+        "--set",
+        "epochs=40",
+        "--set",
+        "batch_size=4",
+    )
+    process = subprocess.Popen(
+        command_line(workspace.root, "sweep", *options), stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    deadline = time.monotonic() + 120
+    while not list(workspace.sweeps.glob(".partial-*/trials/*/trial.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    (name,) = icebox(workspace.root, "runs", "ls", "--json").json["unfinished_sweeps"]
+    refused = icebox(workspace.root, "sweep", "--resume", name, "--set", "seed=1")
+    assert refused.code == 2
+    assert "leave out --set" in refused.err
+    done = icebox(workspace.root, "sweep", "--resume", name, "--json")
+    assert done.code == 0, done.err
+    assert done.json["reused"] >= 1
+    assert len(done.json["runs"]) == 4
+    again = icebox(workspace.root, "sweep", "--resume", name)
+    assert again.code == 1
+    assert f"{name} is finished" in again.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--head", "resnet"), "no head named 'resnet'"),
+        (("--head", "logreg", "--set", "dropout=0.5"), "the logreg head has no dropout"),
+        (("--seed", "3"), "--seed is of the draw"),
+        (("--random", "0"), "Invalid value"),
+    ],
+)
+def test_wrong_use_is_refused(options: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = icebox(tmp_path, "sweep", *options)
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_the_rows_these_tests_learn_from_tell_the_classes_apart() -> None:
+    """The control: the channel of its number marks the class."""
+    rows = np.stack([row_of(bytes([i] * 32), i % len(CLASSES)) for i in range(30)])
+    assert (rows.mean(axis=(1, 2))[:, : len(CLASSES)].argmax(axis=1) == np.arange(30) % len(CLASSES)).all()
+    assert SPEC.untrained is False
