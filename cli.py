@@ -16,6 +16,7 @@ from pipeline.commands.heads import train_head
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
+    AugmentOption,
     DatasetOption,
     FitOption,
     ImageRootOption,
@@ -27,12 +28,14 @@ from pipeline.commands.shared import (
     PrecisionOption,
     SpaceOption,
     StorageOption,
+    ViewsOption,
     WeightsOption,
     exit_for_bad,
     feature_choice,
     finish,
     open_dataset,
     opened,
+    views_choice,
 )
 from pipeline.commands.sweep import sweep
 
@@ -80,6 +83,8 @@ def features(
     space: SpaceOption = None,
     fit: FitOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
+    views: ViewsOption = 1,
+    augment: AugmentOption = None,
     shard_rows: Annotated[int, typer.Option(help="Rows in a shard, at most.", min=1, max=65_536)] = 256,
     batch_size: Annotated[int, typer.Option(help="Images the model is given at once.", min=1, max=512)] = 32,
     retry_failed: Annotated[bool, typer.Option(help="Try images again that could not be decoded before.")] = False,
@@ -98,12 +103,14 @@ def features(
 
     start = time.perf_counter()
     options = ComputeOptions(shard_rows, batch_size, max_pixels, strict=on_error == "fail")
+    wanted = views_choice(context)
     with opened(context) as workspace:
         images = open_dataset(workspace, context)
-        done = extract(images, workspace, feature_choice(context), options, retry_failed=retry_failed)
+        done = extract(images, workspace, feature_choice(context), options, views=wanted, retry_failed=retry_failed)
         totals = done.space.totals() if done.space else None
     result = {
         "images": done.images,
+        "views": views,
         "rows": done.rows,
         "computed": done.computed,
         "reused": done.reused,

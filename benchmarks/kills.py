@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--weights", default="untrained")
     parser.add_argument("--limit", type=int, default=1000)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=1.0, help="after the first batch, until the latest kill")
     parser.add_argument("--shard-rows", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
@@ -132,8 +133,8 @@ def compare(folder: Path, options: list[str], given: argparse.Namespace) -> dict
             began, longest = 0.0, 2.0
             continue
         phases[phase] += 1
-        # Far enough beyond the start that some shards are published, whatever else the machine is doing.
-        began, longest = (to_first_batch, to_first_batch + 6) if to_first_batch is not None else (began, longest)
+        if to_first_batch is not None:  # whatever else the machine is doing, some shards are published after that
+            began, longest = to_first_batch, to_first_batch + given.seconds
         for path in set(killed.data.glob("cache/*/shards/[!.]*.h5")) - checked:
             torn += hashlib.sha256(path.read_bytes()).hexdigest() != path.stem
             checked.add(path)

@@ -22,7 +22,7 @@ from pipeline.extract import FeatureChoice, Quarantined, warn_untrained
 from pipeline.fitting import answers
 from pipeline.gather import Material, gather
 from pipeline.pictures import draw_calibration, draw_confusion
-from pipeline.rows import open_rows
+from pipeline.rows import Wanted, open_rows
 from pipeline.spec import FeatureSpec
 from pipeline.workspace import Workspace
 
@@ -166,7 +166,7 @@ def _predicted(
     run: TrainedRun, material: Material, members: np.ndarray, side: Side, memory: int | None
 ) -> runs.Predictions:
     with material.space.reading():
-        (rows,) = open_rows(material.space, material.keys, run.reads, [members], memory=memory)
+        (rows,) = open_rows(material.space, material.keys, run.reads, [Wanted(members)], memory=memory)
         said = answers(run.head, rows, side)
     names = [material.dataset.names[int(i)] for i in material.usable[members]]
     return runs.Predictions(side, names, material.labels(members), said)

@@ -11,7 +11,7 @@ from pipeline import dataset
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError, UsageError
 from pipeline.extract import FeatureChoice
-from pipeline.spec import HeadSpec
+from pipeline.spec import PLAIN_VIEW, HeadSpec, Views
 from pipeline.workspace import Workspace
 
 
@@ -44,7 +44,10 @@ class DatasetChoice:
 
 @dataclass(frozen=True)
 class Asked:
-    """One head to be trained; `folds` 0 trains one, K trains K of them as an ensemble; `memory` in bytes."""
+    """One head to be trained; `folds` 0 trains one, K trains K of them as an ensemble; `memory` in bytes.
+
+    It is trained on all `views` of its training images.
+    """
 
     images: DatasetChoice
     features: FeatureChoice
@@ -53,6 +56,7 @@ class Asked:
     folds: int = 0
     memory: int | None = None
     tensorboard: bool = False
+    views: Views = PLAIN_VIEW
 
     def __post_init__(self) -> None:
         if self.folds == 1 or self.folds < 0:
@@ -67,8 +71,8 @@ class Asked:
         """Return what `to_dict` gave. Raises RunError if it is not that."""
         try:
             rest = dict(value)
-            head = dict(rest.pop("head"))
+            head, views = dict(rest.pop("head")), Views.from_dict(rest.pop("views"))
             images, features = DatasetChoice(**rest.pop("images")), FeatureChoice(**rest.pop("features"))
-            return cls(images, features, HeadSpec.make(head.pop("head"), **head), **rest)
+            return cls(images, features, HeadSpec.make(head.pop("head"), **head), views=views, **rest)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise RunError(f"what the run was asked for cannot be read ({error}); train anew") from error

@@ -8,15 +8,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline import images, machine
+from pipeline import augment, images, machine
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache import storage
 from pipeline.cache.digests import Identities
@@ -27,6 +27,7 @@ from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded, Loader
 from pipeline.errors import CacheError, DecodeError
 from pipeline.progress import Progress
+from pipeline.spec import PLAIN_VIEW, Augmentation, Views
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -61,10 +62,11 @@ class Job:
     index: Index
     options: ComputeOptions
     progress: Progress
+    views: Views = PLAIN_VIEW  # whose recipe augmented views are made by
 
 
-def compute(job: Job, todo: Sequence[int]) -> float:
-    """Compute and publish the rows of the images `todo`; the caller holds the space's lock.
+def compute(job: Job, todo: Mapping[int, Sequence[int]]) -> float:
+    """Compute and publish rows, `todo` being image → numbers of its views; the caller holds the space's lock.
 
     Returns the seconds from the first batch asked of the model to the last shard published. On Ctrl-C the
     rows computed so far are published before the interrupt goes on.
@@ -77,24 +79,26 @@ def compute(job: Job, todo: Sequence[int]) -> float:
         With `options.strict`, at the first image that cannot be read or decoded.
     """
     batch_size = job.backbone.batch_size
-    spec = job.space.spec
+    spec, rows_todo = job.space.spec, sum(map(len, todo.values()))
+    ahead = max(2, 2 * batch_size * len(todo) // rows_todo)  # images whose views are made while two batches wait
     with (
         Loader(job.dataset, spec.input_size, spec.fit, job.options.max_pixels) as load,
         ThreadPoolExecutor(min(machine.usable_cores(), _MOST_DECODERS)) as pool,
-        job.progress("computing features", len(todo)) as advance,
+        job.progress("computing features", rows_todo) as advance,
     ):
         start, size = time.perf_counter(), 0.0
-        good = _sort_out(_ordered(pool, load, todo, ahead=2 * batch_size), job, advance)
+        views = _ordered(pool, lambda i: _load_views(load, i, todo[i], job.views.recipe), todo, ahead=ahead)
+        good = _sort_out(views, job, advance)
         # Closed also on Ctrl-C: what was computed is kept.
-        with closing(_Publisher(job.space, job.options.shard_rows)) as publisher:
+        with closing(_Publisher(job.space, job.options.shard_rows, job.views.recipes)) as publisher:
             for number, batch in enumerate(_batches(good, batch_size)):
                 asked = time.perf_counter()
                 rows = _run_model(job.backbone, batch)
                 if number == 0:
-                    size = file_size(make_rows(*rows), spec) / len(batch)
-                    check_room(job.space, len(todo), size)
-                elif number == 1 and len(todo) >= _ANNOUNCED_FROM:  # the first batch compiles the graph
-                    _announce((time.perf_counter() - asked) / len(batch), size, len(todo), job.space)
+                    size = file_size(make_rows(*rows, job.views.recipes), spec) / len(batch)
+                    check_room(job.space, rows_todo, size)
+                elif number == 1 and rows_todo >= _ANNOUNCED_FROM:  # the first batch compiles the graph
+                    _announce((time.perf_counter() - asked) / len(batch), size, rows_todo, job.space)
                 publisher.add(*rows)
                 advance(len(batch))
         return time.perf_counter() - start
@@ -115,17 +119,31 @@ def _ordered(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T
             future.cancel()
 
 
-def _sort_out(loaded: Iterable[Loaded], job: Job, advance: Callable[[int], None]) -> Iterator[Loaded]:
+def _load_views(load: Loader, i: int, views: Sequence[int], recipe: Augmentation) -> list[Loaded]:
+    """Decode image i once and return it in each of `views`, in all alike if it cannot be decoded."""
+    plain = load(i)
+    if plain.pixels is None or plain.key is None:
+        return [replace(plain, view=view) for view in views]
+    return [
+        replace(plain, view=view, pixels=augment.warp(plain.pixels, recipe, augment.draws(plain.key, view)))
+        if view
+        else plain
+        for view in views
+    ]
+
+
+def _sort_out(loaded: Iterable[list[Loaded]], job: Job, advance: Callable[[int], None]) -> Iterator[Loaded]:
     """Pass on what was decoded; note what was not, and who turned out to be somebody else."""
-    for image in loaded:
+    for views in loaded:
+        image = views[0]
         if image.pixels is not None:
             _note_key(image, job.dataset, job.identities, job.index)
-            yield image
+            yield from views
             continue
         note_bad(image, job.dataset, job.identities, job.index, job.options.max_pixels)
         if job.options.strict:
             raise refusal(job.dataset.names[image.i], image.reason)
-        advance(1)
+        advance(len(views))
 
 
 def note_bad(image: Loaded, dataset: Dataset, identities: Identities, index: Index, max_pixels: int) -> None:
@@ -162,9 +180,9 @@ def _batches(loaded: Iterable[Loaded], size: int) -> Iterator[list[Loaded]]:
         yield batch
 
 
-def _run_model(backbone: FrozenBackbone, batch: list[Loaded]) -> tuple[np.ndarray, np.ndarray, list[bytes]]:
+def _run_model(backbone: FrozenBackbone, batch: list[Loaded]) -> tuple[np.ndarray, np.ndarray, list[bytes], list[int]]:
     features, pooled = backbone(np.stack([image.pixels for image in batch if image.pixels is not None]))
-    return features, pooled, [image.key for image in batch if image.key is not None]
+    return features, pooled, [image.key for image in batch if image.key is not None], [image.view for image in batch]
 
 
 class _Publisher:
@@ -172,20 +190,23 @@ class _Publisher:
 
     _MOST_WAITING = 2  # shards in memory behind the one being filled
 
-    def __init__(self, space: FeatureSpace, shard_rows: int) -> None:
+    def __init__(self, space: FeatureSpace, shard_rows: int, recipes: Mapping[int, Any]) -> None:
         self._space = space
         self._shard_rows = shard_rows
+        self._recipes = recipes
         self._pool = ThreadPoolExecutor(1)
         self._waiting: deque[Future[ShardInfo]] = deque()
         self._batches: list[tuple[np.ndarray, np.ndarray]] = []
         self._keys: list[bytes] = []
+        self._views: list[int] = []
 
-    def add(self, features: np.ndarray, pooled: np.ndarray, keys: list[bytes]) -> None:
+    def add(self, features: np.ndarray, pooled: np.ndarray, keys: list[bytes], views: list[int]) -> None:
         """Add a batch of rows, no larger than a shard."""
         if len(self._keys) + len(keys) > self._shard_rows:
             self._flush()
         self._batches.append((features, pooled))
         self._keys.extend(keys)
+        self._views.extend(views)
 
     def close(self) -> None:
         """Publish what is left and wait until all is on disk and known."""
@@ -202,18 +223,20 @@ class _Publisher:
         while len(self._waiting) >= self._MOST_WAITING:
             self._settle()
         features, pooled = (np.concatenate(part) for part in zip(*self._batches, strict=True))
-        rows = make_rows(features, pooled, self._keys)
-        self._batches, self._keys = [], []
+        rows = make_rows(features, pooled, self._keys, self._views, self._recipes)
+        self._batches, self._keys, self._views = [], [], []
         self._waiting.append(self._pool.submit(self._space.write, rows))
 
     def _settle(self) -> None:
         self._space.register(self._waiting.popleft().result())
 
 
-def make_rows(features: np.ndarray, pooled: np.ndarray, keys: Sequence[bytes]) -> Rows:
-    """Return rows of the plain view."""
+def make_rows(
+    features: np.ndarray, pooled: np.ndarray, keys: Sequence[bytes], views: Sequence[int], recipes: Mapping[int, Any]
+) -> Rows:
+    """Return rows as the cache takes them; `recipes` says what each of `views` is."""
     stacked = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
-    return Rows(features, pooled, stacked, np.zeros(len(keys), np.int64))
+    return Rows(features, pooled, stacked, np.array(views, np.int64), recipes)
 
 
 def check_room(space: FeatureSpace, count: int, row_bytes: float | None = None) -> None:

@@ -40,6 +40,7 @@ class Loaded:
     key: bytes | None
     pixels: np.ndarray | None
     reason: str = ""
+    view: int = 0  # the number of the view that the pixels show; 0 is the plain image
 
 
 class Loader:

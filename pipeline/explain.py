@@ -13,7 +13,8 @@ from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
 from pipeline.errors import UsageError
-from pipeline.extract import FeatureChoice, Plan, find_space, make_plan, request_of
+from pipeline.extract import FeatureChoice, Plan, Planning, find_space, request_of
+from pipeline.spec import PLAIN_VIEW, Views
 from pipeline.workspace import Workspace
 
 State = Literal["cached", "copy", "quarantined", "bad shard", "other space", "changed", "new"]
@@ -55,8 +56,10 @@ class Explanation:
         return dict(Counter(image.state for image in self.images).most_common())
 
 
-def explain(dataset: Dataset, workspace: Workspace, choice: FeatureChoice, max_pixels: int) -> Explanation:
-    """Say for each image of `dataset` whether it has a row, and if not, why. Changes nothing.
+def explain(
+    dataset: Dataset, workspace: Workspace, choice: FeatureChoice, max_pixels: int, views: Views = PLAIN_VIEW
+) -> Explanation:
+    """Say for each image of `dataset` whether it has its rows, in all `views`, and if not, why. Changes nothing.
 
     Raises
     ------
@@ -68,7 +71,7 @@ def explain(dataset: Dataset, workspace: Workspace, choice: FeatureChoice, max_p
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, index, advance, remember=False)
     space, weights = find_space(workspace, choice, identities)
-    plan = make_plan(identities, space, index, max_pixels)
+    plan = Planning(dataset, identities, index, max_pixels, views).plan(space)
     request = request_of(choice, weights)
     keys = [key for key in dict.fromkeys(identities.keys) if key is not None]
     on_disk = workspace.cache.spaces()
@@ -153,6 +156,9 @@ class _Reasons:
         return self._missing_because(i, key)
 
     def _missing_because(self, i: int, key: bytes) -> tuple[State, str]:
+        lacking = self._plan.todo[self._first[key]]
+        if 0 not in lacking:
+            return "new", f"{len(lacking)} of its augmented views have not been computed before"
         if key in self._lost:
             return "bad shard", f"its row was in shard {self._lost[key]}"
         if key in self._elsewhere:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+
 from pipeline import images, machine
 from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, FrozenBackbone
 from pipeline.cache.digests import Identities, identify
@@ -18,9 +20,9 @@ from pipeline.cache.index import Index
 from pipeline.cache.space import FeatureSpace
 from pipeline.compute import ComputeOptions, Job, check_room, compute, note_bad, refusal
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loader, first_good
+from pipeline.decoder import Loaded, Loader, first_good
 from pipeline.errors import SpecError, WeightsError
-from pipeline.spec import FeatureRequest, FeatureSpec
+from pipeline.spec import PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
 from pipeline.weights import Weights, find_by_identity, resolve
 from pipeline.workspace import Workspace
 
@@ -45,17 +47,82 @@ class FeatureChoice:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done for a dataset; indices count its images."""
+    """What is to be done for a dataset; indices count its images, and a row is one view of one image."""
 
-    todo: list[int]  # the first image of each key that has no row
-    reused: int  # keys that have a row
-    duplicates: int  # images that are copies of another image of the dataset
+    todo: dict[int, list[int]]  # the first image of each key that lacks rows → the numbers of those views
+    reused: int  # rows that are there
+    duplicates: int  # rows of images that are copies of another image of the dataset
     quarantined: dict[int, tuple[str, str | None]]  # image → why it cannot be read or decoded, since when
 
     @property
+    def missing(self) -> int:
+        """How many rows are to be computed."""
+        return sum(map(len, self.todo.values()))
+
+    @property
     def rows(self) -> int:
-        """Images that have features, or will have once `todo` is done."""
-        return len(self.todo) + self.reused + self.duplicates
+        """How many rows the dataset's images have, or will have once `todo` is done."""
+        return self.missing + self.reused + self.duplicates
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What a plan is made from: the images, who they are, what is known of them, in which views they are wanted."""
+
+    dataset: Dataset
+    identities: Identities
+    index: Index
+    max_pixels: int
+    views: Views = PLAIN_VIEW
+
+    def plan(self, space: FeatureSpace | None) -> Plan:
+        """Return which rows need computing, given what `space` holds; None holds nothing."""
+        first: dict[bytes, int] = {}
+        for i, key in enumerate(self.identities.keys):
+            if key is not None:
+                first.setdefault(key, i)
+        lacking = self._lacking(space, list(first))
+        refused = self.index.quarantined(list(lacking), images.decoder_version(), self.max_pixels)
+        todo = {first[key]: views for key, views in lacking.items() if key not in refused}
+        quarantined: dict[int, tuple[str, str | None]] = {}
+        copies = 0
+        for i, key in enumerate(self.identities.keys):
+            if key is None:
+                quarantined[i] = (self.identities.unread[i], None)
+            elif key in refused:
+                quarantined[i] = (refused[key].reason, refused[key].since)
+            else:
+                copies += first[key] != i
+        missing = sum(map(len, todo.values()))
+        reused = (len(first) - len(refused)) * self.views.count - missing
+        return Plan(dict(sorted(todo.items())), reused, copies * self.views.count, quarantined)
+
+    def _lacking(self, space: FeatureSpace | None, keys: list[bytes]) -> dict[bytes, list[int]]:
+        """Return key → the numbers of the views it has no row of, for those of `keys` that lack any."""
+        lacking: dict[bytes, list[int]] = {}
+        for view in self.views.numbers:
+            found = space.locate(keys, [view] * len(keys)).found if space else np.zeros(len(keys), bool)
+            for at in np.flatnonzero(~found).tolist():
+                lacking.setdefault(keys[at], []).append(view)
+        return lacking
+
+    def meet_undecodable(self, space: FeatureSpace | None) -> Plan:
+        """Return the plan after decoding images that lack rows until one can be decoded; those before it are
+        quarantined.
+
+        So neither TensorFlow is loaded nor is anything demanded when what lacks rows can have none, as after the
+        index, which remembers the quarantine, was lost.
+        """
+        plan = self.plan(space)
+        if not plan.todo:
+            return plan
+        fit = space.spec.fit if space else _DEFAULT_FIT
+        with Loader(self.dataset, BACKBONES[DEFAULT_BACKBONE].input_size, fit, self.max_pixels) as loader:
+            first_good(loader, plan.todo, self._note_bad)
+        return self.plan(space)
+
+    def _note_bad(self, bad: Loaded) -> None:
+        note_bad(bad, self.dataset, self.identities, self.index, self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -72,7 +139,7 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What `features` did; rows = computed + reused + duplicates, and rows + quarantined = images."""
+    """What `features` did; rows = computed + reused + duplicates = views x (images - quarantined)."""
 
     images: int
     computed: int
@@ -84,7 +151,7 @@ class Extraction:
 
     @property
     def rows(self) -> int:
-        """Images that have features."""
+        """Images that have features, times their views."""
         return self.computed + self.reused + self.duplicates
 
 
@@ -94,9 +161,10 @@ def extract(
     choice: FeatureChoice,
     options: ComputeOptions,
     *,
+    views: Views = PLAIN_VIEW,
     retry_failed: bool = False,
 ) -> Extraction:
-    """Make sure that every image of `dataset` that can be decoded has its row, computing only what is missing.
+    """Make sure that every image of `dataset` that can be decoded has its rows, computing only what is missing.
 
     Raises
     ------
@@ -111,15 +179,14 @@ def extract(
     if retry_failed:
         cache.index.forget_quarantined([key for key in identities.keys if key is not None])
     space, weights = find_space(workspace, choice, identities)
-    plan = make_plan(identities, space, cache.index, options.max_pixels)
-    if plan.todo:
-        plan = meet_undecodable(dataset, identities, space, cache.index, options.max_pixels, plan)
+    planning = Planning(dataset, identities, cache.index, options.max_pixels, views)
+    plan = planning.meet_undecodable(space)
     if options.strict:
         _refuse_bad(dataset, plan)
     before, seconds = plan.reused, 0.0
     if plan.todo:
-        source = _Source(dataset, identities, choice, weights)
-        space, before, plan, seconds = _compute_missing(source, workspace, space, options, len(plan.todo))
+        source = _Source(planning, choice, weights)
+        space, before, plan, seconds = _compute_missing(source, workspace, space, options, plan.missing)
     if space is not None:
         warn_untrained(space.spec)
     failed = name_quarantined(dataset, plan)
@@ -130,8 +197,7 @@ def extract(
 class _Source:
     """What is to be computed, and as what."""
 
-    dataset: Dataset
-    identities: Identities
+    planning: Planning
     choice: FeatureChoice
     weights: Weights | None
 
@@ -140,8 +206,8 @@ def _compute_missing(
     source: _Source, workspace: Workspace, space: FeatureSpace | None, options: ComputeOptions, count: int
 ) -> tuple[FeatureSpace, int, Plan, float]:
     """Compute what is missing, alone in the space; return it, the rows there before, the last plan, the seconds."""
-    cache, identities = workspace.cache, source.identities
-    weights = source.weights or weights_of(space, source.dataset, workspace)
+    cache, planning = workspace.cache, source.planning
+    weights = source.weights or weights_of(space, planning.dataset, workspace)
     spec = space.spec if space else _new_spec(source.choice, weights)
     warn_untrained(spec)
     if space is None:
@@ -154,38 +220,22 @@ def _compute_missing(
         check_room(space, count)
     with space.lock(_waiting):
         space.remove_leftovers()
-        plan = make_plan(identities, space, cache.index, options.max_pixels)
+        plan = planning.plan(space)
         before = plan.reused
         if not plan.todo:  # whoever held the lock has computed it all
             return space, before, plan, 0.0
         backbone = backbone or _load(spec, weights, options)
-        job = Job(source.dataset, identities, space, backbone, cache.index, options, workspace.progress)
-        plan, seconds = _compute_all(job)
+        progress = workspace.progress
+        job = Job(
+            planning.dataset, planning.identities, space, backbone, cache.index, options, progress, planning.views
+        )
+        plan, seconds = _compute_all(planning, job)
     return space, before, plan, seconds
 
 
 def _load(spec: FeatureSpec, weights: Weights, options: ComputeOptions) -> FrozenBackbone:
     logger.info("loading TensorFlow and %s", spec.backbone)
     return FrozenBackbone(spec, weights.path, min(options.batch_size, options.shard_rows))
-
-
-def meet_undecodable(
-    dataset: Dataset,
-    identities: Identities,
-    space: FeatureSpace | None,
-    index: Index,
-    max_pixels: int,
-    plan: Plan,
-) -> Plan:
-    """Decode images that lack a row until one can be decoded; those before it are quarantined, as the new plan says.
-
-    So neither TensorFlow is loaded nor is anything demanded when what lacks rows can have none, as after the index,
-    which remembers the quarantine, was lost.
-    """
-    fit = space.spec.fit if space else _DEFAULT_FIT
-    with Loader(dataset, BACKBONES[DEFAULT_BACKBONE].input_size, fit, max_pixels) as loader:
-        first_good(loader, plan.todo, lambda bad: note_bad(bad, dataset, identities, index, max_pixels))
-    return make_plan(identities, space, index, max_pixels)
 
 
 def _refuse_bad(dataset: Dataset, plan: Plan) -> None:
@@ -198,13 +248,13 @@ def name_quarantined(dataset: Dataset, plan: Plan) -> list[Quarantined]:
     return [Quarantined(dataset.names[i], *why) for i, why in sorted(plan.quarantined.items())]
 
 
-def _compute_all(job: Job) -> tuple[Plan, float]:
+def _compute_all(planning: Planning, job: Job) -> tuple[Plan, float]:
     """Compute until nothing is missing; return the plan that says so and the seconds it took.
 
     One pass is enough unless a file changes after it was hashed: its former copies may then lack a row.
     """
     seconds = 0.0
-    while (plan := make_plan(job.identities, job.space, job.index, job.options.max_pixels)).todo:
+    while (plan := planning.plan(job.space)).todo:
         seconds += compute(job, plan.todo)
     return plan, seconds
 
@@ -239,43 +289,12 @@ def find_space(
     return space, weights
 
 
-def make_plan(identities: Identities, space: FeatureSpace | None, index: Index, max_pixels: int) -> Plan:
-    """Return which images need computing, given who they are and what the cache holds."""
-    first: dict[bytes, int] = {}
-    for i, key in enumerate(identities.keys):
-        if key is not None:
-            first.setdefault(key, i)
-    unique = list(first)
-    stored = _stored(space, unique)
-    refused = index.quarantined(unique, images.decoder_version(), max_pixels)
-    todo: list[int] = []
-    duplicates = 0
-    quarantined: dict[int, tuple[str, str | None]] = {}
-    for i, key in enumerate(identities.keys):
-        if key is None:
-            quarantined[i] = (identities.unread[i], None)
-        elif key in refused and key not in stored:
-            quarantined[i] = (refused[key].reason, refused[key].since)
-        elif first[key] != i:
-            duplicates += 1
-        elif key not in stored:
-            todo.append(i)
-    return Plan(todo, len(stored), duplicates, quarantined)
-
-
 def warn_untrained(spec: FeatureSpec) -> None:
     """Say it loudly when features come from weights that were never trained."""
     if spec.untrained:
         logger.warning(
             "the backbone's weights are UNTRAINED: fine for trying Icebox out, no basis for judging your images"
         )
-
-
-def _stored(space: FeatureSpace | None, unique: list[bytes]) -> set[bytes]:
-    if space is None:
-        return set()
-    found = space.locate(unique).found
-    return {key for key, has_row in zip(unique, found, strict=True) if has_row}
 
 
 def request_of(choice: FeatureChoice, weights: Weights | None) -> FeatureRequest:

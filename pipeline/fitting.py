@@ -18,7 +18,7 @@ from pipeline.heads.base import JSON_FILE, require_numbers
 from pipeline.heads.ensemble import Ensemble, member_name
 from pipeline.prepare import Prepared
 from pipeline.progress import Progress
-from pipeline.rows import Rows, select
+from pipeline.rows import Rows
 from pipeline.runs import write_json
 from pipeline.spec import HeadSpec
 
@@ -70,19 +70,18 @@ def answers(head: heads.Head, rows: Rows, side: str) -> np.ndarray:
 
 
 def _fit_folds(ready: Prepared, asked: Asked, directory: Path, advance: Callable[[int], None]) -> Outcome:
-    rows, labels, groups = ready.rows["train"], ready.labels["train"], ready.groups
+    labels = ready.labels["train"]
     said = np.zeros((len(labels), ready.classes), np.float32)
     members, history = list[heads.Head](), list[dict[str, float]]()
-    for number, (some, held) in enumerate(_folds(labels, groups, asked.folds), 1):
+    for number, (some, held) in enumerate(_folds(labels, ready.groups, asked.folds), 1):
         folder = directory / member_name(number)
-        held_rows = select(rows, held)
+        data = ready.fold(some, held)
         if not (folder / JSON_FILE).exists():
-            data = heads.Data(select(rows, some), labels[some], held_rows, labels[held], ready.classes, groups[some])
             _fit_member(data, asked, folder, advance)
         else:
             advance(heads.steps(asked.head))
         members.append(heads.load(folder))
-        said[held] = answers(members[-1], held_rows, "train")
+        said[held] = answers(members[-1], data.val, "train")
         history.append({"fold": number, **_best(json.loads((folder / _HISTORY).read_text()))})
     ensemble = Ensemble(members)
     return Outcome(

@@ -14,7 +14,7 @@ from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError
 from pipeline.extract import warn_untrained
 from pipeline.gather import SPLITS, Material
-from pipeline.rows import Rows, hold, stored_rows
+from pipeline.rows import Rows, Wanted, hold, select, stored_rows
 from pipeline.spec import HeadSpec
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 class Prepared:
     """Everything a head needs: for each split its positions in the material, its labels and its rows.
 
-    For cross-validation what would be validation rows is part of "train", and there is no "val".
+    For cross-validation what would be validation rows is part of "train", and there is no "val". `members` and
+    `labels` count images; of "train" there are as many rows as images times views, the plain ones first.
     """
 
     material: Material
@@ -34,8 +35,16 @@ class Prepared:
 
     def data(self) -> heads.Data:
         """Return what one head is fitted on."""
-        rows, labels = self.rows, self.labels
-        return heads.Data(rows["train"], labels["train"], rows["val"], labels["val"], self.classes, self.groups)
+        views = self.material.views.count
+        labels, groups = (np.tile(each, views) for each in (self.labels["train"], self.groups))
+        return heads.Data(self.rows["train"], labels, self.rows["val"], self.labels["val"], self.classes, groups)
+
+    def fold(self, some: np.ndarray, held: np.ndarray) -> heads.Data:
+        """Return what one head of several is fitted on: the training images `some` in all views, and `held` plain."""
+        rows, labels, views = self.rows["train"], self.labels["train"], self.material.views.count
+        at = np.concatenate([some + view * len(labels) for view in range(views)])
+        train, train_labels, groups = select(rows, at), np.tile(labels[some], views), np.tile(self.groups[some], views)
+        return heads.Data(train, train_labels, select(rows, held), labels[held], self.classes, groups)
 
     @property
     def classes(self) -> int:
@@ -44,7 +53,7 @@ class Prepared:
 
     @property
     def groups(self) -> np.ndarray:
-        """Which training rows must stay together: alike numbers, (n,) int64."""
+        """Which training images must stay together: alike numbers, (n,) int64."""
         return self.material.groups[self.members["train"]]
 
     def predictions(self, side: str, members: np.ndarray, probabilities: np.ndarray) -> runs.Predictions:
@@ -83,7 +92,9 @@ def prepared(
     (reads,) = {heads.READS[spec.head] for spec in specs}
     names = [name for name in members if name in sides]
     with material.space.reading():
-        stored = stored_rows(material.space, material.keys, reads, [members[name] for name in names])
+        numbers = {"train": material.views.numbers}
+        wanted = [Wanted(members[name], numbers.get(name, (0,))) for name in names]
+        stored = stored_rows(material.space, material.keys, reads, wanted)
         needed = memory_needed(specs, stored[0].shape[1:], len(material.dataset.classes))
         rows = hold(stored, memory=memory, needed=needed) if held else stored
         yield Prepared(material, members, labels, dict(zip(names, rows, strict=True)))

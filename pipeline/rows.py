@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -91,22 +92,33 @@ def select(rows: Rows, at: np.ndarray) -> Rows:
     return rows.take(at) if isinstance(rows, StoredRows) else _Selected(rows, at)
 
 
-def stored_rows(
-    space: FeatureSpace, keys: Sequence[bytes], dataset: str, splits: Sequence[np.ndarray]
-) -> list[StoredRows]:
-    """Return the rows of `dataset` ("features" or "pooled") for each split, given as indices into `keys`.
+@dataclass(frozen=True)
+class Wanted:
+    """The images of a split, as (n,) indices into some keys, and the numbers of the views to read them in.
+
+    Their rows come view by view: first all images in the first of `views`, then all in the next.
+    """
+
+    at: np.ndarray
+    views: Sequence[int] = (0,)
+
+
+def stored_rows(space: FeatureSpace, keys: Sequence[bytes], dataset: str, splits: Sequence[Wanted]) -> list[StoredRows]:
+    """Return the rows of `dataset` ("features" or "pooled") for each split of the images `keys`.
 
     Raises
     ------
     MissingRowsError
-        If a key has no row.
+        If a row is missing.
     """
-    located = space.locate(keys)
-    space.require(located)
-    reader = space.reader(dataset)
-    shape, dtype = reader.layout(located)
-    row_bytes = math.prod(shape) * dtype.itemsize
-    return [StoredRows(reader, located.take(at), shape, row_bytes, 0) for at in splits]
+    reader, found = space.reader(dataset), []
+    for split in splits:
+        some = [keys[i] for i in split.at.tolist()]
+        located = space.locate(some * len(split.views), np.repeat(split.views, len(some)).tolist())
+        space.require(located)
+        shape, dtype = reader.layout(located)
+        found.append(StoredRows(reader, located, shape, math.prod(shape) * dtype.itemsize, 0))
+    return found
 
 
 def hold(stored: Sequence[StoredRows], *, memory: int | None = None, needed: int = 0) -> list[Rows]:
@@ -133,7 +145,7 @@ def open_rows(
     space: FeatureSpace,
     keys: Sequence[bytes],
     dataset: str,
-    splits: Sequence[np.ndarray],
+    splits: Sequence[Wanted],
     *,
     memory: int | None = None,
     needed: int = 0,

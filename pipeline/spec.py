@@ -2,7 +2,7 @@
 
 `FeatureSpec` holds everything that decides a feature's value and nothing else; its hash names the feature
 space. `FeatureRequest` is the same with gaps: what was left at `auto` is None and matches anything.
-`HeadSpec` holds the settings of one head.
+`Views` says in which augmented views an image is wanted, `HeadSpec` holds the settings of one head.
 """
 
 from __future__ import annotations
@@ -112,6 +112,118 @@ class FeatureRequest:
         """Return the names of the stated fields in which `spec` is another space."""
         stated = {name: value for name, value in asdict(self).items() if value is not None}
         return [name for name, value in stated.items() if getattr(spec, name) != value]
+
+
+# Which affine warp `pipeline.augment` makes of a recipe: change it whenever the same recipe would give other pixels.
+AUGMENT_POLICY = "affine-linear-1"
+FILLS = ("nearest", "reflect", "wrap", "black")
+MOST_VIEWS = 100
+# The largest legal value of each number in a recipe; all begin at 0.
+_MOST_AUGMENTED = {"rotation": 180.0, "width_shift": 1.0, "height_shift": 1.0, "shear": 2.0, "zoom": 0.9}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far an image is warped at random, at most: `rotation` in degrees either way, `width_shift` and
+    `height_shift` as shares of its side, `shear` as horizontal displacement per height, `zoom` as a share more or less
+    of width and height, each by itself. Flips happen to half of the views. `fill` is what appears at the edges.
+    """
+
+    rotation: float = 30.0
+    width_shift: float = 0.2
+    height_shift: float = 0.2
+    shear: float = 0.2
+    zoom: float = 0.2
+    horizontal_flip: bool = True
+    vertical_flip: bool = False
+    fill: str = "nearest"
+
+    def __post_init__(self) -> None:
+        for name, most in _MOST_AUGMENTED.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+                raise UsageError(f"{name} must be a number in 0 … {most:g}, found {str(value)!r:.60}")
+            object.__setattr__(self, name, float(value))  # 30 and 30.0 are one recipe
+        for name in ("horizontal_flip", "vertical_flip"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name} must be true or false, found {str(getattr(self, name))!r:.60}")
+        if self.fill not in FILLS:
+            raise UsageError(f"fill must be one of {', '.join(FILLS)}, found {str(self.fill)!r:.60}")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the recipe that "rotation=15,fill=reflect" says, the rest at its defaults.
+
+        Raises
+        ------
+        UsageError
+            If a setting is unknown or out of range.
+        """
+        defaults, stated = asdict(cls()), dict[str, Any]()
+        for part in filter(None, text.split(",")):
+            name, _, value = (word.strip() for word in part.partition("="))
+            name = name.replace("-", "_")
+            if name not in defaults:
+                raise UsageError(f"--augment has no {part!r:.60}; it takes NAME=VALUE,… of {', '.join(defaults)}")
+            stated[name] = _like(defaults[name], value)
+        return cls(**stated)
+
+    def __str__(self) -> str:
+        """Return the text that `parse` takes, of what differs from the defaults."""
+        defaults = asdict(type(self)())
+        differing = {name: value for name, value in asdict(self).items() if value != defaults[name]}
+        return ",".join(f"{name}={str(value).lower()}" for name, value in differing.items())
+
+    def view(self, index: int) -> dict[str, Any]:
+        """Return the description of augmented view `index`, 1 being the first, as plain JSON values."""
+        return {"policy": AUGMENT_POLICY, **asdict(self), "index": index}
+
+
+def _like(default: Any, text: str) -> Any:
+    """Return a text as a value of the type of `default`, if it is one; else as it is, to be refused."""
+    if isinstance(default, bool):
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if not isinstance(default, float):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@dataclass(frozen=True)
+class Views:
+    """`count` views of each image: the plain one, which is view 0, and `count` - 1 augmented ones of one recipe."""
+
+    count: int = 1
+    recipe: Augmentation = Augmentation()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or not 1 <= self.count <= MOST_VIEWS:
+            raise UsageError(f"--views must be a whole number in 1 … {MOST_VIEWS}, found {str(self.count)!r:.60}")
+
+    @property
+    def recipes(self) -> dict[int, Any]:
+        """Return the number of each view → what it is, view 0 first. A number is drawn from all that decides it."""
+        found: dict[int, Any] = {0: "plain"}
+        for index in range(1, self.count):
+            about = self.recipe.view(index)
+            digest = hashlib.sha256(canonical_json(about).encode()).digest()
+            found[int.from_bytes(digest[:8], "big") >> 1] = about  # the index and the shards hold signed 64 bits
+        return found
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Return the numbers of the views, 0 first."""
+        return tuple(self.recipes)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Return what `dataclasses.asdict` gave. Raises UsageError, KeyError or TypeError if it is not that."""
+        return cls(value["count"], Augmentation(**value["recipe"]))
+
+
+PLAIN_VIEW = Views()  # the plain view alone
 
 
 # What each head can be told, with its defaults. A setting that is not listed for a head is refused.

@@ -33,7 +33,7 @@ from pipeline.heads.base import measure
 from pipeline.leaderboard import Trial, draw_leaderboard, leaderboard, write_leaderboard
 from pipeline.loop import NotFiniteError
 from pipeline.prepare import memory_needed, prepared
-from pipeline.spec import HeadSpec
+from pipeline.spec import PLAIN_VIEW, HeadSpec, Views
 from pipeline.train import write_run
 from pipeline.workspace import Workspace
 
@@ -55,10 +55,11 @@ class SweepAsked:
     specs: tuple[HeadSpec, ...]
     max_pixels: int
     memory: int | None = None
+    views: Views = PLAIN_VIEW
 
     def head(self, spec: HeadSpec) -> Asked:
         """Return the same for one of the settings."""
-        return Asked(self.images, self.features, spec, self.max_pixels, memory=self.memory)
+        return Asked(self.images, self.features, spec, self.max_pixels, memory=self.memory, views=self.views)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -69,9 +70,10 @@ class SweepAsked:
         """Return what `to_dict` gave. Raises RunError if it is not that."""
         try:
             rest = dict(value)
-            specs = [dict(spec) for spec in rest.pop("specs")]
+            specs, views = [dict(spec) for spec in rest.pop("specs")], Views.from_dict(rest.pop("views"))
             images, features = DatasetChoice(**rest.pop("images")), FeatureChoice(**rest.pop("features"))
-            return cls(images, features, tuple(HeadSpec.make(spec.pop("head"), **spec) for spec in specs), **rest)
+            made = tuple(HeadSpec.make(spec.pop("head"), **spec) for spec in specs)
+            return cls(images, features, made, views=views, **rest)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise RunError(f"what the sweep was asked for cannot be read ({error}); begin it anew") from error
 
@@ -111,7 +113,7 @@ def sweep(
     RunError
         If no setting could be trained, or what is to be resumed has changed.
     """
-    material = gather(dataset, workspace, asked.features, asked.max_pixels, features_command)
+    material = gather(dataset, workspace, asked.features, asked.max_pixels, features_command, views=asked.views)
     with _folder(workspace, asked, material, resume) as (name, folder):
         folders = {spec.identity: folder / "trials" / spec.identity for spec in asked.specs}
         reused = sum((path / _TRIAL).exists() for path in folders.values())

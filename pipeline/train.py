@@ -56,7 +56,7 @@ def train_head(
     start = time.perf_counter()
     if asked.tensorboard:
         tracking.require_tensorboard()
-    material = gather(dataset, workspace, asked.features, asked.max_pixels, features_command)
+    material = gather(dataset, workspace, asked.features, asked.max_pixels, features_command, views=asked.views)
     with (
         prepared(material, [asked.head], asked.memory, folds=asked.folds) as ready,
         _run(workspace, asked, material, resume) as (name, directory),
@@ -109,7 +109,8 @@ def _summary(
         "accuracy_interval": test["accuracy_interval"],
         "val_accuracy": val["accuracy"],
         "val_accuracy_interval": val["accuracy_interval"],
-        "train_rows": len(ready.members["train"]),
+        "train_rows": len(ready.members["train"]) * asked.views.count,
+        "views": asked.views.count,
         "val_rows": len(outcome.val_members),
         "test_rows": len(ready.members["test"]),
         "classes": ready.classes,

@@ -15,7 +15,7 @@ from pipeline.cache import shard
 from pipeline.cache.digests import digest
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.spec import FeatureSpec
+from pipeline.spec import PLAIN_VIEW, FeatureSpec, Views
 from pipeline.workspace import Workspace
 
 SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
@@ -51,8 +51,12 @@ def fill(
     leave_out: frozenset[int] | set[int] = frozenset(),
     rewrite: Rewrite = lambda _, row: row,
     spec: FeatureSpec = SPEC,
+    views: Views = PLAIN_VIEW,
 ) -> FeatureSpace:
-    """Write the row of every image but some, in three shards and an order unrelated to the dataset's."""
+    """Write the rows of every image but some, in three shards and an order unrelated to the dataset's.
+
+    The last channel of an augmented view says which one it is: 1 for the first.
+    """
     space = workspace.cache.create(spec, {"weights": "a test's"})
     first: dict[bytes, int] = {}
     for i in range(len(dataset)):
@@ -64,6 +68,10 @@ def fill(
         some = [keys[i] for i in order[start::3]]
         exact = np.stack([rewrite(first[key], row_of(key, dataset.labels[first[key]])) for key in some])
         raw = np.frombuffer(b"".join(some), np.uint8).reshape(-1, 32)
-        made = shard.Rows(exact.astype(np.float16), exact.mean(axis=(1, 2)), raw, np.zeros(len(some), np.int64))
-        space.register(space.write(made))
+        for index, number in enumerate(views.numbers):
+            if views.count > 1:
+                exact[..., -1] = index
+            numbers = np.full(len(some), number, np.int64)
+            made = shard.Rows(exact.astype(np.float16), exact.mean(axis=(1, 2)), raw, numbers, views.recipes)
+            space.register(space.write(made))
     return space

@@ -153,7 +153,7 @@ def test_rows_of_a_shard_come_back_bit_for_bit(tmp_path: Path, store: str, datas
     shape, dtype = row_layout(path, dataset)
     out = np.full((len(positions) + 1, *shape), 77, dtype)
     at = np.random.default_rng(0).permutation(len(positions))
-    read_rows(path, dataset, np.array(positions), rows.keys[positions], out, at)
+    read_rows(path, dataset, np.array(positions), rows.keys[positions], rows.views[positions], out, at)
     expected = getattr(rows, dataset)
     assert all(bits(out[target]) == bits(expected[position]) for position, target in zip(positions, at, strict=True))
     assert (out[-1] == 77).all()
@@ -165,7 +165,7 @@ def test_a_shard_of_one_row_can_be_read(tmp_path: Path) -> None:
     for dataset in ("features", "pooled"):
         shape, dtype = row_layout(path, dataset)
         out = np.empty((1, *shape), dtype)
-        read_rows(path, dataset, np.array([0]), rows.keys[[0]], out, np.array([0]))
+        read_rows(path, dataset, np.array([0]), rows.keys[[0]], rows.views[[0]], out, np.array([0]))
         assert bits(out) == bits(getattr(rows, dataset))
 
 
@@ -188,7 +188,9 @@ def test_a_flipped_bit_in_the_data_is_noticed_by_an_ordinary_read(tmp_path: Path
         for place in {0, size // 3, size // 2, size - 5, size - 1}:
             copy = damaged(path, offset + place, place % 8)
             with pytest.raises(CacheError, match=r"damaged.h5"):
-                read_rows(copy, dataset, np.arange(n), rows.keys, np.empty((n, *shape), dtype), np.arange(n))
+                read_rows(
+                    copy, dataset, np.arange(n), rows.keys, rows.views, np.empty((n, *shape), dtype), np.arange(n)
+                )
 
 
 def test_only_the_row_with_the_flipped_bit_is_lost(tmp_path: Path) -> None:
@@ -197,10 +199,10 @@ def test_only_the_row_with_the_flipped_bit_is_lost(tmp_path: Path) -> None:
     offset, size = chunk_places(path, "features")[1]
     copy = damaged(path, offset + size // 2)
     out = np.empty((2, *rows.features.shape[1:]), np.float16)
-    read_rows(copy, "features", np.array([0, 2]), rows.keys[[0, 2]], out, np.array([0, 1]))
+    read_rows(copy, "features", np.array([0, 2]), rows.keys[[0, 2]], rows.views[[0, 2]], out, np.array([0, 1]))
     assert bits(out) == bits(rows.features[[0, 2]])
     with pytest.raises(CacheError):
-        read_rows(copy, "features", np.array([1]), rows.keys[[1]], out, np.array([0]))
+        read_rows(copy, "features", np.array([1]), rows.keys[[1]], rows.views[[1]], out, np.array([0]))
 
 
 def test_a_flipped_bit_anywhere_never_gives_other_rows(tmp_path: Path) -> None:
@@ -213,8 +215,8 @@ def test_a_flipped_bit_anywhere_never_gives_other_rows(tmp_path: Path) -> None:
         features, pooled = np.full_like(rows.features, 77), np.full_like(rows.pooled, 77)
         try:
             info = read_info(copy, SPEC)
-            read_rows(copy, "features", np.arange(4), rows.keys, features, np.arange(4))
-            read_rows(copy, "pooled", np.arange(4), rows.keys, pooled, np.arange(4))
+            read_rows(copy, "features", np.arange(4), rows.keys, rows.views, features, np.arange(4))
+            read_rows(copy, "pooled", np.arange(4), rows.keys, rows.views, pooled, np.arange(4))
         except CacheError:
             noticed += 1
             continue
@@ -409,7 +411,15 @@ def test_rows_are_not_written_into_another_shape(tmp_path: Path) -> None:
     rows = made([1, 2])
     path = tmp_path / f"{write_shard(tmp_path, rows, SPEC).name}.h5"
     with pytest.raises(CacheError):
-        read_rows(path, "features", np.array([1]), rows.keys[[1]], np.empty((1, 9, 9, 9), np.float16), np.array([0]))
+        read_rows(
+            path,
+            "features",
+            np.array([1]),
+            rows.keys[[1]],
+            rows.views[[1]],
+            np.empty((1, 9, 9, 9), np.float16),
+            np.array([0]),
+        )
 
 
 def test_rows_of_other_images_than_the_index_says_are_refused(tmp_path: Path) -> None:
@@ -418,7 +428,7 @@ def test_rows_of_other_images_than_the_index_says_are_refused(tmp_path: Path) ->
     out = np.full((1, *rows.features.shape[1:]), 77, np.float16)
     for position, keys in ((0, rows.keys[[1]]), (2, rows.keys[[1]])):
         with pytest.raises(ShardDamagedError, match="holds other rows than the index says"):
-            read_rows(path, "features", np.array([position]), keys, out, np.array([0]))
+            read_rows(path, "features", np.array([position]), keys, np.zeros(1, np.int64), out, np.array([0]))
     assert (out == 77).all()
 
 

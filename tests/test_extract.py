@@ -47,7 +47,7 @@ _frozen_backbone = functools.cache(FrozenBackbone)
 def run(tmp_path: Path) -> Callable[..., Extraction]:
     """Extract a folder's features into `tmp_path/data`."""
 
-    def run(folder: Path | Dataset, choice: FeatureChoice = UNTRAINED, **options: bool) -> Extraction:
+    def run(folder: Path | Dataset, choice: FeatureChoice = UNTRAINED, **options: Any) -> Extraction:
         dataset = folder if isinstance(folder, Dataset) else open_dataset(str(folder), downloads=tmp_path)
         with open_workspace(tmp_path / "data") as workspace:
             return extract(dataset, workspace, choice, OPTIONS, **options)

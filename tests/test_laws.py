@@ -142,7 +142,7 @@ class Life(RuleBasedStateMachine):
         assert {Path(each.path).name for each in done.quarantined} == bad
         assert self.lacking() == 0
 
-    def extract(self, **options: bool) -> Extraction:
+    def extract(self, **options: Any) -> Extraction:
         with open_workspace(self.folder / "data") as workspace:
             some = of_files("some", self.present())
             return extract(some, workspace, self.choice, ComputeOptions(shard_rows=3, batch_size=2), **options)
@@ -349,7 +349,7 @@ def test_a_damaged_shard_is_refused_or_reads_as_it_was(
     keys = np.stack([np.frombuffer(key(n), np.uint8) for n in (1, 2, 3)])
     try:
         read_info(path, SPEC)
-        read_rows(path, "features", np.arange(3), keys, out, np.arange(3))
+        read_rows(path, "features", np.arange(3), keys, np.zeros(3, np.int64), out, np.arange(3))
     except ShardDamagedError as error:
         assert "\n" not in str(error)
         return

@@ -19,7 +19,7 @@ from pipeline.cache import shard
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.errors import CacheError, UsageError
 from pipeline.heads import Data, Watch, fit
-from pipeline.rows import StoredRows, in_order, open_rows
+from pipeline.rows import StoredRows, Wanted, in_order, open_rows
 from pipeline.spec import HeadSpec
 
 SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
@@ -60,7 +60,8 @@ def filled(space: FeatureSpace) -> FeatureSpace:
 
 
 KEYS = [key(i) for i in range(N)]
-SPLITS = [np.arange(0, 80), np.arange(80, 100), np.arange(100, N)]
+AT = [np.arange(0, 80), np.arange(80, 100), np.arange(100, N)]
+SPLITS = [Wanted(at) for at in AT]
 
 
 LITTLE = 4_000  # bytes: 120 rows of 64 do not fit
@@ -75,7 +76,7 @@ def test_rows_come_in_the_order_of_the_keys_whatever_that_of_the_shards(filled: 
     tensors = features(N)
     means = tensors.astype(np.float32).mean(axis=(1, 2))
     for at, some, pooled in zip(
-        SPLITS, open_rows(filled, KEYS, "features", SPLITS), open_rows(filled, KEYS, "pooled", SPLITS), strict=True
+        AT, open_rows(filled, KEYS, "features", SPLITS), open_rows(filled, KEYS, "pooled", SPLITS), strict=True
     ):
         assert np.array_equal(np.asarray(some), tensors[at])
         assert np.array_equal(np.asarray(pooled), means[at])
@@ -83,7 +84,7 @@ def test_rows_come_in_the_order_of_the_keys_whatever_that_of_the_shards(filled: 
 
 def test_a_split_may_be_any_selection_of_keys(filled: FeatureSpace) -> None:
     at = np.array([7, 3, 119, 3, 0])
-    assert np.array_equal(np.asarray(open_rows(filled, KEYS, "features", [at])[0]), features(N)[at])
+    assert np.array_equal(np.asarray(open_rows(filled, KEYS, "features", [Wanted(at)])[0]), features(N)[at])
 
 
 INDICES = {
@@ -149,7 +150,7 @@ def test_rows_on_disk_are_gone_through_in_order_too(filled: FeatureSpace) -> Non
 
 
 def train(some: list[Any]) -> tuple[list[dict[str, float]], np.ndarray]:
-    labels = [at % 3 for at in SPLITS]
+    labels = [at % 3 for at in AT]
     spec = HeadSpec.make("flatten", epochs=3, hidden=16, batch_size=16)
     done = fit(spec, Data(some[0], labels[0], some[1], labels[1], 3), Watch())
     return done.history, done.head.predict(some[2])
@@ -176,7 +177,7 @@ def peak_of_training(space: FeatureSpace, n: int) -> int:
     tracemalloc.start()
     try:
         train, val = open_rows(
-            space, [key(i) for i in range(n)], "features", [np.arange(n), np.arange(64)], memory=10**6
+            space, [key(i) for i in range(n)], "features", [Wanted(np.arange(n)), Wanted(np.arange(64))], memory=10**6
         )
         train_dense(train, val)
         return tracemalloc.get_traced_memory()[1]

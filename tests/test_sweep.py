@@ -205,10 +205,15 @@ def test_only_the_best_head_is_kept_on_the_way(
 # On workers
 
 
+def two_workers(threads: int) -> Any:
+    """A real Dask scheduler with two worker processes; without a dashboard, which would listen to everybody."""
+    none: Any = None
+    return LocalCluster(n_workers=2, threads_per_worker=threads, processes=True, dashboard_address=none)
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """A real Dask scheduler with two worker processes."""
-    with LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None) as started:
+    with two_workers(2) as started:
         yield started.scheduler_address
 
 
@@ -223,7 +228,7 @@ def test_workers_find_what_is_found_here(workspace: Workspace, photos: Path, clu
 def test_a_worker_that_dies_costs_its_trial_a_second_try(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
     specs = tuple(HeadSpec.make("gap", epochs=150, batch_size=4, seed=seed) for seed in range(4))
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as started:
+    with two_workers(1) as started:
         pid = next(iter(started.workers.values())).pid
         script = f"import os, time; time.sleep(12); os.kill({pid}, 9)"
         with subprocess.Popen(["python3", "-c", script]):
@@ -233,7 +238,7 @@ def test_a_worker_that_dies_costs_its_trial_a_second_try(workspace: Workspace, p
 
 def test_a_scheduler_that_is_not_there_is_told(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
-    with pytest.raises(UsageError, match="no Dask scheduler answers at 'tcp://127.0.0.1:9'"):
+    with pytest.raises(UsageError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
         run(workspace, photos, scheduler="tcp://127.0.0.1:9")
     assert runs.unfinished(workspace.sweeps) == []
 

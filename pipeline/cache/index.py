@@ -90,20 +90,23 @@ class Quarantine:
 
 @dataclass(frozen=True)
 class Located:
-    """Where n keys are stored: shard ids (n,) int64, -1 where missing; positions (n,) int64; keys (n, 32) uint8."""
+    """Where n rows are stored: shard ids (n,) int64, -1 where missing; positions (n,) int64; and whose rows they
+    are: keys (n, 32) uint8, views (n,) int64.
+    """
 
     shards: np.ndarray
     positions: np.ndarray
     keys: np.ndarray
+    views: np.ndarray
 
     @property
     def found(self) -> np.ndarray:
-        """Return a mask (n,) of the keys that have a row."""
+        """Return a mask (n,) of those that have a row."""
         return self.shards >= 0
 
     def take(self, at: np.ndarray) -> Located:
         """Return the part at the indices or the mask `at`."""
-        return Located(self.shards[at], self.positions[at], self.keys[at])
+        return Located(self.shards[at], self.positions[at], self.keys[at], self.views[at])
 
 
 class Index:
@@ -203,18 +206,23 @@ class Index:
         keys = np.frombuffer(b"".join(key for _, key, _ in found), np.uint8).reshape(-1, 32)
         return keys, np.array([view for _, _, view in found], np.int64)
 
-    def locate(self, space: str, keys: Sequence[bytes], view: int = 0) -> Located:
-        """Return where the rows of `keys` are; a row in several shards is found in one of them."""
+    def locate(self, space: str, keys: Sequence[bytes], views: Sequence[int] | None = None) -> Located:
+        """Return where the rows of `keys` are, each in its one of `views`, by default the plain one.
+
+        A row in several shards is found in one of them.
+        """
         shards = np.full(len(keys), -1, np.int64)
         positions = np.zeros(len(keys), np.int64)
         # CROSS JOIN is SQLite's way to fix the order: left to itself it goes through all rows of the space.
         query = """SELECT w.ordinal, r.shard, r.position FROM wanted w
-            CROSS JOIN rows r ON r.key = w.key AND r.view = ?
+            CROSS JOIN rows r ON r.key = w.key AND r.view = w.view
             CROSS JOIN shards s ON s.id = r.shard AND s.space = ? AND s.state = 'good'"""
-        with self._wanted(keys) as db:
-            for ordinal, shard, position in db.execute(query, (view, space)):
+        with self._wanted(keys, views) as db:
+            for ordinal, shard, position in db.execute(query, (space,)):
                 shards[ordinal], positions[ordinal] = shard, position
-        return Located(shards, positions, np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32))
+        raw = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
+        seen = np.zeros(len(keys), np.int64) if views is None else np.array(views, np.int64)
+        return Located(shards, positions, raw, seen)
 
     def lost(self, space: str, keys: Sequence[bytes]) -> dict[bytes, str]:
         """Return key → what became of its shard, for those of `keys` whose row was in one that is not good."""
@@ -332,12 +340,14 @@ class Index:
                 raise
 
     @contextmanager
-    def _wanted(self, keys: Sequence[bytes]) -> Iterator[sqlite3.Connection]:
-        """Offer `keys` as a temporary table to join with: one pass instead of a query for every key."""
+    def _wanted(self, keys: Sequence[bytes], views: Sequence[int] | None = None) -> Iterator[sqlite3.Connection]:
+        """Offer `keys` and `views` as a temporary table to join with: one pass instead of a query for every row."""
+        views = [0] * len(keys) if views is None else views
         with self._reading() as db:
-            db.execute("CREATE TEMP TABLE wanted (ordinal INTEGER PRIMARY KEY, key BLOB NOT NULL)")
+            columns = "ordinal INTEGER PRIMARY KEY, key BLOB NOT NULL, view INTEGER NOT NULL"
+            db.execute(f"CREATE TEMP TABLE wanted ({columns})")
             try:
-                db.executemany("INSERT INTO wanted VALUES (?, ?)", enumerate(keys))
+                db.executemany("INSERT INTO wanted VALUES (?, ?, ?)", zip(range(len(keys)), keys, views, strict=True))
                 yield db
             finally:
                 db.execute("DROP TABLE temp.wanted")

@@ -7,7 +7,8 @@ Layout (version 1), row i being one image and one view of it:
     key      (n, 32)       uint8, sha256 of the image's encoded bytes (or raw pixels)
     view     (n,)          int64, 0 for the plain image
 
-and the attributes version, and as ASCII bytes format, spec (canonical JSON) and views (JSON: view number → recipe).
+and the attributes version, and as ASCII bytes format, spec (canonical JSON) and views (JSON: view number → recipe, of
+the views that are in the shard).
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipeline.spec import FeatureSpec, canonical_json
 
 FORMAT = "icebox-shard"
 VERSION = 1
+PLAIN: Mapping[int, Any] = {0: "plain"}  # the recipes of rows that have no augmented view
 MAX_ROWS = 65_536  # far above what is ever written: a file claiming more is not ours
 _MAX_ROW_BYTES = 2**26  # likewise: no layer of a network on 299 by 299 pixels comes near it
 _CHUNK_BYTES = 2**20
@@ -42,25 +44,30 @@ _LIBVER = h5py.h5f.LIBVER_V110
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in memory: features (n, h, w, c), pooled (n, c) float32, keys (n, 32) uint8, views (n,) int64."""
+    """Rows in memory: features (n, h, w, c), pooled (n, c) float32, keys (n, 32) uint8, views (n,) int64.
+
+    `recipes` says of at least each view that occurs what it is.
+    """
 
     features: np.ndarray
     pooled: np.ndarray
     keys: np.ndarray
     views: np.ndarray
+    recipes: Mapping[int, Any] = field(default_factory=lambda: PLAIN)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def take(self, at: slice | np.ndarray) -> Rows:
         """Return the rows at `at`."""
-        return Rows(self.features[at], self.pooled[at], self.keys[at], self.views[at])
+        return Rows(self.features[at], self.pooled[at], self.keys[at], self.views[at], self.recipes)
 
     @staticmethod
     def join(parts: Sequence[Rows]) -> Rows:
         """Return the rows of all parts, in their order."""
         columns = [(part.features, part.pooled, part.keys, part.views) for part in parts]
-        return Rows(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+        recipes = {number: recipe for part in parts for number, recipe in part.recipes.items()}
+        return Rows(*(np.concatenate(column) for column in zip(*columns, strict=True)), recipes=recipes)
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,8 @@ def h5_in(file: Any) -> h5py.File:
 
 def _fill(file: h5py.File, rows: Rows, spec: FeatureSpec) -> None:
     file.attrs["version"] = VERSION
-    texts = {"format": FORMAT, "spec": canonical_json(spec.to_dict()), "views": json.dumps({"0": "plain"})}
+    views = {str(number): rows.recipes[number] for number in np.unique(rows.views).tolist()}
+    texts = {"format": FORMAT, "spec": canonical_json(spec.to_dict()), "views": json.dumps(views)}
     for name, text in texts.items():
         # Of fixed length, as bytes: HDF5 keeps other strings where no checksum covers them, and damage crashes it.
         file.attrs[name] = np.bytes_(text.encode("ascii"))
@@ -157,6 +165,7 @@ def read_info(path: Path, spec: FeatureSpec) -> ShardInfo:
         if features.dtype != np.dtype(spec.storage):
             raise ShardDamagedError(path, f"is damaged: its features are {features.dtype}")
         keys, views = _all(file, "key"), _all(file, "view")
+        _recipes(file, views, path)
         return ShardInfo(path.stem, path.stat().st_size, keys, views, features.shape[1:])
 
 
@@ -192,11 +201,17 @@ def row_layout(path: Path, dataset: str) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def read_rows(
-    path: Path, dataset: str, positions: np.ndarray, keys: np.ndarray, out: np.ndarray, at: np.ndarray
+    path: Path,
+    dataset: str,
+    positions: np.ndarray,
+    keys: np.ndarray,
+    views: np.ndarray,
+    out: np.ndarray,
+    at: np.ndarray,
 ) -> None:
     """Read rows `positions` (ascending) of `dataset` from a shard into `out[at]`.
 
-    `keys` (n, 32) is who the rows must be: the shard itself says so, whatever the index believes.
+    `keys` (n, 32) and `views` (n,) are who the rows must be: the shard itself says so, whatever the index believes.
 
     Raises
     ------
@@ -204,8 +219,9 @@ def read_rows(
         If the shard is gone or damaged (Fletcher32 notices flipped bytes), or holds other rows there.
     """
     with _damage_named(path), opened(path) as file:
-        stored = _all(file, "key")
-        if positions[-1] >= len(stored) or not np.array_equal(stored[positions], keys):
+        stored, seen = _all(file, "key"), _all(file, "view")
+        there = positions[-1] < len(stored) and np.array_equal(stored[positions], keys)
+        if not there or not np.array_equal(seen[positions], views):
             raise ShardDamagedError(path, "holds other rows than the index says")
         _read(file[dataset], positions, out, at)
 
@@ -218,7 +234,7 @@ def read_whole(path: Path, positions: np.ndarray) -> Rows:
             stored: Any = file[name]
             columns.append(np.empty((len(positions), *stored.shape[1:]), stored.dtype))
             _read(stored, positions, columns[-1], np.arange(len(positions)))
-        return Rows(*columns)
+        return Rows(*columns, recipes=_recipes(file, columns[-1], path))
 
 
 @contextmanager
@@ -230,6 +246,14 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
         raise ShardDamagedError(path, f"cannot be read ({error})") from error
+
+
+def _recipes(file: h5py.File, views: np.ndarray, path: Path) -> dict[int, Any]:
+    text: Any = file.attrs["views"]
+    found = {int(number): recipe for number, recipe in dict(json.loads(text)).items()}
+    if missing := set(np.unique(views).tolist()) - found.keys():
+        raise ShardDamagedError(path, f"is damaged: it does not say what its view {min(missing)} is")
+    return found
 
 
 def _all(file: h5py.File, name: str) -> np.ndarray:

@@ -153,9 +153,9 @@ class FeatureSpace:
         """Return the numbers of shards, rows and bytes."""
         return SpaceTotals(*self.index.totals(self.name))
 
-    def locate(self, keys: Sequence[bytes]) -> Located:
-        """Return where the plain view of each key is stored."""
-        return self.index.locate(self.name, keys)
+    def locate(self, keys: Sequence[bytes], views: Sequence[int] | None = None) -> Located:
+        """Return where each key is stored, in its one of `views`, by default the plain one."""
+        return self.index.locate(self.name, keys, views)
 
     @contextmanager
     def lock(self, on_wait: Callable[[str], None]) -> Iterator[None]:
@@ -252,7 +252,8 @@ class ShardReader:
         out = np.empty((len(order), *shape), dtype)
         for at in np.split(order, starts[1:]):
             path = self._path(int(located.shards[at[0]]))
-            read_rows(path, self._dataset, located.positions[at], located.keys[at], out, at)
+            part = located.take(at)
+            read_rows(path, self._dataset, part.positions, part.keys, part.views, out, at)
         return out
 
     def layout(self, located: Located) -> tuple[tuple[int, ...], np.dtype]:

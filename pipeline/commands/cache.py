@@ -12,6 +12,7 @@ import typer
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
+    AugmentOption,
     DatasetOption,
     FitOption,
     ImageRootOption,
@@ -23,6 +24,7 @@ from pipeline.commands.shared import (
     PrecisionOption,
     SpaceOption,
     StorageOption,
+    ViewsOption,
     WeightsOption,
     exit_for_bad,
     feature_choice,
@@ -31,6 +33,7 @@ from pipeline.commands.shared import (
     open_chosen,
     open_dataset,
     opened,
+    views_choice,
 )
 
 if TYPE_CHECKING:
@@ -315,6 +318,8 @@ def cache_explain(
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,
     limit: LimitOption = None,
+    views: ViewsOption = 1,
+    augment: AugmentOption = None,
     weights: WeightsOption = "auto",
     layer: LayerOption = None,
     precision: PrecisionOption = "auto",
@@ -332,7 +337,7 @@ def cache_explain(
 
     with opened(context) as workspace:
         images = open_dataset(workspace, context)
-        found = explain(images, workspace, feature_choice(context), max_pixels)
+        found = explain(images, workspace, feature_choice(context), max_pixels, views_choice(context))
         shown = only(found.images, images, image) if image else found.images
     result = {
         "space": found.space,

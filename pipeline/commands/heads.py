@@ -9,6 +9,7 @@ import typer
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
+    AugmentOption,
     DatasetOption,
     FitOption,
     ImageRootOption,
@@ -21,6 +22,7 @@ from pipeline.commands.shared import (
     PrecisionOption,
     SpaceOption,
     StorageOption,
+    ViewsOption,
     WeightsOption,
     asked_features_line,
     dataset_choice,
@@ -32,6 +34,7 @@ from pipeline.commands.shared import (
     open_chosen,
     opened,
     refuse_beside_resume,
+    views_choice,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ _SETTINGS = (
     "class_weight", "hidden", "dropout", "normalize", "patience", "seed", "select", "calibrate", "max_iter",
 )  # fmt: skip
 _SHOWN = (
-    "run", "accuracy", "val_accuracy", "train_rows", "val_rows", "test_rows", "classes", "folds", "epochs",
+    "run", "accuracy", "val_accuracy", "train_rows", "val_rows", "test_rows", "classes", "views", "folds", "epochs",
     "best_epoch", "C", "seconds", "weights", "precision",
 )  # fmt: skip
 
@@ -103,6 +106,8 @@ def train_head(
         bool | None, typer.Option(help="logreg: fit a temperature on the validation split.  [default: calibrate]")
     ] = None,
     max_iter: Annotated[int | None, typer.Option(help="logreg: iterations at most.  [default: 1000]")] = None,
+    views: ViewsOption = 1,
+    augment: AugmentOption = None,
     folds: Annotated[
         int, typer.Option(help="Train K heads by cross-validation over train and val, as one ensemble.", min=0, max=100)
     ] = 0,
@@ -150,6 +155,7 @@ def _asked(context: typer.Context) -> Asked:
         folds=given["folds"],
         memory=memory_bytes(given["memory"]),
         tensorboard=given["tensorboard"],
+        views=views_choice(context),
     )
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipeline.asked import Asked, DatasetChoice
     from pipeline.dataset import Dataset
     from pipeline.extract import FeatureChoice, Quarantined
+    from pipeline.spec import Views
     from pipeline.sweep import SweepAsked
     from pipeline.workspace import Workspace
 
@@ -50,6 +51,18 @@ MemoryOption = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE", help="What cached rows may take, e.g. 2GB; more are streamed.  [default: half of what is free]"
+    ),
+]
+ViewsOption = Annotated[
+    int, typer.Option(metavar="K", help="Views of each image, the plain one included.", min=1, max=100)
+]
+AugmentOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME=VALUE,…",
+        help="What the other views are like, with --views: rotation (degrees), width_shift, height_shift, shear, zoom, "
+        "horizontal_flip, vertical_flip, fill (nearest, reflect, wrap, black).  "
+        "[default: rotation=30,width_shift=0.2,height_shift=0.2,shear=0.2,zoom=0.2,horizontal_flip=true,fill=nearest]",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
@@ -93,7 +106,7 @@ def open_chosen(workspace: Workspace, choice: DatasetChoice) -> Dataset:
 
 
 _CHOICE_OPTIONS = ("weights", "layer", "precision", "storage", "space", "fit")
-_FEATURE_OPTIONS = ("dataset", "archive", "image_root", "limit", *_CHOICE_OPTIONS, "max_pixels")
+_FEATURE_OPTIONS = ("dataset", "archive", "image_root", "limit", *_CHOICE_OPTIONS, "max_pixels", "views", "augment")
 
 
 def feature_choice(context: typer.Context) -> FeatureChoice:
@@ -101,6 +114,17 @@ def feature_choice(context: typer.Context) -> FeatureChoice:
     from pipeline.extract import FeatureChoice
 
     return FeatureChoice(**{name: context.params[name] for name in _CHOICE_OPTIONS})
+
+
+def views_choice(context: typer.Context) -> Views:
+    """Return what `--views` and `--augment` say."""
+    from pipeline.errors import UsageError
+    from pipeline.spec import Augmentation, Views
+
+    count, augment = context.params["views"], context.params["augment"]
+    if augment is not None and count == 1:
+        raise UsageError("--augment says what the augmented views are like; ask for some by --views 2 or more")
+    return Views(count, Augmentation.parse(augment or ""))
 
 
 def stated(context: typer.Context) -> list[str]:
@@ -131,7 +155,8 @@ def asked_features_line(context: typer.Context, asked: Asked | SweepAsked) -> st
     from dataclasses import asdict
 
     choice = {name: value for name, value in asdict(asked.features).items() if value != "auto"}
-    return features_line(context, {**asdict(asked.images), **choice, "max_pixels": asked.max_pixels})
+    views = {"views": asked.views.count, "augment": str(asked.views.recipe) or None} if asked.views.count > 1 else {}
+    return features_line(context, {**asdict(asked.images), **choice, "max_pixels": asked.max_pixels, **views})
 
 
 def refuse_beside_resume(context: typer.Context, *allowed: str) -> None:

@@ -11,6 +11,7 @@ import typer
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
+    AugmentOption,
     DatasetOption,
     FitOption,
     ImageRootOption,
@@ -23,6 +24,7 @@ from pipeline.commands.shared import (
     PrecisionOption,
     SpaceOption,
     StorageOption,
+    ViewsOption,
     WeightsOption,
     asked_features_line,
     dataset_choice,
@@ -34,6 +36,7 @@ from pipeline.commands.shared import (
     opened,
     refuse_beside_resume,
     stated,
+    views_choice,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +72,8 @@ def sweep(
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,
     limit: LimitOption = None,
+    views: ViewsOption = 1,
+    augment: AugmentOption = None,
     memory: MemoryOption = None,
     resume: Annotated[
         str | None, typer.Option(metavar="SWEEP", help="Go on with a sweep that was stopped, as it was asked for.")
@@ -115,6 +120,7 @@ def _asked(context: typer.Context) -> SweepAsked:
         specs=tuple(specs),
         max_pixels=given["max_pixels"],
         memory=memory_bytes(given["memory"]),
+        views=views_choice(context),
     )
 
 
