@@ -1,4 +1,23 @@
 """Icebox: a feature cache for image transfer learning.
 
-The modules stand on floors: each imports only from those below it (docs/architecture.md has the list).
+`open_features` gives cached features to programs of your own (docs/python.md). The modules stand on floors: each
+imports only from those below it (docs/architecture.md has the list).
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.features import Features, Items, open_features
+
+__all__ = ["Features", "Items", "open_features"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: the command line starts without it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pipeline import features
+
+    return getattr(features, name)

@@ -121,8 +121,8 @@ def stored_rows(space: FeatureSpace, keys: Sequence[bytes], dataset: str, splits
     return found
 
 
-def hold(stored: Sequence[StoredRows], *, memory: int | None = None, needed: int = 0) -> list[Rows]:
-    """Return the rows in memory if all of them fit into `memory` bytes; else such as take no more than that.
+def room_for(stored: Sequence[StoredRows], *, memory: int | None = None, needed: int = 0) -> int | None:
+    """Return None if all rows fit into `memory` bytes, else how many bytes those that are streamed may take.
 
     By default it is half of what is available beside the `needed` bytes. Which of the two it is, is said.
 
@@ -138,7 +138,18 @@ def hold(stored: Sequence[StoredRows], *, memory: int | None = None, needed: int
         raise UsageError(f"--memory {room / 1e6:,.0f} MB is less than 48 rows of {row_bytes:,} bytes take; allow more")
     where = "read into memory" if fits else "streamed from disk"
     logger.info("%s rows, %.2f GB, are %s (%.2f GB allowed)", f"{count:,}", count * row_bytes / 1e9, where, room / 1e9)
-    return [rows[np.arange(len(rows))] if fits else rows.within(room) for rows in stored]
+    return None if fits else room
+
+
+def held(rows: StoredRows, room: int | None) -> Rows:
+    """Return rows in memory, or such as take no more than `room` bytes of it."""
+    return rows[np.arange(len(rows))] if room is None else rows.within(room)
+
+
+def hold(stored: Sequence[StoredRows], *, memory: int | None = None, needed: int = 0) -> list[Rows]:
+    """Return all rows in memory if they fit together, else streamed ones, as `room_for` says."""
+    room = room_for(stored, memory=memory, needed=needed)
+    return [held(rows, room) for rows in stored]
 
 
 def open_rows(

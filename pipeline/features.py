@@ -1,0 +1,207 @@
+"""Cached features for programs of your own: as arrays, shuffled batches, a `tf.data.Dataset`, or one by one."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+
+from pipeline import images
+from pipeline.asked import DatasetChoice
+from pipeline.batches import Shuffled
+from pipeline.errors import DatasetError, UsageError
+from pipeline.extract import FeatureChoice, warn_untrained
+from pipeline.gather import SPLITS, Material, gather
+from pipeline.rows import Rows, Wanted, held, room_for, stored_rows
+from pipeline.spec import Augmentation, Views
+from pipeline.workspace import open_workspace
+
+SplitName = Literal["train", "val", "test"]
+What = Literal["features", "pooled"]
+
+
+def open_features(
+    dataset: str | Path = "digits",
+    *,
+    what: What = "features",
+    data_dir: str | Path | None = None,
+    image_root: str | Path | None = None,
+    limit: int | None = None,
+    space: str | None = None,
+    layer: str | None = None,
+    views: int = 1,
+    augment: str = "",
+    memory: int | None = None,
+) -> Features:
+    """Open the cached features of a dataset. Computes none.
+
+    Parameters
+    ----------
+    dataset, image_root, limit
+        As `--dataset`, `--image-root` and `--limit` of the command line say it.
+    what
+        "features", rows of (h, w, c) in the storage type, or "pooled", their spatial means (c,) float32.
+    data_dir
+        The data directory; by default what ICEBOX_DATA names, else "data" where the program stands.
+    space, layer
+        A feature space by name, or the layer it is of; by default the space that holds most of the images.
+    views, augment
+        Views of each training image, the plain one included, and what the others are like, as `--augment` says it.
+        Validation and test images come in the plain view only.
+    memory
+        Bytes that rows may take in memory, by default half of what is free. If all splits together take more, they
+        are read from the shards as they are needed; none is read before it is asked for.
+
+    Raises
+    ------
+    MissingRowsError
+        If an image that can be decoded has no row; the text names the command that computes it.
+    DatasetError
+        If the dataset cannot be listed, or no image of it can be decoded.
+    """
+    root = Path(data_dir or os.environ.get("ICEBOX_DATA") or "data")
+    wanted = Views(views, Augmentation.parse(augment))
+    if what not in ("features", "pooled"):
+        raise UsageError(f'what must be "features" or "pooled", found {what!r:.60}')
+    choice = DatasetChoice(str(dataset), image_root=image_root and str(image_root), limit=limit)
+    command = f"python cli.py features --dataset {shlex.quote(str(dataset))}{f' --views {views}' * (views > 1)}"
+    with ExitStack() as stack:
+        workspace = stack.enter_context(open_workspace(root))
+        chosen, limits = FeatureChoice(space=space, layer=layer), images.DEFAULT_MAX_PIXELS
+        material = gather(choice.open(workspace), workspace, chosen, limits, command, views=wanted)
+        stack.enter_context(material.space.reading())
+        warn_untrained(material.space.spec)
+        features = Features(material, what, memory)
+        features.on_close(stack.pop_all())
+        return features
+
+
+class Features:
+    """The cached rows of a dataset, split. `cache gc` waits until it is closed; a `with` statement does that."""
+
+    def __init__(self, material: Material, what: What, memory: int | None) -> None:
+        self._material = material
+        self._closing = ExitStack()
+        numbers = {"train": material.views.numbers}
+        wanted = {side: Wanted(material.members(side), numbers.get(side, (0,))) for side in SPLITS}
+        self._wanted = {side: each for side, each in wanted.items() if len(each.at)}
+        stored = stored_rows(material.space, material.keys, what, list(self._wanted.values()))
+        self._stored = dict(zip(self._wanted, stored, strict=True))
+        self._room = room_for(stored, memory=memory)
+        self._opened = cache(self._open)  # of this object alone, so it goes with it
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the cache. Rows in memory stay usable."""
+        self._closing.close()
+
+    def on_close(self, stack: ExitStack) -> None:
+        """Have `stack` closed by `close`."""
+        self._closing.enter_context(stack)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, sorted; a label is an index into them."""
+        return self._material.dataset.classes
+
+    @property
+    def space(self) -> str:
+        """The name of the feature space."""
+        return self._material.space.name
+
+    def names(self, split: SplitName = "train") -> list[str]:
+        """Return what the image of each row of `split` is called."""
+        names, wanted = self._material.dataset.names, self._asked(split)
+        return [names[int(i)] for i in self._material.usable[wanted.at]] * len(wanted.views)
+
+    def arrays(self, split: SplitName = "train") -> tuple[np.ndarray, np.ndarray]:
+        """Return all rows of `split` in memory, (n, …), and their labels (n,) int32."""
+        rows, labels = self._opened(split)
+        return rows if isinstance(rows, np.ndarray) else rows[np.arange(len(rows))], labels
+
+    def batches(
+        self, split: SplitName = "train", size: int = 64, *, epoch: int = 1, seed: int = 0
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield each row of `split` once, in batches (size, …) with labels (size,), the last one perhaps smaller.
+
+        Seed and epoch decide the order. What does not fit memory is read ahead in large pieces, and shuffled
+        within a window as large as the memory allows.
+        """
+        return self._shuffled(split, size, seed).epoch(epoch)
+
+    def tf_dataset(self, split: SplitName = "train", size: int = 64, *, seed: int = 0) -> Any:
+        """Return a `tf.data.Dataset` of batches as `batches` yields them, in a new order each time it is gone through.
+
+        Rows are (None, …), labels (None,) int32.
+        """
+        from pipeline.backbone import import_keras
+
+        import_keras()  # quietly, and with GPU memory that grows as needed
+        import tensorflow as tf
+
+        shuffled, epoch = self._shuffled(split, size, seed), 0
+
+        def following() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            nonlocal epoch
+            epoch += 1
+            return shuffled.epoch(epoch)
+
+        rows, labels = shuffled.rows, shuffled.labels
+        row_type = cast(np.ndarray, rows[np.arange(1)]).dtype
+        signature = (tf.TensorSpec((None, *rows.shape[1:]), row_type), tf.TensorSpec((None,), labels.dtype))
+        made = tf.data.Dataset.from_generator(following, output_signature=signature)
+        return made.apply(tf.data.experimental.assert_cardinality(len(shuffled))).prefetch(2)
+
+    def items(self, split: SplitName = "train") -> Items:
+        """Return the rows of `split` one by one: an object that PyTorch's DataLoader takes as a dataset."""
+        return Items(*self._opened(split))
+
+    def _asked(self, split: SplitName) -> Wanted:
+        if split not in SPLITS:
+            raise UsageError(f"split must be one of {', '.join(SPLITS)}, found {split!r:.60}")
+        if split not in self._wanted:
+            raise DatasetError(f"no images in the {split} split of {self._material.dataset.name}")
+        return self._wanted[split]
+
+    def _open(self, split: SplitName) -> tuple[Rows, np.ndarray]:
+        wanted = self._asked(split)
+        labels = np.tile(self._material.labels(wanted.at), len(wanted.views)).astype(np.int32)
+        return held(self._stored[split], self._room), labels
+
+    def _shuffled(self, split: SplitName, size: int, seed: int) -> Shuffled:
+        if size < 1:
+            raise UsageError(f"the size of a batch must be at least 1, found {size}")
+        rows, labels = self._opened(split)
+        return Shuffled(rows, labels, size, seed)
+
+
+class Items:
+    """n pairs (row, label) by index, row (…) as stored, label int. May be pickled, and used by many processes."""
+
+    def __init__(self, rows: Rows, labels: np.ndarray) -> None:
+        self._rows = rows
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"{i} is not one of {len(self)} rows")
+        return self.__getitems__([i % len(self)])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[np.ndarray, int]]:
+        """Return several at once, each shard being opened once: DataLoader asks for its batches by this."""
+        rows = self._rows[np.asarray(indices)]
+        return [(row, int(label)) for row, label in zip(rows, self._labels[indices], strict=True)]
