@@ -48,7 +48,7 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[st
     return {
         "images": len(labels),
         "accuracy": hits / len(labels),
-        "accuracy_interval": wilson_interval(hits, len(labels)),
+        "accuracy_interval": list(wilson_interval(hits, len(labels))),
         "top5_accuracy": _top_accuracy(labels, probabilities, 5),
         "balanced_accuracy": float(recall[present].mean()),
         "macro_f1": float(f1[present].mean()),

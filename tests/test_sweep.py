@@ -206,9 +206,8 @@ def test_only_the_best_head_is_kept_on_the_way(
 
 
 def two_workers(threads: int) -> Any:
-    """A real Dask scheduler with two worker processes; without a dashboard, which would listen to everybody."""
-    none: Any = None
-    return LocalCluster(n_workers=2, threads_per_worker=threads, processes=True, dashboard_address=none)
+    """A real Dask scheduler with two worker processes; by default its dashboard would listen to everybody."""
+    return LocalCluster(n_workers=2, threads_per_worker=threads, processes=True, dashboard_address="127.0.0.1:0")
 
 
 @pytest.fixture(scope="module")

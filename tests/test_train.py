@@ -26,7 +26,7 @@ from pipeline.cache import shard
 from pipeline.cache.digests import digest
 from pipeline.cache.space import Cache
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.errors import CacheError, DatasetError, MissingRowsError, RunError, SpecError
+from pipeline.errors import CacheError, DatasetError, MissingRowsError, RunError, SpecError, UsageError
 from pipeline.extract import FeatureChoice
 from pipeline.spec import FeatureSpec, HeadSpec
 from pipeline.train import HeadRun, train_head
@@ -483,6 +483,17 @@ def test_a_damaged_shard_stops_training_and_leaves_no_run(photos: Path, workspac
     with pytest.raises(CacheError, match="shard"):
         train(workspace, dataset, FLATTEN, memory=4_000)
     assert not workspace.runs.exists() or list(workspace.runs.iterdir()) == []
+
+
+def test_a_regression_that_does_not_fit_memory_is_refused_and_says_what_does_the_same(
+    photos: Path, workspace: Workspace
+) -> None:
+    dataset = listed(photos)
+    fill(workspace, dataset)
+    with pytest.raises(UsageError, match=r"logreg needs all rows in memory, \d+ of the training split .*--head gap"):
+        train(workspace, dataset, memory=2_000)
+    linear = HeadSpec.make("gap", hidden="none", epochs=5, learning_rate=0.05, batch_size=16)
+    assert train(workspace, dataset, linear, memory=2_000).summary["accuracy"] > 0.8
 
 
 def test_where_no_run_can_be_written_nothing_is(photos: Path, workspace: Workspace) -> None:

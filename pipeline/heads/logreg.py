@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import storage
-from pipeline.errors import DatasetError, RunError
+from pipeline.errors import DatasetError, RunError, UsageError
 from pipeline.heads.base import JSON_FILE, Data, Fitted, measure, not_numbers
 from pipeline.loop import Watch
-from pipeline.rows import Rows, in_order
+from pipeline.rows import Rows, StoredRows, in_order
 from pipeline.runs import write_json
 from pipeline.spec import HeadSpec
 
@@ -96,7 +96,13 @@ def fit_steps(spec: HeadSpec) -> int:
 
 
 def fit_logreg(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
-    """Fit a new regression. Needs all rows in memory, twice: as they are and standardised."""
+    """Fit a new regression. Needs all rows in memory, twice: as they are and standardised.
+
+    Raises
+    ------
+    UsageError
+        If they were left on disk, as they do not fit.
+    """
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -215,6 +221,11 @@ def _probabilities(regression: Any, rows: np.ndarray, classes: int) -> np.ndarra
 
 def _all(rows: Rows, where: str) -> np.ndarray:
     """Return all rows as one array (n, c) of numbers."""
+    if isinstance(rows, StoredRows):
+        raise UsageError(
+            f"logreg needs all rows in memory, {len(rows):,} of {where} alone {len(rows) * rows.row_bytes / 1e9:.2f} GB, "
+            "and they do not fit: allow more by --memory, or train the same model streamed by --head gap --hidden none"
+        )
     held = rows if isinstance(rows, np.ndarray) else rows[np.arange(len(rows))]
     if not np.isfinite(held).all():
         raise DatasetError(not_numbers(where))
