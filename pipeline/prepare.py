@@ -112,6 +112,7 @@ def _check_splits(dataset: Dataset, labels: Mapping[str, np.ndarray]) -> None:
         raise DatasetError(
             f"no images to {' or '.join(_USES[side] for side in empty)} ({found}); add images, or bring your own split"
         )
+    _warn_of_single_images(dataset, labels)
     learnable = np.unique(labels["train"])
     if len(learnable) < 2:
         raise DatasetError(
@@ -120,6 +121,13 @@ def _check_splits(dataset: Dataset, labels: Mapping[str, np.ndarray]) -> None:
     if absent := sorted(set(range(len(dataset.classes))) - set(learnable.tolist())):
         names = ", ".join(dataset.classes[i] for i in absent[:5])
         logger.warning("%d classes have no training image and cannot be learned: %s", len(absent), names)
+
+
+def _warn_of_single_images(dataset: Dataset, labels: Mapping[str, np.ndarray]) -> None:
+    counts = np.bincount(np.concatenate(list(labels.values())), minlength=len(dataset.classes))
+    if single := np.flatnonzero(counts == 1).tolist():
+        names = ", ".join(dataset.classes[i] for i in single[:5])
+        logger.warning("%d classes have one image only, to learn from or to measure by: %s", len(single), names)
 
 
 _USES = {"train": "train on", "val": "validate on", "test": "test on"}

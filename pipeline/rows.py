@@ -135,7 +135,10 @@ def room_for(stored: Sequence[StoredRows], *, memory: int | None = None, needed:
     room = round(_SHARE_OF_MEMORY * max(0, machine.available_memory() - needed)) if memory is None else memory
     fits = count * row_bytes <= room
     if not fits and room < _AT_ONCE * row_bytes * 16:
-        raise UsageError(f"--memory {room / 1e6:,.0f} MB is less than 48 rows of {row_bytes:,} bytes take; allow more")
+        least = _AT_ONCE * 16
+        raise UsageError(
+            f"--memory must hold {least} rows of {row_bytes:,} bytes, {least * row_bytes:,} in all; found {room:,}"
+        )
     where = "read into memory" if fits else "streamed from disk"
     logger.info("%s rows, %.2f GB, are %s (%.2f GB allowed)", f"{count:,}", count * row_bytes / 1e9, where, room / 1e9)
     return None if fits else room

@@ -120,7 +120,7 @@ def test_how_much_is_read_into_memory_is_said_first(filled: FeatureSpace, caplog
 
 
 def test_too_little_memory_for_a_few_rows_is_refused(filled: FeatureSpace) -> None:
-    with pytest.raises(UsageError, match=r"--memory .* 48 rows of 64 bytes"):
+    with pytest.raises(UsageError, match=r"--memory must hold 48 rows of 64 bytes, 3,072 in all; found 3,071"):
         open_rows(filled, KEYS, "features", SPLITS, memory=48 * 64 - 1)
 
 

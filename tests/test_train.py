@@ -360,6 +360,14 @@ def test_one_class_only_is_an_error_that_names_it(tmp_path: Path, workspace: Wor
     assert not workspace.runs.exists()
 
 
+def test_a_class_with_one_image_is_said(photos: Path, workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(photos, 1, ("dodo",))
+    dataset = listed(photos)
+    fill(workspace, dataset)
+    assert train(workspace, dataset).summary["classes"] == 4
+    assert "1 classes have one image only, to learn from or to measure by: dodo" in caplog.text
+
+
 @pytest.mark.parametrize("head", ["gap", "logreg"])
 def test_a_class_without_training_images_is_said(
     sided: Path, workspace: Workspace, caplog: pytest.LogCaptureFixture, head: str
