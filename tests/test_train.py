@@ -498,7 +498,7 @@ def test_a_regression_that_does_not_fit_memory_is_refused_and_says_what_does_the
 ) -> None:
     dataset = listed(photos)
     fill(workspace, dataset)
-    with pytest.raises(UsageError, match=r"logreg needs all rows in memory, \d+ of the training split .*--head gap"):
+    with pytest.raises(UsageError, match=r"needs all rows in memory, and \d+ of the training split .*--head gap"):
         train(workspace, dataset, memory=2_000)
     linear = HeadSpec.make("gap", hidden="none", epochs=5, learning_rate=0.05, batch_size=16)
     assert train(workspace, dataset, linear, memory=2_000).summary["accuracy"] > 0.8

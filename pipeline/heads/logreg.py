@@ -222,9 +222,10 @@ def _probabilities(regression: Any, rows: np.ndarray, classes: int) -> np.ndarra
 def _all(rows: Rows, where: str) -> np.ndarray:
     """Return all rows as one array (n, c) of numbers."""
     if isinstance(rows, StoredRows):
+        size = f"{len(rows):,} of {where} alone are {len(rows) * rows.row_bytes / 1e9:.2f} GB"
         raise UsageError(
-            f"logreg needs all rows in memory, {len(rows):,} of {where} alone {len(rows) * rows.row_bytes / 1e9:.2f} GB, "
-            "and they do not fit: allow more by --memory, or train the same model streamed by --head gap --hidden none"
+            f"logreg needs all rows in memory, and {size}: allow more by --memory, or train the same model streamed, "
+            "by --head gap --hidden none"
         )
     held = rows if isinstance(rows, np.ndarray) else rows[np.arange(len(rows))]
     if not np.isfinite(held).all():
