@@ -205,6 +205,11 @@ class FrozenBackbone:
         self.batch_size = batch_size
         self._run = _compiled(self.model, spec, batch_size)
 
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one image's features, (h, w, c)."""
+        return tuple(self.model.output_shape[1:])
+
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the features (n, h, w, c) in the storage type and their float32 spatial means (n, c).
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline import images
+from pipeline import augment, images
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache.digests import identify
 from pipeline.cache.space import FeatureSpace
@@ -17,6 +17,7 @@ from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.decoder import Loaded, Loader
 from pipeline.errors import MissingRowsError, SpecError
 from pipeline.extract import FeatureChoice, request_of, weights_of
+from pipeline.spec import Augmentation
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -60,18 +61,18 @@ def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Da
     if differing := request_of(FeatureChoice(space=space.name), None).differences(space.spec):
         raise SpecError(f"{space.name} was made by another version, with another {', '.join(differing)}")
     sources = [dataset] if dataset is not None else _known_images(workspace)
-    loaded = _draw(space, count, sources, workspace)
-    if not loaded:
+    drawn = _draw(space, count, sources, workspace)
+    if not drawn:
         raise MissingRowsError(
             f"none of the images of {space.name} is at hand; name the dataset they are of by `--dataset`"
         )
-    keys, pixels = [key for key, _ in loaded], np.stack([some for _, some in loaded])
+    pixels = np.stack([each.pixels for each in drawn])
     batch_size = _batch_size(space)
     weights = weights_of(space, sources[0], workspace)
-    logger.info("loading TensorFlow and %s to compute %d rows of %s", space.spec.backbone, len(keys), space.name)
+    logger.info("loading TensorFlow and %s to compute %d rows of %s", space.spec.backbone, len(drawn), space.name)
     backbone = FrozenBackbone(space.spec, weights.path, batch_size)
     fresh = [backbone(pixels[at : at + batch_size])[0] for at in range(0, len(pixels), batch_size)]
-    return _compare(space, keys, np.concatenate(fresh))
+    return _compare(space, drawn, np.concatenate(fresh))
 
 
 def _batch_size(space: FeatureSpace) -> int:
@@ -86,34 +87,54 @@ def _known_images(workspace: Workspace) -> list[Dataset]:
     return [*([of_files("files seen before", known)] if known else []), digits]
 
 
-def _draw(
-    space: FeatureSpace, count: int, sources: list[Dataset], workspace: Workspace
-) -> list[tuple[bytes, np.ndarray]]:
-    """Return key and pixels of up to `count` random images whose row is in `space`."""
-    found: dict[bytes, np.ndarray] = {}
+@dataclass(frozen=True)
+class _Drawn:
+    """A cached row to be compared, and what its image looks like in that view."""
+
+    key: bytes
+    view: int
+    pixels: np.ndarray
+
+
+def _draw(space: FeatureSpace, count: int, sources: list[Dataset], workspace: Workspace) -> list[_Drawn]:
+    """Return up to `count` random rows of `space`, augmented views among them, whose images are at hand."""
+    found: dict[tuple[bytes, int], _Drawn] = {}
+    recipes = space.recipes()
     for dataset in sources:
         with workspace.progress("identifying images", len(dataset)) as advance:
             identities = identify(dataset, workspace.cache.index, advance, remember=False)
-        at = [i for i, key in enumerate(identities.keys) if key is not None]
-        stored = space.locate([key for key in identities.keys if key is not None]).found
-        candidates = [i for i, has_row in zip(at, stored, strict=True) if has_row]
-        random.shuffle(candidates)
+        at = {key: i for i, key in enumerate(identities.keys) if key is not None}
+        keys = list(at)
+        rows = [
+            (key, view)
+            for view in recipes
+            for key, has_row in zip(keys, space.locate(keys, [view] * len(keys)).found, strict=True)
+            if has_row
+        ]
+        random.shuffle(rows)
         with Loader(dataset, space.spec.input_size, space.spec.fit, images.DEFAULT_MAX_PIXELS) as loader:
-            for i in candidates:
+            for key, view in rows:
                 if len(found) >= count:
                     break
-                image: Loaded = loader(i)
-                if image.key is not None and image.key == identities.keys[i] and image.pixels is not None:
-                    found[image.key] = image.pixels
-    return list(found.items())
+                image: Loaded = loader(at[key])
+                if image.key == key and image.pixels is not None:
+                    pixels = _seen(image.pixels, key, view, recipes[view])
+                    found[key, view] = _Drawn(key, view, pixels)
+    return list(found.values())
 
 
-def _compare(space: FeatureSpace, keys: list[bytes], fresh: np.ndarray) -> Drift:
-    cached = space.read(keys, "features")
-    flat = (len(keys), -1)
+def _seen(pixels: np.ndarray, key: bytes, view: int, recipe: Augmentation | None) -> np.ndarray:
+    return pixels if recipe is None else augment.warp(pixels, recipe, augment.draws(key, view))
+
+
+def _compare(space: FeatureSpace, drawn: list[_Drawn], fresh: np.ndarray) -> Drift:
+    located = space.locate([each.key for each in drawn], [each.view for each in drawn])
+    space.require(located)
+    cached = space.reader("features").read(located)
+    flat = (len(drawn), -1)
     identical = int((cached == fresh).reshape(flat).all(axis=1).sum())
     before, after = cached.astype(np.float64).reshape(flat), fresh.astype(np.float64).reshape(flat)
     difference = np.abs(after - before)
     norms = np.maximum(np.linalg.norm(before, axis=1), np.finfo(np.float32).tiny)
     relative = np.linalg.norm(difference, axis=1) / norms
-    return Drift(space.name, len(keys), identical, float(difference.max()), float(relative.max()))
+    return Drift(space.name, len(drawn), identical, float(difference.max()), float(relative.max()))

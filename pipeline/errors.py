@@ -37,12 +37,13 @@ class CacheError(IceboxError, OSError):
 class IndexDamagedError(CacheError):
     """The index cannot be read any more. `path` is the file, to be set aside; it is derived again.
 
-    `certain` if what it holds cannot be, though SQLite finds no fault.
+    `certain` if what it holds cannot be, though SQLite finds no fault; `foreign` if it may never have been one.
     """
 
-    def __init__(self, path: Path, reason: str, *, certain: bool = False) -> None:
+    def __init__(self, path: Path, reason: str, *, certain: bool = False, foreign: bool = False) -> None:
         self.path = path
         self.certain = certain
+        self.foreign = foreign
         self.reason = reason
         self.text = f"the index {path} is damaged ({reason})"
         super().__init__(f"{self.text}; delete it, it is derived again from the shards")
@@ -56,6 +57,19 @@ class ShardDamagedError(CacheError):
         self.problem = problem
         remedy = "run `cache verify --read-data --repair`, then `features`: only its rows are computed anew"
         super().__init__(f"shard {path} {problem}; {remedy}")
+
+
+class ShardUnreadableError(CacheError):
+    """A shard that may be whole, but cannot be read. `problem` is why, without its path.
+
+    `from_disk` if the disk does not give it back; else permission is lacking, or there are too many open files.
+    """
+
+    def __init__(self, path: Path, reason: str, *, from_disk: bool) -> None:
+        self.path = path
+        self.problem = f"cannot be read ({reason})"
+        self.from_disk = from_disk
+        super().__init__(f"shard {path} {self.problem}; see its permissions, and the state of the disk")
 
 
 class MissingRowsError(CacheError, LookupError):

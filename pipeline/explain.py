@@ -70,7 +70,7 @@ def explain(
     before = _digests_before(dataset, workspace)
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, index, advance, remember=False)
-    space, weights = find_space(workspace, choice, identities)
+    space, weights = find_space(workspace, choice, identities, views)
     plan = Planning(dataset, identities, index, max_pixels, views).plan(space)
     request = request_of(choice, weights)
     keys = [key for key in dict.fromkeys(identities.keys) if key is not None]
@@ -82,7 +82,8 @@ def explain(
             for name in request.differences(each.spec)
         }
         chosen = space is not None and each.name == space.name
-        spaces.append(SpaceExplained(each.name, int(each.locate(keys).found.sum()), chosen, pairs))
+        rows = sum(int(each.locate(keys, [view] * len(keys)).found.sum()) for view in views.numbers)
+        spaces.append(SpaceExplained(each.name, rows, chosen, pairs))
     reasons = _Reasons(identities, plan, space, on_disk, before)
     images = [ImageExplained(dataset.names[i], *reasons.of(i)) for i in range(len(dataset))]
     return Explanation(space.name if space else None, images, spaces)
@@ -134,14 +135,16 @@ class _Reasons:
         self._plan = plan
         self._before = before
         self._space = space
-        missing = [key for i in plan.todo if (key := identities.keys[i]) is not None]
+        rows = [(key, view) for i, views in plan.todo.items() if (key := identities.keys[i]) for view in views]
+        missing, views = [key for key, _ in rows], [view for _, view in rows]
         self._missing = set(missing)
-        self._lost = space.index.lost(space.name, missing) if space else {}  # `find_space` prefers one that lost rows
+        # `find_space` prefers one that lost rows
+        self._lost = space.index.lost(space.name, missing, views) if space else {}
         self._elsewhere: dict[bytes, list[str]] = {}
         for each in spaces:
-            for key, found in zip(missing, each.locate(missing).found, strict=True):
-                if found:
-                    self._elsewhere.setdefault(key, []).append(each.name)
+            found = each.locate(missing, views).found
+            for key in {key for key, has_row in zip(missing, found, strict=True) if has_row}:
+                self._elsewhere.setdefault(key, []).append(each.name)
         self._first = {key: i for i, key in reversed(list(enumerate(identities.keys))) if key is not None}
 
     def of(self, i: int) -> tuple[State, str]:
@@ -157,12 +160,12 @@ class _Reasons:
 
     def _missing_because(self, i: int, key: bytes) -> tuple[State, str]:
         lacking = self._plan.todo[self._first[key]]
-        if 0 not in lacking:
-            return "new", f"{len(lacking)} of its augmented views have not been computed before"
         if key in self._lost:
             return "bad shard", f"its row was in shard {self._lost[key]}"
         if key in self._elsewhere:
             return "other space", f"it has a row in {', '.join(self._elsewhere[key])}"
         if self._before[i] not in (None, key):
             return "changed", "the bytes of the file are others than before"
+        if 0 not in lacking:
+            return "new", f"{len(lacking)} of its augmented views have not been computed before"
         return "new", "its bytes have not been computed before"

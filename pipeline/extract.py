@@ -178,7 +178,7 @@ def extract(
         identities = identify(dataset, cache.index, advance)
     if retry_failed:
         cache.index.forget_quarantined([key for key in identities.keys if key is not None])
-    space, weights = find_space(workspace, choice, identities)
+    space, weights = find_space(workspace, choice, identities, views)
     planning = Planning(dataset, identities, cache.index, options.max_pixels, views)
     plan = planning.meet_undecodable(space)
     if options.strict:
@@ -213,7 +213,7 @@ def _compute_missing(
     if space is None:
         # Made only after the weights turned out to fit: a mistake in an option leaves no empty space behind.
         backbone = _load(spec, weights, options)
-        space = cache.create(spec, _made_by(weights, options))
+        space = cache.create(spec, {**_made_by(weights, options), "row_shape": list(backbone.row_shape)})
     else:
         backbone = None
         logger.info("adding to the feature space %s", space.name)
@@ -264,9 +264,11 @@ def _waiting(holder: str) -> None:
 
 
 def find_space(
-    workspace: Workspace, choice: FeatureChoice, identities: Identities
+    workspace: Workspace, choice: FeatureChoice, identities: Identities, views: Views = PLAIN_VIEW
 ) -> tuple[FeatureSpace | None, Weights | None]:
     """Return the space on disk that `choice` means, if there is one, and the weights if they were stated.
+
+    Left to itself, it is the one that holds most of the rows, in `views`.
 
     Raises
     ------
@@ -281,7 +283,7 @@ def find_space(
     request = request_of(choice, weights)
     if choice.space is None:
         keys = list({key for key in identities.keys if key is not None})
-        return cache.choose(request, keys), weights
+        return cache.choose(request, keys, views.numbers), weights
     space = cache.open(choice.space)
     if differing := request.differences(space.spec):
         pairs = ", ".join(f"{name} is {getattr(space.spec, name)}" for name in differing)

@@ -79,7 +79,7 @@ def gather(
     index = workspace.cache.index
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, index, advance)
-    space, _ = find_space(workspace, choice, identities)
+    space, _ = find_space(workspace, choice, identities, views)
     planning = Planning(dataset, identities, index, max_pixels, views)
     plan = planning.meet_undecodable(space) if space is not None else planning.plan(space)
     if not plan.rows:

@@ -143,7 +143,7 @@ class Augmentation:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
                 raise UsageError(f"{name} must be a number in 0 … {most:g}, found {str(value)!r:.60}")
-            object.__setattr__(self, name, float(value))  # 30 and 30.0 are one recipe
+            object.__setattr__(self, name, float(value) + 0.0)  # 30 and 30.0 are one recipe, 0 and -0.0 too
         for name in ("horizontal_flip", "vertical_flip"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, found {str(getattr(self, name))!r:.60}")
@@ -178,6 +178,15 @@ class Augmentation:
         """Return the description of augmented view `index`, 1 being the first, as plain JSON values."""
         return {"policy": AUGMENT_POLICY, **asdict(self), "index": index}
 
+    @classmethod
+    def from_view(cls, about: Mapping[str, Any], number: int) -> Self:
+        """Return the recipe of what `view` gave. Raises UsageError, KeyError or TypeError if `number` is not its."""
+        fields_of_recipe = {name: value for name, value in dict(about).items() if name not in ("policy", "index")}
+        recipe = cls(**fields_of_recipe)
+        if about != recipe.view(about["index"]) or number != view_number(about):
+            raise UsageError(f"view {number} is not the one that its description says")
+        return recipe
+
 
 def _like(default: Any, text: str) -> Any:
     """Return a text as a value of the type of `default`, if it is one; else as it is, to be refused."""
@@ -189,6 +198,12 @@ def _like(default: Any, text: str) -> Any:
         return float(text)
     except ValueError:
         return text
+
+
+def view_number(about: Mapping[str, Any]) -> int:
+    """Return the number of the view that `Augmentation.view` describes: drawn from all that decides it."""
+    digest = hashlib.sha256(canonical_json(about).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # the index and the shards hold signed 64 bits
 
 
 @dataclass(frozen=True)
@@ -204,13 +219,9 @@ class Views:
 
     @property
     def recipes(self) -> dict[int, Any]:
-        """Return the number of each view → what it is, view 0 first. A number is drawn from all that decides it."""
-        found: dict[int, Any] = {0: "plain"}
-        for index in range(1, self.count):
-            about = self.recipe.view(index)
-            digest = hashlib.sha256(canonical_json(about).encode()).digest()
-            found[int.from_bytes(digest[:8], "big") >> 1] = about  # the index and the shards hold signed 64 bits
-        return found
+        """Return the number of each view → what it is, view 0 first."""
+        augmented = [self.recipe.view(index) for index in range(1, self.count)]
+        return {0: "plain", **{view_number(about): about for about in augmented}}
 
     @property
     def numbers(self) -> tuple[int, ...]:

@@ -132,7 +132,7 @@ def test_sparse_features_take_less_room_than_they_have_bytes(tmp_path: Path) -> 
 
 def test_the_keys_and_views_of_a_shard_come_back(tmp_path: Path) -> None:
     rows = made([4, 2, 9])
-    rows = dataclasses.replace(rows, views=np.array([0, 7, 2**62]))
+    rows = dataclasses.replace(rows, views=np.array([0, 7, 2**62]), recipes={0: "plain", 7: "one", 2**62: "another"})
     written = write_shard(tmp_path, rows, SPEC)
     info = read_info(tmp_path / f"{written.name}.h5", SPEC)
     assert (info.name, info.bytes) == (written.name, written.bytes)
@@ -552,7 +552,7 @@ def test_registering_a_shard_twice_changes_nothing(space: FeatureSpace) -> None:
 
 
 def test_other_views_are_not_taken_for_the_plain_one(space: FeatureSpace) -> None:
-    rows = dataclasses.replace(made([1, 2]), views=np.array([0, 5]))
+    rows = dataclasses.replace(made([1, 2]), views=np.array([0, 5]), recipes={0: "plain", 5: "another"})
     space.register(space.write(rows))
     assert space.locate([key(1), key(2)]).found.tolist() == [True, False]
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from pipeline.cache import storage
 from pipeline.cache.index import Located
-from pipeline.cache.shard import check_bytes, h5_in, opened, row_filters, row_layout
+from pipeline.cache.shard import check_bytes, damage_named, h5_in, opened, row_filters, row_layout
 from pipeline.cache.space import FeatureSpace
 from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError
 
@@ -173,7 +173,7 @@ class _Export:
 
     def _source(self, shard: int, at: np.ndarray) -> h5py.VirtualSource:
         path = self._path(shard)
-        with opened(path) as file:
+        with damage_named(path), opened(path) as file:
             self._check_keys(file, shard, at)
             found: Any = file[self._what]
             return h5py.VirtualSource(str(path.absolute()), self._what, found.shape, found.dtype)
@@ -198,7 +198,7 @@ def _written(path: Path) -> Iterator[tuple[h5py.File, _Sink]]:
     Raises BlockingIOError if another process is writing it; what a killed one left is begun anew.
     """
     storage.about_to("create", path)
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering=0) as raw:
+    with storage.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW) as raw:
         fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
         raw.truncate(0)
         sink = _Sink(raw.fileno(), lambda: storage.about_to("write", path))

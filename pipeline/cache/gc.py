@@ -16,10 +16,10 @@ import numpy as np
 
 from pipeline.cache import storage
 from pipeline.cache.index import Index, ShardRecord
-from pipeline.cache.shard import Rows, read_whole, row_layout
+from pipeline.cache.shard import Rows, read_info, read_whole, row_layout
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.verify import ASIDE
-from pipeline.errors import ShardDamagedError
+from pipeline.errors import ShardDamagedError, ShardUnreadableError
 
 logger = logging.getLogger(__name__)
 
@@ -90,47 +90,63 @@ def _collect_space(space: FeatureSpace, keep: Keep, damaged: bool, dry_run: bool
     for folder in (space.path, space.shards):
         _remove_files(folder, list(filter(storage.is_partial, storage.files(folder))), dry_run, done)
     if damaged:
-        _remove_files(space.path / ASIDE, list(storage.files(space.path / ASIDE)), dry_run, done)
+        _remove_aside(space.path / ASIDE, dry_run, done)
     dead, spent = _disposable(space, keep, dry_run)
     done.rows_removed += sum(shard.record.rows - len(shard.living) for shard in (*dead, *spent))
     done.shards_removed += len(dead)
     done.shards_repacked += len(spent)
+    _remove_shards(space, dead, dry_run, done)  # first: on a full disk it makes the room to repack the others
     written = _repack(space, spent, dry_run, done)
-    _remove_shards(space, [s for s in (*dead, *spent) if s.record.name not in written], dry_run, done)
+    _remove_shards(space, [shard for shard in spent if shard.record.name not in written], dry_run, done)
+
+
+def _remove_aside(folder: Path, dry_run: bool, done: Collected) -> None:
+    if folder.is_symlink():  # what lies elsewhere is not ours to remove
+        logger.warning("%s is a link, and is left as it is", folder)
+        return
+    _remove_files(folder, list(storage.files(folder)), dry_run, done)
 
 
 def _disposable(space: FeatureSpace, keep: Keep, dry_run: bool) -> tuple[list[_Shard], list[_Shard]]:
     """Return the shards without a living row, and those worth repacking.
 
-    A shard is repacked, or relied on for a row that another holds too, only if every byte of it is right; one that
-    is not is left for `verify`, and said.
+    A shard is removed, repacked, or relied on for a row that another holds too, only if it is what the index says;
+    in the latter two cases every byte of it is looked at. One that is not is left for `verify`, and said.
     """
-    sound, broken = set[str](), set[str]()
+    fine: dict[bool, set[str]] = {False: set(), True: set()}  # whether every byte was looked at → shards
+    broken = set[str]()
     while True:
         shards, relied_on = _living(space, keep, broken)
         spent = _worth_repacking(shards)
-        unknown = (relied_on | {shard.record.name for shard in spent}) - sound
-        if not unknown:
-            return [shard for shard in shards if not len(shard.living)], spent
-        for name in sorted(unknown):
-            (sound if _is_sound(space, name, dry_run) else broken).add(name)
+        dead = [shard for shard in shards if not len(shard.living)]
+        needed = relied_on | {shard.record.name for shard in spent}
+        unknown = {True: needed - fine[True], False: {shard.record.name for shard in dead} - needed - fine[False]}
+        if not any(unknown.values()):
+            return dead, spent
+        for every_byte, names in unknown.items():
+            for name in sorted(names):
+                (fine[every_byte] if _is_sound(space, name, every_byte, dry_run) else broken).add(name)
 
 
-def _is_sound(space: FeatureSpace, name: str, dry_run: bool) -> bool:
+def _is_sound(space: FeatureSpace, name: str, every_byte: bool, dry_run: bool) -> bool:
     """Return whether a shard is what its name and the index say; if not, note it."""
     record = space.index.shards(space.name)[name]
     try:
-        info = space.examine(name)
+        info = space.examine(name) if every_byte else read_info(space.shard_path(name), space.spec)
         space.check_row_shape(info)
         keys, views = space.index.rows(record.id)
         if np.array_equal(info.keys, keys) and np.array_equal(info.views, views):
             return True
         problem = "holds other rows than the index says"
+        if not dry_run:  # the index is wrong, or the shard: whoever opens the space next finds out
+            space.index.forget_shards(space.name, [name])
     except ShardDamagedError as error:
         problem = error.problem
+        if not dry_run:
+            space.index.mark_shard(space.name, name, record.bytes, "bad", problem)
+    except ShardUnreadableError as error:
+        problem = error.problem
     logger.warning("shard %s %s; it is left as it is, see `cache verify`", space.shard_path(name), problem)
-    if not dry_run:
-        space.index.mark_shard(space.name, name, record.bytes, "bad", problem)
     return False
 
 
@@ -232,6 +248,6 @@ def _tidy_index(cache: Cache, dry_run: bool, done: Collected) -> None:
 
 
 def _forget_vanished(index: Index, spaces: Collection[str]) -> None:
-    index.forget_digests([path for path in index.files() if not path.exists()])
+    index.forget_digests([path for path in index.files() if not storage.exists(path)])
     for space in set(index.spaces()) - set(spaces):
         index.forget_shards(space, index.shards(space))

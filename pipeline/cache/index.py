@@ -49,6 +49,8 @@ ALTER TABLE quarantine ADD COLUMN since TEXT;
 _OBJECTS = {"shards", "rows", "rows_by_key", "files", "quarantine"}
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
+_QUARANTINE = (bytes, str, int, str, str | None)  # the types of its columns
+
 State = Literal["good", "bad", "settled"]
 
 
@@ -110,10 +112,15 @@ class Located:
 
 
 class Index:
-    """The open database. One process may hold several; SQLite serialises their writes."""
+    """The open database. One process may hold several; SQLite serialises their writes.
 
-    def __init__(self, path: Path) -> None:
+    A file that is no index, or no longer one, is set aside and a new one begun, unless the path was `named` by a
+    person, who may have meant another.
+    """
+
+    def __init__(self, path: Path, *, named: bool = False) -> None:
         self.path = path
+        self._named = named
         try:
             storage.make_folder(path.parent)
             self._db = self._opened()
@@ -128,6 +135,11 @@ class Index:
         try:
             return _connect(self.path)
         except IndexDamagedError as error:
+            if self._named and error.foreign:
+                raise CacheError(
+                    f"ICEBOX_INDEX names {self.path}, which is no index of ours ({error.reason}); name another file, "
+                    "or move this one away"
+                ) from error
             set_aside(error)
             return _connect(self.path)
 
@@ -140,20 +152,18 @@ class Index:
     def shards(self, space: str) -> dict[str, ShardRecord]:
         """Return name → what is known, of the shards of `space`."""
         query = "SELECT id, name, bytes, rows, state, problem FROM shards WHERE space = ?"
-        found = [ShardRecord(*row) for row in self._all(query, (space,))]
-        if any(not isinstance(number, int) for record in found for number in (record.bytes, record.rows)):
-            raise IndexDamagedError(self.path, "it has shards of no size", certain=True)
-        return {record.name: record for record in found}
+        found = self._all(query, (space,), int, str, int, int, str, str | None)
+        return {row[1]: ShardRecord(*row) for row in found}
 
     def spaces(self) -> list[str]:
         """Return the names of the spaces that have shards here, sorted."""
-        return [name for (name,) in self._all("SELECT DISTINCT space FROM shards ORDER BY space")]
+        return [name for (name,) in self._all("SELECT DISTINCT space FROM shards ORDER BY space", (), str)]
 
     def totals(self, space: str) -> tuple[int, int, int]:
         """Return (shards, rows, bytes) of `space`; a row that stands in two shards counts twice."""
         query = """SELECT count(*), coalesce(sum(rows), 0), coalesce(sum(bytes), 0) FROM shards
             WHERE space = ? AND state = 'good'"""
-        return self._all(query, (space,))[0]
+        return self._all(query, (space,), int, int, int)[0]
 
     def add_shard(self, space: str, info: ShardInfo) -> None:
         """Make the rows of a published shard known, all or none; a good shard known already changes nothing."""
@@ -199,9 +209,10 @@ class Index:
 
     def rows(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Return what is known of a shard's rows, by position: keys (n, 32) uint8 and views (n,) int64."""
-        found = self._all("SELECT position, key, view FROM rows WHERE shard = ? ORDER BY position", (shard,))
+        query = "SELECT position, key, view FROM rows WHERE shard = ? ORDER BY position"
+        found = self._all(query, (shard,), int, bytes, int)
         whole = [position for position, _, _ in found] == list(range(len(found)))
-        if not whole or any(not isinstance(key, bytes) or len(key) != 32 for _, key, _ in found):
+        if not whole or any(len(key) != 32 for _, key, _ in found):
             raise IndexDamagedError(self.path, f"it has other rows than shard {shard} can have", certain=True)
         keys = np.frombuffer(b"".join(key for _, key, _ in found), np.uint8).reshape(-1, 32)
         return keys, np.array([view for _, _, view in found], np.int64)
@@ -217,20 +228,28 @@ class Index:
         query = """SELECT w.ordinal, r.shard, r.position FROM wanted w
             CROSS JOIN rows r ON r.key = w.key AND r.view = w.view
             CROSS JOIN shards s ON s.id = r.shard AND s.space = ? AND s.state = 'good'"""
-        with self._wanted(keys, views) as db:
+        with self._believed(), self._wanted(keys, views) as db:
             for ordinal, shard, position in db.execute(query, (space,)):
                 shards[ordinal], positions[ordinal] = shard, position
         raw = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
         seen = np.zeros(len(keys), np.int64) if views is None else np.array(views, np.int64)
         return Located(shards, positions, raw, seen)
 
-    def lost(self, space: str, keys: Sequence[bytes]) -> dict[bytes, str]:
-        """Return key → what became of its shard, for those of `keys` whose row was in one that is not good."""
+    def lost(self, space: str, keys: Sequence[bytes], views: Sequence[int] | None = None) -> dict[bytes, str]:
+        """Return key → what became of its shard, for those of `keys` whose row, in its one of `views`, was in one that
+        is not good.
+        """
         query = """SELECT w.key, s.name, s.problem FROM wanted w
-            CROSS JOIN rows r ON r.key = w.key
+            CROSS JOIN rows r ON r.key = w.key AND r.view = w.view
             CROSS JOIN shards s ON s.id = r.shard AND s.space = ? AND s.state != 'good'"""
-        with self._wanted(keys) as db:
+        with self._believed(), self._wanted(keys, views) as db:
             return {key: f"{name[:12]}…: {problem}" for key, name, problem in db.execute(query, (space,))}
+
+    def views(self, space: str) -> list[tuple[str, int]]:
+        """Return for each view in good shards of `space` the name of one that has it, and its number."""
+        query = """SELECT s.name, r.view FROM shards s JOIN rows r ON r.shard = s.id
+            WHERE s.space = ? AND s.state = 'good' GROUP BY r.view"""
+        return self._all(query, (space,), str, int)
 
     # Digests of files
 
@@ -239,6 +258,9 @@ class Index:
         query = "SELECT size, mtime, ctime, inode, digest FROM files WHERE path = ?"
         with self._reading() as db:
             found = [db.execute(query, (os.fsencode(path),)).fetchone() for path in paths]
+        self._check([row for row in found if row], (int, int, int, int, bytes))
+        if any(row and len(row[4]) != 32 for row in found):
+            raise IndexDamagedError(self.path, "it has digests of no length", certain=True)
         return [(FileStamp(*row[:4]), row[4]) if row else None for row in found]
 
     def remember_digests(self, digests: Mapping[Path, tuple[FileStamp, bytes]]) -> None:
@@ -247,10 +269,7 @@ class Index:
             (os.fsencode(path), stamp.size, stamp.mtime, stamp.ctime, stamp.inode, digest)
             for path, (stamp, digest) in digests.items()
         ]
-        if not rows:  # so that a cache that cannot be written can be read
-            return
-        with self._changing() as db:
-            db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
+        self._remember("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def forget_digests(self, paths: Iterable[Path]) -> None:
         """Forget the digests of these files, so that they are hashed again."""
@@ -259,12 +278,13 @@ class Index:
 
     def files_with_digest(self, digest: bytes) -> list[Path]:
         """Return the paths that were last seen with this digest; they may have changed since."""
-        rows = self._all("SELECT path FROM files WHERE digest = ?", (digest,))
+        rows = self._all("SELECT path FROM files WHERE digest = ?", (digest,), bytes)
         return [Path(os.fsdecode(row[0])) for row in rows]
 
     def files(self) -> dict[Path, bytes]:
         """Return path → digest of every file that was ever hashed; they may have changed since."""
-        return {Path(os.fsdecode(path)): digest for path, digest in self._all("SELECT path, digest FROM files")}
+        found = self._all("SELECT path, digest FROM files", (), bytes, bytes)
+        return {Path(os.fsdecode(path)): digest for path, digest in found}
 
     # Quarantine
 
@@ -273,22 +293,20 @@ class Index:
         query = """SELECT q.key, q.decoder, q.max_pixels, q.reason, q.since FROM wanted w
             JOIN quarantine q ON q.key = w.key WHERE q.decoder = ? AND q.max_pixels = ?"""
         with self._wanted(keys) as db:
-            return {row[0]: Quarantine(*row) for row in db.execute(query, (decoder, max_pixels))}
+            found = db.execute(query, (decoder, max_pixels)).fetchall()
+        self._check(found, _QUARANTINE)
+        return {row[0]: Quarantine(*row) for row in found}
 
     def all_quarantined(self) -> list[Quarantine]:
         """Return everything that is remembered, the latest first."""
         query = "SELECT key, decoder, max_pixels, reason, since FROM quarantine ORDER BY since DESC, key"
-        found = [Quarantine(*row) for row in self._all(query)]
-        if any(not isinstance(bad.key, bytes) for bad in found):
-            raise IndexDamagedError(self.path, "it has quarantined contents of no key", certain=True)
-        return found
+        return [Quarantine(*row) for row in self._all(query, (), *_QUARANTINE)]
 
     def remember_quarantined(self, reasons: Mapping[bytes, str], decoder: str, max_pixels: int) -> None:
         """Remember that this decoder refuses these contents."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         rows = [(key, decoder, max_pixels, reason, now) for key, reason in reasons.items()]
-        with self._changing() as db:
-            db.executemany("INSERT OR REPLACE INTO quarantine VALUES (?, ?, ?, ?, ?)", rows)
+        self._remember("INSERT OR REPLACE INTO quarantine VALUES (?, ?, ?, ?, ?)", rows)
 
     def forget_quarantined(self, keys: Sequence[bytes]) -> None:
         """Forget what was remembered of these contents, by whatever decoder."""
@@ -317,15 +335,44 @@ class Index:
 
     # Every statement goes through one of these
 
-    def _all(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+    def _all(self, query: str, values: Sequence[Any] = (), *kinds: Any) -> list[Any]:
+        """Return what a query finds; each row must be of these `kinds`, if any are given."""
         with self._reading() as db:
-            return db.execute(query, values).fetchall()
+            found = db.execute(query, values).fetchall()
+        self._check(found, kinds)
+        return found
+
+    def _check(self, rows: Iterable[Sequence[Any]], kinds: Sequence[Any]) -> None:
+        """Raise IndexDamagedError if a row is of other types than were written: SQLite sees no fault in that."""
+        for row in rows if kinds else ():
+            if not all(isinstance(value, kind) for value, kind in zip(row, kinds, strict=True)):
+                raise IndexDamagedError(self.path, f"it holds {str(row)[:80]}, which it cannot", certain=True)
+
+    @contextmanager
+    def _believed(self) -> Iterator[None]:
+        """The same for what is read in bulk, where looking at each value would take as long as reading it."""
+        try:
+            yield
+        except (ValueError, TypeError, OverflowError, IndexError) as error:
+            raise IndexDamagedError(self.path, f"it holds what it cannot: {error}", certain=True) from error
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         storage.about_to("query", self.path)
         with _damage_named(self.path):
             yield self._db
+
+    def _remember(self, query: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Keep what only spares work later: a cache that cannot be written can still be read."""
+        if not rows:
+            return
+        try:
+            with self._changing() as db:
+                db.executemany(query, rows)
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_READONLY:
+                raise
+            logger.warning("the index %s cannot be written: digests and failures are not remembered", self.path)
 
     @contextmanager
     def _changing(self) -> Iterator[sqlite3.Connection]:
@@ -359,8 +406,13 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        if (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _DAMAGED:
-            raise IndexDamagedError(path, str(error)) from error
+        code = getattr(error, "sqlite_errorcode", 0)
+        if code == sqlite3.SQLITE_READONLY_DBMOVED:
+            raise IndexDamagedError(path, "it was removed while it was in use") from error
+        if (code & 0xFF) in _DAMAGED:
+            raise IndexDamagedError(path, str(error), foreign=code == sqlite3.SQLITE_NOTADB) from error
+        if "decode to UTF-8" in str(error):  # a name that is no text any more: SQLite sees no fault in that
+            raise IndexDamagedError(path, str(error), certain=True) from error
         raise
 
 
@@ -373,7 +425,7 @@ def set_aside(damage: IndexDamagedError) -> None:
     # The journal first: SQLite would take it for the new file's and undo what that never did.
     for ending in ("-journal", "-wal", "-shm", ""):
         found = damage.path.with_name(damage.path.name + ending)
-        if found.exists():
+        if storage.exists(found):
             storage.move(found, aside.with_name(aside.name + ending))
 
 
@@ -407,7 +459,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
             "derived again from the shards"
         )
     if objects != (_OBJECTS if version else set()):
-        raise IndexDamagedError(path, "it is not one that Icebox made")
+        raise IndexDamagedError(path, "it is not one that Icebox made", foreign=True)
     if version < VERSION:  # one that is up to date may lie where nothing can be written
         storage.about_to("make index", path)
         _bring_up_to_date(db)

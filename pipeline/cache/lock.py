@@ -27,9 +27,11 @@ def exclusive(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
     """
     storage.about_to("lock", path)
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        # Not through a link: a space from somebody else must not have another file written to.
+        file = storage.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
-        raise CacheError(f"{path.parent} cannot be written ({error.strerror or error}), so nothing is added") from error
+        raise CacheError(f"{path} cannot be written ({error.strerror or error}), so nothing is added") from error
+    handle = file.fileno()
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,7 +45,7 @@ def exclusive(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
-        os.close(handle)
+        file.close()
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def shared(path: Path) -> Iterator[None]:
     """
     storage.about_to("lock", path)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)
+        file = storage.open_regular(path, os.O_RDONLY | os.O_CREAT)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOSPC):
             raise CacheError(f"{path} cannot be opened ({error.strerror or error})") from error
@@ -62,12 +64,12 @@ def shared(path: Path) -> Iterator[None]:
         return
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH)
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH)
         except OSError as error:
             raise _no_locks(path, error) from error
         yield
     finally:
-        os.close(handle)
+        file.close()
 
 
 @contextmanager

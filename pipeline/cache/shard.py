@@ -13,10 +13,12 @@ the views that are in the shard).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ import hdf5plugin
 import numpy as np
 
 from pipeline.cache import storage
-from pipeline.errors import CacheError, ShardDamagedError
+from pipeline.errors import CacheError, ShardDamagedError, ShardUnreadableError
 from pipeline.spec import FeatureSpec, canonical_json
 
 FORMAT = "icebox-shard"
@@ -37,6 +39,7 @@ PLAIN: Mapping[int, Any] = {0: "plain"}  # the recipes of rows that have no augm
 MAX_ROWS = 65_536  # far above what is ever written: a file claiming more is not ours
 _MAX_ROW_BYTES = 2**26  # likewise: no layer of a network on 299 by 299 pixels comes near it
 _CHUNK_BYTES = 2**20
+_NOT_THE_SHARDS = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 # HDF5's oldest format has no checksums in its own bookkeeping: one flipped bit there made another row, or zeros, be
 # read without an error. The format of HDF5 1.10 has them, and takes less room.
 _LIBVER = h5py.h5f.LIBVER_V110
@@ -158,7 +161,7 @@ def read_info(path: Path, spec: FeatureSpec) -> ShardInfo:
     ShardDamagedError
         If the file is not a shard of this space.
     """
-    with _damage_named(path), opened(path) as file:
+    with damage_named(path), opened(path) as file:
         if file.attrs.get("spec") != canonical_json(spec.to_dict()).encode():
             raise ShardDamagedError(path, "belongs to another feature space")
         features: Any = file["features"]
@@ -180,22 +183,21 @@ def check_bytes(path: Path) -> None:
     try:
         found = storage.sha256_file(path)
     except OSError as error:
-        # Not known to be damaged: a folder without permission must not have everything computed anew.
-        raise CacheError(f"shard {path} cannot be read ({error.strerror or error}); see `cache verify`") from error
+        raise _unreadable(path, error) from error
     if found != path.stem:
         raise ShardDamagedError(path, "is damaged: its bytes are not those it is named by")
 
 
 def read_spec(path: Path) -> FeatureSpec:
     """Return the feature space that a shard says it belongs to. Raises CacheError or SpecError."""
-    with _damage_named(path), opened(path) as file:
+    with damage_named(path), opened(path) as file:
         text: Any = file.attrs["spec"]
         return FeatureSpec.from_dict(json.loads(text))
 
 
 def row_layout(path: Path, dataset: str) -> tuple[tuple[int, ...], np.dtype]:
     """Return the shape and dtype of one row of `dataset` in a shard."""
-    with _damage_named(path), opened(path) as file:
+    with damage_named(path), opened(path) as file:
         found: Any = file[dataset]
         return found.shape[1:], found.dtype
 
@@ -218,7 +220,7 @@ def read_rows(
     ShardDamagedError
         If the shard is gone or damaged (Fletcher32 notices flipped bytes), or holds other rows there.
     """
-    with _damage_named(path), opened(path) as file:
+    with damage_named(path), opened(path) as file:
         stored, seen = _all(file, "key"), _all(file, "view")
         there = positions[-1] < len(stored) and np.array_equal(stored[positions], keys)
         if not there or not np.array_equal(seen[positions], views):
@@ -228,7 +230,7 @@ def read_rows(
 
 def read_whole(path: Path, positions: np.ndarray) -> Rows:
     """Return all there is of the rows `positions` (ascending) of a shard. Raises ShardDamagedError."""
-    with _damage_named(path), opened(path) as file:
+    with damage_named(path), opened(path) as file:
         columns = []
         for name in ("features", "pooled", "key", "view"):
             stored: Any = file[name]
@@ -237,8 +239,14 @@ def read_whole(path: Path, positions: np.ndarray) -> Rows:
         return Rows(*columns, recipes=_recipes(file, columns[-1], path))
 
 
+def _unreadable(path: Path, error: OSError) -> ShardUnreadableError:
+    """Not known to be damaged: a folder without permission must not have everything computed anew."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return ShardUnreadableError(path, reason, from_disk=error.errno == errno.EIO)
+
+
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: Path) -> Iterator[None]:
     """Turn what h5py raises on a damaged file, of many kinds, into one error that names shard and remedy."""
     try:
         yield
@@ -248,9 +256,15 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise ShardDamagedError(path, f"cannot be read ({error})") from error
 
 
+def read_recipes(path: Path) -> dict[int, Any]:
+    """Return what a shard says its views are: number → recipe. Raises ShardDamagedError."""
+    with damage_named(path), opened(path) as file:
+        return _recipes(file, _all(file, "view"), path)
+
+
 def _recipes(file: h5py.File, views: np.ndarray, path: Path) -> dict[int, Any]:
     text: Any = file.attrs["views"]
-    found = {int(number): recipe for number, recipe in dict(json.loads(text)).items()}
+    found = {int(number): recipe for number, recipe in dict(json.loads(text)).items()} | dict(PLAIN)
     if missing := set(np.unique(views).tolist()) - found.keys():
         raise ShardDamagedError(path, f"is damaged: it does not say what its view {min(missing)} is")
     return found
@@ -279,6 +293,8 @@ def opened(path: Path) -> h5py.File:
         # Shards never change, so no lock is needed; asking for one fails on NFS and Lustre.
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
+        if error.errno in _NOT_THE_SHARDS:
+            raise _unreadable(path, error) from error
         raise ShardDamagedError(path, f"cannot be opened ({error})") from error
     try:
         _check_layout(file, path)
@@ -317,6 +333,8 @@ def _plain_shape(file: h5py.File, name: str, ndim: int, path: Path) -> tuple[int
     dataset = file.get(name) if isinstance(link, h5py.HardLink) else None
     plain = isinstance(dataset, h5py.Dataset) and not dataset.external and not dataset.is_virtual
     plain = plain and dataset.chunks is not None and dataset.fletcher32  # type: ignore[union-attr]
+    # A chunk is unpacked whole: one far larger than what is in it would take gigabytes.
+    plain = plain and math.prod(dataset.chunks) * dataset.dtype.itemsize <= _MAX_ROW_BYTES  # type: ignore
     if not plain or dataset.ndim != ndim:  # type: ignore[union-attr]
         raise ShardDamagedError(path, f"has no plain dataset {name!r}")
     return dataset.shape  # type: ignore[union-attr]

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -24,15 +25,24 @@ import numpy as np
 from pipeline.cache import storage
 from pipeline.cache.index import Index, Located, ShardRecord
 from pipeline.cache.lock import exclusive, shared
-from pipeline.cache.shard import Rows, ShardInfo, check_bytes, read_info, read_rows, row_layout, write_shard
-from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError, SpecError
+from pipeline.cache.shard import (
+    Rows,
+    ShardInfo,
+    check_bytes,
+    read_info,
+    read_recipes,
+    read_rows,
+    row_layout,
+    write_shard,
+)
+from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError, SpecError, UsageError
 from pipeline.progress import Progress, silent
-from pipeline.spec import FeatureRequest, FeatureSpec
+from pipeline.spec import Augmentation, FeatureRequest, FeatureSpec
 
 logger = logging.getLogger(__name__)
 
 GONE = "is gone from the disk"
-_MOST_DESCRIPTION = 2**20  # bytes of a space.json; ours have about 1,000
+MOST_DESCRIPTION = 2**20  # bytes of a space.json; ours have about 1,000
 _SHARD_NAME = re.compile(r"[0-9a-f]{64}\.h5")
 
 
@@ -97,19 +107,27 @@ class FeatureSpace:
         return read_info(path, self.spec)
 
     def check_row_shape(self, info: ShardInfo) -> None:
-        """Raise ShardDamagedError if a shard's rows are of another shape than those of the first good one here."""
-        if self._row_shape is None:
-            good = [record for record in self.index.shards(self.name).values() if record.state == "good"]
-            for record in sorted(good, key=lambda record: record.id):
-                with suppress(CacheError):  # a damaged one tells nothing; it is met on its own
-                    self._row_shape = row_layout(self.shard_path(record.name), "features")[0]
-                    break
-        self._row_shape = self._row_shape or info.row_shape
+        """Raise ShardDamagedError if a shard's rows are of another shape than those of this space."""
+        self._row_shape = self._row_shape or self._described_shape() or self._usual_shape() or info.row_shape
         if self._row_shape != info.row_shape:
             found, expected = ("x".join(map(str, shape)) for shape in (info.row_shape, self._row_shape))
             raise ShardDamagedError(
                 self.shard_path(info.name), f"is not of this space: its rows are {found}, those of others {expected}"
             )
+
+    def _described_shape(self) -> tuple[int, ...] | None:
+        stored = self.provenance.get("row_shape")
+        plain = isinstance(stored, list) and all(isinstance(side, int) for side in stored)
+        return tuple(stored) if plain and stored else None
+
+    def _usual_shape(self) -> tuple[int, ...] | None:
+        """Return the shape of the rows of most shards: one that somebody laid beside them must not outlaw the rest."""
+        good = [record.name for record in self.index.shards(self.name).values() if record.state == "good"]
+        found = Counter[tuple[int, ...]]()
+        for name in good or [name.removesuffix(".h5") for name in self.shard_files()]:
+            with suppress(CacheError):  # a damaged one tells nothing; it is met on its own
+                found[row_layout(self.shard_path(name), "features")[0]] += 1
+        return found.most_common(1)[0][0] if found else None
 
     def shard_path(self, name: str) -> Path:
         """Return the file of the shard `name`."""
@@ -161,8 +179,7 @@ class FeatureSpace:
     def lock(self, on_wait: Callable[[str], None]) -> Iterator[None]:
         """Be the only writer of this space; on entry what others wrote meanwhile is known."""
         with exclusive(self.path / ".lock", on_wait):
-            if not self.shards.is_dir():  # what copies a cache may leave empty folders out
-                storage.make_folder(self.shards)
+            storage.make_folder(self.shards)  # what copies a cache may leave empty folders out
             self.sync()
             yield
 
@@ -183,6 +200,19 @@ class FeatureSpace:
         """Wait until nobody reads, and keep readers out. Only the holder of `lock` may call this."""
         with exclusive(self.path / ".reading", on_wait):
             yield
+
+    def recipes(self) -> dict[int, Augmentation | None]:
+        """Return the number of each view in this space → how it is made, None being the plain image.
+
+        Views that another version made by other means are left out.
+        """
+        found: dict[int, Augmentation | None] = {0: None}
+        for shard, view in self.index.views(self.name):
+            if view not in found:
+                about = read_recipes(self.shard_path(shard))[view]
+                with suppress(UsageError, KeyError, TypeError):
+                    found[view] = Augmentation.from_view(about, view)
+        return found
 
     def write(self, rows: Rows) -> ShardInfo:
         """Publish `rows` as a shard. Touches no database, so any thread or machine may call it."""
@@ -231,7 +261,8 @@ def _finite(text: str) -> float:
 
 def is_lost(folder: Path) -> bool:
     """Return whether a folder was a space, and holds shards, but has lost its description."""
-    return not (folder / "space.json").exists() and not all(map(storage.is_partial, storage.files(folder / "shards")))
+    described = storage.exists(folder / "space.json")
+    return not described and not all(map(storage.is_partial, storage.files(folder / "shards")))
 
 
 class ShardReader:
@@ -272,7 +303,8 @@ class Cache:
     def __init__(self, root: Path, progress: Progress = silent) -> None:
         self.root = root
         self.progress = progress
-        self.index = Index(Path(os.environ.get("ICEBOX_INDEX") or root / "cache.db"))
+        named = os.environ.get("ICEBOX_INDEX")
+        self.index = Index(Path(named or root / "cache.db"), named=bool(named))
 
     def close(self) -> None:
         """Close the index."""
@@ -280,7 +312,7 @@ class Cache:
 
     def names(self) -> list[str]:
         """Return the names of the spaces on disk, sorted."""
-        return [name for name in storage.folders(self.root) if (self.root / name / "space.json").exists()]
+        return [name for name in storage.folders(self.root) if storage.exists(self.root / name / "space.json")]
 
     def spaces(self) -> list[FeatureSpace]:
         """Return every space on disk that can be opened; of the others it is said why not."""
@@ -311,7 +343,7 @@ class Cache:
             have = ", ".join(self.names()) or "none"
             raise SpecError(f"no feature space named {name!r} in {self.root}; there are: {have}")
         try:
-            text = storage.read_small(path / "space.json", _MOST_DESCRIPTION)
+            text = storage.read_small(path / "space.json", MOST_DESCRIPTION)
             stored = json.loads(text, parse_constant=_no_number, parse_float=_finite)
             spec = FeatureSpec.from_dict(stored["spec"])
             made_by = dict(stored["made_by"])
@@ -337,7 +369,7 @@ class Cache:
             If it cannot be written.
         """
         path = self.root / spec.directory
-        if not (path / "space.json").exists():
+        if not storage.exists(path / "space.json"):
             try:
                 storage.make_folder(path / "shards")
                 with exclusive(path / ".lock", lambda holder: None):  # leftovers are removed by whoever holds it
@@ -356,8 +388,10 @@ class Cache:
         text = json.dumps({"spec": spec.to_dict(), "made_by": dict(made_by)}, indent=1)
         storage.write_whole(path / "space.json", text.encode())
 
-    def choose(self, request: FeatureRequest, keys: Sequence[bytes]) -> FeatureSpace | None:
-        """Return the space that agrees with all stated fields and holds most of `keys`; None if none holds any.
+    def choose(
+        self, request: FeatureRequest, keys: Sequence[bytes], views: Sequence[int] = (0,)
+    ) -> FeatureSpace | None:
+        """Return the space that agrees with all stated fields and holds most of `keys` in `views`; None if none does.
 
         Rows in shards that are damaged count only where no space has whole ones. Among equals trained weights come
         before untrained ones, then the name decides.
@@ -366,7 +400,8 @@ class Cache:
         for space in self.spaces():
             if request.differences(space.spec):
                 continue
-            found, lost = int(space.locate(keys).found.sum()), len(self.index.lost(space.name, keys))
+            found = sum(int(space.locate(keys, [view] * len(keys)).found.sum()) for view in views)
+            lost = sum(len(self.index.lost(space.name, keys, [view] * len(keys))) for view in views)
             rank = (found, lost, not space.spec.untrained)
             if found + lost > 0 and rank > most:
                 best, most = space, rank

@@ -9,9 +9,11 @@ HDF5 and SQLite call the system themselves; whoever lets them says so by `about_
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,11 +96,33 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 def read_small(path: Path, most: int) -> bytes:
     """Return the content of a file of at most `most` bytes. Raises OSError also if it is larger."""
     about_to("read", path)
-    with path.open("rb") as file:
+    with open_regular(path, os.O_RDONLY) as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise OSError(f"larger than {most:,} bytes")
     return data
+
+
+def open_regular(path: Path, flags: int) -> BinaryIO:
+    """Open a file, made if `flags` say so. Raises OSError if it is anything else: a pipe would be waited for."""
+    # Without O_NONBLOCK the opening of a pipe itself would wait.
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(handle, "r+b" if flags & os.O_RDWR else "rb", buffering=0)
+
+
+def exists(path: Path) -> bool:
+    """Return whether something is there, if only a link that leads nowhere. What may not be looked at is there."""
+    about_to("look", path)
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def fsync(path: Path) -> None:
@@ -128,7 +152,8 @@ def files(directory: Path) -> dict[str, os.stat_result]:
         return {}
     except NotADirectoryError as error:
         raise CacheError(f"a file stands where the folder {directory} should be; move it away") from error
-    return {entry.name: stat for entry in found if entry.is_file() and (stat := _stat(entry)) is not None}
+    stats = {entry.name: _stat(entry) for entry in found}
+    return {name: found for name, found in stats.items() if found is not None and stat.S_ISREG(found.st_mode)}
 
 
 def everything(directory: Path) -> set[str]:
@@ -143,8 +168,12 @@ def everything(directory: Path) -> set[str]:
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
     try:
         return entry.stat()
-    except FileNotFoundError:  # removed since it was listed
+    except FileNotFoundError:  # removed since it was listed, or a link that leads nowhere
         return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # nor does one that leads to itself
+            return None
+        raise
 
 
 def folders(directory: Path) -> list[str]:
@@ -152,9 +181,10 @@ def folders(directory: Path) -> list[str]:
     about_to("list", directory)
     try:
         with os.scandir(directory) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir())
+            stats = {entry.name: _stat(entry) for entry in entries}
     except FileNotFoundError:
         return []
+    return sorted(name for name, found in stats.items() if found is not None and stat.S_ISDIR(found.st_mode))
 
 
 def remove(path: Path) -> None:
@@ -187,4 +217,4 @@ def remove_partials(directory: Path) -> int:
     leftovers = {name: stat for name, stat in files(directory).items() if is_partial(name)}
     for name in leftovers:
         remove(directory / name)
-    return sum(stat.st_size for stat in leftovers.values())
+    return sum(found.st_size for found in leftovers.values())

@@ -22,8 +22,8 @@ from pipeline.cache import storage
 from pipeline.cache.index import ShardRecord
 from pipeline.cache.lock import exclusive
 from pipeline.cache.shard import ShardInfo, check_bytes, read_info, read_spec
-from pipeline.cache.space import GONE, Cache, FeatureSpace, is_lost
-from pipeline.errors import CacheError, IndexDamagedError, ShardDamagedError, SpecError
+from pipeline.cache.space import GONE, MOST_DESCRIPTION, Cache, FeatureSpace, is_lost
+from pipeline.errors import CacheError, IndexDamagedError, ShardDamagedError, ShardUnreadableError, SpecError
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _folders(cache: Cache, space: str | None) -> list[str]:
 
 def _holds_something(folder: Path) -> bool:
     """Return whether a folder is more than what is left if its maker was killed before it described the space."""
-    return (folder / "space.json").exists() or is_lost(folder)
+    return storage.exists(folder / "space.json") or is_lost(folder)
 
 
 def _open(cache: Cache, name: str, repair: bool, done: Verification) -> FeatureSpace | None:
@@ -111,11 +111,22 @@ def _open(cache: Cache, name: str, repair: bool, done: Verification) -> FeatureS
     try:
         return cache.open(name, sync=False)
     except SpecError as error:
-        problem = str(error) if (path / "space.json").exists() else "is missing"
-        mended = repair and _describe_again(cache, path)
+        problem = str(error) if storage.exists(path / "space.json") else "is missing"
+        mended = repair and _may_be_replaced(path / "space.json") and _describe_again(cache, path)
         rows = sum(record.rows for record in cache.index.shards(name).values())
         done.problems.append(Problem(path / "space.json", problem, rows, repaired=mended))
         return cache.open(name, sync=False) if mended else None
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Return whether a description is gone, or can be read and is no good: one without permission may be whole."""
+    try:
+        storage.read_small(path, MOST_DESCRIPTION)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _describe_again(cache: Cache, path: Path) -> bool:
@@ -189,8 +200,8 @@ class _Space:
             except ShardDamagedError as error:
                 result = error
         if isinstance(result, CacheError):
-            if path.exists() or self._still_good(name):  # else `gc` removed it meanwhile
-                self._report(Problem(path, _reason(result), rows), name)
+            if storage.exists(path) or self._still_good(name):  # else `gc` removed it meanwhile
+                self._report(Problem(path, _reason(result), rows), name, is_damage=_is_damage(result))
             return
         self._done.shards += 1
         self._done.rows += len(result.keys)
@@ -228,24 +239,33 @@ class _Space:
         record = self._index.shards(self._space.name).get(name)
         return record is not None and record.state == "good"
 
-    def _report(self, problem: Problem, shard: str | None = None) -> None:
-        """Note a problem of a file; with `repair`, move the file aside and let its rows count as missing."""
-        if self._repair:
+    def _report(self, problem: Problem, shard: str | None = None, *, is_damage: bool = True) -> None:
+        """Note a problem of a file; with `repair`, move the file aside and let its rows count as missing.
+
+        One that merely cannot be read, for want of permission say, is left where it is.
+        """
+        repair = self._repair and is_damage
+        if repair:
             self._move_aside(problem.path)
             if shard is not None:
                 self._index.mark_shard(self._space.name, shard, 0, "settled", problem.problem)
-        self._done.problems.append(replace(problem, repaired=self._repair))
+        self._done.problems.append(replace(problem, repaired=repair))
 
     def _move_aside(self, path: Path) -> None:
-        if not path.exists():
+        if not storage.exists(path):
             return
         aside = self._space.path / ASIDE
         storage.make_folder(aside)
         target = aside / path.name
-        if target.exists():
+        if storage.exists(target):
             target = aside / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S-%f}{path.suffix}"
         storage.move(path, target)
 
 
+def _is_damage(error: CacheError) -> bool:
+    """Return whether a shard is no good: what it holds is wrong, or the disk does not give it back."""
+    return isinstance(error, ShardDamagedError) or (isinstance(error, ShardUnreadableError) and error.from_disk)
+
+
 def _reason(error: CacheError) -> str:
-    return error.problem if isinstance(error, ShardDamagedError) else str(error)
+    return error.problem if isinstance(error, ShardDamagedError | ShardUnreadableError) else str(error)

@@ -74,13 +74,15 @@ def open_dataset(
 def _open_path(name: str, image_root: Path | None) -> Dataset:
     path = Path(os.path.expanduser(name))  # noqa: PTH111  the Path method raises on "~nobody"
     try:
-        is_folder, exists = path.is_dir(), path.exists()
+        is_folder, is_file, exists = path.is_dir(), path.is_file(), path.exists()
     except OSError as error:  # a name too long, a parent that may not be entered
         raise DatasetError(f"cannot look at {name!r}: {error.strerror or error}") from error
     if not name or not exists:
         raise DatasetError(_unknown(name))
     if is_folder:
         return open_folder(path)
+    if not is_file:  # a pipe would be waited for
+        raise DatasetError(f"expected {_OTHERWISE}, found {name!r}, which is neither a file nor a folder")
     if path.suffix.lower() in MANIFEST_ENDINGS:
         return open_manifest(path, image_root)
     raise DatasetError(f"expected {_OTHERWISE}, found the file {name!r}: give it the ending of what it is")
