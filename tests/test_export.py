@@ -245,3 +245,30 @@ def test_a_virtual_export_says_that_gc_ends_it(data: Path) -> None:
     out, photos = data.parent / "out.h5", data.parent / "photos"
     done = icebox(data, "cache", "export", out, "--dataset", photos, *SPACE, "--virtual")
     assert "after `cache gc`, export it again" in done.err
+
+
+def test_a_link_in_the_place_of_what_is_being_written_is_not_followed(data: Path) -> None:
+    precious = data.parent / "thesis.txt"
+    precious.write_text("years of work")
+    (data.parent / ".partial-out.h5").symlink_to(precious)
+    done = export(data)
+    assert done.code == 1
+    assert "cannot write" in done.json["error"]
+    assert precious.read_text() == "years of work"
+    assert not (data.parent / "out.h5").exists()
+
+
+@pytest.mark.parametrize("name", ["key", "view"])
+def test_a_virtual_export_names_the_damaged_shard(data: Path, name: str) -> None:
+    path = shards(data)[0]
+    with h5py.File(path) as file:
+        stored: Any = file[name]
+        place = stored.id.get_chunk_info(0).byte_offset
+    flip(path, place)
+    done = export(data, "--virtual")
+    if name == "view":  # nothing is read of it here; whoever reads the rows is told
+        assert done.code in (0, 1)
+    else:
+        assert done.code == 1
+        assert f"shard {path} cannot be read" in done.json["error"]
+        assert "cache verify --read-data --repair" in done.json["error"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -10,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import icebox, write_picture
+from faults import Watcher, disk_full, watched
 from made import SPEC, add, flip, key, made, shard_file
 
 from pipeline import runs
 from pipeline.cache import gc
 from pipeline.cache.gc import Collected, Keep, collect
+from pipeline.cache.index import FileStamp
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.verify import verify
+from pipeline.errors import CacheError
 
 
 @pytest.fixture
@@ -266,3 +271,53 @@ def test_options_of_a_dataset_need_a_dataset(data: Path) -> None:
     done = icebox(data, "cache", "gc", "--image-root", data)
     assert done.code == 2
     assert "--archive and --image-root go with --dataset only" in done.err
+
+
+def test_a_shard_of_which_the_index_lost_the_rows_is_not_dead(cache: Cache, space: FeatureSpace) -> None:
+    """The shards are the truth: what the index merely says is not enough to remove one."""
+    large = add(space, list(range(gc.SMALL_ROWS)))
+    with closing(sqlite3.connect(cache.index.path)) as db:
+        db.execute("DELETE FROM rows")
+        db.commit()
+    done = collect(cache, Keep())
+    assert (done.rows_removed, done.shards_removed) == (0, 0)
+    assert names(space) == {large.name}
+    check_rows(space, list(range(gc.SMALL_ROWS)))
+
+
+def test_nor_is_one_whose_rows_the_index_gives_to_others(cache: Cache, space: FeatureSpace) -> None:
+    add(space, list(range(gc.SMALL_ROWS)))
+    with closing(sqlite3.connect(cache.index.path)) as db:
+        db.execute("UPDATE rows SET key = zeroblob(32)")
+        db.commit()
+    assert collect(cache, Keep({key(1)})).rows_removed == 0
+    check_rows(space, list(range(gc.SMALL_ROWS)))
+
+
+def test_on_a_full_disk_what_is_dead_goes_first(cache: Cache, space: FeatureSpace) -> None:
+    dead, mixed = add(space, list(range(100))), [add(space, [n, n + 1000]) for n in range(100, 140)]
+    with watched(Watcher(1, disk_full, for_good=True, among=frozenset({"write"}))), pytest.raises(CacheError):
+        collect(cache, Keep({key(n) for n in range(100, 140)}))
+    assert dead.name not in names(space), "so there is room now"
+    assert names(space) == {info.name for info in mixed}
+    collect(cache, Keep({key(n) for n in range(100, 140)}))
+    check_rows(space, list(range(100, 140)))
+
+
+def test_files_that_may_not_be_looked_at_are_remembered(
+    cache: Cache, space: FeatureSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, locked, gone = (write_picture(tmp_path / name, 1) for name in ("here.png", "locked.png", "gone.png"))
+    stamp = FileStamp(1, 2, 3, 4)
+    cache.index.remember_digests({path: (stamp, key(1)) for path in (here, locked, gone)})
+    gone.unlink()
+    real = Path.lstat
+
+    def lstat(path: Path) -> os.stat_result:
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    collect(cache, Keep())
+    assert set(cache.index.files()) == {here, locked}

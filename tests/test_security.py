@@ -71,13 +71,18 @@ def test_what_comes_from_elsewhere_is_refused_as_the_table_says(
     monkeypatch.setenv("TRAP", str(trap))
     given = CASES[line](tmp_path)
     # Where sitecustomize.py lies if a case makes one.
-    done = icebox(tmp_path / "data", *shlex.split(command), *given, PYTHONPATH=str(tmp_path))
+    index = [str(part).partition("=")[2] for part in given if str(part).startswith("ICEBOX_INDEX=")]
+    given = [part for part in given if not str(part).startswith("ICEBOX_INDEX=")]
+    variables = {"PYTHONPATH": str(tmp_path)} | ({"ICEBOX_INDEX": index[0]} if index else {})
+    done = icebox(tmp_path / "data", *shlex.split(command), *given, cwd=ROOT, **variables)
     said = " ".join((done.err + done.out).split())
     wanted = ".*".join(re.escape(part.strip()) for part in message.replace(r"\|", "|").split("…"))
     assert re.search(wanted, said), said
     assert done.code == code
     assert "Traceback" not in said
     assert not trap.exists()
+    precious = tmp_path / "precious"
+    assert not precious.exists() or (precious / "thesis.txt").read_text() == "years of work"
     if code == 1:
         assert len(re.findall("^error: ", done.err, re.MULTILINE)) == 1
 
@@ -189,6 +194,12 @@ def _(folder: Path) -> list[str | Path]:
 @case("a quote that is never closed")
 def _(folder: Path) -> list[str | Path]:
     return manifest(folder, 'path,label\n"a.png,a\nb.png,b\n')
+
+
+@case("a named pipe in the place of a manifest")
+def _(folder: Path) -> list[str | Path]:
+    os.mkfifo(folder / "list.csv")
+    return ["--dataset", folder / "list.csv"]
 
 
 @case("text under the name of a Parquet file")
@@ -452,6 +463,45 @@ def _(folder: Path) -> list[str | Path]:
     return cache_with(folder, lambda space: (space.shards / "run-me.sh").write_text("touch $TRAP"))
 
 
+@case("a chunk of 4 GB in a file of 4 KB")
+def _(folder: Path) -> list[str | Path]:
+    options: dict[str, Any] = {"maxshape": (None, 32), "chunks": (2**27 - 1, 32), "fletcher32": True}
+    return forged(folder, instead("key", lambda file: file.create_dataset("key", (8, 32), "u1", **options)))
+
+
+@case("views that the shard does not describe")
+def _(folder: Path) -> list[str | Path]:
+    views = {"data": np.full(8, 7), "chunks": (8,), "fletcher32": True}
+    return forged(folder, instead("view", lambda file: file.create_dataset("view", **views)))
+
+
+def thesis(folder: Path) -> Path:
+    """Somebody's file outside the cache; it must be what it was when all is done."""
+    path = folder / "precious" / "thesis.txt"
+    path.parent.mkdir()
+    path.write_text("years of work")
+    return path
+
+
+@case("a link to itself among the shards")
+def _(folder: Path) -> list[str | Path]:
+    return cache_with(folder, lambda space: (space.shards / "loop.h5").symlink_to("loop.h5"))
+
+
+@case("a link in the place of the lock")
+def _(folder: Path) -> list[str | Path]:
+    def work(space: FeatureSpace) -> None:
+        (space.path / ".lock").unlink(missing_ok=True)
+        (space.path / ".lock").symlink_to(thesis(folder))
+
+    return cache_with(folder, work)
+
+
+@case("a link to another folder in the place of aside/")
+def _(folder: Path) -> list[str | Path]:
+    return cache_with(folder, lambda space: (space.path / "aside").symlink_to(thesis(folder).parent))
+
+
 # Descriptions
 
 
@@ -476,6 +526,15 @@ def _(folder: Path) -> list[str | Path]:
 @case("a space.json of 2 MB")
 def _(folder: Path) -> list[str | Path]:
     return described(folder, with_spec() + " " * 2_000_000)
+
+
+@case("a space.json that is a named pipe")
+def _(folder: Path) -> list[str | Path]:
+    def work(space: FeatureSpace) -> None:
+        (space.path / "space.json").unlink()
+        os.mkfifo(space.path / "space.json")
+
+    return cache_with(folder, work)
 
 
 @case("a space.json with NaN")
@@ -519,8 +578,8 @@ def index(folder: Path, make: Callable[[Path], object]) -> list[str | Path]:
 
 def altered(*statements: str) -> Callable[[Path], None]:
     def alter(path: Path) -> None:
-        with closing(Cache(path.parent)):
-            pass
+        with closing(Cache(path.parent)) as cache:
+            cache.spaces()
         with closing(sqlite3.connect(path)) as db:
             for statement in statements:
                 db.execute(statement)
@@ -538,6 +597,16 @@ def _(folder: Path) -> list[str | Path]:
 def _(folder: Path) -> list[str | Path]:
     trigger = "CREATE TRIGGER evil AFTER INSERT ON rows BEGIN DELETE FROM rows; END"
     return index(folder, altered(trigger))
+
+
+@case("a cache.db with text for numbers")
+def _(folder: Path) -> list[str | Path]:
+    return index(folder, altered("UPDATE shards SET bytes = 'many'"))
+
+
+@case("an ICEBOX_INDEX that names somebody's text")
+def _(folder: Path) -> list[str | Path]:
+    return [*cache_with(folder, lambda space: None), f"ICEBOX_INDEX={thesis(folder)}"]
 
 
 @case("a cache.db of a later version")

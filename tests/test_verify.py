@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import functools
 import hashlib
 import json
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
-from conftest import icebox
+from conftest import icebox, write_picture
 from made import SPEC, add, chunk_places, flip, key, made, shard_file
 
+import cli
+from pipeline.cache import storage
+from pipeline.cache.digests import file_stamp
 from pipeline.cache.shard import ShardInfo, row_filters
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.verify import Verification, verify
-from pipeline.errors import CacheError, ShardDamagedError, SpecError
+from pipeline.errors import CacheError, IndexDamagedError, ShardDamagedError, SpecError
 
 ROWS = 8  # in a shard
 
@@ -361,3 +368,144 @@ def test_an_index_with_what_cannot_be_is_derived_again(
     with closing(Cache(cache.root)) as again:
         assert verify(again, sample=1.0).problems == []
         assert missing(again, again.open(space.name)) == set()
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_foreign_shard_does_not_outlaw_the_others(tmp_path: Path, described: bool) -> None:
+    """Of whatever name, and met in whatever order: the index is derived again."""
+    with closing(Cache(tmp_path / "cache")) as cache:
+        space = cache.create(SPEC, {"row_shape": [2, 3, 8]} if described else {})
+        good = [add(space, list(range(start, start + ROWS))) for start in range(0, 4 * ROWS, ROWS)]
+        foreign = {space.write(made([n], SPEC, (3, 3, 8))).name for n in range(100, 103)}
+        assert min(foreign) < max(info.name for info in good)
+    (tmp_path / "cache" / "cache.db").unlink()
+    with closing(Cache(tmp_path / "cache")) as cache:
+        done = verify(cache)
+        assert {problem.path.stem for problem in done.problems} == foreign
+        assert missing(cache, space) == set()
+        verify(cache, repair=True)
+        assert {path.stem for path in space.shards.iterdir()} == {info.name for info in good}
+        assert missing(cache, space) == set()
+
+
+@pytest.mark.parametrize(("number", "moved"), [(errno.EACCES, False), (errno.EMFILE, False), (errno.EIO, True)])
+def test_a_shard_that_merely_cannot_be_read_is_not_moved(
+    cache: Cache,
+    space: FeatureSpace,
+    shards: list[ShardInfo],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    moved: bool,
+) -> None:
+    path = shard_file(space, shards[1])
+    real: Any = h5py.File
+
+    def refusing(name: Path, *more: object, **options: object) -> h5py.File:
+        if name == path:
+            raise OSError(number, "refused")
+        return real(name, *more, **options)
+
+    monkeypatch.setattr(h5py, "File", refusing)
+    done = verify(cache, repair=True)
+    assert found(done) == {path.name: f"cannot be read ({os.strerror(number)})"}
+    assert done.sound == moved
+    assert path.exists() != moved
+    monkeypatch.undo()
+    assert missing(cache, space) == (rows_of(shards, 1) if moved else set())
+
+
+def test_a_description_that_may_not_be_read_is_not_written_anew(
+    cache: Cache, space: FeatureSpace, shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, before = storage.read_small, (space.path / "space.json").read_bytes()
+
+    def refusing(path: Path, most: int) -> bytes:
+        if path.name == "space.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, most)
+
+    monkeypatch.setattr(storage, "read_small", refusing)
+    assert not verify(cache, repair=True).sound
+    monkeypatch.undo()
+    assert (space.path / "space.json").read_bytes() == before
+
+
+def test_links_that_lead_nowhere_are_moved_aside(cache: Cache, space: FeatureSpace, shards: list[ShardInfo]) -> None:
+    (space.shards / "loop.h5").symlink_to("loop.h5")
+    (space.shards / f"{'d' * 64}.h5").symlink_to("nothing")
+    (cache.root / "loop").symlink_to("loop")
+    assert found(verify(cache)).keys() == {"loop.h5", f"{'d' * 64}.h5"}
+    assert verify(cache, repair=True).sound
+    assert verify(cache, sample=1.0).problems == []
+    assert missing(cache, space) == set()
+
+
+DAMAGE = {
+    "a view that is text": "UPDATE rows SET view = 'x' WHERE shard = 1 AND position = 0",
+    "a position that is text": "UPDATE rows SET position = 'x' WHERE shard = 1 AND position = 0",
+    "a position beyond all bounds": "UPDATE rows SET position = 9e999 WHERE shard = 1 AND position = 0",
+    "a key that is text": "UPDATE rows SET key = 'x' WHERE shard = 1 AND position = 0",
+    "a name that is no text": "UPDATE shards SET name = CAST(x'ff' AS TEXT) WHERE id = 1",
+    "a space that is no text": "UPDATE shards SET space = CAST(x'ff' AS TEXT) WHERE id = 1",
+    "a digest that is text": "UPDATE files SET digest = 'x'",
+    "a digest of one byte": "UPDATE files SET digest = x'00'",
+    "a path that is a number": "UPDATE files SET path = 3",
+    "a reason that is a number": "UPDATE quarantine SET reason = x'00'",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "command", [("ls",), ("verify",), ("gc", "--yes"), ("explain",), ("quarantine",)], ids=" ".join
+)
+def test_an_index_that_holds_what_it_cannot_is_derived_again(
+    tmp_path: Path, damage: str, command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos" / "a"
+    write_picture(photos / "0.png", 0)
+    os.utime(photos / "0.png", (1, 1))
+    with closing(Cache(tmp_path / "data" / "cache")) as cache:
+        space = cache.create(SPEC, {})
+        add(space, [1, 2, 3])
+        path = photos / "0.png"
+        cache.index.remember_digests({path: (file_stamp(path), key(1))})
+        cache.index.remember_quarantined({key(7): "odd"}, "a decoder", 10)
+    with closing(sqlite3.connect(tmp_path / "data" / "cache" / "cache.db")) as db:
+        db.execute(DAMAGE[damage])
+        db.commit()
+    options = ("--dataset", str(tmp_path / "photos")) if command == ("explain",) else ()
+    main = functools.partial(call, str(tmp_path / "data"))
+    code = main(*command, *options)
+    said = capsys.readouterr().err
+    assert code == 0 or (command == ("verify",) and "says otherwise of shard" in said), said
+    main("verify", "--repair")
+    capsys.readouterr()
+    assert main("verify", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 3
+
+
+def call(data: str, *arguments: str) -> int:
+    return cli.main(["--data-dir", data, "cache", *arguments])
+
+
+def test_an_index_that_cannot_be_written_is_read(
+    cache: Cache, space: FeatureSpace, shards: list[ShardInfo], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.index._db.close()
+    cache.index._db = sqlite3.connect(f"file:{cache.index.path}?mode=ro", uri=True)
+    path = write_picture(tmp_path / "new.png", 1)
+    cache.index.remember_digests({path: (file_stamp(path), key(1))})
+    cache.index.remember_quarantined({key(9): "odd"}, "a decoder", 10)
+    assert "cannot be written: digests and failures are not remembered" in caplog.text
+    assert missing(cache, space) == set()
+
+
+def test_an_index_removed_while_it_is_in_use_is_derived_again(
+    cache: Cache, space: FeatureSpace, shards: list[ShardInfo]
+) -> None:
+    cache.index.path.unlink()
+    with pytest.raises(IndexDamagedError, match="was removed while it was in use"):
+        add(space, [100])
+    with closing(Cache(cache.root)) as again:
+        assert missing(again, space) == set()
+        assert again.open(space.name).locate([key(100)]).found.all()

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import icebox, picture
 
+import pipeline.canary
 import pipeline.extract
 from pipeline import augment, images
 from pipeline.asked import Asked, DatasetChoice
@@ -25,6 +26,7 @@ from pipeline.cache import shard
 from pipeline.cache.digests import digest
 from pipeline.cache.gc import Keep, collect
 from pipeline.cache.space import Cache, FeatureSpace
+from pipeline.canary import recompute
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, limit, open_dataset
 from pipeline.errors import MissingRowsError, ShardDamagedError, UsageError
@@ -347,3 +349,37 @@ def test_a_recipe_without_views_is_wrong_use(tmp_path: Path) -> None:
     done = icebox(tmp_path, "features", "--augment", "zoom=0.1")
     assert done.code == 2
     assert "ask for some by --views 2 or more" in done.err
+
+
+def test_the_space_is_taken_that_holds_the_views(workspace: Workspace, photos: Path) -> None:
+    dataset = cached.listed(photos)
+    one = cached.fill(workspace, dataset, spec=cached.SPEC)
+    two = cached.fill(workspace, dataset, spec=replace(cached.SPEC, precision="bfloat16"), views=Views(3))
+    for views, space in ((Views(1), min(one.name, two.name)), (Views(3), two.name)):
+        material = gather(dataset, workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, "features", views=views)
+        assert material.space.name == space
+    found = explain(dataset, workspace, FeatureChoice(space=one.name), images.DEFAULT_MAX_PIXELS, Views(3))
+    assert found.counts == {"other space": 60}
+    assert {each.space: each.rows for each in found.spaces} == {one.name: 60, two.name: 180}
+
+
+def test_explain_tells_of_views_in_a_bad_shard(workspace: Workspace, photos: Path) -> None:
+    dataset = cached.listed(photos)
+    space = cached.fill(workspace, dataset, views=Views(2))
+    augmented = [name for name, view in space.index.views(space.name) if view]
+    path = space.shard_path(augmented[0])
+    path.write_bytes(path.read_bytes()[:-100])
+    found = explain(dataset, workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, Views(2))
+    assert set(found.counts) == {"cached", "bad shard"}
+    assert explain(dataset, workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS).counts == {"cached": 60}
+
+
+def test_the_canary_computes_views_afresh_too(tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.extract, "FrozenBackbone", _frozen_backbone)
+    monkeypatch.setattr(pipeline.canary, "FrozenBackbone", _frozen_backbone)
+    computed(tmp_path, digits, Views(3))
+    with open_workspace(tmp_path / "data") as workspace:
+        (space,) = workspace.cache.spaces()
+        drift = recompute(space, 100, workspace, digits)
+        assert drift is not None
+        assert (drift.rows, drift.identical) == (9, 9)
