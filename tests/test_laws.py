@@ -6,6 +6,7 @@ it once found stands below as an `@example`.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from made import key, made
 
 import pipeline.decoder
 import pipeline.extract
-from pipeline import images
+from pipeline import augment, images
 from pipeline.cache.digests import digest
 from pipeline.cache.gc import Keep, collect
 from pipeline.cache.shard import ShardDamagedError, read_info, read_rows, write_shard
@@ -35,6 +36,7 @@ from pipeline.dataset import of_files
 from pipeline.decoder import Loader
 from pipeline.errors import CacheError, DecodeError
 from pipeline.extract import Extraction, FeatureChoice, extract
+from pipeline.spec import Augmentation, Views
 from pipeline.workspace import open_workspace
 
 EXAMPLES = settings().max_examples  # of conftest.py's profile; fewer where each is a whole life
@@ -92,6 +94,15 @@ def content(number: int) -> bytes:
     return cv2.imencode(".png", picture(number, 12, 10))[1].tobytes()
 
 
+@functools.cache
+def expected(number: int, view: int) -> np.ndarray:
+    """What the network says of an image in one of `Views(3)`."""
+    pixels = images.decode(content(number))
+    if view:
+        pixels = augment.warp(pixels, Augmentation(), augment.draws(digest(content(number)), view))
+    return features_of(pixels[None])[0]
+
+
 class Life(RuleBasedStateMachine):
     """A folder of images and the cache of it, with all that can happen to both."""
 
@@ -132,21 +143,21 @@ class Life(RuleBasedStateMachine):
             (self.images / old).rename(self.images / new)
 
     @precondition(lambda self: self.present())
-    @rule(retry=st.booleans())
-    def features(self, retry: bool) -> None:
-        lacking = self.lacking()
+    @rule(retry=st.booleans(), views=st.integers(1, 3))
+    def features(self, retry: bool, views: int) -> None:
+        lacking = self.lacking(views)
         before = Network.computed
-        done = self.extract(retry_failed=retry)
-        assert done.images == done.rows + len(done.quarantined)
+        done = self.extract(views, retry_failed=retry)
+        assert done.rows == views * (done.images - len(done.quarantined))
         assert done.computed == Network.computed - before == lacking, "no more and no less than was missing"
         bad = {path.name for path in self.present() if not path.read_bytes().startswith(b"\x89PNG")}
         assert {Path(each.path).name for each in done.quarantined} == bad
-        assert self.lacking() == 0
+        assert self.lacking(views) == 0
 
-    def extract(self, **options: Any) -> Extraction:
+    def extract(self, views: int = 1, **more: Any) -> Extraction:
         with open_workspace(self.folder / "data") as workspace:
-            some = of_files("some", self.present())
-            return extract(some, workspace, self.choice, ComputeOptions(shard_rows=3, batch_size=2), **options)
+            some, options = of_files("some", self.present()), ComputeOptions(shard_rows=3, batch_size=2)
+            return extract(some, workspace, self.choice, options, views=Views(views), **more)
 
     @rule(keep=st.none() | st.sets(CONTENTS))
     def gc(self, keep: set[int] | None) -> None:
@@ -162,10 +173,10 @@ class Life(RuleBasedStateMachine):
     # What happens to them
 
     @precondition(lambda self: self.present())
-    @rule(at=st.integers(1, 60), what=st.sampled_from(["features", "gc", "repair"]))
-    def killed(self, at: int, what: str) -> None:
+    @rule(at=st.integers(1, 80), what=st.sampled_from(["features", "gc", "repair"]), views=st.integers(1, 3))
+    def killed(self, at: int, what: str, views: int) -> None:
         with watched(Watcher(at, die, for_good=True)), suppress(Death):
-            self.extract() if what == "features" else getattr(self, what)(*([None] if what == "gc" else []))
+            self.extract(views) if what == "features" else getattr(self, what)(*([None] if what == "gc" else []))
 
     @precondition(lambda self: self.shards())
     @rule(data=st.data())
@@ -226,15 +237,14 @@ class Life(RuleBasedStateMachine):
         with self.readable() as workspace:
             for space in workspace.cache.spaces():
                 for number in range(8):
-                    found = space.locate([digest(content(number))])
-                    if not found.found.all():
-                        continue
-                    try:
-                        (row,) = space.read([digest(content(number))], "features")
-                    except CacheError:
-                        continue
-                    pixels = images.decode(content(number))
-                    assert np.array_equal(row, features_of(pixels[None])[0])
+                    image = digest(content(number))
+                    located = space.locate([image] * 3, Views(3).numbers)
+                    for at in np.flatnonzero(located.found):
+                        try:
+                            (row,) = space.reader("features").read(located.take(np.array([at])))
+                        except CacheError:
+                            continue
+                        assert np.array_equal(row, expected(number, Views(3).numbers[at]))
 
     @contextmanager
     def readable(self) -> Iterator[Any]:
@@ -251,14 +261,15 @@ class Life(RuleBasedStateMachine):
             with open_workspace(self.folder / "data") as workspace:
                 yield workspace
 
-    def lacking(self) -> int:
-        """Return how many different images have no row that can be read."""
+    def lacking(self, views: int) -> int:
+        """Return how many rows of different images, in so many views, cannot be read."""
         contents = {path.read_bytes() for path in self.present()}
         wanted = [digest(each) for each in contents if each.startswith(b"\x89PNG")]
         with self.readable() as workspace:
             spaces = workspace.cache.spaces()
-            stored = sum(int(space.locate(wanted).found.sum()) for space in spaces)
-        return len(wanted) - stored
+            rows = [(space, view) for space in spaces for view in Views(views).numbers]
+            stored = sum(int(space.locate(wanted, [view] * len(wanted)).found.sum()) for space, view in rows)
+        return views * len(wanted) - stored
 
 
 TestLife = Life.TestCase

@@ -90,7 +90,7 @@ def export(space: FeatureSpace, columns: Columns, out: Path, what: What, *, virt
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    return out.stat().st_size
+    return storage.size(out)
 
 
 class _Export:

@@ -169,7 +169,7 @@ def read_info(path: Path, spec: FeatureSpec) -> ShardInfo:
             raise ShardDamagedError(path, f"is damaged: its features are {features.dtype}")
         keys, views = _all(file, "key"), _all(file, "view")
         _recipes(file, views, path)
-        return ShardInfo(path.stem, path.stat().st_size, keys, views, features.shape[1:])
+        return ShardInfo(path.stem, storage.size(path), keys, views, features.shape[1:])
 
 
 def check_bytes(path: Path) -> None:

@@ -125,6 +125,12 @@ def exists(path: Path) -> bool:
     return True
 
 
+def size(path: Path) -> int:
+    """Return the bytes of a file."""
+    about_to("look", path)
+    return path.stat().st_size
+
+
 def fsync(path: Path) -> None:
     """Flush a file's or a directory's content to the disk."""
     about_to("sync", path)
@@ -202,6 +208,7 @@ def move(path: Path, target: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """Return the bytes a user may still write on the file system that holds `path` or will hold it."""
+    about_to("look", path)
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
