@@ -19,11 +19,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pipeline import heads
+from pipeline.backbone import import_keras
 from pipeline.batches import Shuffled
 from pipeline.errors import RunError
 from pipeline.heads import READS, Data, Fitted, Watch, fit, load
 from pipeline.heads.dense import DenseHead, _set_normalization, build, channel_statistics
-from pipeline.spec import HEADS, HeadSpec
+from pipeline.loop import optimizer
+from pipeline.spec import HEAD_DEFAULTS, HEADS, HeadSpec
 
 SHAPES = {"flatten": (2, 2, 8), "gap": (8,), "logreg": (8,)}
 DTYPES = {"flatten": np.float16, "gap": np.float32, "logreg": np.float32}  # as the cache stores them
@@ -526,3 +528,32 @@ def test_a_fitted_pipeline_from_elsewhere_that_is_a_logistic_regression_loads(tm
 def test_every_head_reads_a_dataset_that_shards_have() -> None:
     assert set(READS) == set(HEADS)
     assert set(READS.values()) <= {"features", "pooled"}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_adam_in_one_kernel_is_adam(decay: float) -> None:
+    """Keras' own beside it, over a falling learning rate."""
+    keras = import_keras()
+    rng = np.random.default_rng(0)
+    x, y = rng.random((128, 20), np.float32), np.eye(3, dtype=np.float32)[rng.integers(0, 3, 128)]
+    settings = {
+        **HEAD_DEFAULTS["gap"],
+        "learning_rate": 0.01,
+        "schedule": "cosine",
+        "weight_decay": decay,
+        "epochs": 50,
+    }
+    theirs = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.01, 50), weight_decay=decay or None)
+    if decay:
+        theirs.exclude_from_weight_decay(var_names=["bias"])
+    weights = []
+    for adam in (optimizer(settings, 1), theirs):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(3, "softmax")])
+        model.compile(adam, "categorical_crossentropy", jit_compile=False)
+        before = model.get_weights()
+        for _ in range(50):
+            model.train_on_batch(x, y)
+        weights.append(model.get_weights())
+    for ours, keras_own, first in zip(*weights, before, strict=True):
+        assert np.abs(ours - keras_own).max() < 1e-5 < np.abs(ours - first).max()
