@@ -16,7 +16,7 @@ from pipeline import heads, runs
 from pipeline.asked import Asked
 from pipeline.cache import storage
 from pipeline.dataset import Dataset
-from pipeline.errors import DatasetError, MissingRowsError, RunError, SpecError
+from pipeline.errors import DatasetError, IceboxError, MissingRowsError, RunError, SpecError
 from pipeline.evaluate import evaluate
 from pipeline.extract import FeatureChoice, Quarantined, warn_untrained
 from pipeline.fitting import answers
@@ -39,7 +39,7 @@ class TrainedRun:
     path: Path
     spec: FeatureSpec
     classes: list[str]
-    reads: str  # "features" or "pooled"
+    kind: str  # the head's name
     asked: Asked | None  # None for a run of 0.1.0, which did not keep it
 
     @property
@@ -50,7 +50,10 @@ class TrainedRun:
     @cached_property
     def head(self) -> heads.Head:
         """The head, read when it is first needed. Raises RunError."""
-        return heads.load(self.path)
+        head = heads.load(self.path)
+        if head.kind != self.kind:
+            raise RunError(f"{self.path} holds a {head.kind} head, and its run.json says {self.kind}")
+        return head
 
     def require_space(self, spec: FeatureSpec) -> None:
         """Raise SpecError, naming each field that differs, unless `spec` is the space the run was trained in."""
@@ -82,11 +85,13 @@ def open_run(root: Path, name: str) -> TrainedRun:
     about = runs.read_run(path)
     try:
         classes, spec = [str(each) for each in about["classes"]], FeatureSpec.from_dict(about["features"])
-        reads = heads.READS[about["head"]["head"]]
+        kind = about["head"]["head"]
+        if kind not in heads.READS:
+            raise KeyError(kind)
         asked = Asked.from_dict(about["asked"]) if "asked" in about else None
     except (KeyError, TypeError, SpecError) as error:
         raise RunError(f"{path / 'run.json'} is not that of a trained head ({error})") from error
-    return TrainedRun(path, spec, classes, reads, asked)
+    return TrainedRun(path, spec, classes, kind, asked)
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def evaluate_run(
         raise DatasetError(f"no images in the {side} split of {dataset.name}; name another by --split")
     predictions = _predicted(run, material, members, side, memory)
     metrics = evaluate(predictions.labels, predictions.probabilities, run.classes)
-    title = side if own else f"{dataset.name}-{side}"
+    title = side if own else f"{dataset.name}-{side}-{material.digest()[:8]}"  # names may be alike, images not
     path = _keep(run, title, predictions, metrics)
     return Evaluation(run.name, dataset.name, side, metrics, path, material.quarantined)
 
@@ -166,8 +171,17 @@ def _predicted(
     run: TrainedRun, material: Material, members: np.ndarray, side: Side, memory: int | None
 ) -> runs.Predictions:
     with material.space.reading():
-        (rows,) = open_rows(material.space, material.keys, run.reads, [Wanted(members)], memory=memory)
-        said = answers(run.head, rows, side)
+        reads = heads.READS[run.kind]
+        (rows,) = open_rows(material.space, material.keys, reads, [Wanted(members)], memory=memory)
+        try:
+            said = answers(run.head, rows, side)
+        except ValueError as error:
+            if isinstance(error, IceboxError):
+                raise
+            shape = "x".join(map(str, rows.shape[1:]))
+            raise RunError(f"the head in {run.path} does not take rows of {shape}: it is of another run") from error
+        if said.shape[1] != len(run.classes):
+            raise RunError(f"the head in {run.path} tells {said.shape[1]} classes apart, not {len(run.classes)}")
     names = [material.dataset.names[int(i)] for i in material.usable[members]]
     return runs.Predictions(side, names, material.labels(members), said)
 

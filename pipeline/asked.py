@@ -24,6 +24,12 @@ class DatasetChoice:
     image_root: str | None = None
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raise TypeError if a value is not what it should be: a run.json may come from elsewhere."""
+        texts = all(isinstance(value, str | None) for value in (self.archive, self.image_root))
+        if not isinstance(self.dataset, str) or not texts or not isinstance(self.limit, int | None):
+            raise TypeError(f"{self} is no choice of images")
+
     def anchored(self) -> Self:
         """Return the same with absolute paths, so that it means the same from anywhere."""
         name = self.dataset if dataset.is_known(self.dataset) else str(Path(self.dataset).absolute())
@@ -40,6 +46,14 @@ class DatasetChoice:
             progress=workspace.progress,
         )
         return found if self.limit is None else dataset.limit(found, self.limit)
+
+
+def begun_with(request: Mapping[str, Any]) -> FeatureChoice:
+    """Return the choice of the very space that an unfinished run began with: `auto` may mean another one by now."""
+    space = request.get("space")
+    if not isinstance(space, str):
+        raise RunError("the run does not say which feature space it began with; train anew")
+    return FeatureChoice(space=space)
 
 
 @dataclass(frozen=True)
@@ -59,12 +73,20 @@ class Asked:
     views: Views = PLAIN_VIEW
 
     def __post_init__(self) -> None:
+        numbers = isinstance(self.max_pixels, int) and isinstance(self.memory, int | None)
+        if not numbers or not isinstance(self.folds, int) or not isinstance(self.tensorboard, bool):
+            raise TypeError("numbers that are none")
         if self.folds == 1 or self.folds < 0:
             raise UsageError(f"--folds must be 0 or at least 2, found {self.folds}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
         return {**asdict(self), "head": self.head.to_dict()}
+
+    @classmethod
+    def of_request(cls, request: Mapping[str, Any]) -> Self:
+        """Return what the request of an unfinished run says, in the space it began with. Raises RunError."""
+        return replace(cls.from_dict(request.get("asked", {})), features=begun_with(request))
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.errors import DoNotFitError
 from pipeline.rows import Rows, StoredRows, read_ahead
 
 _BLOCK = 32  # rows read side by side; smaller in a small window, that it may still hold many blocks
@@ -28,6 +29,14 @@ class Shuffled:
     size: int
     seed: int
 
+    def __post_init__(self) -> None:
+        if isinstance(self.rows, StoredRows) and self.rows.rows_at_once < self.size:
+            least = self.rows.least_room(self.size)
+            raise DoNotFitError(
+                f"to stream batches of {self.size:,} rows, --memory must hold {least:,} bytes, found "
+                f"{self.rows.room:,}: allow more, or take a smaller --batch-size"
+            )
+
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
         return -(-len(self.rows) // self.size)
@@ -37,7 +46,7 @@ class Shuffled:
         random = np.random.default_rng([self.seed, number])
         window = self.size
         if isinstance(self.rows, StoredRows):
-            window *= max(1, self.rows.rows_at_once // self.size)
+            window *= self.rows.rows_at_once // self.size
             order = block_order(self.rows.as_stored(), window, random)
         else:
             order = random.permutation(len(self.rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pipeline.errors import RunError
 
 FILE = "checkpoint.npz"
 _STATE = "state.json"
+_UNREADABLE = (EOFError, MemoryError, OverflowError, RecursionError, zipfile.BadZipFile, zlib.error)
 _SHARE = 0.1  # of the time spent on training, at most, goes into checkpoints
 
 
@@ -43,8 +45,9 @@ class Checkpoint:
                 groups = {
                     name: [file[f"{name}/{i}"] for i in range(count)] for name, count in state.pop("groups").items()
                 }
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-            raise RunError(f"{self.path} is not a checkpoint ({error}); delete it and train from the start") from error
+        except (*_UNREADABLE, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            # Without the text: NumPy's advises to load such a file unsafely.
+            raise RunError(f"{self.path} is not a checkpoint; delete it and train from the start") from error
         return groups, state
 
     def save(self, groups: Mapping[str, Sequence[Any]], state: Mapping[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -13,6 +15,7 @@ from pipeline.heads import Data
 from pipeline.rows import StoredRows, hold
 from pipeline.spec import HeadSpec
 
+_ADDRESS = re.compile(r"(\w+://)?[^/\s]+:\d+(/\S*)?")
 _TIMEOUT_S = 10  # to find the scheduler
 _ONE = threading.Lock()  # a process trains one head at a time, however many threads its worker has
 _held: dict[str, Data] = {}  # in a worker: the rows of the trials at hand, so that they are read once
@@ -40,8 +43,13 @@ def submitted(
     IceboxError
         What a task raises.
     """
-    from distributed import Client, KilledWorker, as_completed
+    from distributed import CancelledError, Client, KilledWorker, as_completed
+    from distributed.comm import CommClosedError
 
+    if not _ADDRESS.fullmatch(scheduler):
+        raise UsageError(f"--scheduler takes an address such as tcp://127.0.0.1:8786, found {scheduler!r:.60}")
+    # What it logs of lost connections is said below in one line.
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
     try:
         client = Client(scheduler, timeout=_TIMEOUT_S, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
@@ -49,18 +57,25 @@ def submitted(
     with client:
         if not client.scheduler_info(n_workers=-1)["workers"]:
             raise UsageError(f"the Dask scheduler at {scheduler} has no workers; start some: dask worker {scheduler}")
-        token = next(iter(tasks))
-        shared = client.scatter(data, hash=False)
+        token = f"{next(iter(tasks))}-{id(data)}"
+        # As a task, not scattered: what a dead worker held of it, another then has the scheduler give it again.
+        shared = client.submit(_same, data, pure=False)
         futures = {
-            client.submit(_task, work, spec, folder, shared, f"{token}-{id(data)}", memory, needed, pure=False): name
+            client.submit(_task, work, spec, folder, shared, token, memory, needed, pure=False): name
             for name, (spec, folder) in tasks.items()
         }
-        for future in as_completed(futures, loop=client.loop):
-            try:
+        try:
+            for future in as_completed(futures, loop=client.loop):
                 future.result()
-            except KilledWorker as error:
-                raise IceboxError(f"the worker of a trial died again and again ({error}); see its log") from error
-            yield futures[future]
+                yield futures[future]
+        except KilledWorker as error:
+            raise IceboxError(f"the worker of a trial died again and again ({error}); see its log") from error
+        except (CancelledError, CommClosedError, TimeoutError) as error:
+            raise IceboxError(f"the Dask scheduler at {scheduler} is gone; start it again and resume") from error
+
+
+def _same(data: Data) -> Data:
+    return data
 
 
 def _task(work: Work, spec: HeadSpec, folder: str, data: Data, token: str, memory: int | None, needed: int) -> None:

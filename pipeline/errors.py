@@ -14,6 +14,10 @@ class UsageError(IceboxError, ValueError):
     """An option or argument that cannot be meant: the command line exits with 2."""
 
 
+class DoNotFitError(UsageError):
+    """More must be in memory than may be."""
+
+
 class SpecError(IceboxError, ValueError):
     """A feature space that is not the one asked for, or settings that contradict each other."""
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +12,7 @@ import numpy as np
 from pipeline import heads, tracking
 from pipeline.asked import Asked
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import DatasetError
-from pipeline.heads.base import JSON_FILE, require_numbers
+from pipeline.heads.base import JSON_FILE, require_numbers, stratified_folds
 from pipeline.heads.ensemble import Ensemble, member_name
 from pipeline.prepare import Prepared
 from pipeline.progress import Progress
@@ -73,7 +71,7 @@ def _fit_folds(ready: Prepared, asked: Asked, directory: Path, advance: Callable
     labels = ready.labels["train"]
     said = np.zeros((len(labels), ready.classes), np.float32)
     members, history = list[heads.Head](), list[dict[str, float]]()
-    for number, (some, held) in enumerate(_folds(labels, ready.groups, asked.folds), 1):
+    for number, (some, held) in enumerate(stratified_folds(labels, ready.groups, asked.folds), 1):
         folder = directory / member_name(number)
         data = ready.fold(some, held)
         if not (folder / JSON_FILE).exists():
@@ -103,14 +101,3 @@ def _fit_member(data: heads.Data, asked: Asked, folder: Path, advance: Callable[
 def _best(history: list[dict[str, float]]) -> dict[str, float]:
     best = min(history, key=lambda entry: entry["val_loss"])
     return {name: best[name] for name in ("loss", "accuracy", "val_loss", "val_accuracy")}
-
-
-def _folds(labels: np.ndarray, groups: np.ndarray, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (train, held out) indices: classes spread evenly, rows of a group together, whatever the seed."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    if np.unique(groups).size < count or np.unique(labels, return_counts=True)[1].max() < count:
-        raise DatasetError(f"{len(labels)} images to train on are too few, or too much alike, for {count} folds")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds lacks in some of them
-        yield from StratifiedGroupKFold(count, shuffle=True, random_state=0).split(labels, labels, groups)

@@ -49,10 +49,13 @@ class Material:
         return self.dataset.labels[self.usable[members]]
 
     def digest(self) -> str:
-        """Return a hash of which rows there are, of which space and views, under which labels and on which sides."""
+        """Return a hash of which rows there are, of which space and views, under which labels, in which groups, and on
+        which sides.
+        """
         found = hashlib.sha256(self.space.spec.fingerprint().encode() + b"".join(self.keys))
         found.update(self.dataset.labels[self.usable].astype("<i8").tobytes())
         found.update(self.split.sides[self.usable].astype("<U5").tobytes())
+        found.update(self.groups.astype("<i8").tobytes())
         found.update(np.array(self.views.numbers, "<i8").tobytes())
         return found.hexdigest()
 

@@ -67,6 +67,10 @@ class StoredRows:
         """How many rows may be read at a time, the room being shared by those in use and those read ahead."""
         return self.room // (_AT_ONCE * self.row_bytes)
 
+    def least_room(self, rows: int) -> int:
+        """Return the bytes that must be allowed to read so many rows at a time."""
+        return _AT_ONCE * self.row_bytes * rows
+
     def as_stored(self) -> np.ndarray:
         """Return the indices (n,) in the order in which the rows lie on disk."""
         return np.lexsort((self._located.positions, self._located.shards))

@@ -29,7 +29,8 @@ VERSION = 1
 _SUMMARY = {"run", "head", "accuracy", "accuracy_interval", "val_accuracy", "seconds", "weights"}  # what is listed
 _MOST_BYTES = 2**26  # of a run.json: it lists quarantined images, a few at most
 REQUEST = "request.json"  # what was asked, in an unfinished run's folder
-_KEPT = ("checkpoint.npz", "head.json", "trial.json")
+_CHECKPOINT = "checkpoint.npz"
+_KEPT = (_CHECKPOINT, "head.json", "trial.json")
 _LONGEST_SLUG = 120  # file systems take names of 255 bytes; time, number and prefix are added
 
 
@@ -76,7 +77,6 @@ def reopened(root: Path, name: str, command: str = "train-head") -> Iterator[tup
 def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
     try:
         yield
-        storage.remove(partial / REQUEST)  # run.json says it from now on
         for path in partial.rglob("*"):
             storage.fsync(path)
         storage.publish(partial, final)
@@ -86,6 +86,14 @@ def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
         else:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    # Only now: killed before, it can still be gone on with.
+    for path in (final / REQUEST, *final.rglob(_CHECKPOINT)):
+        storage.remove(path)
+
+
+def write_request(folder: Path, asked: Mapping[str, Any], material: str, space: str) -> None:
+    """Note in an unfinished run's folder what was asked for, the digest of its rows, and the space they are of."""
+    write_json(folder / REQUEST, {"asked": dict(asked), "material": material, "space": space})
 
 
 def read_request(root: Path, name: str) -> dict[str, Any]:
@@ -154,7 +162,7 @@ def _can_resume(folder: Path) -> bool:
 
 
 def _not_resumable(root: Path, name: str) -> str:
-    if (root / name).is_dir():
+    if name and (root / name).is_dir():
         return f"{name} is finished; it lies in {root / name}"
     return f"nothing named {name!r} can be resumed in {root}; there are: {', '.join(unfinished(root)) or 'none'}"
 

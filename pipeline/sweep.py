@@ -13,19 +13,19 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from pipeline import heads, runs
-from pipeline.asked import Asked, DatasetChoice
+from pipeline.asked import Asked, DatasetChoice, begun_with
 from pipeline.cache import storage
 from pipeline.cache.lock import exclusive
 from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
-from pipeline.errors import RunError
+from pipeline.errors import DoNotFitError, RunError
 from pipeline.extract import FeatureChoice, Quarantined
 from pipeline.fitting import Outcome, answers, fit_head
 from pipeline.gather import Material, gather
@@ -64,6 +64,11 @@ class SweepAsked:
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
         return {**asdict(self), "specs": [spec.to_dict() for spec in self.specs]}
+
+    @classmethod
+    def of_request(cls, request: Mapping[str, Any]) -> Self:
+        """Return what the request of an unfinished sweep says, in the space it began with. Raises RunError."""
+        return replace(cls.from_dict(request.get("asked", {})), features=begun_with(request))
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
@@ -137,7 +142,7 @@ def _folder(
     if resume is None:
         with runs.new_run(workspace.sweeps, material.dataset.name, COMMAND) as (name, folder):
             (folder / "trials").mkdir()
-            runs.write_json(folder / runs.REQUEST, {"asked": asked.to_dict(), "material": material.digest()})
+            runs.write_request(folder, asked.to_dict(), material.digest(), material.space.name)
             yield name, folder
         return
     runs.require_same(workspace.sweeps, resume, material.digest())
@@ -219,7 +224,7 @@ def run_trial(spec: HeadSpec, data: heads.Data, folder: Path, advance: Callable[
         start = time.perf_counter()
         try:
             fitted = fit_head(spec, data, folder, advance)
-        except NotFiniteError as error:
+        except (NotFiniteError, DoNotFitError) as error:
             runs.write_json(folder / _TRIAL, {"error": str(error), "seconds": time.perf_counter() - start})
             return
         said = answers(fitted.head, data.val, "val")

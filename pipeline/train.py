@@ -14,7 +14,6 @@ import numpy as np
 
 from pipeline import heads, runs, tracking
 from pipeline.asked import Asked
-from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError
 from pipeline.evaluate import evaluate
@@ -72,7 +71,7 @@ def _run(workspace: Workspace, asked: Asked, material: Material, resume: str | N
     """Give name and folder of the run: a new one, or the one to go on with if its rows are still the same."""
     if resume is None:
         with runs.new_run(workspace.runs, f"{material.dataset.name}-{asked.head.head}") as (name, directory):
-            runs.write_json(directory / runs.REQUEST, {"asked": asked.to_dict(), "material": material.digest()})
+            runs.write_request(directory, asked.to_dict(), material.digest(), material.space.name)
             yield name, directory
         return
     runs.require_same(workspace.runs, resume, material.digest())
@@ -92,7 +91,6 @@ def write_run(
     summary["seconds"] = round(seconds, 3)
     _write(directory, summary, asked, ready.material, outcome.fitted, predictions)
     _check_saved(directory, ready.rows["test"], outcome.test)
-    Checkpoint(directory).remove()
     return summary
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,10 @@ import numpy as np
 from pipeline.errors import UsageError
 from pipeline.spec import HEADS, WHOLE, HeadSpec
 
+logger = logging.getLogger(__name__)
+
 MOST = 10_000  # trials in a sweep
-_DRAWS_A_TRIAL = 100  # before it is concluded that there are no more different ones
+_MOST_IN_VAIN = 1_000  # draws of what was drawn before, until it is concluded that there is no more
 _LOGARITHMIC = {"learning_rate", "weight_decay", "C"}  # drawn such that every power of ten is as likely
 _RANGE = re.compile(r"(?P<low>[^.]+(\.\d+)?)\.\.(?P<high>.+)")
 
@@ -89,15 +92,18 @@ def _grid(tables: Mapping[str, Mapping[str, Values]]) -> list[HeadSpec]:
 
 
 def _drawn(tables: Mapping[str, Mapping[str, Values]], draws: int, random: np.random.Generator) -> list[HeadSpec]:
-    found: list[HeadSpec] = []
-    names = list(tables)
-    for _ in range(draws * _DRAWS_A_TRIAL):
+    if draws > MOST:
+        raise UsageError(f"--random takes 1 to {MOST:,} settings, found {draws:,}")
+    found: dict[str, HeadSpec] = {}
+    names, in_vain = list(tables), 0
+    while len(found) < draws and in_vain < _MOST_IN_VAIN:
         head = names[int(random.integers(len(names)))]
-        values = {name: _pick(name, some, random) for name, some in tables[head].items()}
-        found = _different([*found, HeadSpec.make(head, **values)])
-        if len(found) == draws:
-            break
-    return found
+        spec = HeadSpec.make(head, **{name: _pick(name, some, random) for name, some in tables[head].items()})
+        in_vain = in_vain + 1 if spec.identity in found else 0
+        found[spec.identity] = spec
+    if len(found) < draws:
+        logger.warning("there are no more than %d different settings to draw from", len(found))
+    return list(found.values())
 
 
 def _pick(name: str, values: Values, random: np.random.Generator) -> Any:

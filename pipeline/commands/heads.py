@@ -164,4 +164,4 @@ def _resumed(context: typer.Context, name: str, root: Any) -> Asked:
     from pipeline.asked import Asked
 
     refuse_beside_resume(context)
-    return Asked.from_dict(runs.read_request(root, name).get("asked", {}))
+    return Asked.of_request(runs.read_request(root, name))

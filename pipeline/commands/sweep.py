@@ -129,7 +129,7 @@ def _resumed(context: typer.Context, name: str, root: Path) -> SweepAsked:
     from pipeline.sweep import SweepAsked
 
     refuse_beside_resume(context, "scheduler")
-    return SweepAsked.from_dict(runs.read_request(root, name).get("asked", {}))
+    return SweepAsked.of_request(runs.read_request(root, name))
 
 
 def _finish(done: Sweep, seconds: float, as_json: bool) -> None:

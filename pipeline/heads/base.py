@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ from pipeline.loop import Entry
 from pipeline.rows import Rows, in_order
 
 JSON_FILE = "head.json"
+_TRIES = 10  # to find folds
 
 
 class Head(Protocol):
@@ -24,6 +26,11 @@ class Head(Protocol):
 
     def save(self, directory: Path) -> None:
         """Write the head into a run directory; `head.json` comes last, so that it vouches for the rest."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """The head's name: "flatten", "gap" or "logreg"."""
         ...
 
     @property
@@ -68,6 +75,27 @@ def class_weights(labels: np.ndarray, classes: int, kind: str) -> np.ndarray:
         present = np.unique(labels)
         weights[present] = compute_class_weight("balanced", classes=present, y=labels)
     return weights
+
+
+def stratified_folds(labels: np.ndarray, groups: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return (train, held out) indices of each fold: classes spread evenly, a group's rows together, whatever the seed.
+
+    Raises
+    ------
+    DatasetError
+        If that cannot be done such that something is held out and two classes are left to learn.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    if np.unique(groups).size >= count <= np.unique(labels, return_counts=True)[1].max():
+        for state in range(_TRIES):  # some leave a fold empty where groups are large
+            folds = StratifiedGroupKFold(count, shuffle=True, random_state=state)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # a class of fewer images lacks in some folds
+                found = list(folds.split(labels, labels, groups))
+            if all(len(held) and np.unique(labels[some]).size > 1 for some, held in found):
+                return found
+    raise DatasetError(f"{len(labels)} images to train on are too few, or too much alike, for {count} folds")
 
 
 def measure(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:

@@ -67,6 +67,11 @@ class DenseHead:
         return cls(model, spec)
 
     @property
+    def kind(self) -> str:
+        """The head's name."""
+        return self.spec.head
+
+    @property
     def parameters(self) -> int:
         """Trainable numbers."""
         return sum(int(np.prod(weight.shape)) for weight in self.model.trainable_weights)

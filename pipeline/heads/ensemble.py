@@ -37,6 +37,11 @@ class Ensemble:
         write_json(directory / JSON_FILE, {"head": "ensemble", "members": len(self.members)})
 
     @property
+    def kind(self) -> str:
+        """The name of its members' head."""
+        return self.members[0].kind
+
+    @property
     def parameters(self) -> int:
         """Those of all members."""
         return sum(member.parameters for member in self.members)

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import storage
-from pipeline.errors import DatasetError, RunError, UsageError
-from pipeline.heads.base import JSON_FILE, Data, Fitted, measure, not_numbers
+from pipeline.errors import DatasetError, DoNotFitError, RunError
+from pipeline.heads.base import JSON_FILE, Data, Fitted, measure, not_numbers, stratified_folds
 from pipeline.loop import Watch
 from pipeline.rows import Rows, StoredRows, in_order
 from pipeline.runs import write_json
@@ -71,6 +71,11 @@ class LogregHead:
         return cls(pipeline, made["classes"])
 
     @property
+    def kind(self) -> str:
+        """The head's name."""
+        return "logreg"
+
+    @property
     def parameters(self) -> int:
         """Coefficients and intercepts."""
         regression = self.pipeline[-1]
@@ -100,8 +105,10 @@ def fit_logreg(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
 
     Raises
     ------
-    UsageError
-        If they were left on disk, as they do not fit.
+    DoNotFitError
+        If they were left on disk.
+    DatasetError
+        If there are too few for cross-validation, and C is to be chosen by it.
     """
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -149,6 +156,7 @@ def _along(
         moving.C = c
         with warnings.catch_warnings(), threadpool_limits(threads):
             warnings.simplefilter("ignore", ConvergenceWarning)  # said below, in our own words
+            warnings.simplefilter("ignore", UserWarning)  # that classes are many for so few images
             moving.fit(train, labels)
         temperature = _temperature(moving, val, val_labels) if settings["calibrate"] else 1.0
         fixed: Any = LogisticRegression(C=c, max_iter=settings["max_iter"], class_weight=weight)
@@ -165,6 +173,8 @@ def _temperature(regression: Any, val: np.ndarray, labels: np.ndarray) -> float:
     from scipy.special import logsumexp
 
     known = np.isin(labels, regression.classes_)
+    if not known.any():
+        return 1.0
     logits = regression.decision_function(val[known]).astype(np.float64)
     if logits.ndim == 1:  # of two classes there is one logit, the other's being 0
         logits = np.column_stack([np.zeros_like(logits), logits])
@@ -174,8 +184,6 @@ def _temperature(regression: Any, val: np.ndarray, labels: np.ndarray) -> float:
         scaled = logits / np.exp(log_temperature)
         return float((logsumexp(scaled, axis=1) - scaled[np.arange(len(truth)), truth]).mean())
 
-    if not known.any():
-        return 1.0
     found: Any = minimize_scalar(loss, bounds=tuple(np.log(_TEMPERATURES)), method="bounded")
     return float(np.exp(found.x))
 
@@ -184,14 +192,15 @@ def _losses_by_folds(
     settings: Mapping[str, Any], train: np.ndarray, data: Data, advance: Callable[[int], None]
 ) -> np.ndarray:
     """Return for each C the mean loss over folds of the training split, rows of a group staying together."""
-    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.preprocessing import StandardScaler
 
     groups = np.arange(len(train)) if data.groups is None else data.groups
-    folds = StratifiedGroupKFold(_FOLDS, shuffle=True, random_state=0)
     losses = np.zeros(len(settings["C"]))
     labels = data.train_labels
-    for some, held in folds.split(train, labels, groups):
-        fits = _along(settings["C"], settings, train[some], labels[some], train[held], labels[held])
+    for some, held in stratified_folds(labels, groups, _FOLDS):
+        scaler: Any = StandardScaler().fit(train[some])  # what is held out has no say in it
+        ours, theirs = scaler.transform(train[some]), scaler.transform(train[held])
+        fits = _along(settings["C"], settings, ours, labels[some], theirs, labels[held])
         for i, fit in enumerate(fits):
             losses[i] += fit.val_loss * len(held) / len(train)
             advance(1)
@@ -222,8 +231,8 @@ def _probabilities(regression: Any, rows: np.ndarray, classes: int) -> np.ndarra
 def _all(rows: Rows, where: str) -> np.ndarray:
     """Return all rows as one array (n, c) of numbers."""
     if isinstance(rows, StoredRows):
-        size = f"{len(rows):,} of {where} alone are {len(rows) * rows.row_bytes / 1e9:.2f} GB"
-        raise UsageError(
+        size = f"{len(rows):,} of {where} alone are {len(rows) * rows.row_bytes:,} bytes"
+        raise DoNotFitError(
             f"logreg needs all rows in memory, and {size}: allow more by --memory, or train the same model streamed, "
             "by --head gap --hidden none"
         )
