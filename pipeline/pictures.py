@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, float]], x: str, titl
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(_plain(title), parse_math=False)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def draw_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str) -> None:
@@ -56,7 +57,7 @@ def draw_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
         axis.set_yticks(range(k), names, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true")
     axis.set_title(_plain(title), parse_math=False, fontsize=10)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def draw_calibration(path: Path, bins: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -77,7 +78,13 @@ def draw_calibration(path: Path, bins: Sequence[Mapping[str, Any]], title: str) 
     lower.set(xlabel="probability of the predicted class", ylabel="images")
     lower.grid(alpha=0.3)
     figure.suptitle(_plain(title), parse_math=False, fontsize=10)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the box that is drawn tells
+        figure.savefig(path, dpi=120)
 
 
 def _plain(text: str) -> str:
@@ -101,4 +108,4 @@ def draw_ranking(
     axis.set(xlabel="validation accuracy, 95% interval; blue: within noise of the best")
     axis.grid(alpha=0.3, axis="x")
     figure.suptitle(_plain(title), parse_math=False, fontsize=10)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)

@@ -177,7 +177,11 @@ def peak_of_training(space: FeatureSpace, n: int) -> int:
     tracemalloc.start()
     try:
         train, val = open_rows(
-            space, [key(i) for i in range(n)], "features", [Wanted(np.arange(n)), Wanted(np.arange(64))], memory=10**6
+            space,
+            [key(i) for i in range(n)],
+            "features",
+            [Wanted(np.arange(n)), Wanted(np.arange(64))],
+            memory=2 * 10**6,
         )
         train_dense(train, val)
         return tracemalloc.get_traced_memory()[1]

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,14 @@ def test_a_setting_that_diverges_is_ranked_last_and_the_sweep_goes_on(workspace:
     assert done.best["accuracy"] > 0.8
 
 
+def test_a_regression_that_does_not_fit_memory_is_ranked_last(workspace: Workspace, photos: Path) -> None:
+    fill(workspace, listed(photos))
+    asked = SweepAsked(DatasetChoice(str(photos)), FeatureChoice(), GRID, images.DEFAULT_MAX_PIXELS, memory=2_000)
+    done = sweep(listed(photos), workspace, replace(asked, specs=GRID[1:2] + GRID[3:]), "features")
+    assert [row["head"] for row in done.rows] == ["gap", "logreg"]
+    assert "logreg needs all rows in memory" in done.rows[1]["error"]
+
+
 def test_what_was_killed_goes_on_and_tries_nothing_twice(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,14 +214,14 @@ def test_only_the_best_head_is_kept_on_the_way(
 # On workers
 
 
-def two_workers(threads: int) -> Any:
-    """A real Dask scheduler with two worker processes; by default its dashboard would listen to everybody."""
-    return LocalCluster(n_workers=2, threads_per_worker=threads, processes=True, dashboard_address="127.0.0.1:0")
+def cluster_of(count: int, threads: int) -> Any:
+    """A real Dask scheduler with `count` worker processes; by default its dashboard would listen to everybody."""
+    return LocalCluster(n_workers=count, threads_per_worker=threads, processes=True, dashboard_address="127.0.0.1:0")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    with two_workers(2) as started:
+    with cluster_of(2, 2) as started:
         yield started.scheduler_address
 
 
@@ -227,7 +236,7 @@ def test_workers_find_what_is_found_here(workspace: Workspace, photos: Path, clu
 def test_a_worker_that_dies_costs_its_trial_a_second_try(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
     specs = tuple(HeadSpec.make("gap", epochs=150, batch_size=4, seed=seed) for seed in range(4))
-    with two_workers(1) as started:
+    with cluster_of(2, 1) as started:
         pid = next(iter(started.workers.values())).pid
         script = f"import os, time; time.sleep(12); os.kill({pid}, 9)"
         with subprocess.Popen(["python3", "-c", script]):
@@ -240,6 +249,23 @@ def test_a_scheduler_that_is_not_there_is_told(workspace: Workspace, photos: Pat
     with pytest.raises(UsageError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
         run(workspace, photos, scheduler="tcp://127.0.0.1:9")
     assert runs.unfinished(workspace.sweeps) == []
+
+
+def test_an_address_that_is_none_is_told(workspace: Workspace, photos: Path) -> None:
+    fill(workspace, listed(photos))
+    with pytest.raises(UsageError, match="--scheduler takes an address such as"):
+        run(workspace, photos, scheduler="foo")
+
+
+def test_a_lone_worker_that_dies_is_started_again_and_given_the_rows_again(workspace: Workspace, photos: Path) -> None:
+    fill(workspace, listed(photos))
+    specs = tuple(HeadSpec.make("gap", epochs=150, batch_size=4, seed=seed) for seed in range(2))
+    with cluster_of(1, 1) as started:
+        pid = next(iter(started.workers.values())).pid
+        script = f"import os, time; time.sleep(10); os.kill({pid}, 9)"
+        with subprocess.Popen(["python3", "-c", script]):
+            done = run(workspace, photos, specs, scheduler=started.scheduler_address)
+    assert [row["error"] for row in done.rows] == [None] * 2
 
 
 # The command

@@ -56,6 +56,13 @@ def test_a_draw_from_fewer_than_asked_for_ends_with_all_of_them() -> None:
     assert sorted(settings("seed", "seed=0,1,2", draws=50)) == [0, 1, 2]  # type: ignore[type-var]
 
 
+def test_a_draw_ends_when_there_is_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    assert len(make_trials(["gap"], ["seed=0,1"], 3000, 0)) == 2
+    assert "there are no more than 2 different settings to draw from" in caplog.text
+    with pytest.raises(UsageError, match="--random takes 1 to 10,000 settings, found 100,000"):
+        make_trials(["gap"], ["learning_rate=1e-4..1e-2"], 100_000, 0)
+
+
 @pytest.mark.parametrize(
     ("heads", "stated", "message"),
     [

@@ -1,0 +1,249 @@
+"""A training that was stopped goes on as if it never had been, or says why it cannot."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pickle
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cached import SPEC, fill, listed, write_images
+from conftest import command_line, environment, icebox
+
+from pipeline import images, runs
+from pipeline.asked import Asked, DatasetChoice
+from pipeline.cache import storage
+from pipeline.cache.space import Cache
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import RunError
+from pipeline.extract import FeatureChoice
+from pipeline.spec import HeadSpec
+from pipeline.train import HeadRun, train_head
+from pipeline.workspace import Workspace
+
+SPECS = {
+    "gap": HeadSpec.make("gap", epochs=6, learning_rate=0.02, batch_size=16, dropout=0.3, schedule="cosine"),
+    "flatten": HeadSpec.make("flatten", epochs=4, learning_rate=0.01, batch_size=16, hidden=32, optimizer="rmsprop"),
+}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    write_images(tmp_path / "photos", 40)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
+    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
+    with closing(Cache(tmp_path / "data" / "cache")) as cache:
+        found = Workspace(tmp_path / "data", cache)
+        fill(found, listed(photos))
+        yield found
+
+
+def asked(photos: Path, spec: HeadSpec, **more: Any) -> Asked:
+    return Asked(DatasetChoice(str(photos)), FeatureChoice(), spec, images.DEFAULT_MAX_PIXELS, **more)
+
+
+def go_on(workspace: Workspace, photos: Path, name: str) -> HeadRun:
+    again = Asked.of_request(runs.read_request(workspace.runs, name))
+    return train_head(listed(photos), workspace, again, "features", resume=name)
+
+
+def history(run: HeadRun) -> Any:
+    return json.loads((run.path / "history.json").read_text())
+
+
+def interrupted(at: int) -> Callable[..., None]:
+    """Stand in for `Checkpoint.save`: save each time, and after the one numbered `at` be interrupted."""
+    real, count = Checkpoint.save, 0
+
+    def save(self: Checkpoint, *what: Any) -> None:
+        nonlocal count
+        self._since = -1e9
+        real(self, *what)
+        count += 1
+        if count == at:
+            raise KeyboardInterrupt
+
+    return save
+
+
+def stop(workspace: Workspace, photos: Path, wanted: Asked, monkeypatch: pytest.MonkeyPatch, at: int = 2) -> str:
+    """Train, be interrupted, and return the name of what is left."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", interrupted(at))
+        with pytest.raises(KeyboardInterrupt):
+            train_head(listed(photos), workspace, wanted, "features")
+    (name,) = runs.unfinished(workspace.runs)
+    return name
+
+
+@pytest.mark.parametrize("memory", [None, 4_000], ids=["held", "streamed"])
+@pytest.mark.parametrize("head", SPECS)
+def test_the_resumed_history_is_that_of_a_run_never_stopped(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, head: str, memory: int | None
+) -> None:
+    """Epoch, optimizer, order, dropout and learning rate: stopped twice."""
+    wanted = asked(photos, SPECS[head], memory=memory)
+    whole = train_head(listed(photos), workspace, wanted, "features")
+    name = stop(workspace, photos, wanted, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", interrupted(1))
+        with pytest.raises(KeyboardInterrupt):
+            go_on(workspace, photos, name)
+    done = go_on(workspace, photos, name)
+    assert history(done) == history(whole)
+    assert (done.summary["accuracy"], done.summary["best_epoch"]) == (
+        whole.summary["accuracy"], whole.summary["best_epoch"],
+    )  # fmt: skip
+    assert runs.unfinished(workspace.runs) == []
+    assert not list(done.path.rglob("checkpoint*"))
+    assert not (done.path / runs.REQUEST).exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["killed", "full"])
+def test_stopped_while_it_is_published_nothing_is_trained_again(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    whole = train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
+    real = storage.publish
+
+    def publish(partial: Path, final: Path) -> None:
+        if final.parent == workspace.runs:
+            raise error
+        real(partial, final)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "publish", publish)
+        patch.setattr(Checkpoint, "save", interrupted(-1))
+        with pytest.raises(type(error)):
+            train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
+    (name,) = runs.unfinished(workspace.runs)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.loop._epoch", None)  # there is no epoch left to train
+        done = go_on(workspace, photos, name)
+    assert history(done) == history(whole)
+
+
+def test_folds_that_are_finished_are_not_trained_again(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = asked(photos, SPECS["gap"], folds=3)
+    whole = train_head(listed(photos), workspace, wanted, "features")
+    name = stop(workspace, photos, wanted, monkeypatch, at=8)  # in the second fold
+    first = workspace.runs / f".partial-{name}" / "fold-1" / "head.json"
+    before = first.stat().st_mtime_ns
+    done = go_on(workspace, photos, name)
+    assert (done.path / "fold-1" / "head.json").stat().st_mtime_ns == before
+    assert history(done) == history(whole)
+    assert done.summary["accuracy"] == whole.summary["accuracy"]
+
+
+def test_it_goes_on_in_the_space_it_began_with(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though `auto` would by now take another."""
+    name = stop(workspace, photos, asked(photos, SPECS["gap"]), monkeypatch)
+    others = [replace(SPEC, precision=precision) for precision in ("bfloat16", "float16")]
+    for other in others:
+        fill(workspace, listed(photos), spec=other)
+    assert min([SPEC, *others], key=lambda spec: spec.directory) is not SPEC
+    assert go_on(workspace, photos, name).summary["space"] == SPEC.directory
+
+
+def relabel(photos: Path) -> None:
+    (photos / "ant" / "000.png").rename(photos / "bee" / "moved.png")
+
+
+def test_a_run_whose_images_changed_is_not_gone_on_with(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = stop(workspace, photos, asked(photos, SPECS["gap"]), monkeypatch)
+    relabel(photos)
+    with pytest.raises(RunError, match="no longer those it began with"):
+        go_on(workspace, photos, name)
+
+
+def test_nor_is_one_whose_groups_changed(
+    workspace: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folds held out by other groups would be answered by heads that saw them."""
+
+    def manifest(size: int) -> Path:
+        lines = ["path,label,split,group"]
+        for i, path in enumerate(sorted(photos.glob("*/*.png"))):
+            split = ("train", "train", "val", "test")[i % 4]
+            lines.append(f"{path.relative_to(tmp_path)},{path.parent.name},{split},{split}{i // size}")
+        (tmp_path / "list.csv").write_text("\n".join(lines))
+        return tmp_path / "list.csv"
+
+    wanted = asked(manifest(1), SPECS["gap"], folds=3)
+    name = stop(workspace, tmp_path / "list.csv", wanted, monkeypatch, at=8)
+    manifest(8)
+    with pytest.raises(RunError, match="no longer those it began with"):
+        go_on(workspace, tmp_path / "list.csv", name)
+
+
+def test_one_that_somebody_works_on_is_left_to_them(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = stop(workspace, photos, asked(photos, SPECS["gap"]), monkeypatch)
+    with runs.reopened(workspace.runs, name), pytest.raises(RunError, match="is being worked on"):
+        go_on(workspace, photos, name)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "noise": lambda path: path.write_bytes(np.random.default_rng(1).bytes(1000)),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps({"epoch": 3})),
+    "another head's": lambda path: Checkpoint(path.parent).save(
+        {"model": [], "optimizer": [], "best": []}, {"epoch": 1}
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_checkpoint_that_is_none_is_refused(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    name = stop(workspace, photos, asked(photos, SPECS["gap"]), monkeypatch)
+    DAMAGE[damage](workspace.runs / f".partial-{name}" / "checkpoint.npz")
+    with pytest.raises(RunError, match=r"checkpoint") as caught:
+        go_on(workspace, photos, name)
+    assert "unsafe" not in str(caught.value)
+
+
+def test_the_command_is_killed_listed_and_resumed(workspace: Workspace, photos: Path) -> None:
+    options = ("--dataset", photos, "--head", "gap", "--epochs", "400", "--batch-size", "4")
+    whole = icebox(workspace.root, "train-head", *options, "--json").json
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(
+        command_line(workspace.root, "train-head", *options), stderr=quiet, stdout=quiet, env=environment()
+    )
+    deadline = time.monotonic() + 120
+    while not list(workspace.runs.glob(".partial-*/checkpoint.npz")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (name,) = icebox(workspace.root, "runs", "ls", "--json").json["unfinished"]
+    refused = icebox(workspace.root, "train-head", "--resume", name, "--epochs", "3")
+    assert refused.code == 2
+    assert "leave out --epochs" in refused.err
+    done = icebox(workspace.root, "train-head", "--resume", name, "--json").json
+    read = functools.partial(runs.read_run)
+    assert read(workspace.runs / done["run"])["summary"]["epochs"] == 400
+    histories = [(workspace.runs / run["run"] / "history.json").read_text() for run in (whole, done)]
+    assert histories[0] == histories[1]
+    assert icebox(workspace.root, "train-head", "--resume", "").err.count("nothing named ''") == 1
