@@ -255,7 +255,7 @@ def _run(arguments: list[str]) -> int:
 
         if not isinstance(error, IndexDamagedError):
             raise
-        from pipeline.cache.index import set_aside
+        from pipeline.cache.index_file import set_aside
 
         set_aside(error)
         return app(arguments, prog_name="cli.py", standalone_mode=False) or 0

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from pipeline import images
+from pipeline.cache.space import Cache
 from pipeline.spec import FeatureSpec
+from pipeline.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,6 +98,14 @@ def photos(tmp_path: Path) -> Path:
     for i in range(12):
         write_picture(root / ("cats" if i % 2 else "dogs") / f"{i}.png", seed=i)
     return root
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
+    """An empty data directory, opened."""
+    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
+    with closing(Cache(tmp_path / "data" / "cache")) as cache:
+        yield Workspace(tmp_path / "data", cache)
 
 
 # Laid on the way of every Python process: OpenCV's decoder, but for marked files. Some really end the process.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from sklearn.metrics import accuracy_score, log_loss
 from pipeline import images, runs
 from pipeline.apply import Evaluation, evaluate_run, open_run
 from pipeline.asked import Asked, DatasetChoice
-from pipeline.cache.space import Cache
 from pipeline.errors import DatasetError, MissingRowsError, RunError, SpecError
 from pipeline.extract import FeatureChoice
 from pipeline.spec import HeadSpec
@@ -38,13 +35,9 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
-    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
-    with closing(Cache(tmp_path / "data" / "cache")) as cache:
-        found = Workspace(tmp_path / "data", cache)
-        fill(found, listed(photos))
-        yield found
+@pytest.fixture(autouse=True)
+def rows(workspace: Workspace, photos: Path) -> None:
+    fill(workspace, listed(photos))
 
 
 def trained(workspace: Workspace, photos: Path, kind: str = "logreg") -> str:

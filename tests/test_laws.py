@@ -249,7 +249,7 @@ class Life(RuleBasedStateMachine):
     @contextmanager
     def readable(self) -> Iterator[Any]:
         """Open the workspace; an index that turns out to be damaged on the way is derived again, as `cli.py` does."""
-        from pipeline.cache.index import set_aside
+        from pipeline.cache.index_file import set_aside
         from pipeline.errors import IndexDamagedError
 
         try:

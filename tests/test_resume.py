@@ -8,8 +8,7 @@ import pickle
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from conftest import command_line, environment, icebox
 from pipeline import images, runs
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache import storage
-from pipeline.cache.space import Cache
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import RunError
 from pipeline.extract import FeatureChoice
@@ -42,13 +40,9 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
-    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
-    with closing(Cache(tmp_path / "data" / "cache")) as cache:
-        found = Workspace(tmp_path / "data", cache)
-        fill(found, listed(photos))
-        yield found
+@pytest.fixture(autouse=True)
+def rows(workspace: Workspace, photos: Path) -> None:
+    fill(workspace, listed(photos))
 
 
 def asked(photos: Path, spec: HeadSpec, **more: Any) -> Asked:

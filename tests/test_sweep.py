@@ -44,13 +44,6 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
-    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
-    with closing(Cache(tmp_path / "data" / "cache")) as cache:
-        yield Workspace(tmp_path / "data", cache)
-
-
 def run(workspace: Workspace, photos: Path, specs: tuple[HeadSpec, ...] = GRID, **more: Any) -> Sweep:
     asked = SweepAsked(DatasetChoice(str(photos)), FeatureChoice(), specs, images.DEFAULT_MAX_PIXELS)
     return sweep(listed(photos), workspace, asked, "features", **more)

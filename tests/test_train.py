@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -54,13 +54,6 @@ def sided(tmp_path: Path) -> Path:
     for side, count in (("train", 20), ("val", 5), ("test", 5)):
         write_images(tmp_path / "photos" / side, count)
     return tmp_path / "photos"
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
-    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
-    with closing(Cache(tmp_path / "data" / "cache")) as cache:
-        yield Workspace(tmp_path / "data", cache)
 
 
 def train(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -268,13 +267,6 @@ def test_explain_tells_of_views_that_are_missing(tmp_path: Path, workspace: Work
 def photos(tmp_path: Path) -> Path:
     cached.write_images(tmp_path / "photos", 20)
     return tmp_path / "photos"
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
-    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
-    with closing(Cache(tmp_path / "data" / "cache")) as cache:
-        yield Workspace(tmp_path / "data", cache)
 
 
 def asked(photos: Path, spec: HeadSpec, views: Views, **more: Any) -> Asked:
