@@ -86,9 +86,13 @@ def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
         else:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    # Only now: killed before, it can still be gone on with.
-    for path in (final / REQUEST, *final.rglob(_CHECKPOINT)):
+    for path in _of_unfinished(final):  # only now: killed before, it can still be gone on with
         storage.remove(path)
+
+
+def _of_unfinished(folder: Path) -> list[Path]:
+    """Return the files that only an unfinished run needs; a published one has some if it was killed right after."""
+    return [path for path in (folder / REQUEST, *folder.rglob(_CHECKPOINT)) if path.exists()]
 
 
 def write_request(folder: Path, asked: Mapping[str, Any], material: str, space: str) -> None:
@@ -122,14 +126,19 @@ def unfinished(root: Path) -> list[str]:
 
 
 def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> tuple[list[Path], int]:
-    """Remove the folders of killed runs, of `resumable` ones only if so asked; return them and their bytes."""
-    found = [root / name for name in storage.folders(root) if storage.is_partial(name)]
-    dead = [folder for folder in found if abandoned(folder) and (resumable or not _can_resume(folder))]
+    """Remove the folders of killed runs, of `resumable` ones only if so asked, and what published ones no longer need.
+
+    Returns what is removed and its bytes.
+    """
+    folders = [root / name for name in storage.folders(root)]
+    killed = [folder for folder in folders if storage.is_partial(folder.name) and abandoned(folder)]
+    dead = [folder for folder in killed if resumable or not _can_resume(folder)]
+    spent = [path for folder in folders if not storage.is_partial(folder.name) for path in _of_unfinished(folder)]
     size = sum(path.stat().st_size for folder in dead for path in folder.rglob("*") if path.is_file())
-    for folder in dead:
-        if not dry_run:
-            shutil.rmtree(folder)
-    return dead, size
+    size += sum(path.stat().st_size for path in spent)
+    for path in () if dry_run else (*dead, *spent):
+        storage.remove(path) if path in spent else shutil.rmtree(path)
+    return [*dead, *spent], size
 
 
 def find_run(root: Path, name: str) -> Path:

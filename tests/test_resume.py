@@ -241,3 +241,17 @@ def test_the_command_is_killed_listed_and_resumed(workspace: Workspace, photos: 
     histories = [(workspace.runs / run["run"] / "history.json").read_text() for run in (whole, done)]
     assert histories[0] == histories[1]
     assert icebox(workspace.root, "train-head", "--resume", "").err.count("nothing named ''") == 1
+
+
+def test_what_a_run_killed_right_after_it_was_published_no_longer_needs_is_removed(
+    workspace: Workspace, photos: Path
+) -> None:
+    run = train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    extra = [run.path / runs.REQUEST, run.path / "checkpoint.npz"]
+    for path in extra:
+        path.write_bytes(b"123")
+    assert runs.remove_leftovers(workspace.runs, resumable=False, dry_run=True) == (extra, 6)
+    assert runs.remove_leftovers(workspace.runs, resumable=False) == (extra, 6)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+    assert runs.unfinished(workspace.runs) == []
