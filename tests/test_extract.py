@@ -250,7 +250,14 @@ def many(folder: Path, n: int) -> Path:
 
 def start_and_wait_for_a_shard(data: Path, folder: Path) -> subprocess.Popen[str]:
     command = command_line(data, *FEATURES, "--dataset", folder)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 120
     while not list(data.glob("cache/*/shards/[!.]*.h5")):
         assert process.poll() is None, process.stderr and process.stderr.read()
@@ -280,7 +287,7 @@ def test_killed_in_the_middle_nothing_but_the_shard_in_hand_is_lost(tmp_path: Pa
 
 
 def test_ctrl_c_keeps_what_was_computed_and_says_how_to_go_on(tmp_path: Path) -> None:
-    folder, data = many(tmp_path / "images", 100), tmp_path / "data"  # so many that it is never faster than we are
+    folder, data = many(tmp_path / "images", 100), tmp_path / "data"
     process = start_and_wait_for_a_shard(data, folder)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
