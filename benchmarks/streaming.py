@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import h5py
+import ml_dtypes
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
@@ -48,11 +50,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=3_000)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--gib", type=float, default=2.0)
+    parser.add_argument("--like", type=Path, help="a shard whose rows the written ones are made from, channels moved")
     parser.add_argument("--memory", default="200MB", help="as `train-head --memory` takes it")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        size = write(root, given.rows)
+        size = write(root, given.rows, given.like)
         command = [sys.executable, str(ROOT / "cli.py"), "--data-dir", str(root / "data"), "train-head", "--json"]
         command += ["--dataset", str(root / "images"), "--head", "flatten", "--epochs", str(given.epochs)]
         with ControlGroup(given.gib) as (inside, by_group):
@@ -72,12 +75,16 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def write(root: Path, count: int) -> int:
+def write(root: Path, count: int, like: Path | None) -> int:
     """Write images of one pixel and a row for each; return the bytes of the shards."""
     random = np.random.default_rng(0)
     pixel = cv2.imencode(".png", np.zeros((1, 1, 3), np.uint8))[1].tobytes()
     base = np.maximum(random.normal(size=(SHARD_ROWS, *SHAPE)).astype(np.float32) - np.float32(1.036), 0)
     assert abs((base == 0).mean() - ZEROS) < 0.01
+    if like is not None:
+        with h5py.File(like) as file:
+            stored: Any = file["features"]
+            base = np.resize(stored[:SHARD_ROWS], base.shape).astype(np.float32)
     with closing(Cache(root / "data" / "cache")) as cache:
         space = cache.create(SPEC, {"weights": "synthetic"})
         for start in range(0, count, SHARD_ROWS):
@@ -91,6 +98,7 @@ def write(root: Path, count: int) -> int:
             rows = np.roll(base[: len(keys)], random.integers(1, SHAPE[-1]), axis=-1)  # another row for each image
             for at in range(len(keys)):
                 rows[at, ..., (start + at) % CLASSES] += 1  # something to learn
+            rows = rows.astype(ml_dtypes.bfloat16).astype(np.float32)  # as what a bfloat16 network computes
             info = space.write(
                 Rows(rows.astype(np.float16), rows.mean((1, 2)), np.stack(keys), np.zeros(len(keys), np.int64))
             )
