@@ -375,3 +375,14 @@ def test_the_canary_computes_views_afresh_too(tmp_path: Path, digits: Dataset, m
         drift = recompute(space, 100, workspace, digits)
         assert drift is not None
         assert (drift.rows, drift.identical) == (9, 9)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["odd", 3, None, [], {}, {"index": 1, "rotation": -1}, Views(2).recipes[Views(2).numbers[1]]]
+)
+def test_views_that_are_not_what_they_say_are_left_out_by_the_canary(tmp_path: Path, recipe: Any) -> None:
+    with closing(Cache(tmp_path / "cache")) as cache:
+        space = cache.create(made.SPEC, {})
+        rows = made.made([1])
+        space.register(space.write(shard.Rows(rows.features, rows.pooled, rows.keys, np.array([7]), {7: recipe})))
+        assert space.recipes() == {0: None}

@@ -35,7 +35,7 @@ from pipeline.cache.shard import (
     row_layout,
     write_shard,
 )
-from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError, SpecError, UsageError
+from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError, SpecError
 from pipeline.progress import Progress, silent
 from pipeline.spec import Augmentation, FeatureRequest, FeatureSpec
 
@@ -210,7 +210,7 @@ class FeatureSpace:
         for shard, view in self.index.views(self.name):
             if view not in found:
                 about = read_recipes(self.shard_path(shard))[view]
-                with suppress(UsageError, KeyError, TypeError):
+                with suppress(ValueError, KeyError, TypeError):  # it may be anything that is JSON
                     found[view] = Augmentation.from_view(about, view)
         return found
 
