@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.errors import DoNotFitError
-from pipeline.rows import Rows, StoredRows, read_ahead
+from pipeline.rows import Rows, StoredRows, read_ahead_in_place
 
 _BLOCK = 32  # rows read side by side; smaller in a small window, that it may still hold many blocks
 _BLOCKS_IN_WINDOW = 16
@@ -44,17 +44,29 @@ class Shuffled:
     def epoch(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the batches of epoch `number`: each row once."""
         random = np.random.default_rng([self.seed, number])
-        window = self.size
-        if isinstance(self.rows, StoredRows):
-            window *= self.rows.rows_at_once // self.size
-            order = block_order(self.rows.as_stored(), window, random)
-        else:
-            order = random.permutation(len(self.rows))
-        windows = [order[start : start + window] for start in range(0, len(order), window)]
-        for at, rows in zip(windows, read_ahead(self.rows, windows), strict=True):
-            for start in range(0, len(at), self.size):
-                some = slice(start, start + self.size)
-                yield rows[some], self.labels[at[some]]
+        batches = self._streamed(self.rows, random) if isinstance(self.rows, StoredRows) else self._held(random)
+        yield from ((rows, self.labels[at]) for rows, at in batches)
+
+    def _held(self, random: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        order = random.permutation(len(self.rows))
+        for at in _parts(order, self.size):
+            yield self.rows[at], at
+
+    def _streamed(self, rows: StoredRows, random: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        stored = rows.as_stored()
+        window = self.size * (rows.rows_at_once // self.size)
+        windows = _parts(block_order(stored, window, random), window)
+        rank = np.argsort(stored)  # of each row on disk
+        sorts = [np.argsort(rank[at]) for at in windows]
+        ahead = read_ahead_in_place(rows, [at[sort] for at, sort in zip(windows, sorts, strict=True)])
+        for at, sort, read in zip(windows, sorts, ahead, strict=True):
+            places = np.argsort(sort)  # in `read`, which lies as on disk, of the window's rows
+            for some, these in zip(_parts(places, self.size), _parts(at, self.size), strict=True):
+                yield read[some], these
+
+
+def _parts(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def block_order(stored: np.ndarray, window: int, random: np.random.Generator) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +20,7 @@ from pipeline.errors import UsageError
 logger = logging.getLogger(__name__)
 
 _SHARE_OF_MEMORY = 0.5  # of what is available and not needed otherwise
-_AT_ONCE = 3  # parts of what is streamed that are in memory together: in use, read, being read
+_AT_ONCE = 3  # parts of what is streamed that are in memory together: in use, what is made of it, being read
 _PASS_BYTES = 2**24  # read at once where rows are gone through in order
 
 
@@ -53,6 +54,15 @@ class StoredRows:
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         return self._reader.read(self._located.take(indices))
+
+    def read_into(self, out: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Return the rows in `out`; quickest in the order of `as_stored`, which needs no copy in between."""
+        return self._reader.read(self._located.take(indices), out)
+
+    def buffer(self, rows: int) -> np.ndarray:
+        """Return room for so many rows."""
+        shape, dtype = self._reader.layout(self._located)
+        return np.empty((rows, *shape), dtype)
 
     def take(self, at: np.ndarray) -> StoredRows:
         """Return the rows at these indices, still on disk."""
@@ -174,13 +184,27 @@ def open_rows(
 
 def read_ahead(rows: Rows, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Yield `rows[part]` for each part in turn; of rows on disk the next part is read while one is in use."""
-    if not isinstance(rows, StoredRows):
+    if isinstance(rows, StoredRows):
+        yield from _ahead(rows.__getitem__, parts)
+    else:
         yield from (rows[part] for part in parts)
-        return
+
+
+def read_ahead_in_place(rows: StoredRows, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield `rows[part]` for each part in turn, good only until the next is asked for.
+
+    Two pieces of memory serve all parts: getting new ones from the system takes as long as the reading.
+    """
+    buffers = itertools.cycle([rows.buffer(max(map(len, parts))) for _ in range(2)])
+    yield from _ahead(lambda part: rows.read_into(next(buffers)[: len(part)], part), parts)
+
+
+def _ahead(read: Callable[[np.ndarray], np.ndarray], parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield `read(part)` for each part in turn, the next one being read, and no other, while one is in use."""
     with ThreadPoolExecutor(1, "read-ahead") as pool:
         waiting: Future[np.ndarray] | None = None
         for part in parts:
-            following = pool.submit(rows.__getitem__, part)
+            following = pool.submit(read, part)
             if waiting is not None:
                 yield waiting.result()
             waiting = following

@@ -3,7 +3,7 @@
 Layout (version 1), row i being one image and one view of it:
 
     features (n, h, w, c)  float16 or float32, one row a chunk, Blosc2 (zstd) and Fletcher32
-    pooled   (n, c)        float32 spatial means, taken before rounding to the storage type
+    pooled   (n, c)        float32 spatial means, taken before rounding to the storage type, likewise, bytes shuffled
     key      (n, 32)       uint8, sha256 of the image's encoded bytes (or raw pixels)
     view     (n,)          int64, 0 for the plain image
 
@@ -148,8 +148,11 @@ def _fill(file: h5py.File, rows: Rows, spec: FeatureSpec) -> None:
 def row_filters(dataset: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
     """Return how "features" or "pooled" of n rows are chunked and compressed, as keywords of `create_dataset`."""
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    rows = 1 if dataset == "features" else max(1, min(shape[0], _CHUNK_BYTES // row_bytes))
-    blosc = hdf5plugin.Blosc2(cname="zstd", clevel=1, filters=hdf5plugin.Blosc2.SHUFFLE)
+    whole_row = dataset == "features"
+    rows = 1 if whole_row else max(1, min(shape[0], _CHUNK_BYTES // row_bytes))
+    # Most features are 0: sorted by significance, the bytes of the others take a tenth more room and time to unpack.
+    shuffle = hdf5plugin.Blosc2.NOFILTER if whole_row else hdf5plugin.Blosc2.SHUFFLE
+    blosc = hdf5plugin.Blosc2(cname="zstd", clevel=1, filters=shuffle)
     return {"chunks": (rows, *shape[1:]), "fletcher32": True, **blosc}
 
 
@@ -276,19 +279,18 @@ def _all(file: h5py.File, name: str) -> np.ndarray:
 
 
 def _read(dataset: Any, positions: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
-    whole = np.array_equal(positions, np.arange(len(dataset)))  # as many may also be one row several times
-    if whole or dataset.chunks[0] > 1:
-        # One call for all: cheaper by far when most rows are wanted or rows share chunks anyway.
+    if dataset.chunks[0] > 1:
+        # One call for all: the rows share chunks.
         first, last = int(positions.min()), int(positions.max())
         out[at] = dataset[first : last + 1][positions - first]
         return
     # Rows side by side in one call: a call for each takes as long as unpacking it.
     for run in np.split(np.arange(len(positions)), np.flatnonzero(np.diff(positions) != 1) + 1):
-        first, last = int(positions[run[0]]), int(positions[run[-1]])
-        if len(run) == 1:
-            dataset.read_direct(out, np.s_[first], np.s_[int(at[run[0]])])
+        here, there = np.s_[int(positions[run[0]]) : int(positions[run[-1]]) + 1], at[run]
+        if (np.diff(there) == 1).all():
+            dataset.read_direct(out, here, np.s_[int(there[0]) : int(there[-1]) + 1])
         else:
-            out[at[run]] = dataset[first : last + 1]
+            out[there] = dataset[here]
 
 
 def opened(path: Path) -> h5py.File:

@@ -273,14 +273,15 @@ class ShardReader:
         self._names = names
         self._dataset = dataset
 
-    def read(self, located: Located) -> np.ndarray:
-        """Return the located rows in their order; each shard is opened once, its rows read in file order."""
+    def read(self, located: Located, out: np.ndarray | None = None) -> np.ndarray:
+        """Return the located rows in their order, in `out` if given; each shard is opened once, in file order."""
         if not len(located.shards):
             raise MissingRowsError("no rows were asked for")
         order = np.lexsort((located.positions, located.shards))
         starts = np.flatnonzero(np.diff(located.shards[order], prepend=-2))
-        shape, dtype = self.layout(located)
-        out = np.empty((len(order), *shape), dtype)
+        if out is None:
+            shape, dtype = self.layout(located)
+            out = np.empty((len(order), *shape), dtype)
         for at in np.split(order, starts[1:]):
             path = self._path(int(located.shards[at[0]]))
             part = located.take(at)
