@@ -12,6 +12,7 @@ import typer
 
 from pipeline.commands.cache import cache_app
 from pipeline.commands.evaluate import evaluate
+from pipeline.commands.full import finetune, freeze
 from pipeline.commands.heads import train_head
 from pipeline.commands.shared import (
     MAX_PIXELS,
@@ -49,6 +50,8 @@ app.add_typer(cache_app, name="cache")
 runs_app = typer.Typer(help="Look at the trained heads.", rich_markup_mode=None)
 app.add_typer(runs_app, name="runs")
 app.command("train-head")(train_head)
+app.command("freeze")(freeze)
+app.command("finetune")(finetune)
 app.command("sweep")(sweep)
 app.command("evaluate")(evaluate)
 
@@ -135,9 +138,11 @@ _FEATURE_LINES = ("images_per_second", "space", "bytes_per_row", "weights", "pre
 def runs_ls(context: typer.Context, as_json: JsonOption = False) -> None:
     """List the trained heads and their accuracies, the oldest first."""
     from pipeline import runs, terminal
+    from pipeline.asked import command_of
 
     with opened(context) as workspace:
         found, stopped = runs.list_runs(workspace.runs), runs.unfinished(workspace.runs)
+        commands = {name: command_of(runs.read_request(workspace.runs, name)) for name in stopped}
         sweeps = runs.unfinished(workspace.sweeps)
     if as_json:
         listed = [{"dataset": about["dataset"]["name"], **about["summary"]} for about in found]
@@ -148,9 +153,8 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False) -> None:
     else:
         rows = [_run_row(about["summary"]) for about in found]
         terminal.table(rows, ("run", "head", "accuracy", "95% interval", "val", "seconds", "weights"))
-    for command, names in (("train-head", stopped), ("sweep", sweeps)):
-        for name in names:
-            terminal.say(f"stopped, go on by: {command} --resume {name}", "yellow")
+    for name, command in (*commands.items(), *((name, "sweep") for name in sweeps)):
+        terminal.say(f"stopped, go on by: {command} --resume {name}", "yellow")
 
 
 def _run_row(summary: dict[str, Any]) -> tuple[object, ...]:
@@ -208,13 +212,16 @@ def summary(
     result = summarize(head, classes, layer)
     layers = result["layers"] if as_json else result.pop("layers")
     if not as_json:
-        rows = [
-            (each["index"], each["name"], each["type"], "x".join(map(str, each["shape"])), each["parameters"])
-            for each in layers
-            if every_layer or each["cut"]
-        ]
-        terminal.table(rows, ("index", "layer", "type", "output", "parameters"))
+        listed = [each for each in layers if every_layer or each["cut"]]
+        headers = ("index", "layer", "type", "output", "parameters", "KiB an image", "work after it")
+        terminal.table([_layer_row(each) for each in listed], headers)
     finish(result, as_json, tuple(result))
+
+
+def _layer_row(layer: dict[str, Any]) -> tuple[object, ...]:
+    shape = "x".join(map(str, layer["shape"]))
+    stored, after = (f"{layer['bytes'] / 1024:,.0f}", f"{layer['share_after']:.1%}") if layer["cut"] else ("", "")
+    return layer["index"], layer["name"], layer["type"], shape, layer["parameters"], stored, after
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pipeline import dataset
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError, UsageError
 from pipeline.extract import FeatureChoice
-from pipeline.spec import PLAIN_VIEW, HeadSpec, Views
+from pipeline.spec import BATCH_NORMS, FREEZE_UNTIL, PLAIN_VIEW, STAGE_DEFAULTS, Augmentation, HeadSpec, Views
 from pipeline.workspace import Workspace
 
 
@@ -98,3 +98,59 @@ class Asked:
             return cls(images, features, HeadSpec.make(head.pop("head"), **head), views=views, **rest)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise RunError(f"what the run was asked for cannot be read ({error}); train anew") from error
+
+
+@dataclass(frozen=True)
+class FullAsked:
+    """A full model to be trained, by `stage` "freeze" or "finetune".
+
+    `head` says how it is trained and, unless it begins with the run in the folder `init`, what its head is. It trains
+    after the layer `freeze_until`, on images, each epoch augmented afresh by `augment` if that is given, or, with
+    `from_cache`, on cached rows in all `views`.
+    """
+
+    stage: str
+    images: DatasetChoice
+    features: FeatureChoice
+    head: HeadSpec
+    max_pixels: int
+    init: str | None = None
+    freeze_until: str = FREEZE_UNTIL
+    batch_norm: str = "frozen"
+    from_cache: bool = False
+    augment: Augmentation | None = None
+    views: Views = PLAIN_VIEW
+    memory: int | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        texts = isinstance(self.freeze_until, str) and isinstance(self.init, str | None)
+        flags = isinstance(self.from_cache, bool) and isinstance(self.tensorboard, bool)
+        numbers = isinstance(self.max_pixels, int) and isinstance(self.memory, int | None)
+        if self.stage not in STAGE_DEFAULTS or self.batch_norm not in BATCH_NORMS or not (texts and flags and numbers):
+            raise TypeError("values that cannot be")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return {**asdict(self), "head": self.head.to_dict()}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Return what `to_dict` gave. Raises RunError if it is not that."""
+        try:
+            rest = dict(value)
+            head, views = dict(rest.pop("head")), Views.from_dict(rest.pop("views"))
+            images, features = DatasetChoice(**rest.pop("images")), FeatureChoice(**rest.pop("features"))
+            recipe = rest.pop("augment")
+            augment = None if recipe is None else Augmentation(**recipe)
+            made = HeadSpec.make(head.pop("head"), **head)
+            return cls(images=images, features=features, head=made, views=views, augment=augment, **rest)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise RunError(f"what the run was asked for cannot be read ({error}); train anew") from error
+
+
+def command_of(request: Mapping[str, Any]) -> str:
+    """Return the command whose unfinished run left this request."""
+    asked = request.get("asked")
+    stage = asked.get("stage") if isinstance(asked, dict) else None
+    return stage if stage in STAGE_DEFAULTS else "train-head"

@@ -118,9 +118,27 @@ def build(backbone: str, precision: str = "float32") -> KerasModel:
     try:
         builder = getattr(keras.applications, row.application)
         shape = (row.input_size, row.input_size, 3)
-        return builder(include_top=False, weights=None, input_shape=shape, name=row.name)
+        model = builder(include_top=False, weights=None, input_shape=shape, name=row.name)
     finally:
         keras.config.set_dtype_policy(before)
+    _number_anew(model)
+    return model
+
+
+def _number_anew(model: KerasModel) -> None:
+    """Give the layers the names they have in the first model that a process builds: Keras counts on and on."""
+    numbered: dict[str, list[tuple[int, Any]]] = {}
+    for layer in model.layers:
+        kind = _snake_case(type(layer).__name__)
+        if match := re.fullmatch(rf"{kind}(?:_(\d+))?", layer.name):
+            numbered.setdefault(kind, []).append((int(match[1] or 0), layer))
+    for kind, layers in numbered.items():
+        for rank, (_, layer) in enumerate(sorted(layers, key=lambda each: each[0])):
+            layer.name = f"{kind}_{rank}" if rank else kind
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def load_weights(model: KerasModel, identity: str, path: Path | None) -> None:
@@ -153,35 +171,42 @@ def cut(model: KerasModel, layer: str) -> KerasModel:
     Raises
     ------
     SpecError
-        If there is no such layer, or a path from input to output goes around it.
+        If there is no such layer, or a path from input to output goes around it; the text names those nearest.
     """
-    keras = import_keras()
     names = [each.name for each in model.layers]
     if layer not in names:
         mixed = ", ".join(name for name in names if re.fullmatch(r"mixed\d+", name))
         raise SpecError(f"{model.name} has no layer {layer!r}; `summary` lists them, often used: {mixed}")
-    if layer == names[0] or not carries_alone(model, layer):
+    if layer not in (cuts := cut_layers(model)):
+        at = names.index(layer)
+        before, after = [name for name in cuts if names.index(name) < at], [n for n in cuts if names.index(n) > at]
+        nearest = " or ".join([*before[-1:], *after[:1]])
         raise SpecError(
             f"the output of {layer!r} does not carry {model.name} on by itself: other branches run beside it; "
-            "take a layer where they meet, such as mixed8, mixed9 or mixed10"
+            f"the nearest layers that work: {nearest}"
         )
-    return keras.Model(model.inputs, model.get_layer(layer).output, name=f"{model.name}_to_{layer}")
+    return import_keras().Model(model.inputs, model.get_layer(layer).output, name=f"{model.name}_to_{layer}")
 
 
-def carries_alone(model: KerasModel, layer: str) -> bool:
-    """Return whether every path from the input to the output of `model` passes through `layer`."""
-    waiting = [history.operation for history in (model.outputs[0]._keras_history,)]
-    seen: set[int] = set()
-    while waiting:
-        operation = waiting.pop()
-        if operation.name == layer or id(operation) in seen:
-            continue
-        seen.add(id(operation))
-        parents = [parent.operation for node in operation._inbound_nodes[:1] for parent in node.parent_nodes]
-        if not parents:
-            return False  # the input was reached without meeting the layer
-        waiting.extend(parents)
-    return True
+def cut_layers(model: KerasModel) -> list[str]:
+    """Return the names of the layers, but the input, through which every path from input to output passes, in order.
+
+    Going through the layers in their order, which is one that `model` could be computed in: a layer's output carries
+    the network on alone if nothing computed so far, but that output, is still needed by what comes after.
+    """
+    order = {id(layer): i for i, layer in enumerate(model.layers)}
+    last_use = [0] * len(model.layers)
+    for i, layer in enumerate(model.layers):
+        for node in layer._inbound_nodes[:1]:
+            for parent in node.parent_nodes:
+                before = order[id(parent.operation)]
+                last_use[before] = max(last_use[before], i)
+    found, needed_until = [], 0  # the furthest layer that needs what was computed before this one
+    for i, layer in enumerate(model.layers):
+        if i > 0 and needed_until <= i:
+            found.append(layer.name)
+        needed_until = max(needed_until, last_use[i])
+    return found
 
 
 class FrozenBackbone:

@@ -8,13 +8,13 @@ everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.errors import DoNotFitError
-from pipeline.rows import Rows, StoredRows, read_ahead_in_place
+from pipeline.rows import Rows, StoredRows, read_ahead, read_ahead_in_place
 
 _BLOCK = 32  # rows read side by side; smaller in a small window, that it may still hold many blocks
 _BLOCKS_IN_WINDOW = 16
@@ -22,12 +22,16 @@ _BLOCKS_IN_WINDOW = 16
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Batches of `size` rows and their labels (n,) int; the last one of an epoch may be smaller."""
+    """Batches of `size` rows and their labels (n,) int; the last one of an epoch may be smaller.
+
+    `fresh`, if given, makes of the rows and the epoch's number the rows of that epoch.
+    """
 
     rows: Rows
     labels: np.ndarray
     size: int
     seed: int
+    fresh: Callable[[Rows, int], Rows] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.rows, StoredRows) and self.rows.rows_at_once < self.size:
@@ -44,13 +48,13 @@ class Shuffled:
     def epoch(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the batches of epoch `number`: each row once."""
         random = np.random.default_rng([self.seed, number])
-        batches = self._streamed(self.rows, random) if isinstance(self.rows, StoredRows) else self._held(random)
-        yield from ((rows, self.labels[at]) for rows, at in batches)
+        rows = self.rows if self.fresh is None else self.fresh(self.rows, number)
+        batches = self._streamed(rows, random) if isinstance(rows, StoredRows) else self._held(rows, random)
+        yield from ((some, self.labels[at]) for some, at in batches)
 
-    def _held(self, random: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        order = random.permutation(len(self.rows))
-        for at in _parts(order, self.size):
-            yield self.rows[at], at
+    def _held(self, rows: Rows, random: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        parts = _parts(random.permutation(len(rows)), self.size)
+        yield from zip(read_ahead(rows, parts), parts, strict=True)
 
     def _streamed(self, rows: StoredRows, random: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         stored = rows.as_stored()

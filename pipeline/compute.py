@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from pipeline import augment, images, machine
+from pipeline import augment, images
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache import storage
 from pipeline.cache.digests import Identities
@@ -24,20 +24,16 @@ from pipeline.cache.index import Index
 from pipeline.cache.shard import Rows, ShardInfo, file_size
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loaded, Loader
+from pipeline.decoder import Loaded, Loader, decoding_pool, in_threads
 from pipeline.errors import CacheError, DecodeError
 from pipeline.progress import Progress
 from pipeline.spec import PLAIN_VIEW, Augmentation, Views
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SHARD_ROWS = 256
 DEFAULT_BATCH_SIZE = 32
 MAX_BATCH_SIZE = 512
-_MOST_DECODERS = 16  # each takes some 60 MB, and a model on a CPU keeps fewer busy
 _ANNOUNCED_FROM = 100  # images; fewer are done before one has read an estimate
 
 
@@ -83,11 +79,11 @@ def compute(job: Job, todo: Mapping[int, Sequence[int]]) -> float:
     ahead = max(2, 2 * batch_size * len(todo) // rows_todo)  # images whose views are made while two batches wait
     with (
         Loader(job.dataset, spec.input_size, spec.fit, job.options.max_pixels) as load,
-        ThreadPoolExecutor(min(machine.usable_cores(), _MOST_DECODERS)) as pool,
+        decoding_pool() as pool,
         job.progress("computing features", rows_todo) as advance,
     ):
         start, size = time.perf_counter(), 0.0
-        views = _ordered(pool, lambda i: _load_views(load, i, todo[i], job.views.recipe), todo, ahead=ahead)
+        views = in_threads(pool, lambda i: _load_views(load, i, todo[i], job.views.recipe), todo, ahead=ahead)
         good = _sort_out(views, job, advance)
         # Closed also on Ctrl-C: what was computed is kept.
         with closing(_Publisher(job.space, job.options.shard_rows, job.views.recipes)) as publisher:
@@ -102,21 +98,6 @@ def compute(job: Job, todo: Mapping[int, Sequence[int]]) -> float:
                 publisher.add(*rows)
                 advance(len(batch))
         return time.perf_counter() - start
-
-
-def _ordered(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """Map in threads, in order, at most `ahead` results waiting: `Executor.map` would run through all."""
-    waiting: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def _load_views(load: Loader, i: int, views: Sequence[int], recipe: Augmentation) -> list[Loaded]:
@@ -263,7 +244,7 @@ def _announce(row_seconds: float, row_bytes: float, count: int, space: FeatureSp
     logger.info(
         "%s images to compute: about %s, %s on disk (%s free)",
         f"{count:,}",
-        _duration(row_seconds * count),
+        duration(row_seconds * count),
         _size(row_bytes * count),
         _size(storage.free_bytes(space.path)),
     )
@@ -273,7 +254,8 @@ def _size(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return how long that is, as people say it."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -8,20 +8,26 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 
-from pipeline import images
+from pipeline import images, machine
 from pipeline.cache.digests import digest, unreadable
 from pipeline.dataset import Dataset
 from pipeline.decode_process import BUG, NO_MEMORY, PIXELS
 from pipeline.errors import DecodeError
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+_MOST_DECODERS = 16  # each takes some 60 MB, and a model on a CPU keeps fewer busy
 # -P: a folder we happen to stand in must not bring its own `json`.
 _COMMAND = (sys.executable, "-P", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
             "from pipeline.decode_process import main; main()", str(Path(__file__).parent.parent))  # fmt: skip
@@ -158,6 +164,26 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def decoding_pool() -> ThreadPoolExecutor:
+    """Return threads to load images in, as many as keep a model busy."""
+    return ThreadPoolExecutor(min(machine.usable_cores(), _MOST_DECODERS), "decoding")
+
+
+def in_threads(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """Map in threads, in order, at most `ahead` results waiting: `Executor.map` would run through all."""
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def first_good(loader: Loader, indices: Iterable[int], on_bad: Callable[[Loaded], None]) -> None:

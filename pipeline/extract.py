@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,8 +21,9 @@ from pipeline.cache.index import Index
 from pipeline.cache.space import FeatureSpace
 from pipeline.compute import ComputeOptions, Job, check_room, compute, note_bad, refusal
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loaded, Loader, first_good
+from pipeline.decoder import Loaded, Loader, decoding_pool, first_good, in_threads
 from pipeline.errors import SpecError, WeightsError
+from pipeline.progress import Progress
 from pipeline.spec import PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
 from pipeline.weights import Weights, find_by_identity, resolve
 from pipeline.workspace import Workspace
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 _OFFLINE_DATASETS = ("digits",)  # for these `--weights auto` never touches the network
 _DEFAULT_STORAGE = "float16"
 _DEFAULT_FIT = "squash"
+_CHECKED_AHEAD = 64  # images
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,20 @@ class Planning:
             first_good(loader, plan.todo, self._note_bad)
         return self.plan(space)
 
+    def try_to_decode(self, some: Iterable[int], fit: str, progress: Progress) -> None:
+        """Decode these images, to know which of them cannot be."""
+        some = list(some)
+        size = BACKBONES[DEFAULT_BACKBONE].input_size
+        with (
+            Loader(self.dataset, size, fit, self.max_pixels) as loader,
+            decoding_pool() as pool,
+            progress("checking images", len(some)) as advance,
+        ):
+            for image in in_threads(pool, loader, some, ahead=_CHECKED_AHEAD):
+                if image.pixels is None:
+                    self._note_bad(image)
+                advance(1)
+
     def _note_bad(self, bad: Loaded) -> None:
         note_bad(bad, self.dataset, self.identities, self.index, self.max_pixels)
 
@@ -208,7 +225,7 @@ def _compute_missing(
     """Compute what is missing, alone in the space; return it, the rows there before, the last plan, the seconds."""
     cache, planning = workspace.cache, source.planning
     weights = source.weights or weights_of(space, planning.dataset, workspace)
-    spec = space.spec if space else _new_spec(source.choice, weights)
+    spec = space.spec if space else new_spec(source.choice, weights)
     warn_untrained(spec)
     if space is None:
         # Made only after the weights turned out to fit: a mistake in an option leaves no empty space behind.
@@ -326,7 +343,8 @@ def _fit(choice: FeatureChoice) -> str:
     return choice.fit or _DEFAULT_FIT
 
 
-def _new_spec(choice: FeatureChoice, weights: Weights) -> FeatureSpec:
+def new_spec(choice: FeatureChoice, weights: Weights) -> FeatureSpec:
+    """Return the space that a choice means where none on disk agrees with it."""
     row = BACKBONES[DEFAULT_BACKBONE]
     return FeatureSpec(
         backbone=row.name,

@@ -46,14 +46,14 @@ def fit_asked(ready: Prepared, asked: Asked, directory: Path, progress: Progress
 
 
 def fit_head(
-    spec: HeadSpec, data: heads.Data, directory: Path, advance: Callable[[int], None], *, tensorboard: bool = False
+    spec: HeadSpec, data: heads.Data, directory: Path, advance: Callable[[float], None], *, tensorboard: bool = False
 ) -> heads.Fitted:
     """Fit one head, with checkpoint and logs in `directory`."""
     with tracking.tensorboard(directory, tensorboard) as note:
         return heads.fit(spec, data, heads.Watch(advance, note, Checkpoint(directory)))
 
 
-def _fit_one(ready: Prepared, asked: Asked, directory: Path, advance: Callable[[int], None]) -> Outcome:
+def _fit_one(ready: Prepared, asked: Asked, directory: Path, advance: Callable[[float], None]) -> Outcome:
     fitted = fit_head(asked.head, ready.data(), directory, advance, tensorboard=asked.tensorboard)
     said = (answers(fitted.head, ready.rows[side], side) for side in ("val", "test"))
     return Outcome(fitted, ready.members["val"], *said)
@@ -67,7 +67,7 @@ def answers(head: heads.Head, rows: Rows, side: str) -> np.ndarray:
     return said
 
 
-def _fit_folds(ready: Prepared, asked: Asked, directory: Path, advance: Callable[[int], None]) -> Outcome:
+def _fit_folds(ready: Prepared, asked: Asked, directory: Path, advance: Callable[[float], None]) -> Outcome:
     labels = ready.labels["train"]
     said = np.zeros((len(labels), ready.classes), np.float32)
     members, history = list[heads.Head](), list[dict[str, float]]()
@@ -90,7 +90,7 @@ def _fit_folds(ready: Prepared, asked: Asked, directory: Path, advance: Callable
     )
 
 
-def _fit_member(data: heads.Data, asked: Asked, folder: Path, advance: Callable[[int], None]) -> None:
+def _fit_member(data: heads.Data, asked: Asked, folder: Path, advance: Callable[[float], None]) -> None:
     folder.mkdir(exist_ok=True)
     fitted = fit_head(asked.head, data, folder, advance, tensorboard=asked.tensorboard)
     write_json(folder / _HISTORY, fitted.history)

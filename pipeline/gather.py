@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.cache.digests import identify
+from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset, Split, assign, groups
 from pipeline.errors import DatasetError, MissingRowsError
 from pipeline.extract import (
     FeatureChoice,
+    Plan,
     Planning,
     Quarantined,
     find_space,
@@ -28,17 +29,15 @@ SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class Material:
-    """The images that have rows, split: for each split the indices of its images in the dataset."""
+class Sorted:
+    """The images of a dataset that can be decoded, each on its side of the split."""
 
     dataset: Dataset
     keys: list[bytes]  # of the usable images, in the order of `usable`
     usable: np.ndarray  # (m,) indices into the dataset
     split: Split
-    space: FeatureSpace
     quarantined: list[Quarantined]
     groups: np.ndarray  # (m,) int64, alike for images that must stay together
-    views: Views  # in which the images are cached; only the training split is read in more than the plain one
 
     def members(self, side: str) -> np.ndarray:
         """Return positions in `keys` of the images on one side."""
@@ -48,16 +47,32 @@ class Material:
         """Return the labels of the images at these positions in `keys`."""
         return self.dataset.labels[self.usable[members]]
 
+    def names(self, members: np.ndarray) -> list[str]:
+        """Return what people call the images at these positions in `keys`."""
+        return [self.dataset.names[int(i)] for i in self.usable[members]]
+
     def digest(self) -> str:
-        """Return a hash of which rows there are, of which space and views, under which labels, in which groups, and on
-        which sides.
-        """
-        found = hashlib.sha256(self.space.spec.fingerprint().encode() + b"".join(self.keys))
+        """Return a hash of which images there are, under which labels, in which groups, and on which sides."""
+        return self._hashed(b"")
+
+    def _hashed(self, first: bytes, last: bytes = b"") -> str:
+        found = hashlib.sha256(first + b"".join(self.keys))
         found.update(self.dataset.labels[self.usable].astype("<i8").tobytes())
         found.update(self.split.sides[self.usable].astype("<U5").tobytes())
-        found.update(self.groups.astype("<i8").tobytes())
-        found.update(np.array(self.views.numbers, "<i8").tobytes())
+        found.update(self.groups.astype("<i8").tobytes() + last)
         return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Material(Sorted):
+    """Images that have rows in `space`, in all `views`; only the training split is read in more than the plain one."""
+
+    space: FeatureSpace
+    views: Views
+
+    def digest(self) -> str:
+        """Return the same hash, of the space and the views too."""
+        return self._hashed(self.space.spec.fingerprint().encode(), np.array(self.views.numbers, "<i8").tobytes())
 
 
 def gather(
@@ -90,13 +105,43 @@ def gather(
     lacking = {identities.keys[i] for i in plan.todo}
     if space is None or (lacking and not partly):
         raise _missing(planning, lacking, space, features_command)
+    return Material(*_sorted(dataset, identities, plan), space, views)
+
+
+def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: str) -> Sorted:
+    """Find the images of `dataset` that can be decoded, for whoever reads pixels instead of rows.
+
+    Images without a row anywhere, of which nothing is known yet, are decoded once.
+
+    Raises
+    ------
+    DatasetError
+        If none can be decoded.
+    """
+    cache = workspace.cache
+    with workspace.progress("identifying images", len(dataset)) as advance:
+        identities = identify(dataset, cache.index, advance)
+    planning = Planning(dataset, identities, cache.index, max_pixels)
+    unknown = planning.plan(None).todo
+    for name in cache.names():
+        images = list(unknown)
+        found = cache.index.locate(name, [key for i in images if (key := identities.keys[i]) is not None]).found
+        unknown = {i: unknown[i] for i, seen in zip(images, found, strict=True) if not seen}
+    planning.try_to_decode(unknown, fit, workspace.progress)
+    plan = planning.plan(None)
+    if not plan.todo:
+        raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")
+    return Sorted(*_sorted(dataset, identities, plan))
+
+
+def _sorted(
+    dataset: Dataset, identities: Identities, plan: Plan
+) -> tuple[Dataset, list[bytes], np.ndarray, Split, list[Quarantined], np.ndarray]:
     usable = np.array([i for i in range(len(dataset)) if i not in plan.quarantined], np.int64)
     split = assign(dataset, identities.keys)
     _report_leaks(split)
-    bad = name_quarantined(dataset, plan)
     keys = [key for i in usable if (key := identities.keys[i]) is not None]
-    together = groups(dataset, identities.keys)[usable]
-    return Material(dataset, keys, usable, split, space, bad, together, views)
+    return dataset, keys, usable, split, name_quarantined(dataset, plan), groups(dataset, identities.keys)[usable]
 
 
 def _missing(

@@ -32,9 +32,9 @@ class Batches(Protocol):
 
 @dataclass
 class Watch:
-    """Who looks on: progress, what keeps the history, and the checkpoint; each may be left out."""
+    """Who looks on: progress in epochs, what keeps the history, and the checkpoint; each may be left out."""
 
-    advance: Callable[[int], None] = lambda n: None
+    advance: Callable[[float], None] = lambda n: None
     note: Callable[[Entry], None] = lambda entry: None
     checkpoint: Checkpoint | None = None
 
@@ -151,7 +151,7 @@ def train(
     while state.epoch < settings["epochs"] and not (settings["patience"] and state.waited >= settings["patience"]):
         state.epoch += 1
         start = time.perf_counter()
-        loss, accuracy = _epoch(model, batches.epoch(state.epoch), class_weights)
+        loss, accuracy = _epoch(model, batches, state.epoch, class_weights, watch.advance)
         state.seconds.append(time.perf_counter() - start)
         val_loss, val_accuracy = measure()
         state.elapsed += time.perf_counter() - start
@@ -171,22 +171,22 @@ def train(
         if watch.checkpoint is not None:
             numbers = {"model": model.variables, "optimizer": model.optimizer.variables, "best": best}
             watch.checkpoint.save(numbers, asdict(state))
-        watch.advance(1)
     _assign(model.weights, best)
     return Trained(state.history, float(np.median(state.seconds[1:] or state.seconds)), seconds_before)
 
 
 def _epoch(
-    model: KerasModel, batches: Iterator[tuple[np.ndarray, np.ndarray]], class_weights: np.ndarray
+    model: KerasModel, batches: Batches, epoch: int, class_weights: np.ndarray, advance: Callable[[float], None]
 ) -> tuple[float, float]:
     """Train on one epoch; return the mean loss, as it is minimised, and the accuracy on the way."""
     one_hot = np.eye(len(class_weights), dtype=np.float32)
     weighted = (class_weights != 1).any()
     model.reset_metrics()
     said: dict[str, float] = {}
-    for rows, labels in batches:
+    for rows, labels in batches.epoch(epoch):
         weights = class_weights[labels] if weighted else None
         said = model.train_on_batch(rows, one_hot[labels], sample_weight=weights, return_dict=True)
+        advance(1 / len(batches))
     return float(said["loss"]), float(said["accuracy"])
 
 

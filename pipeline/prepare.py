@@ -1,4 +1,4 @@
-"""What a head is trained on: the rows of a dataset, opened and checked."""
+"""What a model is trained on: the rows of a dataset, or its images, opened and checked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -13,35 +14,39 @@ from pipeline import heads, runs
 from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError
 from pipeline.extract import warn_untrained
-from pipeline.gather import SPLITS, Material
-from pipeline.rows import Rows, Wanted, hold, select, stored_rows
+from pipeline.gather import SPLITS, Material, Sorted
+from pipeline.pixels import Pixels, decoding
+from pipeline.rows import Rows, StoredRows, Wanted, hold, select, stored_rows
 from pipeline.spec import HeadSpec
 
 logger = logging.getLogger(__name__)
 
 
+S = TypeVar("S", bound=Sorted)
+
+
 @dataclass(frozen=True)
-class Prepared:
-    """Everything a head needs: for each split its positions in the material, its labels and its rows.
+class Prepared(Generic[S]):
+    """Everything a model is trained on: for each split its positions in the material, its labels and its rows.
 
     For cross-validation what would be validation rows is part of "train", and there is no "val". `members` and
-    `labels` count images; of "train" there are as many rows as images times views, the plain ones first.
+    `labels` count images; of "train" there are as many rows as images times `views`, the plain ones first.
     """
 
-    material: Material
+    material: S
     members: Mapping[str, np.ndarray]
     labels: Mapping[str, np.ndarray]
     rows: Mapping[str, Rows]
+    views: int = 1
 
     def data(self) -> heads.Data:
         """Return what one head is fitted on."""
-        views = self.material.views.count
-        labels, groups = (np.tile(each, views) for each in (self.labels["train"], self.groups))
+        labels, groups = (np.tile(each, self.views) for each in (self.labels["train"], self.groups))
         return heads.Data(self.rows["train"], labels, self.rows["val"], self.labels["val"], self.classes, groups)
 
     def fold(self, some: np.ndarray, held: np.ndarray) -> heads.Data:
         """Return what one head of several is fitted on: the training images `some` in all views, and `held` plain."""
-        rows, labels, views = self.rows["train"], self.labels["train"], self.material.views.count
+        rows, labels, views = self.rows["train"], self.labels["train"], self.views
         at = np.concatenate([some + view * len(labels) for view in range(views)])
         train, train_labels, groups = select(rows, at), np.tile(labels[some], views), np.tile(self.groups[some], views)
         return heads.Data(train, train_labels, select(rows, held), labels[held], self.classes, groups)
@@ -58,9 +63,7 @@ class Prepared:
 
     def predictions(self, side: str, members: np.ndarray, probabilities: np.ndarray) -> runs.Predictions:
         """Return what was said of `members`, with their names and labels."""
-        names = self.material.dataset.names
-        images = self.material.usable[members]
-        return runs.Predictions(side, [names[int(i)] for i in images], self.material.labels(members), probabilities)
+        return runs.Predictions(side, self.material.names(members), self.material.labels(members), probabilities)
 
 
 @contextmanager
@@ -72,7 +75,7 @@ def prepared(
     folds: int = 0,
     sides: Sequence[str] = SPLITS,
     held: bool = True,
-) -> Iterator[Prepared]:
+) -> Iterator[Prepared[Material]]:
     """Check the splits and open the rows that heads of these specs read, all of one kind; `gc` waits meanwhile.
 
     Rows are opened for `sides` only, by `hold`, or as they are stored if not `held`.
@@ -82,22 +85,57 @@ def prepared(
     DatasetError
         If a split has no image, or there is only one class to learn.
     """
-    joined = {"train": ("train", "val"), "test": ("test",)} if folds else {side: (side,) for side in SPLITS}
-    members = {
-        name: np.sort(np.concatenate([material.members(side) for side in some])) for name, some in joined.items()
-    }
-    labels = {name: material.labels(at) for name, at in members.items()}
-    _check_splits(material.dataset, labels)
-    warn_untrained(material.space.spec)
+    members, labels = on_sides(material, folds=folds)
     (reads,) = {heads.READS[spec.head] for spec in specs}
     names = [name for name in members if name in sides]
     with material.space.reading():
-        numbers = {"train": material.views.numbers}
-        wanted = [Wanted(members[name], numbers.get(name, (0,))) for name in names]
-        stored = stored_rows(material.space, material.keys, reads, wanted)
+        stored = _stored(material, members, names, reads)
         needed = memory_needed(specs, stored[0].shape[1:], len(material.dataset.classes))
         rows = hold(stored, memory=memory, needed=needed) if held else stored
-        yield Prepared(material, members, labels, dict(zip(names, rows, strict=True)))
+        yield Prepared(material, members, labels, dict(zip(names, rows, strict=True)), material.views.count)
+
+
+@contextmanager
+def prepared_tensors(material: Material, memory: int | None, needed: int) -> Iterator[Prepared[Material]]:
+    """Do the same for a model that reads full tensors, and takes `needed` bytes beside them."""
+    members, labels = on_sides(material)
+    with material.space.reading():
+        stored = _stored(material, members, SPLITS, "features")
+        rows = hold(stored, memory=memory, needed=needed)
+        yield Prepared(material, members, labels, dict(zip(SPLITS, rows, strict=True)), material.views.count)
+
+
+@contextmanager
+def prepared_pixels(images: Sorted, size: int, fit: str, max_pixels: int) -> Iterator[Prepared[Sorted]]:
+    """Do the same for a model that reads images."""
+    members, labels = on_sides(images)
+    with decoding(images.dataset, images.keys, images.usable, size, fit, max_pixels) as source:
+        yield Prepared(images, members, labels, {side: Pixels(source, at) for side, at in members.items()})
+
+
+def _stored(
+    material: Material, members: Mapping[str, np.ndarray], sides: Sequence[str], reads: str
+) -> list[StoredRows]:
+    numbers = {"train": material.views.numbers}
+    wanted = [Wanted(members[side], numbers.get(side, (0,))) for side in sides]
+    return stored_rows(material.space, material.keys, reads, wanted)
+
+
+def on_sides(images: Sorted, *, folds: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return for each split its positions among the images and its labels.
+
+    Raises
+    ------
+    DatasetError
+        If a split has no image, or there is only one class to learn.
+    """
+    joined = {"train": ("train", "val"), "test": ("test",)} if folds else {side: (side,) for side in SPLITS}
+    members = {name: np.sort(np.concatenate([images.members(side) for side in some])) for name, some in joined.items()}
+    labels = {name: images.labels(at) for name, at in members.items()}
+    _check_splits(images.dataset, labels)
+    if isinstance(images, Material):
+        warn_untrained(images.space.spec)
+    return members, labels
 
 
 def memory_needed(specs: Sequence[HeadSpec], row_shape: tuple[int, ...], classes: int) -> int:

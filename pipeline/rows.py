@@ -90,7 +90,7 @@ class _Selected:
     """Some rows of others that are in memory, not copied."""
 
     def __init__(self, rows: Rows, at: np.ndarray) -> None:
-        self._rows = rows
+        self.whole = rows
         self._at = at
         self.shape = (len(at), *rows.shape[1:])
 
@@ -98,7 +98,7 @@ class _Selected:
         return len(self._at)
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        return self._rows[self._at[indices]]
+        return self.whole[self._at[indices]]
 
 
 def select(rows: Rows, at: np.ndarray) -> Rows:
@@ -183,11 +183,15 @@ def open_rows(
 
 
 def read_ahead(rows: Rows, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield `rows[part]` for each part in turn; of rows on disk the next part is read while one is in use."""
-    if isinstance(rows, StoredRows):
-        yield from _ahead(rows.__getitem__, parts)
-    else:
+    """Yield `rows[part]` for each part in turn; what is not in memory is read while the part before is in use."""
+    if _in_memory(rows):
         yield from (rows[part] for part in parts)
+    else:
+        yield from _ahead(rows.__getitem__, parts)
+
+
+def _in_memory(rows: Rows) -> bool:
+    return isinstance(rows, np.ndarray) or (isinstance(rows, _Selected) and _in_memory(rows.whole))
 
 
 def read_ahead_in_place(rows: StoredRows, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:

@@ -95,8 +95,8 @@ def _of_unfinished(folder: Path) -> list[Path]:
     return [path for path in (folder / REQUEST, *folder.rglob(_CHECKPOINT)) if path.exists()]
 
 
-def write_request(folder: Path, asked: Mapping[str, Any], material: str, space: str) -> None:
-    """Note in an unfinished run's folder what was asked for, the digest of its rows, and the space they are of."""
+def write_request(folder: Path, asked: Mapping[str, Any], material: str, space: str | None) -> None:
+    """Note in an unfinished run's folder what was asked for, the digest of its rows or images, and their space."""
     write_json(folder / REQUEST, {"asked": dict(asked), "material": material, "space": space})
 
 

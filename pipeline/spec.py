@@ -152,7 +152,7 @@ class Augmentation:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the recipe that "rotation=15,fill=reflect" says, the rest at its defaults.
+        """Return the recipe that "rotation=15,fill=reflect" says, the rest at its defaults; "default" is all of them.
 
         Raises
         ------
@@ -160,7 +160,7 @@ class Augmentation:
             If a setting is unknown or out of range.
         """
         defaults, stated = asdict(cls()), dict[str, Any]()
-        for part in filter(None, text.split(",")):
+        for part in filter(None, "" if text.strip() == "default" else text.split(",")):
             name, _, value = (word.strip() for word in part.partition("="))
             name = name.replace("-", "_")
             if name not in defaults:
@@ -258,6 +258,14 @@ HEAD_DEFAULTS: dict[str, dict[str, Any]] = {
     "logreg": {"C": C_PATH, "select": "val", "class_weight": "none", "calibrate": True, "max_iter": 1000},
 }
 HEADS = tuple(HEAD_DEFAULTS)
+SHAPE = ("hidden", "dropout", "normalize")  # of a dense head: what it is; the rest is how it is trained
+# How full models are trained, where that differs from heads.
+STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "freeze": {"epochs": 10},
+    "finetune": {"epochs": 10, "optimizer": "adagrad", "learning_rate": 1e-4},
+}
+FREEZE_UNTIL = "250"  # with InceptionV3 the last two blocks train: the recipe in Keras' documentation of applications
+BATCH_NORMS = ("frozen", "trainable")
 
 # (smallest, largest) legal value of each numeric setting, of each of its values if it takes several; inclusive.
 _RANGES: dict[str, tuple[float, float]] = {

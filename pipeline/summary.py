@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, build, carries_alone, cut
+from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, build, cut, cut_layers
 from pipeline.heads.dense import build as build_head
 from pipeline.spec import HeadSpec
 
@@ -12,19 +13,20 @@ from pipeline.spec import HeadSpec
 def summarize(head: str, classes: int, layer: str | None = None) -> dict[str, Any]:
     """Return the layers up to `layer` and how many parameters would train with and without the backbone.
 
-    Without a `layer` it is the backbone's default.
+    Without a `layer` it is the backbone's default. Of a layer where the network can be cut it is said what its output
+    takes as float16 before it is compressed, and which share of the multiplications comes after it.
     """
     layer = layer or BACKBONES[DEFAULT_BACKBONE].default_layer
-    whole = build(DEFAULT_BACKBONE)
-    backbone = cut(whole, layer)
+    backbone = cut(build(DEFAULT_BACKBONE), layer)
     on_top = build_head(HeadSpec.make(head), tuple(backbone.output.shape[1:]), classes)
     in_backbone, in_head = _trainable(backbone), _trainable(on_top)
     return {
-        "layers": [_describe(i, each, backbone) for i, each in enumerate(backbone.layers)],
+        "layers": _layers(backbone, sum(map(_multiplications, on_top.layers))),
         "backbone": DEFAULT_BACKBONE,
         "layer": layer,
         "feature_shape": list(backbone.output.shape[1:]),
         "backbone_parameters": backbone.count_params(),
+        "multiplications": sum(map(_multiplications, [*backbone.layers, *on_top.layers])),
         "head": head,
         "classes": classes,
         "head_parameters": in_head,
@@ -33,15 +35,35 @@ def summarize(head: str, classes: int, layer: str | None = None) -> dict[str, An
     }
 
 
-def _describe(index: int, layer: Any, model: Any) -> dict[str, Any]:
-    return {
-        "index": index,
-        "name": layer.name,
-        "type": type(layer).__name__,
-        "shape": list(layer.output.shape[1:]),
-        "parameters": layer.count_params(),
-        "cut": index > 0 and carries_alone(model, layer.name),
-    }
+def _layers(backbone: Any, in_head: int) -> list[dict[str, Any]]:
+    cuts = set(cut_layers(backbone))
+    work = [_multiplications(each) for each in backbone.layers]
+    total, described = sum(work) + in_head, []
+    for i, each in enumerate(backbone.layers):
+        shape = list(each.output.shape[1:])
+        at_cut = each.name in cuts
+        described.append(
+            {
+                "index": i,
+                "name": each.name,
+                "type": type(each).__name__,
+                "shape": shape,
+                "parameters": each.count_params(),
+                "cut": at_cut,
+                "bytes": 2 * math.prod(shape) if at_cut else None,
+                "share_after": (total - sum(work[: i + 1])) / total if at_cut else None,
+            }
+        )
+    return described
+
+
+def _multiplications(layer: Any) -> int:
+    """Return how many multiplications with weights a layer does for one image."""
+    kernel = getattr(layer, "kernel", None)
+    if kernel is None:
+        return 0
+    places = math.prod(layer.output.shape[1:-1])  # where a convolution's kernel is laid; 1 for a dense layer
+    return places * math.prod(kernel.shape)
 
 
 def _trainable(model: Any) -> int:

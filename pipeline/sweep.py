@@ -185,7 +185,7 @@ def _by_kind(specs: Sequence[HeadSpec]) -> list[list[HeadSpec]]:
 
 
 def _here(
-    specs: Sequence[HeadSpec], data: heads.Data, folders: Mapping[str, Path], advance: Callable[[int], None]
+    specs: Sequence[HeadSpec], data: heads.Data, folders: Mapping[str, Path], advance: Callable[[float], None]
 ) -> Iterator[HeadSpec]:
     for spec in specs:
         done = 0
@@ -215,7 +215,9 @@ def _on_workers(
         yield tasks[identity][0]
 
 
-def run_trial(spec: HeadSpec, data: heads.Data, folder: Path, advance: Callable[[int], None] = lambda n: None) -> None:
+def run_trial(
+    spec: HeadSpec, data: heads.Data, folder: Path, advance: Callable[[float], None] = lambda n: None
+) -> None:
     """Fit one setting and leave head and outcome in `folder`, going on with what lies there."""
     folder.mkdir(exist_ok=True)
     with exclusive(folder / ".lock", lambda holder: logger.info("waiting: %s is trying %s", holder, spec.identity)):

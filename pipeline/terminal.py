@@ -41,14 +41,14 @@ class _ConsoleHandler(logging.Handler):
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int, unit: str = "images") -> Iterator[Callable[[float], None]]:
     """Show a phase as a bar with rate and time left, or as a line every ten seconds without a terminal."""
     with (_bar if console.is_terminal else _lines)(title, total, unit) as advance:
         yield advance
 
 
 @contextmanager
-def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
     from rich import progress as bars
 
     columns = (
@@ -76,11 +76,11 @@ def _Rate() -> Any:
 
 
 @contextmanager
-def _lines(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def _lines(title: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
     start = last = time.monotonic()
-    done = 0
+    done = 0.0
 
-    def advance(n: int) -> None:
+    def advance(n: float) -> None:
         nonlocal done, last
         done += n
         now = time.monotonic()
@@ -89,7 +89,7 @@ def _lines(title: str, total: int, unit: str) -> Iterator[Callable[[int], None]]
         last = now
         rate = done / (now - start)
         left = (total - done) / rate
-        console.print(f"{title}: {done:,} of {total:,} {unit}, {rate:,.1f}/s, {left:,.0f} s left", markup=False)
+        console.print(f"{title}: {done:,.0f} of {total:,} {unit}, {rate:,.1f}/s, {left:,.0f} s left", markup=False)
 
     yield advance
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline import heads, runs, tracking
+from pipeline import heads, results, runs, tracking
 from pipeline.asked import Asked
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError
-from pipeline.evaluate import evaluate
 from pipeline.extract import Quarantined
 from pipeline.fitting import Outcome, fit_asked
 from pipeline.gather import Material, gather
-from pipeline.pictures import draw_curves
 from pipeline.prepare import Prepared, prepared
 from pipeline.rows import Rows
 from pipeline.workspace import Workspace
@@ -80,84 +77,44 @@ def _run(workspace: Workspace, asked: Asked, material: Material, resume: str | N
 
 
 def write_run(
-    directory: Path, name: str, ready: Prepared, asked: Asked, outcome: Outcome, seconds: float
+    directory: Path, name: str, ready: Prepared[Material], asked: Asked, outcome: Outcome, seconds: float
 ) -> dict[str, Any]:
     """Write everything of a run into its folder, check the saved head, and return the summary."""
+    material, fitted = ready.material, outcome.fitted
     predictions = [
         ready.predictions("val", outcome.val_members, outcome.val),
         ready.predictions("test", ready.members["test"], outcome.test),
     ]
-    summary = _summary(name, asked, ready, outcome, predictions)
-    summary["seconds"] = round(seconds, 3)
-    _write(directory, summary, asked, ready.material, outcome.fitted, predictions)
-    _check_saved(directory, ready.rows["test"], outcome.test)
-    return summary
-
-
-def _summary(
-    name: str, asked: Asked, ready: Prepared, outcome: Outcome, predictions: Sequence[runs.Predictions]
-) -> dict[str, Any]:
-    material, fitted = ready.material, outcome.fitted
-    val, test = (evaluate(part.labels, part.probabilities, material.dataset.classes) for part in predictions)
-    return {
+    metrics = results.measured(predictions, material.dataset.classes)
+    summary = {
         "run": name,
         "head": asked.head.head,
         "stage": "head",
-        "accuracy": test["accuracy"],
-        "accuracy_interval": test["accuracy_interval"],
-        "val_accuracy": val["accuracy"],
-        "val_accuracy_interval": val["accuracy_interval"],
+        **results.summary_of(metrics, material),
         "train_rows": len(ready.members["train"]) * asked.views.count,
         "views": asked.views.count,
-        "val_rows": len(outcome.val_members),
-        "test_rows": len(ready.members["test"]),
-        "classes": ready.classes,
         "folds": asked.folds,
         "parameters": fitted.head.parameters,
         "epochs": len(fitted.history) if fitted.x == "epoch" else None,
         "seconds_per_epoch": fitted.seconds_per_epoch,
         **fitted.facts,
         "features_computed": 0,
-        "copies_across_splits": material.split.crossing,
-        "groups_across_splits": material.split.crossing_groups,
-        "copies_under_other_labels": material.split.conflicting,
-        "quarantined": len(material.quarantined),
         "space": material.space.name,
         "weights": material.space.provenance.get("weights"),
         "precision": material.space.spec.precision,
+        "seconds": round(seconds, 3),
     }
-
-
-def _write(
-    directory: Path,
-    summary: dict[str, Any],
-    asked: Asked,
-    material: Material,
-    fitted: heads.Fitted,
-    predictions: Sequence[runs.Predictions],
-) -> None:
-    dataset = material.dataset
     about = {
-        "format": runs.FORMAT,
-        "version": runs.VERSION,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "dataset": {"name": dataset.name, "images": len(dataset), "split": material.split.origin},
-        "classes": list(dataset.classes),
         "features": material.space.spec.to_dict(),
         "made_by": material.space.provenance,
         "head": asked.head.to_dict(),
         "asked": asked.to_dict(),
         "summary": summary,
     }
-    metrics = {part.split: evaluate(part.labels, part.probabilities, dataset.classes) for part in predictions}
-    runs.write_json(directory / "run.json", about)
-    runs.write_json(directory / "metrics.json", metrics)
-    runs.write_json(directory / "history.json", fitted.history)
-    runs.write_history(directory / "history.csv", fitted.history)
-    runs.write_json(directory / "quarantined.json", [asdict(bad) for bad in material.quarantined])
-    runs.write_predictions(directory / "predictions.csv", predictions, dataset.classes)
-    draw_curves(directory / "curves.png", fitted.history, fitted.x, f"{asked.head.head} on {dataset.name}")
+    results.write(directory, about, material, metrics, fitted.history, fitted.x, predictions)
     fitted.head.save(directory)
+    _check_saved(directory, ready.rows["test"], outcome.test)
+    return summary
 
 
 def _check_saved(directory: Path, rows: Rows, expected: np.ndarray) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,20 @@ from pipeline.batches import Shuffled
 from pipeline.cache import storage
 from pipeline.errors import DatasetError, RunError
 from pipeline.heads.base import JSON_FILE, Data, Fitted, class_weights, measure, not_numbers, require_numbers
+from pipeline.heads.logreg import LogregHead
 from pipeline.loop import NotFiniteError, Watch, train
 from pipeline.rows import Rows, in_order
 from pipeline.runs import write_json
 from pipeline.spec import HeadSpec
 
 _WEIGHTS_FILE = "head.weights.h5"
-_TENSORFLOW = 700_000_000  # bytes that TensorFlow itself takes, measured on a CPU
+TENSORFLOW = 700_000_000  # bytes that TensorFlow itself takes, measured on a CPU
 _COPIES = 6  # of a head's numbers while it trains: weights, gradients, two of Adam's, the best ones, one on its way
 
 # A channel that hardly varies over the training rows must not be blown up: its deviation counts as at least
 # this share of the median channel's.
 _LEAST_DEVIATION = 0.01
+_NEVER = -1e4  # a logit whose probability is 0
 
 
 class DenseHead:
@@ -114,11 +116,11 @@ def memory_needed(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> i
     """Return about how many bytes training takes beside the rows."""
     widths = [math.prod(row_shape), *spec.settings["hidden"], classes]
     numbers = sum(a * b for a, b in itertools.pairwise(widths))
-    return _TENSORFLOW + _COPIES * 4 * numbers
+    return TENSORFLOW + _COPIES * 4 * numbers
 
 
-def channel_statistics(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and variance of each channel (c,) float32, in one pass with bounded memory.
+def channel_statistics(blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and variance of each channel (c,) float32 over blocks of rows (n, …, c), in one pass.
 
     Raises
     ------
@@ -126,15 +128,15 @@ def channel_statistics(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         If a row holds what is not a number.
     """
     count = 0
-    mean, squares = np.zeros(rows.shape[-1]), np.zeros(rows.shape[-1])
-    for _, block in in_order(rows):
+    mean, squares = np.zeros(1), np.zeros(1)
+    for block in blocks:
         # Chan, Golub and LeVeque (1983): merging means and squared deviations does not cancel digits.
-        values = block.reshape(-1, rows.shape[-1]).astype(np.float32)
+        values = block.reshape(-1, block.shape[-1]).astype(np.float32)
         n, some = len(values), values.mean(axis=0, dtype=np.float64)
         delta = some - mean
-        squares += values.var(axis=0, dtype=np.float64) * n + delta**2 * (count * n / (count + n))
+        squares = squares + values.var(axis=0, dtype=np.float64) * n + delta**2 * (count * n / (count + n))
         count += n
-        mean += delta * (n / count)
+        mean = mean + delta * (n / count)
     if not np.isfinite(squares).all():
         raise DatasetError(not_numbers("the training split"))
     variance = squares / count
@@ -149,7 +151,7 @@ def fit_dense(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
     settings = spec.settings
     model = build(spec, data.train.shape[1:], data.classes)
     if settings["normalize"]:
-        _set_normalization(model.get_layer("normalize"), data.train)
+        normalise(model, (block for _, block in in_order(data.train)))
     head = DenseHead(model, spec)
     try:
         trained = train(
@@ -171,13 +173,38 @@ def fit_dense(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
     return Fitted(alone, trained.history, "epoch", trained.seconds_per_epoch, facts, trained.seconds_before)
 
 
-def _set_normalization(layer: Any, rows: Rows) -> None:
+def normalise(model: KerasModel, blocks: Iterable[np.ndarray]) -> None:
     """Bring each channel to mean 0 and, over all the places where an image shows it, to variance 1 together.
 
     At variance 1 in each of h · w places, the first steps of Adam overshoot: each weight moves by the learning
-    rate, all of 131,072 at once.
+    rate, all of 131,072 at once. `blocks` are rows (n, h, w, c), of a head that pools (n, c).
     """
-    mean, variance = channel_statistics(rows)
-    places = math.prod(rows.shape[1:-1])  # h · w; 1 for pooled rows
-    layer.set_weights([mean, variance * places, np.zeros((), "int64")])
+    layer = model.get_layer("normalize")
+    mean, variance = channel_statistics(blocks)
+    places = math.prod(layer.input.shape[1:-1])  # h · w; 1 for pooled rows
+    _set_normalization(layer, mean, variance * places)
+
+
+def _set_normalization(layer: Any, mean: np.ndarray, variance: np.ndarray) -> None:
+    layer.set_weights([mean, variance, np.zeros((), "int64")])
     layer.finalize_state()
+
+
+def from_logreg(head: LogregHead, row_shape: tuple[int, ...]) -> DenseHead:
+    """Return a logistic regression as a `gap` head without hidden layers, over rows (h, w, c).
+
+    A class that had no training row keeps the probability 0.
+    """
+    scaler, regression = head.pipeline
+    spec = HeadSpec.make("gap", hidden="none")
+    model = build(spec, row_shape, head.classes)
+    _set_normalization(model.get_layer("normalize"), scaler.mean_, scaler.scale_**2)
+    coefficients, intercept = regression.coef_, regression.intercept_
+    if len(coefficients) == 1:  # of two classes scikit-learn keeps the second one's logit alone
+        coefficients = np.concatenate([0 * coefficients, coefficients])
+        intercept = np.concatenate([0 * intercept, intercept])
+    kernel = np.zeros((row_shape[-1], head.classes), np.float32)
+    bias = np.full(head.classes, _NEVER, np.float32)
+    kernel[:, regression.classes_], bias[regression.classes_] = coefficients.T, intercept
+    model.get_layer("probabilities").set_weights([kernel, bias])
+    return DenseHead(model, spec)

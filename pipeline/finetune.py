@@ -1,0 +1,311 @@
+"""`freeze` and `finetune`: the full model, trained from images or from cached rows of its frozen part; then published."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import network, results, runs, tracking
+from pipeline.asked import FullAsked
+from pipeline.backbone import KerasModel
+from pipeline.batches import Shuffled
+from pipeline.checkpoint import Checkpoint
+from pipeline.compute import ComputeOptions, duration
+from pipeline.dataset import Dataset
+from pipeline.errors import RunError
+from pipeline.extract import FeatureChoice, Quarantined, extract, warn_untrained
+from pipeline.gather import Material, Sorted, gather, gather_images
+from pipeline.heads import dense
+from pipeline.heads.base import class_weights, measure, require_numbers
+from pipeline.loop import NotFiniteError, Trained, Watch, train
+from pipeline.network import Network
+from pipeline.origin import Origin, origin_of
+from pipeline.pixels import Pixels, decoding
+from pipeline.prepare import Prepared, prepared_pixels, prepared_tensors
+from pipeline.rows import Rows, StoredRows, select
+from pipeline.spec import FeatureSpec
+from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+_COLLAPSE = 0.1  # of accuracy on the training images, between training mode and inference mode
+_CHECKED = 16  # test images on which the saved model is compared with the trained one
+# By how much probabilities may differ then: rows are rounded to the storage type and computed in other batches.
+_MOST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
+_COPIES = 6  # of the trained numbers, in memory: weights, gradients, two of the optimizer, the best, one on its way
+_PER_IMAGE = 40_000_000  # bytes of activations a layer block keeps for the way back, measured roughly
+
+
+@dataclass(frozen=True)
+class FullRun:
+    """What `train_full` made."""
+
+    name: str
+    path: Path
+    summary: dict[str, Any]
+    quarantined: list[Quarantined]
+
+
+def train_full(dataset: Dataset, workspace: Workspace, asked: FullAsked, *, resume: str | None = None) -> FullRun:
+    """Train, measure, save and publish a full model as asked. `resume` names an unfinished run.
+
+    Raises
+    ------
+    DatasetError
+        If a split has no image, there is only one class to learn, or an image changes on the way.
+    SpecError
+        If what it is to begin with does not fit.
+    RunError
+        If the saved model, read back, says something else, or what is to be resumed has changed.
+    """
+    start = time.perf_counter()
+    if asked.tensorboard:
+        tracking.require_tensorboard()
+    origin = origin_of(asked, dataset, workspace)
+    opened = _from_cache if asked.from_cache else _from_images
+    with opened(dataset, workspace, asked, origin) as setting:
+        images, spec = setting.ready.material, setting.network.spec
+        settled = replace(origin.choice, layer=spec.layer, precision=spec.precision, storage=spec.storage)
+        asked = replace(asked, features=settled)  # what `auto` turned out to mean
+        with _run(workspace, asked, images, resume) as (name, directory):
+            summary = _train_and_write(name, directory, asked, setting, workspace, start)
+    return FullRun(name, workspace.runs / name, summary, images.quarantined)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What is trained, on what: `below` gives the features the head stands on, of the same rows."""
+
+    origin: Origin
+    network: Network
+    model: KerasModel
+    below: KerasModel | None
+    ready: Prepared[Any]
+    until: int  # the index of the last frozen layer
+    computed: int = 0  # rows, for this
+
+
+@contextmanager
+def _from_images(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin: Origin) -> Iterator[_Setting]:
+    spec = origin.base
+    images = gather_images(dataset, workspace, asked.max_pixels, spec.fit)
+    warn_untrained(spec)
+    with prepared_pixels(images, spec.input_size, spec.fit, asked.max_pixels) as ready:
+        made, until = _network(origin, spec, asked, ready.classes)
+        yield _Setting(origin, made, made.on_pixels(), made.features_of_pixels(), ready, until)
+
+
+@contextmanager
+def _from_cache(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin: Origin) -> Iterator[_Setting]:
+    """Compute what is missing of the frozen part's rows, then train what comes after it."""
+    options = ComputeOptions(max_pixels=asked.max_pixels)
+    done = extract(dataset, workspace, origin.choice, options, views=asked.views)
+    choice = FeatureChoice(space=done.space.name) if done.space else origin.choice
+    material = gather(dataset, workspace, choice, asked.max_pixels, "features", views=asked.views)
+    spec = replace(material.space.spec, layer=origin.base.layer)
+    made, until = _network(origin, spec, asked, len(dataset.classes))
+    model = made.after(origin.cut)
+    needed = dense.TENSORFLOW + _COPIES * 4 * model.count_params() + _PER_IMAGE * asked.head.settings["batch_size"]
+    with prepared_tensors(material, asked.memory, needed) as ready:
+        yield _Setting(origin, made, model, made.features_after(origin.cut), ready, until, done.computed)
+
+
+def _network(origin: Origin, spec: FeatureSpec, asked: FullAsked, classes: int) -> tuple[Network, int]:
+    """Return the network to begin with, frozen as asked for, and the index of its last frozen layer."""
+    logger.info("building %s", spec.backbone)
+    made = Network(spec, lambda shape: origin.head(asked.head, shape, classes))
+    made.load_backbone(origin.weights.identity, origin.weights.path)
+    until = len(made.layers) - 1
+    if asked.stage == "finetune":
+        until = network.frozen_until(made.layers, asked.freeze_until)
+    made.freeze(until, batch_norm=asked.batch_norm == "trainable")
+    return made, until
+
+
+@contextmanager
+def _run(workspace: Workspace, asked: FullAsked, images: Sorted, resume: str | None) -> Iterator[tuple[str, Path]]:
+    """Give name and folder of the run: a new one, or the one to go on with if its images are still the same."""
+    if resume is not None:
+        runs.require_same(workspace.runs, resume, images.digest())
+        with runs.reopened(workspace.runs, resume, asked.stage) as found:
+            yield found
+        return
+    title = f"{images.dataset.name}-{asked.stage}"
+    with runs.new_run(workspace.runs, title, asked.stage) as (name, directory):
+        space = images.space.name if isinstance(images, Material) else None
+        runs.write_request(directory, asked.to_dict(), images.digest(), space)
+        yield name, directory
+
+
+def _train_and_write(
+    name: str, directory: Path, asked: FullAsked, setting: _Setting, workspace: Workspace, start: float
+) -> dict[str, Any]:
+    made, ready = setting.network, setting.ready
+    parameters = made.trainable_parameters  # before the loop leaves the model at its best epoch
+    logger.info("%s parameters train, in %d layers: %s", f"{parameters:,}", len(made.trains), ", ".join(made.trains))
+    trained = _trained(directory, asked, setting, workspace)
+    size = asked.head.settings["batch_size"]
+
+    def said(rows: Rows, what: str) -> np.ndarray:
+        with workspace.progress(what, len(rows)) as advance:
+            return np.concatenate(list(network.predict(setting.model, rows, size, advance)))
+
+    val, test = (said(ready.rows[side], f"measuring {side}") for side in ("val", "test"))
+    on_train = said(_plain(ready), "measuring train")
+    _, train_accuracy = measure(on_train, ready.labels["train"])
+    best = min(trained.history, key=lambda entry: entry["val_loss"])
+    _warn_of_collapse(train_accuracy, best["accuracy"], asked)
+    predictions = [ready.predictions(side, ready.members[side], p) for side, p in (("val", val), ("test", test))]
+    metrics = results.measured(predictions, ready.material.dataset.classes)
+    identity = made.save(directory)
+    difference = _check_saved(directory, asked, setting, test)
+    names = made.layers
+    unchanged = setting.origin.unchanged_until(
+        names, [each for each in made.cuts if names.index(each) <= setting.until]
+    )
+    base = replace(made.spec, weights=setting.origin.base.weights)
+    features = base if unchanged == made.spec.layer else replace(base, weights=identity)
+    space = ready.material.space.name if isinstance(ready.material, Material) else None
+    summary = {
+        "run": name,
+        "head": made.head.kind,
+        "stage": asked.stage,
+        **results.summary_of(metrics, ready.material),
+        "train_accuracy": train_accuracy,
+        "train_rows": len(ready.members["train"]) * ready.views,
+        "views": ready.views,
+        "init": asked.init and Path(asked.init).name,
+        "frozen_until": names[setting.until] if setting.until >= 0 else None,
+        "trains": made.trains,
+        "trainable_parameters": parameters,
+        "parameters": parameters,
+        "from_cache": asked.from_cache,
+        "features_computed": setting.computed,
+        "epochs": len(trained.history),
+        "best_epoch": best["epoch"],
+        "seconds_per_epoch": trained.seconds_per_epoch,
+        "first_loss": trained.history[0]["loss"],
+        "last_loss": trained.history[-1]["loss"],
+        "max_difference": difference,
+        "space": space,
+        "weights": setting.origin.label,
+        "precision": made.spec.precision,
+        "seconds": round(time.perf_counter() - start + trained.seconds_before, 3),
+    }
+    about = {
+        "features": features.to_dict(),
+        "base": {"features": base.to_dict(), "unchanged_until": unchanged},
+        "head": {**made.head.spec.to_dict(), "head": made.head.kind},
+        "asked": asked.to_dict(),
+        "summary": summary,
+    }
+    results.write(directory, about, ready.material, metrics, trained.history, "epoch", predictions)
+    return summary
+
+
+def _trained(directory: Path, asked: FullAsked, setting: _Setting, workspace: Workspace) -> Trained:
+    """Run the loop, and leave the network at its best epoch."""
+    settings, ready = asked.head.settings, setting.ready
+    size, labels = settings["batch_size"], ready.data().train_labels
+    checkpoint = Checkpoint(directory)
+    if asked.init is None and asked.head.settings["normalize"] and not checkpoint.path.exists():
+        dense.normalise(setting.network.head.model, _features(setting, size, workspace))
+    fresh = None
+    if (recipe := asked.augment) is not None:
+        fresh = lambda rows, epoch: rows.augmented(recipe, settings["seed"], epoch)  # noqa: E731
+    batches = Shuffled(ready.rows["train"], labels, size, settings["seed"], fresh)
+    weights = class_weights(labels, ready.classes, settings["class_weight"])
+    val = ready.rows["val"], ready.labels["val"]
+    with (
+        tracking.tensorboard(directory, asked.tensorboard) as note,
+        workspace.progress("training", settings["epochs"] * len(labels)) as advance,
+    ):
+        watch = Watch(_estimating(advance, len(labels), len(batches), settings["epochs"]), note, checkpoint)
+        try:
+            return train(
+                setting.model,
+                batches,
+                lambda: measure(network.probabilities(setting.model, val[0], size), val[1]),
+                settings,
+                weights,
+                watch,
+            )
+        except NotFiniteError:
+            if asked.from_cache:
+                for side in ("train", "val"):
+                    require_numbers(ready.rows[side], f"the {side} split")
+            raise
+
+
+def _features(setting: _Setting, size: int, workspace: Workspace) -> Iterator[np.ndarray]:
+    """Yield what the new head is to be normalised by: the features of the training rows, as it reads them."""
+    rows, pools = setting.ready.rows["train"], setting.network.head.kind == "gap"
+    with workspace.progress("measuring features", len(rows)) as advance:
+        if setting.below is None:
+            size = min(size, rows.rows_at_once) if isinstance(rows, StoredRows) else size
+            parts = [np.arange(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
+            blocks: Iterator[np.ndarray] = (rows[part] for part in parts)
+        else:
+            blocks = network.predict(setting.below, rows, size, advance)
+        for block in blocks:
+            yield block.mean(axis=(1, 2), dtype=np.float32) if pools else block
+
+
+def _estimating(advance: Callable[[float], None], images: int, steps: int, epochs: int) -> Callable[[float], None]:
+    """Return what takes epochs and advances by images; after a few steps it says how long all will take."""
+    times = list[float]()
+
+    def passed(part: float) -> None:
+        advance(part * images)
+        times.append(time.perf_counter())
+        if len(times) == _STEPS_TIMED + 1:  # the first one compiles
+            step = (times[-1] - times[0]) / _STEPS_TIMED
+            left = step * steps * epochs
+            logger.info(
+                "%d epochs of %s images take about %s (%.1f images/s)",
+                epochs, f"{images:,}", duration(left), images / steps / step,
+            )  # fmt: skip
+
+    return passed
+
+
+_STEPS_TIMED = 2
+
+
+def _plain(ready: Prepared[Any]) -> Rows:
+    """Return the training rows in the plain view, which come first."""
+    rows: Rows = ready.rows["train"]
+    return rows if ready.views == 1 else select(rows, np.arange(len(ready.labels["train"])))
+
+
+def _warn_of_collapse(inference: float, training: float, asked: FullAsked) -> None:
+    """Batch norm that trained on small batches can say other things in inference mode."""
+    if inference < training - _COLLAPSE:
+        advice = "take --batch-norm frozen" if asked.batch_norm == "trainable" else "lower --learning-rate"
+        logger.warning(
+            "in inference mode the model is right about %.3f of its training images, and was about %.3f while it was "
+            "trained: it has collapsed; %s",
+            inference, training, advice,
+        )  # fmt: skip
+
+
+def _check_saved(directory: Path, asked: FullAsked, setting: _Setting, test: np.ndarray) -> float:
+    """Read the model back and compare what it says of a few test images with what was measured."""
+    ready, spec = setting.ready, setting.network.spec
+    images, members = ready.material, ready.members["test"][:_CHECKED]
+    saved = Network.load(directory, spec).on_pixels()
+    with decoding(images.dataset, images.keys, images.usable, spec.input_size, spec.fit, asked.max_pixels) as source:
+        said = network.probabilities(saved, Pixels(source, members), _CHECKED)
+    difference = float(np.abs(said - test[: len(members)]).max())
+    if not difference <= _MOST_DIFFERENCE[spec.precision]:
+        raise RunError(
+            f"the saved model, read back, differs from the trained one by {difference:.2g}; nothing published"
+        )
+    return difference

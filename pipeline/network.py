@@ -1,0 +1,211 @@
+"""The full model: the whole backbone with a head on top. What is frozen of it, where it is cut, how it is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import backbone, heads, weights_file
+from pipeline.backbone import KerasModel, cut_layers, import_keras
+from pipeline.cache import storage
+from pipeline.errors import RunError, SpecError, UsageError
+from pipeline.heads.dense import DenseHead, build, from_logreg
+from pipeline.heads.logreg import LogregHead
+from pipeline.rows import Rows, read_ahead
+from pipeline.runs import write_json
+from pipeline.spec import FeatureSpec
+
+WEIGHTS_FILE = "backbone.weights.h5"
+JSON_FILE = "network.json"
+
+
+class Network:
+    """A backbone, computing as `spec` says up to its layer, and a dense head over that layer's tensors.
+
+    Parameters
+    ----------
+    spec
+        Its `precision` and `layer` are those of the network; the weights are loaded by `load_backbone`.
+    make_head
+        Makes of (h, w, c) a head over rows of that shape.
+    """
+
+    def __init__(self, spec: FeatureSpec, make_head: Callable[[tuple[int, ...]], DenseHead]) -> None:
+        self.spec = spec
+        self.whole = backbone.build(spec.backbone, spec.precision)
+        self.below = backbone.cut(self.whole, spec.layer)
+        features = self.below.output
+        self.head = make_head(tuple(features.shape[1:]))
+        self.model: KerasModel = import_keras().Model(self.whole.inputs, self.head.model(features), name="full_model")
+
+    def load_backbone(self, identity: str, path: Path | None) -> None:
+        """Give the backbone the weights that a spec names. Raises WeightsError if the file is not of them."""
+        if path is not None:
+            weights_file.check(path)
+        backbone.load_weights(self.whole, identity, path)
+
+    @property
+    def cuts(self) -> list[str]:
+        """The names of those of its layers whose output alone carries the network on, in their order."""
+        return cut_layers(self.below)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the backbone's layers, in their order, up to the one the head stands on."""
+        return [layer.name for layer in self.below.layers]
+
+    def freeze(self, until: int, *, batch_norm: bool) -> None:
+        """Freeze the backbone's layers up to index `until`, -1 for none, and all batch norms unless `batch_norm`.
+
+        A frozen batch norm is in inference mode: its statistics, too, stay as they are.
+        """
+        normalises = import_keras().layers.BatchNormalization
+        for i, layer in enumerate(self.whole.layers):
+            layer.trainable = i > until and (batch_norm or not isinstance(layer, normalises))
+
+    @property
+    def trains(self) -> list[str]:
+        """The names of the layers that training changes, in order."""
+        layers = [*self.below.layers, *self.head.model.layers]
+        return [layer.name for layer in layers if layer.trainable_weights]
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers training changes."""
+        return sum(int(np.prod(weight.shape)) for weight in self.model.trainable_weights)
+
+    def on_pixels(self) -> KerasModel:
+        """Return the model with preprocessing inside: (n, size, size, 3) uint8 RGB → (n, k) probabilities."""
+        return self._from_pixels(self.model)
+
+    def features_of_pixels(self) -> KerasModel:
+        """Return the part below the head: (n, size, size, 3) uint8 RGB → (n, h, w, c)."""
+        return self._from_pixels(self.below)
+
+    def _from_pixels(self, model: KerasModel) -> KerasModel:
+        keras = import_keras()
+        inputs = keras.Input((self.spec.input_size, self.spec.input_size, 3), dtype="uint8", name="pixels")
+        return keras.Model(inputs, model(backbone.scale(keras.ops.cast(inputs, "float32"))))
+
+    def after(self, layer: str) -> KerasModel:
+        """Return what comes after `layer`, with the same weights: its rows (n, h, w, c) → (n, k) probabilities."""
+        return import_keras().Model(self.whole.get_layer(layer).output, self.model.output, name=f"after_{layer}")
+
+    def features_after(self, layer: str) -> KerasModel | None:
+        """Return what lies between `layer` and the head; None if nothing does."""
+        if layer == self.spec.layer:
+            return None
+        return import_keras().Model(self.whole.get_layer(layer).output, self.below.output)
+
+    def save(self, directory: Path) -> str:
+        """Write backbone, head and our JSON; return the identity of the backbone's weights, as a spec names them."""
+        self.whole.save_weights(directory / WEIGHTS_FILE)
+        digest = storage.sha256_file(directory / WEIGHTS_FILE)
+        self.head.save(directory)
+        about = {"backbone": self.spec.backbone, "layer": self.spec.layer, "precision": self.spec.precision}
+        write_json(directory / JSON_FILE, {**about, "sha256": digest})
+        return f"sha256:{digest}"
+
+    @classmethod
+    def load(cls, directory: Path, spec: FeatureSpec) -> Network:
+        """Return the network that `save` wrote, rebuilt from our own JSON and filled with plain arrays.
+
+        Raises
+        ------
+        RunError
+            If the files are missing, or not those that were saved.
+        """
+        path = directory / WEIGHTS_FILE
+        try:
+            made = json.loads((directory / JSON_FILE).read_text())
+            if (made["backbone"], made["layer"], made["precision"]) != (spec.backbone, spec.layer, spec.precision):
+                raise RunError(f"{JSON_FILE} is of another network than run.json says")
+            if storage.sha256_file(path) != made["sha256"]:
+                raise RunError(f"{WEIGHTS_FILE} is not the file that was saved")
+            head = heads.load(directory)
+            if not isinstance(head, DenseHead):
+                raise RunError("its head is not one of a full model")
+            network = cls(spec, lambda shape: head)
+            network.load_backbone("sha256:" + made["sha256"], path)
+        except RunError as error:
+            raise RunError(f"no model can be loaded from {directory}: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise RunError(f"no model can be loaded from {directory}: {reason}") from error
+        return network
+
+
+def frozen_until(layers: Sequence[str], asked: str) -> int:
+    """Return the index of the last frozen layer: that of the layer `asked`, the number it says, or -1 for "none".
+
+    `layers` are the backbone's, up to the one the head stands on.
+
+    Raises
+    ------
+    UsageError
+        If there is no such layer.
+    """
+    if asked == "none":
+        return -1
+    if asked in layers:
+        return layers.index(asked)
+    if asked.isdecimal() and int(asked) < len(layers):
+        return int(asked)
+    raise UsageError(
+        f"--freeze-until takes a layer's name, its number from 0 to {len(layers) - 1}, or none, found {asked!r:.60}; "
+        "`summary --all` lists them"
+    )
+
+
+def cut_at(layers: Sequence[str], cuts: Sequence[str], until: int) -> str:
+    """Return the last of `cuts`, layers whose output alone carries the network on, up to index `until` of `layers`.
+
+    Raises
+    ------
+    SpecError
+        If there is none: then nothing can be cached.
+    """
+    found = [name for name in cuts if layers.index(name) <= until]
+    if not found:
+        raise SpecError("--from-cache needs a frozen part to cache; name a layer to freeze by --freeze-until")
+    return found[-1]
+
+
+def predict(
+    model: KerasModel, rows: Rows, size: int, advance: Callable[[int], None] = lambda n: None
+) -> Iterator[np.ndarray]:
+    """Yield what `model` says of rows, `size` of them at a time, each batch padded to one shape: compiled once."""
+    parts = [np.arange(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+    for part, some in zip(parts, read_ahead(rows, parts), strict=True):
+        padded = np.pad(some, [(0, size - len(part)), *[(0, 0)] * (some.ndim - 1)]) if len(part) < size else some
+        yield np.asarray(model.predict_on_batch(padded)[: len(part)], np.float32)
+        advance(len(part))
+
+
+def probabilities(model: KerasModel, rows: Rows, size: int) -> np.ndarray:
+    """Return class probabilities (n, k) float32 of rows."""
+    return np.concatenate(list(predict(model, rows, size)))
+
+
+def stitched(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> DenseHead:
+    """Return a head that was trained on cached rows as one over tensors of `row_shape` (h, w, c), ready to be trained.
+
+    A logistic regression becomes a `gap` head without hidden layers: its scaler is the normalisation, its
+    coefficients the weights of the softmax layer.
+
+    Raises
+    ------
+    SpecError
+        If it is an ensemble.
+    """
+    if isinstance(head, LogregHead):
+        return from_logreg(head, row_shape)
+    if not isinstance(head, DenseHead):
+        raise SpecError("an ensemble of heads cannot be fine-tuned; take a run that was trained without --folds")
+    model: Any = build(head.spec, row_shape, classes)
+    model.set_weights(head.model.get_weights())
+    return DenseHead(model, head.spec)

@@ -1,0 +1,81 @@
+"""Images as training data: decoded whenever they are needed, augmented afresh for each epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+from pipeline import augment
+from pipeline.dataset import Dataset
+from pipeline.decoder import Loader, decoding_pool, in_threads
+from pipeline.errors import DatasetError
+from pipeline.spec import Augmentation
+
+
+class Decoding:
+    """Decodes images of a dataset in threads; `keys` are who they must be, (m,) of 32 bytes, for `usable` of them."""
+
+    def __init__(self, dataset: Dataset, keys: Sequence[bytes], usable: np.ndarray, loader: Loader, size: int) -> None:
+        self.dataset = dataset
+        self.keys = keys
+        self.usable = usable
+        self.loader = loader
+        self.size = size
+        self.pool = decoding_pool()
+
+
+@contextmanager
+def decoding(
+    dataset: Dataset, keys: Sequence[bytes], usable: np.ndarray, size: int, fit: str, max_pixels: int
+) -> Iterator[Decoding]:
+    """Give what decodes the images `usable` of a dataset; on leaving, its threads and processes end."""
+    with Loader(dataset, size, fit, max_pixels) as loader:
+        found = Decoding(dataset, keys, usable, loader, size)
+        try:
+            yield found
+        finally:
+            found.pool.shutdown(cancel_futures=True)
+
+
+class Pixels:
+    """Images that are `Rows`: asked for by index they are decoded, (n, size, size, 3) uint8 RGB.
+
+    With a `recipe` each is warped, by numbers that its key and `draw` decide.
+    """
+
+    def __init__(
+        self, decoding: Decoding, at: np.ndarray, recipe: Augmentation | None = None, draw: int | None = None
+    ) -> None:
+        self._decoding = decoding
+        self._at = at
+        self._recipe = recipe
+        self._draw = draw
+        self.shape = (len(at), decoding.size, decoding.size, 3)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """Return these images. Raises DatasetError if one cannot be decoded any more, or is another one now."""
+        found = in_threads(self._decoding.pool, self._one, self._at[indices].tolist(), ahead=len(indices))
+        return np.stack(list(found))
+
+    def augmented(self, recipe: Augmentation, seed: int, epoch: int) -> Pixels:
+        """Return the same images as they are seen in one epoch."""
+        digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+        return Pixels(self._decoding, self._at, recipe, int.from_bytes(digest[:8], "big"))
+
+    def _one(self, member: int) -> np.ndarray:
+        decoding = self._decoding
+        i = int(decoding.usable[member])
+        loaded = decoding.loader(i)
+        if loaded.pixels is None:
+            raise DatasetError(f"{decoding.dataset.names[i]}: {loaded.reason}, and could be decoded before; mend it")
+        if loaded.key is None or loaded.key != decoding.keys[member]:
+            raise DatasetError(f"{decoding.dataset.names[i]} was changed while the training ran; run it again")
+        if self._recipe is None or self._draw is None:
+            return loaded.pixels
+        return augment.warp(loaded.pixels, self._recipe, augment.draws(loaded.key, self._draw))

@@ -1,0 +1,67 @@
+"""What every run's folder holds, whatever was trained: its description, metrics, history, predictions, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline import runs
+from pipeline.evaluate import evaluate
+from pipeline.gather import Sorted
+from pipeline.loop import Entry
+from pipeline.pictures import draw_curves
+
+Metrics = dict[str, dict[str, Any]]
+
+
+def measured(predictions: Sequence[runs.Predictions], classes: Sequence[str]) -> Metrics:
+    """Return the metrics of each split."""
+    return {part.split: evaluate(part.labels, part.probabilities, classes) for part in predictions}
+
+
+def summary_of(metrics: Metrics, images: Sorted) -> dict[str, Any]:
+    """Return what every summary says of accuracies and images."""
+    val, test = metrics["val"], metrics["test"]
+    return {
+        "accuracy": test["accuracy"],
+        "accuracy_interval": test["accuracy_interval"],
+        "val_accuracy": val["accuracy"],
+        "val_accuracy_interval": val["accuracy_interval"],
+        "val_rows": val["images"],
+        "test_rows": test["images"],
+        "classes": len(images.dataset.classes),
+        "copies_across_splits": images.split.crossing,
+        "groups_across_splits": images.split.crossing_groups,
+        "copies_under_other_labels": images.split.conflicting,
+        "quarantined": len(images.quarantined),
+    }
+
+
+def write(
+    directory: Path,
+    about: Mapping[str, Any],
+    images: Sorted,
+    metrics: Metrics,
+    history: Sequence[Entry],
+    x: str,
+    predictions: Sequence[runs.Predictions],
+) -> None:
+    """Write all but the model into a run's folder; `about` is what run.json says beside what it says of every run."""
+    dataset = images.dataset
+    common = {
+        "format": runs.FORMAT,
+        "version": runs.VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dataset": {"name": dataset.name, "images": len(dataset), "split": images.split.origin},
+        "classes": list(dataset.classes),
+    }
+    runs.write_json(directory / "run.json", {**common, **about})
+    runs.write_json(directory / "metrics.json", metrics)
+    runs.write_json(directory / "history.json", history)
+    runs.write_history(directory / "history.csv", history)
+    runs.write_json(directory / "quarantined.json", [asdict(bad) for bad in images.quarantined])
+    runs.write_predictions(directory / "predictions.csv", predictions, dataset.classes)
+    draw_curves(directory / "curves.png", history, x, f"{about['summary']['head']} on {dataset.name}")
