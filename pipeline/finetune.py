@@ -1,4 +1,4 @@
-"""`freeze` and `finetune`: the full model, trained from images or from cached rows of its frozen part; then published."""
+"""`freeze` and `finetune`: the full model, trained from images or from cached rows of its frozen part; published."""
 
 from __future__ import annotations
 

@@ -181,13 +181,15 @@ def _epoch(
     """Train on one epoch; return the mean loss, as it is minimised, and the accuracy on the way."""
     one_hot = np.eye(len(class_weights), dtype=np.float32)
     weighted = (class_weights != 1).any()
-    model.reset_metrics()
-    said: dict[str, float] = {}
+    sums, count = np.zeros(2), 0  # Keras tells each batch's means alone
     for rows, labels in batches.epoch(epoch):
         weights = class_weights[labels] if weighted else None
         said = model.train_on_batch(rows, one_hot[labels], sample_weight=weights, return_dict=True)
+        sums += len(labels) * np.array([said["loss"], said["accuracy"]])
+        count += len(labels)
         advance(1 / len(batches))
-    return float(said["loss"]), float(said["accuracy"])
+    loss, accuracy = sums / count
+    return float(loss), float(accuracy)
 
 
 def _restored(model: KerasModel, watch: Watch) -> tuple[_State, list[np.ndarray]]:

@@ -188,9 +188,9 @@ def _here(
     specs: Sequence[HeadSpec], data: heads.Data, folders: Mapping[str, Path], advance: Callable[[float], None]
 ) -> Iterator[HeadSpec]:
     for spec in specs:
-        done = 0
+        done = 0.0
 
-        def step(n: int) -> None:
+        def step(n: float) -> None:
             nonlocal done
             done += n
             advance(n)
