@@ -13,15 +13,18 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import heads, runs
-from pipeline.asked import Asked
+from pipeline.asked import Asked, FullAsked
 from pipeline.cache import storage
+from pipeline.compute import DEFAULT_BATCH_SIZE
 from pipeline.dataset import Dataset
-from pipeline.errors import DatasetError, IceboxError, MissingRowsError, RunError, SpecError
+from pipeline.errors import DatasetError, IceboxError, MissingRowsError, RunError, SpecError, UsageError
 from pipeline.evaluate import evaluate
 from pipeline.extract import FeatureChoice, Quarantined, warn_untrained
 from pipeline.fitting import answers
-from pipeline.gather import Material, gather
+from pipeline.gather import Material, Sorted, gather, gather_images
+from pipeline.network import Network, predict
 from pipeline.pictures import draw_calibration, draw_confusion
+from pipeline.pixels import Pixels, decoding
 from pipeline.rows import Wanted, open_rows
 from pipeline.spec import FeatureSpec
 from pipeline.workspace import Workspace
@@ -40,12 +43,22 @@ class TrainedRun:
     spec: FeatureSpec
     classes: list[str]
     kind: str  # the head's name
-    asked: Asked | None  # None for a run of 0.1.0, which did not keep it
+    asked: Asked | FullAsked | None  # None for a run of 0.1.0, which did not keep it
 
     @property
     def name(self) -> str:
         """The folder's name."""
         return self.path.name
+
+    @property
+    def full(self) -> bool:
+        """Whether it is a full model, which reads images, not rows."""
+        return isinstance(self.asked, FullAsked)
+
+    @property
+    def saw_validation(self) -> bool:
+        """Whether it was trained on the images of the validation split, too."""
+        return isinstance(self.asked, Asked) and self.asked.folds > 0
 
     @cached_property
     def head(self) -> heads.Head:
@@ -88,10 +101,14 @@ def open_run(root: Path, name: str) -> TrainedRun:
         kind = about["head"]["head"]
         if kind not in heads.READS:
             raise KeyError(kind)
-        asked = Asked.from_dict(about["asked"]) if "asked" in about else None
+        asked = _asked(about["asked"]) if "asked" in about else None
     except (KeyError, TypeError, SpecError) as error:
         raise RunError(f"{path / 'run.json'} is not that of a trained head ({error})") from error
     return TrainedRun(path, spec, classes, kind, asked)
+
+
+def _asked(value: Any) -> Asked | FullAsked:
+    return FullAsked.from_dict(value) if "stage" in value else Asked.from_dict(value)
 
 
 @dataclass(frozen=True)
@@ -118,7 +135,9 @@ def evaluate_run(
     own: bool = True,
     memory: int | None = None,
 ) -> Evaluation:
-    """Measure `run` on cached rows of `dataset` and keep metrics, predictions and pictures in the run's folder.
+    """Measure `run` on `dataset` and keep metrics, predictions and pictures in the run's folder.
+
+    A head reads cached rows, a full model images.
 
     Parameters
     ----------
@@ -133,26 +152,47 @@ def evaluate_run(
     ------
     SpecError
         If the space is not the one it was trained in.
+    UsageError
+        If a space is named for a full model.
     DatasetError
         If the classes differ, or the split is empty.
     MissingRowsError
         If an image that can be decoded has no row; the text names `features_command`.
     """
     run.require_classes(dataset.classes)
-    material = gather(dataset, workspace, _choice(run, workspace, space), max_pixels, features_command)
-    run.require_space(material.space.spec)
-    warn_untrained(material.space.spec)
+    material = _gathered(run, dataset, workspace, features_command, max_pixels, space)
     side: Side = split or ("test" if own or not material.split.drawn else "all")
-    if own and (side in ("train", "all") or (side == "val" and run.asked is not None and run.asked.folds)):
+    if own and (side in ("train", "all") or (side == "val" and run.saw_validation)):
         logger.warning("the run %s was trained on images of this split: new ones will be harder", run.name)
     members = np.arange(len(material.keys)) if side == "all" else material.members(side)
     if not len(members):
         raise DatasetError(f"no images in the {side} split of {dataset.name}; name another by --split")
-    predictions = _predicted(run, material, members, side, memory)
+    if isinstance(material, Material):
+        said = _said_of_rows(run, material, members, side, memory)
+    else:
+        said = _said_of_images(run, material, members, max_pixels, workspace)
+    if said.shape[1] != len(run.classes):
+        raise RunError(f"the head in {run.path} tells {said.shape[1]} classes apart, not {len(run.classes)}")
+    predictions = runs.Predictions(side, material.names(members), material.labels(members), said)
     metrics = evaluate(predictions.labels, predictions.probabilities, run.classes)
     title = side if own else f"{dataset.name}-{side}-{material.digest()[:8]}"  # names may be alike, images not
     path = _keep(run, title, predictions, metrics)
     return Evaluation(run.name, dataset.name, side, metrics, path, material.quarantined)
+
+
+def _gathered(
+    run: TrainedRun, dataset: Dataset, workspace: Workspace, features_command: str, max_pixels: int, space: str | None
+) -> Sorted:
+    if run.full:
+        if space is not None:
+            raise UsageError(f"the run {run.name} is a full model, which reads images; leave out --space")
+        images = gather_images(dataset, workspace, max_pixels, run.spec.fit)
+        warn_untrained(run.spec)
+        return images
+    material = gather(dataset, workspace, _choice(run, workspace, space), max_pixels, features_command)
+    run.require_space(material.space.spec)
+    warn_untrained(material.space.spec)
+    return material
 
 
 def _choice(run: TrainedRun, workspace: Workspace, space: str | None) -> FeatureChoice:
@@ -167,23 +207,31 @@ def _choice(run: TrainedRun, workspace: Workspace, space: str | None) -> Feature
     return FeatureChoice(space=run.spec.directory)
 
 
-def _predicted(
+def _said_of_rows(
     run: TrainedRun, material: Material, members: np.ndarray, side: Side, memory: int | None
-) -> runs.Predictions:
+) -> np.ndarray:
     with material.space.reading():
         reads = heads.READS[run.kind]
         (rows,) = open_rows(material.space, material.keys, reads, [Wanted(members)], memory=memory)
         try:
-            said = answers(run.head, rows, side)
+            return answers(run.head, rows, side)
         except ValueError as error:
             if isinstance(error, IceboxError):
                 raise
             shape = "x".join(map(str, rows.shape[1:]))
             raise RunError(f"the head in {run.path} does not take rows of {shape}: it is of another run") from error
-        if said.shape[1] != len(run.classes):
-            raise RunError(f"the head in {run.path} tells {said.shape[1]} classes apart, not {len(run.classes)}")
-    names = [material.dataset.names[int(i)] for i in material.usable[members]]
-    return runs.Predictions(side, names, material.labels(members), said)
+
+
+def _said_of_images(
+    run: TrainedRun, images: Sorted, members: np.ndarray, max_pixels: int, workspace: Workspace
+) -> np.ndarray:
+    model, spec = Network.load(run.path, run.spec).on_pixels(), run.spec
+    with (
+        decoding(images.dataset, images.keys, images.usable, spec.input_size, spec.fit, max_pixels) as source,
+        workspace.progress("measuring", len(members)) as advance,
+    ):
+        pixels = Pixels(source, members)
+        return np.concatenate(list(predict(model, pixels, DEFAULT_BATCH_SIZE, advance)))
 
 
 def _keep(run: TrainedRun, title: str, predictions: runs.Predictions, metrics: dict[str, Any]) -> Path:

@@ -200,6 +200,7 @@ def _restored(model: KerasModel, watch: Watch) -> tuple[_State, list[np.ndarray]
     try:
         state = _State(**saved)
         _assign(model.variables, groups["model"])
+        finalize(model)
         _assign(model.optimizer.variables, groups["optimizer"])
         if [each.shape for each in groups["best"]] != [tuple(each.shape) for each in model.weights]:
             raise ValueError("other shapes")
@@ -209,6 +210,15 @@ def _restored(model: KerasModel, watch: Watch) -> tuple[_State, list[np.ndarray]
         watch.note(entry)
     watch.advance(state.epoch)
     return state, groups["best"]
+
+
+def finalize(model: KerasModel) -> None:
+    """Have every normalisation in `model` compute with the variables it was given: it keeps what it made of others."""
+    for layer in model.layers:
+        if hasattr(layer, "layers"):
+            finalize(layer)
+        elif hasattr(layer, "finalize_state"):
+            layer.finalize_state()
 
 
 def _numbers(variables: Sequence[Any]) -> list[np.ndarray]:

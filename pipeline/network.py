@@ -15,6 +15,7 @@ from pipeline.cache import storage
 from pipeline.errors import RunError, SpecError, UsageError
 from pipeline.heads.dense import DenseHead, build, from_logreg
 from pipeline.heads.logreg import LogregHead
+from pipeline.loop import finalize
 from pipeline.rows import Rows, read_ahead
 from pipeline.runs import write_json
 from pipeline.spec import FeatureSpec
@@ -208,4 +209,5 @@ def stitched(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> Dens
         raise SpecError("an ensemble of heads cannot be fine-tuned; take a run that was trained without --folds")
     model: Any = build(head.spec, row_shape, classes)
     model.set_weights(head.model.get_weights())
+    finalize(model)
     return DenseHead(model, head.spec)

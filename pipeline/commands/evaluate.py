@@ -57,7 +57,7 @@ def evaluate(
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a trained run on cached rows, with pictures. Computes no feature."""
+    """Measure a trained run, a head on cached rows, a full model on images, with pictures."""
     from pipeline.apply import evaluate_run, open_run
 
     with opened(context) as workspace:
