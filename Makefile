@@ -14,11 +14,11 @@ CLI  := $(BIN)/python cli.py
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart features train-head sweep test lint check format clean
+.PHONY: help setup quickstart features train-head freeze finetune sweep test lint check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  with DATASET= HEAD= WEIGHTS= MAX_BAD= (features, train-head, sweep), EXTRAS=gpu,tensorboard (setup), PYTHON= (setup)"
+	@echo "  with DATASET= HEAD= WEIGHTS= MAX_BAD= (features … sweep), EXTRAS=gpu,tensorboard (setup), PYTHON= (setup)"
 
 setup: $(VENV)/.ready ## install Icebox into .venv; EXTRAS=gpu adds TensorFlow's CUDA build
 ifneq ($(EXTRAS),)
@@ -37,6 +37,12 @@ features: setup ## compute the features of DATASET that are missing
 
 train-head: setup ## train HEAD on the cached features of DATASET
 	$(CLI) train-head --dataset "$$DATASET" --head "$$HEAD" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
+
+freeze: setup ## train a head on the whole, frozen backbone, from the images of DATASET
+	$(CLI) freeze --dataset "$$DATASET" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
+
+finetune: setup ## fine-tune the backbone's last layers on cached rows of DATASET, computing what is missing
+	$(CLI) finetune --from-cache --dataset "$$DATASET" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
 
 sweep: setup ## try heads and settings on the cached features of DATASET
 	$(CLI) sweep --dataset "$$DATASET" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"

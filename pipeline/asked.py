@@ -154,3 +154,9 @@ def command_of(request: Mapping[str, Any]) -> str:
     asked = request.get("asked")
     stage = asked.get("stage") if isinstance(asked, dict) else None
     return stage if stage in STAGE_DEFAULTS else "train-head"
+
+
+def require_begun_by(command: str, request: Mapping[str, Any], name: str) -> None:
+    """Raise RunError unless `command` left this request."""
+    if (found := command_of(request)) != command:
+        raise RunError(f"{name} was begun by {found}; go on by: {found} --resume {name}")

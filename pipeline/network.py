@@ -154,7 +154,7 @@ def frozen_until(layers: Sequence[str], asked: str) -> int:
         return -1
     if asked in layers:
         return layers.index(asked)
-    if asked.isdecimal() and int(asked) < len(layers):
+    if asked.isascii() and asked.isdecimal() and int(asked) < len(layers):
         return int(asked)
     raise UsageError(
         f"--freeze-until takes a layer's name, its number from 0 to {len(layers) - 1}, or none, found {asked!r:.60}; "

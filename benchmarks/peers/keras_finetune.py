@@ -2,8 +2,8 @@
 
     python benchmarks/peers/keras_finetune.py TRAIN_FOLDER mixed8 --weights FILE
 
-Freezes the layers up to the one named and trains what follows with Adagrad 1e-4 in batches of 64, as in Keras' own guide
-to fine-tuning InceptionV3. Prints one JSON object: the seconds of the last epoch, the first having compiled the graph.
+Freezes the layers up to the one named and trains what follows with Adagrad 1e-4 in batches of 64, as Keras' own
+guide to fine-tuning does. Prints one JSON object: the seconds of the last epoch, the first having compiled the graph.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import argparse
 import json
 import os
 import time
+from typing import Any, cast
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import keras  # noqa: E402
+import keras
 
 
 class Clock(keras.callbacks.Callback):
@@ -33,12 +34,13 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--epochs", type=int, default=2)
     given = parser.parse_args()
-    data = keras.utils.image_dataset_from_directory(
+    data: Any = keras.utils.image_dataset_from_directory(
         given.folder, image_size=(299, 299), batch_size=64, label_mode="categorical", verbose=False
     )
     images, classes = len(data.file_paths), len(data.class_names)
     data = data.map(lambda x, y: (x / 127.5 - 1, y)).prefetch(2)
-    base = keras.applications.InceptionV3(include_top=False, weights=None, input_shape=(299, 299, 3))
+    application: Any = keras.applications
+    base = application.InceptionV3(include_top=False, weights=None, input_shape=(299, 299, 3))
     base.load_weights(given.weights)
     output = keras.layers.GlobalAveragePooling2D()(base.output)
     output = keras.layers.Dense(64, activation="relu")(output)
@@ -48,7 +50,7 @@ def main() -> None:
         layer.trainable = False
     model.compile(keras.optimizers.Adagrad(1e-4), loss="categorical_crossentropy", metrics=["accuracy"])
     clock = Clock()
-    model.fit(data, epochs=given.epochs, callbacks=[clock], verbose=0)
+    model.fit(data, epochs=given.epochs, callbacks=[clock], verbose=cast(Any, 0))
     print(json.dumps({"images": images, "seconds": round(clock.seconds, 2)}))
 
 

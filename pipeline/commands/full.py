@@ -174,8 +174,7 @@ def finetune(
 
 def _run(stage: str, context: typer.Context) -> None:
     from pipeline import runs
-    from pipeline.asked import FullAsked, command_of
-    from pipeline.errors import RunError
+    from pipeline.asked import FullAsked, require_begun_by
     from pipeline.finetune import train_full
 
     given = context.params
@@ -189,8 +188,7 @@ def _run(stage: str, context: typer.Context) -> None:
             asked = _asked(stage, context, workspace.runs)
         else:
             request = runs.read_request(workspace.runs, resume)
-            if command_of(request) != stage:
-                raise RunError(f"{resume} was begun by {command_of(request)}; go on by {command_of(request)} --resume")
+            require_begun_by(stage, request, resume)
             asked = FullAsked.from_dict(request.get("asked", {}))
         images = open_chosen(workspace, asked.images)
         run = train_full(images, workspace, asked, resume=resume)

@@ -161,7 +161,9 @@ def _asked(context: typer.Context) -> Asked:
 
 def _resumed(context: typer.Context, name: str, root: Any) -> Asked:
     from pipeline import runs
-    from pipeline.asked import Asked
+    from pipeline.asked import Asked, require_begun_by
 
     refuse_beside_resume(context)
-    return Asked.of_request(runs.read_request(root, name))
+    request = runs.read_request(root, name)
+    require_begun_by("train-head", request, name)
+    return Asked.of_request(request)

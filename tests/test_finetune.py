@@ -1,0 +1,361 @@
+"""The full model from images and from the cache: the same training, the same model, killed and gone on with."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import command_line, environment, icebox, write_picture
+
+from pipeline import backbone, images, network, runs
+from pipeline.apply import evaluate_run, open_run
+from pipeline.asked import Asked, DatasetChoice, FullAsked, command_of
+from pipeline.cache.space import Cache
+from pipeline.compute import ComputeOptions
+from pipeline.dataset import Dataset, open_dataset
+from pipeline.errors import DatasetError, RunError, SpecError, UsageError, WeightsError
+from pipeline.extract import FeatureChoice, extract
+from pipeline.finetune import FullRun, _warn_of_collapse, train_full
+from pipeline.network import Network
+from pipeline.origin import origin_of
+from pipeline.spec import Augmentation, HeadSpec, Views
+from pipeline.train import train_head
+from pipeline.workspace import Workspace
+
+EXACT = FeatureChoice(weights="untrained", precision="float32", storage="float32")
+SETTINGS = {"epochs": 3, "batch_size": 8, "optimizer": "adagrad", "learning_rate": 1e-4}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A workspace and a folder of images: 20 to train on, 6 to validate, 6 to test."""
+
+    workspace: Workspace
+    photos: Path
+
+    @property
+    def dataset(self) -> Dataset:
+        return open_dataset(str(self.photos), downloads=self.photos)
+
+    def asked(self, stage: str = "finetune", head: str = "gap", **more: Any) -> FullAsked:
+        given = {"features": EXACT, "max_pixels": images.DEFAULT_MAX_PIXELS, "freeze_until": "mixed9", **more}
+        settings = {**SETTINGS, **given.pop("settings", {})}
+        return FullAsked(
+            stage=stage, images=DatasetChoice(str(self.photos)), head=HeadSpec.make(head, **settings), **given
+        )
+
+    def train(self, stage: str = "finetune", *, resume: str | None = None, **more: Any) -> FullRun:
+        return train_full(self.dataset, self.workspace, self.asked(stage, **more), resume=resume)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    root = tmp_path_factory.mktemp("finetune")
+    for number, (side, count) in enumerate((("train", 20), ("val", 6), ("test", 6))):
+        for i in range(count):
+            write_picture(root / "photos" / side / ("cats" if i % 2 else "dogs") / f"{i}.png", seed=100 * number + i)
+    with closing(Cache(root / "data" / "cache")) as cache:
+        yield Place(Workspace(root / "data", cache), root / "photos")
+
+
+@pytest.fixture(scope="module")
+def from_images(place: Place) -> FullRun:
+    return place.train()
+
+
+@pytest.fixture(scope="module")
+def from_cache(place: Place) -> FullRun:
+    return place.train(from_cache=True)
+
+
+@pytest.fixture(scope="module")
+def logreg(place: Place) -> str:
+    """A regression trained on cached rows; the folder of its run."""
+    extract(place.dataset, place.workspace, EXACT, ComputeOptions())
+    chosen = Asked(DatasetChoice(str(place.photos)), EXACT, HeadSpec.make("logreg"), images.DEFAULT_MAX_PIXELS)
+    return str(train_head(place.dataset, place.workspace, chosen, "features").path)
+
+
+def history(run: FullRun) -> list[dict[str, float]]:
+    return json.loads((run.path / "history.json").read_text())
+
+
+def predictions(run: FullRun) -> np.ndarray:
+    lines = (run.path / "predictions.csv").read_text().splitlines()[1:]
+    return np.array([[float(p) for p in line.split(",")[5:]] for line in lines])
+
+
+# From images and from the cache
+
+
+def test_both_ways_train_alike(from_images: FullRun, from_cache: FullRun) -> None:
+    for ours, theirs in zip(history(from_images), history(from_cache), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-3)
+    assert history(from_images)[0]["loss"] != pytest.approx(history(from_images)[-1]["loss"], rel=1e-3)
+    assert np.allclose(predictions(from_images), predictions(from_cache), atol=1e-3)
+
+
+def test_both_ways_leave_the_same_files_and_the_same_model(from_images: FullRun, from_cache: FullRun) -> None:
+    names = [sorted(path.name for path in run.path.iterdir()) for run in (from_images, from_cache)]
+    assert names[0] == names[1]
+    models = [Network.load(run.path, open_run(run.path.parent, run.name).spec) for run in (from_images, from_cache)]
+    for one, other in zip(*(each.model.get_weights() for each in models), strict=True):
+        assert np.allclose(one, other, atol=1e-3)
+
+
+def test_the_summary_says_what_trained(from_images: FullRun, from_cache: FullRun) -> None:
+    for run in (from_images, from_cache):
+        said = run.summary
+        assert said["trains"][0] == "conv2d_89"
+        assert said["trains"][-2:] == ["hidden", "probabilities"]
+        assert (said["stage"], said["head"], said["frozen_until"]) == ("finetune", "gap", "mixed9")
+        assert said["first_loss"] == history(run)[0]["loss"]
+        assert said["last_loss"] == history(run)[-1]["loss"]
+        assert said["max_difference"] <= 1e-3
+        assert (said["train_rows"], said["val_rows"], said["test_rows"]) == (20, 6, 6)
+        assert json.dumps(said, allow_nan=False)
+    assert (from_images.summary["features_computed"], from_cache.summary["features_computed"]) == (0, 32)
+
+
+def test_only_what_comes_after_the_layer_has_changed(from_cache: FullRun) -> None:
+    before = backbone.build("inception_v3")
+    backbone.load_weights(before, "untrained:glorot_centred_1:0", None)
+    after = Network.load(from_cache.path, open_run(from_cache.path.parent, from_cache.name).spec).whole
+    changed = [
+        layer.name
+        for layer, other in zip(before.layers, after.layers, strict=True)
+        if any(not np.array_equal(a, b) for a, b in zip(layer.get_weights(), other.get_weights(), strict=True))
+    ]
+    assert changed == from_cache.summary["trains"][:-2]
+
+
+def test_the_second_time_nothing_is_computed(place: Place, from_cache: FullRun) -> None:
+    again = place.train(from_cache=True, settings={"epochs": 1})
+    assert again.summary["features_computed"] == 0
+    assert history(again) == history(from_cache)[:1]
+
+
+def test_it_is_evaluated_from_images(place: Place, from_cache: FullRun) -> None:
+    run = open_run(place.workspace.runs, from_cache.name)
+    options: Any = {"max_pixels": images.DEFAULT_MAX_PIXELS}
+    done = evaluate_run(run, place.dataset, place.workspace, "features", **options)
+    assert done.metrics["accuracy"] == from_cache.summary["accuracy"]
+    assert done.metrics["log_loss"] == pytest.approx(
+        json.loads((from_cache.path / "metrics.json").read_text())["test"]["log_loss"], rel=1e-3
+    )
+    with pytest.raises(UsageError, match="is a full model, which reads images; leave out --space"):
+        evaluate_run(run, place.dataset, place.workspace, "features", space="any", **options)
+
+
+def test_its_backbone_makes_features_of_its_own(place: Place, from_cache: FullRun) -> None:
+    """And the head in the run says of those rows what the full model says of the images."""
+    weights = from_cache.path / network.WEIGHTS_FILE
+    done = extract(place.dataset, place.workspace, replace(EXACT, weights=str(weights)), ComputeOptions())
+    assert done.computed == 32
+    assert done.space is not None
+    assert done.space.spec == open_run(place.workspace.runs, from_cache.name).spec
+
+
+# Views and augmentation
+
+
+def test_views_train_and_validation_stays_plain(place: Place, from_cache: FullRun) -> None:
+    run = place.train(from_cache=True, views=Views(2), settings={"epochs": 1})
+    assert (run.summary["train_rows"], run.summary["views"], run.summary["features_computed"]) == (40, 2, 32)
+    assert run.summary["val_rows"] == 6
+
+
+def test_freeze_trains_the_head_alone_on_images_that_are_warped_afresh(place: Place) -> None:
+    run = place.train("freeze", augment=Augmentation(), settings={"epochs": 2, "learning_rate": 0.02})
+    plain = place.train("freeze", settings={"epochs": 2, "learning_rate": 0.02})
+    assert run.summary["trainable_parameters"] == 2048 * 64 + 64 + 64 * 2 + 2
+    assert run.summary["trains"] == ["hidden", "probabilities"]
+    assert history(run)[0]["loss"] != pytest.approx(history(plain)[0]["loss"], rel=1e-4)
+    about = runs.read_run(run.path)
+    assert about["features"] == about["base"]["features"], "its backbone is still the one it began with"
+    assert about["base"]["unchanged_until"] == "mixed10"
+
+
+# Begun with a run
+
+
+def test_a_regression_goes_on_from_what_it_knows(place: Place, logreg: str) -> None:
+    before = runs.read_run(Path(logreg))["summary"]
+    still = {"epochs": 1, "learning_rate": 1e-12}
+    run = place.train(from_cache=True, init=logreg, features=FeatureChoice(), settings=still)
+    assert run.summary["accuracy"] == before["accuracy"]
+    assert run.summary["init"] == Path(logreg).name
+    assert run.summary["trains"][-1] == "probabilities"
+    expected = (Path(logreg) / "predictions.csv").read_text().splitlines()[1:]
+    assert np.allclose(predictions(run), [[float(p) for p in line.split(",")[5:]] for line in expected], atol=1e-3)
+
+
+def test_a_fine_tuned_run_goes_on_in_the_rows_its_backbone_still_gives(place: Place, from_cache: FullRun) -> None:
+    """Up to mixed9 nothing changed, so those rows serve; deeper they are another space's."""
+    asked = place.asked(from_cache=True, init=str(from_cache.path), features=FeatureChoice())
+    origin = origin_of(asked, place.dataset, place.workspace)
+    assert (origin.cut, origin.choice.weights) == ("mixed9", "untrained:0")
+    deeper = origin_of(replace(asked, freeze_until="mixed10"), place.dataset, place.workspace)
+    assert (deeper.cut, deeper.choice.weights) == ("mixed10", str(from_cache.path / network.WEIGHTS_FILE))
+    names, cuts = origin_layers(place)
+    assert origin.unchanged_until(names, cuts) == "mixed9"
+    assert origin.unchanged_until(names, cuts[: cuts.index("mixed8") + 1]) == "mixed8"
+    once = replace(asked, head=HeadSpec.make("gap", **{**SETTINGS, "epochs": 1}))
+    run = train_full(place.dataset, place.workspace, once)
+    assert run.summary["features_computed"] == 0
+    assert history(run)[0]["loss"] < history(from_cache)[0]["loss"] / 2, "it begins where the other one ended"
+
+
+def origin_layers(place: Place) -> tuple[list[str], list[str]]:
+    whole = backbone.build("inception_v3")
+    return [layer.name for layer in whole.layers], backbone.cut_layers(whole)
+
+
+def test_other_classes_and_contradictions_are_refused(place: Place, logreg: str, tmp_path: Path) -> None:
+    begun = place.asked(from_cache=True, init=logreg, features=FeatureChoice())
+    for i in range(6):
+        write_picture(tmp_path / "others" / ("ants" if i % 2 else "bees") / f"{i}.png", seed=i)
+    others = open_dataset(str(tmp_path / "others"), downloads=tmp_path)
+    with pytest.raises(DatasetError, match="knows other classes than others: cats, dogs"):
+        origin_of(begun, others, place.workspace)
+    for choice, message in (
+        (FeatureChoice(weights="untrained:7"), "began with other weights than untrained:7"),
+        (FeatureChoice(fit="crop"), "trained on images made square by squash, not crop"),
+        (FeatureChoice(layer="mixed8"), "stands on mixed10, not on mixed8"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            origin_of(replace(begun, features=choice), place.dataset, place.workspace)
+    with pytest.raises(SpecError, match=r"no head can stand on 'conv2d_80'; take one of .*mixed10"):
+        origin_of(place.asked(features=replace(EXACT, layer="conv2d_80")), place.dataset, place.workspace)
+
+
+def test_weights_that_are_gone_are_asked_for(place: Place, logreg: str, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "run"
+    elsewhere.mkdir()
+    for path in Path(logreg).iterdir():
+        if path.is_file():
+            (elsewhere / path.name).write_bytes(path.read_bytes())
+    about = runs.read_run(elsewhere)
+    about["features"]["weights"] = "sha256:" + "0" * 64
+    runs.write_json(elsewhere / "run.json", about)
+    with pytest.raises(WeightsError, match="which are not on this machine; give the file by `--weights FILE`"):
+        origin_of(place.asked(init=str(elsewhere), features=FeatureChoice()), place.dataset, place.workspace)
+
+
+# Stopped, and gone on with
+
+
+def test_killed_in_an_epoch_it_goes_on_as_if_it_never_was(place: Place, from_cache: FullRun) -> None:
+    options = ["--dataset", place.photos, "--from-cache", "--freeze-until", "mixed9", "--weights", "untrained"]
+    options += ["--precision", "float32", "--storage", "float32", "--batch-size", "4", "--epochs", "6"]
+    data = place.workspace.root
+    whole = icebox(data, "finetune", *options, "--json").json
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command_line(data, "finetune", *options), stderr=quiet, stdout=quiet, env=environment())
+    deadline = time.monotonic() + 240
+    while not list(place.workspace.runs.glob(".partial-*/checkpoint.npz")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (name,) = runs.unfinished(place.workspace.runs)
+    assert command_of(runs.read_request(place.workspace.runs, name)) == "finetune"
+    assert f"finetune --resume {name}" in icebox(data, "runs", "ls").err
+    assert "was begun by finetune; go on by: finetune --resume" in icebox(data, "train-head", "--resume", name).err
+    done = icebox(data, "finetune", "--resume", name, "--json").json
+    histories = [(place.workspace.runs / run["run"] / "history.json").read_text() for run in (whole, done)]
+    assert len(json.loads(histories[0])) == 6
+    assert histories[0] == histories[1]
+    assert done["accuracy"] == whole["accuracy"]
+
+
+# What people are told
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--views", "3"],
+            "--views is of cached rows; it goes with --from-cache; for new warps each epoch, take --aug",
+        ),
+        (["--memory", "1GB"], "--memory is of cached rows; it goes with --from-cache"),
+        (["--storage", "float32"], "--storage is of cached rows"),
+        (
+            ["--from-cache", "--augment", "default"],
+            "--augment says what cached views are like; ask for some by --views",
+        ),
+        (["--init", "latest", "--hidden", "3"], "--hidden is of a new head, and --init brings one"),
+        (["--init", "latest", "--head", "gap"], "--head is of a new head, and --init brings one"),
+        (["--augment", "rotate=3"], "--augment has no 'rotate=3'"),
+        (["--epochs", "0"], "--epochs must be a whole number in 1"),
+        (["--resume", "x", "--epochs", "3"], "leave out --epochs"),
+    ],
+)
+def test_wrong_use_is_one_line(tmp_path: Path, options: list[str], message: str) -> None:
+    done = icebox(tmp_path, "finetune", *options)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert message in done.err
+
+
+def test_a_run_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    done = icebox(tmp_path, "finetune", "--init", "nothing")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "no run named 'nothing'" in done.err
+
+
+def test_a_collapse_is_called_out(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    asked = place.asked()
+    _warn_of_collapse(0.85, 0.94, asked)
+    assert not caplog.records
+    _warn_of_collapse(0.4, 0.94, replace(asked, batch_norm="trainable"))
+    assert "it has collapsed; take --batch-norm frozen" in caplog.text
+
+
+def test_what_was_asked_for_is_kept_and_read_again(place: Place) -> None:
+    asked = place.asked(augment=Augmentation(rotation=3), views=Views(2, Augmentation(zoom=0)), init="/runs/x")
+    assert FullAsked.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
+    for change in (
+        {"stage": "melt"},
+        {"batch_norm": 3},
+        {"from_cache": "yes"},
+        {"augment": {"rotation": -1}},
+        {"x": 1},
+    ):
+        with pytest.raises(RunError, match="what the run was asked for cannot be read"):
+            FullAsked.from_dict({**asked.to_dict(), **change})
+    assert asdict(asked)["init"] == "/runs/x"
+
+
+def test_an_image_that_cannot_be_decoded_is_quarantined_before_the_training(place: Place, tmp_path: Path) -> None:
+    for path in place.photos.rglob("*.png"):
+        copy = tmp_path / "photos" / path.relative_to(place.photos)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    bad = tmp_path / "photos" / "train" / "cats" / "bad.png"
+    bad.write_bytes(b"no image")
+    done = icebox(
+        tmp_path / "data",
+        "freeze",
+        "--dataset",
+        tmp_path / "photos",
+        "--weights",
+        "untrained",
+        "--epochs",
+        "1",
+        "--json",
+    )
+    assert done.code == 3, done.err
+    assert done.json["quarantined"] == 1
+    assert (done.json["train_rows"], done.json["stage"]) == (20, "freeze")
+    assert "quarantined train/cats/bad.png" in done.err
+    assert "UNTRAINED" in done.err

@@ -1,0 +1,228 @@
+"""The full model: what of it trains, where it is cut, how it is kept, and heads that are put on top."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from conftest import SPEC
+
+from pipeline import backbone, heads, network
+from pipeline.errors import RunError, SpecError, UsageError, WeightsError
+from pipeline.heads import Data, Watch, fit
+from pipeline.heads.dense import DenseHead, build
+from pipeline.network import Network
+from pipeline.spec import HeadSpec
+
+CLASSES = 10
+GAP, FLATTEN = HeadSpec.make("gap"), HeadSpec.make("flatten")
+
+
+def made(spec: HeadSpec = GAP, precision: str = "float32") -> Network:
+    new = Network(replace(SPEC, precision=precision), lambda shape: DenseHead(build(spec, shape, CLASSES), spec))
+    new.load_backbone(SPEC.weights, None)
+    return new
+
+
+@pytest.fixture(scope="module")
+def gap() -> Network:
+    return made()
+
+
+# What trains
+
+
+def test_as_many_numbers_train_as_the_design_says(gap: Network) -> None:
+    gap.freeze(-1, batch_norm=True)
+    assert gap.trainable_parameters == 21_900_138
+    gap.freeze(250, batch_norm=True)
+    assert gap.trainable_parameters == 10_672_778
+    gap.freeze(len(gap.layers) - 1, batch_norm=False)
+    assert (gap.trainable_parameters, gap.trains) == (131_786, ["hidden", "probabilities"])
+
+
+def test_a_flatten_head_trains_as_many_as_the_design_says() -> None:
+    flatten = made(FLATTEN)
+    flatten.freeze(len(flatten.layers) - 1, batch_norm=False)
+    assert flatten.trainable_parameters == 33_557_258
+
+
+def test_batch_norms_stay_as_they_are_unless_asked_otherwise(gap: Network) -> None:
+    gap.freeze(gap.layers.index("mixed9"), batch_norm=False)
+    assert gap.trains[0] == "conv2d_89"
+    assert not [name for name in gap.trains if name.startswith("batch_normalization")]
+    gap.freeze(gap.layers.index("mixed9"), batch_norm=True)
+    assert len([name for name in gap.trains if name.startswith("batch_normalization")]) == 9
+    assert not [name for name in gap.trains if name in gap.layers[: gap.layers.index("mixed9") + 1]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "index"), [("none", -1), ("0", 0), ("250", 250), ("310", 310), ("mixed8", 248), ("conv2d_80", 249)]
+)
+def test_a_layer_is_named_by_name_or_number(gap: Network, asked: str, index: int) -> None:
+    assert network.frozen_until(gap.layers, asked) == index
+
+
+@pytest.mark.parametrize("asked", ["311", "-1", "2.5", "mixed11", "", "None", "٣"])
+def test_what_is_no_layer_is_refused(gap: Network, asked: str) -> None:
+    with pytest.raises(UsageError, match=r"--freeze-until takes a layer's name, its number from 0 to 310, or none"):
+        network.frozen_until(gap.layers, asked)
+
+
+@pytest.mark.parametrize(
+    ("until", "cut"), [(250, "mixed8"), (248, "mixed8"), (247, "mixed7"), (310, "mixed10"), (1, "conv2d")]
+)
+def test_it_is_cut_where_one_tensor_carries_everything_on(gap: Network, until: int, cut: str) -> None:
+    assert network.cut_at(gap.layers, gap.cuts, until) == cut
+
+
+def test_without_a_frozen_part_there_is_nothing_to_cut(gap: Network) -> None:
+    for until in (-1, 0):
+        with pytest.raises(SpecError, match="--from-cache needs a frozen part"):
+            network.cut_at(gap.layers, gap.cuts, until)
+
+
+def test_layers_have_the_same_names_in_every_model_that_a_process_builds(gap: Network) -> None:
+    again = [layer.name for layer in backbone.build("inception_v3", "bfloat16").layers]
+    assert again == gap.layers
+    assert again[249] == "conv2d_80"
+
+
+def test_the_two_halves_are_the_whole(gap: Network) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 299, 299, 3), np.uint8)
+    whole = network.probabilities(gap.on_pixels(), pixels, 3)
+    rows = backbone.cut(gap.whole, "mixed9").predict_on_batch(pixels.astype(np.float32) / 127.5 - 1)
+    assert np.allclose(network.probabilities(gap.after("mixed9"), rows, 2), whole, atol=1e-5)
+    between: Any = gap.features_after("mixed9")
+    features = network.probabilities(gap.features_of_pixels(), pixels, 3)
+    assert np.allclose(network.probabilities(between, rows, 3), features, rtol=1e-3, atol=1e-3)
+    assert gap.features_after("mixed10") is None
+    assert whole.std(axis=0).max() > 1e-6, "the images are told apart"
+
+
+# How it is kept
+
+
+@pytest.fixture(scope="module")
+def saved(gap: Network, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    gap.save(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    for path in saved.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def replaced(path: Path, content: bytes) -> None:
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_what_is_saved_is_read_back(gap: Network, saved: Path) -> None:
+    again = Network.load(saved, gap.spec)
+    for before, after in zip(gap.model.get_weights(), again.model.get_weights(), strict=True):
+        assert np.array_equal(before, after)
+
+
+def test_its_backbone_is_a_weights_file_like_any_other(gap: Network, saved: Path) -> None:
+    other = backbone.build("inception_v3")
+    backbone.load_weights(other, "sha256:00", saved / network.WEIGHTS_FILE)
+    assert np.array_equal(other.get_weights()[0], gap.whole.get_weights()[0])
+
+
+def test_a_backbone_that_is_another_file_is_refused(gap: Network, copy: Path) -> None:
+    content = bytearray((copy / network.WEIGHTS_FILE).read_bytes())
+    content[len(content) // 2] ^= 1
+    replaced(copy / network.WEIGHTS_FILE, bytes(content))
+    with pytest.raises(RunError, match=r"no model can be loaded .* is not the file that was saved"):
+        Network.load(copy, gap.spec)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{}", "'backbone'"),
+        (b"[]", "list indices"),
+        (b"{", "Expecting"),
+        (b'{"backbone": "inception_v3", "layer": "mixed9", "precision": "float32"}', "of another network"),
+    ],
+)
+def test_a_description_that_is_none_is_refused(gap: Network, copy: Path, content: bytes, message: str) -> None:
+    replaced(copy / network.JSON_FILE, content)
+    with pytest.raises(RunError, match=message) as caught:
+        Network.load(copy, gap.spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_of_another_kind_is_refused(gap: Network, copy: Path) -> None:
+    about = json.loads((copy / "head.json").read_text())
+    replaced(copy / "head.json", json.dumps({**about, "head": "flatten"}).encode())
+    with pytest.raises(RunError, match="no model can be loaded"):
+        Network.load(copy, gap.spec)
+
+
+def test_weights_that_are_none_are_refused(tmp_path: Path, gap: Network) -> None:
+    (tmp_path / "w.h5").write_bytes(b"\x80\x04.")
+    with pytest.raises(WeightsError, match="pickle"):
+        gap.load_backbone("sha256:00", tmp_path / "w.h5")
+
+
+# Heads that were trained from the cache, put on top
+
+SHAPE = (2, 3, 8)
+
+
+def tensors(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    rows = random.random((count, *SHAPE), np.float32)
+    rows[np.arange(count), :, :, labels] += 0.5
+    return rows, labels
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("head", ["flatten", "gap", "logreg"])
+def test_a_head_says_of_tensors_what_it_said_of_cached_rows(head: str, classes: int) -> None:
+    rows, labels = tensors(90, classes)
+    read = rows if head == "flatten" else rows.mean(axis=(1, 2))
+    more = {} if head == "logreg" else {"epochs": 2, "hidden": "16,8", "batch_size": 16}
+    fitted = fit(HeadSpec.make(head, **more), Data(read, labels, read, labels, classes), Watch()).head
+    on_top = network.stitched(fitted, SHAPE, classes)
+    expected = fitted.predict(read)
+    assert expected.std(axis=0).min() > 1e-3
+    assert np.allclose(on_top.predict(rows), expected, atol=1e-5)
+
+
+def test_a_class_that_a_regression_never_saw_stays_impossible() -> None:
+    rows, labels = tensors(60, 2)
+    pooled = rows.mean(axis=(1, 2))
+    fitted = fit(HeadSpec.make("logreg"), Data(pooled, labels * 2, pooled, labels * 2, 4), Watch()).head
+    said = network.stitched(fitted, SHAPE, 4).predict(rows)
+    assert np.allclose(said, fitted.predict(pooled), atol=1e-5)
+    assert not said[:, [1, 3]].any()
+
+
+def test_an_ensemble_cannot_be_put_on_top() -> None:
+    head = DenseHead(build(GAP, (8,), 3), GAP)
+    with pytest.raises(SpecError, match="an ensemble of heads cannot be fine-tuned"):
+        network.stitched(heads.Ensemble([head, head]), SHAPE, 3)
+
+
+def test_a_short_batch_is_padded_and_its_padding_thrown_away() -> None:
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "softmax")])
+    rows = np.random.default_rng(0).random((11, 4), np.float32)
+    expected = np.asarray(model(rows))
+    for size in (1, 4, 11, 64):
+        steps: list[float] = []
+        said = np.concatenate(list(network.predict(model, rows, size, steps.append)))
+        assert np.allclose(said, expected, atol=1e-6)
+        assert sum(steps) == 11
