@@ -161,7 +161,7 @@ def _run_row(summary: dict[str, Any]) -> tuple[object, ...]:
     low, high = summary["accuracy_interval"]
     return (
         summary["run"],
-        summary["head"],
+        summary["head"] if summary.get("stage", "head") == "head" else f"{summary['head']}, {summary['stage']}",
         f"{summary['accuracy']:.3f}",
         f"{low:.3f} … {high:.3f}",
         f"{summary['val_accuracy']:.3f}",

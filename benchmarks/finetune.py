@@ -42,7 +42,6 @@ def measured(given: argparse.Namespace, layer: str, data: Path) -> dict[str, Any
     ways = {
         "from_cache_float32": ["--from-cache", "--epochs", "4", "--precision", "float32"],
         "from_cache": ["--from-cache", "--epochs", "4"],
-        "from_images_float32": ["--epochs", "2", "--precision", "float32"],
         "from_images": ["--epochs", "2"],
     }
     seconds = {"keras_float32": keras["seconds"]}

@@ -73,6 +73,8 @@ def train_full(dataset: Dataset, workspace: Workspace, asked: FullAsked, *, resu
     with opened(dataset, workspace, asked, origin) as setting:
         images, spec = setting.ready.material, setting.network.spec
         settled = replace(origin.choice, layer=spec.layer, precision=spec.precision, storage=spec.storage)
+        if origin.begun is not None:  # whose weights are known by its run.json
+            settled = replace(settled, weights=asked.features.weights)
         asked = replace(asked, features=settled)  # what `auto` turned out to mean
         with _run(workspace, asked, images, resume) as (name, directory):
             summary = _train_and_write(name, directory, asked, setting, workspace, start)
@@ -236,6 +238,7 @@ def _trained(directory: Path, asked: FullAsked, setting: _Setting, workspace: Wo
                 settings,
                 weights,
                 watch,
+                scale_loss=setting.network.spec.precision == "float16",
             )
         except NotFiniteError:
             if asked.from_cache:

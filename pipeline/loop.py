@@ -121,6 +121,8 @@ def train(
     settings: Mapping[str, Any],
     class_weights: np.ndarray,
     watch: Watch,
+    *,
+    scale_loss: bool = False,
 ) -> Trained:
     """Train `model`, a classifier ending in softmax, and leave it at its best epoch by validation loss.
 
@@ -130,6 +132,8 @@ def train(
         Gives loss and accuracy of the model on the validation split.
     class_weights
         (k,) float32, what each class counts in the loss.
+    scale_loss
+        For what computes in float16, where small gradients would vanish (Micikevicius et al. 2018).
 
     Raises
     ------
@@ -139,8 +143,9 @@ def train(
         If a checkpoint does not fit.
     """
     keras = import_keras()
+    steps = optimizer(settings, len(batches))
     model.compile(
-        optimizer(settings, len(batches)),
+        keras.optimizers.LossScaleOptimizer(steps) if scale_loss else steps,
         loss=keras.losses.CategoricalCrossentropy(label_smoothing=settings["label_smoothing"]),
         metrics=["accuracy"],
         jit_compile=False,  # compiling takes longer than a small head trains

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline import heads, network
 from pipeline.asked import FullAsked
 from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, build, cut_layers
+from pipeline.cache import storage
 from pipeline.cache.digests import identify
 from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError, RunError, SpecError, WeightsError
@@ -40,11 +41,15 @@ class Begun:
 
     def backbone(self) -> Weights:
         """Return the weights of its own backbone. Raises RunError."""
+        path = self.path / network.WEIGHTS_FILE
         try:
             digest = json.loads((self.path / network.JSON_FILE).read_text())["sha256"]
+            found = storage.sha256_file(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{self.path / network.JSON_FILE} cannot be read ({error})") from error
-        return Weights("file", f"sha256:{digest}", self.path / network.WEIGHTS_FILE)
+            raise RunError(f"the model in {self.path} cannot be read ({error})") from error
+        if found != digest:
+            raise RunError(f"{path} is not the file that was saved")
+        return Weights("file", f"sha256:{digest}", path)
 
 
 @dataclass(frozen=True)
