@@ -252,7 +252,47 @@ def test_weights_that_are_gone_are_asked_for(place: Place, logreg: str, tmp_path
         origin_of(place.asked(init=str(elsewhere), features=FeatureChoice()), place.dataset, place.workspace)
 
 
+def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
+    place: Place, from_cache: FullRun, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("run.json", "head.json", "head.weights.h5", network.JSON_FILE):
+        (run / name).write_bytes((from_cache.path / name).read_bytes())
+    (run / network.WEIGHTS_FILE).write_bytes(b"something else")
+    with pytest.raises(RunError, match="is not the file that was saved"):
+        origin_of(place.asked(init=str(run), features=FeatureChoice()), place.dataset, place.workspace)
+
+
 # Stopped, and gone on with
+
+
+def test_begun_with_a_run_it_is_gone_on_with(
+    place: Place, from_cache: FullRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deeper than the run had frozen, so that the rows are of its own backbone."""
+    options: Any = {
+        "from_cache": True,
+        "init": str(from_cache.path),
+        "features": FeatureChoice(),
+        "freeze_until": "mixed10",
+    }
+    whole = place.train(**options)
+    save = Network.save
+
+    def stopped(self: Network, directory: Path) -> str:
+        save(self, directory)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Network, "save", stopped)
+        place.train(**options)
+    (name,) = runs.unfinished(place.workspace.runs)
+    asked = FullAsked.from_dict(runs.read_request(place.workspace.runs, name)["asked"])
+    done = train_full(place.dataset, place.workspace, asked, resume=name)
+    assert history(done) == history(whole)
+    assert whole.summary["trains"] == ["hidden", "probabilities"]
+    assert runs.read_run(done.path)["base"]["unchanged_until"] == "mixed9"
 
 
 def test_killed_in_an_epoch_it_goes_on_as_if_it_never_was(place: Place, from_cache: FullRun) -> None:
