@@ -41,17 +41,15 @@ def measured(given: argparse.Namespace, layer: str, data: Path) -> dict[str, Any
     ours += ["--dataset", str(given.dataset), "--weights", str(given.weights), "--freeze-until", layer]
     ways = {
         "from_cache_float32": ["--from-cache", "--epochs", "4", "--precision", "float32"],
-        "from_cache": ["--from-cache", "--epochs", "4"],
-        "from_images": ["--epochs", "2"],
+        "from_cache_bfloat16": ["--from-cache", "--epochs", "4", "--precision", "bfloat16"],
+        "from_images_bfloat16": ["--epochs", "2", "--precision", "bfloat16"],
     }
     seconds = {"keras_float32": keras["seconds"]}
-    precisions = {}
     for name, options in ways.items():
         done = run([*ours, *options])
         seconds[name] = round(done["seconds_per_epoch"] * images / done["train_rows"], 2)
-        precisions[name] = done["precision"]
     ratios = {name: round(keras["seconds"] / each, 2) for name, each in seconds.items() if name != "keras_float32"}
-    return {"images": images, "seconds": seconds, "keras_takes_times": ratios, "precisions": precisions}
+    return {"images": images, "seconds": seconds, "keras_takes_times": ratios}
 
 
 def run(command: list[str]) -> dict[str, Any]:
