@@ -92,6 +92,14 @@ def test_make_help_lists_every_target() -> None:
     assert {line.split()[1] for line in shown.splitlines() if line.startswith("  make ")} == set(phony[1].split())
 
 
+@pytest.mark.parametrize(("target", "command"), [("freeze", "freeze"), ("finetune", "finetune --from-cache")])
+def test_make_calls_the_commands(target: str, command: str) -> None:
+    done = subprocess.run(
+        ["make", "-n", target, "DATASET=photos"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert f"cli.py {command} --dataset " in done.stdout
+
+
 def test_the_project_names_no_machine_and_no_registry() -> None:
     hosts = re.compile(r"p[y]pi\.org|python[h]osted|npm[j]s|deb\.de[b]ian|^/(?:home|root|work)/", re.MULTILINE)
     for path in [*PAGES, ROOT / "constraints.txt", ROOT / "pyproject.toml", ROOT / "Makefile"]:
