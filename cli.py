@@ -138,11 +138,11 @@ _FEATURE_LINES = ("images_per_second", "space", "bytes_per_row", "weights", "pre
 def runs_ls(context: typer.Context, as_json: JsonOption = False) -> None:
     """List the trained heads and their accuracies, the oldest first."""
     from pipeline import runs, terminal
-    from pipeline.asked import command_of
+    from pipeline.asked import resume_commands
 
     with opened(context) as workspace:
         found, stopped = runs.list_runs(workspace.runs), runs.unfinished(workspace.runs)
-        commands = {name: command_of(runs.read_request(workspace.runs, name)) for name in stopped}
+        commands = resume_commands(workspace.runs, stopped)
         sweeps = runs.unfinished(workspace.sweeps)
     if as_json:
         listed = [{"dataset": about["dataset"]["name"], **about["summary"]} for about in found]

@@ -43,6 +43,7 @@ class TrainedRun:
     spec: FeatureSpec
     classes: list[str]
     kind: str  # the head's name
+    base: FeatureSpec  # the features of the weights that its backbone once began with; of a head those it reads
     asked: Asked | FullAsked | None  # None for a run of 0.1.0, which did not keep it
 
     @property
@@ -101,10 +102,11 @@ def open_run(root: Path, name: str) -> TrainedRun:
         kind = about["head"]["head"]
         if kind not in heads.READS:
             raise KeyError(kind)
+        base = FeatureSpec.from_dict(about["base"]["features"]) if "base" in about else spec
         asked = _asked(about["asked"]) if "asked" in about else None
     except (KeyError, TypeError, SpecError) as error:
         raise RunError(f"{path / 'run.json'} is not that of a trained head ({error})") from error
-    return TrainedRun(path, spec, classes, kind, asked)
+    return TrainedRun(path, spec, classes, kind, base, asked)
 
 
 def _asked(value: Any) -> Asked | FullAsked:
@@ -160,7 +162,7 @@ def evaluate_run(
         If an image that can be decoded has no row; the text names `features_command`.
     """
     run.require_classes(dataset.classes)
-    material = _gathered(run, dataset, workspace, features_command, max_pixels, space)
+    material = _gathered(run, dataset, workspace, features_command, max_pixels, space, memory)
     side: Side = split or ("test" if own or not material.split.drawn else "all")
     if own and (side in ("train", "all") or (side == "val" and run.saw_validation)):
         logger.warning("the run %s was trained on images of this split: new ones will be harder", run.name)
@@ -181,13 +183,20 @@ def evaluate_run(
 
 
 def _gathered(
-    run: TrainedRun, dataset: Dataset, workspace: Workspace, features_command: str, max_pixels: int, space: str | None
+    run: TrainedRun,
+    dataset: Dataset,
+    workspace: Workspace,
+    features_command: str,
+    max_pixels: int,
+    space: str | None,
+    memory: int | None,
 ) -> Sorted:
     if run.full:
-        if space is not None:
-            raise UsageError(f"the run {run.name} is a full model, which reads images; leave out --space")
+        for name, value in (("space", space), ("memory", memory)):
+            if value is not None:
+                raise UsageError(f"the run {run.name} is a full model, which reads images; leave out --{name}")
         images = gather_images(dataset, workspace, max_pixels, run.spec.fit)
-        warn_untrained(run.spec)
+        warn_untrained(run.base)
         return images
     material = gather(dataset, workspace, _choice(run, workspace, space), max_pixels, features_command)
     run.require_space(material.space.spec)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -11,8 +12,11 @@ from pipeline import dataset
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError, UsageError
 from pipeline.extract import FeatureChoice
+from pipeline.runs import read_request
 from pipeline.spec import BATCH_NORMS, FREEZE_UNTIL, PLAIN_VIEW, STAGE_DEFAULTS, Augmentation, HeadSpec, Views
 from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,17 @@ def command_of(request: Mapping[str, Any]) -> str:
     asked = request.get("asked")
     stage = asked.get("stage") if isinstance(asked, dict) else None
     return stage if stage in STAGE_DEFAULTS else "train-head"
+
+
+def resume_commands(root: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return for each unfinished run the command that goes on with it; of those that cannot be read it is said why."""
+    found = dict[str, str]()
+    for name in names:
+        try:
+            found[name] = command_of(read_request(root, name))
+        except RunError as error:
+            logger.warning("%s", error)
+    return found
 
 
 def require_begun_by(command: str, request: Mapping[str, Any], name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import sys
@@ -207,6 +208,15 @@ def cut_layers(model: KerasModel) -> list[str]:
             found.append(layer.name)
         needed_until = max(needed_until, last_use[i])
     return found
+
+
+def multiplications(layer: Any) -> int:
+    """Return how many multiplications with weights a layer does for one image."""
+    kernel = getattr(layer, "kernel", None)
+    if kernel is None:
+        return 0
+    places = math.prod(layer.output.shape[1:-1])  # where a convolution's kernel is laid; 1 for a dense layer
+    return places * math.prod(kernel.shape)
 
 
 class FrozenBackbone:

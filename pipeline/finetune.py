@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from pipeline.loop import NotFiniteError, Trained, Watch, train
 from pipeline.network import Network
 from pipeline.origin import Origin, origin_of
 from pipeline.pixels import Pixels, decoding
-from pipeline.prepare import Prepared, prepared_pixels, prepared_tensors
+from pipeline.prepare import Prepared, check_sides, prepared_pixels, prepared_tensors
 from pipeline.rows import Rows, StoredRows, select
 from pipeline.spec import FeatureSpec
 from pipeline.workspace import Workspace
@@ -36,6 +37,7 @@ from pipeline.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 _COLLAPSE = 0.1  # of accuracy on the training images, between training mode and inference mode
+_TIMED = 32  # images
 _CHECKED = 16  # test images on which the saved model is compared with the trained one
 # By how much probabilities may differ then: rows are rounded to the storage type and computed in other batches.
 _MOST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
@@ -69,6 +71,8 @@ def train_full(dataset: Dataset, workspace: Workspace, asked: FullAsked, *, resu
     if asked.tensorboard:
         tracking.require_tensorboard()
     origin = origin_of(asked, dataset, workspace)
+    warn_untrained(origin.base)
+    check_sides(dataset, workspace)  # before anything is computed
     opened = _from_cache if asked.from_cache else _from_images
     with opened(dataset, workspace, asked, origin) as setting:
         images, spec = setting.ready.material, setting.network.spec
@@ -76,7 +80,8 @@ def train_full(dataset: Dataset, workspace: Workspace, asked: FullAsked, *, resu
         if origin.begun is not None:  # whose weights are known by its run.json
             settled = replace(settled, weights=asked.features.weights)
         asked = replace(asked, features=settled)  # what `auto` turned out to mean
-        with _run(workspace, asked, images, resume) as (name, directory):
+        digest = hashlib.sha256((images.digest() + origin.weights.identity).encode()).hexdigest()
+        with _run(workspace, asked, images, digest, resume) as (name, directory):
             summary = _train_and_write(name, directory, asked, setting, workspace, start)
     return FullRun(name, workspace.runs / name, summary, images.quarantined)
 
@@ -98,7 +103,6 @@ class _Setting:
 def _from_images(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin: Origin) -> Iterator[_Setting]:
     spec = origin.base
     images = gather_images(dataset, workspace, asked.max_pixels, spec.fit)
-    warn_untrained(spec)
     with prepared_pixels(images, spec.input_size, spec.fit, asked.max_pixels) as ready:
         made, until = _network(origin, spec, asked, ready.classes)
         yield _Setting(origin, made, made.on_pixels(), made.features_of_pixels(), ready, until)
@@ -132,17 +136,19 @@ def _network(origin: Origin, spec: FeatureSpec, asked: FullAsked, classes: int) 
 
 
 @contextmanager
-def _run(workspace: Workspace, asked: FullAsked, images: Sorted, resume: str | None) -> Iterator[tuple[str, Path]]:
-    """Give name and folder of the run: a new one, or the one to go on with if its images are still the same."""
+def _run(
+    workspace: Workspace, asked: FullAsked, images: Sorted, digest: str, resume: str | None
+) -> Iterator[tuple[str, Path]]:
+    """Give name and folder of the run: a new one, or the one to go on with if its images and weights are the same."""
     if resume is not None:
-        runs.require_same(workspace.runs, resume, images.digest())
+        runs.require_same(workspace.runs, resume, digest)
         with runs.reopened(workspace.runs, resume, asked.stage) as found:
             yield found
         return
     title = f"{images.dataset.name}-{asked.stage}"
     with runs.new_run(workspace.runs, title, asked.stage) as (name, directory):
         space = images.space.name if isinstance(images, Material) else None
-        runs.write_request(directory, asked.to_dict(), images.digest(), space)
+        runs.write_request(directory, asked.to_dict(), digest, space)
         yield name, directory
 
 
@@ -152,6 +158,8 @@ def _train_and_write(
     made, ready = setting.network, setting.ready
     parameters = made.trainable_parameters  # before the loop leaves the model at its best epoch
     logger.info("%s parameters train, in %d layers: %s", f"{parameters:,}", len(made.trains), ", ".join(made.trains))
+    if not Checkpoint(directory).path.exists():
+        _announce(asked, setting)
     trained = _trained(directory, asked, setting, workspace)
     size = asked.head.settings["batch_size"]
 
@@ -229,7 +237,7 @@ def _trained(directory: Path, asked: FullAsked, setting: _Setting, workspace: Wo
         tracking.tensorboard(directory, asked.tensorboard) as note,
         workspace.progress("training", settings["epochs"] * len(labels)) as advance,
     ):
-        watch = Watch(_estimating(advance, len(labels), len(batches), settings["epochs"]), note, checkpoint)
+        watch = Watch(lambda part: advance(part * len(labels)), note, checkpoint)
         try:
             return train(
                 setting.model,
@@ -261,25 +269,19 @@ def _features(setting: _Setting, size: int, workspace: Workspace) -> Iterator[np
             yield block.mean(axis=(1, 2), dtype=np.float32) if pools else block
 
 
-def _estimating(advance: Callable[[float], None], images: int, steps: int, epochs: int) -> Callable[[float], None]:
-    """Return what takes epochs and advances by images; after a few steps it says how long all will take."""
-    times = list[float]()
-
-    def passed(part: float) -> None:
-        advance(part * images)
-        times.append(time.perf_counter())
-        if len(times) == _STEPS_TIMED + 1:  # the first one compiles
-            step = (times[-1] - times[0]) / _STEPS_TIMED
-            left = step * steps * epochs
-            logger.info(
-                "%d epochs of %s images take about %s (%.1f images/s)",
-                epochs, f"{images:,}", duration(left), images / steps / step,
-            )  # fmt: skip
-
-    return passed
-
-
-_STEPS_TIMED = 2
+def _announce(asked: FullAsked, setting: _Setting) -> None:
+    """Say how long all will take, from a batch that is timed: the way back takes twice as long as the way there."""
+    rows, settings, ready = setting.ready.rows["train"], asked.head.settings, setting.ready
+    some = rows[np.arange(min(len(rows), settings["batch_size"], _TIMED))]
+    for _ in range(2):  # the first time compiles
+        start = time.perf_counter()
+        network.probabilities(setting.model, some, len(some))
+    each = (time.perf_counter() - start) / len(some)  # pyright: ignore[reportPossiblyUnboundVariable]
+    work, trains = setting.network.work(setting.origin.cut)
+    train, val, test = (len(ready.rows[side]) for side in ("train", "val", "test"))
+    there = settings["epochs"] * (train + val) + (2 - (asked.init is not None)) * train + val + test
+    seconds = each * (there + settings["epochs"] * train * 2 * trains / work)
+    logger.info("%d epochs of %s images take about %s", settings["epochs"], f"{train:,}", duration(seconds))
 
 
 def _plain(ready: Prepared[Any]) -> Rows:

@@ -111,7 +111,7 @@ def gather(
 def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: str) -> Sorted:
     """Find the images of `dataset` that can be decoded, for whoever reads pixels instead of rows.
 
-    Images without a row anywhere, of which nothing is known yet, are decoded once.
+    All are decoded once, so that a bad one is known before a long training meets it.
 
     Raises
     ------
@@ -122,12 +122,7 @@ def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: 
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, cache.index, advance)
     planning = Planning(dataset, identities, cache.index, max_pixels)
-    unknown = planning.plan(None).todo
-    for name in cache.names():
-        images = list(unknown)
-        found = cache.index.locate(name, [key for i in images if (key := identities.keys[i]) is not None]).found
-        unknown = {i: unknown[i] for i, seen in zip(images, found, strict=True) if not seen}
-    planning.try_to_decode(unknown, fit, workspace.progress)
+    planning.try_to_decode(planning.plan(None).todo, fit, workspace.progress)
     plan = planning.plan(None)
     if not plan.todo:
         raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")

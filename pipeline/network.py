@@ -18,10 +18,11 @@ from pipeline.heads.logreg import LogregHead
 from pipeline.loop import finalize
 from pipeline.rows import Rows, read_ahead
 from pipeline.runs import write_json
-from pipeline.spec import FeatureSpec
+from pipeline.spec import FREEZE_UNTIL, FeatureSpec
 
 WEIGHTS_FILE = "backbone.weights.h5"
 JSON_FILE = "network.json"
+_MOST_AT_ONCE = 32  # rows that are answered together: more are no quicker, and a short batch is padded
 
 
 class Network:
@@ -58,6 +59,14 @@ class Network:
     def layers(self) -> list[str]:
         """The names of the backbone's layers, in their order, up to the one the head stands on."""
         return [layer.name for layer in self.below.layers]
+
+    def work(self, after: str = "") -> tuple[int, int]:
+        """Return how many multiplications of an image come after the layer `after`, and how many of them train."""
+        layers = self.below.layers[self.layers.index(after) + 1 :] if after else self.below.layers
+        layers = [*layers, *self.head.model.layers]
+        trains = next(i for i, layer in enumerate(layers) if layer.trainable_weights)
+        counts = [backbone.multiplications(layer) for layer in layers]
+        return sum(counts), sum(counts[trains:])
 
     def freeze(self, until: int, *, batch_norm: bool) -> None:
         """Freeze the backbone's layers up to index `until`, -1 for none, and all batch norms unless `batch_norm`.
@@ -154,8 +163,8 @@ def frozen_until(layers: Sequence[str], asked: str) -> int:
         return -1
     if asked in layers:
         return layers.index(asked)
-    if asked.isascii() and asked.isdecimal() and int(asked) < len(layers):
-        return int(asked)
+    if asked.isascii() and asked.isdecimal() and (int(asked) < len(layers) or asked == FREEZE_UNTIL):
+        return min(int(asked), len(layers) - 1)  # the default freezes all of a part that ends before it
     raise UsageError(
         f"--freeze-until takes a layer's name, its number from 0 to {len(layers) - 1}, or none, found {asked!r:.60}; "
         "`summary --all` lists them"
@@ -179,7 +188,8 @@ def cut_at(layers: Sequence[str], cuts: Sequence[str], until: int) -> str:
 def predict(
     model: KerasModel, rows: Rows, size: int, advance: Callable[[int], None] = lambda n: None
 ) -> Iterator[np.ndarray]:
-    """Yield what `model` says of rows, `size` of them at a time, each batch padded to one shape: compiled once."""
+    """Yield what `model` says of rows, at most `size` at a time, each batch padded to one shape: compiled once."""
+    size = min(size, _MOST_AT_ONCE)
     parts = [np.arange(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
     for part, some in zip(parts, read_ahead(rows, parts), strict=True):
         padded = np.pad(some, [(0, size - len(part)), *[(0, 0)] * (some.ndim - 1)]) if len(part) < size else some
@@ -202,11 +212,17 @@ def stitched(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> Dens
     ------
     SpecError
         If it is an ensemble.
+    ValueError
+        If it reads other rows, or tells other classes apart.
     """
     if isinstance(head, LogregHead):
+        if head.classes != classes:
+            raise ValueError("other classes")
         return from_logreg(head, row_shape)
     if not isinstance(head, DenseHead):
         raise SpecError("an ensemble of heads cannot be fine-tuned; take a run that was trained without --folds")
+    if head.model.output_shape[-1] != classes:
+        raise ValueError("other classes")
     model: Any = build(head.spec, row_shape, classes)
     model.set_weights(head.model.get_weights())
     finalize(model)

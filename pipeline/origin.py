@@ -14,7 +14,7 @@ from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, build, cut_layers
 from pipeline.cache import storage
 from pipeline.cache.digests import identify
 from pipeline.dataset import Dataset
-from pipeline.errors import DatasetError, RunError, SpecError, WeightsError
+from pipeline.errors import DatasetError, IceboxError, RunError, SpecError, WeightsError
 from pipeline.extract import FeatureChoice, find_space, new_spec, weights_of
 from pipeline.heads.dense import DenseHead
 from pipeline.heads.dense import build as build_head
@@ -37,7 +37,7 @@ class Begun:
     @property
     def full(self) -> bool:
         """Whether it has a backbone of its own."""
-        return (self.path / network.JSON_FILE).exists()
+        return "base" in self.about
 
     def backbone(self) -> Weights:
         """Return the weights of its own backbone. Raises RunError."""
@@ -72,7 +72,16 @@ class Origin:
         """Return the head to begin with, over tensors (h, w, c)."""
         if self.begun is None:
             return DenseHead(build_head(asked, row_shape, classes), asked)
-        found = network.stitched(heads.load(self.begun.path), row_shape, classes)
+        try:
+            found = network.stitched(heads.load(self.begun.path), row_shape, classes)
+        except ValueError as error:
+            if isinstance(error, IceboxError):
+                raise
+            shape = "x".join(map(str, row_shape))
+            raise RunError(
+                f"the head in {self.begun.path} is of another run: it does not tell {classes} classes apart by rows of "
+                f"{shape}"
+            ) from error
         shape = {name: found.spec.settings[name] for name in SHAPE}
         return DenseHead(found.model, HeadSpec.make(found.spec.head, **{**asked.settings, **shape}))
 
@@ -104,12 +113,13 @@ def origin_of(asked: FullAsked, dataset: Dataset, workspace: Workspace) -> Origi
     if asked.features.layer not in (None, layer):
         raise SpecError(f"the head of {asked.init} stands on {layer}, not on {asked.features.layer}")
     names, cuts = _layers(layer)
-    cut = ""
-    if asked.from_cache:
-        cut = network.cut_at(names, cuts, network.frozen_until(names, asked.freeze_until))
+    until = len(names) - 1 if asked.stage == "freeze" else network.frozen_until(names, asked.freeze_until)
+    cut = network.cut_at(names, cuts, until) if asked.from_cache else ""
+    if begun is not None and begun.unchanged_until not in ("", *cuts):
+        raise RunError(f"{begun.path / 'run.json'} is not that of a trained model ({begun.unchanged_until[:60]!r})")
     if begun is not None:
         return _from_run(begun, asked, cut, names, workspace)
-    weights, found = _settled_weights(asked, dataset, workspace, [layer, cut] if cut else [layer])
+    weights, found = _settled_weights(asked, dataset, workspace, [cut, layer] if cut else [layer])
     precision = found.precision if found and asked.features.precision == "auto" else asked.features.precision
     choice = replace(asked.features, weights=_text(weights), layer=cut or layer, precision=precision)
     return Origin(replace(new_spec(choice, weights), layer=layer), weights, weights.label, choice, cut, None)
@@ -133,6 +143,8 @@ def _begun(path: Path, dataset: Dataset) -> Begun:
         begun = Begun(path, about, spec, FeatureSpec.from_dict(base["features"]), str(base["unchanged_until"]))
     except (KeyError, TypeError, SpecError) as error:
         raise RunError(f"{path / 'run.json'} is not that of a trained model ({error})") from error
+    if isinstance(heads.load(path), heads.Ensemble):
+        raise SpecError(f"{path.name} is an ensemble of heads; take a run that was trained without --folds")
     if classes != list(dataset.classes):
         raise DatasetError(f"{path.name} knows other classes than {dataset.name}: {', '.join(classes)[:200]}")
     return begun

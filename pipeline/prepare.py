@@ -11,13 +11,15 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from pipeline import heads, runs
-from pipeline.dataset import Dataset
+from pipeline.cache.digests import identify
+from pipeline.dataset import Dataset, assign
 from pipeline.errors import DatasetError
 from pipeline.extract import warn_untrained
 from pipeline.gather import SPLITS, Material, Sorted
 from pipeline.pixels import Pixels, decoding
 from pipeline.rows import Rows, StoredRows, Wanted, hold, select, stored_rows
 from pipeline.spec import HeadSpec
+from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +143,14 @@ def on_sides(images: Sorted, *, folds: int = 0) -> tuple[dict[str, np.ndarray], 
 def memory_needed(specs: Sequence[HeadSpec], row_shape: tuple[int, ...], classes: int) -> int:
     """Return about how many bytes training the largest of these heads takes beside the rows."""
     return max(heads.memory_needed(spec, row_shape, classes) for spec in specs)
+
+
+def check_sides(dataset: Dataset, workspace: Workspace) -> None:
+    """Raise DatasetError if a split has no image, or there is only one class to learn, before any is decoded."""
+    with workspace.progress("identifying images", len(dataset)) as advance:
+        identities = identify(dataset, workspace.cache.index, advance)
+    sides = assign(dataset, identities.keys).sides
+    _check_splits(dataset, {side: dataset.labels[sides == side] for side in SPLITS})
 
 
 def _check_splits(dataset: Dataset, labels: Mapping[str, np.ndarray]) -> None:

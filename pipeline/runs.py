@@ -104,11 +104,14 @@ def read_request(root: Path, name: str) -> dict[str, Any]:
     """Return what was asked of the unfinished run `name`. Raises RunError."""
     path = _partial(root, name) / REQUEST
     try:
-        return json.loads(storage.read_small(path, _MOST_BYTES))
+        request = json.loads(storage.read_small(path, _MOST_BYTES))
+        if not isinstance(request, dict):
+            raise ValueError("not an object")
     except FileNotFoundError:
         raise RunError(_not_resumable(root, name)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error}); remove its folder and train anew") from error
+    return request
 
 
 def require_same(root: Path, name: str, material: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, build, cut, cut_layers
+from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, build, cut, cut_layers, multiplications
 from pipeline.heads.dense import build as build_head
 from pipeline.spec import HeadSpec
 
@@ -21,12 +21,12 @@ def summarize(head: str, classes: int, layer: str | None = None) -> dict[str, An
     on_top = build_head(HeadSpec.make(head), tuple(backbone.output.shape[1:]), classes)
     in_backbone, in_head = _trainable(backbone), _trainable(on_top)
     return {
-        "layers": _layers(backbone, sum(map(_multiplications, on_top.layers))),
+        "layers": _layers(backbone, sum(map(multiplications, on_top.layers))),
         "backbone": DEFAULT_BACKBONE,
         "layer": layer,
         "feature_shape": list(backbone.output.shape[1:]),
         "backbone_parameters": backbone.count_params(),
-        "multiplications": sum(map(_multiplications, [*backbone.layers, *on_top.layers])),
+        "multiplications": sum(map(multiplications, [*backbone.layers, *on_top.layers])),
         "head": head,
         "classes": classes,
         "head_parameters": in_head,
@@ -37,7 +37,7 @@ def summarize(head: str, classes: int, layer: str | None = None) -> dict[str, An
 
 def _layers(backbone: Any, in_head: int) -> list[dict[str, Any]]:
     cuts = set(cut_layers(backbone))
-    work = [_multiplications(each) for each in backbone.layers]
+    work = [multiplications(each) for each in backbone.layers]
     total, described = sum(work) + in_head, []
     for i, each in enumerate(backbone.layers):
         shape = list(each.output.shape[1:])
@@ -55,15 +55,6 @@ def _layers(backbone: Any, in_head: int) -> list[dict[str, Any]]:
             }
         )
     return described
-
-
-def _multiplications(layer: Any) -> int:
-    """Return how many multiplications with weights a layer does for one image."""
-    kernel = getattr(layer, "kernel", None)
-    if kernel is None:
-        return 0
-    places = math.prod(layer.output.shape[1:-1])  # where a convolution's kernel is laid; 1 for a dense layer
-    return places * math.prod(kernel.shape)
 
 
 def _trainable(model: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -156,8 +157,9 @@ def test_it_is_evaluated_from_images(place: Place, from_cache: FullRun) -> None:
     assert done.metrics["log_loss"] == pytest.approx(
         json.loads((from_cache.path / "metrics.json").read_text())["test"]["log_loss"], rel=1e-3
     )
-    with pytest.raises(UsageError, match="is a full model, which reads images; leave out --space"):
-        evaluate_run(run, place.dataset, place.workspace, "features", space="any", **options)
+    for name, value in (("space", "any"), ("memory", 1000)):
+        with pytest.raises(UsageError, match=f"is a full model, which reads images; leave out --{name}"):
+            evaluate_run(run, place.dataset, place.workspace, "features", **{name: value}, **options)
 
 
 def test_its_backbone_makes_features_of_its_own(place: Place, from_cache: FullRun) -> None:
@@ -274,8 +276,37 @@ def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
     for name in ("run.json", "head.json", "head.weights.h5", network.JSON_FILE):
         (run / name).write_bytes((from_cache.path / name).read_bytes())
     (run / network.WEIGHTS_FILE).write_bytes(b"something else")
+    asked = place.asked(init=str(run), features=FeatureChoice())
+
+    def begin() -> None:
+        origin_of(asked, place.dataset, place.workspace)
+
     with pytest.raises(RunError, match="is not the file that was saved"):
-        origin_of(place.asked(init=str(run), features=FeatureChoice()), place.dataset, place.workspace)
+        begin()
+    (run / network.JSON_FILE).unlink()
+    with pytest.raises(RunError, match="cannot be read"):
+        begin()
+    about = runs.read_run(run)
+    about["base"]["unchanged_until"] = "zzz"
+    runs.write_json(run / "run.json", about)
+    with pytest.raises(RunError, match=r"is not that of a trained model \('zzz'\)"):
+        begin()
+
+
+def test_a_head_of_another_run_is_not_begun_with(place: Place, logreg: str, tmp_path: Path) -> None:
+    origin = origin_of(place.asked(init=logreg, features=FeatureChoice()), place.dataset, place.workspace)
+    with pytest.raises(RunError, match="is of another run: it does not tell 2 classes apart by rows of 8x8x16"):
+        origin.head(HeadSpec.make("gap"), (8, 8, 16), 2)
+    with pytest.raises(RunError, match="it does not tell 5 classes apart"):
+        origin.head(HeadSpec.make("gap"), (8, 8, 2048), 5)
+
+
+def test_an_ensemble_is_refused_before_anything_is_computed(place: Place, logreg: str, tmp_path: Path) -> None:
+    gap = HeadSpec.make("gap", epochs=1, hidden="none")
+    chosen = Asked(DatasetChoice(str(place.photos)), EXACT, gap, images.DEFAULT_MAX_PIXELS, folds=2)
+    run = train_head(place.dataset, place.workspace, chosen, "features")
+    with pytest.raises(SpecError, match="is an ensemble of heads; take a run that was trained without --folds"):
+        origin_of(place.asked(init=str(run.path), features=FeatureChoice()), place.dataset, place.workspace)
 
 
 # Stopped, and gone on with
@@ -313,7 +344,9 @@ def test_killed_in_an_epoch_it_goes_on_as_if_it_never_was(place: Place, from_cac
     options = ["--dataset", place.photos, "--from-cache", "--freeze-until", "mixed9", "--weights", "untrained"]
     options += ["--precision", "float32", "--storage", "float32", "--batch-size", "4", "--epochs", "5"]
     data = place.workspace.root
-    whole = icebox(data, "finetune", *options, "--json").json
+    uninterrupted = icebox(data, "finetune", *options, "--json")
+    whole = uninterrupted.json
+    assert "5 epochs of 20 images take about" in uninterrupted.err
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command_line(data, "finetune", *options), stderr=quiet, stdout=quiet, env=environment())
     deadline = time.monotonic() + 240
@@ -324,6 +357,16 @@ def test_killed_in_an_epoch_it_goes_on_as_if_it_never_was(place: Place, from_cac
     (name,) = runs.unfinished(place.workspace.runs)
     assert command_of(runs.read_request(place.workspace.runs, name)) == "finetune"
     assert f"finetune --resume {name}" in icebox(data, "runs", "ls").err
+    for number, content in enumerate((b"[]", b"{")):
+        broken = place.workspace.runs / f".partial-broken{number}"
+        broken.mkdir()
+        (broken / runs.REQUEST).write_bytes(content)
+        (broken / "checkpoint.npz").write_bytes(b"")
+    listed = icebox(data, "runs", "ls")
+    assert (listed.code, listed.err.count("cannot be read")) == (0, 2)
+    assert f"finetune --resume {name}" in listed.err
+    for number in (0, 1):
+        shutil.rmtree(place.workspace.runs / f".partial-broken{number}")
     assert "was begun by finetune; go on by: finetune --resume" in icebox(data, "train-head", "--resume", name).err
     done = icebox(data, "finetune", "--resume", name, "--json").json
     histories = [(place.workspace.runs / run["run"] / "history.json").read_text() for run in (whole, done)]
@@ -404,6 +447,8 @@ def test_an_image_that_cannot_be_decoded_is_quarantined_before_the_training(plac
     with prepared_pixels(found, 299, "squash", images.DEFAULT_MAX_PIXELS) as ready:
         assert [len(ready.rows[side]) for side in ("train", "val", "test")] == [20, 6, 6]
         pixels = ready.rows["train"][np.arange(20)]
+    with pytest.raises(DatasetError, match="none of 32 can be decoded"):  # though they have rows
+        gather_images(place.dataset, place.workspace, 100, "squash")
     names = found.names(found.members("train"))
     decoded = [images.decode((tmp_path / "photos" / name).read_bytes()) for name in names]
     assert np.array_equal(pixels, np.stack(decoded)), "labels and pixels are of the same image"

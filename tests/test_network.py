@@ -44,6 +44,7 @@ def test_as_many_numbers_train_as_the_design_says(gap: Network) -> None:
     assert gap.trainable_parameters == 10_672_778
     gap.freeze(len(gap.layers) - 1, batch_norm=False)
     assert (gap.trainable_parameters, gap.trains) == (131_786, ["hidden", "probabilities"])
+    assert gap.work()[1] == gap.work("mixed10")[0] == 2048 * 64 + 64 * 10
 
 
 def test_a_flatten_head_trains_as_many_as_the_design_says() -> None:
@@ -66,6 +67,12 @@ def test_batch_norms_stay_as_they_are_unless_asked_otherwise(gap: Network) -> No
 )
 def test_a_layer_is_named_by_name_or_number(gap: Network, asked: str, index: int) -> None:
     assert network.frozen_until(gap.layers, asked) == index
+
+
+def test_the_default_freezes_all_of_a_part_that_ends_before_it(gap: Network) -> None:
+    assert network.frozen_until(gap.layers[:249], "250") == 248
+    with pytest.raises(UsageError, match="from 0 to 248"):
+        network.frozen_until(gap.layers[:249], "249")
 
 
 @pytest.mark.parametrize("asked", ["311", "-1", "2.5", "mixed11", "", "None", "٣"])

@@ -120,7 +120,7 @@ def finetune(
     context: typer.Context,
     init: Annotated[
         str | None,
-        typer.Option(metavar="RUN", help="Begin with a trained run (any head, freeze or finetune), or latest."),
+        typer.Option(metavar="RUN", help="Begin with a trained run (a head, freeze or finetune), or latest."),
     ] = None,
     freeze_until: Annotated[
         str,
