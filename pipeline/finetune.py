@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,6 @@ _CHECKED = 16  # test images on which the saved model is compared with the train
 # By how much probabilities may differ then: rows are rounded to the storage type and computed in other batches.
 _MOST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 _COPIES = 6  # of the trained numbers, in memory: weights, gradients, two of the optimizer, the best, one on its way
-_PER_IMAGE = 40_000_000  # bytes of activations a layer block keeps for the way back, measured roughly
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ def _from_cache(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin
     spec = replace(material.space.spec, layer=origin.base.layer)
     made, until = _network(origin, spec, asked, len(dataset.classes))
     model = made.after(origin.cut)
-    needed = dense.TENSORFLOW + _COPIES * 4 * model.count_params() + _PER_IMAGE * asked.head.settings["batch_size"]
+    kept = asked.head.settings["batch_size"] * sum(math.prod(layer.output.shape[1:]) for layer in model.layers)
+    needed = dense.TENSORFLOW + 4 * (_COPIES * model.count_params() + kept)  # kept for the way back
     with prepared_tensors(material, asked.memory, needed) as ready:
         yield _Setting(origin, made, model, made.features_after(origin.cut), ready, until, done.computed)
 
