@@ -13,7 +13,7 @@ from pipeline.dataset import Dataset
 from pipeline.errors import RunError, UsageError
 from pipeline.extract import FeatureChoice
 from pipeline.runs import read_request
-from pipeline.spec import BATCH_NORMS, FREEZE_UNTIL, PLAIN_VIEW, STAGE_DEFAULTS, Augmentation, HeadSpec, Views
+from pipeline.spec import BATCH_NORMS, FREEZE_UNTIL, PLAIN_VIEW, STAGES, Augmentation, HeadSpec, Views
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,16 @@ def begun_with(request: Mapping[str, Any]) -> FeatureChoice:
     return FeatureChoice(space=space)
 
 
+def _parts(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of what was asked for, of plain JSON values; raises whatever those stumble over."""
+    parts = dict(value)
+    head = dict(parts["head"])
+    parts["head"] = HeadSpec.make(head.pop("head"), **head)
+    parts["views"] = Views.from_dict(parts["views"])
+    parts["images"], parts["features"] = DatasetChoice(**parts["images"]), FeatureChoice(**parts["features"])
+    return parts
+
+
 @dataclass(frozen=True)
 class Asked:
     """One head to be trained; `folds` 0 trains one, K trains K of them as an ensemble; `memory` in bytes.
@@ -96,10 +106,7 @@ class Asked:
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
         """Return what `to_dict` gave. Raises RunError if it is not that."""
         try:
-            rest = dict(value)
-            head, views = dict(rest.pop("head")), Views.from_dict(rest.pop("views"))
-            images, features = DatasetChoice(**rest.pop("images")), FeatureChoice(**rest.pop("features"))
-            return cls(images, features, HeadSpec.make(head.pop("head"), **head), views=views, **rest)
+            return cls(**_parts(value))
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise RunError(f"what the run was asked for cannot be read ({error}); train anew") from error
 
@@ -131,7 +138,7 @@ class FullAsked:
         texts = isinstance(self.freeze_until, str) and isinstance(self.init, str | None)
         flags = isinstance(self.from_cache, bool) and isinstance(self.tensorboard, bool)
         numbers = isinstance(self.max_pixels, int) and isinstance(self.memory, int | None)
-        if self.stage not in STAGE_DEFAULTS or self.batch_norm not in BATCH_NORMS or not (texts and flags and numbers):
+        if self.stage not in STAGES or self.batch_norm not in BATCH_NORMS or not (texts and flags and numbers):
             raise TypeError("values that cannot be")
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,13 +149,9 @@ class FullAsked:
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
         """Return what `to_dict` gave. Raises RunError if it is not that."""
         try:
-            rest = dict(value)
-            head, views = dict(rest.pop("head")), Views.from_dict(rest.pop("views"))
-            images, features = DatasetChoice(**rest.pop("images")), FeatureChoice(**rest.pop("features"))
-            recipe = rest.pop("augment")
-            augment = None if recipe is None else Augmentation(**recipe)
-            made = HeadSpec.make(head.pop("head"), **head)
-            return cls(images=images, features=features, head=made, views=views, augment=augment, **rest)
+            parts = _parts(value)
+            recipe = parts.pop("augment")
+            return cls(augment=None if recipe is None else Augmentation(**recipe), **parts)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise RunError(f"what the run was asked for cannot be read ({error}); train anew") from error
 
@@ -157,7 +160,7 @@ def command_of(request: Mapping[str, Any]) -> str:
     """Return the command whose unfinished run left this request."""
     asked = request.get("asked")
     stage = asked.get("stage") if isinstance(asked, dict) else None
-    return stage if stage in STAGE_DEFAULTS else "train-head"
+    return stage if stage in STAGES else "train-head"
 
 
 def resume_commands(root: Path, names: Sequence[str]) -> dict[str, str]:

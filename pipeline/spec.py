@@ -259,11 +259,7 @@ HEAD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 HEADS = tuple(HEAD_DEFAULTS)
 SHAPE = ("hidden", "dropout", "normalize")  # of a dense head: what it is; the rest is how it is trained
-# How full models are trained, where that differs from heads.
-STAGE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "freeze": {"epochs": 10},
-    "finetune": {"epochs": 10, "optimizer": "adagrad", "learning_rate": 1e-4},
-}
+STAGES = ("freeze", "finetune")  # of full models
 FREEZE_UNTIL = "250"  # with InceptionV3 the last two blocks train: the recipe in Keras' documentation of applications
 BATCH_NORMS = ("frozen", "trainable")
 

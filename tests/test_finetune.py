@@ -149,10 +149,11 @@ def test_the_second_time_nothing_is_computed(place: Place, from_cache: FullRun) 
     assert history(again) == history(from_cache)[:1]
 
 
-def test_it_is_evaluated_from_images(place: Place, from_cache: FullRun) -> None:
+def test_it_is_evaluated_from_images(place: Place, from_cache: FullRun, caplog: pytest.LogCaptureFixture) -> None:
     run = open_run(place.workspace.runs, from_cache.name)
     options: Any = {"max_pixels": images.DEFAULT_MAX_PIXELS}
     done = evaluate_run(run, place.dataset, place.workspace, "features", **options)
+    assert "UNTRAINED" in caplog.text, "said of a backbone whose weights are a file by now"
     assert done.metrics["accuracy"] == from_cache.summary["accuracy"]
     assert done.metrics["log_loss"] == pytest.approx(
         json.loads((from_cache.path / "metrics.json").read_text())["test"]["log_loss"], rel=1e-3
