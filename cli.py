@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipeline.commands.cache import cache_app
+from pipeline.commands.deploy import export, serve
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.full import finetune, freeze
 from pipeline.commands.heads import train_head
+from pipeline.commands.predict import predict
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
@@ -54,6 +56,9 @@ app.command("freeze")(freeze)
 app.command("finetune")(finetune)
 app.command("sweep")(sweep)
 app.command("evaluate")(evaluate)
+app.command("predict")(predict)
+app.command("export")(export)
+app.command("serve")(serve)
 
 _DATA_DIR = Path(__file__).parent / "data"
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from pipeline import heads, runs
-from pipeline.asked import Asked, FullAsked
 from pipeline.cache import storage
 from pipeline.compute import DEFAULT_BATCH_SIZE
 from pipeline.dataset import Dataset
-from pipeline.errors import DatasetError, IceboxError, MissingRowsError, RunError, SpecError, UsageError
+from pipeline.errors import DatasetError, IceboxError, MissingRowsError, RunError, UsageError
 from pipeline.evaluate import evaluate
 from pipeline.extract import FeatureChoice, Quarantined, warn_untrained
 from pipeline.fitting import answers
@@ -26,91 +23,12 @@ from pipeline.network import Network, predict
 from pipeline.pictures import draw_calibration, draw_confusion
 from pipeline.pixels import Pixels, decoding
 from pipeline.rows import Wanted, open_rows
-from pipeline.spec import FeatureSpec
+from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 Side = Literal["train", "val", "test", "all"]
-_MOST_NAMED = 5  # classes in an error's text
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A published run: its folder, the feature space and the classes it knows, what was asked for."""
-
-    path: Path
-    spec: FeatureSpec
-    classes: list[str]
-    kind: str  # the head's name
-    base: FeatureSpec  # the features of the weights that its backbone once began with; of a head those it reads
-    asked: Asked | FullAsked | None  # None for a run of 0.1.0, which did not keep it
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.path.name
-
-    @property
-    def full(self) -> bool:
-        """Whether it is a full model, which reads images, not rows."""
-        return isinstance(self.asked, FullAsked)
-
-    @property
-    def saw_validation(self) -> bool:
-        """Whether it was trained on the images of the validation split, too."""
-        return isinstance(self.asked, Asked) and self.asked.folds > 0
-
-    @cached_property
-    def head(self) -> heads.Head:
-        """The head, read when it is first needed. Raises RunError."""
-        head = heads.load(self.path)
-        if head.kind != self.kind:
-            raise RunError(f"{self.path} holds a {head.kind} head, and its run.json says {self.kind}")
-        return head
-
-    def require_space(self, spec: FeatureSpec) -> None:
-        """Raise SpecError, naming each field that differs, unless `spec` is the space the run was trained in."""
-        mine, other = asdict(self.spec), asdict(spec)
-        if differing := [name for name in mine if mine[name] != other[name]]:
-            listed = ", ".join(f"{name} {mine[name]}, not {other[name]}" for name in differing)
-            raise SpecError(f"the run {self.name} was trained in another feature space: {listed}")
-
-    def require_classes(self, classes: Sequence[str]) -> None:
-        """Raise DatasetError, naming the difference, unless these are the run's classes."""
-        if list(classes) == self.classes:
-            return
-        lacking = [name for name in self.classes if name not in set(classes)]
-        strange = [name for name in classes if name not in set(self.classes)]
-        parts = [_some("it has no", lacking), _some("the run does not know", strange)]
-        raise DatasetError(
-            f"the classes are not those of the run {self.name}: {' and '.join(filter(None, parts)) or 'another order'}"
-        )
-
-
-def _some(what: str, names: Sequence[str]) -> str:
-    listed = ", ".join(names[:_MOST_NAMED])
-    return f"{what} {listed}{f' and {len(names) - _MOST_NAMED:,} more' * (len(names) > _MOST_NAMED)}" if names else ""
-
-
-def open_run(root: Path, name: str) -> TrainedRun:
-    """Return the run `name`: as `runs ls` lists it, a path, or "latest". Raises RunError."""
-    path = runs.find_run(root, name)
-    about = runs.read_run(path)
-    try:
-        classes, spec = [str(each) for each in about["classes"]], FeatureSpec.from_dict(about["features"])
-        kind = about["head"]["head"]
-        if kind not in heads.READS:
-            raise KeyError(kind)
-        base = FeatureSpec.from_dict(about["base"]["features"]) if "base" in about else spec
-        asked = _asked(about["asked"]) if "asked" in about else None
-    except (KeyError, TypeError, SpecError) as error:
-        raise RunError(f"{path / 'run.json'} is not that of a trained head ({error})") from error
-    return TrainedRun(path, spec, classes, kind, base, asked)
-
-
-def _asked(value: Any) -> Asked | FullAsked:
-    return FullAsked.from_dict(value) if "stage" in value else Asked.from_dict(value)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -10,7 +11,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,8 @@ def import_keras() -> Any:
     os.environ["KERAS_BACKEND"] = "tensorflow"
     if not machine.driver_gpus():
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or TensorFlow looks for one and reports a failure
-    with _stderr_held_back():
+    # TensorFlow's libraries greet on stderr before any of their settings is read.
+    with contextlib.nullcontext() if "tensorflow" in sys.modules else stderr_held_back():
         import keras
         import tensorflow as tf
 
@@ -83,15 +84,9 @@ def import_keras() -> Any:
     return keras
 
 
-@contextmanager
-def _stderr_held_back() -> Iterator[None]:
-    """Keep what native code prints while it is loaded off the terminal, unless loading fails.
-
-    TensorFlow's libraries greet on stderr before any of their settings is read.
-    """
-    if "tensorflow" in sys.modules:
-        yield
-        return
+@contextlib.contextmanager
+def stderr_held_back() -> Iterator[None]:
+    """Keep what native code prints off the terminal, unless what is done fails."""
     sys.stderr.flush()
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as held:

@@ -24,7 +24,7 @@ from pipeline.cache.index import Index
 from pipeline.cache.shard import Rows, ShardInfo, file_size
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loaded, Loader, decoding_pool, in_threads
+from pipeline.decoder import Loaded, Loader, batched, decoding_pool, in_threads
 from pipeline.errors import CacheError, DecodeError
 from pipeline.progress import Progress
 from pipeline.spec import PLAIN_VIEW, Augmentation, Views
@@ -87,7 +87,7 @@ def compute(job: Job, todo: Mapping[int, Sequence[int]]) -> float:
         good = _sort_out(views, job, advance)
         # Closed also on Ctrl-C: what was computed is kept.
         with closing(_Publisher(job.space, job.options.shard_rows, job.views.recipes)) as publisher:
-            for number, batch in enumerate(_batches(good, batch_size)):
+            for number, batch in enumerate(batched(good, batch_size)):
                 asked = time.perf_counter()
                 rows = _run_model(job.backbone, batch)
                 if number == 0:
@@ -148,17 +148,6 @@ def refusal(name: str, reason: str, more: int = 0) -> DecodeError:
     """Return the error for people who want no image to be set aside."""
     others = f" (and {more:,} more)" if more else ""
     return DecodeError(f"{name}: {reason}{others}; mend or remove it, or leave out --on-error fail")
-
-
-def _batches(loaded: Iterable[Loaded], size: int) -> Iterator[list[Loaded]]:
-    batch: list[Loaded] = []
-    for image in loaded:
-        batch.append(image)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _run_model(backbone: FrozenBackbone, batch: list[Loaded]) -> tuple[np.ndarray, np.ndarray, list[bytes], list[int]]:

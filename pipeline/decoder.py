@@ -49,11 +49,45 @@ class Loaded:
     view: int = 0  # the number of the view that the pixels show; 0 is the plain image
 
 
+class Decoders:
+    """Decodes image files, from any thread: each thread that asks has a process of its own, which may crash.
+
+    Leaving the context ends the processes; no thread may be decoding then.
+    """
+
+    def __init__(self, size: int, fit: str, max_pixels: int) -> None:
+        self._asked = size, fit, max_pixels
+        self._mine = threading.local()
+        self._all: list[_Decoder] = []
+
+    def __enter__(self) -> Decoders:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for decoder in self._all:
+            decoder.stop()
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        """Return pixels (size, size, 3) uint8 RGB.
+
+        Raises
+        ------
+        DecodeError
+            If `data` is not one whole image, or crashes the decoder.
+        MemoryError
+            If there is no room to decode it, or somebody ended the process.
+        """
+        if not hasattr(self._mine, "decoder"):
+            self._mine.decoder = _Decoder(*self._asked)
+            self._all.append(self._mine.decoder)
+        return self._mine.decoder.decode(data)
+
+
 class Loader:
     """Loads images of a dataset, from any thread; the hash is taken of the very bytes that are decoded.
 
-    Files are decoded in another process, one for each thread that asks. Images that come as pixels need no decoder.
-    Leaving the context ends the processes; no thread may be loading then.
+    Files are decoded in other processes; images that come as pixels need none. Leaving the context ends them; no
+    thread may be loading then.
     """
 
     def __init__(self, dataset: Dataset, size: int, fit: str, max_pixels: int) -> None:
@@ -61,15 +95,13 @@ class Loader:
         self._size = size
         self._fit: images.Fit = cast(images.Fit, fit)
         self._max_pixels = max_pixels
-        self._mine = threading.local()
-        self._decoders: list[_Decoder] = []
+        self._decoders = Decoders(size, fit, max_pixels)
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for decoder in self._decoders:
-            decoder.stop()
+        self._decoders.__exit__(*error)
 
     def __call__(self, i: int) -> Loaded:
         """Read, hash and decode image i."""
@@ -89,10 +121,7 @@ class Loader:
     def _pixels(self, data: bytes | np.ndarray) -> np.ndarray:
         if isinstance(data, np.ndarray):
             return images.decode(data, size=self._size, fit=self._fit, max_pixels=self._max_pixels)
-        if not hasattr(self._mine, "decoder"):
-            self._mine.decoder = _Decoder(self._size, self._fit, self._max_pixels)
-            self._decoders.append(self._mine.decoder)
-        return self._mine.decoder.decode(data)
+        return self._decoders(data)
 
 
 class _Decoder:
@@ -184,6 +213,18 @@ def in_threads(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable
     finally:
         for future in waiting:
             future.cancel()
+
+
+def batched(loaded: Iterable[Loaded], size: int) -> Iterator[list[Loaded]]:
+    """Yield images `size` at a time, the last ones perhaps fewer."""
+    batch: list[Loaded] = []
+    for image in loaded:
+        batch.append(image)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def first_good(loader: Loader, indices: Iterable[int], on_bad: Callable[[Loaded], None]) -> None:

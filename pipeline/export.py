@@ -1,58 +1,203 @@
-"""A dataset with its cached rows → one HDF5 file."""
+"""`export`: a run as one deployable model, raw pixels in, class probabilities out, checked in its own runtime."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import logging
+import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from pipeline.cache.export import Columns, What, export
-from pipeline.dataset import Dataset
-from pipeline.extract import FeatureChoice, Quarantined
-from pipeline.gather import gather
+import numpy as np
+
+from pipeline import runs
+from pipeline.answering import grouped, stated_weights, weights_of
+from pipeline.backbone import KerasModel, import_keras, scale
+from pipeline.cache import storage
+from pipeline.dataset import Dataset, limit
+from pipeline.decoder import Loader
+from pipeline.errors import DatasetError, RunError, UsageError
+from pipeline.extract import warn_untrained
+from pipeline.formats import FORMATS, Format
+from pipeline.network import Network
+from pipeline.predict import predict
+from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+ABOUT = "export.json"
+CLASSES = "classes.json"
+_COMPARED = 32  # images
+_MOST_DIFFERENCE = 1e-3  # of a probability, from the float32 full model
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What `cache export` wrote."""
+    """What `export` made: the model's path, and how far it is from the run."""
 
-    rows: int
-    missing: int  # of these, rows that are not in the cache: NaN in a virtual file, none in a self-contained one
-    bytes: int
-    space: str
-    quarantined: list[Quarantined]
+    path: Path
+    about: dict[str, Any]
 
 
-def export_dataset(
-    dataset: Dataset,
+def export_run(
+    run: TrainedRun,
+    name: str,
+    images: Dataset,
     workspace: Workspace,
-    choice: FeatureChoice,
-    max_pixels: int,
-    features_command: str,
-    out: Path,
-    what: What,
     *,
-    virtual: bool,
+    max_pixels: int,
+    out: Path | None = None,
+    weights: str | None = None,
 ) -> Exported:
-    """Write the rows of `dataset` to `out`, in its order, without the images that cannot be decoded.
+    """Write `run` in the format `name` into a folder of its own, which appears whole or not at all.
+
+    The model computes in float32. It is loaded again in its own runtime and compared on some of `images` with the
+    float32 full model, and with what the run itself says, in the precision it was trained in.
 
     Raises
     ------
-    MissingRowsError
-        If an image that can be decoded has no row, and the file is not to be virtual.
-    CacheError
-        If a shard is damaged, or there is no room.
+    UsageError
+        If the format's package is missing, or `out` holds something else.
+    DatasetError
+        If none of `images` can be decoded.
+    RunError
+        If the exported model says something else by more than 1e-3, or cannot be written.
     """
-    material = gather(dataset, workspace, choice, max_pixels, features_command, partly=virtual)
-    images = material.usable.tolist()
-    columns = Columns(
-        dataset.name,
-        material.keys,
-        [str(dataset.names[i]) for i in images],
-        dataset.labels[material.usable],
-        [str(material.split.sides[i]) for i in images],
-        dataset.classes,
-    )
-    size = export(material.space, columns, out, what, virtual=virtual)
-    missing = int((~material.space.locate(material.keys).found).sum())
-    return Exported(len(images), missing, size, material.space.name, material.quarantined)
+    form = FORMATS[name]
+    form.require()
+    final = out or workspace.root / "exports" / f"{run.name}-{name}"
+    _require_free(final)
+    start = time.perf_counter()
+    (group,) = grouped([run])
+    given = stated_weights([group], workspace, weights)
+    warn_untrained(run.base)
+    some, pixels = _some(images, run, max_pixels)
+    logger.info("building %s in float32", run.spec.backbone)
+    network = group.network(weights_of(group, workspace, given), "float32")
+    expected = np.asarray(network.on_pixels().predict_on_batch(pixels), np.float32)
+    own = _said_by(run, some, workspace, max_pixels, weights)
+    with _published(final) as folder:
+        logger.info("writing %s", name)
+        form.write(deployable(network, named=form.named), folder / form.file, run.classes)
+        difference = _difference(form, folder / form.file, pixels, expected, run)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        about = {
+            "format": "icebox-export",
+            "version": 1,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "model": form.file,
+            "model_format": name,
+            "run": run.name,
+            "weights": run.weights,
+            "untrained": run.base.untrained,
+            "input": {"name": "pixels", "shape": ["n", *pixels.shape[1:]], "dtype": "uint8", "channels": "RGB"},
+            "output": {"name": "probabilities", "shape": ["n", len(run.classes)], "dtype": "float32"},
+            "images": {"decode": run.spec.decode, "fit": run.spec.fit, "resize": run.spec.resize},
+            "classes": CLASSES,
+            "compared_images": len(pixels),
+            "max_difference": difference,
+            "run_precision": run.spec.precision,
+            "difference_to_run": float(np.abs(expected - own).max()),
+            "bytes": size,
+            "versions": {package: importlib.metadata.version(package) for package in form.packages},
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        runs.write_json(folder / CLASSES, run.classes)
+        runs.write_json(folder / ABOUT, about)
+    return Exported(final / form.file, about)
+
+
+def _some(images: Dataset, run: TrainedRun, max_pixels: int) -> tuple[Dataset, np.ndarray]:
+    """Return a few images of all classes that can be decoded, and their pixels (n, size, size, 3) uint8."""
+    spec, good, pixels = run.spec, list[int](), list[np.ndarray]()
+    some = limit(images, 4 * _COMPARED)
+    with Loader(some, spec.input_size, spec.fit, max_pixels) as load:
+        for i in range(len(some)):
+            loaded = load(i)
+            if loaded.pixels is not None:
+                good.append(i)
+                pixels.append(loaded.pixels)
+            if len(good) == _COMPARED:
+                break
+    if not good:
+        raise DatasetError(
+            f"none of the first {len(some)} images of {images.name} can be decoded, and the exported model is to be "
+            "compared on some; name others by --images"
+        )
+    return some.take(good), np.stack(pixels)
+
+
+def _said_by(run: TrainedRun, some: Dataset, workspace: Workspace, max_pixels: int, weights: str | None) -> np.ndarray:
+    """Return what the run itself says, (n, k) float32."""
+    answers = predict([run], some, workspace, max_pixels=max_pixels, weights=weights)
+    return np.stack([answer.probabilities for answer in answers if answer.probabilities is not None])
+
+
+def deployable(network: Network, *, named: bool) -> KerasModel:
+    """Return a network as one Keras model of standard layers: pixels (n, size, size, 3) uint8 RGB → probabilities.
+
+    `named` gives the output in a dict, so that formats that name their outputs call it "probabilities".
+    """
+    keras = import_keras()
+    size = network.spec.input_size
+    head = keras.models.clone_model(network.head.model, clone_function=_standard, recursive=True)
+    inputs = keras.Input((size, size, 3), dtype="uint8", name="pixels")
+    output = head(network.below(scale(keras.ops.cast(inputs, "float32"))))
+    return keras.Model(inputs, {"probabilities": output} if named else output, name="icebox")
+
+
+def _standard(layer: Any) -> Any:
+    """Return a layer itself, a normalisation as a batch norm in inference mode.
+
+    A normalisation keeps its numbers outside the graph, where converters (tf2onnx 1.17 for one) lose them.
+    """
+    layers = import_keras().layers
+    if not isinstance(layer, layers.Normalization):
+        return layer
+    same = layers.BatchNormalization(name=layer.name, center=False, scale=False, epsilon=0.0, trainable=False)
+    same.build(layer.input.shape)
+    same.set_weights([np.ravel(layer.mean), np.ravel(layer.variance)])
+    return same
+
+
+def _difference(form: Format, path: Path, pixels: np.ndarray, expected: np.ndarray, run: TrainedRun) -> float:
+    """Load the model that was written and return how far its answers are from those expected."""
+    logger.info("loading it again, and comparing on %d images", len(pixels))
+    said = form.load(path)(pixels)
+    difference = float(np.abs(said - expected).max()) if said.shape == expected.shape else np.inf
+    if not difference <= _MOST_DIFFERENCE:  # so that NaN counts as different
+        raise RunError(
+            f"{run.name} as {form.name} says something else than the full model, by {difference:.2g} of a "
+            "probability; nothing was exported"
+        )
+    return difference
+
+
+def _require_free(final: Path) -> None:
+    """Raise UsageError if `final` is anything but an earlier export, which is replaced."""
+    if final.exists() and not (final / ABOUT).is_file() and not (final.is_dir() and not any(final.iterdir())):
+        raise UsageError(f"{final} exists and is no earlier export; name another folder by --out")
+
+
+@contextlib.contextmanager
+def _published(final: Path) -> Iterator[Path]:
+    """Give a folder to fill; on leaving without an error it takes the place of `final`, else nothing is left."""
+    partial = storage.partial_name(final.parent)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            storage.fsync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        storage.publish(partial, final)
+    except OSError as error:
+        raise RunError(f"nothing can be exported to {final}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -22,10 +22,10 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.compute import ComputeOptions, Job, check_room, compute, note_bad, refusal
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded, Loader, decoding_pool, first_good, in_threads
-from pipeline.errors import SpecError, WeightsError
+from pipeline.errors import SpecError
 from pipeline.progress import Progress
 from pipeline.spec import PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
-from pipeline.weights import Weights, find_by_identity, resolve
+from pipeline.weights import Weights, require_by_identity, resolve
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -367,13 +367,8 @@ def weights_of(space: FeatureSpace | None, dataset: Dataset, workspace: Workspac
         offline = dataset.name in _OFFLINE_DATASETS
         index, progress = workspace.cache.index, workspace.progress
         return resolve("auto", DEFAULT_BACKBONE, workspace.downloads, index, offline=offline, progress=progress)
-    found = find_by_identity(space.spec.weights, space.spec.backbone, workspace.downloads, workspace.cache.index)
-    if found is None:
-        raise WeightsError(
-            f"the space {space.name} was computed with {space.provenance.get('weights', 'weights')} "
-            f"({space.spec.weights}), which are not on this machine; give the file by `--weights FILE`"
-        )
-    return found
+    label = space.provenance.get("weights", "weights")
+    return require_by_identity(space.spec.weights, label, f"the space {space.name}", space.spec.backbone, workspace)
 
 
 def _made_by(weights: Weights, options: ComputeOptions) -> dict[str, Any]:

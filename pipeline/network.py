@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipeline import backbone, heads, weights_file
 from pipeline.backbone import KerasModel, cut_layers, import_keras
 from pipeline.cache import storage
 from pipeline.errors import RunError, SpecError, UsageError
-from pipeline.heads.dense import DenseHead, build, from_logreg
+from pipeline.heads.dense import DenseHead, average, build, from_logreg
 from pipeline.heads.logreg import LogregHead
 from pipeline.loop import finalize
 from pipeline.rows import Rows, read_ahead
@@ -121,8 +122,10 @@ class Network:
         return f"sha256:{digest}"
 
     @classmethod
-    def load(cls, directory: Path, spec: FeatureSpec) -> Network:
+    def load(cls, directory: Path, spec: FeatureSpec, precision: str | None = None) -> Network:
         """Return the network that `save` wrote, rebuilt from our own JSON and filled with plain arrays.
+
+        It computes in another `precision` than it was trained in, if one is given.
 
         Raises
         ------
@@ -139,7 +142,7 @@ class Network:
             head = heads.load(directory)
             if not isinstance(head, DenseHead):
                 raise RunError("its head is not one of a full model")
-            network = cls(spec, lambda shape: head)
+            network = cls(replace(spec, precision=precision or spec.precision), lambda shape: head)
             network.load_backbone("sha256:" + made["sha256"], path)
         except RunError as error:
             raise RunError(f"no model can be loaded from {directory}: {error}") from error
@@ -206,22 +209,20 @@ def stitched(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> Dens
     """Return a head that was trained on cached rows as one over tensors of `row_shape` (h, w, c), ready to be trained.
 
     A logistic regression becomes a `gap` head without hidden layers: its scaler is the normalisation, its
-    coefficients the weights of the softmax layer.
+    coefficients the weights of the softmax layer. An ensemble becomes the mean of its members.
 
     Raises
     ------
-    SpecError
-        If it is an ensemble.
     ValueError
         If it reads other rows, or tells other classes apart.
     """
+    if isinstance(head, heads.Ensemble):
+        return average([stitched(member, row_shape, classes) for member in head.members])
     if isinstance(head, LogregHead):
         if head.classes != classes:
             raise ValueError("other classes")
         return from_logreg(head, row_shape)
-    if not isinstance(head, DenseHead):
-        raise SpecError("an ensemble of heads cannot be fine-tuned; take a run that was trained without --folds")
-    if head.model.output_shape[-1] != classes:
+    if not isinstance(head, DenseHead) or head.model.output_shape[-1] != classes:
         raise ValueError("other classes")
     model: Any = build(head.spec, row_shape, classes)
     model.set_weights(head.model.get_weights())

@@ -54,6 +54,7 @@ def write(
     common = {
         "format": runs.FORMAT,
         "version": runs.VERSION,
+        "checksums": runs.CHECKSUMS,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "dataset": {"name": dataset.name, "images": len(dataset), "split": images.split.origin},
         "classes": list(dataset.classes),

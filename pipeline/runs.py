@@ -29,8 +29,10 @@ VERSION = 1
 _SUMMARY = {"run", "head", "accuracy", "accuracy_interval", "val_accuracy", "seconds", "weights"}  # what is listed
 _MOST_BYTES = 2**26  # of a run.json: it lists quarantined images, a few at most
 REQUEST = "request.json"  # what was asked, in an unfinished run's folder
+CHECKSUMS = "SHA256SUMS"  # of all files of a published run, as `sha256sum --check` reads it
 _CHECKPOINT = "checkpoint.npz"
 _KEPT = (_CHECKPOINT, "head.json", "trial.json")
+_VOUCHING = ("run.json", "network.json", "head.json", "fold-*/head.json")  # the last three hold the weights' digests
 _LONGEST_SLUG = 120  # file systems take names of 255 bytes; time, number and prefix are added
 
 
@@ -77,6 +79,7 @@ def reopened(root: Path, name: str, command: str = "train-head") -> Iterator[tup
 def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
     try:
         yield
+        _write_checksums(partial)
         for path in partial.rglob("*"):
             storage.fsync(path)
         storage.publish(partial, final)
@@ -158,8 +161,45 @@ def find_run(root: Path, name: str) -> Path:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return the content of run.json in a run's folder. Raises RunError."""
-    return _read_about(folder / "run.json")
+    """Return the content of run.json in a run's folder.
+
+    Raises
+    ------
+    RunError
+        If it cannot be read, or the run's files are not those that were published.
+    """
+    about = _read_about(folder / "run.json")
+    _check_files(folder, about.get("checksums"))
+    return about
+
+
+def _write_checksums(folder: Path) -> None:
+    spent = (CHECKSUMS, REQUEST, _CHECKPOINT)
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in spent]
+    lines = [f"{storage.sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
+    storage.write_whole(folder / CHECKSUMS, "".join(lines).encode("utf-8", "surrogateescape"))
+
+
+def _check_files(folder: Path, named: object) -> None:
+    """Raise RunError unless the files that vouch for the others are as they were published.
+
+    A run of 0.1.0 names no checksums and has none; then there is nothing to compare with.
+    """
+    path = folder / CHECKSUMS
+    if named is None and not path.exists():
+        return
+    try:
+        lines = storage.read_small(path, _MOST_BYTES).decode("utf-8", "surrogateescape").splitlines()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error}), so nobody knows whether the run is whole") from error
+    known = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for found in [each for pattern in _VOUCHING for each in sorted(folder.glob(pattern))]:
+        name = found.relative_to(folder).as_posix()
+        if known.get(name) != storage.sha256_file(found):
+            raise RunError(
+                f"{found} is not the file that was published, as {CHECKSUMS} has another digest; restore it, "
+                "or train anew"
+            )
 
 
 def _partial(root: Path, name: str) -> Path:

@@ -73,6 +73,17 @@ def find_by_identity(identity: str, backbone: str, downloads: Path, index: Index
     return None
 
 
+def require_by_identity(identity: str, label: object, of: str, backbone: str, workspace: Workspace) -> Weights:
+    """Return the weights that `of`, a space or a run, was computed with. Raises WeightsError if they are not here."""
+    found = find_by_identity(identity, backbone, workspace.downloads, workspace.cache.index)
+    if found is None:
+        raise WeightsError(
+            f"{of} was computed with {label} ({identity}), which are not on this machine; give the file by "
+            "`--weights FILE`"
+        )
+    return found
+
+
 def find_imagenet(backbone: Backbone, downloads: Path) -> Path | None:
     """Return ImageNet's weights file if it is in `downloads` or in Keras' own folder, and is the published one."""
     import pooch

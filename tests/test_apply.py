@@ -13,12 +13,13 @@ from cached import SPEC, fill, listed, write_images
 from sklearn.metrics import accuracy_score, log_loss
 
 from pipeline import images, runs
-from pipeline.apply import Evaluation, evaluate_run, open_run
+from pipeline.apply import Evaluation, evaluate_run
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.errors import DatasetError, MissingRowsError, RunError, SpecError
 from pipeline.extract import FeatureChoice
 from pipeline.spec import HeadSpec
 from pipeline.train import train_head
+from pipeline.trained import open_run
 from pipeline.workspace import Workspace
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ import pytest
 from conftest import command_line, environment, icebox, write_picture
 
 from pipeline import backbone, images, network, runs
-from pipeline.apply import evaluate_run, open_run
+from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked, command_of
 from pipeline.cache.space import Cache
 from pipeline.compute import ComputeOptions
@@ -33,6 +33,7 @@ from pipeline.pixels import Pixels
 from pipeline.prepare import prepared_pixels
 from pipeline.spec import Augmentation, HeadSpec, Views
 from pipeline.train import train_head
+from pipeline.trained import open_run
 from pipeline.workspace import Workspace
 
 EXACT = FeatureChoice(weights="untrained", precision="float32", storage="float32")

@@ -16,6 +16,7 @@ from pipeline.commands.shared import (
     MaxBadOption,
     MaxPixelsOption,
     MemoryOption,
+    RunArgument,
     SpaceOption,
     dataset_choice,
     exit_for_bad,
@@ -27,10 +28,9 @@ from pipeline.commands.shared import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.apply import TrainedRun
     from pipeline.asked import DatasetChoice
+    from pipeline.trained import TrainedRun
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run as `runs ls` lists it, a path, or latest.")]
 _SHOWN = (
     "run", "dataset", "split", "images", "accuracy", "accuracy_interval", "top5_accuracy", "balanced_accuracy",
     "macro_f1", "log_loss", "roc_auc", "expected_calibration_error",
@@ -58,7 +58,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a trained run, a head on cached rows, a full model on images, with pictures."""
-    from pipeline.apply import evaluate_run, open_run
+    from pipeline.apply import evaluate_run
+    from pipeline.trained import open_run
 
     with opened(context) as workspace:
         trained = open_run(workspace.runs, run)

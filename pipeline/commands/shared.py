@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.extract import FeatureChoice, Quarantined
     from pipeline.spec import Views
     from pipeline.sweep import SweepAsked
+    from pipeline.trained import TrainedRun
     from pipeline.workspace import Workspace
 
 DatasetOption = Annotated[
@@ -67,6 +68,15 @@ AugmentOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run as `runs ls` lists it, a path, or latest.")]
+AlsoOption = Annotated[
+    list[str] | None, typer.Option(metavar="RUN", help="Another run; probabilities are averaged. May be repeated.")
+]
+RunWeightsOption = Annotated[
+    str | None,
+    typer.Option("--weights", help="The backbone's weights file, if it is not where it was when features were made."),
+]
+
 MAX_PIXELS = 180_000_000  # pipeline.images.DEFAULT_MAX_PIXELS, not imported here as it brings OpenCV
 
 
@@ -96,13 +106,25 @@ def open_dataset(workspace: Workspace, context: typer.Context) -> Dataset:
 
 def open_chosen(workspace: Workspace, choice: DatasetChoice) -> Dataset:
     """Open a dataset; files that are passed over are said."""
+    found = choice.open(workspace)
+    notice_ignored(found)
+    return found
+
+
+def notice_ignored(dataset: Dataset) -> None:
+    """Say which files of a dataset were passed over."""
     from pipeline import terminal
 
-    found = choice.open(workspace)
-    if found.ignored:
-        listed = ", ".join(f"{ending or 'no ending'} {n:,}" for ending, n in sorted(found.ignored.items()))
+    if dataset.ignored:
+        listed = ", ".join(f"{ending or 'no ending'} {n:,}" for ending, n in sorted(dataset.ignored.items()))
         terminal.say(f"notice: passed over, as their endings are not of images: {listed}", "yellow")
-    return found
+
+
+def open_runs(workspace: Workspace, run: str, also: Sequence[str] | None) -> list[TrainedRun]:
+    """Open the runs that RUN and `--also` name."""
+    from pipeline.trained import open_run
+
+    return [open_run(workspace.runs, name) for name in (run, *(also or ()))]
 
 
 _CHOICE_OPTIONS = ("weights", "layer", "precision", "storage", "space", "fit")
@@ -171,15 +193,20 @@ def refuse_beside_resume(context: typer.Context, *allowed: str) -> None:
 
 
 def memory_bytes(text: str | None) -> int | None:
+    """Return the bytes that `--memory` says. Raises UsageError."""
+    return None if text is None else size_in_bytes("--memory", text)
+
+
+def size_in_bytes(option: str, text: str) -> int:
     """Return the bytes that "1.5GB", "800MiB" or "200000" say. Raises UsageError."""
     from dask.utils import parse_bytes
 
     from pipeline.errors import UsageError
 
     try:
-        return None if text is None else int(parse_bytes(text))
+        return int(parse_bytes(text))
     except ValueError as error:
-        raise UsageError(f"--memory must be a size such as 2GB or 500MiB, found {text!r}") from error
+        raise UsageError(f"{option} must be a size such as 2GB or 500MiB, found {text!r}") from error
 
 
 def finish(result: dict[str, Any], as_json: bool, lines: tuple[str, ...], note: str | None = None) -> None:

@@ -12,10 +12,22 @@ from pipeline.dataset.digits import open_digits
 from pipeline.dataset.folder import open_folder
 from pipeline.dataset.manifest import MANIFEST_ENDINGS, open_manifest
 from pipeline.dataset.split import Split, assign, groups
+from pipeline.dataset.unlabelled import open_images
 from pipeline.errors import DatasetError, UsageError
 from pipeline.progress import Progress, silent
 
-__all__ = ["Dataset", "Source", "Split", "assign", "groups", "is_known", "limit", "of_files", "open_dataset"]
+__all__ = [
+    "Dataset",
+    "Source",
+    "Split",
+    "assign",
+    "groups",
+    "is_known",
+    "limit",
+    "of_files",
+    "open_dataset",
+    "open_images",
+]
 
 _ARCHIVES = {published.name: published for published in (CIFAR10, CIFAR100)}
 _KNOWN = ("digits", *_ARCHIVES)

@@ -157,10 +157,13 @@ class Dataset:
         )
 
 
-def of_files(name: str, paths: Sequence[Path]) -> Dataset:
-    """Return images of no known class: the files at the absolute `paths`."""
-    names = [str(path) for path in paths]
-    return Dataset(name, ("unknown",), names, np.zeros(len(names), np.int32), None, None, FileSource(Path("/"), names))
+def of_files(
+    name: str, files: Sequence[Path | str], names: Sequence[str] | None = None, ignored: Mapping[str, int] | None = None
+) -> Dataset:
+    """Return images of no known class: the files at absolute paths, called `names`, by default as their paths."""
+    texts, labels = [str(file) for file in files], np.zeros(len(files), np.int32)
+    source = FileSource(Path("/"), texts)
+    return Dataset(name, ("unknown",), names or texts, labels, None, None, source, ignored or {})
 
 
 def _pick(values: Sequence[Any], rows: np.ndarray) -> list[Any]:

@@ -30,7 +30,7 @@ def open_folder(root: Path) -> Dataset:
     """
     root = root.absolute()  # a worker elsewhere may run in another folder
     ignored: Counter[str] = Counter()
-    names = sorted(_walk(root, ignored))
+    names = sorted(images_below(root, ignored))
     depth = 1 if _has_splits(root) else 0  # which part of a name is the class
     if not names:
         passed = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in ignored.items())
@@ -55,7 +55,7 @@ def _has_splits(root: Path) -> bool:
     return all(name in SPLIT_NAMES for name in names) and ("train" in names or "test" in names)
 
 
-def _walk(root: Path, ignored: Counter[str]) -> Iterator[str]:
+def images_below(root: Path, ignored: Counter[str]) -> Iterator[str]:
     """Yield the images below `root` as relative paths with "/", in no order; count the rest in `ignored`."""
     stack = [(root, "", frozenset[tuple[int, int]]())]
     while stack:

@@ -16,7 +16,6 @@ from pipeline.errors import DatasetError
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MANIFEST_ENDINGS = (*_DELIMITERS, ".parquet", ".pq")
 _COLUMNS = ("path", "label", "split", "group")
-_REQUIRED = 2
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 # The number of a line or row, and its path, label, split and group; "" where a value or column is missing.
@@ -37,16 +36,12 @@ def open_manifest(path: Path, image_root: Path | None = None) -> Dataset:
     DatasetError
         If it cannot be read, a column is missing or a row is malformed; the text names the line.
     """
-    path = path.absolute()  # a worker elsewhere may run in another folder
-    delimiter = _DELIMITERS.get(path.suffix.lower())
-    root = path.parent if image_root is None else Path(os.path.normpath(image_root.absolute()))
-    if not root.is_dir():
-        raise DatasetError(f"expected --image-root to be a folder, found none at {root}")
-    rows = _Rows(path, "row" if delimiter is None else "line", root)
-    for number, values in _parquet_rows(path) if delimiter is None else _text_rows(path, delimiter):
-        rows.add(number, *values)
+    path, root, listed = _listed(path, image_root, ("path", "label"))
+    rows = _Rows(path, root)
+    for where, values in listed:
+        rows.add(where, *values)
     if not rows.names:
-        raise DatasetError(f"{path}: expected at least one image, found no rows below the header")
+        raise DatasetError(_no_rows(path))
     classes, labels = index_labels(rows.labels)
     return Dataset(
         name=path.name,
@@ -59,20 +54,51 @@ def open_manifest(path: Path, image_root: Path | None = None) -> Dataset:
     )
 
 
+def manifest_images(path: Path, image_root: Path | None = None) -> tuple[Path, list[str]]:
+    """Return the folder that a manifest's paths start from, and the paths; of its columns only `path` is looked at.
+
+    Raises DatasetError as `open_manifest` does.
+    """
+    path, root, listed = _listed(path, image_root, ("path",))
+    names = []
+    for where, (name, *_) in listed:
+        _check_path(where, name, os.path.normpath(root))
+        names.append(name)
+    if not names:
+        raise DatasetError(_no_rows(path))
+    return root, names
+
+
+def _no_rows(path: Path) -> str:
+    return f"{path}: expected at least one image, found no rows below the header"
+
+
+def _listed(
+    path: Path, image_root: Path | None, required: Sequence[str]
+) -> tuple[Path, Path, Iterator[tuple[str, Sequence[str]]]]:
+    """Return the manifest, the folder its paths start from, and its rows, each with where it stands."""
+    path = path.absolute()  # a worker elsewhere may run in another folder
+    root = path.parent if image_root is None else Path(os.path.normpath(image_root.absolute()))
+    if not root.is_dir():
+        raise DatasetError(f"expected --image-root to be a folder, found none at {root}")
+    delimiter = _DELIMITERS.get(path.suffix.lower())
+    unit = "row" if delimiter is None else "line"
+    rows = _parquet_rows(path, required) if delimiter is None else _text_rows(path, delimiter, required)
+    return path, root, ((f"{path}: {unit} {number}", values) for number, values in rows)
+
+
 class _Rows:
     """The rows so far, checked one by one. Texts that repeat are interned, so a million rows stay small."""
 
-    def __init__(self, path: Path, unit: str, root: Path) -> None:
+    def __init__(self, path: Path, root: Path) -> None:
         self.path = path
-        self.unit = unit
         self.root = os.path.normpath(root)
         self.names: list[str] = []
         self.labels: list[str] = []
         self.splits: list[str] = []
         self.groups: list[str] = []
 
-    def add(self, number: int, path: str, label: str, split: str, group: str) -> None:
-        where = f"{self.path}: {self.unit} {number}"
+    def add(self, where: str, path: str, label: str, split: str, group: str) -> None:
         label = label.strip()
         _check_path(where, path, self.root)
         if not label:
@@ -117,27 +143,27 @@ def _lies_in(root: str, path: str) -> bool:
     return os.path.commonpath([root, os.path.normpath(os.path.join(root, path))]) == root  # noqa: PTH118
 
 
-def _columns(path: Path, header: Sequence[str]) -> list[int | None]:
+def _columns(path: Path, header: Sequence[str], required: Sequence[str]) -> list[int | None]:
     """Return where path, label, split and group stand in the header; None for an optional one not there."""
     names = [name.strip().lower() for name in header]
     for name in _COLUMNS:
         found = names.count(name)
-        if found > 1 or (not found and name in _COLUMNS[:_REQUIRED]):
+        if found > 1 or (not found and name in required):
+            shape = "path" if required == ("path",) else "path,label[,split][,group]"
             raise DatasetError(
-                f"{path}: line 1: expected one column {name!r} (of path,label[,split][,group]), "
-                f"found {found} in {','.join(header)!r:.200}"
+                f"{path}: line 1: expected one column {name!r} (of {shape}), found {found} in {','.join(header)!r:.200}"
             )
     return [names.index(name) if name in names else None for name in _COLUMNS]
 
 
-def _text_rows(path: Path, delimiter: str) -> Iterator[_Row]:
+def _text_rows(path: Path, delimiter: str, required: Sequence[str]) -> Iterator[_Row]:
     number = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             # Strict: an unclosed quote is an error, where it would swallow the rest of the file as one field.
             reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
             header = next(reader, [])
-            columns, number = _columns(path, header), reader.line_num
+            columns, number = _columns(path, header, required), reader.line_num
             for fields in reader:
                 number = reader.line_num
                 if fields:
@@ -156,7 +182,7 @@ def _check_width(where: str, header: Sequence[str], fields: Sequence[str]) -> No
         )
 
 
-def _parquet_rows(path: Path) -> Iterator[_Row]:
+def _parquet_rows(path: Path, required: Sequence[str]) -> Iterator[_Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -164,7 +190,7 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            columns = [None if c is None else schema.field(c) for c in _columns(path, schema.names)]
+            columns = [None if c is None else schema.field(c) for c in _columns(path, schema.names, required)]
             _check_types(path, columns)
             names = [column.name for column in columns if column is not None]
             for batch in file.iter_batches(batch_size=1 << 14, columns=names):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +208,15 @@ def from_logreg(head: LogregHead, row_shape: tuple[int, ...]) -> DenseHead:
     kernel[:, regression.classes_], bias[regression.classes_] = coefficients.T, intercept
     model.get_layer("probabilities").set_weights([kernel, bias])
     return DenseHead(model, spec)
+
+
+def average(heads: Sequence[DenseHead]) -> DenseHead:
+    """Return heads over the same rows as one whose probabilities are the mean of theirs."""
+    if len(heads) == 1:
+        return heads[0]
+    keras = import_keras()
+    inputs = keras.Input(heads[0].model.input_shape[1:], name="features")
+    # Each under a name of its own, as Keras demands.
+    models = [keras.Model(head.model.inputs, head.model.output, name=f"head_{i}") for i, head in enumerate(heads, 1)]
+    output = keras.layers.Average(name="mean")([model(inputs) for model in models])
+    return DenseHead(keras.Model(inputs, output, name="mean_of_heads"), heads[0].spec)

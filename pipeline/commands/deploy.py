@@ -1,0 +1,116 @@
+"""`export` and `serve`: a run where it is to be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pipeline.commands.shared import (
+    MAX_PIXELS,
+    AlsoOption,
+    ImageRootOption,
+    JsonOption,
+    MaxPixelsOption,
+    RunArgument,
+    RunWeightsOption,
+    finish,
+    open_chosen,
+    open_runs,
+    opened,
+    size_in_bytes,
+)
+
+if TYPE_CHECKING:
+    from pipeline.dataset import Dataset
+    from pipeline.trained import TrainedRun
+    from pipeline.workspace import Workspace
+
+_SHOWN = ("bytes", "compared_images", "max_difference", "run_precision", "difference_to_run", "seconds")
+
+
+def export(
+    context: typer.Context,
+    run: RunArgument,
+    form: Annotated[
+        Literal["keras", "savedmodel", "onnx", "litert", "openvino"], typer.Option("--format", help="What to write.")
+    ] = "keras",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder to make.  [default: exports/RUN-FORMAT in the data directory]", file_okay=False),
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Images to compare on, or folders of them.  [default: the run's own]"),
+    ] = None,
+    image_root: ImageRootOption = None,
+    weights: RunWeightsOption = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+    as_json: JsonOption = False,
+) -> None:
+    """Make one deployable model of a run: pixels in, class probabilities out."""
+    from pipeline.export import export_run
+    from pipeline.trained import open_run
+
+    with opened(context) as workspace:
+        trained = open_run(workspace.runs, run)
+        some = _images(trained, workspace, images, image_root)
+        done = export_run(trained, form, some, workspace, max_pixels=max_pixels, out=out, weights=weights)
+    about = {name: value for name, value in done.about.items() if name not in ("format", "version")}
+    finish({"path": str(done.path), **about}, as_json, _SHOWN, note=f"kept in {done.path}")
+
+
+def _images(run: TrainedRun, workspace: Workspace, named: list[str] | None, image_root: Path | None) -> Dataset:
+    from pipeline.dataset import open_images
+    from pipeline.errors import IceboxError, RunError, UsageError
+
+    if named:
+        return open_images(named, image_root)
+    if image_root is not None:
+        raise UsageError("--image-root goes with a manifest given by --images")
+    if run.asked is None:
+        raise RunError(f"the run {run.name} does not say what it was trained on; name some images by --images")
+    try:
+        return open_chosen(workspace, run.asked.images)
+    except IceboxError as error:
+        raise RunError(f"the images of {run.name} are not to be had ({error}); name some by --images") from error
+
+
+def serve(
+    context: typer.Context,
+    run: RunArgument,
+    also: AlsoOption = None,
+    host: Annotated[str, typer.Option(help="The address to answer at; 0.0.0.0 lets other machines ask.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    top: Annotated[int, typer.Option(help="How many classes to name, the likeliest first.", min=1)] = 5,
+    max_bytes: Annotated[str, typer.Option(metavar="SIZE", help="Refuse uploads larger than this.")] = "20MB",
+    weights: RunWeightsOption = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer over HTTP: a page to drop images on, and an endpoint for programs."""
+    from pipeline import terminal
+    from pipeline.serve import require_packages
+    from pipeline.serve import serve as serve_runs
+
+    require_packages()
+
+    def ready(url: str) -> None:
+        if as_json:
+            terminal.emit_json({"url": url, "runs": [each.name for each in trained], "classes": trained[0].classes})
+        terminal.say(f"answering at {url} (Ctrl-C ends it)")
+
+    with opened(context) as workspace:
+        trained = open_runs(workspace, run, also)
+        serve_runs(
+            trained,
+            workspace,
+            host=host,
+            port=port,
+            top=top,
+            max_bytes=size_in_bytes("--max-bytes", max_bytes),
+            max_pixels=max_pixels,
+            weights=weights,
+            ready=ready,
+        )

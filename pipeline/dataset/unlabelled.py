@@ -1,0 +1,60 @@
+"""Images of no known class, to be judged by a run: files, whole folders, manifests, in the order they are named."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.dataset.base import Dataset, of_files
+from pipeline.dataset.folder import images_below
+from pipeline.dataset.manifest import MANIFEST_ENDINGS, manifest_images
+from pipeline.errors import DatasetError, UsageError
+
+
+def open_images(paths: Sequence[str], image_root: Path | None = None) -> Dataset:
+    """List images whose class is not known, all as class "unknown"; none is read.
+
+    A folder stands for the images anywhere below it, sorted; hidden ones and other files are counted in `ignored`.
+    A manifest stands for those in its column `path`, which start from `image_root` or its own folder. Any other
+    file is taken for an image, whatever its ending.
+
+    Raises
+    ------
+    DatasetError
+        If there is nothing at a path, a folder holds no image, or a manifest cannot be read.
+    UsageError
+        If `image_root` is given without a manifest.
+    """
+    names, files = list[str](), list[str]()
+    ignored: Counter[str] = Counter()
+    manifests = False
+    for text in paths:
+        path = Path(os.path.expanduser(text))  # noqa: PTH111  the Path method raises on "~nobody"
+        if _is_folder(path, text):
+            found = [str(path / name) for name in sorted(images_below(path, ignored))]
+            if not found:
+                raise DatasetError(f"{text}: expected images in this folder or below, found none")
+            names += found
+            files += map(os.path.abspath, found)
+        elif path.suffix.lower() in MANIFEST_ENDINGS:
+            root, found = manifest_images(path, image_root)
+            manifests = True
+            names += found
+            files += (str(root / name) for name in found)
+        else:
+            names.append(text)
+            files.append(os.path.abspath(path))  # noqa: PTH100  a link stays the one that was named
+    if image_root is not None and not manifests:
+        raise UsageError("--image-root goes with a manifest only, found it with images and folders")
+    return of_files("images", files, names, ignored)
+
+
+def _is_folder(path: Path, text: str) -> bool:
+    try:
+        if text and (path.exists() or path.is_symlink()):
+            return path.is_dir()
+    except OSError as error:  # a name too long, a parent that may not be entered
+        raise DatasetError(f"cannot look at {text!r}: {error.strerror or error}") from error
+    raise DatasetError(f"no image, folder or manifest at {text!r}")

@@ -1,0 +1,58 @@
+"""A dataset with its cached rows → one HDF5 file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.cache.export import Columns, What, export
+from pipeline.dataset import Dataset
+from pipeline.extract import FeatureChoice, Quarantined
+from pipeline.gather import gather
+from pipeline.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `cache export` wrote."""
+
+    rows: int
+    missing: int  # of these, rows that are not in the cache: NaN in a virtual file, none in a self-contained one
+    bytes: int
+    space: str
+    quarantined: list[Quarantined]
+
+
+def export_dataset(
+    dataset: Dataset,
+    workspace: Workspace,
+    choice: FeatureChoice,
+    max_pixels: int,
+    features_command: str,
+    out: Path,
+    what: What,
+    *,
+    virtual: bool,
+) -> Exported:
+    """Write the rows of `dataset` to `out`, in its order, without the images that cannot be decoded.
+
+    Raises
+    ------
+    MissingRowsError
+        If an image that can be decoded has no row, and the file is not to be virtual.
+    CacheError
+        If a shard is damaged, or there is no room.
+    """
+    material = gather(dataset, workspace, choice, max_pixels, features_command, partly=virtual)
+    images = material.usable.tolist()
+    columns = Columns(
+        dataset.name,
+        material.keys,
+        [str(dataset.names[i]) for i in images],
+        dataset.labels[material.usable],
+        [str(material.split.sides[i]) for i in images],
+        dataset.classes,
+    )
+    size = export(material.space, columns, out, what, virtual=virtual)
+    missing = int((~material.space.locate(material.keys).found).sum())
+    return Exported(len(images), missing, size, material.space.name, material.quarantined)

@@ -1,0 +1,157 @@
+"""The formats a model is exported in: how each is written, and loaded again in its own runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.backbone import KerasModel, import_keras, stderr_held_back
+from pipeline.errors import UsageError
+
+CLASSES = "classes.json"  # what the class names are called inside a model
+
+Answerer = Callable[[np.ndarray], np.ndarray]  # pixels (n, size, size, 3) uint8 RGB → probabilities (n, k) float32
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format. `write(model, path, classes)` puts the class names into the file, too."""
+
+    name: str
+    file: str
+    write: Callable[[KerasModel, Path, Sequence[str]], None]
+    load: Callable[[Path], Answerer]
+    packages: tuple[str, ...]
+    named: bool = True  # whether outputs have names
+
+    def require(self) -> None:
+        """Raise UsageError unless its packages are installed."""
+        lacking = [name for name in self.packages if importlib.util.find_spec(name.replace("-", "_")) is None]
+        if lacking:
+            raise UsageError(f"--format {self.name} needs {' and '.join(lacking)}: make setup EXTRAS={self.name}")
+
+
+def _write_keras(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
+    model.save(path)
+    _add_to_zip(path, classes)
+
+
+def _load_keras(path: Path) -> Answerer:
+    model = import_keras().models.load_model(path, compile=False)
+    return lambda pixels: np.asarray(model.predict_on_batch(pixels), np.float32)
+
+
+def _add_to_zip(path: Path, classes: Sequence[str]) -> None:
+    with zipfile.ZipFile(path, "a") as archive:  # to what is no archive it is appended as one
+        archive.writestr(CLASSES, json.dumps(classes))
+
+
+def _write_savedmodel(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
+    """Write what Keras' own export does, but each weight once."""
+    import tensorflow as tf
+
+    shape = (None, *model.input_shape[1:])
+
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8, name="pixels")])
+    def serve(pixels: Any) -> Any:
+        return model(pixels, training=False)
+
+    module: Any = tf.Module()
+    module.weights = [variable.value for variable in model.variables]
+    module.serve = serve
+    tf.saved_model.save(module, str(path), signatures={"serving_default": serve})
+    extra = path / "assets.extra"  # TensorFlow's place for files that travel with a model
+    extra.mkdir(exist_ok=True)
+    (extra / CLASSES).write_text(json.dumps(classes))
+
+
+def _load_savedmodel(path: Path) -> Answerer:
+    import tensorflow as tf
+
+    loaded: Any = tf.saved_model.load(str(path))
+    serve = loaded.signatures["serving_default"]
+    return lambda pixels: serve(pixels=tf.constant(pixels))["probabilities"].numpy()
+
+
+def _write_onnx(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
+    import onnx
+
+    model(np.zeros((1, *model.input_shape[1:]), np.uint8))  # Keras exports what was called once
+    with _quietly():
+        model.export(path, format="onnx", verbose=False)
+    made = onnx.load(path)
+    onnx.helper.set_model_props(made, {"classes": json.dumps(classes)})
+    onnx.save(made, path)
+
+
+def _load_onnx(path: Path) -> Answerer:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda pixels: np.asarray(session.run(["probabilities"], {"pixels": pixels})[0])
+
+
+def _write_litert(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
+    with _quietly():
+        model.export(path, format="litert", verbose=False)
+    _add_to_zip(path, classes)  # as TensorFlow Lite's own metadata are: the interpreter reads the front only
+
+
+def _load_litert(path: Path) -> Answerer:
+    from ai_edge_litert.interpreter import Interpreter
+
+    with stderr_held_back():
+        interpreter = Interpreter(str(path))
+        interpreter.allocate_tensors()
+        signature = interpreter.get_signature_runner("serving_default")
+    return lambda pixels: signature(pixels=pixels)["probabilities"]
+
+
+def _write_openvino(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
+    import openvino
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        _write_savedmodel(model, Path(folder), classes)
+        # Not by `openvino.convert_model`, which reports its use over the network.
+        made = openvino.Core().read_model(folder)
+        made.set_rt_info(json.dumps(classes), ["classes"])
+        openvino.save_model(made, path, compress_to_fp16=False)
+
+
+def _load_openvino(path: Path) -> Answerer:
+    import openvino
+
+    # Left to itself OpenVINO computes in bfloat16 where the CPU has it.
+    model = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda pixels: np.asarray(model(pixels)[0])
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep converters' chatter off the terminal."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+FORMATS = {
+    form.name: form
+    for form in (
+        Format("keras", "model.keras", _write_keras, _load_keras, ("keras", "tensorflow"), named=False),
+        Format("savedmodel", "saved_model", _write_savedmodel, _load_savedmodel, ("tensorflow",)),
+        Format("onnx", "model.onnx", _write_onnx, _load_onnx, ("onnx", "onnxruntime", "tf2onnx")),
+        Format("litert", "model.tflite", _write_litert, _load_litert, ("ai-edge-litert",)),
+        Format("openvino", "model.xml", _write_openvino, _load_openvino, ("openvino",)),
+    )
+}

@@ -1,0 +1,187 @@
+"""`serve`: runs that answer over HTTP. Requests that wait are answered together, in one batch."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+
+from pipeline.answering import Answerer, compiled, grouped, stated_weights, weights_of
+from pipeline.decoder import Decoders, decoding_pool
+from pipeline.errors import IceboxError, UsageError
+from pipeline.extract import warn_untrained
+from pipeline.predict import likeliest
+from pipeline.trained import TrainedRun
+from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 32
+_MOST_WAITING = 256  # images; more are turned away
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+Pixels = Mapping[str, np.ndarray]  # how an image was made square → (size, size, 3) uint8 RGB
+
+
+def require_packages() -> None:
+    """Raise UsageError unless the packages of the extra `serve` are installed."""
+    lacking = [name for name in ("fastapi", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise UsageError(f"serve needs {' and '.join(lacking)}: make setup EXTRAS=serve")
+
+
+class Batcher:
+    """Answers single images from any thread, by batches of those that wait meanwhile."""
+
+    def __init__(self, answer: Callable[[Sequence[Pixels]], np.ndarray]) -> None:
+        self._answer = answer
+        self._waiting: queue.Queue[tuple[Pixels, Future[np.ndarray]] | None] = queue.Queue(_MOST_WAITING)
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+
+    def __enter__(self) -> Batcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._waiting.put(None)
+        self._thread.join()
+
+    def __call__(self, pixels: Pixels) -> Future[np.ndarray]:
+        """Return the probabilities to come, (k,) float32. Raises queue.Full if too many images wait."""
+        future = Future[np.ndarray]()
+        self._waiting.put_nowait((pixels, future))
+        return future
+
+    def _work(self) -> None:
+        while (first := self._waiting.get()) is not None:
+            batch, last = [first], False
+            while len(batch) < _BATCH and not last:
+                try:
+                    following = self._waiting.get_nowait()
+                except queue.Empty:
+                    break
+                if following is None:
+                    last = True
+                else:
+                    batch.append(following)
+            self._settle(batch)
+            if last:
+                return
+
+    def _settle(self, batch: Sequence[tuple[Pixels, Future[np.ndarray]]]) -> None:
+        try:
+            said = self._answer([pixels for pixels, _ in batch])
+        except Exception as error:  # it belongs to those who asked
+            for _, future in batch:
+                future.set_exception(error)
+            return
+        for (_, future), probabilities in zip(batch, said, strict=True):
+            if not future.cancelled():
+                future.set_result(probabilities)
+
+
+@contextmanager
+def service(
+    runs: Sequence[TrainedRun], workspace: Workspace, *, max_pixels: int, weights: str | None = None
+) -> Iterator[Callable[[bytes], Future[np.ndarray]]]:
+    """Give the function from an image file to its probabilities; models are loaded and warm.
+
+    It may be called from any thread. It decodes where it is called, and raises DecodeError or MemoryError if it cannot,
+    queue.Full if too many images wait.
+    """
+    groups = grouped(runs)
+    given = stated_weights(groups, workspace, weights)
+    for run in runs:
+        warn_untrained(run.base)
+    logger.info("loading %s", ", ".join(run.name for run in runs))
+    size = groups[0].spec.input_size
+    answerers: list[tuple[str, float, Answerer]] = []
+    for group in groups:
+        model = group.network(weights_of(group, workspace, given)).on_pixels()
+        answerers.append((group.spec.fit, len(group.runs) / len(runs), compiled(model, size)))
+
+    def answer(batch: Sequence[Pixels]) -> np.ndarray:
+        parts = [share * run(np.stack([pixels[fit] for pixels in batch])) for fit, share, run in answerers]
+        return np.sum(parts, axis=0, dtype=np.float32)
+
+    fits = {fit for fit, _, _ in answerers}
+    blank = dict.fromkeys(fits, np.zeros((size, size, 3), np.uint8))
+    for count in (1, _BATCH):
+        answer([blank] * count)
+    with ExitStack() as stack:
+        decoders = {fit: stack.enter_context(Decoders(size, fit, max_pixels)) for fit in fits}
+        batcher = stack.enter_context(Batcher(answer))
+        yield lambda data: batcher({fit: decode(data) for fit, decode in decoders.items()})
+
+
+def serve(
+    runs: Sequence[TrainedRun],
+    workspace: Workspace,
+    *,
+    host: str,
+    port: int,
+    top: int,
+    max_bytes: int,
+    max_pixels: int,
+    weights: str | None = None,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Answer at `host` and `port` (0 for a free one) until Ctrl-C; `ready(url)` is called when it does.
+
+    Raises
+    ------
+    UsageError
+        If the packages are missing.
+    IceboxError
+        If the port cannot be had.
+    """
+    require_packages()
+    import uvicorn
+
+    from pipeline import web
+
+    with _listening(host, port) as listener, service(runs, workspace, max_pixels=max_pixels, weights=weights) as answer:
+        classes = runs[0].classes
+        untrained = any(run.base.untrained for run in runs)
+        about = web.About(runs=[run.name for run in runs], classes=classes, untrained=untrained, max_bytes=max_bytes)
+        pool = decoding_pool()
+
+        async def likeliest_of(data: bytes) -> list[tuple[str, float]]:
+            try:
+                waiting = await asyncio.get_running_loop().run_in_executor(pool, answer, data)
+            except queue.Full as error:
+                raise web.BusyError from error
+            return likeliest(await asyncio.wrap_future(waiting), classes, top)
+
+        app = web.make_app(about, likeliest_of, host if host in _LOOPBACK else None)
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+        shown = f"[{host}]" if ":" in host else host
+        ready(f"http://{shown}:{listener.getsockname()[1]}")
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:  # which is how people end it; uvicorn has answered what was asked before
+            logger.info("stopped")
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise IceboxError(
+            f"nothing can be served at {host} port {port} ({reason}); name others by --host, --port"
+        ) from error
+    with listener:
+        yield listener

@@ -1,0 +1,174 @@
+"""The web application of `serve`: a page to drop images on, and the endpoint behind it.
+
+Imported by `serve` alone, as it needs the extra of that name. FastAPI reads the annotations, so they are not postponed.
+"""
+
+import asyncio
+import base64
+import hashlib
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from importlib import resources
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, File, HTTPException, Request, Response, UploadFile
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel, Field
+
+from pipeline.errors import DecodeError
+
+_OVERHEAD = 2**16  # bytes of a form around the file in it
+_PATIENCE_S = 60.0  # for an upload to come in
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class Guess(BaseModel):
+    """A class and how likely it is."""
+
+    label: str
+    probability: float = Field(ge=0, le=1)
+
+
+class Prediction(BaseModel):
+    """What an image shows: the likeliest class, and `top`, the likeliest ones in their order."""
+
+    label: str
+    probability: float = Field(ge=0, le=1)
+    top: list[Guess]
+
+
+class About(BaseModel):
+    """What answers here."""
+
+    runs: list[str]
+    classes: list[str]
+    untrained: bool = Field(description="Whether the backbone's weights were never trained.")
+    max_bytes: int = Field(description="How large an upload may be.")
+
+
+class Refusal(BaseModel):
+    """Why there is no answer."""
+
+    detail: str
+
+
+class BusyError(Exception):
+    """More images are waiting than will be answered soon."""
+
+
+def make_app(
+    about: About, answer: Callable[[bytes], Awaitable[Sequence[tuple[str, float]]]], host: str | None
+) -> FastAPI:
+    """Return the application. `answer` gives the likeliest classes of an image file, or raises DecodeError,
+    MemoryError or BusyError; `host` is the name it is to be called by, None for any.
+    """
+    app = FastAPI(
+        title="Icebox",
+        summary="Class probabilities of images.",
+        docs_url=None,  # these pages fetch their scripts from elsewhere
+        redoc_url=None,
+    )
+    page, policy = _page()
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
+
+    @app.get("/about")
+    async def describe() -> About:
+        """Tell what answers here."""
+        return about
+
+    refusals: dict[int | str, dict[str, Any]] = {code: {"model": Refusal} for code in (408, 413, 422, 503)}
+
+    @app.post("/predict", responses=refusals)
+    async def predict(
+        image: Annotated[UploadFile, File(description="An image file, of any kind OpenCV reads.")],
+    ) -> Prediction:
+        """Say what an image shows."""
+        data = await image.read()
+        if len(data) > about.max_bytes:
+            raise _too_large(about.max_bytes)
+        try:
+            top = await answer(data)
+        except DecodeError as error:
+            raise HTTPException(422, str(error)) from error
+        except (BusyError, MemoryError) as error:
+            raise HTTPException(503, "too busy to answer now; try again", {"Retry-After": "1"}) from error
+        guesses = [Guess(label=label, probability=share) for label, share in top]
+        return Prediction(**guesses[0].model_dump(), top=guesses)
+
+    @app.exception_handler(422)
+    async def as_text(request: Request, error: Any) -> Response:
+        return JSONResponse({"detail": error.detail}, 422)
+
+    names = None if host is None else (host, *_LOOPBACK)
+    app.add_middleware(_Guard, most=about.max_bytes, names=names)
+    return app
+
+
+def _page() -> tuple[str, str]:
+    """Return the page and the policy by which a browser runs nothing but what stands in it."""
+    text = (resources.files("pipeline") / "pages" / "serve.html").read_text("utf-8")
+
+    def digest(tag: str) -> str:
+        found = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        content = found[1] if found else ""
+        return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digest('script')}'; style-src 'sha256-{digest('style')}'; "
+        "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return text, policy
+
+
+def _too_large(most: int) -> HTTPException:
+    return HTTPException(413, f"the upload is larger than {most:,} bytes")
+
+
+class _Guard:
+    """Turns away requests that are too large, too slow, or meant for another host: a web page elsewhere may have a
+    name of its own lead here.
+    """
+
+    def __init__(self, app: Any, most: int, names: Sequence[str] | None) -> None:
+        self._app = app
+        self._most = most + _OVERHEAD
+        self._names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        if self._names is not None and _host(headers.get(b"host", "")) not in self._names:
+            await JSONResponse({"detail": "this host name does not lead here"}, 421)(scope, receive, send)
+            return
+        until, seen = asyncio.get_running_loop().time() + _PATIENCE_S, 0
+
+        async def guarded() -> dict[str, Any]:
+            nonlocal seen
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the upload took too long") from None
+            seen += len(message.get("body", b""))
+            if seen > self._most:
+                raise _too_large(self._most - _OVERHEAD)
+            return message
+
+        await self._app(scope, guarded, send)
+
+
+def _host(header: str) -> str | None:
+    try:
+        return urlsplit(f"//{header}").hostname
+    except ValueError:
+        return None
