@@ -110,7 +110,7 @@ def service(
 
     def answer(batch: Sequence[Pixels]) -> np.ndarray:
         parts = [share * run(np.stack([pixels[fit] for pixels in batch])) for fit, share, run in answerers]
-        return np.sum(parts, axis=0, dtype=np.float32)
+        return np.stack(parts).sum(axis=0)
 
     fits = {fit for fit, _, _ in answerers}
     blank = dict.fromkeys(fits, np.zeros((size, size, 3), np.uint8))

@@ -13,18 +13,16 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, File, HTTPException, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, Field
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.errors import DecodeError
 
 _OVERHEAD = 2**16  # bytes of a form around the file in it
 _PATIENCE_S = 60.0  # for an upload to come in
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class Guess(BaseModel):
@@ -103,9 +101,9 @@ def make_app(
         guesses = [Guess(label=label, probability=share) for label, share in top]
         return Prediction(**guesses[0].model_dump(), top=guesses)
 
-    @app.exception_handler(422)
-    async def as_text(request: Request, error: Any) -> Response:
-        return JSONResponse({"detail": error.detail}, 422)
+    @app.exception_handler(RequestValidationError)
+    async def no_image(request: Request, error: RequestValidationError) -> Response:
+        return JSONResponse({"detail": "expected a form (multipart/form-data) with a file in its field `image`"}, 422)
 
     names = None if host is None else (host, *_LOOPBACK)
     app.add_middleware(_Guard, most=about.max_bytes, names=names)
@@ -137,7 +135,7 @@ class _Guard:
     name of its own lead here.
     """
 
-    def __init__(self, app: Any, most: int, names: Sequence[str] | None) -> None:
+    def __init__(self, app: ASGIApp, most: int, names: Sequence[str] | None) -> None:
         self._app = app
         self._most = most + _OVERHEAD
         self._names = names
@@ -152,7 +150,7 @@ class _Guard:
             return
         until, seen = asyncio.get_running_loop().time() + _PATIENCE_S, 0
 
-        async def guarded() -> dict[str, Any]:
+        async def guarded() -> Message:
             nonlocal seen
             try:
                 async with asyncio.timeout_at(until):
