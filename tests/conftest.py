@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -21,6 +21,9 @@ from pipeline import images
 from pipeline.cache.space import Cache
 from pipeline.spec import FeatureSpec
 from pipeline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from deployed import Deployed
 
 ROOT = Path(__file__).parent.parent
 
@@ -150,3 +153,12 @@ def mark(path: Path, ending: bytes) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-call", action="store_true", help="leave no file-system call of `features` out")
+
+
+@pytest.fixture(scope="session")
+def deployed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Deployed:
+    """Trained runs of every kind, shared by all test processes; nobody may change them."""
+    from deployed import deploy  # not above: it imports this module
+
+    base = tmp_path_factory.getbasetemp()
+    return deploy((base if worker_id == "master" else base.parent) / "deployed")

@@ -25,12 +25,14 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def commands() -> dict[str, list[str]]:
-    """Return each page's commands in their order: some work on what those above them made."""
-    found = dict[str, list[str]]()
+    """Return each page's commands in their order, as some work on what those above them made; each command once."""
+    found, seen = dict[str, list[str]](), set[str]()
     for page, code in blocks("sh"):
-        lines = [line.strip() for line in code.splitlines()]
-        found.setdefault(page, []).extend(line for line in lines if line and not line.startswith(NOT_RUN))
-    return {page: lines for page, lines in found.items() if lines}
+        for line in map(str.strip, code.splitlines()):
+            if line and line not in seen and not line.startswith(NOT_RUN):
+                found.setdefault(page, []).append(line)
+                seen.add(line)
+    return found
 
 
 @pytest.fixture(scope="module")

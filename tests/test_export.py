@@ -1,274 +1,209 @@
-"""`cache export`: the rows of a dataset in one file, with all that is needed to train from it elsewhere."""
+"""`export`: every format says what the full model says, in its own runtime, and carries the class names."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
+import shutil
 import subprocess
 import sys
-from contextlib import closing
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import h5py
-import hdf5plugin  # noqa: F401  registers the filter
 import numpy as np
 import pytest
-from conftest import ROOT, SPEC, icebox, write_picture
-from made import flip, made
+from conftest import icebox
+from deployed import KINDS, MOST, Deployed
 
-from pipeline.cache import storage
-from pipeline.cache.digests import digest
-from pipeline.cache.shard import Rows
-from pipeline.cache.space import Cache
+from pipeline import export, formats
+from pipeline.answering import grouped
+from pipeline.decoder import Loader
+from pipeline.errors import DatasetError, RunError, UsageError
+from pipeline.export import Exported, deployable, export_run
+from pipeline.formats import FORMATS
+from pipeline.untrained import initialise
+from pipeline.weights import Weights
+from pipeline.workspace import Workspace
 
-N = 24
-SPACE = ("--space", SPEC.directory)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Images in two classes and three splits, their made-up rows in shards of five."""
-    keys, rows = [], made(list(range(N)))
-    for i in range(N):
-        split = ("train", "train", "val", "test")[i % 4]
-        path = write_picture(tmp_path / "photos" / split / ("cats" if i % 3 else "dogs") / f"ü{i}.png", i)
-        keys.append(np.frombuffer(digest(path.read_bytes()), np.uint8))
-    with closing(Cache(tmp_path / "data" / "cache")) as cache:
-        space = cache.create(SPEC, {})
-        order = np.random.default_rng(0).permutation(N)  # rows lie in another order than the images
-        whole = Rows(rows.features, rows.pooled, np.stack(keys), rows.views).take(order)
-        for at in range(0, N, 5):
-            space.register(space.write(whole.take(slice(at, at + 5))))
-    return tmp_path / "data"
+UNTRAINED = Weights("untrained", "untrained:glorot_centred_1:0", None)
+CLASSES = ["cats", "dogs"]
 
 
-def export(data: Path, *options: str, out: str = "out.h5") -> Any:
-    folder = data.parent / "photos"
-    return icebox(data, "cache", "export", data.parent / out, "--dataset", folder, *SPACE, *options, "--json")
+def pixels_of(place: Deployed, count: int) -> np.ndarray:
+    with Loader(place.dataset, 299, "squash", MOST) as load:
+        loaded = [load(i).pixels for i in range(count)]
+    return np.stack([pixels for pixels in loaded if pixels is not None])
 
 
-def shards(data: Path) -> list[Path]:
-    return sorted(data.glob("cache/*/shards/*.h5"))
+def exported(place: Deployed, kind: str, form: str, out: Path) -> Exported:
+    with place.workspace() as workspace:
+        return export_run(place.run(kind), form, place.dataset, workspace, max_pixels=MOST, out=out)
 
 
-def column(file: h5py.File, name: str) -> Any:
-    values: Any = file[name]
-    return values.asstr()[:] if h5py.check_string_dtype(values.dtype) else values[:]
+def in_onnx(path: Path) -> object:
+    import onnx
+
+    (found,) = [entry.value for entry in onnx.load(path).metadata_props if entry.key == "classes"]
+    return json.loads(found)
 
 
-@pytest.mark.parametrize("what", ["features", "pooled"])
-@pytest.mark.parametrize("virtual", [False, True])
-def test_every_row_stands_beside_its_image(what: str, virtual: bool, data: Path) -> None:
-    done = export(data, "--what", what, *(["--virtual"] if virtual else []))
-    assert (done.code, done.json["rows"], done.json["missing"]) == (0, N, 0), done.err
-    expected = getattr(made(list(range(N))), what)
-    with h5py.File(data.parent / "out.h5") as file:
-        names, classes = list(column(file, "path")), list(column(file, "class_names"))
-        assert classes == ["cats", "dogs"]
-        numbers = [int(Path(name).stem[1:]) for name in names]
-        assert sorted(numbers) == list(range(N))
-        assert np.array_equal(column(file, what), expected[numbers])
-        assert column(file, what).dtype == expected.dtype
-        assert [classes[label] for label in column(file, "label")] == [Path(name).parent.name for name in names]
-        assert list(column(file, "split")) == [Path(name).parts[0] for name in names]
-        paths = [data.parent / "photos" / name for name in names]
-        assert [key.tobytes() for key in column(file, "key")] == [digest(path.read_bytes()) for path in paths]
-        assert column(file, "present").all()
-        spec: Any = file.attrs["spec"]
-        assert json.loads(spec) == SPEC.to_dict()
+def in_zip(path: Path) -> object:
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read("classes.json"))
 
 
-def test_a_self_contained_file_needs_no_icebox(data: Path) -> None:
-    export(data)
+def in_openvino(path: Path) -> object:
+    import openvino
+
+    return json.loads(openvino.Core().read_model(path).get_rt_info(["classes"]).astype(str))
+
+
+def in_assets(path: Path) -> object:
+    return json.loads((path / "assets.extra" / "classes.json").read_text())
+
+
+INSIDE: dict[str, Callable[[Path], object]] = {
+    "keras": in_zip,
+    "savedmodel": in_assets,
+    "onnx": in_onnx,
+    "litert": in_zip,
+    "openvino": in_openvino,
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_is_the_full_model(deployed: Deployed, tmp_path: Path, form: str) -> None:
+    out = tmp_path / "mine"
+    done = exported(deployed, "gap", form, out)
+    assert done.path == out / FORMATS[form].file
+    assert done.about["max_difference"] <= 1e-4
+    assert done.about["difference_to_run"] <= 2e-3  # that is float32 too, but for its rows
+    assert json.loads((out / "export.json").read_text()) == done.about
+    assert json.loads((out / "classes.json").read_text()) == CLASSES == INSIDE[form](done.path)
+    assert sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) == pytest.approx(
+        done.about["bytes"], abs=2000
+    )
+    pixels = pixels_of(deployed, 3)
+    expected = np.asarray(network_of(deployed, "gap").on_pixels().predict_on_batch(pixels))
+    answer = FORMATS[form].load(done.path)
+    for some in (pixels, pixels[:1], pixels[1:]):  # any number of images
+        assert (
+            np.abs(answer(some) - expected[: len(some)] if len(some) != 2 else answer(some) - expected[1:]).max() < 1e-4
+        )
+
+
+def network_of(place: Deployed, kind: str) -> Any:
+    (group,) = grouped([place.run(kind)])
+    return group.network(None if group.full else UNTRAINED, "float32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_standard_layers_say_what_ours_do(deployed: Deployed, kind: str) -> None:
+    network, pixels = network_of(deployed, kind), pixels_of(deployed, 2)
+    expected = np.asarray(network.on_pixels().predict_on_batch(pixels))
+    model = deployable(network, named=False)
+    assert np.abs(np.asarray(model.predict_on_batch(pixels)) - expected).max() < 1e-5
+    inside = [layer for part in model.layers for layer in getattr(part, "layers", [part])]
+    assert not any(type(layer).__name__ == "Normalization" for layer in inside)
+
+
+def test_a_keras_model_needs_nothing_of_ours(deployed: Deployed, tmp_path: Path) -> None:
+    done = exported(deployed, "logreg", "keras", tmp_path / "mine")
     program = (
-        "import h5py, hdf5plugin, sys; f = h5py.File(sys.argv[1]); print(f['features'].shape, f['features'][3].sum())"
+        "import sys, keras, numpy as np\n"
+        "model = keras.saving.load_model(sys.argv[1])\n"
+        "said = model.predict(np.zeros((2, 299, 299, 3), 'uint8'), verbose=0)\n"
+        "assert said.shape == (2, 2) and abs(said.sum() - 2) < 1e-5\n"
+        "assert not any(name.startswith('pipeline') for name in sys.modules)\n"
     )
-    for path in shards(data):
-        path.unlink()
-    command = [sys.executable, "-c", program, str(data.parent / "out.h5")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=True)
-    assert done.stdout.startswith("(24, 2, 3, 8) ")
+    subprocess.run([sys.executable, "-P", "-c", program, str(done.path)], cwd=tmp_path, check=True, capture_output=True)
 
 
-def test_what_is_missing_refuses_a_self_contained_file_and_is_nan_in_a_virtual_one(data: Path) -> None:
-    write_picture(data.parent / "photos" / "train" / "cats" / "new.png", 99)
-    refused = export(data)
-    assert refused.code == 1
-    assert "1 of 25 images have no features" in refused.err
-    assert not (data.parent / "out.h5").exists()
-    done = export(data, "--virtual")
-    assert (done.code, done.json["rows"], done.json["missing"]) == (0, 25, 1)
-    with h5py.File(data.parent / "out.h5") as file:
-        missing = [name.endswith("new.png") for name in column(file, "path")]
-        assert list(~column(file, "present")) == missing
-        assert np.array_equal(np.isnan(column(file, "features")).all(axis=(1, 2, 3)), missing)
+def test_what_says_something_else_is_not_published(
+    deployed: Deployed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(network: Any, *, named: bool) -> Any:
+        made = deployable(network, named=named)
+        initialise(network.whole, 5)
+        return made
+
+    monkeypatch.setattr(export, "deployable", spoilt)
+    with pytest.raises(
+        RunError, match=r"as savedmodel says something else than the full model, by 0\.\d+ .*nothing was"
+    ):
+        exported(deployed, "gap", "savedmodel", tmp_path / "out" / "mine")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_shard_that_goes_later_reads_as_nan(data: Path) -> None:
-    export(data, "--virtual")
-    shards(data)[0].unlink()
-    with h5py.File(data.parent / "out.h5") as file:
-        gone = np.isnan(column(file, "features")).all(axis=(1, 2, 3))
-    assert 4 <= gone.sum() <= 5
+def test_an_earlier_export_is_replaced_and_nothing_else(deployed: Deployed, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    exported(deployed, "gap", "keras", out)  # an empty folder will do
+    (out / "model.keras").write_bytes(b"old")
+    exported(deployed, "gap", "keras", out)
+    assert (out / "model.keras").stat().st_size > 10**6
+    (out / "export.json").unlink()
+    with pytest.raises(UsageError, match="mine exists and is no earlier export; name another folder by --out"):
+        exported(deployed, "gap", "keras", out)
+    assert (out / "model.keras").exists()
 
 
-def test_a_damaged_shard_is_named_and_nothing_is_written(data: Path) -> None:
-    flip(shards(data)[1], 3000)
-    done = export(data)
-    assert done.code == 1
-    assert str(shards(data)[1]) in done.err
-    assert "cache verify --read-data --repair" in done.err
-    assert list(data.parent.glob("*.h5")) == list(data.parent.glob(".partial-*")) == []
+def test_a_missing_package_is_named_with_its_extra(
+    deployed: Deployed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"--format litert needs ai-edge-litert: make setup EXTRAS=litert"):
+        exported(deployed, "gap", "litert", tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
 
 
-def test_a_file_that_is_there_is_replaced_only_when_asked(data: Path) -> None:
-    out = data.parent / "out.h5"
-    out.write_text("somebody's")
-    done = export(data)
-    assert (done.code, out.read_text()) == (2, "somebody's")
-    assert "is there already; --force replaces it" in done.err
-    assert export(data, "--force").code == 0
-    assert h5py.is_hdf5(out)
+def test_without_an_image_to_compare_on_nothing_is_exported(deployed: Deployed, tmp_path: Path) -> None:
+    bad = deployed.dataset.take([0, 1])
+    with (
+        deployed.workspace() as workspace,
+        pytest.raises(DatasetError, match="none of the first 2 images of photos can"),
+    ):
+        export_run(deployed.run("gap"), "keras", bad, workspace, max_pixels=1, out=tmp_path / "mine")
 
 
-def test_what_is_no_file_is_never_replaced(data: Path) -> None:
-    pipe = data.parent / "pipe.h5"
-    os.mkfifo(pipe)
-    done = export(data, "--force", out="pipe.h5")
-    assert done.code == 2
-    assert "is no regular file" in done.err
-    assert pipe.is_fifo()
+def test_the_command_names_what_it_lacks(deployed: Deployed, tmp_path: Path) -> None:
+    """The run's own images are gone: others are asked for, and taken."""
+    data = tmp_path / "data"
+    shutil.copytree(deployed.data / "runs" / deployed.name("gap"), data / "runs" / "gap")
+    moved = tmp_path / "moved"
+    shutil.copytree(deployed.photos / "test", moved)
+    about = json.loads((data / "runs" / "gap" / "run.json").read_text())
+    about["asked"]["images"]["dataset"] = str(tmp_path / "gone")
+    del about["checksums"]
+    (data / "runs" / "gap" / "SHA256SUMS").unlink()
+    (data / "runs" / "gap" / "run.json").write_text(json.dumps(about))
+    done = icebox(data, "export", "gap")
+    assert (done.code, "are not to be had" in done.err, "name some by --images" in done.err) == (1, True, True)
+    done = icebox(data, "export", "gap", "--images", moved, "--json")
+    assert done.code == 0, done.err
+    assert done.json["path"] == str(data / "exports" / "gap-keras" / "model.keras")
+    assert done.json["compared_images"] == 6
+    assert done.json["max_difference"] <= 1e-4
 
 
-def test_a_folder_that_is_not_there_is_told(data: Path) -> None:
-    done = export(data, out="no/such/out.h5")
-    assert done.code == 2
-    assert "there is no folder" in done.err
+def test_weights_given_by_name_are_taken(deployed: Deployed, tmp_path: Path) -> None:
+    """Features of a weights file that the index has never seen: the run finds it by --weights."""
+    network = network_of(deployed, "gap")
+    network.whole.save_weights(tmp_path / "mine.weights.h5")
+    from pipeline.cache.storage import sha256_file
 
+    run = deployed.run("gap")
+    spec = replace(run.spec, weights="sha256:" + sha256_file(tmp_path / "mine.weights.h5"))
+    renamed = replace(run, spec=spec)
+    from contextlib import closing
 
-def test_images_that_cannot_be_decoded_are_left_out_and_listed(data: Path) -> None:
-    (data.parent / "photos" / "train" / "cats" / "bad.png").write_text("no image")
-    done = export(data)
-    assert (done.code, done.json["rows"], done.json["quarantined"]) == (3, N, 1)
-    assert done.json["quarantined_images"][0]["path"] == "train/cats/bad.png"
+    from pipeline.cache.space import Cache
 
-
-def test_a_disk_too_small_is_told_before_anything_is_written(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import cli
-
-    monkeypatch.setattr(storage, "free_bytes", lambda path: 10)
-    arguments = ["cache", "export", str(data.parent / "out.h5"), "--dataset", str(data.parent / "photos"), *SPACE]
-    assert cli.main(["--data-dir", str(data), *arguments]) == 1
-    assert list(data.parent.glob("*.h5")) == []
-
-
-def test_a_disk_that_fills_meanwhile_leaves_nothing(data: Path) -> None:
-    """HDF5 crashes at the end of a process one of whose writes failed; so it must not notice."""
-    script = (
-        "import resource, sys, cli\n"
-        "from pipeline.cache import export\n"
-        "export._MARGIN = 0.0\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "sys.exit(cli.main(sys.argv[1:]))\n"
-    )
-    arguments = ["cache", "export", str(data.parent / "out.h5"), "--dataset", str(data.parent / "photos"), *SPACE]
-    command = [sys.executable, "-c", script, "--data-dir", str(data), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "error: cannot write" in done.stderr
-    assert [path for path in data.parent.iterdir() if "h5" in path.name] == []
-
-
-@pytest.mark.parametrize("virtual", [False, True])
-@pytest.mark.parametrize("room", [0, 1, 2000, 6000, 12_000])
-def test_wherever_the_disk_is_full_the_process_ends_in_order(room: int, virtual: bool, data: Path) -> None:
-    """HDF5 reads back what it wrote; what could not be written it must find all the same."""
-    script = (
-        "import resource, sys, cli\n"
-        "from pipeline.cache import export\n"
-        "export._MARGIN = 0.0\n"
-        "written = export._written\n"
-        "def limited(path):\n"
-        f"    resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
-        "    return written(path)\n"
-        "export._written = limited\n"
-        "sys.exit(cli.main(sys.argv[1:]))\n"
-    )
-    arguments = ["cache", "export", str(data.parent / "out.h5"), "--dataset", str(data.parent / "photos"), *SPACE]
-    command = [sys.executable, "-c", script, "--data-dir", str(data), *arguments, *(["--virtual"] if virtual else [])]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "error: cannot write" in done.stderr
-    assert [path for path in data.parent.iterdir() if "h5" in path.name] == []
-
-
-@pytest.mark.parametrize("virtual", [False, True])
-def test_a_shard_with_other_rows_than_the_index_says_is_refused(virtual: bool, data: Path) -> None:
-    with closing(Cache(data / "cache")) as cache:
-        space = cache.open(SPEC.directory)
-        info = space.write(made(list(range(100, 105)), SPEC))
-    # Exchanged for one of the same size, as the quick look before each command cannot notice.
-    target = next(path for path in shards(data) if path.stem != info.name and path.stat().st_size == info.bytes)
-    (target.parent / f"{info.name}.h5").replace(target)
-    done = export(data, *(["--virtual"] if virtual else []))
-    assert done.code == 1
-    assert f"shard {target}" in done.err
-    assert list(data.parent.glob("*.h5")) == []
-
-
-def test_an_export_that_was_killed_leaves_what_the_next_one_replaces(data: Path) -> None:
-    (data.parent / ".partial-out.h5").write_bytes(bytes(10**6))
-    assert export(data).code == 0
-    assert list(data.parent.glob(".partial-*")) == []
-    with h5py.File(data.parent / "out.h5") as file:
-        assert column(file, "present").all()
-
-
-def test_two_exports_to_one_file_do_not_mix(data: Path) -> None:
-    with (data.parent / ".partial-out.h5").open("wb") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        done = export(data)
-    assert done.code == 1
-    assert "another process is writing" in done.err
-    assert (data.parent / ".partial-out.h5").exists(), "it is not ours"
-
-
-def test_an_export_into_the_cache_is_refused(data: Path) -> None:
-    done = export(data, out=f"data/cache/{SPEC.directory}/shards/out.h5")
-    assert done.code == 2
-    assert "lies in the cache itself" in done.err
-
-
-def test_a_virtual_export_says_that_gc_ends_it(data: Path) -> None:
-    out, photos = data.parent / "out.h5", data.parent / "photos"
-    done = icebox(data, "cache", "export", out, "--dataset", photos, *SPACE, "--virtual")
-    assert "after `cache gc`, export it again" in done.err
-
-
-def test_a_link_in_the_place_of_what_is_being_written_is_not_followed(data: Path) -> None:
-    precious = data.parent / "thesis.txt"
-    precious.write_text("years of work")
-    (data.parent / ".partial-out.h5").symlink_to(precious)
-    done = export(data)
-    assert done.code == 1
-    assert "cannot write" in done.json["error"]
-    assert precious.read_text() == "years of work"
-    assert not (data.parent / "out.h5").exists()
-
-
-@pytest.mark.parametrize("name", ["key", "view"])
-def test_a_virtual_export_names_the_damaged_shard(data: Path, name: str) -> None:
-    path = shards(data)[0]
-    with h5py.File(path) as file:
-        stored: Any = file[name]
-        place = stored.id.get_chunk_info(0).byte_offset
-    flip(path, place)
-    done = export(data, "--virtual")
-    if name == "view":  # nothing is read of it here; whoever reads the rows is told
-        assert done.code in (0, 1)
-    else:
-        assert done.code == 1
-        assert f"shard {path} cannot be read" in done.json["error"]
-        assert "cache verify --read-data --repair" in done.json["error"]
+    with closing(Cache(tmp_path / "data" / "cache")) as cache:
+        workspace = Workspace(tmp_path / "data", cache)
+        done = export_run(
+            renamed, "keras", deployed.dataset, workspace, max_pixels=MOST, weights=str(tmp_path / "mine.weights.h5")
+        )
+    assert done.about["max_difference"] <= 1e-4

@@ -1,0 +1,95 @@
+"""One trained run of each kind on a few images and untrained weights, made once for all test processes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conftest import write_picture
+
+from pipeline import images
+from pipeline.asked import Asked, DatasetChoice, FullAsked
+from pipeline.cache.space import Cache
+from pipeline.compute import ComputeOptions
+from pipeline.dataset import Dataset, open_dataset
+from pipeline.extract import FeatureChoice, extract
+from pipeline.finetune import train_full
+from pipeline.spec import HeadSpec
+from pipeline.train import train_head
+from pipeline.trained import TrainedRun, open_run
+from pipeline.workspace import Workspace
+
+FEATURES = FeatureChoice(weights="untrained", precision="float32")
+MOST = images.DEFAULT_MAX_PIXELS
+_SHORT = {"epochs": 2, "batch_size": 8}
+_HEADS: dict[str, tuple[HeadSpec, int]] = {
+    "logreg": (HeadSpec.make("logreg", C="0.01"), 0),
+    "gap": (HeadSpec.make("gap", **_SHORT), 0),
+    "flatten": (HeadSpec.make("flatten", hidden=8, **_SHORT), 0),
+    "folds": (HeadSpec.make("gap", hidden=4, **_SHORT), 2),
+}
+_FULL: dict[str, dict[str, Any]] = {
+    "freeze": {"stage": "freeze"},
+    "finetune": {"stage": "finetune", "freeze_until": "mixed9", "from_cache": True},
+}
+KINDS = (*_HEADS, *_FULL)
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A data directory with rows and runs that tests must leave as they are, and the folder of the images."""
+
+    data: Path
+    photos: Path
+
+    @property
+    def dataset(self) -> Dataset:
+        return open_dataset(str(self.photos), downloads=self.data)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(self.photos.rglob("*.png"))
+
+    def name(self, kind: str) -> str:
+        return json.loads((self.data / "names.json").read_text())[kind]
+
+    def run(self, kind: str) -> TrainedRun:
+        return open_run(self.data / "runs", self.name(kind))
+
+    @contextmanager
+    def workspace(self) -> Iterator[Workspace]:
+        with closing(Cache(self.data / "cache")) as cache:
+            yield Workspace(self.data, cache)
+
+
+def deploy(root: Path) -> Deployed:
+    """Make everything below `root`, unless another process has."""
+    root.mkdir(exist_ok=True)
+    found = Deployed(root / "data", root / "photos")
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (found.data / "names.json").exists():
+            _make(found)
+    return found
+
+
+def _make(place: Deployed) -> None:
+    for number, (side, count) in enumerate((("train", 20), ("val", 6), ("test", 6))):
+        for i in range(count):
+            write_picture(place.photos / side / ("cats" if i % 2 else "dogs") / f"{i}.png", seed=100 * number + i)
+    chosen, names = DatasetChoice(str(place.photos)), dict[str, str]()
+    with place.workspace() as workspace:
+        extract(place.dataset, workspace, FEATURES, ComputeOptions())
+        for kind, (spec, folds) in _HEADS.items():
+            asked = Asked(chosen, FEATURES, spec, MOST, folds=folds)
+            names[kind] = train_head(place.dataset, workspace, asked, "features").name
+        for kind, more in _FULL.items():
+            settings = HeadSpec.make("gap", **_SHORT)
+            asked = FullAsked(images=chosen, features=FEATURES, head=settings, max_pixels=MOST, **more)
+            names[kind] = train_full(place.dataset, workspace, asked).name
+    (place.data / "names.json").write_text(json.dumps(names))

@@ -1,0 +1,335 @@
+"""`predict`: every kind of run, from images as from cached rows; ensembles; bad images are told, not guessed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Finished, icebox, write_picture
+from deployed import KINDS, MOST, Deployed
+
+from pipeline import heads, predict, runs
+from pipeline.cache.digests import digest
+from pipeline.cache.space import Cache
+from pipeline.dataset import open_images
+from pipeline.errors import DatasetError, SpecError, WeightsError
+from pipeline.predict import Answer, likeliest
+from pipeline.trained import TrainedRun
+from pipeline.workspace import Workspace
+
+NO_IMAGE = "not an image in a supported format (JPEG, PNG, WebP, BMP, TIFF, GIF)"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Workspace]:
+    """A data directory without a single row."""
+    with closing(Cache(tmp_path / "elsewhere" / "cache")) as cache:
+        yield Workspace(tmp_path / "elsewhere", cache)
+
+
+def said(found: list[TrainedRun], paths: list[Path], workspace: Workspace, **more: Any) -> list[Answer]:
+    images = open_images([str(path) for path in paths])
+    return list(predict.predict(found, images, workspace, max_pixels=MOST, **more))
+
+
+def probabilities(answers: list[Answer]) -> np.ndarray:
+    return np.stack([answer.probabilities for answer in answers if answer.probabilities is not None])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_answered_as_its_cached_row_is(deployed: Deployed, elsewhere: Workspace, kind: str) -> None:
+    run = deployed.run(kind)
+    computed = said([run], deployed.files, elsewhere)
+    assert [answer.name for answer in computed] == [str(path) for path in deployed.files]
+    assert not any(answer.cached for answer in computed)
+    shares = probabilities(computed)
+    assert shares.shape == (32, 2)
+    assert np.allclose(shares.sum(axis=1), 1, atol=1e-5)
+    with deployed.workspace() as workspace:
+        read = said([run], deployed.files, workspace)
+    assert all(answer.cached for answer in read) == (kind != "finetune")  # whose backbone no rows are of
+    assert np.abs(shares - probabilities(read)).max() <= 2e-3  # rows are float16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_test_split_is_answered_as_it_was_measured(deployed: Deployed, kind: str) -> None:
+    run = deployed.run(kind)
+    lines = list(csv.DictReader((run.path / "predictions.csv").open()))
+    measured = {line["image"]: float(line["p:cats"]) for line in lines if line["split"] == "test"}
+    with deployed.workspace() as workspace:
+        answers = said([run], [deployed.photos / name for name in measured], workspace)
+    assert len(measured) == 6
+    assert probabilities(answers)[:, 0] == pytest.approx(list(measured.values()), abs=2e-3)
+
+
+def test_cached_rows_are_what_the_head_reads(deployed: Deployed) -> None:
+    run = deployed.run("gap")
+    with deployed.workspace() as workspace:
+        space = workspace.cache.open(run.spec.directory)
+        keys = [digest(path.read_bytes()) for path in deployed.files]
+        expected = heads.load(run.path).predict(space.read(keys, "pooled"))
+        assert np.array_equal(probabilities(said([run], deployed.files, workspace)), expected)
+
+
+def test_several_runs_are_averaged_whatever_they_read(deployed: Deployed, elsewhere: Workspace) -> None:
+    kinds = ("logreg", "flatten", "finetune")
+    found, some = [deployed.run(kind) for kind in kinds], deployed.files[:5]
+    alone = [probabilities(said([run], some, elsewhere)) for run in found]
+    together = probabilities(said(found, some, elsewhere))
+    assert np.abs(together - np.mean(alone, axis=0)).max() < 1e-5
+    assert np.abs(together - alone[0]).max() > 1e-3
+    with deployed.workspace() as workspace:  # some from rows, one from images
+        mixed = said(found, some, workspace)
+    assert np.abs(probabilities(mixed) - together).max() < 2e-3
+    assert not any(answer.cached for answer in mixed)
+
+
+def test_folds_count_as_one_run_each(deployed: Deployed) -> None:
+    run, other = deployed.run("folds"), deployed.run("gap")
+    with deployed.workspace() as workspace:
+        space = workspace.cache.open(run.spec.directory)
+        rows = space.read([digest(path.read_bytes()) for path in deployed.files], "pooled")
+        members = [heads.load(run.path / f"fold-{number}").predict(rows) for number in (1, 2)]
+        assert np.allclose(probabilities(said([run], deployed.files, workspace)), np.mean(members, axis=0), atol=1e-6)
+        both = probabilities(said([run, other], deployed.files, workspace))
+    expected = (np.mean(members, axis=0) + heads.load(other.path).predict(rows)) / 2
+    assert np.allclose(both, expected, atol=1e-6)
+
+
+def test_windows_make_no_difference(deployed: Deployed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows that are there, images that are not, copies of both and bad ones, in windows of five."""
+    fresh = [write_picture(tmp_path / f"{i}.png", seed=900 + i) for i in range(4)]
+    (bad := tmp_path / "bad.png").write_text("no image")
+    copy = shutil.copy(deployed.files[3], tmp_path / "copy.png")
+    paths = [deployed.files[3], *fresh, bad, *deployed.files[:4], Path(copy), fresh[0], bad, tmp_path / "0.png"]
+    with deployed.workspace() as workspace:
+        whole = said([deployed.run("gap")], paths, workspace)
+        monkeypatch.setattr(predict, "WINDOW", 5)
+        parts = said([deployed.run("gap")], paths, workspace)
+    assert [(a.name, a.reason, a.cached) for a in whole] == [(a.name, a.reason, a.cached) for a in parts]
+    assert [answer.name for answer in whole] == [str(path) for path in paths]
+    assert np.abs(probabilities(whole) - probabilities(parts)).max() < 1e-5
+    assert [answer.probabilities is None for answer in whole] == [path == bad for path in paths]
+    assert np.array_equal(probabilities(whole)[0], probabilities(whole)[9])
+
+
+def test_progress_ends_at_the_number_of_images(deployed: Deployed, elsewhere: Workspace, tmp_path: Path) -> None:
+    (bad := tmp_path / "bad.png").write_text("no image")
+    steps = list[float]()
+    paths = [*deployed.files[:3], bad, deployed.files[0]]
+    said([deployed.run("gap"), deployed.run("freeze")], paths, elsewhere, advance=steps.append)
+    assert sum(steps) == pytest.approx(5)
+
+
+def test_a_file_that_cannot_be_read_is_told(deployed: Deployed, tmp_path: Path) -> None:
+    link = tmp_path / "link.png"
+    link.symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    with deployed.workspace() as workspace:
+        gone, pipe, good = said([deployed.run("logreg")], [link, tmp_path / "pipe.png", deployed.files[0]], workspace)
+    assert (gone.probabilities, gone.reason) == (None, "cannot be read: No such file or directory")
+    assert (pipe.probabilities, pipe.reason) == (None, "cannot be read: not a regular file")
+    assert good.cached
+
+
+def test_runs_of_other_classes_are_not_averaged(deployed: Deployed, elsewhere: Workspace) -> None:
+    run = deployed.run("logreg")
+    with pytest.raises(DatasetError, match=r"the classes are not those of the run .*: it has no cows and the run does"):
+        said([run, replace(run, classes=["cats", "cows"])], deployed.files, elsewhere)
+
+
+def test_a_run_of_another_preprocessing_is_refused(deployed: Deployed, elsewhere: Workspace) -> None:
+    run = deployed.run("logreg")
+    older = replace(run, spec=replace(run.spec, decode="rgb8-1", scaling="x/255"))
+    with pytest.raises(SpecError, match=r"by another version of Icebox: decode rgb8-1, not .*, scaling x/255, not "):
+        said([older], deployed.files, elsewhere)
+
+
+def test_weights_that_are_gone_are_asked_for(deployed: Deployed, elsewhere: Workspace, tmp_path: Path) -> None:
+    run = deployed.run("logreg")
+    lost = replace(run, spec=replace(run.spec, weights="sha256:" + "0" * 64), weights="mine.weights.h5")
+    with pytest.raises(WeightsError, match=r"was computed with mine\.weights\.h5 .* give the file by `--weights FILE`"):
+        said([lost], deployed.files, elsewhere)
+
+
+def test_weights_of_something_else_are_refused(deployed: Deployed, elsewhere: Workspace) -> None:
+    for kind in ("logreg", "finetune"):
+        with pytest.raises(SpecError, match="were computed with other weights than untrained:7; leave out --weights"):
+            said([deployed.run(kind)], deployed.files, elsewhere, weights="untrained:7")
+    assert (
+        said([deployed.run("logreg")], deployed.files[:1], elsewhere, weights="untrained:0")[0].probabilities
+        is not None
+    )
+
+
+def test_the_likeliest_are_in_order() -> None:
+    shares = np.array([0.1, 0.4, 0.1, 0.4], np.float32)
+    assert [label for label, _ in likeliest(shares, ["a", "b", "c", "d"], 3)] == ["b", "d", "a"]
+    assert len(likeliest(shares, ["a", "b", "c", "d"], 9)) == 4
+    assert likeliest(None, ["a"], 1) == []
+
+
+# The command. A regression on cached rows starts no TensorFlow, so these are quick.
+
+
+def command(place: Deployed, *arguments: str | Path, kind: str = "logreg") -> Finished:
+    return icebox(place.data, "predict", place.name(kind), *arguments)
+
+
+def test_as_json(deployed: Deployed, tmp_path: Path) -> None:
+    (bad := tmp_path / "bad.png").write_text("no image")
+    done = command(deployed, deployed.photos / "test", bad, "--json", "--top", "1")
+    assert done.code == 3, done.err
+    found = done.json
+    assert [each["path"] for each in found["predictions"]] == [str(p) for p in deployed.files if "/test/" in str(p)]
+    for each in found["predictions"]:
+        assert each["top"] == [{"label": each["label"], "probability": each["probability"]}]
+        assert each["label"] in found["classes"] == ["cats", "dogs"]
+        assert 0.5 <= each["probability"] <= 1
+        assert each["from_cache"]
+    assert (found["images"], found["from_cache"], found["quarantined"]) == (7, 6, 1)
+    (told,) = found["quarantined_images"]
+    assert told == {"path": str(bad), "reason": NO_IMAGE}
+    assert found["runs"] == [deployed.name("logreg")]
+    assert command(deployed, deployed.photos / "test", bad, "--max-bad", "0.2").code == 0
+
+
+def test_as_csv(deployed: Deployed, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b'a "b", \xff\n.png')
+    shutil.copy(deployed.files[0], odd)
+    (bad := tmp_path / "bad.png").write_text("no image")
+    done = subprocess_bytes(deployed, odd, bad, "--csv")
+    rows = list(csv.DictReader(io.StringIO(done.decode("utf-8", "surrogateescape"), newline="")))
+    assert [row["path"] for row in rows] == [str(odd), str(bad)]
+    assert list(rows[0]) == ["path", "label", "probability", "label_2", "probability_2", "error"]
+    assert {rows[0]["label"], rows[0]["label_2"]} == {"cats", "dogs"}
+    assert float(rows[0]["probability"]) + float(rows[0]["probability_2"]) == pytest.approx(1, abs=1e-5)
+    assert (rows[0]["error"], rows[1]["label"], rows[1]["probability_2"]) == ("", "", "")
+    assert rows[1]["error"].startswith("not an image")
+
+
+def subprocess_bytes(place: Deployed, *arguments: str | Path) -> bytes:
+    import subprocess
+
+    from conftest import command_line, environment
+
+    words = command_line(place.data, "predict", place.name("logreg"), *arguments)
+    return subprocess.run(words, capture_output=True, env=environment(), timeout=300).stdout
+
+
+def test_as_a_table(deployed: Deployed) -> None:
+    name = deployed.files[0]
+    done = command(deployed, name, "--also", deployed.name("logreg"))
+    assert (done.code, done.out) == (0, "")
+    line = next(line for line in done.err.splitlines() if line.startswith(str(name)))
+    assert line.split()[2] in ("cats", "dogs")
+    assert "from cache         1" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        ((), 2, "Missing argument 'PATHS"),
+        (("nowhere.png",), 1, "error: no image, folder or manifest at 'nowhere.png'"),
+        (("x.png", "--csv", "--json"), 2, "--csv and --json both want stdout"),
+        (("x.png", "--top", "0"), 2, "Invalid value for '--top'"),
+    ],
+)
+def test_wrong_use(deployed: Deployed, arguments: tuple[str, ...], code: int, text: str) -> None:
+    done = command(deployed, *arguments)
+    assert (done.code, text in done.err) == (code, True), done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+# A run that is not what was published
+
+
+@pytest.fixture
+def copied(deployed: Deployed, tmp_path: Path) -> Deployed:
+    """The runs, and nothing else, where they may be changed."""
+    shutil.copytree(deployed.data / "runs", tmp_path / "copy" / "runs")
+    shutil.copy(deployed.data / "names.json", tmp_path / "copy")
+    return Deployed(tmp_path / "copy", deployed.photos)
+
+
+def pickled(path: Path) -> None:
+    import pickle
+
+    path.write_bytes(pickle.dumps({"weights": [1, 2, 3]}))
+
+
+def other_classes(path: Path) -> None:
+    about = json.loads(path.read_text())
+    runs.write_json(path, {**about, "classes": about["classes"][::-1]})
+
+
+def with_lambda(path: Path) -> None:
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        file.attrs["model_config"] = '{"layers": [{"class_name": "Lambda"}]}'
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "spoil", "text"),
+    [
+        ("gap", "run.json", other_classes, "run.json is not the file that was published"),
+        ("gap", "head.weights.h5", pickled, "head.weights.h5 is not the file that was saved"),
+        ("logreg", "head.skops", pickled, "head.skops is not the file that was saved"),
+        ("gap", "head.weights.h5", with_lambda, "head.weights.h5 is not the file that was saved"),
+        ("finetune", "backbone.weights.h5", with_lambda, "backbone.weights.h5 is not the file that was saved"),
+        ("folds", "fold-2/head.json", Path.unlink, "no head can be loaded"),
+    ],
+)
+def test_a_file_that_was_changed_is_noticed(copied: Deployed, kind: str, file: str, spoil: Any, text: str) -> None:
+    spoil(copied.data / "runs" / copied.name(kind) / file)
+    done = command(copied, copied.files[0], kind=kind)
+    assert done.code == 1
+    (line,) = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert text in line
+    assert "Traceback" not in done.err
+
+
+def test_the_head_of_another_run_is_noticed(copied: Deployed) -> None:
+    """Of one that reads the same rows and knows as many classes: all that tells it apart is its digest."""
+    ours, theirs = (copied.data / "runs" / copied.name(kind) for kind in ("gap", "folds"))
+    for name in ("head.json", "head.weights.h5"):
+        shutil.copy(theirs / "fold-1" / name, ours / name)
+    done = command(copied, copied.files[0], kind="gap")
+    assert done.code == 1
+    assert "head.json is not the file that was published, as SHA256SUMS has another digest" in done.err
+
+
+def test_checksums_that_are_gone_are_missed(copied: Deployed) -> None:
+    run = copied.data / "runs" / copied.name("gap")
+    (run / runs.CHECKSUMS).unlink()
+    done = command(copied, copied.files[0], kind="gap")
+    assert (done.code, "nobody knows whether the run is whole" in done.err) == (1, True)
+
+
+def test_a_run_of_the_first_version_has_none_and_is_taken(copied: Deployed) -> None:
+    run = copied.data / "runs" / copied.name("logreg")
+    about = json.loads((run / "run.json").read_text())
+    del about["checksums"]
+    runs.write_json(run / "run.json", about)
+    (run / runs.CHECKSUMS).unlink()
+    assert runs.read_run(run)["classes"] == ["cats", "dogs"]
+
+
+def test_the_checksums_are_those_of_coreutils(deployed: Deployed) -> None:
+    import subprocess
+
+    run = deployed.data / "runs" / deployed.name("folds")
+    done = subprocess.run(["sha256sum", "--check", "--strict", runs.CHECKSUMS], cwd=run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "run.json: OK" in done.stdout
