@@ -21,7 +21,7 @@ from pipeline.backbone import KerasModel, import_keras, scale
 from pipeline.cache import storage
 from pipeline.dataset import Dataset, limit
 from pipeline.decoder import Loader
-from pipeline.errors import DatasetError, RunError, UsageError
+from pipeline.errors import DatasetError, IceboxError, RunError, UsageError
 from pipeline.extract import warn_untrained
 from pipeline.formats import FORMATS, Format
 from pipeline.network import Network
@@ -198,6 +198,8 @@ def _published(final: Path) -> Iterator[Path]:
             shutil.rmtree(final)
         storage.publish(partial, final)
     except OSError as error:
+        if isinstance(error, IceboxError):
+            raise
         raise RunError(f"nothing can be exported to {final}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -178,8 +178,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = (error.strerror or str(error)).split(" (while")[0]  # what Python adds repeats the address
         raise IceboxError(
             f"nothing can be served at {host} port {port} ({reason}); name others by --host, --port"
         ) from error

@@ -1,0 +1,341 @@
+"""`serve`: a page and an endpoint, batched, that survive whatever is sent to them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import httpx
+import numpy as np
+import pytest
+from conftest import command_line, environment, icebox, picture
+from deployed import Deployed
+
+from pipeline import serve, web
+from pipeline.serve import Batcher, Pixels
+
+CHROMIUM = Path("/usr/bin/chromium")
+MOST = 1_000_000
+
+
+@dataclass
+class Service:
+    """A server that runs, and what it said when it was ready."""
+
+    process: subprocess.Popen[str]
+    said: dict[str, Any]
+
+    @property
+    def url(self) -> str:
+        return self.said["url"]
+
+    def predict(self, data: bytes, name: str = "image.png", **more: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/predict", files={"image": (name, data)}, timeout=60, trust_env=False, **more)
+
+
+def started(place: Deployed, *arguments: str) -> Service:
+    line = command_line(place.data, "serve", *arguments, "--port", "0", "--json")
+    process = subprocess.Popen(line, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    said = process.stdout.readline()
+    assert said, process.stderr.read()
+    return Service(process, json.loads(said))
+
+
+def stopped(service: Service, by: int = signal.SIGINT) -> tuple[int, str]:
+    service.process.send_signal(by)
+    _, said = service.process.communicate(timeout=60)
+    return service.process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def service(deployed: Deployed) -> Iterator[Service]:
+    names = [deployed.name("logreg"), "--also", deployed.name("finetune")]
+    found = started(deployed, *names, "--max-bytes", f"{MOST}", "--max-pixels", "1000000")
+    yield found
+    code, said = stopped(found)
+    assert code == 0, said
+    assert said.splitlines()[-1] == "stopped"
+
+
+def test_it_says_what_predict_says(deployed: Deployed, service: Service) -> None:
+    names = [deployed.name("logreg"), "--also", deployed.name("finetune")]
+    files = deployed.files[:3]
+    expected = icebox(deployed.data, "predict", *names, *files, "--json").json["predictions"]
+    for path, theirs in zip(files, expected, strict=True):
+        response = service.predict(path.read_bytes(), path.name)
+        assert response.status_code == 200
+        ours = response.json()
+        assert [guess["label"] for guess in ours["top"]] == [guess["label"] for guess in theirs["top"]]
+        assert ours["probability"] == pytest.approx(theirs["probability"], abs=2e-3)
+        assert (ours["label"], ours["probability"]) == tuple(ours["top"][0].values())
+
+
+def test_many_at_once_are_each_given_their_own_answer(deployed: Deployed, service: Service) -> None:
+    contents = [path.read_bytes() for path in deployed.files]
+    alone = [service.predict(data).json()["top"] for data in contents[:4]]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(service.predict, contents * 2))
+    assert {response.status_code for response in together} == {200}
+    for response, expected in zip(together, alone, strict=False):
+        for ours, theirs in zip(response.json()["top"], expected, strict=True):
+            assert ours["label"] == theirs["label"]
+            assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-4)
+
+
+def test_it_describes_itself(deployed: Deployed, service: Service) -> None:
+    about = httpx.get(f"{service.url}/about", trust_env=False).json()
+    assert about == {
+        "runs": [deployed.name("logreg"), deployed.name("finetune")],
+        "classes": ["cats", "dogs"],
+        "untrained": True,
+        "max_bytes": MOST,
+    }
+    assert service.said == {"url": service.url, "runs": about["runs"], "classes": about["classes"]}
+    described = httpx.get(f"{service.url}/openapi.json", trust_env=False).json()
+    answers = described["paths"]["/predict"]["post"]["responses"]
+    assert set(answers) == {"200", "408", "413", "422", "503"}
+    assert answers["413"]["content"]["application/json"]["schema"]["$ref"].endswith("Refusal")
+    assert httpx.get(f"{service.url}/docs", trust_env=False).status_code == 404  # which would fetch from elsewhere
+
+
+def jpeg() -> bytes:
+    return cv2.imencode(".jpg", picture(5, 400, 400))[1].tobytes()
+
+
+def bomb() -> bytes:
+    """A PNG of a few kB that says it has 400 million pixels."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(9999))) + chunk(b"IEND", b"")
+    )
+
+
+BAD: dict[str, tuple[bytes, int, str]] = {
+    "empty": (b"", 422, "empty file"),
+    "half": (jpeg()[: len(jpeg()) // 2], 422, "JPEG cut short"),
+    "text": (b"hello, I am no image\n" * 100, 422, "not an image in a supported format"),
+    "pixel bomb": (bomb(), 422, "20000 x 20000 pixels, over the limit of 1,000,000"),
+    "huge": (bytes(MOST + 1), 413, "the upload is larger than 1,000,000 bytes"),
+    "larger still": (bytes(50 * MOST), 413, "the upload is larger than 1,000,000 bytes"),
+    "pickle": (b"\x80\x04\x95\x10\x00\x00\x00", 422, "not an image in a supported format"),
+    "page": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", 422, "not an image"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_upload_is_told_why(service: Service, kind: str) -> None:
+    data, code, text = BAD[kind]
+    response = service.predict(data, "../../etc/passwd" if kind == "text" else "image.jpg")
+    assert response.status_code == code, response.text
+    assert text in response.json()["detail"]
+    assert service.predict(jpeg()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"content": b"no form at all"},
+        {"json": {"image": "base64"}},
+        {"data": {"image": "a field, not a file"}},
+        {"files": {"picture": ("x.png", b"under another name")}},
+        {"content": b"--x\r\nbroken", "headers": {"content-type": "multipart/form-data; boundary=x"}},
+        {"content": b"--x\r\n", "headers": {"content-type": "multipart/form-data"}},
+    ],
+)
+def test_what_is_no_upload_is_told_what_is_expected(service: Service, request_: dict[str, Any]) -> None:
+    response = httpx.post(f"{service.url}/predict", trust_env=False, **request_)
+    assert 400 <= response.status_code < 500
+    assert isinstance(response.json()["detail"], str)
+
+
+def test_without_a_length_the_limit_holds_too(service: Service) -> None:
+    def endless() -> Iterator[bytes]:
+        yield b"--x\r\nContent-Disposition: form-data; name=image; filename=x\r\n\r\n"
+        for _ in range(100):
+            yield bytes(MOST)
+
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    try:
+        response = httpx.post(f"{service.url}/predict", content=endless(), headers=kind, trust_env=False)
+        assert response.status_code == 413
+    except httpx.TransportError:  # closed while we were still sending
+        pass
+    assert service.predict(jpeg()).status_code == 200
+
+
+def test_a_name_from_elsewhere_does_not_lead_here(service: Service) -> None:
+    """As a page does that has its own name resolve to this machine."""
+    port = service.url.rpartition(":")[2]
+    for host, code in ((f"evil.example:{port}", 421), ("", 421), (f"localhost:{port}", 200), ("[::1]", 200)):
+        response = httpx.get(f"{service.url}/about", headers={"host": host}, trust_env=False)
+        assert response.status_code == code, host
+
+
+def test_an_upload_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "_PATIENCE_S", 0.2)
+
+    async def scenario() -> int:
+        app = web.make_app(web.About(runs=[], classes=[], untrained=False, max_bytes=10), never, None)
+        sent = list[dict[str, Any]]()
+
+        async def receive() -> Any:
+            await asyncio.sleep(60)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"multipart/form-data; boundary=x")]
+        scope = {"type": "http", "method": "POST", "path": "/predict", "raw_path": b"/predict", "query_string": b"",
+                 "headers": headers, "http_version": "1.1", "scheme": "http", "root_path": ""}  # fmt: skip
+        await app(scope, receive, send)
+        return sent[0]["status"]
+
+    assert asyncio.run(scenario()) == 408
+
+
+async def never(data: bytes) -> Sequence[tuple[str, float]]:
+    raise AssertionError("nothing to answer")
+
+
+def test_when_too_many_wait_it_says_so() -> None:
+    async def busy(data: bytes) -> Sequence[tuple[str, float]]:
+        raise web.BusyError
+
+    app = web.make_app(web.About(runs=[], classes=[], untrained=False, max_bytes=10), busy, None)
+
+    async def scenario() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+            return await client.post("/predict", files={"image": b"123"})
+
+    response = asyncio.run(scenario())
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+# Batches
+
+
+def one(value: int) -> Pixels:
+    return {"squash": np.full((1,), value)}
+
+
+def test_what_waits_meanwhile_is_answered_together() -> None:
+    sizes, go = list[int](), threading.Event()
+
+    def answer(batch: Sequence[Pixels]) -> np.ndarray:
+        go.wait(10)
+        sizes.append(len(batch))
+        return np.stack([pixels["squash"] * 2 for pixels in batch])
+
+    with Batcher(answer) as batcher:
+        futures = [batcher(one(i)) for i in range(100)]
+        go.set()
+        assert [int(future.result(10)[0]) for future in futures] == [2 * i for i in range(100)]
+    assert sum(sizes) == 100
+    assert max(sizes) == 32
+
+
+def test_an_error_belongs_to_those_who_asked() -> None:
+    def answer(batch: Sequence[Pixels]) -> np.ndarray:
+        if any(pixels["squash"][0] == 13 for pixels in batch):
+            raise ValueError("thirteen")
+        return np.stack([pixels["squash"] for pixels in batch])
+
+    with Batcher(answer) as batcher:
+        with pytest.raises(ValueError, match="thirteen"):
+            batcher(one(13)).result(10)
+        assert batcher(one(5)).result(10)[0] == 5
+
+
+def test_no_more_wait_than_can_be_answered_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "_MOST_WAITING", 4)
+    go = threading.Event()
+
+    def answer(batch: Sequence[Pixels]) -> np.ndarray:
+        go.wait(10)
+        return np.stack([pixels["squash"] for pixels in batch])
+
+    with Batcher(answer) as batcher:
+        with pytest.raises(queue.Full):
+            for i in range(10):
+                batcher(one(i))
+        go.set()
+
+
+# The command
+
+
+def test_a_port_that_is_taken_is_told(deployed: Deployed) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = icebox(deployed.data, "serve", deployed.name("logreg"), "--port", port)
+    assert done.code == 1
+    assert f"nothing can be served at 127.0.0.1 port {port} (Address already in use)" in done.err
+    assert "loading" not in done.err  # before anything takes time
+
+
+def test_missing_packages_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match="serve needs fastapi and uvicorn and python_multipart: make setup EXTRAS=serve"
+    ):
+        serve.require_packages()
+
+
+def test_the_page_in_a_browser(deployed: Deployed, service: Service, tmp_path: Path) -> None:
+    """Images dropped by hand, chosen and bad ones; nothing is fetched from elsewhere, and nothing complains."""
+    if not CHROMIUM.exists():
+        pytest.skip("NOT TESTED: there is no Chromium here; install Debian's package chromium")
+    from playwright.sync_api import sync_playwright
+
+    (bad := tmp_path / "x.jpg").write_text("no image")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+        page = browser.new_page()
+        asked, said = list[str](), list[str]()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(service.url)
+        page.get_by_text("2 classes, on UNTRAINED weights").wait_for()
+        name, content = "<b>bold</b>.png", list(deployed.files[0].read_bytes())
+        page.evaluate(
+            """([name, content]) => {
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([new Uint8Array(content)], name));
+                document.dispatchEvent(new DragEvent("drop", {dataTransfer: transfer, bubbles: true}));
+            }""",
+            [name, content],
+        )
+        card = page.locator("#answers > li")
+        card.locator("ol li").nth(1).wait_for()
+        assert card.locator(".name").inner_text() == name  # text, not markup
+        answer = service.predict(deployed.files[0].read_bytes()).json()
+        first = card.locator("ol li").first.inner_text().split("\n")
+        assert first == [answer["label"], f"{100 * answer['probability']:.1f} %"]
+        assert said == []
+        page.set_input_files("#pick", [str(deployed.files[1]), str(bad)])
+        page.locator("#answers > li", has_text="not an image in a supported format").wait_for()
+        page.locator("#answers > li ol").nth(1).wait_for()
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.id") == "pick"
+        assert all(url.startswith((service.url, "blob:", "data:")) for url in asked)
+        browser.close()
