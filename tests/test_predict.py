@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -300,6 +301,26 @@ def test_a_file_that_was_changed_is_noticed(copied: Deployed, kind: str, file: s
     assert "Traceback" not in done.err
 
 
+def test_a_full_model_made_up_around_a_lambda_layer_runs_no_code(copied: Deployed) -> None:
+    """By somebody who knows how a run is laid out: with digests to match, and as one of the first version."""
+    run = copied.data / "runs" / copied.name("finetune")
+    with_lambda(run / "backbone.weights.h5")
+    unseal(run)
+    about = json.loads((run / "network.json").read_text())
+    about["sha256"] = hashlib.sha256((run / "backbone.weights.h5").read_bytes()).hexdigest()
+    runs.write_json(run / "network.json", about)
+    done = command(copied, copied.files[0], kind="finetune")
+    assert done.code == 1
+    assert "holds a model with Lambda layers, which are code" in done.err
+
+
+def unseal(run: Path) -> None:
+    about = json.loads((run / "run.json").read_text())
+    del about["checksums"]
+    runs.write_json(run / "run.json", about)
+    (run / runs.CHECKSUMS).unlink()
+
+
 def test_the_head_of_another_run_is_noticed(copied: Deployed) -> None:
     """Of one that reads the same rows and knows as many classes: all that tells it apart is its digest."""
     ours, theirs = (copied.data / "runs" / copied.name(kind) for kind in ("gap", "folds"))
@@ -318,11 +339,7 @@ def test_checksums_that_are_gone_are_missed(copied: Deployed) -> None:
 
 
 def test_a_run_of_the_first_version_has_none_and_is_taken(copied: Deployed) -> None:
-    run = copied.data / "runs" / copied.name("logreg")
-    about = json.loads((run / "run.json").read_text())
-    del about["checksums"]
-    runs.write_json(run / "run.json", about)
-    (run / runs.CHECKSUMS).unlink()
+    unseal(run := copied.data / "runs" / copied.name("logreg"))
     assert runs.read_run(run)["classes"] == ["cats", "dogs"]
 
 

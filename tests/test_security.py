@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cached
 import conftest
 import cv2
 import h5py
@@ -29,8 +31,13 @@ import numpy as np
 import pytest
 from conftest import DANGEROUS_DECODER, ROOT, icebox, picture, write_picture
 
+from pipeline import images
+from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache, FeatureSpace
-from pipeline.spec import FeatureSpec
+from pipeline.extract import FeatureChoice
+from pipeline.spec import FeatureSpec, HeadSpec
+from pipeline.train import train_head
+from pipeline.workspace import Workspace
 
 Files = Callable[[Path], "list[str | Path]"]  # makes the hostile input in a folder, returns more arguments
 CASES: dict[str, Files] = {}
@@ -637,6 +644,76 @@ def _(folder: Path) -> list[str | Path]:
 @case("a run.json that is a list")
 def _(folder: Path) -> list[str | Path]:
     return run(folder, "[]")
+
+
+# Trained runs
+
+
+def trained_run(folder: Path, change: Callable[[Path], object]) -> list[str | Path]:
+    """Train a regression on made-up rows, change its folder, and return an image that has a row."""
+    cached.write_images(folder / "photos", 12)
+    photos = cached.listed(folder / "photos")
+    with closing(Cache(folder / "data" / "cache")) as cache:
+        workspace = Workspace(folder / "data", cache)
+        cached.fill(workspace, photos)
+        chosen = DatasetChoice(str(folder / "photos"))
+        asked = Asked(chosen, FeatureChoice(), HeadSpec.make("logreg", C="0.1"), images.DEFAULT_MAX_PIXELS)
+        change(train_head(photos, workspace, asked, "features").path)
+    return [folder / "photos" / "ant" / "000.png"]
+
+
+def changed_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def made_up(run: Path, head: bytes) -> None:
+    """As somebody does who knows how a run is laid out: with digests to match, and as one of the first version."""
+    (run / "head.skops").write_bytes(head)
+    changed_json(run / "head.json", sha256=hashlib.sha256(head).hexdigest())
+    about = json.loads((run / "run.json").read_text())
+    del about["checksums"]
+    (run / "run.json").write_text(json.dumps(about))
+    (run / "SHA256SUMS").unlink()
+
+
+@case("a run whose list of classes was changed")
+def _(folder: Path) -> list[str | Path]:
+    return trained_run(folder, lambda run: changed_json(run / "run.json", classes=["bee", "ant", "cow"]))
+
+
+@case("a run with the head of another")
+def _(folder: Path) -> list[str | Path]:
+    def change(run: Path) -> None:
+        import skops.io
+
+        other = skops.io.load(run / "head.skops", trusted=[])
+        other[-1].coef_ = -other[-1].coef_
+        skops.io.dump(other, run / "head.skops")
+        changed_json(run / "head.json", sha256=hashlib.sha256((run / "head.skops").read_bytes()).hexdigest())
+
+    return trained_run(folder, change)
+
+
+@case("a run whose checksums are gone")
+def _(folder: Path) -> list[str | Path]:
+    return trained_run(folder, lambda run: (run / "SHA256SUMS").unlink())
+
+
+@case("a run whose head is a pickle")
+def _(folder: Path) -> list[str | Path]:
+    return trained_run(folder, lambda run: (run / "head.skops").write_bytes(pickle.dumps(Code())))
+
+
+@case("a run made up around a head that is a pickle")
+def _(folder: Path) -> list[str | Path]:
+    return trained_run(folder, lambda run: made_up(run, pickle.dumps(Code())))
+
+
+@case("a run made up around a skops file that would run a command")
+def _(folder: Path) -> list[str | Path]:
+    import skops.io
+
+    return trained_run(folder, lambda run: made_up(run, skops.io.dumps(functools.partial(os.system, 'touch "$TRAP"'))))
 
 
 # What the tables do not show

@@ -1,0 +1,92 @@
+"""Each export format: written, loaded in its own runtime, class names inside, for any number of images."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import formats
+from pipeline.backbone import import_keras, scale
+from pipeline.errors import UsageError
+from pipeline.formats import FORMATS
+
+CLASSES = ['a "b"', "猫, cat", "c\nd"]
+
+
+def in_onnx(path: Path) -> object:
+    import onnx
+
+    (found,) = [entry.value for entry in onnx.load(path).metadata_props if entry.key == "classes"]
+    return json.loads(found)
+
+
+def in_zip(path: Path) -> object:
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read("classes.json"))
+
+
+def in_openvino(path: Path) -> object:
+    import openvino
+
+    return json.loads(openvino.Core().read_model(path).get_rt_info(["classes"]).astype(str))
+
+
+def in_assets(path: Path) -> object:
+    return json.loads((path / "assets.extra" / "classes.json").read_text())
+
+
+INSIDE: dict[str, Callable[[Path], object]] = {
+    "keras": in_zip,
+    "savedmodel": in_assets,
+    "onnx": in_onnx,
+    "litert": in_zip,
+    "openvino": in_openvino,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """A small network of the layers that InceptionV3 and the heads consist of."""
+    keras = import_keras()
+    layers = keras.layers
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((37, 37, 3), dtype="uint8", name="pixels")
+    output = scale(keras.ops.cast(inputs, "float32"))
+    output = layers.Conv2D(8, 3, 2, use_bias=False)(output)
+    output = layers.Activation("relu")(layers.BatchNormalization(scale=False)(output))
+    output = layers.Concatenate()(
+        [layers.AveragePooling2D(3, 1, "same")(output), layers.MaxPooling2D(3, 1, "same")(output)]
+    )
+    output = layers.Flatten()(layers.BatchNormalization(center=False, scale=False, epsilon=0.0)(output))
+    output = layers.Dense(3, "softmax")(layers.Dropout(0.5)(layers.Dense(8, "relu")(output)))
+    return keras.Model(inputs, {"probabilities": output}, name="icebox")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_written_and_loaded_it_says_the_same(model: Any, tmp_path: Path, name: str) -> None:
+    form, pixels = FORMATS[name], np.random.default_rng(1).integers(0, 256, (5, 37, 37, 3), np.uint8)
+    expected = np.asarray(model.predict_on_batch(pixels)["probabilities"])
+    written = model if form.named else import_keras().Model(model.inputs, model.output["probabilities"])
+    path = tmp_path / form.file
+    form.require()
+    form.write(written, path, CLASSES)
+    assert INSIDE[name](path) == CLASSES
+    made = {"model.xml", "model.bin"} if name == "openvino" else {form.file}
+    assert {found.name for found in tmp_path.iterdir()} == made  # nothing is left beside it
+    answer = form.load(path)
+    for part in (slice(0, 5), slice(0, 1), slice(1, 4)):
+        said = answer(pixels[part])
+        assert said.dtype == np.float32
+        assert np.abs(said - expected[part]).max() < 1e-5
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"--format litert needs ai-edge-litert: make setup EXTRAS=litert"):
+        FORMATS["litert"].require()
