@@ -79,7 +79,8 @@ def reopened(root: Path, name: str, command: str = "train-head") -> Iterator[tup
 def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
     try:
         yield
-        _write_checksums(partial)
+        if (partial / "run.json").exists():  # a sweep has none
+            _write_checksums(partial)
         for path in partial.rglob("*"):
             storage.fsync(path)
         storage.publish(partial, final)

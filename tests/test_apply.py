@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cached import SPEC, fill, listed, write_images
+from conftest import unseal
 from sklearn.metrics import accuracy_score, log_loss
 
 from pipeline import images, runs
@@ -127,6 +128,7 @@ def test_a_split_it_was_trained_on_is_said(
 
 
 def tampered(workspace: Workspace, name: str, *keys: str, to: Any) -> None:
+    unseal(workspace.runs / name)
     path = workspace.runs / name / "run.json"
     about = json.loads(path.read_text())
     place = about
@@ -161,6 +163,7 @@ def test_a_tampered_run_is_refused_in_one_line(
 
 def test_the_weights_of_another_head_are_refused(workspace: Workspace, photos: Path) -> None:
     one, other = (trained(workspace, photos, kind) for kind in ("gap", "flatten"))
+    unseal(workspace.runs / one)
     for file in ("head.json", "head.weights.h5"):
         (workspace.runs / one / file).write_bytes((workspace.runs / other / file).read_bytes())
     with pytest.raises(RunError, match=r"holds a flatten head, and its run.json says gap"):

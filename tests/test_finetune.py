@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import command_line, environment, icebox, write_picture
+from conftest import command_line, environment, icebox, unseal, write_picture
 
 from pipeline import backbone, images, network, runs
 from pipeline.apply import evaluate_run
@@ -263,6 +263,7 @@ def test_weights_that_are_gone_are_asked_for(place: Place, logreg: str, tmp_path
     for path in Path(logreg).iterdir():
         if path.is_file():
             (elsewhere / path.name).write_bytes(path.read_bytes())
+    unseal(elsewhere)
     about = runs.read_run(elsewhere)
     about["features"]["weights"] = "sha256:" + "0" * 64
     runs.write_json(elsewhere / "run.json", about)
@@ -277,6 +278,7 @@ def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
     run.mkdir()
     for name in ("run.json", "head.json", "head.weights.h5", network.JSON_FILE):
         (run / name).write_bytes((from_cache.path / name).read_bytes())
+    unseal(run)
     (run / network.WEIGHTS_FILE).write_bytes(b"something else")
     asked = place.asked(init=str(run), features=FeatureChoice())
 

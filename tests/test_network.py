@@ -218,10 +218,12 @@ def test_a_class_that_a_regression_never_saw_stays_impossible() -> None:
     assert not said[:, [1, 3]].any()
 
 
-def test_an_ensemble_cannot_be_put_on_top() -> None:
-    head = DenseHead(build(GAP, (8,), 3), GAP)
-    with pytest.raises(SpecError, match="an ensemble of heads cannot be fine-tuned"):
-        network.stitched(heads.Ensemble([head, head]), SHAPE, 3)
+def test_an_ensemble_is_put_on_top_as_its_mean() -> None:
+    members = [DenseHead(build(spec, (8,), 3), spec) for spec in (GAP, HeadSpec.make("gap", seed=5), GAP)]
+    rows = np.random.default_rng(0).random((4, *SHAPE), np.float32)
+    made = network.stitched(heads.Ensemble(members), SHAPE, 3)
+    expected = np.mean([member.predict(rows.mean(axis=(1, 2))) for member in members], axis=0)
+    assert np.allclose(made.predict(rows), expected, atol=1e-6)
 
 
 def test_a_short_batch_is_padded_and_its_padding_thrown_away() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Finished, icebox, write_picture
+from conftest import Finished, icebox, unseal, write_picture
 from deployed import KINDS, MOST, Deployed
 
 from pipeline import heads, predict, runs
@@ -312,13 +312,6 @@ def test_a_full_model_made_up_around_a_lambda_layer_runs_no_code(copied: Deploye
     done = command(copied, copied.files[0], kind="finetune")
     assert done.code == 1
     assert "holds a model with Lambda layers, which are code" in done.err
-
-
-def unseal(run: Path) -> None:
-    about = json.loads((run / "run.json").read_text())
-    del about["checksums"]
-    runs.write_json(run / "run.json", about)
-    (run / runs.CHECKSUMS).unlink()
 
 
 def test_the_head_of_another_run_is_noticed(copied: Deployed) -> None:
