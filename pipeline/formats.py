@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import machine
 from pipeline.backbone import KerasModel, import_keras, stderr_held_back
 from pipeline.errors import UsageError
 
@@ -112,7 +113,7 @@ def _load_litert(path: Path) -> Answerer:
     from ai_edge_litert.interpreter import Interpreter
 
     with stderr_held_back():
-        interpreter = Interpreter(str(path))
+        interpreter = Interpreter(str(path), num_threads=machine.usable_cores())
         interpreter.allocate_tensors()
         signature = interpreter.get_signature_runner("serving_default")
     return lambda pixels: signature(pixels=pixels)["probabilities"]
