@@ -118,7 +118,7 @@ def _sort_out(loaded: Iterable[list[Loaded]], job: Job, advance: Callable[[int],
     for views in loaded:
         image = views[0]
         if image.pixels is not None:
-            _note_key(image, job.dataset, job.identities, job.index)
+            note_key(image, job.dataset, job.identities, job.index)
             yield from views
             continue
         note_bad(image, job.dataset, job.identities, job.index, job.options.max_pixels)
@@ -129,14 +129,14 @@ def _sort_out(loaded: Iterable[list[Loaded]], job: Job, advance: Callable[[int],
 
 def note_bad(image: Loaded, dataset: Dataset, identities: Identities, index: Index, max_pixels: int) -> None:
     """Remember that an image could not be decoded, or note that it could not be read, which is not remembered."""
-    _note_key(image, dataset, identities, index)
+    note_key(image, dataset, identities, index)
     if image.key is None:
         identities.unread[image.i] = image.reason
     else:
         index.remember_quarantined({image.key: image.reason}, images.decoder_version(), max_pixels)
 
 
-def _note_key(image: Loaded, dataset: Dataset, identities: Identities, index: Index) -> None:
+def note_key(image: Loaded, dataset: Dataset, identities: Identities, index: Index) -> None:
     """Correct who an image is. The digest that was remembered is not to be trusted if its bytes are others now."""
     planned, path = identities.keys[image.i], dataset.path(image.i)
     if image.key is not None and image.key != planned and path is not None:

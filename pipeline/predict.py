@@ -5,15 +5,17 @@ A row that the cache has is not computed again; what is computed is not kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pipeline import images as decoding_policy
 from pipeline.answering import Answerer, Group, compiled, grouped, stated_weights, weights_of
 from pipeline.cache.digests import Identities, identify
-from pipeline.compute import note_bad
+from pipeline.compute import note_bad, note_key
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded, Loader, batched, decoding_pool, in_threads
 from pipeline.extract import warn_untrained
@@ -63,22 +65,29 @@ def predict(
     given = stated_weights(groups, workspace, weights)
     for run in runs:
         warn_untrained(run.base)
-    speakers = [_Speaker(group, workspace, given, max_pixels) for group in groups]
     shares = [len(group.runs) / len(runs) for group in groups]
-    for start in range(0, len(images), WINDOW):
-        window = images.take(np.arange(start, min(start + WINDOW, len(images))))
-        identities = identify(window, workspace.cache.index, lambda n: None)
-        said = np.zeros((len(window), len(runs[0].classes)), np.float32)
-        cached = np.ones(len(window), bool)
-        reasons: dict[int, str] = {}
-        for speaker, share in zip(speakers, shares, strict=True):
-            found = speaker.answers(window, identities, lambda n: advance(n / len(speakers)))
-            said += share * found.probabilities
-            cached &= found.cached
-            reasons |= found.reasons
-        for i, name in enumerate(window.names):
-            bad = i in reasons
-            yield Answer(name, None, reasons[i]) if bad else Answer(name, said[i], cached=bool(cached[i]))
+    with ExitStack() as stack:
+        pool = stack.enter_context(decoding_pool())
+        loaders = [Loader(images, group.spec.input_size, group.spec.fit, max_pixels) for group in groups]
+        speakers = [
+            _Speaker(group, workspace, given, stack.enter_context(load), pool, max_pixels)
+            for group, load in zip(groups, loaders, strict=True)
+        ]
+        for start in range(0, len(images), WINDOW):
+            window = images.take(np.arange(start, min(start + WINDOW, len(images))))
+            identities = identify(window, workspace.cache.index, lambda n: None)
+            found = [
+                speaker.answers(_Window(window, identities, start), lambda n: advance(n / len(speakers)))
+                for speaker in speakers
+            ]
+            reasons = {i: reason for said in found for i, reason in said.reasons.items()}
+            mean = np.sum([share * said.probabilities for share, said in zip(shares, found, strict=True)], axis=0)
+            cached = np.all([said.cached for said in found], axis=0)
+            for i, name in enumerate(window.names):
+                if i in reasons:
+                    yield Answer(name, None, reasons[i])
+                else:
+                    yield Answer(name, mean[i], cached=bool(cached[i]))
 
 
 def likeliest(probabilities: np.ndarray | None, classes: list[str], count: int) -> list[tuple[str, float]]:
@@ -87,6 +96,15 @@ def likeliest(probabilities: np.ndarray | None, classes: list[str], count: int) 
         return []
     order = np.argsort(-probabilities, kind="stable")[:count]
     return [(classes[i], float(probabilities[i])) for i in order.tolist()]
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Some images of a dataset, the first of them being image `start` of it; who they are is corrected on the way."""
+
+    images: Dataset
+    identities: Identities
+    start: int
 
 
 @dataclass(frozen=True)
@@ -101,83 +119,90 @@ class _Said:
 class _Speaker:
     """Answers for one group of runs; its network is built when the first image needs it."""
 
-    def __init__(self, group: Group, workspace: Workspace, given: Weights | None, max_pixels: int) -> None:
+    def __init__(
+        self,
+        group: Group,
+        workspace: Workspace,
+        given: Weights | None,
+        load: Loader,
+        pool: ThreadPoolExecutor,
+        max_pixels: int,
+    ) -> None:
         self._group = group
         self._workspace = workspace
         self._given = given
+        self._load = load
+        self._pool = pool
         self._max_pixels = max_pixels
         self._answerer: Answerer | None = None
 
-    def answers(self, window: Dataset, identities: Identities, advance: Callable[[float], None]) -> _Said:
-        """Return what is said of a window's images."""
-        first: dict[bytes, int] = {}  # copies are answered once
-        for i, key in enumerate(identities.keys):
-            if key is not None:
-                first.setdefault(key, i)
-        said = np.zeros((len(window), len(self._group.runs[0].classes)), np.float32)
-        cached = self._from_cache(first, said)
-        refused = self._refused([key for key in first if key not in cached])
-        todo = [i for key, i in first.items() if key not in cached and key not in refused]
-        advance(len(window) - len(todo))
-        reasons = {first[key]: reason for key, reason in refused.items()}
-        reasons |= self._computed(window, identities, todo, said, advance)
-        origin = [i if key is None else first[key] for i, key in enumerate(identities.keys)]
-        reasons = {i: reasons[at] for i, at in enumerate(origin) if at in reasons} | identities.unread
-        return _Said(said[origin], np.array([key in cached for key in identities.keys]), reasons)
+    def answers(self, window: _Window, advance: Callable[[float], None]) -> _Said:
+        """Return what is said of a window's images; an answer belongs to the very bytes that were decoded."""
+        keys, unread = window.identities.keys, window.identities.unread
+        said = self._from_cache(list({key for key in keys if key is not None}))
+        cached, computed = set(said), 0
+        refused = self._refused([key for key in keys if key is not None and key not in said])
+        # Once is enough, unless a file changes after it was hashed: its former copies then lack an answer.
+        while todo := _lacking(keys, said.keys() | refused.keys()):
+            self._compute(window, todo, said, refused, advance)
+            computed += len(todo)
+        advance(len(keys) - computed)
+        reasons = {i: unread[i] if key is None else refused[key] for i, key in enumerate(keys) if key not in said}
+        nothing = np.zeros(len(self._group.runs[0].classes), np.float32)
+        probabilities = np.stack([nothing if key is None else said.get(key, nothing) for key in keys])
+        return _Said(probabilities, np.array([key in cached for key in keys]), reasons)
 
-    def _from_cache(self, first: dict[bytes, int], said: np.ndarray) -> set[bytes]:
-        """Fill in what cached rows tell; return whose they are."""
+    def _from_cache(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
+        """Return what cached rows tell, of those that have one."""
         space = self._group.space(self._workspace)
-        if space is None or not first:
-            return set()
+        if space is None or not keys:
+            return {}
         with space.reading():
-            keys = list(first)
             found = [keys[at] for at in np.flatnonzero(space.locate(keys).found).tolist()]
-            if found:
-                said[[first[key] for key in found]] = self._group.of_rows(space, found)
-        return set(found)
+            return dict(zip(found, self._group.of_rows(space, found), strict=True)) if found else {}
 
     def _refused(self, keys: list[bytes]) -> dict[bytes, str]:
         index = self._workspace.cache.index
         known = index.quarantined(keys, decoding_policy.decoder_version(), self._max_pixels)
         return {key: refusal.reason for key, refusal in known.items()}
 
-    def _computed(
+    def _compute(
         self,
-        window: Dataset,
-        identities: Identities,
+        window: _Window,
         todo: list[int],
-        said: np.ndarray,
+        said: dict[bytes, np.ndarray],
+        refused: dict[bytes, str],
         advance: Callable[[float], None],
-    ) -> dict[int, str]:
-        """Decode images and fill in what the network says; return why some cannot be decoded."""
-        if not todo:
-            return {}
-        spec, reasons = self._group.spec, dict[int, str]()
-        with Loader(window, spec.input_size, spec.fit, self._max_pixels) as load, decoding_pool() as pool:
-            loaded = in_threads(pool, load, todo, ahead=2 * _BATCH)
-            good = self._good(loaded, window, identities, reasons, advance)
-            for batch in batched(good, _BATCH):
-                pixels = np.stack([image.pixels for image in batch if image.pixels is not None])
-                said[[image.i for image in batch]] = self._network()(pixels)
-                advance(len(batch))
-        return reasons
+    ) -> None:
+        """Decode images and note what the network says of them, or why they cannot be decoded."""
+
+        def load(i: int) -> Loaded:
+            return replace(self._load(window.start + i), i=i)
+
+        loaded = in_threads(self._pool, load, todo, ahead=2 * _BATCH)
+        for batch in batched(self._good(loaded, window, refused, advance), _BATCH):
+            pixels = np.stack([image.pixels for image in batch if image.pixels is not None])
+            keys = [image.key for image in batch if image.key is not None]
+            said.update(zip(keys, self._network()(pixels), strict=True))
+            advance(len(batch))
 
     def _good(
         self,
         loaded: Iterable[Loaded],
-        window: Dataset,
-        identities: Identities,
-        reasons: dict[int, str],
+        window: _Window,
+        refused: dict[bytes, str],
         advance: Callable[[float], None],
     ) -> Iterator[Loaded]:
-        """Pass on what was decoded; note in `reasons` why the others were not."""
+        """Pass on what was decoded; note why the others were not."""
+        index = self._workspace.cache.index
         for image in loaded:
             if image.pixels is not None:
+                note_key(image, window.images, window.identities, index)
                 yield image
                 continue
-            note_bad(image, window, identities, self._workspace.cache.index, self._max_pixels)
-            reasons[image.i] = image.reason
+            note_bad(image, window.images, window.identities, index, self._max_pixels)
+            if image.key is not None:
+                refused[image.key] = image.reason
             advance(1)
 
     def _network(self) -> Answerer:
@@ -185,3 +210,12 @@ class _Speaker:
             weights = weights_of(self._group, self._workspace, self._given)
             self._answerer = compiled(self._group.network(weights).on_pixels(), self._group.spec.input_size)
         return self._answerer
+
+
+def _lacking(keys: Sequence[bytes | None], answered: Set[bytes]) -> list[int]:
+    """Return the first image of each key that is not answered: copies are answered once."""
+    first: dict[bytes, int] = {}
+    for i, key in enumerate(keys):
+        if key is not None and key not in answered:
+            first.setdefault(key, i)
+    return list(first.values())

@@ -28,6 +28,7 @@ from pipeline.predict import Answer, likeliest
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
 
+GONE = "cannot be read: No such file or directory"
 NO_IMAGE = "not an image in a supported format (JPEG, PNG, WebP, BMP, TIFF, GIF)"
 
 
@@ -124,6 +125,29 @@ def test_windows_make_no_difference(deployed: Deployed, monkeypatch: pytest.Monk
     assert np.array_equal(probabilities(whole)[0], probabilities(whole)[9])
 
 
+def test_a_file_that_changes_meanwhile_is_answered_as_it_is_now(
+    deployed: Deployed, elsewhere: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its former copies as they are, whichever of them was to answer for all."""
+    paths = [tmp_path / f"{name}.png" for name in ("changed", "copy", "spoilt", "twin", "gone", "other")]
+    for i, path in enumerate(paths):
+        shutil.copy(deployed.files[i // 2], path)
+    identify = predict.identify
+
+    def before(*arguments: Any) -> Any:
+        found = identify(*arguments)
+        shutil.copy(deployed.files[9], paths[0])
+        paths[2].write_text("no image")
+        paths[4].unlink()
+        return found
+
+    expected = probabilities(said([deployed.run("gap")], [deployed.files[i] for i in (9, 0, 1, 2)], elsewhere))
+    monkeypatch.setattr(predict, "identify", before)
+    answers = said([deployed.run("gap")], paths, elsewhere)
+    assert np.abs(probabilities(answers) - expected).max() < 1e-6
+    assert [answer.reason for answer in answers] == ["", "", NO_IMAGE, "", GONE, ""]
+
+
 def test_progress_ends_at_the_number_of_images(deployed: Deployed, elsewhere: Workspace, tmp_path: Path) -> None:
     (bad := tmp_path / "bad.png").write_text("no image")
     steps = list[float]()
@@ -138,7 +162,7 @@ def test_a_file_that_cannot_be_read_is_told(deployed: Deployed, tmp_path: Path) 
     os.mkfifo(tmp_path / "pipe.png")
     with deployed.workspace() as workspace:
         gone, pipe, good = said([deployed.run("logreg")], [link, tmp_path / "pipe.png", deployed.files[0]], workspace)
-    assert (gone.probabilities, gone.reason) == (None, "cannot be read: No such file or directory")
+    assert (gone.probabilities, gone.reason) == (None, GONE)
     assert (pipe.probabilities, pipe.reason) == (None, "cannot be read: not a regular file")
     assert good.cached
 
