@@ -56,11 +56,14 @@ class Group:
     def _of_rows(self, run: TrainedRun, space: FeatureSpace, keys: Sequence[bytes]) -> np.ndarray:
         (rows,) = stored_rows(space, keys, run.reads, [Wanted(np.arange(len(keys)))])
         try:
-            return run.head.predict(rows.within(_ROOM))
+            said = run.head.predict(rows.within(_ROOM))
         except ValueError as error:
             if isinstance(error, IceboxError):
                 raise
             raise _of_another_run(run, rows.shape[1:]) from error
+        if said.shape[1] != len(run.classes):
+            raise _of_another_run(run, rows.shape[1:])
+        return require_numbers(said)
 
     def network(self, weights: Weights | None, precision: str | None = None) -> Network:
         """Return backbone and heads as one network, in the precision of the features if no other is given.
@@ -76,7 +79,10 @@ class Group:
         """
         first = self.runs[0]
         if self.full:
-            return Network.load(first.path, first.spec, precision)
+            loaded = Network.load(first.path, first.spec, precision)
+            if loaded.model.output_shape[-1] != len(first.classes):
+                raise _of_another_run(first, loaded.below.output_shape[1:])
+            return loaded
         if weights is None:
             raise ValueError("heads need the weights that their features were computed with")
 

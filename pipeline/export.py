@@ -19,6 +19,7 @@ from pipeline import runs
 from pipeline.answering import grouped, stated_weights, weights_of
 from pipeline.backbone import KerasModel, import_keras, scale
 from pipeline.cache import storage
+from pipeline.cache.lock import abandoned, alive
 from pipeline.dataset import Dataset, limit
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, IceboxError, RunError, UsageError
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 ABOUT = "export.json"
 CLASSES = "classes.json"
+_FOLDER = "exports"  # in the data directory
 _COMPARED = 32  # images
 _MOST_DIFFERENCE = 1e-3  # of a probability, from the float32 full model
 
@@ -71,8 +73,9 @@ def export_run(
     """
     form = FORMATS[name]
     form.require()
-    final = out or workspace.root / "exports" / f"{run.name}-{name}"
+    final = out or workspace.root / _FOLDER / f"{run.name}-{name}"
     _require_free(final)
+    _remove_leftovers(workspace.root / _FOLDER)
     start = time.perf_counter()
     (group,) = grouped([run])
     given = stated_weights([group], workspace, weights)
@@ -179,6 +182,13 @@ def _difference(form: Format, path: Path, pixels: np.ndarray, expected: np.ndarr
     return difference
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what exports that were killed left behind."""
+    for name in storage.folders(folder):
+        if storage.is_partial(name) and abandoned(folder / name):
+            shutil.rmtree(folder / name)
+
+
 def _require_free(final: Path) -> None:
     """Raise UsageError if `final` is anything but an earlier export, which is replaced."""
     if final.exists() and not (final / ABOUT).is_file() and not (final.is_dir() and not any(final.iterdir())):
@@ -191,12 +201,13 @@ def _published(final: Path) -> Iterator[Path]:
     partial = storage.partial_name(final.parent)
     try:
         partial.mkdir(parents=True)
-        yield partial
-        for path in partial.rglob("*"):
-            storage.fsync(path)
-        if final.exists():
-            shutil.rmtree(final)
-        storage.publish(partial, final)
+        with alive(partial):
+            yield partial
+            for path in partial.rglob("*"):
+                storage.fsync(path)
+            if final.exists():
+                shutil.rmtree(final)
+            storage.publish(partial, final)
     except OSError as error:
         if isinstance(error, IceboxError):
             raise

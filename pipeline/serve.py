@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _BATCH = 32
 _MOST_WAITING = 256  # images; more are turned away
+_MOST_CONNECTIONS = 512  # each may hold an upload
+_LAST_ANSWERS_S = 10  # when it is ended
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 Pixels = Mapping[str, np.ndarray]  # how an image was made square → (size, size, 3) uint8 RGB
@@ -162,11 +164,18 @@ def serve(
             return likeliest(await asyncio.wrap_future(waiting), classes, top)
 
         app = web.make_app(about, likeliest_of, host if host in _LOOPBACK else None)
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            limit_concurrency=_MOST_CONNECTIONS,
+            timeout_graceful_shutdown=_LAST_ANSWERS_S,
+        )
         shown = f"[{host}]" if ":" in host else host
         ready(f"http://{shown}:{listener.getsockname()[1]}")
         try:
-            server.run(sockets=[listener])
+            uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:  # which is how people end it; uvicorn has answered what was asked before
             logger.info("stopped")
         finally:

@@ -18,6 +18,7 @@ from deployed import KINDS, MOST, Deployed
 
 from pipeline import export, formats
 from pipeline.answering import grouped
+from pipeline.cache.lock import alive
 from pipeline.cache.space import Cache
 from pipeline.cache.storage import sha256_file
 from pipeline.decoder import Loader
@@ -126,6 +127,16 @@ def test_a_missing_package_is_named_with_its_extra(
     with pytest.raises(UsageError, match=r"--format litert needs ai-edge-litert: make setup EXTRAS=litert"):
         exported(deployed, "gap", "litert", tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
+
+
+def test_what_killed_exports_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    dead, living, done = (tmp_path / name for name in (".partial-dead", ".partial-living", "run-keras"))
+    for folder in (dead, living, done):
+        folder.mkdir()
+    with alive(living):
+        export._remove_leftovers(tmp_path)
+        assert sorted(tmp_path.iterdir()) == [living, done]
+    export._remove_leftovers(tmp_path / "nothing yet")
 
 
 def test_without_an_image_to_compare_on_nothing_is_exported(deployed: Deployed, tmp_path: Path) -> None:

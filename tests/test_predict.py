@@ -23,7 +23,7 @@ from pipeline import heads, predict, runs
 from pipeline.cache.digests import digest
 from pipeline.cache.space import Cache
 from pipeline.dataset import open_images
-from pipeline.errors import DatasetError, SpecError, WeightsError
+from pipeline.errors import DatasetError, RunError, SpecError, WeightsError
 from pipeline.predict import Answer, likeliest
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
@@ -178,6 +178,15 @@ def test_a_run_of_another_preprocessing_is_refused(deployed: Deployed, elsewhere
     older = replace(run, spec=replace(run.spec, decode="rgb8-1", scaling="x/255"))
     with pytest.raises(SpecError, match=r"by another version of Icebox: decode rgb8-1, not .*, scaling x/255, not "):
         said([older], deployed.files, elsewhere)
+
+
+@pytest.mark.parametrize("kind", ["gap", "freeze"])
+def test_a_head_of_other_classes_than_its_run_is_refused(deployed: Deployed, elsewhere: Workspace, kind: str) -> None:
+    run = replace(deployed.run(kind), classes=["cats", "cows", "dogs"])
+    with deployed.workspace() as full:
+        for workspace in (full, elsewhere):
+            with pytest.raises(RunError, match=r"does not tell 3 classes apart by rows of .*: it is of another run"):
+                said([run], deployed.files, workspace)
 
 
 def test_weights_that_are_gone_are_asked_for(deployed: Deployed, elsewhere: Workspace, tmp_path: Path) -> None:
