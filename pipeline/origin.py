@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -127,12 +128,17 @@ def origin_of(asked: FullAsked, dataset: Dataset, workspace: Workspace) -> Origi
 
 def _layers(layer: str) -> tuple[list[str], list[str]]:
     """Return the names of the backbone's layers up to `layer`, and of those where it can be cut."""
-    whole = build(DEFAULT_BACKBONE)
-    names, cuts = [each.name for each in whole.layers], cut_layers(whole)
+    names, cuts = _topology()
     if layer not in cuts:
         raise SpecError(f"no head can stand on {layer!r}; take one of {', '.join(cuts[-4:])}")
     names = names[: names.index(layer) + 1]
     return names, [name for name in cuts if name in names]
+
+
+@functools.cache
+def _topology() -> tuple[list[str], list[str]]:
+    whole = build(DEFAULT_BACKBONE)
+    return [each.name for each in whole.layers], cut_layers(whole)
 
 
 def _begun(path: Path, dataset: Dataset) -> Begun:

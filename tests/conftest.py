@@ -111,6 +111,24 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
         yield Workspace(tmp_path / "data", cache)
 
 
+def small_model(size: int) -> Any:
+    """A network of three classes, of the layers that InceptionV3 and the heads consist of, as `export` makes it."""
+    from pipeline.backbone import import_keras, scale
+
+    keras = import_keras()
+    layers = keras.layers
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((size, size, 3), dtype="uint8", name="pixels")
+    output = scale(keras.ops.cast(inputs, "float32"))
+    output = layers.Conv2D(8, 3, 2, use_bias=False)(output)
+    output = layers.Activation("relu")(layers.BatchNormalization(scale=False)(output))
+    pools = layers.AveragePooling2D(3, 1, "same"), layers.MaxPooling2D(3, 1, "same")
+    output = layers.Concatenate()([pool(output) for pool in pools])
+    output = layers.Flatten()(layers.BatchNormalization(center=False, scale=False, epsilon=0.0)(output))
+    output = layers.Dense(3, "softmax")(layers.Dropout(0.5)(layers.Dense(8, "relu")(output)))
+    return keras.Model(inputs, {"probabilities": output}, name="icebox")
+
+
 def unseal(run: Path) -> None:
     """Make a run one of the first version, which had no checksums, so that it may be changed."""
     about = json.loads((run / "run.json").read_text())

@@ -186,7 +186,7 @@ def test_every_call_may_fail(
         assert call(scenario.fresh(tmp_path / "data"), *scenario.command) == 0
     total, codes = len(watcher.calls), Counter[int]()
     assert total >= 4
-    steps = {("features", True): 4, ("features", False): 3, ("gc", True): 2, ("gc", False): 2}
+    steps = {("features", True): 4, ("features", False): 3, ("gc", True): 3, ("gc", False): 3}
     step = 1 if request.config.getoption("every_call") else steps.get((scenario.name, for_good), 1)
     for number in range(1, total + 1, step):
         data = scenario.fresh(tmp_path / "data")
@@ -236,7 +236,7 @@ def first_of_each_kind(calls: list[tuple[str, Path]]) -> list[int]:
 def test_two_at_once_killed_at_random_moments(undisturbed: Path, tmp_path: Path) -> None:
     """The real program, from its start to its end; `benchmarks/kills.py` does this some hundred times with one."""
     data, rng, quiet = tmp_path / "data", random.Random(7), subprocess.DEVNULL
-    for _ in range(4):
+    for _ in range(3):
         line = command_line(data, *FEATURES)
         programs = [subprocess.Popen(line, env=environment(), stdout=quiet, stderr=quiet) for _ in range(2)]
         for program in programs:

@@ -13,7 +13,9 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, icebox, write_picture
+from conftest import ROOT, environment, icebox, small_model, write_picture
+
+from pipeline.formats import FORMATS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What runs these tests, and what only prepares the shell.
@@ -38,6 +40,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (copy / ".venv").symlink_to(sys.prefix)
     for i in range(40):
         write_picture(copy / "photos" / ("cats" if i % 2 else "dogs") / f"{i}.jpg", seed=i)
+    # What the pages load, but do not export, as that takes its time: small models of the same form.
+    model = small_model(299)
+    for name in ("litert", "openvino", "savedmodel"):
+        (folder := copy / f"photos-{name}").mkdir()
+        FORMATS[name].write(model, folder / FORMATS[name].file, ["cats", "dogs", "others"])
     # No network here, so no ImageNet: `auto` then finds these features on disk and uses them.
     done = icebox(copy / "data", "features", "--dataset", copy / "photos", "--weights", "untrained")
     assert done.code == 0, done.err
@@ -80,7 +87,7 @@ def check_snippet(project: Path, code: str) -> None:
         return
     done = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{code}: {done.stderr}"
-    assert re.search(r"2048|\d\.\d+", done.stdout), code  # the shape of rows, or probabilities
+    assert re.search(r"\(\d+, .*\d\)|\d\.\d+", done.stdout), code  # the shape of rows, or probabilities
 
 
 def check_quickstart(said: str) -> None:

@@ -6,28 +6,23 @@ import json
 import shutil
 import subprocess
 import sys
-from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import icebox, unseal
-from deployed import KINDS, MOST, Deployed
+from deployed import MOST, Deployed
 
 from pipeline import export, formats
 from pipeline.answering import grouped
 from pipeline.cache.lock import alive
-from pipeline.cache.space import Cache
-from pipeline.cache.storage import sha256_file
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, RunError, UsageError
 from pipeline.export import Exported, deployable, export_run
 from pipeline.formats import FORMATS
 from pipeline.untrained import initialise
 from pipeline.weights import Weights
-from pipeline.workspace import Workspace
 
 UNTRAINED = Weights("untrained", "untrained:glorot_centred_1:0", None)
 CLASSES = ["cats", "dogs"]
@@ -79,7 +74,7 @@ def network_of(place: Deployed, kind: str) -> Any:
     return group.network(None if group.full else UNTRAINED, "float32")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["logreg", "flatten", "folds", "finetune"])
 def test_standard_layers_say_what_ours_do(deployed: Deployed, kind: str) -> None:
     network, pixels = network_of(deployed, kind), pixels_of(deployed, 2)
     expected = np.asarray(network.on_pixels().predict_on_batch(pixels))
@@ -99,7 +94,7 @@ def test_what_says_something_else_is_not_published(
 
     monkeypatch.setattr(export, "deployable", spoilt)
     with pytest.raises(
-        RunError, match=r"as savedmodel says something else than the full model, by 0\.\d+ .*nothing was"
+        RunError, match=r"as savedmodel says something else than the full model, by .* of a probability; nothing was"
     ):
         exported(deployed, "gap", "savedmodel", tmp_path / "out" / "mine")
     assert list((tmp_path / "out").iterdir()) == []
@@ -165,18 +160,3 @@ def test_the_command_names_what_it_lacks(deployed: Deployed, tmp_path: Path) -> 
     assert done.json["path"] == str(data / "exports" / "gap-keras" / "model.keras")
     assert done.json["compared_images"] == 6
     assert done.json["max_difference"] <= 1e-4
-
-
-def test_weights_given_by_name_are_taken(deployed: Deployed, tmp_path: Path) -> None:
-    """Features of a weights file that the index has never seen: the run finds it by --weights."""
-    network = network_of(deployed, "gap")
-    network.whole.save_weights(tmp_path / "mine.weights.h5")
-    run = deployed.run("gap")
-    spec = replace(run.spec, weights="sha256:" + sha256_file(tmp_path / "mine.weights.h5"))
-    renamed = replace(run, spec=spec)
-    with closing(Cache(tmp_path / "data" / "cache")) as cache:
-        workspace = Workspace(tmp_path / "data", cache)
-        done = export_run(
-            renamed, "keras", deployed.dataset, workspace, max_pixels=MOST, weights=str(tmp_path / "mine.weights.h5")
-        )
-    assert done.about["max_difference"] <= 1e-4

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import small_model
 
 from pipeline import formats
-from pipeline.backbone import import_keras, scale
+from pipeline.backbone import import_keras
 from pipeline.errors import UsageError
 from pipeline.formats import FORMATS
 
@@ -52,20 +53,7 @@ INSIDE: dict[str, Callable[[Path], object]] = {
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """A small network of the layers that InceptionV3 and the heads consist of."""
-    keras = import_keras()
-    layers = keras.layers
-    keras.utils.set_random_seed(3)
-    inputs = keras.Input((37, 37, 3), dtype="uint8", name="pixels")
-    output = scale(keras.ops.cast(inputs, "float32"))
-    output = layers.Conv2D(8, 3, 2, use_bias=False)(output)
-    output = layers.Activation("relu")(layers.BatchNormalization(scale=False)(output))
-    output = layers.Concatenate()(
-        [layers.AveragePooling2D(3, 1, "same")(output), layers.MaxPooling2D(3, 1, "same")(output)]
-    )
-    output = layers.Flatten()(layers.BatchNormalization(center=False, scale=False, epsilon=0.0)(output))
-    output = layers.Dense(3, "softmax")(layers.Dropout(0.5)(layers.Dense(8, "relu")(output)))
-    return keras.Model(inputs, {"probabilities": output}, name="icebox")
+    return small_model(37)
 
 
 @pytest.mark.parametrize("name", FORMATS)

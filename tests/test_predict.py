@@ -19,13 +19,15 @@ import pytest
 from conftest import Finished, icebox, unseal, write_picture
 from deployed import KINDS, MOST, Deployed
 
-from pipeline import heads, predict, runs
+from pipeline import backbone, heads, predict, runs
+from pipeline.cache import storage
 from pipeline.cache.digests import digest
 from pipeline.cache.space import Cache
 from pipeline.dataset import open_images
 from pipeline.errors import DatasetError, RunError, SpecError, WeightsError
 from pipeline.predict import Answer, likeliest
 from pipeline.trained import TrainedRun
+from pipeline.untrained import initialise
 from pipeline.workspace import Workspace
 
 GONE = "cannot be read: No such file or directory"
@@ -194,6 +196,17 @@ def test_weights_that_are_gone_are_asked_for(deployed: Deployed, elsewhere: Work
     lost = replace(run, spec=replace(run.spec, weights="sha256:" + "0" * 64), weights="mine.weights.h5")
     with pytest.raises(WeightsError, match=r"was computed with mine\.weights\.h5 .* give the file by `--weights FILE`"):
         said([lost], deployed.files, elsewhere)
+
+
+def test_weights_given_by_name_are_taken(deployed: Deployed, elsewhere: Workspace, tmp_path: Path) -> None:
+    """Features of a file that the index has never seen."""
+    run, path = deployed.run("gap"), tmp_path / "mine.weights.h5"
+    network = backbone.build("inception_v3")
+    initialise(network, 0)
+    network.save_weights(path)
+    renamed = replace(run, spec=replace(run.spec, weights="sha256:" + storage.sha256_file(path)))
+    answers = said([renamed], deployed.files[:2], elsewhere, weights=str(path))
+    assert np.allclose(probabilities(answers), probabilities(said([run], deployed.files[:2], elsewhere)), atol=1e-5)
 
 
 def test_weights_of_something_else_are_refused(deployed: Deployed, elsewhere: Workspace) -> None:

@@ -183,6 +183,7 @@ def test_a_run_holds_everything(made: tuple[HeadRun, Dataset]) -> None:
         "predictions.csv",
         "curves.png",
         "quarantined.json",
+        "SHA256SUMS",
     }
     assert set(visible(run.path)) == files | {"head.json", model}
     assert visible(run.path.parent) == [run.name]
