@@ -254,7 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1, arguments)
     if code == _INTERRUPTED:
         kept = "features computed so far are kept, and the same command computes the rest"
-        return _fail(f"stopped; {kept if 'features' in arguments else 'nothing was published'}", 1, arguments)
+        otherwise = "nothing was published" if {"predict", "serve"}.isdisjoint(arguments) else "nothing was kept"
+        return _fail(f"stopped; {kept if 'features' in arguments else otherwise}", 1, arguments)
     return code
 
 

@@ -65,7 +65,7 @@ def measured(data: Path, *arguments: str | Path) -> dict[str, Any]:
     seconds = said["seconds"]
     images = said["images"]
     return {"images": images, "seconds": seconds, "images_per_second": round(images / seconds, 1),
-            "of_the_model": said["images_per_second"], "peak_gb": round(usage.ru_maxrss / 1e6, 3)}  # fmt: skip
+            "of_the_model": said.get("images_per_second"), "peak_gb": round(usage.ru_maxrss / 1e6, 3)}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -32,9 +34,12 @@ from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
+FORMAT = "icebox-export"
 ABOUT = "export.json"
 CLASSES = "classes.json"
 _FOLDER = "exports"  # in the data directory
+_PARTIAL = "-export"  # how names of unfinished ones end
+_MOST_ABOUT = 2**20  # bytes
 _COMPARED = 32  # images
 _MOST_DIFFERENCE = 1e-3  # of a probability, from the float32 full model
 
@@ -73,9 +78,9 @@ def export_run(
     """
     form = FORMATS[name]
     form.require()
-    final = out or workspace.root / _FOLDER / f"{run.name}-{name}"
+    final = Path(os.path.realpath(out or workspace.root / _FOLDER / f"{run.name}-{name}"))  # it has a parent and a name
     _require_free(final)
-    _remove_leftovers(workspace.root / _FOLDER)
+    _remove_leftovers(final.parent)
     start = time.perf_counter()
     (group,) = grouped([run])
     given = stated_weights([group], workspace, weights)
@@ -84,14 +89,14 @@ def export_run(
     logger.info("building %s in float32", run.spec.backbone)
     network = group.network(weights_of(group, workspace, given), "float32")
     expected = np.asarray(network.on_pixels().predict_on_batch(pixels), np.float32)
-    own = _said_by(run, some, workspace, max_pixels, weights)
+    own, answered = _said_by(run, some, workspace, max_pixels, weights)
     with _published(final) as folder:
         logger.info("writing %s", name)
         form.write(deployable(network, named=form.named), folder / form.file, run.classes)
         difference = _difference(form, folder / form.file, pixels, expected, run)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         about = {
-            "format": "icebox-export",
+            "format": FORMAT,
             "version": 1,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "model": form.file,
@@ -106,7 +111,7 @@ def export_run(
             "compared_images": len(pixels),
             "max_difference": difference,
             "run_precision": run.spec.precision,
-            "difference_to_run": float(np.abs(expected - own).max()),
+            "difference_to_run": float(np.abs(expected[answered] - own).max()),
             "bytes": size,
             "versions": {package: importlib.metadata.version(package) for package in form.packages},
             "seconds": round(time.perf_counter() - start, 3),
@@ -136,10 +141,15 @@ def _some(images: Dataset, run: TrainedRun, max_pixels: int) -> tuple[Dataset, n
     return some.take(good), np.stack(pixels)
 
 
-def _said_by(run: TrainedRun, some: Dataset, workspace: Workspace, max_pixels: int, weights: str | None) -> np.ndarray:
-    """Return what the run itself says, (n, k) float32."""
-    answers = predict([run], some, workspace, max_pixels=max_pixels, weights=weights)
-    return np.stack([answer.probabilities for answer in answers if answer.probabilities is not None])
+def _said_by(
+    run: TrainedRun, some: Dataset, workspace: Workspace, max_pixels: int, weights: str | None
+) -> tuple[np.ndarray, list[int]]:
+    """Return what the run itself says, (m, k) float32, and of which images: one may have changed since it was read."""
+    answers = list(predict([run], some, workspace, max_pixels=max_pixels, weights=weights))
+    answered = [i for i, answer in enumerate(answers) if answer.probabilities is not None]
+    if not answered:
+        raise DatasetError(f"the images of {some.name} changed while they were compared; run it again")
+    return np.stack([said for answer in answers if (said := answer.probabilities) is not None]), answered
 
 
 def deployable(network: Network, *, named: bool) -> KerasModel:
@@ -185,20 +195,33 @@ def _difference(form: Format, path: Path, pixels: np.ndarray, expected: np.ndarr
 def _remove_leftovers(folder: Path) -> None:
     """Remove what exports that were killed left behind."""
     for name in storage.folders(folder):
-        if storage.is_partial(name) and abandoned(folder / name):
+        if storage.is_partial(name) and name.endswith(_PARTIAL) and abandoned(folder / name):
             shutil.rmtree(folder / name)
 
 
 def _require_free(final: Path) -> None:
-    """Raise UsageError if `final` is anything but an earlier export, which is replaced."""
-    if final.exists() and not (final / ABOUT).is_file() and not (final.is_dir() and not any(final.iterdir())):
-        raise UsageError(f"{final} exists and is no earlier export; name another folder by --out")
+    """Raise UsageError if `final` is anything but an empty folder or an earlier export, which is replaced."""
+    if final == Path.cwd():
+        raise UsageError("--out is the folder you stand in; name one to be made")
+    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+        return
+    made = {ABOUT, CLASSES, "model.bin", *(form.file for form in FORMATS.values())}
+    if not final.is_dir() or not _is_export(final / ABOUT) or {path.name for path in final.iterdir()} - made:
+        raise UsageError(f"{final} exists and holds more than an earlier export; name another folder by --out")
+
+
+def _is_export(path: Path) -> bool:
+    try:
+        about = json.loads(storage.read_small(path, _MOST_ABOUT))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(about, dict) and about.get("format") == FORMAT
 
 
 @contextlib.contextmanager
 def _published(final: Path) -> Iterator[Path]:
     """Give a folder to fill; on leaving without an error it takes the place of `final`, else nothing is left."""
-    partial = storage.partial_name(final.parent)
+    partial, former = (storage.partial_name(final.parent, _PARTIAL) for _ in range(2))
     try:
         partial.mkdir(parents=True)
         with alive(partial):
@@ -206,11 +229,12 @@ def _published(final: Path) -> Iterator[Path]:
             for path in partial.rglob("*"):
                 storage.fsync(path)
             if final.exists():
-                shutil.rmtree(final)
+                final.rename(former)
             storage.publish(partial, final)
     except OSError as error:
         if isinstance(error, IceboxError):
             raise
         raise RunError(f"nothing can be exported to {final}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for folder in (partial, former):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -23,6 +23,7 @@ from pipeline.spec import FREEZE_UNTIL, FeatureSpec
 
 WEIGHTS_FILE = "backbone.weights.h5"
 JSON_FILE = "network.json"
+_MOST_BYTES = 2**20  # of a network.json
 _MOST_AT_ONCE = 32  # rows that are answered together: more are no quicker, and a short batch is padded
 
 
@@ -134,7 +135,7 @@ class Network:
         """
         path = directory / WEIGHTS_FILE
         try:
-            made = json.loads((directory / JSON_FILE).read_text())
+            made = json.loads(storage.read_small(directory / JSON_FILE, _MOST_BYTES))
             if (made["backbone"], made["layer"], made["precision"]) != (spec.backbone, spec.layer, spec.precision):
                 raise RunError(f"{JSON_FILE} is of another network than run.json says")
             if storage.sha256_file(path) != made["sha256"]:

@@ -67,10 +67,12 @@ def predict(
         warn_untrained(run.base)
     shares = [len(group.runs) / len(runs) for group in groups]
     with ExitStack() as stack:
-        pool = stack.enter_context(decoding_pool())
         loaders = [Loader(images, group.spec.input_size, group.spec.fit, max_pixels) for group in groups]
+        for load in loaders:
+            stack.enter_context(load)
+        pool = stack.enter_context(decoding_pool())  # whose threads end before the decoders do
         speakers = [
-            _Speaker(group, workspace, given, stack.enter_context(load), pool, max_pixels)
+            _Speaker(group, workspace, given, load, pool, max_pixels)
             for group, load in zip(groups, loaders, strict=True)
         ]
         for start in range(0, len(images), WINDOW):
@@ -95,7 +97,7 @@ def likeliest(probabilities: np.ndarray | None, classes: list[str], count: int) 
     if probabilities is None:
         return []
     order = np.argsort(-probabilities, kind="stable")[:count]
-    return [(classes[i], float(probabilities[i])) for i in order.tolist()]
+    return [(classes[i], min(1.0, float(probabilities[i]))) for i in order.tolist()]  # a mean may round to more
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
 import json
 import logging
@@ -155,7 +156,7 @@ def find_run(root: Path, name: str) -> Path:
         if not names:
             raise RunError(f"there are no runs in {root}; `train-head` makes them")
         return root / names[-1]
-    for folder in (root / name, Path(name)):
+    for folder in (root / name, Path(name).resolve()):  # resolved, it has a name even if it is "."
         if name and (folder / "run.json").exists():
             return folder
     raise RunError(f"no run named {name!r} in {root}; `runs ls` lists them")
@@ -196,7 +197,7 @@ def _check_files(folder: Path, named: object) -> None:
     known = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for found in [each for pattern in _VOUCHING for each in sorted(folder.glob(pattern))]:
         name = found.relative_to(folder).as_posix()
-        if known.get(name) != storage.sha256_file(found):
+        if known.get(name) != hashlib.sha256(_content(found)).hexdigest():
             raise RunError(
                 f"{found} is not the file that was published, as {CHECKSUMS} has another digest; restore it, "
                 "or train anew"
@@ -218,6 +219,13 @@ def _not_resumable(root: Path, name: str) -> str:
     if name and (root / name).is_dir():
         return f"{name} is finished; it lies in {root / name}"
     return f"nothing named {name!r} can be resumed in {root}; there are: {', '.join(unfinished(root)) or 'none'}"
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return storage.read_small(path, _MOST_BYTES)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error}); restore it, or train anew") from error
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:

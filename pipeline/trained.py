@@ -86,6 +86,8 @@ def open_run(root: Path, name: str) -> TrainedRun:
     about = runs.read_run(path)
     try:
         classes, spec = [str(each) for each in about["classes"]], FeatureSpec.from_dict(about["features"])
+        if len(set(classes)) < len(classes):
+            raise KeyError("a class stands twice")
         kind = about["head"]["head"]
         if kind not in heads.READS:
             raise KeyError(kind)

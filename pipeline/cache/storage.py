@@ -144,7 +144,7 @@ def fsync(path: Path) -> None:
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a file's bytes as 64 hex digits."""
     about_to("hash", path)
-    with path.open("rb") as file:
+    with open_regular(path, os.O_RDONLY) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

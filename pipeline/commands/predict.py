@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     Named = tuple[Answer, list[tuple[str, float]]]  # an answer, and the likeliest classes with their probabilities
 
-_SHOWN = ("runs", "images", "from_cache", "quarantined", "seconds", "images_per_second", "labels")
+_SHOWN = ("runs", "images", "from_cache", "quarantined", "seconds", "labels")
 _AT_ONCE = 256  # lines of the table
 _IN_MEMORY = 2**24  # bytes of JSON; more wait on disk
 _MOST_LABELS = 10  # counted for people
@@ -83,7 +83,6 @@ def predict(
                 _write_csv(named, min(top, len(classes)))
             else:
                 _write_table(named)
-        seconds = time.perf_counter() - start
         result = {
             "runs": [each.name for each in trained],
             "classes": classes,
@@ -91,8 +90,7 @@ def predict(
             "from_cache": tally.from_cache,
             "quarantined": len(tally.bad),
             "quarantined_images": [{"path": bad.path, "reason": bad.reason} for bad in tally.bad],
-            "seconds": round(seconds, 3),
-            "images_per_second": round(len(images) / seconds, 2),
+            "seconds": round(time.perf_counter() - start, 3),
         }
         if as_json:
             _print_json(spool, result)

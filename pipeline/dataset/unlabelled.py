@@ -37,15 +37,17 @@ def open_images(paths: Sequence[str], image_root: Path | None = None) -> Dataset
             if not found:
                 raise DatasetError(f"{text}: expected images in this folder or below, found none")
             names += found
-            files += map(os.path.abspath, found)
+            files += (str(Path(name).absolute()) for name in found)
         elif path.suffix.lower() in MANIFEST_ENDINGS:
+            if not path.is_file():  # a pipe would be waited for
+                raise DatasetError(f"expected a manifest at {text!r}, found no regular file")
             root, found = manifest_images(path, image_root)
             manifests = True
             names += found
             files += (str(root / name) for name in found)
         else:
             names.append(text)
-            files.append(os.path.abspath(path))  # noqa: PTH100  a link stays the one that was named
+            files.append(str(path.absolute()))  # nothing is folded: what follows a link may be elsewhere
     if image_root is not None and not manifests:
         raise UsageError("--image-root goes with a manifest only, found it with images and folders")
     return of_files("images", files, names, ignored)

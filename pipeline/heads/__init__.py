@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache import storage
 from pipeline.errors import RunError
 from pipeline.heads.base import JSON_FILE, Data, Fitted, Head
 from pipeline.heads.ensemble import Ensemble, member_name
@@ -18,6 +19,7 @@ from pipeline.spec import HeadSpec
 
 READS = {"flatten": "features", "gap": "pooled", "logreg": "pooled"}
 _MOST_MEMBERS = 1000
+_MOST_BYTES = 2**20  # of a head.json
 
 __all__ = ["READS", "Data", "Ensemble", "Fitted", "Head", "Watch", "fit", "load", "memory_needed", "release", "steps"]
 
@@ -60,7 +62,7 @@ def load(directory: Path) -> Head:
         If the files are missing, or are not what the JSON says.
     """
     try:
-        made = json.loads((directory / JSON_FILE).read_text())
+        made = json.loads(storage.read_small(directory / JSON_FILE, _MOST_BYTES))
         return _loaded(directory, made)
     except Exception as error:
         # JSON, Keras, HDF5, zip and skops readers raise many kinds, some of them over dozens of lines.
