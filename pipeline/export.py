@@ -228,9 +228,7 @@ def _published(final: Path) -> Iterator[Path]:
             yield partial
             for path in partial.rglob("*"):
                 storage.fsync(path)
-            if final.exists():
-                final.rename(former)
-            storage.publish(partial, final)
+            _replace(final, partial, former)
     except OSError as error:
         if isinstance(error, IceboxError):
             raise
@@ -238,3 +236,16 @@ def _published(final: Path) -> Iterator[Path]:
     finally:
         for folder in (partial, former):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace(final: Path, new: Path, former: Path) -> None:
+    """Put the folder `new` in the place of `final`, which goes to `former`, or stays if that fails."""
+    if not final.exists():
+        storage.publish(new, final)
+        return
+    final.rename(former)
+    try:
+        storage.publish(new, final)
+    except BaseException:
+        former.rename(final)
+        raise

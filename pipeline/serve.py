@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import ipaddress
 import logging
 import queue
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
+from pipeline import machine
 from pipeline.answering import Answerer, compiled, grouped, stated_weights, weights_of
 from pipeline.decoder import Decoders, decoding_pool
 from pipeline.errors import IceboxError, UsageError
@@ -25,9 +27,10 @@ from pipeline.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 _BATCH = 32
-_MOST_WAITING = 256  # images; more are turned away
+_MOST_WAITING = 256  # uploads; more are turned away
+_IN_MEMORY = 4  # of them for each core
 _MOST_CONNECTIONS = 512  # each may hold an upload
-_LAST_ANSWERS_S = 10  # when it is ended
+_LAST_ANSWERS_S = 5  # when it is ended
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 Pixels = Mapping[str, np.ndarray]  # how an image was made square → (size, size, 3) uint8 RGB
@@ -79,6 +82,9 @@ class Batcher:
                 return
 
     def _settle(self, batch: Sequence[tuple[Pixels, Future[np.ndarray]]]) -> None:
+        batch = [(pixels, future) for pixels, future in batch if future.set_running_or_notify_cancel()]
+        if not batch:
+            return
         try:
             said = self._answer([pixels for pixels, _ in batch])
         except Exception as error:  # it belongs to those who asked
@@ -86,8 +92,7 @@ class Batcher:
                 future.set_exception(error)
             return
         for (_, future), probabilities in zip(batch, said, strict=True):
-            if not future.cancelled():
-                future.set_result(probabilities)
+            future.set_result(probabilities)
 
 
 @contextmanager
@@ -148,42 +153,86 @@ def serve(
     require_packages()
     import uvicorn
 
-    from pipeline import web
+    from pipeline import patience, web
 
     with _listening(host, port) as listener, service(runs, workspace, max_pixels=max_pixels, weights=weights) as answer:
-        classes = runs[0].classes
-        untrained = any(run.base.untrained for run in runs)
-        about = web.About(runs=[run.name for run in runs], classes=classes, untrained=untrained, max_bytes=max_bytes)
-        pool = decoding_pool()
-
-        async def likeliest_of(data: bytes) -> list[tuple[str, float]]:
-            try:
-                waiting = await asyncio.get_running_loop().run_in_executor(pool, answer, data)
-            except queue.Full as error:
-                raise web.BusyError from error
-            return likeliest(await asyncio.wrap_future(waiting), classes, top)
-
-        app = web.make_app(about, likeliest_of, host if host in _LOOPBACK else None)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            limit_concurrency=_MOST_CONNECTIONS,
-            timeout_graceful_shutdown=_LAST_ANSWERS_S,
+        classes = [_spelt_out(name) for name in runs[0].classes]
+        about = web.About(
+            runs=[_spelt_out(run.name) for run in runs],
+            classes=classes,
+            untrained=any(run.base.untrained for run in runs),
+            max_bytes=max_bytes,
         )
-        shown = f"[{host}]" if ":" in host else host
-        ready(f"http://{shown}:{listener.getsockname()[1]}")
+        address, port = listener.getsockname()[:2]
+        local = ipaddress.ip_address(address).is_loopback
+        names = (host.lower(), address, *_LOOPBACK) if local else None
+        with _Answering(answer, classes, top) as answering:
+            config = uvicorn.Config(
+                web.make_app(about, answering, names),
+                http=patience.PatientProtocol,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                limit_concurrency=_MOST_CONNECTIONS,
+                timeout_graceful_shutdown=_LAST_ANSWERS_S,
+            )
+            logging.getLogger("uvicorn.error").addFilter(_no_stopped_uploads)
+            ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            try:
+                uvicorn.Server(config).run(sockets=[listener])
+            except KeyboardInterrupt:  # which is how people end it; uvicorn has answered what was asked before
+                logger.info("stopped")
+
+
+class _Answering:
+    """Answers uploads; but a few are in memory, the others wait on disk, and more than that are turned away."""
+
+    def __init__(self, answer: Callable[[bytes], Future[np.ndarray]], classes: list[str], top: int) -> None:
+        self._answer = answer
+        self._classes = classes
+        self._top = top
+        self._pool = decoding_pool()
+        self._memory = asyncio.Semaphore(_IN_MEMORY * machine.usable_cores())
+        self._waiting = 0
+
+    def __enter__(self) -> _Answering:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    async def __call__(self, read: Callable[[], Awaitable[bytes]]) -> list[tuple[str, float]]:
+        """Return the likeliest classes. Raises BusyError, and what decoding raises."""
+        from pipeline import web
+
+        if self._waiting >= _MOST_WAITING:
+            raise web.BusyError
+        self._waiting += 1
         try:
-            uvicorn.Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:  # which is how people end it; uvicorn has answered what was asked before
-            logger.info("stopped")
+            async with self._memory:
+                loop = asyncio.get_running_loop()
+                coming = await loop.run_in_executor(self._pool, self._answer, await read())
+            return likeliest(await asyncio.wrap_future(coming), self._classes, self._top)
+        except queue.Full as error:
+            raise web.BusyError from error
         finally:
-            pool.shutdown(cancel_futures=True)
+            self._waiting -= 1
+
+
+def _no_stopped_uploads(record: logging.LogRecord) -> bool:
+    """Return whether a line of uvicorn's log is to be shown: not that an upload was still coming when it ended."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
+def _spelt_out(name: str) -> str:
+    """Return a name as text that can be sent: one from a file system may hold bytes that are none."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    if not host:
+        raise UsageError("--host takes an address or a name, found nothing; 0.0.0.0 answers every machine")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)

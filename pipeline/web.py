@@ -22,7 +22,6 @@ from pipeline.errors import DecodeError
 
 _OVERHEAD = 2**16  # bytes of a form around the file in it
 _PATIENCE_S = 60.0  # for an upload to come in
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Guess(BaseModel):
@@ -59,11 +58,14 @@ class BusyError(Exception):
     """More images are waiting than will be answered soon."""
 
 
+Read = Callable[[], Awaitable[bytes]]  # gives an upload, which may wait on disk until then
+
+
 def make_app(
-    about: About, answer: Callable[[bytes], Awaitable[Sequence[tuple[str, float]]]], host: str | None
+    about: About, answer: Callable[[Read], Awaitable[Sequence[tuple[str, float]]]], names: Sequence[str] | None
 ) -> FastAPI:
     """Return the application. `answer` gives the likeliest classes of an image file, or raises DecodeError,
-    MemoryError or BusyError; `host` is the name it is to be called by, None for any.
+    MemoryError or BusyError; `names` are the hosts it may be called by, None for any.
     """
     app = FastAPI(
         title="Icebox",
@@ -89,11 +91,10 @@ def make_app(
         image: Annotated[UploadFile, File(description="An image file, of any kind OpenCV reads.")],
     ) -> Prediction:
         """Say what an image shows."""
-        data = await image.read()
-        if len(data) > about.max_bytes:
+        if (image.size or 0) > about.max_bytes:
             raise _too_large(about.max_bytes)
         try:
-            top = await answer(data)
+            top = await answer(image.read)
         except DecodeError as error:
             raise HTTPException(422, str(error)) from error
         except (BusyError, MemoryError) as error:
@@ -105,7 +106,6 @@ def make_app(
     async def no_image(request: Request, error: RequestValidationError) -> Response:
         return JSONResponse({"detail": "expected a form (multipart/form-data) with a file in its field `image`"}, 422)
 
-    names = None if host is None else (host, *_LOOPBACK)
     app.add_middleware(_Guard, most=about.max_bytes, names=names)
     return app
 

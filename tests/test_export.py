@@ -107,12 +107,44 @@ def test_an_earlier_export_is_replaced_and_nothing_else(deployed: Deployed, tmp_
     with pytest.raises(KeyError), export._published(out) as folder:
         (folder / "half").touch()
         raise KeyError
+    export._require_free(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     with export._published(out) as folder:
         (folder / "new").touch()
     assert [path.name for path in out.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-    with pytest.raises(UsageError, match="mine exists and is no earlier export; name another folder by --out"):
-        exported(deployed, "gap", "keras", out)
+
+
+def test_one_that_cannot_be_published_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "earlier").touch()
+
+    def fail(partial: Path, final: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export.storage, "publish", fail)
+    with (
+        pytest.raises(RunError, match=r"nothing can be exported to .*: No space left"),
+        export._published(tmp_path / "mine"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "earlier"]
+
+
+@pytest.mark.parametrize("content", ['{"my": "settings"}', "no JSON", '{"format": "icebox-export"}'])
+def test_somebodys_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    """Also one with an export's description, if there is more in it."""
+    (tmp_path / "export.json").write_text(content)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (link := tmp_path.with_name(tmp_path.name + "-link")).symlink_to(tmp_path)
+    for out in (tmp_path, tmp_path / "export.json", link.resolve()):
+        with pytest.raises(
+            UsageError, match="exists and holds more than an earlier export; name another folder by --out"
+        ):
+            export._require_free(out)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is the folder you stand in"):
+        export._require_free(Path("..").resolve() / tmp_path.name)
 
 
 def test_a_missing_package_is_named_with_its_extra(
@@ -125,12 +157,13 @@ def test_a_missing_package_is_named_with_its_extra(
 
 
 def test_what_killed_exports_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    dead, living, done = (tmp_path / name for name in (".partial-dead", ".partial-living", "run-keras"))
-    for folder in (dead, living, done):
+    names = (".partial-dead-export", ".partial-living-export", ".partial-of-a-run", "run-keras")
+    dead, living, other, done = (tmp_path / name for name in names)
+    for folder in (dead, living, other, done):
         folder.mkdir()
     with alive(living):
         export._remove_leftovers(tmp_path)
-        assert sorted(tmp_path.iterdir()) == [living, done]
+        assert sorted(tmp_path.iterdir()) == [living, other, done]
     export._remove_leftovers(tmp_path / "nothing yet")
 
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
@@ -26,7 +27,7 @@ from pipeline.cache.space import Cache
 from pipeline.dataset import open_images
 from pipeline.errors import DatasetError, RunError, SpecError, WeightsError
 from pipeline.predict import Answer, likeliest
-from pipeline.trained import TrainedRun
+from pipeline.trained import TrainedRun, open_run
 from pipeline.untrained import initialise
 from pipeline.workspace import Workspace
 
@@ -224,6 +225,7 @@ def test_the_likeliest_are_in_order() -> None:
     assert [label for label, _ in likeliest(shares, ["a", "b", "c", "d"], 3)] == ["b", "d", "a"]
     assert len(likeliest(shares, ["a", "b", "c", "d"], 9)) == 4
     assert likeliest(None, ["a"], 1) == []
+    assert likeliest(np.array([1.0000001], np.float32), ["a"], 1) == [("a", 1.0)]
 
 
 # The command. A regression on cached rows starts no TensorFlow, so these are quick.
@@ -280,7 +282,7 @@ def test_as_a_table(deployed: Deployed) -> None:
     assert (done.code, done.out) == (0, "")
     line = next(line for line in done.err.splitlines() if line.startswith(str(name)))
     assert line.split()[2] in ("cats", "dogs")
-    assert "from cache         1" in done.err
+    assert re.search(r"^from cache +1 *$", done.err, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +317,11 @@ def pickled(path: Path) -> None:
     path.write_bytes(pickle.dumps({"weights": [1, 2, 3]}))
 
 
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def other_classes(path: Path) -> None:
     about = json.loads(path.read_text())
     runs.write_json(path, {**about, "classes": about["classes"][::-1]})
@@ -330,6 +337,8 @@ def with_lambda(path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "file", "spoil", "text"),
     [
+        ("gap", "head.json", piped, "head.json cannot be read"),
+        ("gap", "head.weights.h5", piped, "no head can be loaded"),
         ("gap", "run.json", other_classes, "run.json is not the file that was published"),
         ("gap", "head.weights.h5", pickled, "head.weights.h5 is not the file that was saved"),
         ("logreg", "head.skops", pickled, "head.skops is not the file that was saved"),
@@ -358,6 +367,20 @@ def test_a_full_model_made_up_around_a_lambda_layer_runs_no_code(copied: Deploye
     done = command(copied, copied.files[0], kind="finetune")
     assert done.code == 1
     assert "holds a model with Lambda layers, which are code" in done.err
+
+
+def test_a_class_stands_once(copied: Deployed) -> None:
+    run = copied.data / "runs" / copied.name("logreg")
+    unseal(run)
+    about = json.loads((run / "run.json").read_text())
+    runs.write_json(run / "run.json", {**about, "classes": ["cats", "cats"]})
+    with pytest.raises(RunError, match=r"is not that of a trained head .*a class stands twice"):
+        copied.run("logreg")
+
+
+def test_a_run_may_be_named_from_within(deployed: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(deployed.data / "runs" / deployed.name("logreg"))
+    assert open_run(deployed.data / "elsewhere", ".").name == deployed.name("logreg")
 
 
 def test_the_head_of_another_run_is_noticed(copied: Deployed) -> None:

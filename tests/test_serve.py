@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import pytest
 from conftest import command_line, environment, icebox, picture
 from deployed import Deployed
 
-from pipeline import serve, web
+from pipeline import patience, serve, web
 from pipeline.serve import Batcher, Pixels
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -64,9 +65,15 @@ def service(deployed: Deployed) -> Iterator[Service]:
     names = [deployed.name("logreg"), "--also", deployed.name("finetune")]
     found = started(deployed, *names, "--max-bytes", f"{MOST}", "--max-pixels", "1000000")
     yield found
-    code, said = stopped(found)
+    host, _, port = found.url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port))) as half:  # an upload that is still coming
+        head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\nContent-Type: multipart/form-data; "
+        half.sendall((head + "boundary=x\r\n\r\n--x").encode())
+        time.sleep(0.5)
+        code, said = stopped(found)
     assert code == 0, said
     assert said.splitlines()[-1] == "stopped"
+    assert "Traceback" not in said
 
 
 def test_it_says_what_predict_says(deployed: Deployed, service: Service) -> None:
@@ -211,12 +218,12 @@ def test_an_upload_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     assert asyncio.run(scenario()) == 408
 
 
-async def never(data: bytes) -> Sequence[tuple[str, float]]:
+async def never(read: web.Read) -> Sequence[tuple[str, float]]:
     raise AssertionError("nothing to answer")
 
 
 def test_when_too_many_wait_it_says_so() -> None:
-    async def busy(data: bytes) -> Sequence[tuple[str, float]]:
+    async def busy(read: web.Read) -> Sequence[tuple[str, float]]:
         raise web.BusyError
 
     app = web.make_app(web.About(runs=[], classes=[], untrained=False, max_bytes=10), busy, None)
@@ -227,6 +234,65 @@ def test_when_too_many_wait_it_says_so() -> None:
 
     response = asyncio.run(scenario())
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+
+
+def test_few_uploads_are_in_memory_and_too_many_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "_MOST_WAITING", 20)
+    most = serve._IN_MEMORY * serve.machine.usable_cores()
+    reading, peak = 0, 0
+
+    async def read() -> bytes:
+        nonlocal reading, peak
+        reading += 1
+        peak = max(peak, reading)
+        await asyncio.sleep(0.01)
+        reading -= 1
+        return b"image"
+
+    def answer(data: bytes) -> Future[np.ndarray]:
+        future = Future[np.ndarray]()
+        future.set_result(np.array([0.25, 0.75], np.float32))
+        return future
+
+    async def scenario() -> list[Any]:
+        with serve._Answering(answer, ["a", "b"], 1) as answering:
+            return await asyncio.gather(*(answering(read) for _ in range(30)), return_exceptions=True)
+
+    found = asyncio.run(scenario())
+    assert found.count([("b", 0.75)]) == 20
+    assert sum(isinstance(each, web.BusyError) for each in found) == 10
+    assert 1 < peak <= most
+
+
+def test_a_connection_over_which_nothing_is_asked_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With half a header, too; one that waits for its answer is not."""
+    import uvicorn
+
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(1.5)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    config = uvicorn.Config(app, http=patience.PatientProtocol, log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        address = listener.getsockname()
+        with socket.create_connection(address) as silent, socket.create_connection(address) as half:
+            half.sendall(b"GET / HTTP/1.1\r\nHo")
+            for connection in (silent, half):
+                connection.settimeout(10)
+                assert connection.recv(100) == b""
+        assert httpx.get(f"http://127.0.0.1:{address[1]}", trust_env=False, timeout=10).text == "ok"
+        server.should_exit = True
+        thread.join(10)
+
+
+def test_names_that_are_no_text_are_spelt_out() -> None:
+    assert serve._spelt_out("caf\udce9, 猫") == "caf\\udce9, 猫"
 
 
 # Batches
@@ -289,6 +355,15 @@ def test_a_port_that_is_taken_is_told(deployed: Deployed) -> None:
     assert done.code == 1
     assert f"nothing can be served at 127.0.0.1 port {port} (Address already in use)" in done.err
     assert "loading" not in done.err  # before anything takes time
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [(("--host", ""), "--host takes an address or a name"), (("--max-bytes", "0"), "--max-bytes must be at least 1")],
+)
+def test_wrong_use(deployed: Deployed, arguments: tuple[str, ...], text: str) -> None:
+    done = icebox(deployed.data, "serve", deployed.name("logreg"), *arguments)
+    assert (done.code, text in done.err) == (2, True), done.err
 
 
 def test_missing_packages_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,21 @@ def test_a_manifest_needs_paths_only(folder: Path, header: str) -> None:
     assert found.path(0) == folder / "zero.png"
 
 
+def test_what_follows_a_link_is_where_the_system_finds_it(folder: Path) -> None:
+    (folder / "c").mkdir()
+    (folder / "c" / "link").symlink_to(folder / "a")
+    write_picture(folder / "c" / "zero.png", seed=2)
+    found = open_images(["some/c/link/../zero.png", "some/c/link/.."])
+    assert found.read(0) == (folder / "zero.png").read_bytes()
+    assert found.read(len(found) - 1) == (folder / "zero.png").read_bytes()
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(folder: Path) -> None:
+    os.mkfifo("list.csv")
+    with pytest.raises(DatasetError, match=r"expected a manifest at 'list\.csv', found no regular file"):
+        open_images(["list.csv"])
+
+
 def test_a_parquet_manifest_with_a_root(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 from pipeline.errors import CacheError
 
+_BLOCK = 2**20  # bytes that are read at once
 PARTIAL_PREFIX = ".partial-"
 _BLOCK = 2**20  # written at a time: a full disk is met between two of them
 
@@ -145,7 +146,10 @@ def sha256_file(path: Path) -> str:
     """Return the sha256 of a file's bytes as 64 hex digits."""
     about_to("hash", path)
     with open_regular(path, os.O_RDONLY) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def files(directory: Path) -> dict[str, os.stat_result]:

@@ -91,10 +91,14 @@ def serve(
 ) -> None:
     """Answer over HTTP: a page to drop images on, and an endpoint for programs."""
     from pipeline import terminal
+    from pipeline.errors import UsageError
     from pipeline.serve import require_packages
     from pipeline.serve import serve as serve_runs
 
     require_packages()
+    most = size_in_bytes("--max-bytes", max_bytes)
+    if most < 1:
+        raise UsageError(f"--max-bytes must be at least 1, found {max_bytes!r}")
 
     def ready(url: str) -> None:
         if as_json:
@@ -109,7 +113,7 @@ def serve(
             host=host,
             port=port,
             top=top,
-            max_bytes=size_in_bytes("--max-bytes", max_bytes),
+            max_bytes=most,
             max_pixels=max_pixels,
             weights=weights,
             ready=ready,
