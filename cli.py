@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     from typer.exceptions import TyperException
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is as clean as Ctrl-C
+    stopped = _stops_noted()
     try:
         code = _run(arguments)
     except TyperException as error:
@@ -249,14 +249,30 @@ def main(arguments: list[str] | None = None) -> int:
             otherwise = "if it stays so, delete cache.db (or what ICEBOX_INDEX names): it is derived again"
             hint = "make room and run again; what was published is kept" if full else otherwise
             return _fail(f"the cache's index: {error}; {hint}", 1, arguments)
-        if not isinstance(error, (IceboxError, OSError)):
+        if isinstance(error, (IceboxError, OSError)):
+            return _fail(str(error), 2 if isinstance(error, UsageError) else 1, arguments)
+        if not stopped:
             raise  # a bug: the traceback is what helps
-        return _fail(str(error), 2 if isinstance(error, UsageError) else 1, arguments)
+        code = _INTERRUPTED  # native code that is interrupted may turn that into an error of its own
     if code == _INTERRUPTED:
         kept = "features computed so far are kept, and the same command computes the rest"
         otherwise = "nothing was published" if {"predict", "serve"}.isdisjoint(arguments) else "nothing was kept"
         return _fail(f"stopped; {kept if 'features' in arguments else otherwise}", 1, arguments)
     return code
+
+
+def _stops_noted() -> list[int]:
+    """Have Ctrl-C and a batch system's stop end the program alike; return the list of those that came."""
+    came: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in the background of a shell
+        signal.signal(signal.SIGINT, stop)
+    return came
 
 
 def _run(arguments: list[str]) -> int:

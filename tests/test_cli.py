@@ -16,6 +16,8 @@ import pytest
 from conftest import ROOT, Finished, command_line, environment, icebox, picture, write_picture
 from PIL import Image
 
+import cli
+
 FEATURE_KEYS = {
     "rows", "computed", "reused", "duplicates", "quarantined", "seconds", "images_per_second", "space",
     "bytes_per_row", "weights", "precision",
@@ -270,7 +272,29 @@ def test_a_batch_systems_stop_is_as_clean_as_ctrl_c(data: Path) -> None:
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert json.loads(out) == {"error": "stopped; nothing was published"}
-    assert "Traceback" not in err
+    assert "Traceback" not in err, err
+    assert json.loads(out) == {"error": "stopped; nothing was published"}, err
     assert f"train-head --resume {partial.name.removeprefix('.partial-')}" in err
     assert (partial / "checkpoint.npz").exists()
+
+
+def test_a_stop_that_native_code_turns_into_an_error_is_a_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import signal
+
+    def interrupted(arguments: list[str]) -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise SystemError("returned a result with an exception set") from error
+        return 0
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(cli, "_run", interrupted)
+    try:
+        assert cli.main(["train-head"]) == 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == "error: stopped; nothing was published\n"
