@@ -28,10 +28,11 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline.answering import compiled, grouped, weights_of  # noqa: E402
+from pipeline.answering import grouped  # noqa: E402
 from pipeline.cache.space import Cache  # noqa: E402
 from pipeline.dataset import open_images  # noqa: E402
 from pipeline.decoder import Loader  # noqa: E402
+from pipeline.network import compiled  # noqa: E402
 from pipeline.trained import open_run  # noqa: E402
 from pipeline.workspace import Workspace  # noqa: E402
 
@@ -73,12 +74,12 @@ def summary(values: list[float]) -> tuple[float, float, float]:
 def bare(data: str, run: str, files: list[Path]) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
     with closing(Cache(Path(data) / "cache")) as cache:
         workspace = Workspace(Path(data), cache)
-        (group,) = grouped([open_run(workspace.runs, run)])
-        network = group.network(weights_of(group, workspace, None))
+        (group,) = grouped([open_run(workspace.runs, run)], workspace)
+        network = group.network()
     images = open_images([str(path) for path in files])
     with Loader(images, 299, group.spec.fit, 180_000_000) as load:
         found = [load(i).pixels for i in range(len(images))]
-    return compiled(network.on_pixels(), 299), np.stack([pixels for pixels in found if pixels is not None])
+    return compiled(network), np.stack([pixels for pixels in found if pixels is not None])
 
 
 def one_round(

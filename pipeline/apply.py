@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from pipeline import heads, runs
-from pipeline.cache import storage
+from pipeline import runs
 from pipeline.compute import DEFAULT_BATCH_SIZE
 from pipeline.dataset import Dataset
-from pipeline.errors import DatasetError, IceboxError, MissingRowsError, RunError, UsageError
+from pipeline.errors import DatasetError, MissingRowsError, RunError, UsageError
 from pipeline.evaluate import evaluate
 from pipeline.extract import FeatureChoice, Quarantined, warn_untrained
 from pipeline.fitting import answers
 from pipeline.gather import Material, Sorted, gather, gather_images
-from pipeline.network import Network, predict
+from pipeline.network import predict
 from pipeline.pictures import draw_calibration, draw_confusion
 from pipeline.pixels import Pixels, decoding
 from pipeline.rows import Wanted, open_rows
@@ -91,8 +89,6 @@ def evaluate_run(
         said = _said_of_rows(run, material, members, side, memory)
     else:
         said = _said_of_images(run, material, members, max_pixels, workspace)
-    if said.shape[1] != len(run.classes):
-        raise RunError(f"the head in {run.path} tells {said.shape[1]} classes apart, not {len(run.classes)}")
     predictions = runs.Predictions(side, material.names(members), material.labels(members), said)
     metrics = evaluate(predictions.labels, predictions.probabilities, run.classes)
     title = side if own else f"{dataset.name}-{side}-{material.digest()[:8]}"  # names may be alike, images not
@@ -138,21 +134,14 @@ def _said_of_rows(
     run: TrainedRun, material: Material, members: np.ndarray, side: Side, memory: int | None
 ) -> np.ndarray:
     with material.space.reading():
-        reads = heads.READS[run.kind]
-        (rows,) = open_rows(material.space, material.keys, reads, [Wanted(members)], memory=memory)
-        try:
-            return answers(run.head, rows, side)
-        except ValueError as error:
-            if isinstance(error, IceboxError):
-                raise
-            shape = "x".join(map(str, rows.shape[1:]))
-            raise RunError(f"the head in {run.path} does not take rows of {shape}: it is of another run") from error
+        (rows,) = open_rows(material.space, material.keys, run.reads, [Wanted(members)], memory=memory)
+        return answers(run, rows, side)
 
 
 def _said_of_images(
     run: TrainedRun, images: Sorted, members: np.ndarray, max_pixels: int, workspace: Workspace
 ) -> np.ndarray:
-    model, spec = Network.load(run.path, run.spec).on_pixels(), run.spec
+    model, spec = run.network().on_pixels(), run.spec
     with (
         decoding(images.dataset, images.keys, images.usable, spec.input_size, spec.fit, max_pixels) as source,
         workspace.progress("measuring", len(members)) as advance,
@@ -164,19 +153,13 @@ def _said_of_images(
 def _keep(run: TrainedRun, title: str, predictions: runs.Predictions, metrics: dict[str, Any]) -> Path:
     """Write everything into a folder of the run, replacing what an earlier evaluation of the same left there."""
     final = run.path / "evaluations" / runs.slug(title)
-    partial = storage.partial_name(final.parent)
     heading = f"{run.name}\non {title}: accuracy {metrics['accuracy']:.3f}, {metrics['images']:,} images"
     try:
-        partial.mkdir(parents=True)
-        runs.write_json(partial / "metrics.json", metrics)
-        runs.write_predictions(partial / "predictions.csv", [predictions], run.classes)
-        draw_confusion(partial / "confusion.png", np.array(metrics["confusion"]), run.classes, heading)
-        draw_calibration(partial / "calibration.png", metrics["calibration"], heading)
-        if final.exists():
-            shutil.rmtree(final)
-        storage.publish(partial, final)
+        with runs.new_folder(final) as folder:
+            runs.write_json(folder / "metrics.json", metrics)
+            runs.write_predictions(folder / "predictions.csv", [predictions], run.classes)
+            draw_confusion(folder / "confusion.png", np.array(metrics["confusion"]), run.classes, heading)
+            draw_calibration(folder / "calibration.png", metrics["calibration"], heading)
     except OSError as error:
         raise RunError(f"the evaluation cannot be written to {final}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return final

@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 
 from pipeline import runs
-from pipeline.answering import grouped, stated_weights, weights_of
+from pipeline.answering import grouped
 from pipeline.backbone import KerasModel, import_keras, scale
 from pipeline.cache import storage
-from pipeline.cache.lock import abandoned, alive
+from pipeline.cache.lock import abandoned
 from pipeline.dataset import Dataset, limit
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, IceboxError, RunError, UsageError
-from pipeline.extract import warn_untrained
-from pipeline.formats import FORMATS, Format
+from pipeline.formats import CLASSES, FORMATS, Format
 from pipeline.network import Network
 from pipeline.predict import predict
 from pipeline.trained import TrainedRun
@@ -36,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "icebox-export"
 ABOUT = "export.json"
-CLASSES = "classes.json"
 _FOLDER = "exports"  # in the data directory
 _PARTIAL = "-export"  # how names of unfinished ones end
 _MOST_ABOUT = 2**20  # bytes
@@ -82,43 +80,48 @@ def export_run(
     _require_free(final)
     _remove_leftovers(final.parent)
     start = time.perf_counter()
-    (group,) = grouped([run])
-    given = stated_weights([group], workspace, weights)
-    warn_untrained(run.base)
+    (group,) = grouped([run], workspace, weights)
     some, pixels = _some(images, run, max_pixels)
     logger.info("building %s in float32", run.spec.backbone)
-    network = group.network(weights_of(group, workspace, given), "float32")
+    network = group.network("float32")
     expected = np.asarray(network.on_pixels().predict_on_batch(pixels), np.float32)
-    own, answered = _said_by(run, some, workspace, max_pixels, weights)
+    compared: dict[str, Any] = {
+        "compared_images": len(pixels),
+        "run_precision": run.spec.precision,
+        "difference_to_run": _difference_to_run(run, some, expected, workspace, max_pixels, weights),
+    }
     with _published(final) as folder:
         logger.info("writing %s", name)
         form.write(deployable(network, named=form.named), folder / form.file, run.classes)
-        difference = _difference(form, folder / form.file, pixels, expected, run)
+        compared["max_difference"] = _difference(form, folder / form.file, pixels, expected, run)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         about = {
-            "format": FORMAT,
-            "version": 1,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": form.file,
-            "model_format": name,
-            "run": run.name,
-            "weights": run.weights,
-            "untrained": run.base.untrained,
-            "input": {"name": "pixels", "shape": ["n", *pixels.shape[1:]], "dtype": "uint8", "channels": "RGB"},
-            "output": {"name": "probabilities", "shape": ["n", len(run.classes)], "dtype": "float32"},
-            "images": {"decode": run.spec.decode, "fit": run.spec.fit, "resize": run.spec.resize},
-            "classes": CLASSES,
-            "compared_images": len(pixels),
-            "max_difference": difference,
-            "run_precision": run.spec.precision,
-            "difference_to_run": float(np.abs(expected[answered] - own).max()),
+            **_description(run, form, pixels.shape[1:]),
+            **compared,
             "bytes": size,
-            "versions": {package: importlib.metadata.version(package) for package in form.packages},
             "seconds": round(time.perf_counter() - start, 3),
         }
         runs.write_json(folder / CLASSES, run.classes)
         runs.write_json(folder / ABOUT, about)
     return Exported(final / form.file, about)
+
+
+def _description(run: TrainedRun, form: Format, image: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": form.file,
+        "model_format": form.name,
+        "run": run.name,
+        "weights": run.weights,
+        "untrained": run.base.untrained,
+        "input": {"name": "pixels", "shape": ["n", *image], "dtype": "uint8", "channels": "RGB"},
+        "output": {"name": "probabilities", "shape": ["n", len(run.classes)], "dtype": "float32"},
+        "images": {"decode": run.spec.decode, "fit": run.spec.fit, "resize": run.spec.resize},
+        "classes": CLASSES,
+        "versions": {package: importlib.metadata.version(package) for package in form.packages},
+    }
 
 
 def _some(images: Dataset, run: TrainedRun, max_pixels: int) -> tuple[Dataset, np.ndarray]:
@@ -141,15 +144,19 @@ def _some(images: Dataset, run: TrainedRun, max_pixels: int) -> tuple[Dataset, n
     return some.take(good), np.stack(pixels)
 
 
-def _said_by(
-    run: TrainedRun, some: Dataset, workspace: Workspace, max_pixels: int, weights: str | None
-) -> tuple[np.ndarray, list[int]]:
-    """Return what the run itself says, (m, k) float32, and of which images: one may have changed since it was read."""
-    answers = list(predict([run], some, workspace, max_pixels=max_pixels, weights=weights))
-    answered = [i for i, answer in enumerate(answers) if answer.probabilities is not None]
-    if not answered:
+def _difference_to_run(
+    run: TrainedRun, some: Dataset, expected: np.ndarray, workspace: Workspace, max_pixels: int, weights: str | None
+) -> float:
+    """Return how far what the run itself says of images is from `expected`, (n, k)."""
+    answers = predict([run], some, workspace, max_pixels=max_pixels, weights=weights)
+    found = [
+        float(np.abs(answer.probabilities - full).max())
+        for answer, full in zip(answers, expected, strict=True)
+        if answer.probabilities is not None
+    ]
+    if not found:
         raise DatasetError(f"the images of {some.name} changed while they were compared; run it again")
-    return np.stack([said for answer in answers if (said := answer.probabilities) is not None]), answered
+    return max(found)
 
 
 def deployable(network: Network, *, named: bool) -> KerasModel:
@@ -220,32 +227,11 @@ def _is_export(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _published(final: Path) -> Iterator[Path]:
-    """Give a folder to fill; on leaving without an error it takes the place of `final`, else nothing is left."""
-    partial, former = (storage.partial_name(final.parent, _PARTIAL) for _ in range(2))
+    """Give a folder to fill, as `runs.new_folder` does. Raises RunError if it cannot be written."""
     try:
-        partial.mkdir(parents=True)
-        with alive(partial):
-            yield partial
-            for path in partial.rglob("*"):
-                storage.fsync(path)
-            _replace(final, partial, former)
+        with runs.new_folder(final, _PARTIAL) as folder:
+            yield folder
     except OSError as error:
         if isinstance(error, IceboxError):
             raise
         raise RunError(f"nothing can be exported to {final}: {error.strerror or error}") from error
-    finally:
-        for folder in (partial, former):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _replace(final: Path, new: Path, former: Path) -> None:
-    """Put the folder `new` in the place of `final`, which goes to `former`, or stays if that fails."""
-    if not final.exists():
-        storage.publish(new, final)
-        return
-    final.rename(former)
-    try:
-        storage.publish(new, final)
-    except BaseException:
-        former.rename(final)
-        raise

@@ -12,7 +12,7 @@ import numpy as np
 from pipeline import heads, tracking
 from pipeline.asked import Asked
 from pipeline.checkpoint import Checkpoint
-from pipeline.heads.base import JSON_FILE, require_numbers, stratified_folds
+from pipeline.heads.base import JSON_FILE, Predicts, require_numbers, stratified_folds
 from pipeline.heads.ensemble import Ensemble, member_name
 from pipeline.prepare import Prepared
 from pipeline.progress import Progress
@@ -59,7 +59,7 @@ def _fit_one(ready: Prepared, asked: Asked, directory: Path, advance: Callable[[
     return Outcome(fitted, ready.members["val"], *said)
 
 
-def answers(head: heads.Head, rows: Rows, side: str) -> np.ndarray:
+def answers(head: Predicts, rows: Rows, side: str) -> np.ndarray:
     """Return what a head says of rows, (n, k) float32. Raises DatasetError if one of them holds what is no number."""
     said = head.predict(rows)
     if not np.isfinite(said).all():

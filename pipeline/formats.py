@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import tempfile
@@ -18,11 +17,9 @@ import numpy as np
 
 from pipeline import machine
 from pipeline.backbone import KerasModel, import_keras, stderr_held_back
-from pipeline.errors import UsageError
+from pipeline.network import Answerer
 
-CLASSES = "classes.json"  # what the class names are called inside a model
-
-Answerer = Callable[[np.ndarray], np.ndarray]  # pixels (n, size, size, 3) uint8 RGB → probabilities (n, k) float32
+CLASSES = "classes.json"  # what the class names are called, inside a model and beside it
 
 
 @dataclass(frozen=True)
@@ -38,9 +35,7 @@ class Format:
 
     def require(self) -> None:
         """Raise UsageError unless its packages are installed."""
-        lacking = [name for name in self.packages if importlib.util.find_spec(name.replace("-", "_")) is None]
-        if lacking:
-            raise UsageError(f"--format {self.name} needs {' and '.join(lacking)}: make setup EXTRAS={self.name}")
+        machine.require_packages(f"--format {self.name}", self.packages, self.name)
 
 
 def _write_keras(model: KerasModel, path: Path, classes: Sequence[str]) -> None:

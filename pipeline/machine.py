@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pipeline.errors import UsageError
 
 # Flags of /proc/cpuinfo under which oneDNN multiplies bfloat16 in hardware.
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -118,3 +122,9 @@ def _cpu() -> tuple[str, set[str]]:
         fields.setdefault(name.strip(), value.strip())
     model = fields.get("model name") or platform.machine()
     return model, set(fields.get("flags", fields.get("Features", "")).split())
+
+
+def require_packages(what: str, packages: Sequence[str], extra: str) -> None:
+    """Raise UsageError, naming the `extra` to install, unless the packages that `what` needs are there."""
+    if lacking := [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]:
+        raise UsageError(f"{what} needs {' and '.join(lacking)}: make setup EXTRAS={extra}")

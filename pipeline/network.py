@@ -13,16 +13,19 @@ import numpy as np
 from pipeline import backbone, heads, weights_file
 from pipeline.backbone import KerasModel, cut_layers, import_keras
 from pipeline.cache import storage
-from pipeline.errors import RunError, SpecError, UsageError
+from pipeline.errors import IceboxError, RunError, SpecError, UsageError
 from pipeline.heads.dense import DenseHead, average, build, from_logreg
 from pipeline.heads.logreg import LogregHead
 from pipeline.loop import finalize
 from pipeline.rows import Rows, read_ahead
 from pipeline.runs import write_json
 from pipeline.spec import FREEZE_UNTIL, FeatureSpec
+from pipeline.weights import Weights
 
 WEIGHTS_FILE = "backbone.weights.h5"
 JSON_FILE = "network.json"
+Answerer = Callable[[np.ndarray], np.ndarray]  # pixels (n, size, size, 3) uint8 RGB → probabilities (n, k) float32
+
 _MOST_BYTES = 2**20  # of a network.json
 _MOST_AT_ONCE = 32  # rows that are answered together: more are no quicker, and a short batch is padded
 
@@ -133,24 +136,43 @@ class Network:
         RunError
             If the files are missing, or not those that were saved.
         """
-        path = directory / WEIGHTS_FILE
         try:
-            made = json.loads(storage.read_small(directory / JSON_FILE, _MOST_BYTES))
+            made = _described(directory)
             if (made["backbone"], made["layer"], made["precision"]) != (spec.backbone, spec.layer, spec.precision):
                 raise RunError(f"{JSON_FILE} is of another network than run.json says")
-            if storage.sha256_file(path) != made["sha256"]:
-                raise RunError(f"{WEIGHTS_FILE} is not the file that was saved")
+            _require_saved(directory, made)
             head = heads.load(directory)
             if not isinstance(head, DenseHead):
                 raise RunError("its head is not one of a full model")
             network = cls(replace(spec, precision=precision or spec.precision), lambda shape: head)
-            network.load_backbone("sha256:" + made["sha256"], path)
+            network.load_backbone("sha256:" + made["sha256"], directory / WEIGHTS_FILE)
         except RunError as error:
             raise RunError(f"no model can be loaded from {directory}: {error}") from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise RunError(f"no model can be loaded from {directory}: {reason}") from error
         return network
+
+
+def _described(directory: Path) -> dict[str, Any]:
+    return json.loads(storage.read_small(directory / JSON_FILE, _MOST_BYTES))
+
+
+def _require_saved(directory: Path, made: dict[str, Any]) -> None:
+    if storage.sha256_file(directory / WEIGHTS_FILE) != made["sha256"]:
+        raise RunError(f"{directory / WEIGHTS_FILE} is not the file that was saved")
+
+
+def saved_weights(directory: Path) -> Weights:
+    """Return the weights of the backbone that `Network.save` wrote. Raises RunError if they are not those."""
+    try:
+        made = _described(directory)
+        _require_saved(directory, made)
+    except RunError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"the model in {directory} cannot be read ({error})") from error
+    return Weights("file", f"sha256:{made['sha256']}", directory / WEIGHTS_FILE)
 
 
 def frozen_until(layers: Sequence[str], asked: str) -> int:
@@ -229,3 +251,25 @@ def stitched(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> Dens
     model.set_weights(head.model.get_weights())
     finalize(model)
     return DenseHead(model, head.spec)
+
+
+def compiled(network: Network) -> Answerer:
+    """Return a network as a function, compiled once for any number of images.
+
+    It raises IceboxError if an answer is not a number.
+    """
+    import tensorflow as tf
+
+    model, size = network.on_pixels(), network.spec.input_size
+
+    @tf.function(input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8)])
+    def run(pixels: tf.Tensor) -> tf.Tensor:
+        return tf.cast(model(pixels, training=False), tf.float32)
+
+    def answer(pixels: np.ndarray) -> np.ndarray:
+        said = run(tf.constant(pixels)).numpy()
+        if not np.isfinite(said).all():
+            raise IceboxError(f"answers are not numbers (NaN or infinite): {network.spec.precision} overflows")
+        return said
+
+    return answer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,16 +11,15 @@ from typing import Any
 from pipeline import heads, network
 from pipeline.asked import FullAsked
 from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, build, cut_layers
-from pipeline.cache import storage
 from pipeline.cache.digests import identify
 from pipeline.dataset import Dataset
-from pipeline.errors import DatasetError, IceboxError, RunError, SpecError, WeightsError
+from pipeline.errors import DatasetError, RunError, SpecError
 from pipeline.extract import FeatureChoice, find_space, new_spec, weights_of
 from pipeline.heads.dense import DenseHead
 from pipeline.heads.dense import build as build_head
 from pipeline.runs import read_run
 from pipeline.spec import SHAPE, FeatureSpec, HeadSpec
-from pipeline.weights import Weights, find_by_identity, resolve
+from pipeline.weights import Weights, find_by_identity, require_by_identity, resolve
 from pipeline.workspace import Workspace
 
 
@@ -39,18 +37,6 @@ class Begun:
     def full(self) -> bool:
         """Whether it has a backbone of its own."""
         return "base" in self.about
-
-    def backbone(self) -> Weights:
-        """Return the weights of its own backbone. Raises RunError."""
-        path = self.path / network.WEIGHTS_FILE
-        try:
-            digest = json.loads((self.path / network.JSON_FILE).read_text())["sha256"]
-            found = storage.sha256_file(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"the model in {self.path} cannot be read ({error})") from error
-        if found != digest:
-            raise RunError(f"{path} is not the file that was saved")
-        return Weights("file", f"sha256:{digest}", path)
 
 
 @dataclass(frozen=True)
@@ -73,16 +59,8 @@ class Origin:
         """Return the head to begin with, over tensors (h, w, c)."""
         if self.begun is None:
             return DenseHead(build_head(asked, row_shape, classes), asked)
-        try:
+        with heads.of_its_run(self.begun.path, classes, row_shape):
             found = network.stitched(heads.load(self.begun.path), row_shape, classes)
-        except ValueError as error:
-            if isinstance(error, IceboxError):
-                raise
-            shape = "x".join(map(str, row_shape))
-            raise RunError(
-                f"the head in {self.begun.path} is of another run: it does not tell {classes} classes apart by rows of "
-                f"{shape}"
-            ) from error
         shape = {name: found.spec.settings[name] for name in SHAPE}
         return DenseHead(found.model, HeadSpec.make(found.spec.head, **{**asked.settings, **shape}))
 
@@ -167,13 +145,11 @@ def _from_run(begun: Begun, asked: FullAsked, cut: str, names: Sequence[str], wo
             raise SpecError(f"{begun.path.name} began with other weights than {stated.weights}; leave out --weights")
     if stated.fit not in (None, begun.spec.fit):
         raise SpecError(f"{begun.path.name} was trained on images made square by {begun.spec.fit}, not {stated.fit}")
-    own = begun.backbone() if begun.full else None
-    weights = own or base
-    if weights is None:
-        raise WeightsError(
-            f"the features of {begun.path.name} were computed with {begun.about['summary']['weights']} "
-            f"({begun.base.weights}), which are not on this machine; give the file by `--weights FILE`"
-        )
+    own = network.saved_weights(begun.path) if begun.full else None
+    label = str(begun.about["summary"]["weights"])
+    weights = (
+        own or base or require_by_identity(begun.base.weights, label, begun.path.name, DEFAULT_BACKBONE, workspace)
+    )
     below = base is not None and (not own or _at_most(cut, begun.unchanged_until, names))
     rows = base if below and base is not None else weights
     choice = FeatureChoice(
@@ -184,7 +160,7 @@ def _from_run(begun: Begun, asked: FullAsked, cut: str, names: Sequence[str], wo
         storage=begun.spec.storage if stated.storage == "auto" else stated.storage,
     )
     spec = replace(new_spec(choice, rows), layer=begun.spec.layer, weights=begun.base.weights)
-    return Origin(spec, weights, str(begun.about["summary"]["weights"]), choice, cut, begun)
+    return Origin(spec, weights, label, choice, cut, begun)
 
 
 def _at_most(layer: str, last: str, names: Sequence[str]) -> bool:

@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline import images as decoding_policy
-from pipeline.answering import Answerer, Group, compiled, grouped, stated_weights, weights_of
+from pipeline.answering import Group, grouped
 from pipeline.cache.digests import Identities, identify
 from pipeline.compute import note_bad, note_key
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded, Loader, batched, decoding_pool, in_threads
-from pipeline.extract import warn_untrained
+from pipeline.network import Answerer, compiled
 from pipeline.trained import TrainedRun
-from pipeline.weights import Weights
 from pipeline.workspace import Workspace
 
 WINDOW = 512  # images whose answers are in memory together
@@ -61,20 +60,13 @@ def predict(
     WeightsError
         If the weights of a backbone that has to compute are not on this machine.
     """
-    groups = grouped(runs)
-    given = stated_weights(groups, workspace, weights)
-    for run in runs:
-        warn_untrained(run.base)
-    shares = [len(group.runs) / len(runs) for group in groups]
+    groups = grouped(runs, workspace, weights)
     with ExitStack() as stack:
         loaders = [Loader(images, group.spec.input_size, group.spec.fit, max_pixels) for group in groups]
         for load in loaders:
             stack.enter_context(load)
         pool = stack.enter_context(decoding_pool())  # whose threads end before the decoders do
-        speakers = [
-            _Speaker(group, workspace, given, load, pool, max_pixels)
-            for group, load in zip(groups, loaders, strict=True)
-        ]
+        speakers = [_Speaker(group, load, pool, max_pixels) for group, load in zip(groups, loaders, strict=True)]
         for start in range(0, len(images), WINDOW):
             window = images.take(np.arange(start, min(start + WINDOW, len(images))))
             identities = identify(window, workspace.cache.index, lambda n: None)
@@ -83,7 +75,7 @@ def predict(
                 for speaker in speakers
             ]
             reasons = {i: reason for said in found for i, reason in said.reasons.items()}
-            mean = np.sum([share * said.probabilities for share, said in zip(shares, found, strict=True)], axis=0)
+            mean = np.sum([group.share * said.probabilities for group, said in zip(groups, found, strict=True)], axis=0)
             cached = np.all([said.cached for said in found], axis=0)
             for i, name in enumerate(window.names):
                 if i in reasons:
@@ -121,18 +113,9 @@ class _Said:
 class _Speaker:
     """Answers for one group of runs; its network is built when the first image needs it."""
 
-    def __init__(
-        self,
-        group: Group,
-        workspace: Workspace,
-        given: Weights | None,
-        load: Loader,
-        pool: ThreadPoolExecutor,
-        max_pixels: int,
-    ) -> None:
+    def __init__(self, group: Group, load: Loader, pool: ThreadPoolExecutor, max_pixels: int) -> None:
         self._group = group
-        self._workspace = workspace
-        self._given = given
+        self._index = group.workspace.cache.index
         self._load = load
         self._pool = pool
         self._max_pixels = max_pixels
@@ -156,7 +139,7 @@ class _Speaker:
 
     def _from_cache(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
         """Return what cached rows tell, of those that have one."""
-        space = self._group.space(self._workspace)
+        space = self._group.space()
         if space is None or not keys:
             return {}
         with space.reading():
@@ -164,8 +147,7 @@ class _Speaker:
             return dict(zip(found, self._group.of_rows(space, found), strict=True)) if found else {}
 
     def _refused(self, keys: list[bytes]) -> dict[bytes, str]:
-        index = self._workspace.cache.index
-        known = index.quarantined(keys, decoding_policy.decoder_version(), self._max_pixels)
+        known = self._index.quarantined(keys, decoding_policy.decoder_version(), self._max_pixels)
         return {key: refusal.reason for key, refusal in known.items()}
 
     def _compute(
@@ -196,21 +178,19 @@ class _Speaker:
         advance: Callable[[float], None],
     ) -> Iterator[Loaded]:
         """Pass on what was decoded; note why the others were not."""
-        index = self._workspace.cache.index
         for image in loaded:
             if image.pixels is not None:
-                note_key(image, window.images, window.identities, index)
+                note_key(image, window.images, window.identities, self._index)
                 yield image
                 continue
-            note_bad(image, window.images, window.identities, index, self._max_pixels)
+            note_bad(image, window.images, window.identities, self._index, self._max_pixels)
             if image.key is not None:
                 refused[image.key] = image.reason
             advance(1)
 
     def _network(self) -> Answerer:
         if self._answerer is None:
-            weights = weights_of(self._group, self._workspace, self._given)
-            self._answerer = compiled(self._group.network(weights).on_pixels(), self._group.spec.input_size)
+            self._answerer = compiled(self._group.network())
         return self._answerer
 
 

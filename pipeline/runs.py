@@ -59,6 +59,32 @@ def new_run(root: Path, title: str, command: str = "train-head") -> Iterator[tup
 
 
 @contextmanager
+def new_folder(final: Path, ending: str = "") -> Iterator[Path]:
+    """Give a folder to fill; on leaving without an error it takes the place of `final`, else that stays as it was.
+
+    Killed, it leaves a ".partial-…" folder that nobody holds, whose name has this `ending`.
+    """
+    partial, former = (storage.partial_name(final.parent, ending) for _ in range(2))
+    try:
+        partial.mkdir(parents=True)
+        with alive(partial):
+            yield partial
+            for path in partial.rglob("*"):
+                storage.fsync(path)
+            if final.exists():
+                final.rename(former)
+            try:
+                storage.publish(partial, final)
+            except BaseException:
+                if former.exists():
+                    former.rename(final)
+                raise
+    finally:
+        for folder in (partial, former):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def reopened(root: Path, name: str, command: str = "train-head") -> Iterator[tuple[str, Path]]:
     """Give name and folder of an unfinished run, to be filled and published as with `new_run`.
 

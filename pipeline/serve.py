@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import ipaddress
 import logging
 import queue
@@ -16,10 +15,10 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 
 from pipeline import machine
-from pipeline.answering import Answerer, compiled, grouped, stated_weights, weights_of
+from pipeline.answering import grouped
 from pipeline.decoder import Decoders, decoding_pool
 from pipeline.errors import IceboxError, UsageError
-from pipeline.extract import warn_untrained
+from pipeline.network import compiled
 from pipeline.predict import likeliest
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
@@ -34,13 +33,7 @@ _LAST_ANSWERS_S = 5  # when it is ended
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 Pixels = Mapping[str, np.ndarray]  # how an image was made square → (size, size, 3) uint8 RGB
-
-
-def require_packages() -> None:
-    """Raise UsageError unless the packages of the extra `serve` are installed."""
-    lacking = [name for name in ("fastapi", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
-    if lacking:
-        raise UsageError(f"serve needs {' and '.join(lacking)}: make setup EXTRAS=serve")
+_Asked = tuple[Pixels, Future[np.ndarray]]
 
 
 class Batcher:
@@ -48,7 +41,7 @@ class Batcher:
 
     def __init__(self, answer: Callable[[Sequence[Pixels]], np.ndarray]) -> None:
         self._answer = answer
-        self._waiting: queue.Queue[tuple[Pixels, Future[np.ndarray]] | None] = queue.Queue(_MOST_WAITING)
+        self._waiting = queue.SimpleQueue[_Asked | None]()
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     def __enter__(self) -> Batcher:
@@ -60,28 +53,25 @@ class Batcher:
         self._thread.join()
 
     def __call__(self, pixels: Pixels) -> Future[np.ndarray]:
-        """Return the probabilities to come, (k,) float32. Raises queue.Full if too many images wait."""
+        """Return the probabilities to come, (k,) float32."""
         future = Future[np.ndarray]()
-        self._waiting.put_nowait((pixels, future))
+        self._waiting.put((pixels, future))
         return future
 
     def _work(self) -> None:
         while (first := self._waiting.get()) is not None:
-            batch, last = [first], False
-            while len(batch) < _BATCH and not last:
-                try:
-                    following = self._waiting.get_nowait()
-                except queue.Empty:
-                    break
-                if following is None:
-                    last = True
-                else:
-                    batch.append(following)
-            self._settle(batch)
-            if last:
-                return
+            self._settle([first, *self._following()])
 
-    def _settle(self, batch: Sequence[tuple[Pixels, Future[np.ndarray]]]) -> None:
+    def _following(self) -> Iterator[_Asked]:
+        """Yield what waits by now, as far as it goes into one batch."""
+        for _ in range(min(_BATCH - 1, self._waiting.qsize())):
+            following = self._waiting.get()  # at once: nobody else takes any
+            if following is None:
+                self._waiting.put(None)  # the end, which comes after this batch
+                return
+            yield following
+
+    def _settle(self, batch: Sequence[_Asked]) -> None:
         batch = [(pixels, future) for pixels, future in batch if future.set_running_or_notify_cancel()]
         if not batch:
             return
@@ -101,19 +91,12 @@ def service(
 ) -> Iterator[Callable[[bytes], Future[np.ndarray]]]:
     """Give the function from an image file to its probabilities; models are loaded and warm.
 
-    It may be called from any thread. It decodes where it is called, and raises DecodeError or MemoryError if it cannot,
-    queue.Full if too many images wait.
+    It may be called from any thread. It decodes where it is called, and raises DecodeError or MemoryError if it cannot.
     """
-    groups = grouped(runs)
-    given = stated_weights(groups, workspace, weights)
-    for run in runs:
-        warn_untrained(run.base)
+    groups = grouped(runs, workspace, weights)
     logger.info("loading %s", ", ".join(run.name for run in runs))
     size = groups[0].spec.input_size
-    answerers: list[tuple[str, float, Answerer]] = []
-    for group in groups:
-        model = group.network(weights_of(group, workspace, given)).on_pixels()
-        answerers.append((group.spec.fit, len(group.runs) / len(runs), compiled(model, size)))
+    answerers = [(group.spec.fit, group.share, compiled(group.network())) for group in groups]
 
     def answer(batch: Sequence[Pixels]) -> np.ndarray:
         parts = [share * run(np.stack([pixels[fit] for pixels in batch])) for fit, share, run in answerers]
@@ -150,7 +133,7 @@ def serve(
     IceboxError
         If the port cannot be had.
     """
-    require_packages()
+    machine.require_packages("serve", ["fastapi", "uvicorn", "python-multipart"], "serve")
     import uvicorn
 
     from pipeline import patience, web
@@ -213,8 +196,6 @@ class _Answering:
                 loop = asyncio.get_running_loop()
                 coming = await loop.run_in_executor(self._pool, self._answer, await read())
             return likeliest(await asyncio.wrap_future(coming), self._classes, self._top)
-        except queue.Full as error:
-            raise web.BusyError from error
         finally:
             self._waiting -= 1
 

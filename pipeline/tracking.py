@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline import machine
 from pipeline.backbone import import_keras
-from pipeline.errors import UsageError
 
 FOLDER = "tensorboard"
 
 
 def require_tensorboard() -> None:
     """Raise UsageError unless TensorBoard is installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("--tensorboard needs the package of that name: make setup EXTRAS=tensorboard")
+    machine.require_packages("--tensorboard", ["tensorboard"], "tensorboard")
 
 
 @contextmanager

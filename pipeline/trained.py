@@ -8,9 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline import heads, runs
 from pipeline.asked import Asked, FullAsked
 from pipeline.errors import DatasetError, RunError, SpecError
+from pipeline.network import Network
+from pipeline.rows import Rows
 from pipeline.spec import FeatureSpec
 
 _MOST_NAMED = 5  # classes in an error's text
@@ -55,6 +59,21 @@ class TrainedRun:
         if head.kind != self.kind:
             raise RunError(f"{self.path} holds a {head.kind} head, and its run.json says {self.kind}")
         return head
+
+    def predict(self, rows: Rows) -> np.ndarray:
+        """Return what the head says of rows, (n, k) float32. Raises RunError if it is of another run."""
+        with heads.of_its_run(self.path, len(self.classes), rows.shape[1:]):
+            said = self.head.predict(rows)
+        if said.shape[1] != len(self.classes):
+            raise heads.not_of_its_run(self.path, len(self.classes), rows.shape[1:])
+        return said
+
+    def network(self, precision: str | None = None) -> Network:
+        """Return the network of a full model, in another `precision` if one is given. Raises RunError."""
+        loaded = Network.load(self.path, self.spec, precision)
+        if loaded.model.output_shape[-1] != len(self.classes):
+            raise heads.not_of_its_run(self.path, len(self.classes), loaded.below.output_shape[1:])
+        return loaded
 
     def require_space(self, spec: FeatureSpec) -> None:
         """Raise SpecError, naming each field that differs, unless `spec` is the space the run was trained in."""

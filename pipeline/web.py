@@ -31,11 +31,9 @@ class Guess(BaseModel):
     probability: float = Field(ge=0, le=1)
 
 
-class Prediction(BaseModel):
+class Prediction(Guess):
     """What an image shows: the likeliest class, and `top`, the likeliest ones in their order."""
 
-    label: str
-    probability: float = Field(ge=0, le=1)
     top: list[Guess]
 
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import icebox, unseal
 from deployed import MOST, Deployed
 
-from pipeline import export, formats
+from pipeline import export
 from pipeline.answering import grouped
 from pipeline.cache.lock import alive
 from pipeline.decoder import Loader
@@ -22,9 +22,7 @@ from pipeline.errors import DatasetError, RunError, UsageError
 from pipeline.export import Exported, deployable, export_run
 from pipeline.formats import FORMATS
 from pipeline.untrained import initialise
-from pipeline.weights import Weights
 
-UNTRAINED = Weights("untrained", "untrained:glorot_centred_1:0", None)
 CLASSES = ["cats", "dogs"]
 
 
@@ -70,8 +68,9 @@ def check_alone(path: Path) -> None:
 
 
 def network_of(place: Deployed, kind: str) -> Any:
-    (group,) = grouped([place.run(kind)])
-    return group.network(None if group.full else UNTRAINED, "float32")
+    with place.workspace() as workspace:
+        (group,) = grouped([place.run(kind)], workspace)
+        return group.network("float32")
 
 
 @pytest.mark.parametrize("kind", ["logreg", "flatten", "folds", "finetune"])
@@ -145,15 +144,6 @@ def test_somebodys_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="is the folder you stand in"):
         export._require_free(Path("..").resolve() / tmp_path.name)
-
-
-def test_a_missing_package_is_named_with_its_extra(
-    deployed: Deployed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"--format litert needs ai-edge-litert: make setup EXTRAS=litert"):
-        exported(deployed, "gap", "litert", tmp_path / "mine")
-    assert not (tmp_path / "mine").exists()
 
 
 def test_what_killed_exports_left_is_removed_by_the_next(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import small_model
 
-from pipeline import formats
+from pipeline import machine
 from pipeline.backbone import import_keras
 from pipeline.errors import UsageError
 from pipeline.formats import FORMATS
@@ -75,6 +75,6 @@ def test_written_and_loaded_it_says_the_same(model: Any, tmp_path: Path, name: s
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--format litert needs ai-edge-litert: make setup EXTRAS=litert"):
         FORMATS["litert"].require()

@@ -188,7 +188,7 @@ def test_a_head_of_other_classes_than_its_run_is_refused(deployed: Deployed, els
     run = replace(deployed.run(kind), classes=["cats", "cows", "dogs"])
     with deployed.workspace() as full:
         for workspace in (full, elsewhere):
-            with pytest.raises(RunError, match=r"does not tell 3 classes apart by rows of .*: it is of another run"):
+            with pytest.raises(RunError, match=r"is of another run: it does not tell 3 classes apart by rows of "):
                 said([run], deployed.files, workspace)
 
 
@@ -248,7 +248,7 @@ def test_as_json(deployed: Deployed, tmp_path: Path) -> None:
         assert each["from_cache"]
     assert (found["images"], found["from_cache"], found["quarantined"]) == (7, 6, 1)
     (told,) = found["quarantined_images"]
-    assert told == {"path": str(bad), "reason": NO_IMAGE}
+    assert told == {"path": str(bad), "reason": NO_IMAGE, "since": None}
     assert found["runs"] == [deployed.name("logreg")]
     assert command(deployed, deployed.photos / "test", bad, "--max-bad", "0.2").code == 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import queue
 import signal
 import socket
 import subprocess
@@ -330,21 +329,6 @@ def test_an_error_belongs_to_those_who_asked() -> None:
         assert batcher(one(5)).result(10)[0] == 5
 
 
-def test_no_more_wait_than_can_be_answered_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "_MOST_WAITING", 4)
-    go = threading.Event()
-
-    def answer(batch: Sequence[Pixels]) -> np.ndarray:
-        go.wait(10)
-        return np.stack([pixels["squash"] for pixels in batch])
-
-    with Batcher(answer) as batcher:
-        with pytest.raises(queue.Full):
-            for i in range(10):
-                batcher(one(i))
-        go.set()
-
-
 # The command
 
 
@@ -366,12 +350,15 @@ def test_wrong_use(deployed: Deployed, arguments: tuple[str, ...], text: str) ->
     assert (done.code, text in done.err) == (2, True), done.err
 
 
-def test_missing_packages_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match="serve needs fastapi and uvicorn and python_multipart: make setup EXTRAS=serve"
+def test_missing_packages_are_named_with_their_extra(deployed: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve.machine.importlib.util, "find_spec", lambda name: None)
+    with (
+        deployed.workspace() as workspace,
+        pytest.raises(
+            ValueError, match="serve needs fastapi and uvicorn and python-multipart: make setup EXTRAS=serve"
+        ),
     ):
-        serve.require_packages()
+        serve.serve([], workspace, host="127.0.0.1", port=0, top=1, max_bytes=1, max_pixels=1)
 
 
 def test_the_page_in_a_browser(deployed: Deployed, service: Service, tmp_path: Path) -> None:

@@ -92,10 +92,8 @@ def serve(
     """Answer over HTTP: a page to drop images on, and an endpoint for programs."""
     from pipeline import terminal
     from pipeline.errors import UsageError
-    from pipeline.serve import require_packages
     from pipeline.serve import serve as serve_runs
 
-    require_packages()
     most = size_in_bytes("--max-bytes", max_bytes)
     if most < 1:
         raise UsageError(f"--max-bytes must be at least 1, found {max_bytes!r}")

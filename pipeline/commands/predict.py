@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -89,7 +90,7 @@ def predict(
             "images": len(images),
             "from_cache": tally.from_cache,
             "quarantined": len(tally.bad),
-            "quarantined_images": [{"path": bad.path, "reason": bad.reason} for bad in tally.bad],
+            "quarantined_images": [asdict(bad) for bad in tally.bad],
             "seconds": round(time.perf_counter() - start, 3),
         }
         if as_json:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.cache import storage
-from pipeline.errors import RunError
+from pipeline.errors import IceboxError, RunError
 from pipeline.heads.base import JSON_FILE, Data, Fitted, Head
 from pipeline.heads.ensemble import Ensemble, member_name
 from pipeline.loop import Watch
@@ -21,7 +23,21 @@ READS = {"flatten": "features", "gap": "pooled", "logreg": "pooled"}
 _MOST_MEMBERS = 1000
 _MOST_BYTES = 2**20  # of a head.json
 
-__all__ = ["READS", "Data", "Ensemble", "Fitted", "Head", "Watch", "fit", "load", "memory_needed", "release", "steps"]
+__all__ = [
+    "READS",
+    "Data",
+    "Ensemble",
+    "Fitted",
+    "Head",
+    "Watch",
+    "fit",
+    "load",
+    "memory_needed",
+    "not_of_its_run",
+    "of_its_run",
+    "release",
+    "steps",
+]
 
 
 def fit(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
@@ -49,6 +65,25 @@ def release() -> None:
     """Give back what Keras keeps of heads that are no longer there."""
     if "keras" in sys.modules:
         sys.modules["keras"].backend.clear_session()
+
+
+@contextmanager
+def of_its_run(directory: Path, classes: int, row_shape: tuple[int, ...]) -> Iterator[None]:
+    """Turn what Keras, NumPy or scikit-learn raise where a head does not fit its run into a RunError."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, IceboxError):
+            raise
+        raise not_of_its_run(directory, classes, row_shape) from error
+
+
+def not_of_its_run(directory: Path, classes: int, row_shape: tuple[int, ...]) -> RunError:
+    """Return the error for a head that reads other rows than its run, or tells other classes apart."""
+    shape = "x".join(map(str, row_shape))
+    return RunError(
+        f"the head in {directory} is of another run: it does not tell {classes} classes apart by rows of {shape}"
+    )
 
 
 def load(directory: Path) -> Head:

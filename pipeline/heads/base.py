@@ -17,12 +17,16 @@ JSON_FILE = "head.json"
 _TRIES = 10  # to find folds
 
 
-class Head(Protocol):
-    """A fitted head."""
+class Predicts(Protocol):
+    """Whatever tells classes apart by rows."""
 
     def predict(self, rows: Rows) -> np.ndarray:
         """Return class probabilities (n, k) float32."""
         ...
+
+
+class Head(Predicts, Protocol):
+    """A fitted head."""
 
     def save(self, directory: Path) -> None:
         """Write the head into a run directory; `head.json` comes last, so that it vouches for the rest."""
