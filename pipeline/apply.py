@@ -14,12 +14,13 @@ from pipeline.compute import DEFAULT_BATCH_SIZE
 from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError, MissingRowsError, RunError, UsageError
 from pipeline.evaluate import evaluate
-from pipeline.extract import FeatureChoice, Quarantined, warn_untrained
+from pipeline.extract import FeatureChoice, warn_untrained
 from pipeline.fitting import answers
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.network import predict
 from pipeline.pictures import draw_calibration, draw_confusion
 from pipeline.pixels import Pixels, decoding
+from pipeline.planning import Quarantined
 from pipeline.rows import Wanted, open_rows
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace

@@ -13,7 +13,8 @@ from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
 from pipeline.errors import UsageError
-from pipeline.extract import FeatureChoice, Plan, Planning, find_space, request_of
+from pipeline.extract import FeatureChoice, find_space, request_of
+from pipeline.planning import Plan, Planning
 from pipeline.spec import PLAIN_VIEW, Views
 from pipeline.workspace import Workspace
 
@@ -135,7 +136,8 @@ class _Reasons:
         self._plan = plan
         self._before = before
         self._space = space
-        rows = [(key, view) for i, views in plan.todo.items() if (key := identities.keys[i]) for view in views]
+        todo = zip(plan.todo.images.tolist(), plan.todo.views.tolist(), strict=True)
+        rows = [(key, view) for i, view in todo if (key := identities.keys[i])]
         missing, views = [key for key, _ in rows], [view for _, view in rows]
         self._missing = set(missing)
         # `find_space` prefers one that lost rows
@@ -159,7 +161,7 @@ class _Reasons:
         return self._missing_because(i, key)
 
     def _missing_because(self, i: int, key: bytes) -> tuple[State, str]:
-        lacking = self._plan.todo[self._first[key]]
+        lacking = self._plan.todo.views_of(self._first[key])
         if key in self._lost:
             return "bad shard", f"its row was in shard {self._lost[key]}"
         if key in self._elsewhere:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pipeline.cache.export import Columns, What, export
 from pipeline.dataset import Dataset
-from pipeline.extract import FeatureChoice, Quarantined
+from pipeline.extract import FeatureChoice
 from pipeline.gather import gather
+from pipeline.planning import Quarantined
 from pipeline.workspace import Workspace
 
 

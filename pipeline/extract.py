@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-
 from pipeline import images, machine
 from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, FrozenBackbone
 from pipeline.cache.digests import Identities, identify
-from pipeline.cache.index import Index
 from pipeline.cache.space import FeatureSpace
-from pipeline.compute import ComputeOptions, Job, check_room, compute, note_bad, refusal
+from pipeline.compute import ComputeOptions, Job, check_room, compute, refusal
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loaded, Loader, decoding_pool, first_good, in_threads
 from pipeline.errors import SpecError
-from pipeline.progress import Progress
+from pipeline.planning import DEFAULT_FIT, Plan, Planning, Quarantined, name_quarantined
 from pipeline.spec import PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
 from pipeline.weights import Weights, require_by_identity, resolve
 from pipeline.workspace import Workspace
@@ -32,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 _OFFLINE_DATASETS = ("digits",)  # for these `--weights auto` never touches the network
 _DEFAULT_STORAGE = "float16"
-_DEFAULT_FIT = "squash"
-_CHECKED_AHEAD = 64  # images
 
 
 @dataclass(frozen=True)
@@ -46,112 +39,6 @@ class FeatureChoice:
     precision: str = "auto"
     storage: str = "auto"
     space: str | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be done for a dataset; indices count its images, and a row is one view of one image."""
-
-    todo: dict[int, list[int]]  # the first image of each key that lacks rows → the numbers of those views
-    reused: int  # rows that are there
-    duplicates: int  # rows of images that are copies of another image of the dataset
-    quarantined: dict[int, tuple[str, str | None]]  # image → why it cannot be read or decoded, since when
-
-    @property
-    def missing(self) -> int:
-        """How many rows are to be computed."""
-        return sum(map(len, self.todo.values()))
-
-    @property
-    def rows(self) -> int:
-        """How many rows the dataset's images have, or will have once `todo` is done."""
-        return self.missing + self.reused + self.duplicates
-
-
-@dataclass(frozen=True)
-class Planning:
-    """What a plan is made from: the images, who they are, what is known of them, in which views they are wanted."""
-
-    dataset: Dataset
-    identities: Identities
-    index: Index
-    max_pixels: int
-    views: Views = PLAIN_VIEW
-
-    def plan(self, space: FeatureSpace | None) -> Plan:
-        """Return which rows need computing, given what `space` holds; None holds nothing."""
-        first: dict[bytes, int] = {}
-        for i, key in enumerate(self.identities.keys):
-            if key is not None:
-                first.setdefault(key, i)
-        lacking = self._lacking(space, list(first))
-        refused = self.index.quarantined(list(lacking), images.decoder_version(), self.max_pixels)
-        todo = {first[key]: views for key, views in lacking.items() if key not in refused}
-        quarantined: dict[int, tuple[str, str | None]] = {}
-        copies = 0
-        for i, key in enumerate(self.identities.keys):
-            if key is None:
-                quarantined[i] = (self.identities.unread[i], None)
-            elif key in refused:
-                quarantined[i] = (refused[key].reason, refused[key].since)
-            else:
-                copies += first[key] != i
-        missing = sum(map(len, todo.values()))
-        reused = (len(first) - len(refused)) * self.views.count - missing
-        return Plan(dict(sorted(todo.items())), reused, copies * self.views.count, quarantined)
-
-    def _lacking(self, space: FeatureSpace | None, keys: list[bytes]) -> dict[bytes, list[int]]:
-        """Return key → the numbers of the views it has no row of, for those of `keys` that lack any."""
-        lacking: dict[bytes, list[int]] = {}
-        for view in self.views.numbers:
-            found = space.locate(keys, [view] * len(keys)).found if space else np.zeros(len(keys), bool)
-            for at in np.flatnonzero(~found).tolist():
-                lacking.setdefault(keys[at], []).append(view)
-        return lacking
-
-    def meet_undecodable(self, space: FeatureSpace | None) -> Plan:
-        """Return the plan after decoding images that lack rows until one can be decoded; those before it are
-        quarantined.
-
-        So neither TensorFlow is loaded nor is anything demanded when what lacks rows can have none, as after the
-        index, which remembers the quarantine, was lost.
-        """
-        plan = self.plan(space)
-        if not plan.todo:
-            return plan
-        fit = space.spec.fit if space else _DEFAULT_FIT
-        with Loader(self.dataset, BACKBONES[DEFAULT_BACKBONE].input_size, fit, self.max_pixels) as loader:
-            first_good(loader, plan.todo, self._note_bad)
-        return self.plan(space)
-
-    def try_to_decode(self, some: Iterable[int], fit: str, progress: Progress) -> None:
-        """Decode these images, to know which of them cannot be."""
-        some = list(some)
-        size = BACKBONES[DEFAULT_BACKBONE].input_size
-        with (
-            Loader(self.dataset, size, fit, self.max_pixels) as loader,
-            decoding_pool() as pool,
-            progress("checking images", len(some)) as advance,
-        ):
-            for image in in_threads(pool, loader, some, ahead=_CHECKED_AHEAD):
-                if image.pixels is None:
-                    self._note_bad(image)
-                advance(1)
-
-    def _note_bad(self, bad: Loaded) -> None:
-        note_bad(bad, self.dataset, self.identities, self.index, self.max_pixels)
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    """An image without a row, by the name people know it under, and why. Names may repeat in a manifest.
-
-    `since` is when its content was first refused (ISO 8601, UTC); None if it could not be read, which is not kept.
-    """
-
-    path: str
-    reason: str
-    since: str | None = None
 
 
 @dataclass(frozen=True)
@@ -260,11 +147,6 @@ def _refuse_bad(dataset: Dataset, plan: Plan) -> None:
         raise refusal(bad[0].path, bad[0].reason, more=len(bad) - 1)
 
 
-def name_quarantined(dataset: Dataset, plan: Plan) -> list[Quarantined]:
-    """Return the quarantined images in the dataset's order."""
-    return [Quarantined(dataset.names[i], *why) for i, why in sorted(plan.quarantined.items())]
-
-
 def _compute_all(planning: Planning, job: Job) -> tuple[Plan, float]:
     """Compute until nothing is missing; return the plan that says so and the seconds it took.
 
@@ -272,7 +154,7 @@ def _compute_all(planning: Planning, job: Job) -> tuple[Plan, float]:
     """
     seconds = 0.0
     while (plan := planning.plan(job.space)).todo:
-        seconds += compute(job, plan.todo)
+        seconds += compute(job, {i: plan.todo.views_of(i) for i in plan.todo.distinct.tolist()})
     return plan, seconds
 
 
@@ -340,7 +222,7 @@ def _layer(choice: FeatureChoice) -> str:
 
 
 def _fit(choice: FeatureChoice) -> str:
-    return choice.fit or _DEFAULT_FIT
+    return choice.fit or DEFAULT_FIT
 
 
 def new_spec(choice: FeatureChoice, weights: Weights) -> FeatureSpec:

@@ -22,7 +22,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.compute import ComputeOptions, duration
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError
-from pipeline.extract import FeatureChoice, Quarantined, extract, warn_untrained
+from pipeline.extract import FeatureChoice, extract, warn_untrained
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.heads import dense
 from pipeline.heads.base import class_weights, measure, require_numbers
@@ -30,6 +30,7 @@ from pipeline.loop import NotFiniteError, Trained, Watch, train
 from pipeline.network import Network
 from pipeline.origin import Origin, origin_of
 from pipeline.pixels import Pixels, decoding
+from pipeline.planning import Quarantined
 from pipeline.prepare import Prepared, check_sides, prepared_pixels, prepared_tensors
 from pipeline.rows import Rows, StoredRows, select
 from pipeline.spec import FeatureSpec

@@ -12,14 +12,8 @@ from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset, Split, assign, groups
 from pipeline.errors import DatasetError, MissingRowsError
-from pipeline.extract import (
-    FeatureChoice,
-    Plan,
-    Planning,
-    Quarantined,
-    find_space,
-    name_quarantined,
-)
+from pipeline.extract import FeatureChoice, find_space
+from pipeline.planning import Plan, Planning, Quarantined, name_quarantined
 from pipeline.spec import PLAIN_VIEW, Views
 from pipeline.workspace import Workspace
 
@@ -102,7 +96,7 @@ def gather(
     plan = planning.meet_undecodable(space) if space is not None else planning.plan(space)
     if not plan.rows:
         raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")
-    lacking = {identities.keys[i] for i in plan.todo}
+    lacking = {identities.keys[i] for i in plan.todo.distinct.tolist()}
     if space is None or (lacking and not partly):
         raise _missing(planning, lacking, space, features_command)
     return Material(*_sorted(dataset, identities, plan), space, views)
@@ -122,7 +116,7 @@ def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: 
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, cache.index, advance)
     planning = Planning(dataset, identities, cache.index, max_pixels)
-    planning.try_to_decode(planning.plan(None).todo, fit, workspace.progress)
+    planning.try_to_decode(planning.plan(None).todo.distinct.tolist(), fit, workspace.progress)
     plan = planning.plan(None)
     if not plan.todo:
         raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")

@@ -26,12 +26,13 @@ from pipeline.cache.lock import exclusive
 from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import Dataset
 from pipeline.errors import DoNotFitError, RunError
-from pipeline.extract import FeatureChoice, Quarantined
+from pipeline.extract import FeatureChoice
 from pipeline.fitting import Outcome, answers, fit_head
 from pipeline.gather import Material, gather
 from pipeline.heads.base import measure
 from pipeline.leaderboard import Trial, draw_leaderboard, leaderboard, write_leaderboard
 from pipeline.loop import NotFiniteError
+from pipeline.planning import Quarantined
 from pipeline.prepare import memory_needed, prepared
 from pipeline.spec import PLAIN_VIEW, HeadSpec, Views
 from pipeline.train import write_run

@@ -15,9 +15,9 @@ from pipeline import heads, results, runs, tracking
 from pipeline.asked import Asked
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError
-from pipeline.extract import Quarantined
 from pipeline.fitting import Outcome, fit_asked
 from pipeline.gather import Material, gather
+from pipeline.planning import Quarantined
 from pipeline.prepare import Prepared, prepared
 from pipeline.rows import Rows
 from pipeline.workspace import Workspace

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,14 @@ _BLOCK = 4096  # images looked up, hashed and remembered at a time
 
 @dataclass(frozen=True)
 class Identities:
-    """The key of each image: 32 bytes, or None where the image could not be read; `unread` says why."""
+    """The key of each image: 32 bytes, or None where it is not known.
+
+    `unread` says why an image could not be read; `unseen` are those that nobody has read yet.
+    """
 
     keys: list[bytes | None]
     unread: dict[int, str]
+    unseen: set[int] = field(default_factory=set)
 
 
 def digest(data: bytes | np.ndarray) -> bytes:

@@ -13,7 +13,8 @@ import typer
 if TYPE_CHECKING:
     from pipeline.asked import Asked, DatasetChoice
     from pipeline.dataset import Dataset
-    from pipeline.extract import FeatureChoice, Quarantined
+    from pipeline.extract import FeatureChoice
+    from pipeline.planning import Quarantined
     from pipeline.spec import Views
     from pipeline.sweep import SweepAsked
     from pipeline.trained import TrainedRun

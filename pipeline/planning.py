@@ -1,0 +1,163 @@
+"""What is to be done for a dataset: which of its rows are missing, and which images cannot have any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from pipeline import images
+from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE
+from pipeline.cache.digests import Identities
+from pipeline.cache.index import Index
+from pipeline.cache.space import FeatureSpace
+from pipeline.compute import note_bad
+from pipeline.dataset import Dataset
+from pipeline.decoder import Loaded, Loader, decoding_pool, first_good, in_threads
+from pipeline.progress import Progress
+from pipeline.spec import PLAIN_VIEW, Views
+
+DEFAULT_FIT = "squash"
+_CHECKED_AHEAD = 64  # images
+
+
+@dataclass(frozen=True, eq=False)
+class Todo:
+    """Rows to be computed, ordered by image: image indices (m,) int64 and the number of each row's view (m,) int64."""
+
+    images: np.ndarray
+    views: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int]]) -> Self:
+        """Return these (image, view number)."""
+        return cls(*np.array(rows, np.int64).reshape(-1, 2).T)
+
+    @property
+    def distinct(self) -> np.ndarray:
+        """The images that lack rows, each once, (k,) int64."""
+        return self.images[np.flatnonzero(np.diff(self.images, prepend=-1))]
+
+    def views_of(self, image: int) -> list[int]:
+        """Return the numbers of the views that an image lacks."""
+        low, high = np.searchsorted(self.images, (image, image + 1))
+        return self.views[low:high].tolist()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done for a dataset; indices count its images, and a row is one view of one image."""
+
+    todo: Todo  # of each key the first image stands for all
+    reused: int  # rows that are there
+    duplicates: int  # rows of images that are copies of another image of the dataset
+    quarantined: dict[int, tuple[str, str | None]]  # image → why it cannot be read or decoded, since when
+
+    @property
+    def missing(self) -> int:
+        """How many rows are to be computed."""
+        return len(self.todo)
+
+    @property
+    def rows(self) -> int:
+        """How many rows the dataset's images have, or will have once `todo` is done."""
+        return self.missing + self.reused + self.duplicates
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What a plan is made from: the images, who they are, what is known of them, in which views they are wanted."""
+
+    dataset: Dataset
+    identities: Identities
+    index: Index
+    max_pixels: int
+    views: Views = PLAIN_VIEW
+
+    def plan(self, space: FeatureSpace | None) -> Plan:
+        """Return which rows need computing, given what `space` holds; None holds nothing."""
+        first: dict[bytes, int] = {}
+        for i, key in enumerate(self.identities.keys):
+            if key is not None:
+                first.setdefault(key, i)
+        lacking = self._lacking(space, list(first))
+        refused = self.index.quarantined(list(lacking), images.decoder_version(), self.max_pixels)
+        todo = {first[key]: views for key, views in lacking.items() if key not in refused}
+        quarantined: dict[int, tuple[str, str | None]] = {}
+        copies = 0
+        for i, key in enumerate(self.identities.keys):
+            if i in self.identities.unseen:
+                todo[i] = list(self.views.numbers)
+            elif key is None:
+                quarantined[i] = (self.identities.unread[i], None)
+            elif key in refused:
+                quarantined[i] = (refused[key].reason, refused[key].since)
+            else:
+                copies += first[key] != i
+        rows = sorted((i, view) for i, views in todo.items() for view in views)
+        known = len(first) - len(refused) + len(self.identities.unseen)
+        reused = known * self.views.count - len(rows)
+        return Plan(Todo.of(rows), reused, copies * self.views.count, quarantined)
+
+    def _lacking(self, space: FeatureSpace | None, keys: list[bytes]) -> dict[bytes, list[int]]:
+        """Return key → the numbers of the views it has no row of, for those of `keys` that lack any."""
+        lacking: dict[bytes, list[int]] = {}
+        for view in self.views.numbers:
+            found = space.locate(keys, [view] * len(keys)).found if space else np.zeros(len(keys), bool)
+            for at in np.flatnonzero(~found).tolist():
+                lacking.setdefault(keys[at], []).append(view)
+        return lacking
+
+    def meet_undecodable(self, space: FeatureSpace | None) -> Plan:
+        """Return the plan after decoding images that lack rows until one can be decoded; those before it are
+        quarantined.
+
+        So neither TensorFlow is loaded nor is anything demanded when what lacks rows can have none, as after the
+        index, which remembers the quarantine, was lost.
+        """
+        plan = self.plan(space)
+        if not plan.todo:
+            return plan
+        fit = space.spec.fit if space else DEFAULT_FIT
+        with Loader(self.dataset, BACKBONES[DEFAULT_BACKBONE].input_size, fit, self.max_pixels) as loader:
+            first_good(loader, plan.todo.distinct.tolist(), self._note_bad)
+        return self.plan(space)
+
+    def try_to_decode(self, some: Iterable[int], fit: str, progress: Progress) -> None:
+        """Decode these images, to know which of them cannot be."""
+        some = list(some)
+        size = BACKBONES[DEFAULT_BACKBONE].input_size
+        with (
+            Loader(self.dataset, size, fit, self.max_pixels) as loader,
+            decoding_pool() as pool,
+            progress("checking images", len(some)) as advance,
+        ):
+            for image in in_threads(pool, loader, some, ahead=_CHECKED_AHEAD):
+                if image.pixels is None:
+                    self._note_bad(image)
+                advance(1)
+
+    def _note_bad(self, bad: Loaded) -> None:
+        note_bad(bad, self.dataset, self.identities, self.index, self.max_pixels)
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """An image without a row, by the name people know it under, and why. Names may repeat in a manifest.
+
+    `since` is when its content was first refused (ISO 8601, UTC); None if it could not be read, which is not kept.
+    """
+
+    path: str
+    reason: str
+    since: str | None = None
+
+
+def name_quarantined(dataset: Dataset, plan: Plan) -> list[Quarantined]:
+    """Return the quarantined images in the dataset's order."""
+    return [Quarantined(dataset.names[i], *why) for i, why in sorted(plan.quarantined.items())]
