@@ -33,17 +33,18 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 _SILENT_S = 30.0  # without a heartbeat, of which there should be one every few seconds: Dask itself waits for minutes
 _PATIENCE_S = 60.0  # for a first worker, or another one when all are gone, or for a scheduler to come back
-_MOST_LOSSES = 3  # of whoever has a task in hand, before its images are tried apart
+_MOST_LOSSES = 3  # of whoever had a task in hand, before it is tried alone, and in halves if that ends a worker too
 _SAMPLES = 3
 _FATAL = "reading or decoding it ended the worker, again and again"
 
 
 @dataclass(eq=False)
 class _Hand:
-    """A task that a worker has in hand."""
+    """A task that a worker has in hand, `alone` if it has nothing else: what ends it then is known."""
 
     task: ShardTask
     future: Any
+    alone: bool
     advanced: float = 0.0
 
 
@@ -62,6 +63,10 @@ class _Worker:
     rows: int = 0  # published
     advanced: float = 0.0  # rows computed, published or not
     model_seconds: float = 0.0
+
+    def load(self) -> int:
+        """Return how many tasks it has in hand; one that is to be alone counts for all."""
+        return AT_ONCE if any(hand.alone for hand in self.hands.values()) else len(self.hands)
 
     @property
     def rate(self) -> float:
@@ -225,20 +230,19 @@ class Fleet:
         worker.hands.clear()
 
     def _put_back(self, hand: _Hand, *, lost: bool) -> None:
-        """Have a task done by somebody, image by image in the end if whoever has it in hand is always lost."""
+        """Have a task done by somebody, or if it is that which ends workers, its halves, down to the one image."""
         self._advance(-hand.advanced)
         self._effort.lost += round(hand.advanced)
         task = replace(hand.task, losses=hand.task.losses + lost)
-        if task.losses < _MOST_LOSSES:
-            self._again.append(task)
-            return
         middle = len(task.origin) // 2
-        if not middle:
+        if not (lost and hand.alone):
+            self._again.append(task)
+        elif middle:
+            at = int(np.searchsorted(task.images, middle))
+            self._again += task.part(slice(0, at)), task.part(slice(at, None))
+        else:
             self._settle(task, ShardDone(None, [Met(0, None, _FATAL)], 0.0))
             self._advance(len(task))
-            return
-        at = int(np.searchsorted(task.images, middle))
-        self._again += task.part(slice(0, at)), task.part(slice(at, None))
 
     def _dismiss(self, worker: _Worker, reason: str) -> None:
         """Give a worker nothing more to do."""
@@ -260,14 +264,14 @@ class Fleet:
         fit = [worker for worker in self._workers.values() if worker.fit]
         if any(worker.gpu for worker in fit):  # beside a GPU a processor would only be waited for
             fit = [worker for worker in fit if worker.gpu]
-        while fit and self._hold_next():
-            worker = min(fit, key=lambda each: len(each.hands))
-            if len(worker.hands) >= AT_ONCE or self._next is None:
+        while fit and self._hold_next() and self._next is not None:
+            worker, alone = min(fit, key=_Worker.load), self._next.losses >= _MOST_LOSSES
+            if worker.load() >= (1 if alone else AT_ONCE):
                 return
             number, task = next(self._numbers), self._next
             self._next = None
             future = self._submit(worker, run_task, task, self._requirements, number, gpu=worker.gpu)
-            worker.hands[number] = _Hand(task, future)
+            worker.hands[number] = _Hand(task, future, alone)
 
     def _hold_next(self) -> bool:
         """Return whether there is a task to hand out; those that were given back come last."""
