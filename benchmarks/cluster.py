@@ -83,11 +83,9 @@ def rows(data: Path) -> dict[str, str]:
 def cluster(scratch: Path) -> Iterator[None]:
     dask = str(Path(sys.executable).parent / "dask")
     scheduler = [dask, "scheduler", "--host", "127.0.0.1", "--port", ADDRESS.rsplit(":", 1)[1], "--no-dashboard"]
-    worker = [dask, "worker", ADDRESS, "--nthreads", "2", "--memory-limit", "0", "--local-directory", str(scratch)]
+    worker = [dask, "worker", ADDRESS, "--nthreads", "1", "--memory-limit", "0", "--local-directory", str(scratch)]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    # As many cores each as there are for it: two threads, of which one has the model.
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(scheduler, **quiet), *(subprocess.Popen(worker, env=alone, **quiet) for _ in range(2))]
+    started = [subprocess.Popen(scheduler, **quiet), *(subprocess.Popen(worker, **quiet) for _ in range(2))]
     try:
         with Client(ADDRESS, timeout=60, set_as_default=False) as client:
             client.wait_for_workers(2)

@@ -82,7 +82,7 @@ def workers(scratch: Path) -> Iterator[None]:
     scheduler = within("icebox-a", dask, "scheduler", "--host", HOSTS["icebox-a"], "--port", ADDRESS.rsplit(":", 1)[1])
     started = [subprocess.Popen(scheduler, **quiet)]
     for host in ("icebox-b", "icebox-c"):
-        more = ("--host", HOSTS[host], "--nthreads", "2", "--memory-limit", "0", "--local-directory", str(scratch))
+        more = ("--host", HOSTS[host], "--nthreads", "1", "--memory-limit", "0", "--local-directory", str(scratch))
         started.append(subprocess.Popen(within(host, dask, "worker", ADDRESS, *more, "--name", host), **quiet))
     time.sleep(10)
     try:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -213,15 +212,9 @@ def cluster_of(count: int, threads: int) -> Any:
     return LocalCluster(n_workers=count, threads_per_worker=threads, processes=True, dashboard_address="127.0.0.1:0")
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    with cluster_of(2, 2) as started:
-        yield started.scheduler_address
-
-
-def test_workers_find_what_is_found_here(workspace: Workspace, photos: Path, cluster: str) -> None:
+def test_workers_find_what_is_found_here(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
-    here, there = run(workspace, photos), run(workspace, photos, cluster=ClusterChoice(scheduler=cluster))
+    here, there = run(workspace, photos), run(workspace, photos, cluster=ClusterChoice(workers=2))
     same = ("trial", "val_accuracy", "val_loss", "p_value", "parameters", "bytes")
     assert [[row[key] for key in same] for row in here.rows] == [[row[key] for key in same] for row in there.rows]
     assert here.best["accuracy"] == there.best["accuracy"]
