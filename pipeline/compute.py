@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from pipeline.cache.index import Index
 from pipeline.cache.shard import Rows, ShardInfo, file_size
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loaded, Loader, batched, decoding_pool, in_threads
+from pipeline.decoder import Loaded, Loader, batched, decoding_pool
 from pipeline.errors import CacheError, DecodeError
 from pipeline.progress import Progress
 from pipeline.spec import PLAIN_VIEW, Augmentation, Views
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_SHARD_ROWS = 256
 DEFAULT_BATCH_SIZE = 32
 MAX_BATCH_SIZE = 512
+_REMEMBERED_AT_ONCE = 256  # digests of what was fetched
 _ANNOUNCED_FROM = 100  # images; fewer are done before one has read an estimate
 
 
@@ -61,10 +62,11 @@ class Job:
     views: Views = PLAIN_VIEW  # whose recipe augmented views are made by
 
 
-def compute(job: Job, todo: Mapping[int, Sequence[int]]) -> float:
+def compute(job: Job, todo: Mapping[int, Sequence[int]]) -> tuple[int, float]:
     """Compute and publish rows, `todo` being image → numbers of its views; the caller holds the space's lock.
 
-    Returns the seconds from the first batch asked of the model to the last shard published. On Ctrl-C the
+    Returns how many were computed, and the seconds from the first batch asked of the model to the last shard
+    published. An image that nobody had read is not computed if it turns out to have its rows. On Ctrl-C the
     rows computed so far are published before the interrupt goes on.
 
     Raises
@@ -82,11 +84,13 @@ def compute(job: Job, todo: Mapping[int, Sequence[int]]) -> float:
         decoding_pool() as pool,
         job.progress("computing features", rows_todo) as advance,
     ):
-        start, size = time.perf_counter(), 0.0
-        views = in_threads(pool, lambda i: _load_views(load, i, todo[i], job.views.recipe), todo, ahead=ahead)
-        good = _sort_out(views, job, advance)
+        start, size, count = time.perf_counter(), 0.0, 0
+        views = load.stream(pool, todo, lambda image: _views(image, todo[image.i], job.views.recipe), ahead)
         # Closed also on Ctrl-C: what was computed is kept.
-        with closing(_Publisher(job.space, job.options.shard_rows, job.views.recipes)) as publisher:
+        with (
+            closing(_Publisher(job.space, job.options.shard_rows, job.views.recipes)) as publisher,
+            closing(_sort_out(views, job, advance)) as good,
+        ):
             for number, batch in enumerate(batched(good, batch_size)):
                 asked = time.perf_counter()
                 rows = _run_model(job.backbone, batch)
@@ -97,12 +101,12 @@ def compute(job: Job, todo: Mapping[int, Sequence[int]]) -> float:
                     _announce((time.perf_counter() - asked) / len(batch), size, rows_todo, job.space)
                 publisher.add(*rows)
                 advance(len(batch))
-        return time.perf_counter() - start
+                count += len(batch)
+        return count, time.perf_counter() - start
 
 
-def _load_views(load: Loader, i: int, views: Sequence[int], recipe: Augmentation) -> list[Loaded]:
-    """Decode image i once and return it in each of `views`, in all alike if it cannot be decoded."""
-    plain = load(i)
+def _views(plain: Loaded, views: Sequence[int], recipe: Augmentation) -> list[Loaded]:
+    """Return a plain image in each of `views`, in all alike if it could not be decoded."""
     if plain.pixels is None or plain.key is None:
         return [replace(plain, view=view) for view in views]
     return [
@@ -113,18 +117,38 @@ def _load_views(load: Loader, i: int, views: Sequence[int], recipe: Augmentation
     ]
 
 
-def _sort_out(loaded: Iterable[list[Loaded]], job: Job, advance: Callable[[int], None]) -> Iterator[Loaded]:
+def _sort_out(
+    loaded: Iterable[list[Loaded]], job: Job, advance: Callable[[int], None]
+) -> Generator[Loaded, None, None]:
     """Pass on what was decoded; note what was not, and who turned out to be somebody else."""
-    for views in loaded:
-        image = views[0]
-        if image.pixels is not None:
+    # Rows on their way to a shard, which the space does not know of yet; and more, as that costs little.
+    under_way: deque[tuple[bytes | None, int]] = deque(maxlen=8 * job.options.shard_rows)
+    try:
+        for views in loaded:
+            image = views[0]
+            if image.pixels is None:
+                note_bad(image, job.dataset, job.identities, job.index, job.options.max_pixels)
+                if job.options.strict:
+                    raise refusal(job.dataset.names[image.i], image.reason)
+                advance(len(views))
+                continue
+            was_unseen = image.i in job.identities.unseen
             note_key(image, job.dataset, job.identities, job.index)
-            yield from views
-            continue
-        note_bad(image, job.dataset, job.identities, job.index, job.options.max_pixels)
-        if job.options.strict:
-            raise refusal(job.dataset.names[image.i], image.reason)
-        advance(len(views))
+            if was_unseen:
+                wanted = [each for each in views if (each.key, each.view) not in under_way and not _is_there(each, job)]
+            else:
+                wanted = views
+            under_way.extend((each.key, each.view) for each in wanted)
+            yield from wanted
+            advance(len(views) - len(wanted))
+            if len(job.identities.fetched) >= _REMEMBERED_AT_ONCE:
+                job.identities.remember_fetched(job.index)
+    finally:
+        job.identities.remember_fetched(job.index)
+
+
+def _is_there(image: Loaded, job: Job) -> bool:
+    return image.key is not None and bool(job.space.locate([image.key], [image.view]).found[0])
 
 
 def note_bad(image: Loaded, dataset: Dataset, identities: Identities, index: Index, max_pixels: int) -> None:
@@ -137,11 +161,16 @@ def note_bad(image: Loaded, dataset: Dataset, identities: Identities, index: Ind
 
 
 def note_key(image: Loaded, dataset: Dataset, identities: Identities, index: Index) -> None:
-    """Correct who an image is. The digest that was remembered is not to be trusted if its bytes are others now."""
-    planned, path = identities.keys[image.i], dataset.path(image.i)
+    """Correct who an image is. The digest that was remembered is not to be trusted if its bytes are others now; that
+    of an address waits in `identities.fetched` to be remembered.
+    """
+    planned, path, url = identities.keys[image.i], dataset.path(image.i), dataset.url(image.i)
     if image.key is not None and image.key != planned and path is not None:
         index.forget_digests([path.absolute()])
+    if image.key is not None and url is not None:
+        identities.fetched[url] = image.validator, image.key
     identities.keys[image.i] = image.key
+    identities.unseen.discard(image.i)
 
 
 def refusal(name: str, reason: str, more: int = 0) -> DecodeError:

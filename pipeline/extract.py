@@ -79,7 +79,7 @@ def extract(
     """
     cache = workspace.cache
     with workspace.progress("identifying images", len(dataset)) as advance:
-        identities = identify(dataset, cache.index, advance)
+        identities = identify(dataset, cache.index, advance, read_unseen=False)
     if retry_failed:
         cache.index.forget_quarantined([key for key in identities.keys if key is not None])
     space, weights = find_space(workspace, choice, identities, views)
@@ -87,14 +87,14 @@ def extract(
     plan = planning.meet_undecodable(space)
     if options.strict:
         _refuse_bad(dataset, plan)
-    before, seconds = plan.reused, 0.0
+    computed, seconds = 0, 0.0
     if plan.todo:
         source = _Source(planning, choice, weights)
-        space, before, plan, seconds = _compute_missing(source, workspace, space, options, plan.missing)
+        space, computed, plan, seconds = _compute_missing(source, workspace, space, options, plan.missing)
     if space is not None:
         warn_untrained(space.spec)
     failed = name_quarantined(dataset, plan)
-    return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, seconds, space)
+    return Extraction(len(dataset), computed, plan.reused - computed, plan.duplicates, failed, seconds, space)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class _Source:
 def _compute_missing(
     source: _Source, workspace: Workspace, space: FeatureSpace | None, options: ComputeOptions, count: int
 ) -> tuple[FeatureSpace, int, Plan, float]:
-    """Compute what is missing, alone in the space; return it, the rows there before, the last plan, the seconds."""
+    """Compute what is missing, alone in the space; return it, how many rows it has more, the last plan, the seconds."""
     cache, planning = workspace.cache, source.planning
     weights = source.weights or weights_of(space, planning.dataset, workspace)
     spec = space.spec if space else new_spec(source.choice, weights)
@@ -125,16 +125,15 @@ def _compute_missing(
     with space.lock(_waiting):
         space.remove_leftovers()
         plan = planning.plan(space)
-        before = plan.reused
         if not plan.todo:  # whoever held the lock has computed it all
-            return space, before, plan, 0.0
+            return space, 0, plan, 0.0
         backbone = backbone or _load(spec, weights, options)
         progress = workspace.progress
         job = Job(
             planning.dataset, planning.identities, space, backbone, cache.index, options, progress, planning.views
         )
-        plan, seconds = _compute_all(planning, job)
-    return space, before, plan, seconds
+        plan, computed, seconds = _compute_all(planning, job)
+    return space, computed, plan, seconds
 
 
 def _load(spec: FeatureSpec, weights: Weights, options: ComputeOptions) -> FrozenBackbone:
@@ -147,15 +146,16 @@ def _refuse_bad(dataset: Dataset, plan: Plan) -> None:
         raise refusal(bad[0].path, bad[0].reason, more=len(bad) - 1)
 
 
-def _compute_all(planning: Planning, job: Job) -> tuple[Plan, float]:
-    """Compute until nothing is missing; return the plan that says so and the seconds it took.
+def _compute_all(planning: Planning, job: Job) -> tuple[Plan, int, float]:
+    """Compute until nothing is missing; return the plan that says so, how many rows it took and how many seconds.
 
     One pass is enough unless a file changes after it was hashed: its former copies may then lack a row.
     """
-    seconds = 0.0
+    computed, seconds = 0, 0.0
     while (plan := planning.plan(job.space)).todo:
-        seconds += compute(job, {i: plan.todo.views_of(i) for i in plan.todo.distinct.tolist()})
-    return plan, seconds
+        count, took = compute(job, {i: plan.todo.views_of(i) for i in plan.todo.distinct.tolist()})
+        computed, seconds = computed + count, seconds + took
+    return plan, computed, seconds
 
 
 def _waiting(holder: str) -> None:

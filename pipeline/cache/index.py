@@ -262,6 +262,28 @@ class Index:
         found = self._all("SELECT path, digest FROM files", (), bytes, bytes)
         return {Path(os.fsdecode(path)): digest for path, digest in found}
 
+    # Digests of what is behind addresses
+
+    def url_digests(self, urls: Iterable[str]) -> list[tuple[str | None, bytes] | None]:
+        """Return for each address the validator and digest that were remembered, or None."""
+        query = "SELECT validator, digest FROM urls WHERE url = ?"
+        with self._reading() as db:
+            found = [db.execute(query, (url,)).fetchone() for url in urls]
+        self._check([row for row in found if row], (str | None, bytes))
+        if any(row and len(row[1]) != 32 for row in found):
+            raise IndexDamagedError(self.path, "it has digests of no length", certain=True)
+        return found
+
+    def remember_urls(self, digests: Mapping[str, tuple[str | None, bytes]]) -> None:
+        """Remember of each address what its server said before it was read, and the digest of what it gave."""
+        rows = [(url, validator, digest) for url, (validator, digest) in digests.items()]
+        self._remember("INSERT OR REPLACE INTO urls VALUES (?, ?, ?)", rows)
+
+    def forget_urls(self, urls: Iterable[str]) -> None:
+        """Forget the digests of these addresses, so that they are read again."""
+        with self._changing() as db:
+            db.executemany("DELETE FROM urls WHERE url = ?", [(url,) for url in urls])
+
     # Quarantine
 
     def quarantined(self, keys: Sequence[bytes], decoder: str, max_pixels: int) -> dict[bytes, Quarantine]:
