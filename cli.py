@@ -17,9 +17,11 @@ from pipeline.commands.full import finetune, freeze
 from pipeline.commands.heads import train_head
 from pipeline.commands.predict import predict
 from pipeline.commands.shared import (
+    CONNECTIONS,
     MAX_PIXELS,
     ArchiveOption,
     AugmentOption,
+    ConnectionsOption,
     DatasetOption,
     FitOption,
     ImageRootOption,
@@ -33,6 +35,7 @@ from pipeline.commands.shared import (
     StorageOption,
     ViewsOption,
     WeightsOption,
+    causes,
     exit_for_bad,
     feature_choice,
     finish,
@@ -100,6 +103,7 @@ def features(
         Literal["quarantine", "fail"], typer.Option(help="What an image that cannot be read or decoded does.")
     ] = "quarantine",
     max_bad: MaxBadOption = 0.0,
+    connections: ConnectionsOption = CONNECTIONS,
     as_json: JsonOption = False,
 ) -> None:
     """Compute the features that are missing, and keep them."""
@@ -107,9 +111,11 @@ def features(
     from dataclasses import asdict
 
     from pipeline.compute import ComputeOptions
+    from pipeline.dataset import remote
     from pipeline.extract import extract
 
     start = time.perf_counter()
+    remote.limit_connections(connections)
     options = ComputeOptions(shard_rows, batch_size, max_pixels, strict=on_error == "fail")
     wanted = views_choice(context)
     with opened(context) as workspace:
@@ -125,6 +131,7 @@ def features(
         "duplicates": done.duplicates,
         "quarantined": len(done.quarantined),
         "quarantined_images": [asdict(bad) for bad in done.quarantined],
+        "causes": causes(done.quarantined),
         "seconds": round(time.perf_counter() - start, 3),
         "images_per_second": round(done.computed / done.compute_seconds, 2) if done.computed else None,
         "space": done.space.name if done.space else None,

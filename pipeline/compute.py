@@ -123,6 +123,7 @@ def _sort_out(
     """Pass on what was decoded; note what was not, and who turned out to be somebody else."""
     # Rows on their way to a shard, which the space does not know of yet; and more, as that costs little.
     under_way: deque[tuple[bytes | None, int]] = deque(maxlen=8 * job.options.shard_rows)
+    doubtful = bool(job.identities.unseen)  # what nobody has read may be a copy of another image, or have its rows
     try:
         for views in loaded:
             image = views[0]
@@ -132,9 +133,8 @@ def _sort_out(
                     raise refusal(job.dataset.names[image.i], image.reason)
                 advance(len(views))
                 continue
-            was_unseen = image.i in job.identities.unseen
             note_key(image, job.dataset, job.identities, job.index)
-            if was_unseen:
+            if doubtful:
                 wanted = [each for each in views if (each.key, each.view) not in under_way and not _is_there(each, job)]
             else:
                 wanted = views
@@ -154,9 +154,7 @@ def _is_there(image: Loaded, job: Job) -> bool:
 def note_bad(image: Loaded, dataset: Dataset, identities: Identities, index: Index, max_pixels: int) -> None:
     """Remember that an image could not be decoded, or note that it could not be read, which is not remembered."""
     note_key(image, dataset, identities, index)
-    if image.key is None:
-        identities.unread[image.i] = image.reason
-    else:
+    if image.key is not None:
         index.remember_quarantined({image.key: image.reason}, images.decoder_version(), max_pixels)
 
 
@@ -169,8 +167,11 @@ def note_key(image: Loaded, dataset: Dataset, identities: Identities, index: Ind
         index.forget_digests([path.absolute()])
     if image.key is not None and url is not None:
         identities.fetched[url] = image.validator, image.key
-    identities.keys[image.i] = image.key
-    identities.unseen.discard(image.i)
+    for i in (image.i, *identities.twins.pop(image.i, ())):
+        identities.keys[i] = image.key
+        identities.unseen.discard(i)
+        if image.key is None:
+            identities.unread[i] = image.reason
 
 
 def refusal(name: str, reason: str, more: int = 0) -> DecodeError:

@@ -54,12 +54,12 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Read:
-    """One image, read: its bytes or pixels, or None and the reason why not."""
+    """One image, read: its bytes or pixels, or None and why not."""
 
     i: int
     data: bytes | np.ndarray | None
     validator: str | None = None
-    reason: str = ""
+    error: OSError | None = None
 
 
 class Decoders:
@@ -160,18 +160,20 @@ class Loader:
                 return _Read(i, *remote.fetch(url))
             return _Read(i, self._dataset.read(i))
         except OSError as error:
-            return _Read(i, None, reason=unreadable(error))
+            return _Read(i, None, error=error)
 
     def _put_back(self, read: _Read) -> None:
         """Keep what was read ahead of what turned out to be wanted: whoever wants it next need not fetch it again."""
         url = self._dataset.url(read.i)
         if url is not None and isinstance(read.data, bytes):
             remote.hold(url, remote.Fetched(read.data, read.validator))
+        elif url is not None and read.error is not None:
+            remote.hold(url, read.error)
 
     def _decode(self, read: _Read) -> Loaded:
         i, data = read.i, read.data
         if data is None:
-            return Loaded(i, None, None, read.reason)
+            return Loaded(i, None, None, unreadable(read.error or OSError("no data")))
         key = digest(data)
         try:
             return Loaded(i, key, self._pixels(data), validator=read.validator)

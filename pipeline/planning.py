@@ -92,15 +92,18 @@ class Planning:
         copies = 0
         for i, key in enumerate(self.identities.keys):
             if i in self.identities.unseen:
-                todo[i] = list(self.views.numbers)
+                copies += 1  # but for those that stand below
             elif key is None:
                 quarantined[i] = (self.identities.unread[i], None)
             elif key in refused:
                 quarantined[i] = (refused[key].reason, refused[key].since)
             else:
                 copies += first[key] != i
+        to_read = self.identities.to_read
+        copies -= len(to_read)
+        todo.update((i, list(self.views.numbers)) for i in to_read)
         rows = sorted((i, view) for i, views in todo.items() for view in views)
-        known = len(first) - len(refused) + len(self.identities.unseen)
+        known = len(first) - len(refused) + len(to_read)
         reused = known * self.views.count - len(rows)
         return Plan(Todo.of(rows), reused, copies * self.views.count, quarantined)
 

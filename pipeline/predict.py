@@ -129,7 +129,7 @@ class _Speaker:
         refused = self._refused([key for key in keys if key is not None and key not in said])
         # Once is enough, unless a file changes after it was hashed: its former copies then lack an answer.
         # What is behind addresses may turn out to be an old acquaintance when it is fetched.
-        while todo := [*window.identities.unseen, *_lacking(keys, said.keys() | refused.keys())]:
+        while todo := [*window.identities.to_read, *_lacking(keys, said.keys() | refused.keys())]:
             cached |= self._compute(window, todo, said, refused, advance)
             computed += len(todo)
         window.identities.remember_fetched(self._index)

@@ -27,13 +27,21 @@ class Identities:
     """The key of each image: 32 bytes, or None where it is not known.
 
     `unread` says why an image could not be read; `unseen` are those that nobody has read yet, or not since they
-    changed. `fetched` has what is to be remembered of addresses that were read: validator and digest.
+    changed; `twins` are among these the first of each address → the others of it. `fetched` has what is to be remembered
+    of addresses that were read: validator and digest.
     """
 
     keys: list[bytes | None]
     unread: dict[int, str]
     unseen: set[int] = field(default_factory=set)
+    twins: dict[int, list[int]] = field(default_factory=dict)
     fetched: dict[str, tuple[str | None, bytes]] = field(default_factory=dict)
+
+    @property
+    def to_read(self) -> list[int]:
+        """The unseen images, of each address the first."""
+        others = {i for some in self.twins.values() for i in some}
+        return sorted(self.unseen - others)
 
     def remember_fetched(self, index: Index) -> None:
         """Have the index remember what was fetched, and forget it here."""
@@ -59,6 +67,7 @@ def identify(
     `advance(n)` is called after every n images. Without `remember` the index learns nothing. Without `read_unseen`
     what is behind an address and was never read, or changed since, is not read now either, but noted as unseen.
     """
+    remote.let_go()  # of what an earlier plan may have left
     found = Identities([None] * len(dataset), {})
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(dataset), _BLOCK):
@@ -69,6 +78,10 @@ def identify(
                 index.remember_digests(fresh)
                 found.remember_fetched(index)
             advance(len(block))
+    first: dict[str | None, int] = {}
+    for i in sorted(found.unseen):
+        if (at := first.setdefault(dataset.url(i), i)) != i:
+            found.twins.setdefault(at, []).append(i)
     return found
 
 
@@ -106,7 +119,7 @@ def _identify_urls(dataset: Dataset, block: range, index: Index, found: Identiti
         # Of many images in one archive, the archive is asked for once.
         asked = list(dict.fromkeys(remote.whole(url) for i, url in urls.items() if known[i]))
         said = dict(zip(asked, pool.map(_ask, asked), strict=True))
-        to_read: dict[int, str] = {}
+        to_read: dict[str, list[int]] = {}
         for i, url in urls.items():
             before, now = known[i], said.get(remote.whole(url))
             if isinstance(now, OSError):
@@ -114,15 +127,16 @@ def _identify_urls(dataset: Dataset, block: range, index: Index, found: Identiti
             elif before and now is not None and now == before[0]:
                 found.keys[i] = before[1]
             elif read_unseen or (before and now is None):  # it may be what it was
-                to_read[i] = url
+                to_read.setdefault(url, []).append(i)
             else:
                 found.unseen.add(i)
-        for i, read in zip(to_read, pool.map(_read, to_read.values()), strict=True):
+        for (url, some), read in zip(to_read.items(), pool.map(_read, to_read), strict=True):
             if isinstance(read, OSError):
-                found.unread[i] = unreadable(read)
-            else:
+                found.unread.update(dict.fromkeys(some, unreadable(read)))
+                continue
+            found.fetched[url] = read
+            for i in some:
                 found.keys[i] = read[1]
-                found.fetched[to_read[i]] = read
 
 
 def _ask(url: str) -> str | OSError | None:

@@ -137,12 +137,19 @@ def fetch(url: str) -> Fetched:
         If it cannot be had; the text is the cause, short and without the address.
     """
     held = _state().held.pop(url, None)
+    if isinstance(held, OSError):
+        raise held
     return held or _tried(lambda: _fetch(url))
 
 
-def hold(url: str, fetched: Fetched) -> None:
-    """Keep what was fetched until it is asked for again, once; whoever does so sees to it that it is not much."""
+def hold(url: str, fetched: Fetched | OSError) -> None:
+    """Keep what was fetched, or why it was not, until it is asked for once more; it should not be much."""
     _state().held[url] = fetched
+
+
+def let_go() -> None:
+    """Forget what is held."""
+    _state().held.clear()
 
 
 def validator(url: str) -> str | None:
@@ -186,7 +193,7 @@ class _State:
     systems: dict[Any, _System] = field(default_factory=dict)
     archives: dict[str, _Archive] = field(default_factory=dict)
     opening: dict[str, threading.Lock] = field(default_factory=dict)
-    held: dict[str, Fetched] = field(default_factory=dict)
+    held: dict[str, Fetched | OSError] = field(default_factory=dict)
 
 
 _only = _State(os.getpid())
@@ -483,11 +490,13 @@ _KINDS: tuple[tuple[set[str], str, bool], ...] = (
 
 
 def _code_of(error: BaseException) -> int:
-    """Return the HTTP status that an error of boto, gcsfs or aiohttp carries, or 0."""
+    """Return the HTTP status that an error of boto or gcsfs carries, or 0."""
     answer = getattr(error, "response", None)
     if isinstance(answer, dict):
         answer = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    for code in (answer, getattr(error, "status", None), getattr(error, "code", None)):
+    if type(error).__module__.startswith("aiohttp"):  # which calls a body cut short a 400
+        return 0
+    for code in (answer, getattr(error, "code", None)):
         if isinstance(code, int) and 400 <= code < 600:
             return code
     return 0
