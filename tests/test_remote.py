@@ -5,17 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import pickle
+import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, command_line, environment, picture
-from served import Page, Site, served
+from served import Bucket, Page, Site, bucket_server, served
 
 import pipeline.extract
 from pipeline.cache.digests import digest, identify
@@ -66,7 +66,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(_Backbone, "shown", 0)
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(remote, "_only", remote._State(remote.os.getpid()))
+    monkeypatch.setattr(remote, "_only", remote._State(os.getpid()))
     yield
 
 
@@ -74,6 +74,20 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def site() -> Iterator[Site]:
     with served() as site:
         yield site
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    with bucket_server(tmp_path_factory.mktemp("store")) as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def bucket(store: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    """A bucket on a server of its own, which the environment names as any S3-compatible one is named."""
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    return store
 
 
 def png(seed: int) -> bytes:
@@ -214,17 +228,16 @@ def test_what_passes_is_tried_again(site: Site) -> None:
     assert site.asked["GET", "/a"] == 3
 
 
-def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OSError, match="^connection refused$"):
+def test_nobody_there() -> None:
+    with pytest.raises(OSError, match=r"^connection refused$"):
         remote.fetch("http://127.0.0.1:9/a.png")
-    with pytest.raises(OSError, match="^no such host$"):
-        remote.fetch("http://nowhere.invalid/a.png")
+    assert str(remote._failure(socket.gaierror(-2, "Name or service not known"))) == "no such host"
 
 
 def test_a_body_beyond_the_limit_is_not_read(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "LARGEST", 1000)
     site.pages["/a"] = Page(bytes(1001))
-    with pytest.raises(OSError, match="^more than 1,000 bytes$"):
+    with pytest.raises(OSError, match=r"^more than 1,000 bytes$"):
         remote.fetch(f"{site.address}/a")
     assert site.asked["GET", "/a"] == 1
 
@@ -265,16 +278,16 @@ def test_members_of_archives_here_and_elsewhere(site: Site, kind: str, tmp_path:
         with ThreadPoolExecutor(8) as pool:
             found = list(pool.map(lambda name: remote.fetch(f"{kind}://{name}::{place}").data, members))  # noqa: B023
         assert found == list(members.values())
-        with pytest.raises(OSError, match="^no such object$"):
+        with pytest.raises(OSError, match=r"^no such object$"):
             remote.fetch(f"{kind}://in/9.png::{place}")
     assert site.count("GET") < len(members)  # parts of it that hold many
 
 
 def test_an_archive_that_is_none(site: Site, tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(b"text" * 1000)
-    with pytest.raises(OSError, match="^not a whole archive$"):
+    with pytest.raises(OSError, match=r"^not a whole archive$"):
         remote.fetch(f"zip://a::{tmp_path}/x.zip")
-    with pytest.raises(OSError, match="^no such object$"):
+    with pytest.raises(OSError, match=r"^no such object$"):
         remote.fetch(f"zip://a::{tmp_path}/none.zip")
     site.pages["/x.zip"] = Page(archive("zip", {"a": b"x" * 100}))  # of which there are no parts to be had
     with pytest.raises(OSError, match="its server gives no parts"):
@@ -285,7 +298,7 @@ def test_a_member_that_unpacks_to_more_than_the_limit(tmp_path: Path, monkeypatc
     monkeypatch.setattr(remote, "LARGEST", 1000)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as made:
         made.writestr("a.png", bytes(100_000))
-    with pytest.raises(OSError, match="^more than 1,000 bytes$"):
+    with pytest.raises(OSError, match=r"^more than 1,000 bytes$"):
         remote.fetch(f"zip://a.png::{tmp_path}/bomb.zip")
 
 
@@ -446,6 +459,42 @@ def test_a_source_with_addresses_can_be_sent_to_another_process(site: Site, tmp_
     )
     assert done.stdout == png(1) + png(2), done.stderr
     assert (dataset.path(0), dataset.path(1), dataset.url(1)) == (None, tmp_path / "b.png", None)
+
+
+# An S3-compatible server
+
+
+def test_a_bucket(bucket: Bucket, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of a bucket, one of them in an archive: fetched once, known by their ETags, changed, and gone."""
+    for i in range(10):
+        bucket.put(f"in/{i}.png", png(i))
+    bucket.put("x.zip", archive("zip", {f"{i}.png": png(i) for i in range(20, 24)}))
+    names = [f"s3://{bucket.name}/in/{i}.png" for i in range(12)]
+    names += [f"zip://{i}.png::s3://{bucket.name}/x.zip" for i in range(20, 24)]
+    dataset = manifest(tmp_path / "list.csv", [*names, "s3://no-such-bucket/a.png"])
+    done = features(dataset, workspace)
+    assert counts(done) == (14, 0, 0, 3)
+    assert {bad.reason for bad in done.quarantined} == {"cannot be read: no such object"}
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_fetch", lambda url: pytest.fail(f"{url} was fetched") if "in/1" not in url else _gone())
+        again = features(manifest(tmp_path / "again.csv", names), workspace)
+    assert counts(again) == (0, 14, 0, 2)
+    bucket.put("in/3.png", png(33))
+    bucket.put("in/11.png", png(11))
+    assert counts(features(dataset, workspace)) == (2, 13, 0, 2)
+
+
+def _gone() -> remote.Fetched:
+    raise FileNotFoundError
+
+
+def test_a_bucket_that_is_not_ours_is_named_as_such(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket.put("a.png", png(1))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(OSError, match=r"^access denied$"):
+        remote.fetch(f"s3://{bucket.name}/a.png")
+    with pytest.raises(OSError, match=r"^access denied$"):
+        remote.validator(f"s3://{bucket.name}/a.png")
 
 
 # Others than `features`

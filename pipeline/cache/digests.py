@@ -27,8 +27,8 @@ class Identities:
     """The key of each image: 32 bytes, or None where it is not known.
 
     `unread` says why an image could not be read; `unseen` are those that nobody has read yet, or not since they
-    changed; `twins` are among these the first of each address → the others of it. `fetched` has what is to be remembered
-    of addresses that were read: validator and digest.
+    changed, and `twins` is the first of these of an address → the others of it. `fetched` has what is to be
+    remembered of addresses that were read: validator and digest.
     """
 
     keys: list[bytes | None]
