@@ -100,26 +100,27 @@ class Loader:
     """Loads images of a dataset, from any thread; the hash is taken of the very bytes that are decoded.
 
     Files are decoded in other processes; images that come as pixels need none. Those behind addresses are read by
-    more threads than decode, as the network lets them wait. Leaving the context ends threads and processes; no
-    thread may be loading then.
+    more threads than decode, as the network lets them wait. Leaving the context ends the processes; no thread may be
+    loading then.
     """
 
-    def __init__(self, dataset: Dataset, size: int, fit: str, max_pixels: int) -> None:
+    def __init__(
+        self, dataset: Dataset, size: int, fit: str, max_pixels: int, decoders: Decoders | None = None
+    ) -> None:
+        """Load images of `dataset`; `decoders` of the same settings are not ended with the context."""
         self._dataset = dataset
         self._size = size
         self._fit: images.Fit = cast(images.Fit, fit)
         self._max_pixels = max_pixels
-        self._decoders = Decoders(size, fit, max_pixels)
+        self._own = Decoders(size, fit, max_pixels)
+        self._decoders = decoders or self._own
         self._from_afar = next(dataset.urls(), None) is not None
-        self._readers: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._readers is not None:
-            self._readers.shutdown(cancel_futures=True)
-        self._decoders.__exit__(*error)
+        self._own.__exit__(*error)
 
     def __call__(self, i: int) -> Loaded:
         """Read, hash and decode image i."""
@@ -127,7 +128,7 @@ class Loader:
 
     def stream(
         self, pool: ThreadPoolExecutor, indices: Iterable[int], finish: Callable[[Loaded], R], ahead: int
-    ) -> Iterator[R]:
+    ) -> Generator[R]:
         """Load images in the threads of `pool`, and yield what `finish`, called there, makes of each.
 
         At most `ahead` results wait. They come in order, unless some are behind addresses: then as these arrive, so
@@ -143,16 +144,22 @@ class Loader:
         """Load images one by one until `enough` says so of one. It, and what was fetched ahead of it, is kept for
         whoever reads it next.
         """
-        with closing(self._arriving(indices) if self._from_afar else (self._read(i) for i in indices)) as arriving:
+        with closing(
+            self._arriving(indices, self._put_back) if self._from_afar else (self._read(i) for i in indices)
+        ) as arriving:
             for read in arriving:
                 if enough(self._decode(read)):
                     self._put_back(read)
                     return
 
-    def _arriving(self, indices: Iterable[int]) -> Generator[_Read, None, None]:
+    def _arriving(self, indices: Iterable[int], left: Callable[[_Read], None] | None = None) -> Generator[_Read]:
+        """Read images in as many threads as there may be requests; `left` gets what was read ahead in vain."""
         connections = remote.connections()
-        self._readers = self._readers or ThreadPoolExecutor(connections, "reading")
-        return _as_they_come(self._readers, self._read, indices, 2 * connections, self._put_back)
+        pool = ThreadPoolExecutor(connections, "reading")
+        try:
+            yield from _as_they_come(pool, self._read, indices, 2 * connections, left)
+        finally:
+            pool.shutdown(wait=left is not None, cancel_futures=True)
 
     def _read(self, i: int) -> _Read:
         try:
@@ -260,12 +267,12 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def decoding_pool() -> ThreadPoolExecutor:
-    """Return threads to load images in, as many as keep a model busy."""
-    return ThreadPoolExecutor(min(machine.usable_cores(), _MOST_DECODERS), "decoding")
+def decoding_pool(cores: int | None = None) -> ThreadPoolExecutor:
+    """Return threads to load images in, as many as keep a model on so many cores busy, by default on all of them."""
+    return ThreadPoolExecutor(min(cores or machine.usable_cores(), _MOST_DECODERS), "decoding")
 
 
-def in_threads(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+def in_threads(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Generator[R]:
     """Map in threads, in order, at most `ahead` results waiting: `Executor.map` would run through all."""
     waiting: deque[Future[R]] = deque()
     try:
@@ -281,8 +288,8 @@ def in_threads(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable
 
 
 def _as_they_come(
-    pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int, left: Callable[[R], None]
-) -> Generator[R, None, None]:
+    pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int, left: Callable[[R], None] | None
+) -> Generator[R]:
     """Map in threads, the first to be done first, at most `ahead` under way or waiting; `left` gets what is unused."""
     items, running, done = iter(items), set[Future[R]](), set[Future[R]]()
     try:
@@ -295,7 +302,7 @@ def _as_they_come(
                 yield done.pop().result()
     finally:
         for future in {*done, *running}:
-            if not future.cancel() and future.exception() is None:
+            if not future.cancel() and left is not None and future.exception() is None:
                 left(future.result())
 
 

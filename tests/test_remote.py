@@ -25,7 +25,7 @@ import pytest
 from conftest import ROOT, command_line, environment, picture
 from served import Bucket, Page, Site, bucket_server, served
 
-import pipeline.extract
+import pipeline.shard_task
 from pipeline.cache.digests import digest, identify
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, open_dataset, open_images, remote
@@ -48,7 +48,7 @@ class _Backbone:
     row_shape = (2, 2, 8)
     shown = 0
 
-    def __init__(self, spec: FeatureSpec, weights: Path | None, batch_size: int) -> None:
+    def __init__(self, spec: FeatureSpec, weights: Path | None, batch_size: int, threads: int | None = None) -> None:
         self.batch_size = batch_size
 
     def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +60,7 @@ class _Backbone:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No network takes long, and no pause either; what a test opened is closed with it."""
-    monkeypatch.setattr(pipeline.extract, "FrozenBackbone", _Backbone)
+    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", _Backbone)
     monkeypatch.setattr(remote, "_PAUSE", 0.01)
     monkeypatch.setattr(remote, "SILENCE", 0.5)
     monkeypatch.setattr(_Backbone, "shown", 0)
