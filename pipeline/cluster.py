@@ -82,8 +82,9 @@ def connected(choice: ClusterChoice) -> Iterator[Client]:
     """
     from distributed import Client as DaskClient
 
-    # What it logs of lost connections is said by us in one line. Its import sets a level of its own.
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    # What it logs of lost connections is said by us in one line. Its import sets levels of its own.
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if choice.workers is not None:
         with _started(choice.workers, choice.dashboard) as cluster, DaskClient(cluster, set_as_default=False) as client:
             _say_dashboard(client)

@@ -223,7 +223,7 @@ def compute(job: Job, rows_of: np.ndarray, views: np.ndarray, crew: Crew) -> Non
 
 def _task_rows(job: Job, total: int, processes: int) -> int:
     """Return how many rows a task has: a shard, or fewer batches if processes would wait for the last of them."""
-    if processes == 1:
+    if processes <= 1:
         return job.task_rows
     batch = job.setup.batch_size
     return min(job.task_rows, max(1, total // (_TASKS_EACH * processes * batch)) * batch)
