@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline import images, machine
 from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE
-from pipeline.cache.digests import Identities, identify
+from pipeline.cache.digests import Identities, identify, read_some
 from pipeline.cache.space import FeatureSpace
 from pipeline.cluster import ClusterChoice
 from pipeline.compute import ComputeOptions, Crew, Effort, Here, Job, compute, refusal
@@ -87,6 +87,7 @@ def extract(
     cache = workspace.cache
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, cache.index, advance, read_unseen=False)
+    read_some(dataset, identities)
     if retry_failed:
         cache.index.forget_quarantined([key for key in identities.keys if key is not None])
     space, weights = find_space(workspace, choice, identities, views)

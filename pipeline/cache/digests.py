@@ -139,6 +139,26 @@ def _identify_urls(dataset: Dataset, block: range, index: Index, found: Identiti
                 found.keys[i] = read[1]
 
 
+def read_some(dataset: Dataset, found: Identities) -> None:
+    """Read a few of the unseen images if no image is known, so that it can be told which space has their rows.
+
+    What was fetched is held for whoever computes.
+    """
+    if any(key is not None for key in found.keys):
+        return
+    urls = {i: url for i in found.to_read[: remote.connections()] if (url := dataset.url(i)) is not None}
+    with ThreadPoolExecutor(remote.connections()) as pool:
+        for (i, url), read in zip(urls.items(), pool.map(_fetch, urls.values()), strict=True):
+            remote.hold(url, read)
+            if isinstance(read, OSError):
+                continue
+            key = digest(read.data)
+            found.fetched[url] = read.validator, key
+            for twin in (i, *found.twins.pop(i, ())):
+                found.keys[twin] = key
+                found.unseen.discard(twin)
+
+
 def _ask(url: str) -> str | OSError | None:
     try:
         return remote.validator(url)
@@ -146,13 +166,17 @@ def _ask(url: str) -> str | OSError | None:
         return error
 
 
-def _read(url: str) -> tuple[str | None, bytes] | OSError:
-    """Return validator and digest of what is behind an address, or why it cannot be read."""
+def _fetch(url: str) -> remote.Fetched | OSError:
     try:
-        fetched = remote.fetch(url)
+        return remote.fetch(url)
     except OSError as error:
         return error
-    return fetched.validator, digest(fetched.data)
+
+
+def _read(url: str) -> tuple[str | None, bytes] | OSError:
+    """Return validator and digest of what is behind an address, or why it cannot be read."""
+    fetched = _fetch(url)
+    return fetched if isinstance(fetched, OSError) else (fetched.validator, digest(fetched.data))
 
 
 def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> tuple[FileStamp, bytes, bool] | str:
