@@ -355,6 +355,11 @@ def test_the_rows_are_those_of_the_same_files(site: Site, workspace: Workspace, 
     shown = _Backbone.shown
     assert counts(features(there, workspace)) == (0, 6, 0, 0)
     assert set(site.gets().values()) == {1}
+    moved = manifest(tmp_path / "moved.csv", [f"{site.address}/{i}.png?moved" for i in range(6)])
+    site.pages |= {f"{path}?moved": page for path, page in site.pages.items()}
+    found = extract(moved, workspace, FeatureChoice(), ComputeOptions())  # which says nothing of the space
+    assert counts(found) == (0, 6, 0, 0)
+    assert set(site.gets().values()) == {1}
     mixed = manifest(tmp_path / "mixed.csv", ["0.png", f"{site.address}/0.png", f"{site.address}/9.png", "1.png"])
     site.pages["/9.png"] = Page(png(9))
     assert counts(features(mixed, workspace)) == (1, 2, 1, 0)
