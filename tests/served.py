@@ -43,6 +43,7 @@ class Site:
     address: str = ""
     pages: dict[str, Page] = field(default_factory=dict)
     asked: Counter[tuple[str, str]] = field(default_factory=Counter)
+    headers: dict[str, str] = field(default_factory=dict)  # of the last request
     at_once: int = 0
     most_at_once: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -74,6 +75,7 @@ def served() -> Iterator[Site]:
         def answer(self, body: bool) -> None:
             with site.lock:
                 site.asked[self.command, self.path] += 1
+                site.headers = dict(self.headers)
                 site.at_once += 1
                 site.most_at_once = max(site.most_at_once, site.at_once)
             try:

@@ -228,6 +228,16 @@ def test_what_passes_is_tried_again(site: Site) -> None:
     assert site.asked["GET", "/a"] == 3
 
 
+def test_the_users_own_configuration_counts(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FSSPEC_HTTP_CLIENT_KWARGS sets it."""
+    from fsspec.config import conf
+
+    monkeypatch.setitem(conf, "http", {"client_kwargs": {"headers": {"If-Match": "mine"}}})
+    site.pages["/a"] = Page(b"x")
+    assert remote.fetch(f"{site.address}/a").data == b"x"
+    assert site.headers["If-Match"] == "mine"
+
+
 def test_nobody_there() -> None:
     with pytest.raises(OSError, match=r"^connection refused$"):
         remote.fetch("http://127.0.0.1:9/a.png")

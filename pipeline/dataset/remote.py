@@ -52,6 +52,8 @@ _BLOCK = 1 << 18
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 _NO_HEAD = {401, 403, 405, 501}  # what servers, and addresses signed for GET alone, say to HEAD
 
+_PARTS = ("client_kwargs", "config_kwargs")  # of fsspec's configuration, where time-outs are
+
 # What changes with the content, as the file systems of fsspec call it.
 _MARKS = (
     *("ETag", "etag", "e_tag", "checksum", "md5Hash", "content_md5", "blob_id", "crc32c", "generation", "VersionId"),
@@ -238,25 +240,27 @@ def _system(url: str) -> tuple[_System, str]:
     with state.lock:
         key = protocol, tuple(sorted(asked.items()))
         if key not in state.systems:
-            options = {**_options(protocol), **asked}
+            options = {**_options(protocol, kind.protocol), **asked}
             state.systems[key] = _System(kind(**options, use_listings_cache=False, skip_instance_cache=True))
             if protocol.startswith("s3"):
                 state.systems[key].made.retries = 1  # we try again ourselves
         return state.systems[key], kind._strip_protocol(url)
 
 
-def _options(protocol: str) -> dict[str, Any]:
+def _options(protocol: str, names: str | tuple[str, ...]) -> dict[str, Any]:
     """Return our time-outs, beside what the user's own configuration of fsspec says."""
     from fsspec.config import conf
 
+    stated = [conf.get(name, {}) for name in ((names,) if isinstance(names, str) else names)]
+    client, config = ({k: v for each in stated for k, v in each.get(part, {}).items()} for part in _PARTS)
     if protocol in ("http", "https"):
         import aiohttp
 
         ours = {"timeout": aiohttp.ClientTimeout(total=_WHOLE, sock_connect=SILENCE, sock_read=SILENCE)}
-        return {"client_kwargs": {"trust_env": True, **ours, **conf.get(protocol, {}).get("client_kwargs", {})}}
+        return {"client_kwargs": {"trust_env": True, **ours, **client}}
     if protocol.startswith("s3"):
         ours = {"connect_timeout": SILENCE, "read_timeout": SILENCE, "retries": {"max_attempts": 0}}
-        return {"config_kwargs": {**ours, **conf.get(protocol, {}).get("config_kwargs", {})}}
+        return {"config_kwargs": {**ours, **config}}
     return {"timeout": SILENCE} if protocol in ("ftp", "sftp") else {}
 
 
