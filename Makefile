@@ -18,7 +18,7 @@ PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --const
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  with DATASET= HEAD= WEIGHTS= MAX_BAD= (features … sweep), EXTRAS=gpu,tensorboard,onnx,… (setup), PYTHON= (setup)"
+	@echo "  with DATASET= HEAD= WEIGHTS= MAX_BAD= (features … sweep), EXTRAS=gpu,onnx,remote,… (setup), PYTHON= (setup)"
 
 setup: $(VENV)/.ready ## install Icebox into .venv; EXTRAS=gpu adds TensorFlow's CUDA build
 ifneq ($(EXTRAS),)

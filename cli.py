@@ -17,9 +17,11 @@ from pipeline.commands.full import finetune, freeze
 from pipeline.commands.heads import train_head
 from pipeline.commands.predict import predict
 from pipeline.commands.shared import (
+    CONNECTIONS,
     MAX_PIXELS,
     ArchiveOption,
     AugmentOption,
+    ConnectionsOption,
     DashboardOption,
     DatasetOption,
     FitOption,
@@ -39,6 +41,7 @@ from pipeline.commands.shared import (
     ViewsOption,
     WeightsOption,
     WorkersOption,
+    causes,
     cluster_choice,
     exit_for_bad,
     feature_choice,
@@ -113,6 +116,7 @@ def features(
     tls_key: TlsKeyOption = None,
     dashboard: DashboardOption = None,
     max_bad: MaxBadOption = 0.0,
+    connections: ConnectionsOption = CONNECTIONS,
     as_json: JsonOption = False,
 ) -> None:
     """Compute the features that are missing, and keep them."""
@@ -120,9 +124,11 @@ def features(
     from dataclasses import asdict
 
     from pipeline.compute import ComputeOptions
+    from pipeline.dataset import remote
     from pipeline.extract import extract
 
     start = time.perf_counter()
+    remote.limit_connections(connections)
     options = ComputeOptions(shard_rows, batch_size, max_pixels, strict=on_error == "fail")
     wanted, cluster = views_choice(context), cluster_choice(context)
     with opened(context) as workspace:
@@ -139,6 +145,7 @@ def features(
         "duplicates": done.duplicates,
         "quarantined": len(done.quarantined),
         "quarantined_images": [asdict(bad) for bad in done.quarantined],
+        "causes": causes(done.quarantined),
         "seconds": round(time.perf_counter() - start, 3),
         "images_per_second": round(done.computed / done.effort.seconds, 2) if done.computed else None,
         "model_share": done.effort.model_share,

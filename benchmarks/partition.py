@@ -1,6 +1,6 @@
 """Three machines on one: a scheduler with the program, and two workers, each in a network of its own; one is cut off.
 
-    sudo python benchmarks/partition.py --dataset FOLDER --weights FILE --cut-after 40
+    python benchmarks/partition.py --dataset FOLDER --weights FILE --cut-after 40
 
 Three network namespaces with addresses of their own, joined by a bridge; the files are shared, as by a network file
 system. `--cut-after` seconds after the first row the second worker's cable is pulled, and stays so. Needs root and

@@ -102,7 +102,7 @@ def _draw(space: FeatureSpace, count: int, sources: list[Dataset], workspace: Wo
     recipes = space.recipes()
     for dataset in sources:
         with workspace.progress("identifying images", len(dataset)) as advance:
-            identities = identify(dataset, workspace.cache.index, advance, remember=False)
+            identities = identify(dataset, workspace.cache.index, advance, remember=False, read_unseen=False)
         at = {key: i for i, key in enumerate(identities.keys) if key is not None}
         keys = list(at)
         rows = [

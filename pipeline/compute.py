@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,13 +19,23 @@ import numpy as np
 from pipeline import images
 from pipeline.cache import storage
 from pipeline.cache.digests import Identities
-from pipeline.cache.index import Index
+from pipeline.cache.index import Index, row_mark
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded
 from pipeline.errors import DecodeError
 from pipeline.progress import Advance, Progress
-from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, ShardWorker, size_text
+from pipeline.shard_task import (
+    AT_ONCE,
+    Met,
+    Setup,
+    ShardDone,
+    ShardTask,
+    ShardWorker,
+    There,
+    nothing_there,
+    size_text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +61,11 @@ class Crew(Protocol):
         """How many processes it has now."""
         ...
 
-    def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance) -> None:
-        """Have all tasks run and give each, with what came of it, to `settle`, in the thread that calls this."""
+    def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance, there: There) -> None:
+        """Have all tasks run and give each, with what came of it, to `settle`, in the thread that calls this.
+
+        Rows that are `there` already need not be computed; whoever cannot ask computes them in vain.
+        """
         ...
 
 
@@ -90,7 +103,7 @@ class Here:
         """The shape of one image's features, (h, w, c)."""
         return self._worker.row_shape
 
-    def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance) -> None:
+    def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance, there: There) -> None:
         """Run the tasks. On Ctrl-C the rows computed so far are published before the interrupt goes on."""
         stopped, waiting = threading.Event(), deque[tuple[ShardTask, Future[ShardDone]]]()
         start = time.perf_counter()
@@ -103,7 +116,7 @@ class Here:
         with ThreadPoolExecutor(AT_ONCE, "shard") as pool:
             try:
                 for task in tasks:
-                    waiting.append((task, pool.submit(self._worker.run, task, advance, stopped.is_set)))
+                    waiting.append((task, pool.submit(self._worker.run, task, advance, stopped.is_set, there)))
                     if len(waiting) >= AT_ONCE:
                         settle_first()
                 while waiting:
@@ -116,6 +129,29 @@ class Here:
             finally:
                 stopped.set()
                 self._effort.worker_seconds += time.perf_counter() - start
+
+
+class RowsThere:
+    """Which rows a space has, or gets from this computation; may be asked from any thread.
+
+    Only who does not know beforehand which images these are has to ask: what was unseen may be a copy of any other.
+    """
+
+    def __init__(self, space: FeatureSpace) -> None:
+        self._before = np.sort(space.index.row_marks(space.name))
+        self._since = set[int]()
+        self._lock = threading.Lock()
+
+    def __call__(self, key: bytes, view: int) -> bool:
+        """Return whether the row was asked for or there before."""
+        mark = row_mark(key, view)
+        at = int(np.searchsorted(self._before, np.uint64(mark)))
+        if at < len(self._before) and int(self._before[at]) == mark:
+            return True
+        with self._lock:
+            known = mark in self._since
+            self._since.add(mark)
+        return known
 
 
 @dataclass(frozen=True)
@@ -179,7 +215,8 @@ def compute(job: Job, rows_of: np.ndarray, views: np.ndarray, crew: Crew) -> Non
 
     try:
         with job.progress("computing features", total) as advance:
-            crew.run(_tasks(job, rows_of, views, _task_rows(job, total, crew.size)), settle, count)
+            there = RowsThere(job.space) if job.identities.unseen else nothing_there
+            crew.run(_tasks(job, rows_of, views, _task_rows(job, total, crew.size)), settle, count, there)
     finally:
         job.effort.seconds += time.perf_counter() - start
 
@@ -206,30 +243,37 @@ def _note(job: Job, task: ShardTask, done: ShardDone) -> None:
         job.space.register(done.shard)
     job.effort.model_seconds += done.model_seconds
     for met in done.met:
-        image = Met(int(task.origin[met.i]), met.key, met.reason)
+        image = replace(met, i=int(task.origin[met.i]))
         if not met.reason:
             note_key(image, job.dataset, job.identities, job.index)
             continue
         note_bad(image, job.dataset, job.identities, job.index, job.setup.max_pixels)
         if job.setup.strict:
             raise refusal(job.dataset.names[image.i], image.reason)
+    job.identities.remember_fetched(job.index)
 
 
 def note_bad(image: Met | Loaded, dataset: Dataset, identities: Identities, index: Index, max_pixels: int) -> None:
     """Remember that an image could not be decoded, or note that it could not be read, which is not remembered."""
     note_key(image, dataset, identities, index)
-    if image.key is None:
-        identities.unread[image.i] = image.reason
-    else:
+    if image.key is not None:
         index.remember_quarantined({image.key: image.reason}, images.decoder_version(), max_pixels)
 
 
 def note_key(image: Met | Loaded, dataset: Dataset, identities: Identities, index: Index) -> None:
-    """Correct who an image is. The digest that was remembered is not to be trusted if its bytes are others now."""
-    planned, path = identities.keys[image.i], dataset.path(image.i)
+    """Correct who an image is. The digest that was remembered is not to be trusted if its bytes are others now; that
+    of an address waits in `identities.fetched` to be remembered.
+    """
+    planned, path, url = identities.keys[image.i], dataset.path(image.i), dataset.url(image.i)
     if image.key is not None and image.key != planned and path is not None:
         index.forget_digests([path.absolute()])
-    identities.keys[image.i] = image.key
+    if image.key is not None and url is not None:
+        identities.fetched[url] = image.validator, image.key
+    for i in (image.i, *identities.twins.pop(image.i, ())):
+        identities.keys[i] = image.key
+        identities.unseen.discard(i)
+        if image.key is None:
+            identities.unread[i] = image.reason
 
 
 def refusal(name: str, reason: str, more: int = 0) -> DecodeError:

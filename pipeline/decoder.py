@@ -10,8 +10,10 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar, cast
@@ -20,7 +22,7 @@ import numpy as np
 
 from pipeline import images, machine
 from pipeline.cache.digests import digest, unreadable
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, remote
 from pipeline.decode_process import BUG, NO_MEMORY, PIXELS
 from pipeline.errors import DecodeError
 
@@ -47,6 +49,17 @@ class Loaded:
     pixels: np.ndarray | None
     reason: str = ""
     view: int = 0  # the number of the view that the pixels show; 0 is the plain image
+    validator: str | None = None  # what the server said of an image behind an address
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One image, read: its bytes or pixels, or None and why not."""
+
+    i: int
+    data: bytes | np.ndarray | None
+    validator: str | None = None
+    error: OSError | None = None
 
 
 class Decoders:
@@ -86,8 +99,9 @@ class Decoders:
 class Loader:
     """Loads images of a dataset, from any thread; the hash is taken of the very bytes that are decoded.
 
-    Files are decoded in other processes; images that come as pixels need none. Leaving the context ends them; no
-    thread may be loading then.
+    Files are decoded in other processes; images that come as pixels need none. Those behind addresses are read by
+    more threads than decode, as the network lets them wait. Leaving the context ends the processes; no thread may be
+    loading then.
     """
 
     def __init__(
@@ -100,6 +114,7 @@ class Loader:
         self._max_pixels = max_pixels
         self._own = Decoders(size, fit, max_pixels)
         self._decoders = decoders or self._own
+        self._from_afar = next(dataset.urls(), None) is not None
 
     def __enter__(self) -> Loader:
         return self
@@ -109,15 +124,68 @@ class Loader:
 
     def __call__(self, i: int) -> Loaded:
         """Read, hash and decode image i."""
+        return self._decode(self._read(i))
+
+    def stream(
+        self, pool: ThreadPoolExecutor, indices: Iterable[int], finish: Callable[[Loaded], R], ahead: int
+    ) -> Generator[R]:
+        """Load images in the threads of `pool`, and yield what `finish`, called there, makes of each.
+
+        At most `ahead` results wait. They come in order, unless some are behind addresses: then as these arrive, so
+        that one that is waited for holds up no other.
+        """
+        if not self._from_afar:
+            yield from in_threads(pool, lambda i: finish(self(i)), indices, ahead)
+            return
+        with closing(self._arriving(indices)) as arriving:
+            yield from in_threads(pool, lambda read: finish(self._decode(read)), arriving, ahead)
+
+    def until(self, indices: Iterable[int], enough: Callable[[Loaded], bool]) -> None:
+        """Load images one by one until `enough` says so of one. It, and what was fetched ahead of it, is kept for
+        whoever reads it next.
+        """
+        with closing(
+            self._arriving(indices, self._put_back) if self._from_afar else (self._read(i) for i in indices)
+        ) as arriving:
+            for read in arriving:
+                if enough(self._decode(read)):
+                    self._put_back(read)
+                    return
+
+    def _arriving(self, indices: Iterable[int], left: Callable[[_Read], None] | None = None) -> Generator[_Read]:
+        """Read images in as many threads as there may be requests; `left` gets what was read ahead in vain."""
+        connections = remote.connections()
+        pool = ThreadPoolExecutor(connections, "reading")
         try:
-            data = self._dataset.read(i)
+            yield from _as_they_come(pool, self._read, indices, 2 * connections, left)
+        finally:
+            pool.shutdown(wait=left is not None, cancel_futures=True)
+
+    def _read(self, i: int) -> _Read:
+        try:
+            if (url := self._dataset.url(i)) is not None:
+                return _Read(i, *remote.fetch(url))
+            return _Read(i, self._dataset.read(i))
         except OSError as error:
-            return Loaded(i, None, None, unreadable(error))
+            return _Read(i, None, error=error)
+
+    def _put_back(self, read: _Read) -> None:
+        """Keep what was read ahead of what turned out to be wanted: whoever wants it next need not fetch it again."""
+        url = self._dataset.url(read.i)
+        if url is not None and isinstance(read.data, bytes):
+            remote.hold(url, remote.Fetched(read.data, read.validator))
+        elif url is not None and read.error is not None:
+            remote.hold(url, read.error)
+
+    def _decode(self, read: _Read) -> Loaded:
+        i, data = read.i, read.data
+        if data is None:
+            return Loaded(i, None, None, unreadable(read.error or OSError("no data")))
         key = digest(data)
         try:
-            return Loaded(i, key, self._pixels(data))
+            return Loaded(i, key, self._pixels(data), validator=read.validator)
         except DecodeError as error:
-            return Loaded(i, key, None, str(error))
+            return Loaded(i, key, None, str(error), validator=read.validator)
         except MemoryError as error:
             # The machine's fault, not the image's: without a key it is not remembered.
             return Loaded(i, None, None, f"cannot be read: {error or 'out of memory'}")
@@ -219,6 +287,25 @@ def in_threads(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable
             future.cancel()
 
 
+def _as_they_come(
+    pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int, left: Callable[[R], None] | None
+) -> Generator[R]:
+    """Map in threads, the first to be done first, at most `ahead` under way or waiting; `left` gets what is unused."""
+    items, running, done = iter(items), set[Future[R]](), set[Future[R]]()
+    try:
+        while True:
+            running |= {pool.submit(work, item) for item in islice(items, ahead - len(running))}
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            while done:
+                yield done.pop().result()
+    finally:
+        for future in {*done, *running}:
+            if not future.cancel() and left is not None and future.exception() is None:
+                left(future.result())
+
+
 def batched(loaded: Iterable[Loaded], size: int) -> Iterator[list[Loaded]]:
     """Yield images `size` at a time, the last ones perhaps fewer."""
     batch: list[Loaded] = []
@@ -229,12 +316,3 @@ def batched(loaded: Iterable[Loaded], size: int) -> Iterator[list[Loaded]]:
             batch = []
     if batch:
         yield batch
-
-
-def first_good(loader: Loader, indices: Iterable[int], on_bad: Callable[[Loaded], None]) -> None:
-    """Load images until one can be decoded; `on_bad` is told of those before it."""
-    for i in indices:
-        loaded = loader(i)
-        if loaded.pixels is not None:
-            return
-        on_bad(loaded)

@@ -70,7 +70,7 @@ def explain(
     index = workspace.cache.index
     before = _digests_before(dataset, workspace)
     with workspace.progress("identifying images", len(dataset)) as advance:
-        identities = identify(dataset, index, advance, remember=False)
+        identities = identify(dataset, index, advance, remember=False, read_unseen=False)
     space, weights = find_space(workspace, choice, identities, views)
     plan = Planning(dataset, identities, index, max_pixels, views).plan(space)
     request = request_of(choice, weights)
@@ -92,11 +92,13 @@ def explain(
 
 def _digests_before(dataset: Dataset, workspace: Workspace) -> list[bytes | None]:
     """Return for each image the digest remembered from before, or None."""
-    paths = [dataset.path(i) for i in range(len(dataset))]
-    if any(path is None for path in paths):
-        return [None] * len(paths)
-    known = workspace.cache.index.file_digests(path.absolute() for path in paths if path is not None)
-    return [each[1] if each else None for each in known]
+    index, before = workspace.cache.index, list[bytes | None]([None] * len(dataset))
+    files = {i: path.absolute() for i in range(len(dataset)) if (path := dataset.path(i)) is not None}
+    urls = {i: url for i in range(len(dataset)) if (url := dataset.url(i)) is not None}
+    remembered = (*index.file_digests(files.values()), *index.url_digests(urls.values()))
+    for i, known in zip((*files, *urls), remembered, strict=True):
+        before[i] = known[1] if known else None
+    return before
 
 
 def only(images: Sequence[ImageExplained], dataset: Dataset, wanted: Sequence[str]) -> list[ImageExplained]:
@@ -121,6 +123,9 @@ def only(images: Sequence[ImageExplained], dataset: Dataset, wanted: Sequence[st
     return found
 
 
+_UNSEEN = "it has not been fetched before"
+
+
 class _Reasons:
     """Finds the reason for each image, asking the index once for all."""
 
@@ -133,6 +138,7 @@ class _Reasons:
         before: Sequence[bytes | None],
     ) -> None:
         self._keys = identities.keys
+        self._unseen = identities.unseen
         self._plan = plan
         self._before = before
         self._space = space
@@ -155,6 +161,8 @@ class _Reasons:
         if i in self._plan.quarantined:
             reason, since = self._plan.quarantined[i]
             return "quarantined", f"{reason}{f', since {since}' if since else ''}"
+        if i in self._unseen:
+            return ("changed", "its server has another one than before") if self._before[i] else ("new", _UNSEEN)
         if key is None or key not in self._missing:
             first = self._first.get(key or b"", i)
             return ("cached", "") if first == i else ("copy", "its bytes are those of an image before it")

@@ -15,11 +15,11 @@ from typing import Any
 
 from pipeline import images, machine
 from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE
-from pipeline.cache.digests import Identities, identify
+from pipeline.cache.digests import Identities, identify, read_some
 from pipeline.cache.space import FeatureSpace
 from pipeline.cluster import ClusterChoice
 from pipeline.compute import ComputeOptions, Crew, Effort, Here, Job, compute, refusal
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, remote
 from pipeline.errors import InterruptedComputationError, SpecError
 from pipeline.planning import DEFAULT_FIT, Plan, Planning, Quarantined, name_quarantined
 from pipeline.shard_task import Setup, ShardWorker, check_room
@@ -86,7 +86,8 @@ def extract(
     """
     cache = workspace.cache
     with workspace.progress("identifying images", len(dataset)) as advance:
-        identities = identify(dataset, cache.index, advance)
+        identities = identify(dataset, cache.index, advance, read_unseen=False)
+    read_some(dataset, identities)
     if retry_failed:
         cache.index.forget_quarantined([key for key in identities.keys if key is not None])
     space, weights = find_space(workspace, choice, identities, views)
@@ -131,6 +132,7 @@ def _compute_missing(
         options.max_pixels,
         planning.views,
         options.strict,
+        remote.connections(),
     )
     with ExitStack() as stack:
         crew = None
@@ -145,7 +147,7 @@ def _compute_missing(
         with space.lock(_waiting):
             space.remove_leftovers()
             plan = planning.plan(space)
-            before = plan.reused
+            before, rows = plan.reused, space.totals().rows
             if not plan.todo:  # whoever held the lock has computed it all
                 return space, before, plan, effort
             crew = crew or stack.enter_context(_crew(setup, source, effort))
@@ -159,7 +161,9 @@ def _compute_missing(
                 workspace.progress,
                 effort,
             )
-            return space, before, _compute_all(planning, job, crew), effort
+            plan = _compute_all(planning, job, crew)
+            # More than were known to be there may have turned out to be, of images that nobody had read.
+            return space, max(before, plan.reused - (space.totals().rows - rows)), plan, effort
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from pipeline.dataset import Dataset
 from pipeline.errors import IceboxError, InterruptedComputationError, UnfitWorkerError, UsageError
 from pipeline.fleet_worker import Requirements, package_versions, run_task, vet
 from pipeline.progress import Advance
-from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask
+from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, There
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Fleet:
             raise RuntimeError("no worker is ready yet")
         return self._row_shape
 
-    def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance) -> None:
+    def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance, there: There) -> None:
         """Have all tasks run; see `Crew`.
 
         Raises

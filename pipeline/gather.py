@@ -90,14 +90,14 @@ def gather(
     """
     index = workspace.cache.index
     with workspace.progress("identifying images", len(dataset)) as advance:
-        identities = identify(dataset, index, advance)
+        identities = identify(dataset, index, advance, read_unseen=partly)
     space, _ = find_space(workspace, choice, identities, views)
     planning = Planning(dataset, identities, index, max_pixels, views)
     plan = planning.meet_undecodable(space) if space is not None else planning.plan(space)
     if not plan.rows:
         raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")
-    lacking = {identities.keys[i] for i in plan.todo.distinct.tolist()}
-    if space is None or (lacking and not partly):
+    lacking = {key for i in plan.todo.distinct.tolist() if (key := identities.keys[i]) is not None}
+    if space is None or (plan.todo and not partly):
         raise _missing(planning, lacking, space, features_command)
     return Material(*_sorted(dataset, identities, plan), space, views)
 
@@ -114,7 +114,7 @@ def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: 
     """
     cache = workspace.cache
     with workspace.progress("identifying images", len(dataset)) as advance:
-        identities = identify(dataset, cache.index, advance)
+        identities = identify(dataset, cache.index, advance, read_unseen=False)
     planning = Planning(dataset, identities, cache.index, max_pixels)
     planning.try_to_decode(planning.plan(None).todo.distinct.tolist(), fit, workspace.progress)
     plan = planning.plan(None)
@@ -134,9 +134,10 @@ def _sorted(
 
 
 def _missing(
-    planning: Planning, lacking: set[bytes | None], space: FeatureSpace | None, features_command: str
+    planning: Planning, lacking: set[bytes], space: FeatureSpace | None, features_command: str
 ) -> MissingRowsError:
-    count, images = sum(key in lacking for key in planning.identities.keys), len(planning.dataset)
+    unseen = planning.identities.unseen
+    count, images = sum(key in lacking for key in planning.identities.keys) + len(unseen), len(planning.dataset)
     in_views = f", in {planning.views.count} views" if planning.views.count > 1 else ""
     where = f" in {space.name}" if space else " in any feature space that agrees with what was asked for"
     return MissingRowsError(

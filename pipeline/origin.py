@@ -175,7 +175,7 @@ def _settled_weights(
     if choice.weights != "auto":
         return resolve(choice.weights, DEFAULT_BACKBONE, workspace.downloads, index, progress=workspace.progress), None
     with workspace.progress("identifying images", len(dataset)) as advance:
-        identities = identify(dataset, index, advance)
+        identities = identify(dataset, index, advance, read_unseen=False)
     for layer in layers:
         space, _ = find_space(workspace, replace(choice, layer=layer), identities)
         if space is not None:

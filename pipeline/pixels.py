@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline import augment
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loader, decoding_pool, in_threads
+from pipeline.decoder import Loaded, Loader, decoding_pool
 from pipeline.errors import DatasetError
 from pipeline.spec import Augmentation
 
@@ -60,22 +60,27 @@ class Pixels:
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         """Return these images. Raises DatasetError if one cannot be decoded any more, or is another one now."""
-        found = in_threads(self._decoding.pool, self._one, self._at[indices].tolist(), ahead=len(indices))
-        return np.stack(list(found))
+        at, decoding = self._at[indices], self._decoding
+        wanted = decoding.usable[at].tolist()
+        members = dict(zip(wanted, at.tolist(), strict=True))
+
+        def seen(loaded: Loaded) -> tuple[int, np.ndarray]:
+            return loaded.i, self._seen(loaded, members[loaded.i])
+
+        found = dict(decoding.loader.stream(decoding.pool, wanted, seen, ahead=len(wanted)))
+        return np.stack([found[i] for i in wanted])
 
     def augmented(self, recipe: Augmentation, seed: int, epoch: int) -> Pixels:
         """Return the same images as they are seen in one epoch."""
         digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
         return Pixels(self._decoding, self._at, recipe, int.from_bytes(digest[:8], "big"))
 
-    def _one(self, member: int) -> np.ndarray:
-        decoding = self._decoding
-        i = int(decoding.usable[member])
-        loaded = decoding.loader(i)
+    def _seen(self, loaded: Loaded, member: int) -> np.ndarray:
+        decoding, name = self._decoding, self._decoding.dataset.names[loaded.i]
         if loaded.pixels is None:
-            raise DatasetError(f"{decoding.dataset.names[i]}: {loaded.reason}, and could be decoded before; mend it")
+            raise DatasetError(f"{name}: {loaded.reason}, and could be decoded before; mend it")
         if loaded.key is None or loaded.key != decoding.keys[member]:
-            raise DatasetError(f"{decoding.dataset.names[i]} was changed while the training ran; run it again")
+            raise DatasetError(f"{name} was changed while the training ran; run it again")
         if self._recipe is None or self._draw is None:
             return loaded.pixels
         return augment.warp(loaded.pixels, self._recipe, augment.draws(loaded.key, self._draw))

@@ -13,9 +13,9 @@ from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE
 from pipeline.cache.digests import Identities
 from pipeline.cache.index import Index
 from pipeline.cache.space import FeatureSpace
-from pipeline.compute import note_bad
+from pipeline.compute import note_bad, note_key
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loaded, Loader, decoding_pool, first_good, in_threads
+from pipeline.decoder import Loaded, Loader, decoding_pool
 from pipeline.progress import Progress
 from pipeline.spec import PLAIN_VIEW, Views
 
@@ -92,15 +92,18 @@ class Planning:
         copies = 0
         for i, key in enumerate(self.identities.keys):
             if i in self.identities.unseen:
-                todo[i] = list(self.views.numbers)
+                copies += 1  # but for those that stand below
             elif key is None:
                 quarantined[i] = (self.identities.unread[i], None)
             elif key in refused:
                 quarantined[i] = (refused[key].reason, refused[key].since)
             else:
                 copies += first[key] != i
+        to_read = self.identities.to_read
+        copies -= len(to_read)
+        todo.update((i, list(self.views.numbers)) for i in to_read)
         rows = sorted((i, view) for i, views in todo.items() for view in views)
-        known = len(first) - len(refused) + len(self.identities.unseen)
+        known = len(first) - len(refused) + len(to_read)
         reused = known * self.views.count - len(rows)
         return Plan(Todo.of(rows), reused, copies * self.views.count, quarantined)
 
@@ -125,11 +128,22 @@ class Planning:
             return plan
         fit = space.spec.fit if space else DEFAULT_FIT
         with Loader(self.dataset, BACKBONES[DEFAULT_BACKBONE].input_size, fit, self.max_pixels) as loader:
-            first_good(loader, plan.todo.distinct.tolist(), self._note_bad)
+            loader.until(plan.todo.distinct.tolist(), lambda image: self._lacks_rows(image, space))
+        self.identities.remember_fetched(self.index)
         return self.plan(space)
 
+    def _lacks_rows(self, image: Loaded, space: FeatureSpace | None) -> bool:
+        """Note who an image is that was just loaded; return whether a row of it can and must be computed."""
+        if image.pixels is None:
+            self._note_bad(image)
+            return False
+        was_unseen = image.i in self.identities.unseen
+        note_key(image, self.dataset, self.identities, self.index)
+        # What nobody had read may turn out to be an old acquaintance.
+        return not was_unseen or bool(image.key and self._lacking(space, [image.key]))
+
     def try_to_decode(self, some: Iterable[int], fit: str, progress: Progress) -> None:
-        """Decode these images, to know which of them cannot be."""
+        """Decode these images, to know which of them cannot be, and who those are that nobody had read."""
         some = list(some)
         size = BACKBONES[DEFAULT_BACKBONE].input_size
         with (
@@ -137,10 +151,13 @@ class Planning:
             decoding_pool() as pool,
             progress("checking images", len(some)) as advance,
         ):
-            for image in in_threads(pool, loader, some, ahead=_CHECKED_AHEAD):
+            for image in loader.stream(pool, some, lambda image: image, ahead=_CHECKED_AHEAD):
                 if image.pixels is None:
                     self._note_bad(image)
+                else:
+                    note_key(image, self.dataset, self.identities, self.index)
                 advance(1)
+        self.identities.remember_fetched(self.index)
 
     def _note_bad(self, bad: Loaded) -> None:
         note_bad(bad, self.dataset, self.identities, self.index, self.max_pixels)

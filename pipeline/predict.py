@@ -17,7 +17,7 @@ from pipeline.answering import Group, grouped
 from pipeline.cache.digests import Identities, identify
 from pipeline.compute import note_bad, note_key
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loaded, Loader, batched, decoding_pool, in_threads
+from pipeline.decoder import Loaded, Loader, batched, decoding_pool
 from pipeline.network import Answerer, compiled
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
@@ -69,7 +69,7 @@ def predict(
         speakers = [_Speaker(group, load, pool, max_pixels) for group, load in zip(groups, loaders, strict=True)]
         for start in range(0, len(images), WINDOW):
             window = images.take(np.arange(start, min(start + WINDOW, len(images))))
-            identities = identify(window, workspace.cache.index, lambda n: None)
+            identities = identify(window, workspace.cache.index, lambda n: None, read_unseen=False)
             found = [
                 speaker.answers(_Window(window, identities, start), lambda n: advance(n / len(speakers)))
                 for speaker in speakers
@@ -128,9 +128,11 @@ class _Speaker:
         cached, computed = set(said), 0
         refused = self._refused([key for key in keys if key is not None and key not in said])
         # Once is enough, unless a file changes after it was hashed: its former copies then lack an answer.
-        while todo := _lacking(keys, said.keys() | refused.keys()):
-            self._compute(window, todo, said, refused, advance)
+        # What is behind addresses may turn out to be an old acquaintance when it is fetched.
+        while todo := [*window.identities.to_read, *_lacking(keys, said.keys() | refused.keys())]:
+            cached |= self._compute(window, todo, said, refused, advance)
             computed += len(todo)
+        window.identities.remember_fetched(self._index)
         advance(len(keys) - computed)
         reasons = {i: unread[i] if key is None else refused[key] for i, key in enumerate(keys) if key not in said}
         nothing = np.zeros(len(self._group.runs[0].classes), np.float32)
@@ -157,31 +159,43 @@ class _Speaker:
         said: dict[bytes, np.ndarray],
         refused: dict[bytes, str],
         advance: Callable[[float], None],
-    ) -> None:
-        """Decode images and note what the network says of them, or why they cannot be decoded."""
+    ) -> set[bytes]:
+        """Decode images and note what is said of them, by the network or by rows of those that nobody had read; return
+        the keys of these. Or note why they cannot be decoded.
+        """
 
-        def load(i: int) -> Loaded:
-            return replace(self._load(window.start + i), i=i)
+        def within(image: Loaded) -> Loaded:
+            return replace(image, i=image.i - window.start)
 
-        loaded = in_threads(self._pool, load, todo, ahead=2 * _BATCH)
-        for batch in batched(self._good(loaded, window, refused, advance), _BATCH):
+        found = set[bytes]()
+        loaded = self._load.stream(self._pool, [window.start + i for i in todo], within, ahead=2 * _BATCH)
+        for batch in batched(self._good(loaded, window, said, found, refused, advance), _BATCH):
             pixels = np.stack([image.pixels for image in batch if image.pixels is not None])
             keys = [image.key for image in batch if image.key is not None]
             said.update(zip(keys, self._network()(pixels), strict=True))
             advance(len(batch))
+        return found
 
     def _good(
         self,
         loaded: Iterable[Loaded],
         window: _Window,
+        said: dict[bytes, np.ndarray],
+        found: set[bytes],
         refused: dict[bytes, str],
         advance: Callable[[float], None],
     ) -> Iterator[Loaded]:
-        """Pass on what was decoded; note why the others were not."""
+        """Pass on what was decoded and has no row; note why the others were not."""
         for image in loaded:
             if image.pixels is not None:
+                was_unseen = image.i in window.identities.unseen
                 note_key(image, window.images, window.identities, self._index)
-                yield image
+                if was_unseen and image.key and (rows := self._from_cache([image.key])):
+                    said.update(rows)
+                    found.update(rows)
+                    advance(1)
+                else:
+                    yield image
                 continue
             note_bad(image, window.images, window.identities, self._index, self._max_pixels)
             if image.key is not None:

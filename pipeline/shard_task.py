@@ -18,12 +18,19 @@ from pipeline import augment, images
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache import storage
 from pipeline.cache.shard import Rows, ShardInfo, file_size, write_shard
-from pipeline.dataset import Dataset
-from pipeline.decoder import Decoders, Loaded, Loader, batched, decoding_pool, in_threads
+from pipeline.dataset import Dataset, remote
+from pipeline.decoder import Decoders, Loaded, Loader, batched, decoding_pool
 from pipeline.errors import CacheError
 from pipeline.spec import PLAIN_VIEW, FeatureSpec, Views
 
+There = Callable[[bytes, int], bool]  # whether the row of this key and view need not be computed
+
 AT_ONCE = 2  # tasks a process has in hand: one has the model, the other decodes ahead or writes
+
+
+def nothing_there(key: bytes, view: int) -> bool:
+    """Return that a row is yet to be computed."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Setup:
     max_pixels: int = images.DEFAULT_MAX_PIXELS
     views: Views = PLAIN_VIEW
     strict: bool = False  # stop at the first image that cannot be decoded
+    connections: int = remote.DEFAULT_CONNECTIONS  # requests of one process at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +90,7 @@ class Met:
     i: int
     key: bytes | None
     reason: str
+    validator: str | None = None  # what the server said of an image behind an address
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,7 @@ class ShardWorker:
     def __init__(self, setup: Setup, threads: int | None = None) -> None:
         """Load the model; `threads` limits the cores it and the decoding take. Raises WeightsError and SpecError."""
         self.setup = setup
+        remote.limit_connections(setup.connections)
         self._model = FrozenBackbone(setup.spec, setup.weights, setup.batch_size, threads)
         self._decoders = Decoders(setup.spec.input_size, setup.spec.fit, setup.max_pixels)
         self._pool = decoding_pool(threads)
@@ -123,8 +133,14 @@ class ShardWorker:
         """The shape of one image's features, (h, w, c)."""
         return self._model.row_shape
 
-    def run(self, task: ShardTask, advance: Callable[[float], None], stopped: Callable[[], bool]) -> ShardDone:
-        """Compute the rows of `task` and publish them; once `stopped()` those that were computed so far.
+    def run(
+        self,
+        task: ShardTask,
+        advance: Callable[[float], None],
+        stopped: Callable[[], bool],
+        there: There = nothing_there,
+    ) -> ShardDone:
+        """Compute the rows of `task` that are not `there`, and publish them; once `stopped()` those computed so far.
 
         Raises
         ------
@@ -132,7 +148,7 @@ class ShardWorker:
             If the shard cannot be written, or what is expected does not fit on the disk.
         """
         met, parts, model_seconds = list[Met](), list[Rows](), 0.0
-        with closing(self._decoded(task, met, advance, stopped)) as decoded:
+        with closing(self._decoded(task, met, advance, stopped, there)) as decoded:
             batches = batched(decoded, self._model.batch_size)
             first = [batch for batch in [next(batches, None)] if batch]  # decoded before it is our turn
             with self._turn:
@@ -145,7 +161,12 @@ class ShardWorker:
         return ShardDone(shard, met, model_seconds)
 
     def _decoded(
-        self, task: ShardTask, met: list[Met], advance: Callable[[float], None], stopped: Callable[[], bool]
+        self,
+        task: ShardTask,
+        met: list[Met],
+        advance: Callable[[float], None],
+        stopped: Callable[[], bool],
+        there: There,
     ) -> Generator[Loaded]:
         """Yield every image in its views; note how each was met."""
         setup = self.setup
@@ -154,23 +175,26 @@ class ShardWorker:
         wanted = dict(zip(task.images[first].tolist(), np.split(task.views, first[1:]), strict=True))
         # As many images ahead as make two batches.
         ahead = max(2, 2 * self._model.batch_size * len(wanted) // len(task))
-        loaded = in_threads(self._pool, lambda i: self._load_views(load, i, wanted[i].tolist()), wanted, ahead)
+        loaded = load.stream(self._pool, wanted, lambda image: self._views(image, wanted[image.i].tolist()), ahead)
         with closing(loaded):
             for views in loaded:
                 if stopped():
                     return
                 image = views[0]
-                met.append(Met(image.i, image.key, image.reason))
+                met.append(Met(image.i, image.key, image.reason, image.validator))
                 if image.pixels is not None:
-                    yield from views
+                    lacking = [each for each in views if each.key and not there(each.key, each.view)]
+                    yield from lacking
+                    if len(lacking) < len(views):
+                        advance(len(views) - len(lacking))
                 elif setup.strict:
                     return
                 else:
                     advance(len(views))
 
-    def _load_views(self, load: Loader, i: int, views: Sequence[int]) -> list[Loaded]:
-        """Decode image i once and return it in each of `views`, in all alike if it cannot be decoded."""
-        plain, recipe = load(i), self.setup.views.recipe
+    def _views(self, plain: Loaded, views: Sequence[int]) -> list[Loaded]:
+        """Return a plain image in each of `views`, in all alike if it could not be decoded."""
+        recipe = self.setup.views.recipe
         if plain.pixels is None or plain.key is None:
             return [replace(plain, view=view) for view in views]
         return [

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -1083,10 +1083,25 @@ def test_an_index_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
     index.close()
 
 
+def test_an_index_of_version_2_learns_of_addresses(tmp_path: Path) -> None:
+    path = tmp_path / "cache.db"
+    Index(path).close()
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript("DROP TABLE urls; PRAGMA user_version = 2; INSERT INTO shards VALUES "
+                         "(1, 'a', 'x', 10, 1, 'good', NULL)")  # fmt: skip
+    index = Index(path)
+    index.remember_urls({"s3://b/a": ("v", key(1)), "s3://b/b": (None, key(2))})
+    assert index.url_digests(["s3://b/b", "s3://b/c", "s3://b/a"]) == [(None, key(2)), None, ("v", key(1))]
+    index.forget_urls(["s3://b/a"])
+    assert index.url_digests(["s3://b/a"]) == [None]
+    assert index.shards("a")["x"].rows == 1
+    index.close()
+
+
 def test_an_index_of_another_version_is_refused_once(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "cache.db") as db:
         db.execute("PRAGMA user_version = 99")
-    with pytest.raises(CacheError, match=r"^the index .* is of version 99, this program reads 2; delete it"):
+    with pytest.raises(CacheError, match=r"^the index .* is of version 99, this program reads 3; delete it"):
         Index(tmp_path / "cache.db")
 
 

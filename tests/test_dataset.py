@@ -328,8 +328,8 @@ MALFORMED = {
     "path,label,split\na,b,train\nc,d,dev\n": "line 3: expected the split to be train,.*, found 'dev'",
     "path,label,split\na,b,train\nc,d,\n": "line 3: expected a split, as the rows above",
     "path,label,split\na,b,\nc,d,test\n": "line 3: expected no split, as above, found 'test'",
-    "path,label\ns3://a/b.png,x\n": "line 2: expected the path of a local file, found 's3://a/b.png'",
-    "path,label\nHTTPS://a/b.png,x\n": "line 2: expected the path of a local file",
+    "path,label\nfile:///a/b.png,x\n": "line 2: expected the path of a file, or an address by one of .*, found 'file:///a/b",
+    "path,label\nMemory://a/b.png,x\n": "line 2: expected the path of a file, or an address by one of http, https, s3,",
     "path,label\na\0b,x\n": "line 2: .*null character",
 }
 

@@ -17,7 +17,7 @@ from conftest import ROOT, command_line, environment, icebox, mark, write_pictur
 from pipeline import images
 from pipeline.cache.digests import digest
 from pipeline.dataset import of_files, open_dataset
-from pipeline.decoder import Loaded, Loader, first_good
+from pipeline.decoder import Loaded, Loader
 
 
 def load(paths: list[Path], **options: int) -> list[Loaded]:
@@ -103,12 +103,12 @@ def test_many_threads_load_at_once(tmp_path: Path) -> None:
     assert psutil.Process().children() == before
 
 
-def test_first_good_stops_at_the_first(tmp_path: Path) -> None:
+def test_until_stops_at_the_first_that_is_enough(tmp_path: Path) -> None:
     paths = [tmp_path / "missing.png", *(write_picture(tmp_path / f"{i}.png", i) for i in range(2))]
-    bad: list[Loaded] = []
+    seen: list[int] = []
     with Loader(of_files("some", paths), 299, "squash", 10**6) as loader:
-        first_good(loader, [0, 1, 2], bad.append)
-    assert [each.i for each in bad] == [0]
+        loader.until([0, 1, 2], lambda image: seen.append(image.i) or image.pixels is not None)
+    assert seen == [0, 1]
 
 
 def test_an_image_that_crashes_the_decoder_is_quarantined_and_the_run_goes_on(

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import Finished, icebox, unseal, write_picture
 from deployed import KINDS, MOST, Deployed
+from served import Page, served
 
 from pipeline import backbone, heads, predict, runs
 from pipeline.cache import storage
@@ -42,7 +43,7 @@ def elsewhere(tmp_path: Path) -> Iterator[Workspace]:
         yield Workspace(tmp_path / "elsewhere", cache)
 
 
-def said(found: list[TrainedRun], paths: list[Path], workspace: Workspace, **more: Any) -> list[Answer]:
+def said(found: list[TrainedRun], paths: Sequence[Path | str], workspace: Workspace, **more: Any) -> list[Answer]:
     images = open_images([str(path) for path in paths])
     return list(predict.predict(found, images, workspace, max_pixels=MOST, **more))
 
@@ -137,8 +138,8 @@ def test_a_file_that_changes_meanwhile_is_answered_as_it_is_now(
         shutil.copy(deployed.files[i // 2], path)
     identify = predict.identify
 
-    def before(*arguments: Any) -> Any:
-        found = identify(*arguments)
+    def before(*arguments: Any, **options: Any) -> Any:
+        found = identify(*arguments, **options)
         shutil.copy(deployed.files[9], paths[0])
         paths[2].write_text("no image")
         paths[4].unlink()
@@ -149,6 +150,22 @@ def test_a_file_that_changes_meanwhile_is_answered_as_it_is_now(
     answers = said([deployed.run("gap")], paths, elsewhere)
     assert np.abs(probabilities(answers) - expected).max() < 1e-6
     assert [answer.reason for answer in answers] == ["", "", NO_IMAGE, "", GONE, ""]
+
+
+def test_what_is_behind_addresses_is_fetched_once_and_answered_alike(
+    deployed: Deployed, elsewhere: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    files = deployed.files[:4]
+    expected = probabilities(said([deployed.run("gap")], files, elsewhere))
+    with served() as site:
+        site.pages = {f"/{i}": Page(path.read_bytes()) for i, path in enumerate(files)}
+        urls = [f"{site.address}/{i}" for i in (0, 1, 2, 3, 9)]
+        answers = said([deployed.run("gap")], urls, elsewhere)
+        assert site.gets() == {f"/{i}": 1 for i in (0, 1, 2, 3, 9)}
+    assert [answer.reason for answer in answers] == ["", "", "", "", "cannot be read: HTTP 404 Not Found"]
+    assert np.abs(probabilities(answers[:4]) - expected).max() < 1e-6
 
 
 def test_progress_ends_at_the_number_of_images(deployed: Deployed, elsewhere: Workspace, tmp_path: Path) -> None:

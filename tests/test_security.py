@@ -188,9 +188,23 @@ def _(folder: Path) -> list[str | Path]:
     return [*evil(folder, "empty.png", b""), "--image-root", folder]
 
 
-@case("an address in the place of a path")
+_ADDRESSES = (
+    "file:///etc/passwd",
+    "memory://a.png",
+    "github://owner:name@main/a.png",
+    "simplecache::s3://bucket/a.png",
+    "zip://a.png::/etc/x.zip",
+    "zip://a.png::file:///etc/x.zip",
+    "zip://a.png::zip://b.zip::https://host/c.zip",
+)
+for _address in _ADDRESSES:
+    case(f"the address {_address}")(functools.partial(manifest, text=f"path,label\n{_address},a\n"))
+
+
+@case("text under the name of an archive")
 def _(folder: Path) -> list[str | Path]:
-    return manifest(folder, "path,label\nhttp://example.org/a.png,a\n")
+    (folder / "x.zip").write_text("no archive at all")
+    return manifest(folder, "path,label\nzip://a.png::x.zip,a\n")
 
 
 @case("a path with a null character")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.index import FileStamp, Index
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, remote
 from pipeline.errors import CacheError
 
 # A file touched less than this before it was hashed may be touched again within the clock's grain and look
@@ -26,12 +26,27 @@ _BLOCK = 4096  # images looked up, hashed and remembered at a time
 class Identities:
     """The key of each image: 32 bytes, or None where it is not known.
 
-    `unread` says why an image could not be read; `unseen` are those that nobody has read yet.
+    `unread` says why an image could not be read; `unseen` are those that nobody has read yet, or not since they
+    changed, and `twins` is the first of these of an address → the others of it. `fetched` has what is to be
+    remembered of addresses that were read: validator and digest.
     """
 
     keys: list[bytes | None]
     unread: dict[int, str]
     unseen: set[int] = field(default_factory=set)
+    twins: dict[int, list[int]] = field(default_factory=dict)
+    fetched: dict[str, tuple[str | None, bytes]] = field(default_factory=dict)
+
+    @property
+    def to_read(self) -> list[int]:
+        """The unseen images, of each address the first."""
+        others = {i for some in self.twins.values() for i in some}
+        return sorted(self.unseen - others)
+
+    def remember_fetched(self, index: Index) -> None:
+        """Have the index remember what was fetched, and forget it here."""
+        index.remember_urls(self.fetched)
+        self.fetched.clear()
 
 
 def digest(data: bytes | np.ndarray) -> bytes:
@@ -39,19 +54,34 @@ def digest(data: bytes | np.ndarray) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else data).digest()
 
 
-def identify(dataset: Dataset, index: Index, advance: Callable[[int], None], *, remember: bool = True) -> Identities:
+def identify(
+    dataset: Dataset,
+    index: Index,
+    advance: Callable[[int], None],
+    *,
+    remember: bool = True,
+    read_unseen: bool = True,
+) -> Identities:
     """Return the keys of all images of `dataset`, hashing only files whose digest is not remembered.
 
-    `advance(n)` is called after every n images. Without `remember` the index learns nothing.
+    `advance(n)` is called after every n images. Without `remember` the index learns nothing. Without `read_unseen`
+    what is behind an address and was never read, or changed since, is not read now either, but noted as unseen.
     """
+    remote.let_go()  # of what an earlier plan may have left
     found = Identities([None] * len(dataset), {})
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(dataset), _BLOCK):
             block = range(start, min(start + _BLOCK, len(dataset)))
             fresh = _identify_block(dataset, block, index, pool, found)
+            _identify_urls(dataset, block, index, found, read_unseen)
             if remember:
                 index.remember_digests(fresh)
+                found.remember_fetched(index)
             advance(len(block))
+    first: dict[str | None, int] = {}
+    for i in sorted(found.unseen):
+        if (at := first.setdefault(dataset.url(i), i)) != i:
+            found.twins.setdefault(at, []).append(i)
     return found
 
 
@@ -59,15 +89,16 @@ def _identify_block(
     dataset: Dataset, block: range, index: Index, pool: ThreadPoolExecutor, found: Identities
 ) -> dict[Path, tuple[FileStamp, bytes]]:
     """Find the keys of some images; return the digests worth remembering."""
-    paths = [dataset.path(i) for i in block]
-    if paths[0] is None:
-        for i in block:
+    files: dict[int, Path] = {}
+    for i in block:
+        path = dataset.path(i)
+        if path is not None:
+            files[i] = path.absolute()
+        elif dataset.url(i) is None:
             found.keys[i] = digest(dataset.read(i))
-        return {}
-    files = [path.absolute() for path in paths if path is not None]
     fresh: dict[Path, tuple[FileStamp, bytes]] = {}
-    results = pool.map(_identify_file, files, index.file_digests(files))
-    for i, path, result in zip(block, files, results, strict=True):
+    results = pool.map(_identify_file, files.values(), index.file_digests(files.values()))
+    for (i, path), result in zip(files.items(), results, strict=True):
         if isinstance(result, str):
             found.unread[i] = result
             continue
@@ -76,6 +107,76 @@ def _identify_block(
         if remember:
             fresh[path] = (stamp, key)
     return fresh
+
+
+def _identify_urls(dataset: Dataset, block: range, index: Index, found: Identities, read_unseen: bool) -> None:
+    """Find the keys of the images among these that are behind addresses."""
+    urls = {i: url for i in block if (url := dataset.url(i)) is not None}
+    if not urls:
+        return
+    known = dict(zip(urls, index.url_digests(urls.values()), strict=True))
+    with ThreadPoolExecutor(remote.connections()) as pool:
+        # Of many images in one archive, the archive is asked for once.
+        asked = list(dict.fromkeys(remote.whole(url) for i, url in urls.items() if known[i]))
+        said = dict(zip(asked, pool.map(_ask, asked), strict=True))
+        to_read: dict[str, list[int]] = {}
+        for i, url in urls.items():
+            before, now = known[i], said.get(remote.whole(url))
+            if isinstance(now, OSError):
+                found.unread[i] = unreadable(now)
+            elif before and now is not None and now == before[0]:
+                found.keys[i] = before[1]
+            elif read_unseen or (before and now is None):  # it may be what it was
+                to_read.setdefault(url, []).append(i)
+            else:
+                found.unseen.add(i)
+        for (url, some), read in zip(to_read.items(), pool.map(_read, to_read), strict=True):
+            if isinstance(read, OSError):
+                found.unread.update(dict.fromkeys(some, unreadable(read)))
+                continue
+            found.fetched[url] = read
+            for i in some:
+                found.keys[i] = read[1]
+
+
+def read_some(dataset: Dataset, found: Identities) -> None:
+    """Read a few of the unseen images if no image is known, so that it can be told which space has their rows.
+
+    What was fetched is held for whoever computes.
+    """
+    if any(key is not None for key in found.keys):
+        return
+    urls = {i: url for i in found.to_read[: remote.connections()] if (url := dataset.url(i)) is not None}
+    with ThreadPoolExecutor(remote.connections()) as pool:
+        for (i, url), read in zip(urls.items(), pool.map(_fetch, urls.values()), strict=True):
+            remote.hold(url, read)
+            if isinstance(read, OSError):
+                continue
+            key = digest(read.data)
+            found.fetched[url] = read.validator, key
+            for twin in (i, *found.twins.pop(i, ())):
+                found.keys[twin] = key
+                found.unseen.discard(twin)
+
+
+def _ask(url: str) -> str | OSError | None:
+    try:
+        return remote.validator(url)
+    except OSError as error:
+        return error
+
+
+def _fetch(url: str) -> remote.Fetched | OSError:
+    try:
+        return remote.fetch(url)
+    except OSError as error:
+        return error
+
+
+def _read(url: str) -> tuple[str | None, bytes] | OSError:
+    """Return validator and digest of what is behind an address, or why it cannot be read."""
+    fetched = _fetch(url)
+    return fetched if isinstance(fetched, OSError) else (fetched.validator, digest(fetched.data))
 
 
 def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> tuple[FileStamp, bytes, bool] | str:

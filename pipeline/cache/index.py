@@ -87,6 +87,11 @@ class Located:
         return Located(self.shards[at], self.positions[at], self.keys[at], self.views[at])
 
 
+def row_mark(key: bytes, view: int) -> int:
+    """Return a number of 64 bits that tells rows apart well enough for what another look sets right."""
+    return int.from_bytes(key[:8], "big") ^ (view * 0x9E3779B97F4A7C15 % 2**64)
+
+
 class Index:
     """The open database. One process may hold several; SQLite serialises their writes.
 
@@ -227,6 +232,13 @@ class Index:
             WHERE s.space = ? AND s.state = 'good' GROUP BY r.view"""
         return self._all(query, (space,), str, int)
 
+    def row_marks(self, space: str) -> np.ndarray:
+        """Return the `row_mark` of each row in good shards of `space`, (n,) uint64."""
+        query = """SELECT r.key, r.view FROM shards s JOIN rows r ON r.shard = s.id
+            WHERE s.space = ? AND s.state = 'good'"""
+        with self._believed(), self._reading() as db:
+            return np.fromiter((row_mark(*row) for row in db.execute(query, (space,))), np.uint64)
+
     # Digests of files
 
     def file_digests(self, paths: Iterable[Path]) -> list[tuple[FileStamp, bytes] | None]:
@@ -261,6 +273,28 @@ class Index:
         """Return path → digest of every file that was ever hashed; they may have changed since."""
         found = self._all("SELECT path, digest FROM files", (), bytes, bytes)
         return {Path(os.fsdecode(path)): digest for path, digest in found}
+
+    # Digests of what is behind addresses
+
+    def url_digests(self, urls: Iterable[str]) -> list[tuple[str | None, bytes] | None]:
+        """Return for each address the validator and digest that were remembered, or None."""
+        query = "SELECT validator, digest FROM urls WHERE url = ?"
+        with self._reading() as db:
+            found = [db.execute(query, (url,)).fetchone() for url in urls]
+        self._check([row for row in found if row], (str | None, bytes))
+        if any(row and len(row[1]) != 32 for row in found):
+            raise IndexDamagedError(self.path, "it has digests of no length", certain=True)
+        return found
+
+    def remember_urls(self, digests: Mapping[str, tuple[str | None, bytes]]) -> None:
+        """Remember of each address what its server said before it was read, and the digest of what it gave."""
+        rows = [(url, validator, digest) for url, (validator, digest) in digests.items()]
+        self._remember("INSERT OR REPLACE INTO urls VALUES (?, ?, ?)", rows)
+
+    def forget_urls(self, urls: Iterable[str]) -> None:
+        """Forget the digests of these addresses, so that they are read again."""
+        with self._changing() as db:
+            db.executemany("DELETE FROM urls WHERE url = ?", [(url,) for url in urls])
 
     # Quarantine
 

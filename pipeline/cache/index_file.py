@@ -14,7 +14,7 @@ from pipeline.errors import CacheError, IndexDamagedError
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 _SCHEMA = """
 CREATE TABLE shards (
     id INTEGER PRIMARY KEY, space TEXT NOT NULL, name TEXT NOT NULL, bytes INTEGER NOT NULL,
@@ -26,17 +26,22 @@ CREATE INDEX rows_by_key ON rows (key, view);
 CREATE TABLE files (
     path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime INTEGER NOT NULL, ctime INTEGER NOT NULL,
     inode INTEGER NOT NULL, digest BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE urls (url TEXT PRIMARY KEY, validator TEXT, digest BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE quarantine (
     key BLOB NOT NULL, decoder TEXT NOT NULL, max_pixels INTEGER NOT NULL, reason TEXT NOT NULL,
     since TEXT, PRIMARY KEY (key, decoder, max_pixels)) WITHOUT ROWID;
 """
-_FROM_VERSION_1 = """
+_FROM_VERSION_2 = """
+CREATE TABLE urls (url TEXT PRIMARY KEY, validator TEXT, digest BLOB NOT NULL) WITHOUT ROWID;
+"""
+_FROM_VERSION_1 = f"""{_FROM_VERSION_2}
 ALTER TABLE shards ADD COLUMN state TEXT NOT NULL DEFAULT 'good';
 ALTER TABLE shards ADD COLUMN problem TEXT;
 ALTER TABLE quarantine ADD COLUMN since TEXT;
 """
-# What a file of ours holds, whatever its version: anything more, a trigger say, is somebody else's.
-_OBJECTS = {"shards", "rows", "rows_by_key", "files", "quarantine"}
+# What a file of ours holds: anything more, a trigger say, is somebody else's.
+_OLD_OBJECTS = {"shards", "rows", "rows_by_key", "files", "quarantine"}
+_OBJECTS = {0: set[str](), 1: _OLD_OBJECTS, 2: _OLD_OBJECTS, VERSION: {*_OLD_OBJECTS, "urls"}}
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -101,7 +106,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
             f"the index {path} is of version {version}, this program reads {VERSION}; delete it, it is "
             "derived again from the shards"
         )
-    if objects != (_OBJECTS if version else set()):
+    if objects != _OBJECTS.get(version):
         raise IndexDamagedError(path, "it is not one that Icebox made", foreign=True)
     if version < VERSION:  # one that is up to date may lie where nothing can be written
         storage.about_to("make index", path)
@@ -120,7 +125,7 @@ def _bring_up_to_date(db: sqlite3.Connection) -> None:
         cursor.execute("BEGIN IMMEDIATE")
         try:
             version, _ = _version(db)
-            statements = {0: _SCHEMA, 1: _FROM_VERSION_1}.get(version, "")
+            statements = {0: _SCHEMA, 1: _FROM_VERSION_1, 2: _FROM_VERSION_2}.get(version, "")
             for statement in filter(str.strip, statements.split(";")):
                 cursor.execute(statement)
             cursor.execute(f"PRAGMA user_version = {VERSION}")

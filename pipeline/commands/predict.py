@@ -18,14 +18,17 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.commands.shared import (
+    CONNECTIONS,
     MAX_PIXELS,
     AlsoOption,
+    ConnectionsOption,
     ImageRootOption,
     JsonOption,
     MaxBadOption,
     MaxPixelsOption,
     RunArgument,
     RunWeightsOption,
+    causes,
     exit_for_bad,
     finish,
     notice_ignored,
@@ -49,7 +52,8 @@ def predict(
     context: typer.Context,
     run: RunArgument,
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATHS…", help="Images, folders of them, or .csv and .parquet manifests.")
+        list[str],
+        typer.Argument(metavar="PATHS…", help="Images, addresses of such, folders, or .csv and .parquet manifests."),
     ],
     also: AlsoOption = None,
     top: Annotated[int, typer.Option(help="How many classes to name, the likeliest first.", min=1)] = 3,
@@ -58,16 +62,18 @@ def predict(
     weights: RunWeightsOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
+    connections: ConnectionsOption = CONNECTIONS,
     as_json: JsonOption = False,
 ) -> None:
     """Say of new images what they show, by a trained run or several."""
-    from pipeline.dataset import open_images
+    from pipeline.dataset import open_images, remote
     from pipeline.errors import UsageError
     from pipeline.predict import likeliest
     from pipeline.predict import predict as answers_of
 
     if as_csv and as_json:
         raise UsageError("--csv and --json both want stdout; leave one of them out")
+    remote.limit_connections(connections)
     start, tally = time.perf_counter(), _Tally()
     with opened(context) as workspace, tempfile.SpooledTemporaryFile(_IN_MEMORY, "w+", encoding="ascii") as spool:
         trained = open_runs(workspace, run, also)
@@ -91,6 +97,7 @@ def predict(
             "from_cache": tally.from_cache,
             "quarantined": len(tally.bad),
             "quarantined_images": [asdict(bad) for bad in tally.bad],
+            "causes": causes(tally.bad),
             "seconds": round(time.perf_counter() - start, 3),
         }
         if as_json:

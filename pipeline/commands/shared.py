@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -68,6 +69,9 @@ AugmentOption = Annotated[
         "[default: rotation=30,width_shift=0.2,height_shift=0.2,shear=0.2,zoom=0.2,horizontal_flip=true,fill=nearest]",
     ),
 ]
+ConnectionsOption = Annotated[
+    int, typer.Option(metavar="N", help="How many images behind addresses are asked for at once.", min=1, max=256)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 
 WorkersOption = Annotated[
@@ -102,6 +106,7 @@ RunWeightsOption = Annotated[
     typer.Option("--weights", help="The backbone's weights file, if it is not where it was when features were made."),
 ]
 
+CONNECTIONS = 16  # pipeline.dataset.remote.DEFAULT_CONNECTIONS
 MAX_PIXELS = 180_000_000  # pipeline.images.DEFAULT_MAX_PIXELS, not imported here as it brings OpenCV
 
 
@@ -265,6 +270,14 @@ def _readable(name: str, value: Any) -> Any:
     return f"{value / 1e9:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.2f} MB"
 
 
+_MOST_CAUSES = 10  # counted for people
+
+
+def causes(quarantined: Iterable[Quarantined]) -> dict[str, int]:
+    """Return reason → how many images were quarantined for it, the most frequent first."""
+    return dict(Counter(bad.reason for bad in quarantined).most_common())
+
+
 def exit_for_bad(quarantined: list[Quarantined], images: int, max_bad: float) -> None:
     """List what was quarantined; exit with 3 if it is more than was allowed for."""
     from pipeline import terminal
@@ -273,5 +286,10 @@ def exit_for_bad(quarantined: list[Quarantined], images: int, max_bad: float) ->
         terminal.say(f"quarantined {bad.path}: {bad.reason}", "yellow")
     if len(quarantined) > 20:
         terminal.say(f"and {len(quarantined) - 20:,} more; --json lists them all", "yellow")
+    counted = list(causes(quarantined).items())
+    if 1 < len(quarantined) > len(counted):
+        told = ", ".join(f"{count:,} {reason}" for reason, count in counted[:_MOST_CAUSES])
+        others = f", and {len(counted) - _MOST_CAUSES:,} other causes" if len(counted) > _MOST_CAUSES else ""
+        terminal.say(f"in all: {told}{others}", "yellow")
     if len(quarantined) / images > max_bad:
         raise typer.Exit(3)

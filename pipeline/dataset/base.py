@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from pipeline.dataset import remote
 from pipeline.errors import DatasetError, UsageError
 
 # What people call the three sides, in lower case, and what we call them.
@@ -31,7 +33,11 @@ class Source(Protocol):
         ...
 
     def path(self, i: int) -> Path | None:
-        """Return the file of image i, or None if it has none."""
+        """Return the file of image i, or None if it has none on this machine."""
+        ...
+
+    def url(self, i: int) -> str | None:
+        """Return the resolved address of image i, or None if it has none."""
         ...
 
     def take(self, rows: np.ndarray) -> Source:
@@ -41,7 +47,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """Images that are files: `names` are paths relative to `root`, or absolute."""
+    """Images that are files: `names` are paths relative to `root`, or absolute, or addresses (see `remote`)."""
 
     root: Path
     names: Sequence[str]
@@ -49,13 +55,22 @@ class FileSource:
     def read(self, i: int) -> bytes:
         """Return the bytes of file i. Raises OSError if it cannot be read, or is no regular file."""
         path = self.path(i)
+        if path is None:
+            return remote.fetch(self._resolved(i)).data
         if not stat.S_ISREG(path.stat().st_mode):
             raise OSError("not a regular file")  # a pipe would be waited for, a device read for ever
         return path.read_bytes()
 
-    def path(self, i: int) -> Path:
-        """Return the path of file i."""
-        return self.root / self.names[i]
+    def path(self, i: int) -> Path | None:
+        """Return the path of file i; None if it is behind an address."""
+        return None if remote.is_url(self.names[i]) else self.root / self.names[i]
+
+    def url(self, i: int) -> str | None:
+        """Return the resolved address of file i, or None if it is on this machine."""
+        return self._resolved(i) if remote.is_url(self.names[i]) else None
+
+    def _resolved(self, i: int) -> str:
+        return remote.resolve(self.names[i], os.path.normpath(self.root))
 
     def take(self, rows: np.ndarray) -> FileSource:
         """Return the files at `rows`, (m,) int64."""
@@ -76,6 +91,10 @@ class ArraySource:
         return self.pixels[i]
 
     def path(self, i: int) -> None:
+        """Return None: these images are no files."""
+        return
+
+    def url(self, i: int) -> None:
         """Return None: these images are no files."""
         return
 
@@ -137,8 +156,16 @@ class Dataset:
         return self.source.read(i)
 
     def path(self, i: int) -> Path | None:
-        """Return the absolute path of image i, or None if it is no file."""
+        """Return the absolute path of image i, or None if it is no file on this machine."""
         return self.source.path(i)
+
+    def url(self, i: int) -> str | None:
+        """Return the resolved address of image i, or None if it has none."""
+        return self.source.url(i)
+
+    def urls(self) -> Iterator[str]:
+        """Yield the resolved addresses of the images that have one."""
+        return (url for i in range(len(self)) if (url := self.source.url(i)) is not None)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Dataset:
         """Return the images at `indices`, in that order, or those where a boolean array is true.
@@ -160,7 +187,9 @@ class Dataset:
 def of_files(
     name: str, files: Sequence[Path | str], names: Sequence[str] | None = None, ignored: Mapping[str, int] | None = None
 ) -> Dataset:
-    """Return images of no known class: the files at absolute paths, called `names`, by default as their paths."""
+    """Return images of no known class: the files at absolute paths or resolved addresses, called `names`, by default
+    as those.
+    """
     texts, labels = [str(file) for file in files], np.zeros(len(files), np.int32)
     source = FileSource(Path("/"), texts)
     return Dataset(name, ("unknown",), names or texts, labels, None, None, source, ignored or {})

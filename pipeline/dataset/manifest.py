@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.dataset import remote
 from pipeline.dataset.base import SPLIT_NAMES, Dataset, FileSource, brought, index_labels
 from pipeline.errors import DatasetError
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MANIFEST_ENDINGS = (*_DELIMITERS, ".parquet", ".pq")
 _COLUMNS = ("path", "label", "split", "group")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 # The number of a line or row, and its path, label, split and group; "" where a value or column is missing.
 _Row = tuple[int, Sequence[str]]
@@ -26,7 +25,8 @@ def open_manifest(path: Path, image_root: Path | None = None) -> Dataset:
     """List the images of a manifest, in its order.
 
     Paths start from `image_root`, or from the manifest's own folder, and may not leave it: a manifest may come from
-    somebody else, and what it names is read. Absolute ones must lie in there too. Links are followed.
+    somebody else, and what it names is read. Absolute ones must lie in there too. Links are followed. Addresses, such
+    as `https://…` and `s3://…`, are read as `remote` says.
 
     The text is UTF-8, with or without a byte order mark; labels and groups may be whole numbers in Parquet.
     Other columns are passed over. No image file is looked at.
@@ -35,6 +35,8 @@ def open_manifest(path: Path, image_root: Path | None = None) -> Dataset:
     ------
     DatasetError
         If it cannot be read, a column is missing or a row is malformed; the text names the line.
+    UsageError
+        If a package is not there that its addresses need.
     """
     path, root, listed = _listed(path, image_root, ("path", "label"))
     rows = _Rows(path, root)
@@ -42,6 +44,7 @@ def open_manifest(path: Path, image_root: Path | None = None) -> Dataset:
         rows.add(where, *values)
     if not rows.names:
         raise DatasetError(_no_rows(path))
+    remote.require(name for name in rows.names if remote.is_url(name))
     classes, labels = index_labels(rows.labels)
     return Dataset(
         name=path.name,
@@ -57,7 +60,7 @@ def open_manifest(path: Path, image_root: Path | None = None) -> Dataset:
 def manifest_images(path: Path, image_root: Path | None = None) -> tuple[Path, list[str]]:
     """Return the folder that a manifest's paths start from, and the paths; of its columns only `path` is looked at.
 
-    Raises DatasetError as `open_manifest` does.
+    Raises DatasetError and UsageError as `open_manifest` does.
     """
     path, root, listed = _listed(path, image_root, ("path",))
     names = []
@@ -66,6 +69,7 @@ def manifest_images(path: Path, image_root: Path | None = None) -> tuple[Path, l
         names.append(name)
     if not names:
         raise DatasetError(_no_rows(path))
+    remote.require(name for name in names if remote.is_url(name))
     return root, names
 
 
@@ -127,10 +131,14 @@ def _one_of(names: Any) -> str:
 def _check_path(where: str, path: str, root: str) -> None:
     if not path.strip():
         raise DatasetError(f"{where}: expected the path of an image, found none")
-    if _URL.match(path):
-        raise DatasetError(f"{where}: expected the path of a local file, found {path!r}; fetch it first")
     if "\0" in path:
         raise DatasetError(f"{where}: expected the path of an image, found one with a null character")
+    if remote.is_url(path):
+        try:
+            remote.resolve(path, root)
+        except ValueError as error:
+            raise DatasetError(f"{where}: expected {error}, found {path!r}") from error
+        return
     # Only for the few paths that could leave it: a million rows are checked in a second.
     if (path.startswith("/") or ".." in path) and not _lies_in(root, path):
         raise DatasetError(

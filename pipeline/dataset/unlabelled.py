@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.dataset import remote
 from pipeline.dataset.base import Dataset, of_files
 from pipeline.dataset.folder import images_below
 from pipeline.dataset.manifest import MANIFEST_ENDINGS, manifest_images
@@ -17,20 +18,24 @@ def open_images(paths: Sequence[str], image_root: Path | None = None) -> Dataset
     """List images whose class is not known, all as class "unknown"; none is read.
 
     A folder stands for the images anywhere below it, sorted; hidden ones and other files are counted in `ignored`.
-    A manifest stands for those in its column `path`, which start from `image_root` or its own folder. Any other
-    file is taken for an image, whatever its ending.
+    A manifest stands for those in its column `path`, which start from `image_root` or its own folder. An address
+    (`https://…`, see `remote`) stands for one image. Any other file is taken for an image, whatever its ending.
 
     Raises
     ------
     DatasetError
-        If there is nothing at a path, a folder holds no image, or a manifest cannot be read.
+        If there is nothing at a path, a folder holds no image, a manifest cannot be read, or an address is none.
     UsageError
-        If `image_root` is given without a manifest.
+        If `image_root` is given without a manifest, or a package is not there that an address needs.
     """
     names, files = list[str](), list[str]()
     ignored: Counter[str] = Counter()
     manifests = False
     for text in paths:
+        if remote.is_url(text):
+            names.append(text)
+            files.append(_resolved(text))
+            continue
         path = Path(os.path.expanduser(text))  # noqa: PTH111  the Path method raises on "~nobody"
         if _is_folder(path, text):
             found = [str(path / name) for name in sorted(images_below(path, ignored))]
@@ -44,13 +49,21 @@ def open_images(paths: Sequence[str], image_root: Path | None = None) -> Dataset
             root, found = manifest_images(path, image_root)
             manifests = True
             names += found
-            files += (str(root / name) for name in found)
+            files += (remote.resolve(name, str(root)) if remote.is_url(name) else str(root / name) for name in found)
         else:
             names.append(text)
             files.append(str(path.absolute()))  # nothing is folded: what follows a link may be elsewhere
     if image_root is not None and not manifests:
         raise UsageError("--image-root goes with a manifest only, found it with images and folders")
     return of_files("images", files, names, ignored)
+
+
+def _resolved(url: str) -> str:
+    remote.require([url])
+    try:
+        return remote.resolve(url, None)
+    except ValueError as error:
+        raise DatasetError(f"expected {error}, found {url!r}") from error
 
 
 def _is_folder(path: Path, text: str) -> bool:

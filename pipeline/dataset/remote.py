@@ -1,0 +1,510 @@
+"""Images behind addresses, read through fsspec: `https://…`, `s3://…`, or a member of an archive, `zip://a.jpg::…`.
+
+An address may come from somebody else's manifest, so only protocols that read from afar are known here, and an archive
+on this machine must lie where plain paths may.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import random
+import re
+import tarfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+from pipeline.errors import UsageError
+from pipeline.machine import require_packages
+
+T = TypeVar("T")
+
+# What each protocol needs beside fsspec, and whether `make setup EXTRAS=remote` brings it.
+_PACKAGES: dict[str, tuple[str, bool] | None] = {
+    **dict.fromkeys(("http", "https"), ("aiohttp", True)),
+    **dict.fromkeys(("s3", "s3a"), ("s3fs", True)),
+    **dict.fromkeys(("gs", "gcs"), ("gcsfs", True)),
+    **dict.fromkeys(("az", "abfs", "abfss"), ("adlfs", False)),
+    "hf": ("huggingface_hub", False),
+    "sftp": ("paramiko", False),
+    **dict.fromkeys(("ftp", "webhdfs")),
+}
+_ARCHIVES = ("zip", "tar")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
+
+DEFAULT_CONNECTIONS = 16
+SILENCE = 30.0  # seconds without a byte before a request counts as lost
+LARGEST = 1 << 30  # bytes of one image
+_WHOLE = 900.0  # seconds that one request may take in all
+_TRIES = 3
+_PAUSE = 0.5  # seconds before the second try, about; twice that before the third
+_LONGEST_PAUSE = 30.0  # that a server may ask for
+_GRAIN = 2  # seconds: what was changed later than this before it was sent may change again and look the same
+_BLOCK = 1 << 18
+_PASSING = {408, 425, 429, 500, 502, 503, 504}
+_NO_HEAD = {401, 403, 405, 501}  # what servers, and addresses signed for GET alone, say to HEAD
+
+_PARTS = ("client_kwargs", "config_kwargs")  # of fsspec's configuration, where time-outs are
+
+# What changes with the content, as the file systems of fsspec call it.
+_MARKS = (
+    *("ETag", "etag", "e_tag", "checksum", "md5Hash", "content_md5", "blob_id", "crc32c", "generation", "VersionId"),
+    *("version_id", "LastModified", "last_modified", "modified", "updated", "mtime", "modify", "modificationTime"),
+)
+
+
+class Fetched(NamedTuple):
+    """What was read, and what the server said beforehand or with it that will be other once it changes, or None."""
+
+    data: bytes
+    validator: str | None
+
+
+def is_url(text: str) -> bool:
+    """Return whether `text` is an address, not a path."""
+    return "://" in text and _URL.match(text) is not None
+
+
+def resolve(url: str, root: str | None) -> str:
+    """Return the address with what it says of this machine made absolute.
+
+    Parameters
+    ----------
+    url
+        The address as a person wrote it.
+    root
+        The folder, absolute, that an archive on this machine must lie in and relative ones start from; None for the
+        current folder, and any place.
+
+    Raises
+    ------
+    ValueError
+        If it is none that may be read; the text says what was expected.
+    """
+    if not url.isprintable():
+        raise ValueError("an address of printable characters")
+    protocol, rest = _split(url)
+    if protocol not in _ARCHIVES:
+        if protocol not in _PACKAGES or not rest.strip("/"):
+            known = ", ".join((*_PACKAGES, *_ARCHIVES))
+            raise ValueError(f"the path of a file, or an address by one of {known}")
+        return url
+    member, _, archive = rest.partition("::")
+    if not member.strip("/") or not archive:
+        raise ValueError(f"an archive behind its member, as in {protocol}://a.jpg::https://host/b.{protocol}")
+    if is_url(archive) and not archive.startswith("file://"):
+        if _split(archive)[0] in _ARCHIVES:
+            raise ValueError("an archive that lies in no other archive")
+        return f"{protocol}://{member}::{resolve(archive, root)}"
+    path = os.path.normpath(os.path.join(root or Path.cwd(), archive.removeprefix("file://")))  # noqa: PTH118
+    if root is not None and os.path.commonpath([root, path]) != root:
+        raise ValueError(f"an archive inside {root}")
+    return f"{protocol}://{member}::{path}"
+
+
+def require(urls: Iterable[str]) -> None:
+    """Raise UsageError, naming what to install, unless the packages that these addresses need are there."""
+    asked = {_split(url if _split(url)[0] not in _ARCHIVES else url.partition("::")[2])[0] for url in urls}
+    for protocol in sorted(asked):
+        needed = _PACKAGES.get(protocol)
+        if needed is None:
+            continue
+        package, is_extra = needed
+        if is_extra:
+            require_packages(f"{protocol}://", [package], "remote")
+        elif importlib.util.find_spec(package) is None:
+            raise UsageError(f"{protocol}:// needs {package}: .venv/bin/pip install {package}")
+
+
+def whole(url: str) -> str:
+    """Return what tells whether an image is still the same: the address itself, or the archive it lies in."""
+    protocol, rest = _split(url)
+    return f"{protocol}://::{rest.partition('::')[2]}" if protocol in _ARCHIVES else url
+
+
+def fetch(url: str) -> Fetched:
+    """Read what is behind a resolved address; what may pass is tried three times.
+
+    Raises
+    ------
+    OSError
+        If it cannot be had; the text is the cause, short and without the address.
+    """
+    held = _state().held.pop(url, None)
+    if isinstance(held, OSError):
+        raise held
+    return held or _tried(lambda: _fetch(url))
+
+
+def hold(url: str, fetched: Fetched | OSError) -> None:
+    """Keep what was fetched, or why it was not, until it is asked for once more; it should not be much."""
+    _state().held[url] = fetched
+
+
+def let_go() -> None:
+    """Forget what is held."""
+    _state().held.clear()
+
+
+def validator(url: str) -> str | None:
+    """Return what the server says now of `whole(…)`, without reading it; None if that tells nothing.
+
+    Raises
+    ------
+    OSError
+        As `fetch` does.
+    """
+    return _tried(lambda: _validator(url))
+
+
+def connections() -> int:
+    """Return how many requests of this process may be under way at once."""
+    return _state().connections
+
+
+def limit_connections(count: int) -> None:
+    """Set how many requests of this process may be under way at once."""
+    state = _state()
+    state.connections, state.gate = count, threading.BoundedSemaphore(count)
+
+
+def _split(url: str) -> tuple[str, str]:
+    protocol, _, rest = url.partition("://")
+    return protocol.lower(), rest
+
+
+# What a process has open
+
+
+@dataclass
+class _State:
+    """The file systems and archives of one process: a fork must not use its parent's connections."""
+
+    pid: int
+    connections: int = DEFAULT_CONNECTIONS
+    gate: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(DEFAULT_CONNECTIONS))
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    systems: dict[Any, _System] = field(default_factory=dict)
+    archives: dict[str, _Archive] = field(default_factory=dict)
+    opening: dict[str, threading.Lock] = field(default_factory=dict)
+    held: dict[str, Fetched | OSError] = field(default_factory=dict)
+
+
+_only = _State(os.getpid())
+
+
+def _state() -> _State:
+    global _only
+    if _only.pid != os.getpid():
+        _only = _State(os.getpid(), _only.connections, threading.BoundedSemaphore(_only.connections))
+    return _only
+
+
+class _System:
+    """An fsspec file system, which may be asked from any thread."""
+
+    def __init__(self, made: Any) -> None:
+        self.made = made
+        self._lock = threading.Lock()
+
+    def ask(self, name: str, *arguments: Any, **named: Any) -> Any:
+        """Call a method, within a time-out where there can be one; what knows no parallel requests gets none."""
+        if self.made.async_impl:
+            return self.run(getattr(self.made, f"_{name}"), *arguments, **named)
+        with self._lock:
+            return getattr(self.made, name)(*arguments, **named)
+
+    def run(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """Wait for a coroutine on fsspec's own loop."""
+        from fsspec.asyn import sync
+
+        return sync(self.made.loop, function, *arguments, timeout=_WHOLE, **named)
+
+
+def _system(url: str) -> tuple[_System, str]:
+    """Return the file system of an address, opened once, and what it calls the file."""
+    from fsspec import get_filesystem_class
+
+    protocol = _split(url)[0]
+    kind: Any = get_filesystem_class(protocol)
+    asked = kind._get_kwargs_from_urls(url)
+    state = _state()
+    with state.lock:
+        key = protocol, tuple(sorted(asked.items()))
+        if key not in state.systems:
+            options = {**_options(protocol, kind.protocol), **asked}
+            state.systems[key] = _System(kind(**options, use_listings_cache=False, skip_instance_cache=True))
+            if protocol.startswith("s3"):
+                state.systems[key].made.retries = 1  # we try again ourselves
+        return state.systems[key], kind._strip_protocol(url)
+
+
+def _options(protocol: str, names: str | tuple[str, ...]) -> dict[str, Any]:
+    """Return our time-outs, beside what the user's own configuration of fsspec says."""
+    from fsspec.config import conf
+
+    stated = [conf.get(name, {}) for name in ((names,) if isinstance(names, str) else names)]
+    client, config = ({k: v for each in stated for k, v in each.get(part, {}).items()} for part in _PARTS)
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        ours = {"timeout": aiohttp.ClientTimeout(total=_WHOLE, sock_connect=SILENCE, sock_read=SILENCE)}
+        return {"client_kwargs": {"trust_env": True, **ours, **client}}
+    if protocol.startswith("s3"):
+        ours = {"connect_timeout": SILENCE, "read_timeout": SILENCE, "retries": {"max_attempts": 0}}
+        return {"config_kwargs": {**ours, **config}}
+    return {"timeout": SILENCE} if protocol in ("ftp", "sftp") else {}
+
+
+# Requests
+
+
+def _fetch(url: str) -> Fetched:
+    protocol, rest = _split(url)
+    if protocol in _ARCHIVES:
+        archive = _archive(whole(url))
+        return Fetched(archive.read(rest.partition("::")[0]), archive.validator)
+    system, path = _system(url)
+    if protocol in ("http", "https"):
+        return system.run(_get, system.made, path)
+    # The validator first: what changes in between is noticed the next time.
+    about = system.ask("info", path)
+    if about.get("type") == "directory":
+        raise FileNotFoundError(path)
+    _check_size(about.get("size"))
+    return Fetched(system.ask("cat_file", path), _marks(about))
+
+
+def _validator(url: str) -> str | None:
+    protocol, rest = _split(url)
+    if protocol in _ARCHIVES:
+        now = _validator_of_archive(rest.removeprefix("::"))
+        state = _state()
+        with state.lock:
+            if url in state.archives and (now is None or state.archives[url].validator != now):
+                del state.archives[url]  # closed by who still reads it
+        return now
+    system, path = _system(url)
+    if protocol in ("http", "https"):
+        return system.run(_head, system.made, path)
+    about = system.ask("info", path)
+    if about.get("type") == "directory":
+        raise FileNotFoundError(path)
+    return _marks(about)
+
+
+def _validator_of_archive(archive: str) -> str | None:
+    if is_url(archive):
+        return _validator(archive)
+    found = Path(archive).stat()
+    fresh = time.time() - max(found.st_mtime, found.st_ctime) < _GRAIN
+    return None if fresh else f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+
+
+def _marks(about: dict[str, Any]) -> str | None:
+    found = [f"{name}={about[name]}" for name in _MARKS if about.get(name) is not None]
+    return "; ".join([f"size={about.get('size')}", *found]) if found else None
+
+
+async def _get(system: Any, url: str) -> Fetched:
+    session = await system.set_session()
+    async with session.get(system.encode_url(url), **system.kwargs) as response:
+        _check_status(response)
+        _check_size(response.content_length)
+        parts, size = list[bytes](), 0
+        async for part in response.content.iter_chunked(_BLOCK):
+            size += len(part)
+            _check_size(size)
+            parts.append(part)
+        return Fetched(b"".join(parts), _headers(response))
+
+
+async def _head(system: Any, url: str) -> str | None:
+    session = await system.set_session()
+    async with session.head(system.encode_url(url), allow_redirects=True, **system.kwargs) as response:
+        if response.status not in _NO_HEAD:
+            _check_status(response)
+            return _headers(response)
+    async with session.get(system.encode_url(url), **system.kwargs) as response:  # whose body is not read
+        _check_status(response)
+        return _headers(response)
+
+
+def _headers(response: Any) -> str | None:
+    """Return ETag and date of an answer; None without either, or if it was changed too lately to be sure."""
+    headers = response.headers
+    tag, changed = headers.get("ETag"), headers.get("Last-Modified")
+    if not (tag or changed) or (changed and _is_fresh(changed, headers.get("Date"))):
+        return None
+    return f"ETag={tag}; Last-Modified={changed}"
+
+
+def _is_fresh(changed: str, sent: str | None) -> bool:
+    try:
+        at = parsedate_to_datetime(sent).timestamp() if sent else time.time()
+        return at - parsedate_to_datetime(changed).timestamp() < _GRAIN
+    except ValueError:
+        return True
+
+
+# Archives
+
+
+class _Archive:
+    """An archive whose directory was read; its members are read one at a time."""
+
+    def __init__(self, kind: str, file: IO[bytes], validator: str | None) -> None:
+        self.validator = validator
+        self._lock = threading.Lock()
+        self._kind = kind
+        self._opened: Any
+        if kind == "zip":
+            self._opened = zipfile.ZipFile(file)
+        else:  # a compressed one would be read from its beginning for each member
+            self._opened = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+            self._members = {member.name: member for member in self._opened if member.isreg()}
+
+    def read(self, member: str) -> bytes:
+        with self._lock:
+            if self._kind == "zip":
+                _check_size(self._opened.getinfo(member).file_size)
+                return self._opened.read(member)
+            found = self._members[member]
+            _check_size(found.size)
+            return self._opened.extractfile(found).read()
+
+
+def _archive(url: str) -> _Archive:
+    """Return an archive, opened once; `url` as `whole` gives it."""
+    state = _state()
+    with state.lock:
+        opening = state.opening.setdefault(url, threading.Lock())
+    with opening:
+        if (found := state.archives.get(url)) is not None:
+            return found
+        kind, rest = _split(url)
+        place = rest.removeprefix("::")
+        before = _validator_of_archive(place)
+        if is_url(place):
+            system, path = _system(place)
+            file = system.made.open(path, "rb")
+        else:
+            file = Path(place).open("rb")  # noqa: SIM115  kept open with the archive
+        try:
+            found = _Archive(kind, file, before)
+        except BaseException:
+            file.close()
+            raise
+        with state.lock:
+            state.archives[url] = found
+        return found
+
+
+# What goes wrong
+
+
+class _RefusedError(OSError):
+    """An answer that is none. `passing` if another try may do better, after `pause` seconds."""
+
+    def __init__(self, cause: str, passing: bool = False, pause: float = 0) -> None:
+        super().__init__(cause)
+        self.passing = passing
+        self.pause = pause
+
+
+def _tried(work: Callable[[], T]) -> T:
+    """Do it, up to three times, with growing pauses, if what went wrong may pass. Raises OSError with the cause."""
+    for attempt in range(_TRIES):
+        try:
+            with _state().gate:
+                return work()
+        except Exception as error:
+            failure = _failure(error)
+            if not failure.passing or attempt == _TRIES - 1:
+                raise failure from error
+            # Nobody is to be asked by all threads at once again.
+            pause = _PAUSE * 2**attempt * (0.5 + random.random())
+        time.sleep(max(pause, min(failure.pause, _LONGEST_PAUSE)))
+    raise AssertionError("unreachable")
+
+
+def _check_status(response: Any) -> None:
+    if response.status >= 400:
+        wait = response.headers.get("Retry-After", "")
+        raise _status(response.status, float(wait) if wait.isdecimal() else 0)
+
+
+def _status(code: int, pause: float = 0) -> _RefusedError:
+    phrase = HTTPStatus(code).phrase if code in HTTPStatus.__members__.values() else ""
+    return _RefusedError(f"HTTP {code} {phrase}".strip(), code in _PASSING, pause)
+
+
+def _check_size(size: int | None) -> None:
+    if size is not None and size > LARGEST:
+        raise _RefusedError(f"more than {LARGEST:,} bytes")
+
+
+def _failure(error: BaseException) -> _RefusedError:
+    """Return the cause of a failure, in the same words whatever library tells it."""
+    if isinstance(error, _RefusedError):
+        return error
+    chain = list[BaseException]()
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = getattr(error, "os_error", None) or error.__cause__ or error.__context__  # type: ignore[assignment]
+    names = {kind.__name__ for each in chain for kind in type(each).__mro__}
+    if names & {"TimeoutError", "FSTimeoutError", "ReadTimeoutError", "ConnectTimeoutError"}:
+        return _RefusedError(f"timed out after {SILENCE:g} s", passing=True)
+    codes = {code for each in chain if (code := _code_of(each))}
+    if isinstance(chain[0], (FileNotFoundError, KeyError)) or 404 in codes:
+        return _RefusedError("no such object")
+    if isinstance(chain[0], PermissionError) or codes & {401, 403}:
+        return _RefusedError("access denied")
+    if codes:
+        return _status(min(codes))
+    if any(getattr(each, "errno", None) == errno.ECONNREFUSED for each in chain):
+        return _RefusedError("connection refused", passing=True)
+    for kinds, cause, passing in _KINDS:
+        if names & kinds:
+            return _RefusedError(cause, passing)
+    if "seek" in str(chain[0]) or "range requests" in str(chain[0]):
+        return _RefusedError("an archive, and its server gives no parts of files")
+    return _RefusedError(f"{type(chain[0]).__name__}: {_without_urls(str(chain[0]))}".removesuffix(": "))
+
+
+_KINDS: tuple[tuple[set[str], str, bool], ...] = (
+    ({"ClientConnectorDNSError", "gaierror"}, "no such host", True),
+    ({"ClientConnectorCertificateError", "ClientSSLError", "SSLError"}, "its certificate is not trusted", False),
+    ({"TooManyRedirects"}, "too many redirects", False),
+    ({"NonHttpUrlRedirectClientError"}, "redirects to another protocol", False),
+    ({"InvalidURL", "InvalidUrlClientError"}, "not an address", False),
+    ({"NoCredentialsError", "DefaultCredentialsError"}, "no credentials for it", False),
+    ({"BadZipFile", "ReadError", "HeaderError"}, "not a whole archive", False),
+    ({"ClientConnectionError", "ClientPayloadError", "ConnectionError", "EndpointConnectionError",
+      "ConnectionClosedError", "HTTPClientError", "EOFError", "IncompleteRead"}, "connection lost", True),
+)  # fmt: skip
+
+
+def _code_of(error: BaseException) -> int:
+    """Return the HTTP status that an error of boto or gcsfs carries, or 0."""
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict):
+        answer = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if type(error).__module__.startswith("aiohttp"):  # which calls a body cut short a 400
+        return 0
+    for code in (answer, getattr(error, "code", None)):
+        if isinstance(code, int) and 400 <= code < 600:
+            return code
+    return 0
+
+
+def _without_urls(text: str) -> str:
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://\S+", "…", text)[:100]
