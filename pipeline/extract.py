@@ -81,7 +81,7 @@ def extract(
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, cache.index, advance)
     if retry_failed:
-        cache.index.forget_quarantined([key for key in identities.keys if key is not None])
+        cache.index.forget_quarantined(key for key in identities.keys if key is not None)
     space, weights = find_space(workspace, choice, identities, views)
     planning = Planning(dataset, identities, cache.index, options.max_pixels, views)
     plan = planning.meet_undecodable(space)
@@ -181,8 +181,7 @@ def find_space(
         )
     request = request_of(choice, weights)
     if choice.space is None:
-        keys = list({key for key in identities.keys if key is not None})
-        return cache.choose(request, keys, views.numbers), weights
+        return cache.choose(request, identities.keys, views.numbers), weights
     space = cache.open(choice.space)
     if differing := request.differences(space.spec):
         pairs = ", ".join(f"{name} is {getattr(space.spec, name)}" for name in differing)

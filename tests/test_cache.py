@@ -27,6 +27,7 @@ from made import SPEC, add, chunk_places, key, made, shard_file
 
 from pipeline.cache import storage
 from pipeline.cache.index import FileStamp, Index, Quarantine
+from pipeline.cache.keys import Keys
 from pipeline.cache.shard import ShardInfo, file_size, read_info, read_rows, row_layout, write_shard
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.errors import CacheError, IndexDamagedError, MissingRowsError, ShardDamagedError, SpecError
@@ -717,7 +718,7 @@ def test_a_space_that_is_not_there_is_refused_and_the_others_listed(
 
 def test_an_empty_cache_has_no_spaces(cache: Cache) -> None:
     assert cache.names() == []
-    assert cache.choose(REQUEST, [key(1)]) is None
+    assert cache.choose(REQUEST, Keys.of([key(1)])) is None
 
 
 def filled(cache: Cache, numbers: list[int], **fields: str) -> FeatureSpace:
@@ -728,7 +729,7 @@ def filled(cache: Cache, numbers: list[int], **fields: str) -> FeatureSpace:
 
 
 def chosen(cache: Cache, numbers: list[int], **stated: str) -> FeatureSpec | None:
-    space = cache.choose(dataclasses.replace(REQUEST, **stated), [key(n) for n in numbers])
+    space = cache.choose(dataclasses.replace(REQUEST, **stated), Keys.of([key(n) for n in numbers]))
     return space.spec if space else None
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from pipeline.cache.digests import Identities, digest, file_stamp, identify, remembered_digest
 from pipeline.cache.index import Index
+from pipeline.cache.keys import Keys
 from pipeline.dataset import Dataset
 from pipeline.dataset.base import ArraySource, FileSource
 from pipeline.errors import CacheError
@@ -203,7 +204,7 @@ def test_many_files_are_identified_in_their_order(tmp_path: Path, index: Index) 
 
 
 def test_an_empty_dataset_has_no_keys(tmp_path: Path, index: Index) -> None:
-    assert keys_of(files(tmp_path, []), index) == Identities([], {})
+    assert keys_of(files(tmp_path, []), index) == Identities(Keys.of([]), {})
 
 
 @pytest.mark.parametrize("name", [b"\xff\xfe.png", "日本.png".encode(), b"a\\xff.png", b"new\nline.png"])
@@ -350,7 +351,7 @@ def test_what_becomes_readable_is_read(tmp_path: Path, index: Index) -> None:
     dataset = files(tmp_path, ["a.png"])
     assert list(keys_of(dataset, index).unread) == [0]
     (tmp_path / "a.png").write_bytes(b"x")
-    assert keys_of(dataset, index) == Identities([sha256(b"x")], {})
+    assert keys_of(dataset, index) == Identities(Keys.of([sha256(b"x")]), {})
 
 
 @folder("vanished")

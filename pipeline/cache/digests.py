@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.index import FileStamp, Index
+from pipeline.cache.keys import Keys
 from pipeline.dataset import Dataset
 from pipeline.errors import CacheError
 
@@ -29,7 +30,7 @@ class Identities:
     `unread` says why an image could not be read; `unseen` are those that nobody has read yet.
     """
 
-    keys: list[bytes | None]
+    keys: Keys
     unread: dict[int, str]
     unseen: set[int] = field(default_factory=set)
 
@@ -44,7 +45,7 @@ def identify(dataset: Dataset, index: Index, advance: Callable[[int], None], *, 
 
     `advance(n)` is called after every n images. Without `remember` the index learns nothing.
     """
-    found = Identities([None] * len(dataset), {})
+    found = Identities(Keys.unknown(len(dataset)), {})
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(dataset), _BLOCK):
             block = range(start, min(start + _BLOCK, len(dataset)))
