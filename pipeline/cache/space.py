@@ -407,13 +407,12 @@ class Cache:
         if not agreeing:
             return None
         first = keys.grouped().first
-        if len(agreeing) == 1:  # as a rule: one row is enough
-            name = agreeing[0].name
-            if any(self.index.has_any(name, keys.digests, first, view) for view in views):
-                return agreeing[0]
         best, most = None, (0, 0, False)
         for space in agreeing:
-            found = sum(int(space.has_rows(keys.digests, first, view).sum()) for view in views)
+            if len(agreeing) > 1:
+                found = sum(int(space.has_rows(keys.digests, first, view).sum()) for view in views)
+            else:  # as a rule: one row is enough
+                found = any(self.index.has_any(space.name, keys.digests, first, view) for view in views)
             lost = sum(self.index.count_lost(space.name, keys.digests, first, view) for view in views)
             rank = (found, lost, not space.spec.untrained)
             if found + lost > 0 and rank > most:
