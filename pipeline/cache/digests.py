@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,8 @@ from pipeline.errors import CacheError
 _GRAIN_NS = 2_000_000_000
 _NO_STAMP = FileStamp(-1, -1, -1, -1)  # agrees with no file, so that it is hashed again
 _BLOCK = 4096  # images looked up, hashed and remembered at a time
+_TOGETHER = 64  # of these handed to one thread: there are enough of such parts for every thread
+_THREADS = 16  # a file system far away answers many at once, each slowly
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ def identify(dataset: Dataset, index: Index, advance: Callable[[int], None], *, 
     `advance(n)` is called after every n images. Without `remember` the index learns nothing.
     """
     found = Identities(Keys.unknown(len(dataset)), {})
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(dataset), _BLOCK):
             block = range(start, min(start + _BLOCK, len(dataset)))
             fresh = _identify_block(dataset, block, index, pool, found)
@@ -66,8 +71,10 @@ def _identify_block(
             found.keys[i] = digest(dataset.read(i))
         return {}
     files = [path.absolute() for path in paths if path is not None]
+    known = index.file_digests(files)
+    parts = [slice(start, start + _TOGETHER) for start in range(0, len(files), _TOGETHER)]
+    results = chain.from_iterable(pool.map(lambda part: list(map(_identify_file, files[part], known[part])), parts))
     fresh: dict[Path, tuple[FileStamp, bytes]] = {}
-    results = pool.map(_identify_file, files, index.file_digests(files))
     for i, path, result in zip(block, files, results, strict=True):
         if isinstance(result, str):
             found.unread[i] = result
@@ -82,10 +89,11 @@ def _identify_block(
 def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> tuple[FileStamp, bytes, bool] | str:
     """Return (stamp, key, whether to remember it), or why the file cannot be read."""
     try:
-        stamp = file_stamp(path)
+        found = path.stat()
+        stamp = _stamp(found)
         if known is not None and known[0] == stamp:
             return stamp, known[1], False
-        if not path.is_file():
+        if not stat.S_ISREG(found.st_mode):
             return "cannot be read: not a regular file"  # a pipe would be waited for, a device read for ever
         now = time.time_ns()
         with path.open("rb") as file:
@@ -98,8 +106,11 @@ def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> tuple[F
 
 def file_stamp(path: Path) -> FileStamp:
     """Return what `path` looks like now."""
-    stat = path.stat()
-    return FileStamp(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino % 2**63)  # SQLite's largest
+    return _stamp(path.stat())
+
+
+def _stamp(found: os.stat_result) -> FileStamp:
+    return FileStamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino % 2**63)  # SQLite's largest
 
 
 def unreadable(error: OSError) -> str:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -34,8 +34,7 @@ _QUARANTINE = (bytes, str, int, str, str | None)  # the types of its columns
 State = Literal["good", "bad", "settled"]
 
 
-@dataclass(frozen=True)
-class FileStamp:
+class FileStamp(NamedTuple):
     """What must be unchanged for a remembered digest to be trusted; times in nanoseconds."""
 
     size: int
@@ -308,13 +307,16 @@ class Index:
 
     def file_digests(self, paths: Iterable[Path]) -> list[tuple[FileStamp, bytes] | None]:
         """Return for each path the stamp and digest that were remembered, or None."""
-        query = "SELECT size, mtime, ctime, inode, digest FROM files WHERE path = ?"
-        with self._reading() as db:
-            found = [db.execute(query, (os.fsencode(path),)).fetchone() for path in paths]
-        self._check([row for row in found if row], (int, int, int, int, bytes))
-        if any(row and len(row[4]) != 32 for row in found):
-            raise IndexDamagedError(self.path, "it has digests of no length", certain=True)
-        return [(FileStamp(*row[:4]), row[4]) if row else None for row in found]
+        names = [os.fsencode(path) for path in paths]
+        known: dict[bytes, tuple[FileStamp, bytes]] = {}
+        for start in range(0, len(names), _LOOK_UP):  # one query for many: each begins with a lock of the file
+            some = names[start : start + _LOOK_UP]
+            query = f"SELECT path, size, mtime, ctime, inode, digest FROM files WHERE path IN ({_marks(some)})"
+            found = self._all(query, some, bytes, int, int, int, int, bytes)
+            if any(len(row[5]) != KEY_BYTES for row in found):
+                raise IndexDamagedError(self.path, "it has digests of no length", certain=True)
+            known |= {path: (FileStamp(*stamp), digest) for path, *stamp, digest in found}
+        return [known.get(name) for name in names]
 
     def remember_digests(self, digests: Mapping[Path, tuple[FileStamp, bytes]]) -> None:
         """Remember the digest of each file as it was at the time of its stamp."""
@@ -400,11 +402,14 @@ class Index:
         self._check(found, kinds)
         return found
 
-    def _check(self, rows: Iterable[Sequence[Any]], kinds: Sequence[Any]) -> None:
+    def _check(self, rows: Sequence[Sequence[Any]], kinds: Sequence[Any]) -> None:
         """Raise IndexDamagedError if a row is of other types than were written: SQLite sees no fault in that."""
-        for row in rows if kinds else ():
-            if not all(isinstance(value, kind) for value, kind in zip(row, kinds, strict=True)):
-                raise IndexDamagedError(self.path, f"it holds {str(row)[:80]}, which it cannot", certain=True)
+        if not rows or not kinds:
+            return
+        for column, kind in zip(zip(*rows, strict=True), kinds, strict=True):
+            if not all(issubclass(found, kind) for found in set(map(type, column))):
+                wrong = next(value for value in column if not isinstance(value, kind))
+                raise IndexDamagedError(self.path, f"it holds {str(wrong)[:80]!r}, which it cannot", certain=True)
 
     @contextmanager
     def _believed(self) -> Iterator[None]:
@@ -457,3 +462,7 @@ class Index:
             finally:
                 db.execute("DROP TABLE temp.wanted")
                 db.commit()
+
+
+def _marks(values: Sequence[Any]) -> str:
+    return ",".join("?" * len(values))
