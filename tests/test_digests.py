@@ -7,14 +7,17 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import pipeline.cache.digests
 from pipeline.cache.digests import Identities, digest, file_stamp, identify, remembered_digest
 from pipeline.cache.index import Index
 from pipeline.cache.keys import Keys
@@ -201,6 +204,20 @@ def test_many_files_are_identified_in_their_order(tmp_path: Path, index: Index) 
     assert found.keys[700] == sha256(b"0700.png")
     assert found.keys[4_200 - 700] == sha256(b"3500.png")
     assert len(found.unread) == 4_200 - 6
+
+
+def test_files_are_read_together(tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    met, read_one = threading.Barrier(len(NAMES), timeout=20), pipeline.cache.digests._identify_file
+
+    def slow(path: Path, known: Any) -> Any:
+        met.wait()  # raises unless all are being read at once
+        return read_one(path, known)
+
+    for name in NAMES:
+        (tmp_path / name).write_bytes(content(name))
+    monkeypatch.setattr(pipeline.cache.digests, "_identify_file", slow)
+    monkeypatch.setattr(pipeline.cache.digests, "_TOGETHER", 1)
+    assert keys_of(files(tmp_path, NAMES), index).keys == [sha256(content(name)) for name in NAMES]
 
 
 def test_an_empty_dataset_has_no_keys(tmp_path: Path, index: Index) -> None:
