@@ -127,8 +127,9 @@ class Planning:
         """Return the rows of (m,) images, of the views where `lacking`, (m, v) bool, is true."""
         numbers = np.array(self.views.numbers, np.int64)
         by_number, order = np.argsort(numbers), np.argsort(some)
-        rows, columns = np.nonzero(lacking[order][:, by_number])
-        return Todo(some[order][rows], numbers[by_number][columns])
+        some, lacking = some[order], lacking[order][:, by_number]
+        images, views = np.broadcast_arrays(some[:, None], numbers[by_number])
+        return Todo(images[lacking], views[lacking])
 
     def meet_undecodable(self, space: FeatureSpace | None) -> Plan:
         """Return the plan after decoding images that lack rows until one can be decoded; those before it are
