@@ -216,7 +216,6 @@ def test_files_are_read_together(tmp_path: Path, index: Index, monkeypatch: pyte
     for name in NAMES:
         (tmp_path / name).write_bytes(content(name))
     monkeypatch.setattr(pipeline.cache.digests, "_identify_file", slow)
-    monkeypatch.setattr(pipeline.cache.digests, "_TOGETHER", 1)
     assert keys_of(files(tmp_path, NAMES), index).keys == [sha256(content(name)) for name in NAMES]
 
 

@@ -21,6 +21,7 @@ from pipeline.cache.keys import Keys
 from pipeline.cache.shard import ShardInfo
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.dataset.base import of_files
+from pipeline.errors import IndexDamagedError
 from pipeline.planning import Planning
 from pipeline.spec import FeatureRequest, Views
 
@@ -220,3 +221,6 @@ def test_what_is_refused_says_since_when(space: FeatureSpace) -> None:
     assert plan.quarantined == {0: ("text", known.since)}
     assert known.since is not None
     assert space.index.refused(DECODER, LIMIT + 1) == {}
+    space.index.remember_quarantined({b"short": "text"}, DECODER, LIMIT)
+    with pytest.raises(IndexDamagedError, match="keys of another length"):
+        space.index.refused(DECODER, LIMIT)

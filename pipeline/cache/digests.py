@@ -24,7 +24,7 @@ from pipeline.errors import CacheError
 _GRAIN_NS = 2_000_000_000
 _NO_STAMP = FileStamp(-1, -1, -1, -1)  # agrees with no file, so that it is hashed again
 _BLOCK = 4096  # images looked up, hashed and remembered at a time
-_TOGETHER = 64  # of these handed to one thread: there are enough of such parts for every thread
+_TOGETHER = 64  # of these handed to one thread at most: a task for each file takes longer than a look at it
 _THREADS = 16  # a file system far away answers many at once, each slowly
 
 
@@ -72,7 +72,8 @@ def _identify_block(
         return {}
     files = [path.absolute() for path in paths if path is not None]
     known = index.file_digests(files)
-    parts = [slice(start, start + _TOGETHER) for start in range(0, len(files), _TOGETHER)]
+    together = min(_TOGETHER, -(-len(files) // _THREADS))
+    parts = [slice(start, start + together) for start in range(0, len(files), together)]
     results = chain.from_iterable(pool.map(lambda part: list(map(_identify_file, files[part], known[part])), parts))
     fresh: dict[Path, tuple[FileStamp, bytes]] = {}
     for i, path, result in zip(block, files, results, strict=True):

@@ -366,7 +366,10 @@ class Index:
     def refused(self, decoder: str, max_pixels: int) -> dict[bytes, Quarantine]:
         """Return key → what is remembered, of all that this decoder is known to refuse."""
         query = "SELECT key, decoder, max_pixels, reason, since FROM quarantine WHERE decoder = ? AND max_pixels = ?"
-        return {row[0]: Quarantine(*row) for row in self._all(query, (decoder, max_pixels), *_QUARANTINE)}
+        found = self._all(query, (decoder, max_pixels), *_QUARANTINE)
+        if any(len(row[0]) != KEY_BYTES for row in found):
+            raise IndexDamagedError(self.path, "it has keys of another length in its quarantine", certain=True)
+        return {row[0]: Quarantine(*row) for row in found}
 
     def all_quarantined(self) -> list[Quarantine]:
         """Return everything that is remembered, the latest first."""
