@@ -20,6 +20,7 @@ from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
     AugmentOption,
+    DashboardOption,
     DatasetOption,
     FitOption,
     ImageRootOption,
@@ -29,10 +30,16 @@ from pipeline.commands.shared import (
     MaxBadOption,
     MaxPixelsOption,
     PrecisionOption,
+    SchedulerOption,
     SpaceOption,
     StorageOption,
+    TlsCaOption,
+    TlsCertOption,
+    TlsKeyOption,
     ViewsOption,
     WeightsOption,
+    WorkersOption,
+    cluster_choice,
     exit_for_bad,
     feature_choice,
     finish,
@@ -99,6 +106,12 @@ def features(
     on_error: Annotated[
         Literal["quarantine", "fail"], typer.Option(help="What an image that cannot be read or decoded does.")
     ] = "quarantine",
+    workers: WorkersOption = None,
+    scheduler: SchedulerOption = None,
+    tls_ca: TlsCaOption = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    dashboard: DashboardOption = None,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -111,10 +124,11 @@ def features(
 
     start = time.perf_counter()
     options = ComputeOptions(shard_rows, batch_size, max_pixels, strict=on_error == "fail")
-    wanted = views_choice(context)
+    wanted, cluster = views_choice(context), cluster_choice(context)
     with opened(context) as workspace:
         images = open_dataset(workspace, context)
-        done = extract(images, workspace, feature_choice(context), options, views=wanted, retry_failed=retry_failed)
+        choice = feature_choice(context)
+        done = extract(images, workspace, choice, options, views=wanted, retry_failed=retry_failed, cluster=cluster)
         totals = done.space.totals() if done.space else None
     result = {
         "images": done.images,
@@ -126,7 +140,10 @@ def features(
         "quarantined": len(done.quarantined),
         "quarantined_images": [asdict(bad) for bad in done.quarantined],
         "seconds": round(time.perf_counter() - start, 3),
-        "images_per_second": round(done.computed / done.compute_seconds, 2) if done.computed else None,
+        "images_per_second": round(done.computed / done.effort.seconds, 2) if done.computed else None,
+        "model_share": done.effort.model_share,
+        "recomputed": done.effort.lost,
+        "workers": done.effort.workers,
         "space": done.space.name if done.space else None,
         "bytes_per_row": round(totals.bytes / totals.rows) if totals and totals.rows else None,
         "weights": done.space.provenance.get("weights") if done.space else None,

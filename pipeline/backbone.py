@@ -84,6 +84,15 @@ def import_keras() -> Any:
     return keras
 
 
+def limit_threads(count: int) -> None:
+    """Have TensorFlow compute in `count` threads, unless it has computed something in this process already."""
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # how it says that it is too late; slower, perhaps, but as right
+        tf.config.threading.set_intra_op_parallelism_threads(count)
+        tf.config.threading.set_inter_op_parallelism_threads(count)
+
+
 @contextlib.contextmanager
 def stderr_held_back() -> Iterator[None]:
     """Keep what native code prints off the terminal, unless what is done fails."""
@@ -220,10 +229,13 @@ class FrozenBackbone:
     One shape only, short batches padded: a row then depends on its image alone, not on its neighbours.
     """
 
-    def __init__(self, spec: FeatureSpec, weights: Path | None, batch_size: int) -> None:
+    def __init__(self, spec: FeatureSpec, weights: Path | None, batch_size: int, threads: int | None = None) -> None:
+        """Build and load it; on a CPU it takes `threads` cores, by default all. Raises WeightsError and SpecError."""
         if weights is not None:
             weights_file.check(weights)  # before TensorFlow, which takes its time
         import_keras()
+        if threads is not None:
+            limit_threads(threads)
         import tensorflow as tf
 
         if spec.precision == "float16" and not tf.config.list_physical_devices("GPU"):
@@ -269,7 +281,6 @@ def _compiled(model: KerasModel, spec: FeatureSpec, batch_size: int) -> Any:
 
     shape = (batch_size, spec.input_size, spec.input_size, 3)
 
-    @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8)])
     def run(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         output = model(scale(tf.cast(images, tf.float32)), training=False)  # (B, h, w, c)
         exact = tf.cast(output, tf.float32)
@@ -277,7 +288,7 @@ def _compiled(model: KerasModel, spec: FeatureSpec, batch_size: int) -> Any:
         finite = tf.reduce_all(tf.math.is_finite(stored), axis=[1, 2, 3])  # (B,)
         return stored, tf.reduce_mean(exact, axis=[1, 2]), finite
 
-    return run
+    return tf.function(run, input_signature=[tf.TensorSpec(shape, tf.uint8)]).get_concrete_function()
 
 
 def scale(images: Any) -> Any:

@@ -1,96 +1,148 @@
-"""Trials on the workers of a Dask scheduler. The workers must see the same files under the same paths."""
+"""Workers: processes of this machine, started for one command, or those of a Dask scheduler that is already there."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import IceboxError, UsageError
-from pipeline.heads import Data
-from pipeline.rows import StoredRows, hold
-from pipeline.spec import HeadSpec
+from pipeline import machine
+from pipeline.errors import UsageError
 
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
 _ADDRESS = re.compile(r"(\w+://)?[^/\s]+:\d+(/\S*)?")
 _TIMEOUT_S = 10  # to find the scheduler
-_ONE = threading.Lock()  # a process trains one head at a time, however many threads its worker has
-_held: dict[str, Data] = {}  # in a worker: the rows of the trials at hand, so that they are read once
 
-Work = Callable[[HeadSpec, Data, Path], None]
+Client = Any  # distributed.Client; most of what it does is not typed
 
 
-def submitted(
-    scheduler: str,
-    work: Work,
-    tasks: Mapping[str, tuple[HeadSpec, str]],
-    data: Data,
-    memory: int | None,
-    needed: int,
-) -> Iterator[str]:
-    """Have `work(spec, data, folder)` done for each of `tasks`, and yield their names as they finish.
+@dataclass(frozen=True)
+class ClusterChoice:
+    """Who works: `workers` new processes here, or those of `scheduler`, an address such as tcp://10.0.0.1:8786.
 
-    `data` has rows as they are stored; each worker process reads them by `hold`. A task whose worker dies is given
-    to another, and goes on with what lies in its folder.
+    `tls_ca`, `tls_cert` and `tls_key` are PEM files for a scheduler that speaks TLS. `dashboard` is the address and
+    port that the pages of a scheduler started here listen at.
+    """
+
+    workers: int | None = None
+    scheduler: str | None = None
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    dashboard: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.workers is None) == (self.scheduler is None):
+            raise UsageError("give either --workers N or --scheduler ADDRESS")
+        tls = {"--tls-ca": self.tls_ca, "--tls-cert": self.tls_cert, "--tls-key": self.tls_key}
+        if self.scheduler is None:
+            if given := [name for name, value in tls.items() if value is not None]:
+                raise UsageError(f"{given[0]} goes with --scheduler tls://…")
+            gpus = machine.gpu_count()
+            if gpus and self.workers and self.workers > gpus:
+                raise UsageError(f"--workers {self.workers}, but each takes a GPU and there are {gpus}")
+            return
+        if self.dashboard is not None:
+            raise UsageError("--dashboard is of a scheduler started here, so it goes with --workers only")
+        if not _ADDRESS.fullmatch(self.scheduler):
+            raise UsageError(f"--scheduler takes an address such as tcp://127.0.0.1:8786, found {self.scheduler!r:.60}")
+        for name, path in tls.items():
+            if path is not None and not path.is_file():
+                raise UsageError(f"{name}: there is no file {path}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise UsageError("--tls-cert and --tls-key go together")
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        return self.scheduler or "this machine"
+
+    @property
+    def threads(self) -> int | None:
+        """How many cores a worker computes with: its share of this machine's; None: as many as it has threads."""
+        return max(1, machine.usable_cores() // self.workers) if self.workers else None
+
+
+@contextmanager
+def connected(choice: ClusterChoice) -> Iterator[Client]:
+    """Give a client of the chosen workers' scheduler; workers that were started end with the context.
 
     Raises
     ------
     UsageError
-        If no scheduler answers, or it has no workers.
-    IceboxError
-        What a task raises.
+        If no scheduler answers.
     """
-    from distributed import CancelledError, Client, KilledWorker, as_completed
-    from distributed.comm import CommClosedError
+    from distributed import Client as DaskClient
 
-    if not _ADDRESS.fullmatch(scheduler):
-        raise UsageError(f"--scheduler takes an address such as tcp://127.0.0.1:8786, found {scheduler!r:.60}")
-    # What it logs of lost connections is said below in one line.
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    # What it logs of lost connections is said by us in one line. Its import sets levels of its own.
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if choice.workers is not None:
+        with _started(choice.workers, choice.dashboard) as cluster, DaskClient(cluster, set_as_default=False) as client:
+            _say_dashboard(client)
+            yield client
+        return
+    with _found(choice) as client:
+        _say_dashboard(client)
+        yield client
+
+
+def _found(choice: ClusterChoice) -> Client:
+    from distributed import Client as DaskClient
+    from distributed.security import Security
+
+    tls = {"tls_ca_file": choice.tls_ca, "tls_client_cert": choice.tls_cert, "tls_client_key": choice.tls_key}
+    given = {name: str(path) for name, path in tls.items() if path is not None}
+    security = Security(require_encryption=True, **given) if given else None
     try:
-        client = Client(scheduler, timeout=_TIMEOUT_S, set_as_default=False)
+        return DaskClient(choice.scheduler, timeout=_TIMEOUT_S, set_as_default=False, security=security)
     except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"no Dask scheduler answers at {scheduler!r} ({error}); see --scheduler") from error
-    with client:
-        if not client.scheduler_info(n_workers=-1)["workers"]:
-            raise UsageError(f"the Dask scheduler at {scheduler} has no workers; start some: dask worker {scheduler}")
-        token = f"{next(iter(tasks))}-{id(data)}"
-        # As a task, not scattered: what a dead worker held of it, another then has the scheduler give it again.
-        shared = client.submit(_same, data, pure=False)
-        futures = {
-            client.submit(_task, work, spec, folder, shared, token, memory, needed, pure=False): name
-            for name, (spec, folder) in tasks.items()
-        }
-        try:
-            for future in as_completed(futures, loop=client.loop):
-                future.result()
-                yield futures[future]
-        except KilledWorker as error:
-            raise IceboxError(f"the worker of a trial died again and again ({error}); see its log") from error
-        except (CancelledError, CommClosedError, TimeoutError) as error:
-            raise IceboxError(f"the Dask scheduler at {scheduler} is gone; start it again and resume") from error
+        why = " ".join(str(error).split())
+        raise UsageError(f"no Dask scheduler answers at {choice.scheduler!r} ({why:.200}); see --scheduler") from error
 
 
-def _same(data: Data) -> Data:
-    return data
+def _started(count: int, dashboard: str | None) -> Any:
+    """Return a scheduler and `count` workers, processes of their own that start anew when they are killed."""
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    options = {"host": LOOPBACK, "port": 0, "dashboard": True, "dashboard_address": dashboard or f"{LOOPBACK}:0"}
+    return SpecCluster(
+        scheduler={"cls": Scheduler, "options": options},
+        workers={i: {"cls": Nanny, "options": _worker_options(i)} for i in range(count)},
+        silence_logs=logging.CRITICAL,  # type: ignore[arg-type]  # a level, as in LocalCluster
+        name="icebox",
+    )
 
 
-def _task(work: Work, spec: HeadSpec, folder: str, data: Data, token: str, memory: int | None, needed: int) -> None:
-    if not Path(folder).parent.is_dir():
-        raise UsageError(f"a worker does not see {Path(folder).parent}; it needs the same files under the same paths")
-    with _ONE:
-        if token not in _held:
-            _held.clear()
-            _held[token] = _read(data, memory, needed)
-        work(spec, _held[token], Path(folder))
+def _worker_options(number: int) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "host": LOOPBACK,
+        "nthreads": 2,  # one has the model while the other decodes ahead or writes
+        "memory_limit": 0,  # what a task takes is bounded; a worker ended for its size would compute it again
+        "dashboard": False,
+        "silence_logs": logging.CRITICAL,
+    }
+    if devices := _devices():
+        options |= {"resources": {"GPU": 1}, "env": {"CUDA_VISIBLE_DEVICES": devices[number]}}
+    return options
 
 
-def _read(data: Data, memory: int | None, needed: int) -> Data:
-    stored: list[Any] = [data.train, data.val]
-    if not all(isinstance(rows, StoredRows) for rows in stored):
-        raise TypeError("rows that are not on disk")
-    train, val = hold(stored, memory=memory, needed=needed)
-    return replace(data, train=train, val=val)
+def _devices() -> list[str]:
+    """Return what CUDA calls the GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible and machine.gpu_count() else [str(i) for i in range(machine.gpu_count())]
+
+
+def _say_dashboard(client: Client) -> None:
+    services = client.scheduler_info()["services"]
+    if "dashboard" in services:
+        plots = "" if importlib.util.find_spec("bokeh") else "; its plots need bokeh: make setup EXTRAS=dashboard"
+        logger.info("dashboard of the scheduler: %s%s", client.dashboard_link, plots)

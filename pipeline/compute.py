@@ -1,40 +1,121 @@
-"""Images → published shards, as a line of three: threads decode ahead, the model works, a thread writes behind.
+"""Rows that are missing → published shards: a computation is cut into tasks, and what comes of them is noted.
 
-The queues between them are bounded, so memory does not grow with the dataset.
+Tasks run in this process, or wherever a `Crew` has them run. Only here does the index learn of anything.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline import augment, images
-from pipeline.backbone import FrozenBackbone
+from pipeline import images
 from pipeline.cache import storage
 from pipeline.cache.digests import Identities
 from pipeline.cache.index import Index
-from pipeline.cache.shard import Rows, ShardInfo, file_size
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loaded, Loader, batched, decoding_pool, in_threads
-from pipeline.errors import CacheError, DecodeError
-from pipeline.progress import Progress
-from pipeline.spec import PLAIN_VIEW, Augmentation, Views
+from pipeline.decoder import Loaded
+from pipeline.errors import DecodeError
+from pipeline.progress import Advance, Progress
+from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, ShardWorker, size_text
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SHARD_ROWS = 256
 DEFAULT_BATCH_SIZE = 32
 MAX_BATCH_SIZE = 512
-_ANNOUNCED_FROM = 100  # images; fewer are done before one has read an estimate
+_ANNOUNCED_FROM = 100  # rows; fewer are done before one has read an estimate
+_TASKS_EACH = 4  # at least, for each of several processes
+
+Settle = Callable[[ShardTask, ShardDone], None]
+
+
+class Crew(Protocol):
+    """Whoever runs tasks, with the model at hand."""
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one image's features, (h, w, c)."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many processes it has now."""
+        ...
+
+    def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance) -> None:
+        """Have all tasks run and give each, with what came of it, to `settle`, in the thread that calls this."""
+        ...
+
+
+@dataclass
+class Effort:
+    """What a computation took. `seconds`: from its first task to the last shard published.
+
+    `worker_seconds` add up those of all processes that computed; `model_seconds` of them their model worked. `lost`
+    counts rows that had to be computed again, as whoever had them in hand was lost.
+    """
+
+    seconds: float = 0.0
+    worker_seconds: float = 0.0
+    model_seconds: float = 0.0
+    lost: int = 0
+    workers: list[dict[str, Any]] = field(default_factory=list)  # of a cluster: what each did
+
+    @property
+    def model_share(self) -> float | None:
+        """The share of their time that processes spent in the model; None if nothing was computed."""
+        return round(min(1.0, self.model_seconds / self.worker_seconds), 3) if self.worker_seconds else None
+
+
+class Here:
+    """Runs tasks in this process."""
+
+    size = 1
+
+    def __init__(self, worker: ShardWorker, effort: Effort) -> None:
+        self._worker = worker
+        self._effort = effort
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one image's features, (h, w, c)."""
+        return self._worker.row_shape
+
+    def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance) -> None:
+        """Run the tasks. On Ctrl-C the rows computed so far are published before the interrupt goes on."""
+        stopped, waiting = threading.Event(), deque[tuple[ShardTask, Future[ShardDone]]]()
+        start = time.perf_counter()
+
+        def settle_first() -> None:
+            task, future = waiting[0]
+            settle(task, future.result())
+            waiting.popleft()
+
+        with ThreadPoolExecutor(AT_ONCE, "shard") as pool:
+            try:
+                for task in tasks:
+                    waiting.append((task, pool.submit(self._worker.run, task, advance, stopped.is_set)))
+                    if len(waiting) >= AT_ONCE:
+                        settle_first()
+                while waiting:
+                    settle_first()
+            except KeyboardInterrupt:
+                stopped.set()
+                while waiting:
+                    settle_first()
+                raise
+            finally:
+                stopped.set()
+                self._effort.worker_seconds += time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -46,6 +127,16 @@ class ComputeOptions:
     max_pixels: int = images.DEFAULT_MAX_PIXELS
     strict: bool = False  # end at the first image that cannot be decoded
 
+    @property
+    def model_batch(self) -> int:
+        """How many images the model is given at once: no more than a shard holds."""
+        return min(self.batch_size, self.shard_rows)
+
+    @property
+    def task_rows(self) -> int:
+        """How many rows make a shard: whole batches."""
+        return self.shard_rows // self.model_batch * self.model_batch
+
 
 @dataclass(frozen=True)
 class Job:
@@ -54,80 +145,77 @@ class Job:
     dataset: Dataset
     identities: Identities
     space: FeatureSpace
-    backbone: FrozenBackbone
     index: Index
-    options: ComputeOptions
+    setup: Setup
+    task_rows: int
     progress: Progress
-    views: Views = PLAIN_VIEW  # whose recipe augmented views are made by
+    effort: Effort = field(default_factory=Effort)
 
 
-def compute(job: Job, todo: Mapping[int, Sequence[int]]) -> float:
-    """Compute and publish rows, `todo` being image → numbers of its views; the caller holds the space's lock.
-
-    Returns the seconds from the first batch asked of the model to the last shard published. On Ctrl-C the
-    rows computed so far are published before the interrupt goes on.
+def compute(job: Job, rows_of: np.ndarray, views: np.ndarray, crew: Crew) -> None:
+    """Compute and publish rows: views (m,) of the images `rows_of` (m,), ascending; the caller holds the space's lock.
 
     Raises
     ------
     CacheError
         If the rows do not fit on the disk, or cannot be written.
     DecodeError
-        With `options.strict`, at the first image that cannot be read or decoded.
+        With `strict`, at the first image that cannot be read or decoded.
     """
-    batch_size = job.backbone.batch_size
-    spec, rows_todo = job.space.spec, sum(map(len, todo.values()))
-    ahead = max(2, 2 * batch_size * len(todo) // rows_todo)  # images whose views are made while two batches wait
-    with (
-        Loader(job.dataset, spec.input_size, spec.fit, job.options.max_pixels) as load,
-        decoding_pool() as pool,
-        job.progress("computing features", rows_todo) as advance,
-    ):
-        start, size = time.perf_counter(), 0.0
-        views = in_threads(pool, lambda i: _load_views(load, i, todo[i], job.views.recipe), todo, ahead=ahead)
-        good = _sort_out(views, job, advance)
-        # Closed also on Ctrl-C: what was computed is kept.
-        with closing(_Publisher(job.space, job.options.shard_rows, job.views.recipes)) as publisher:
-            for number, batch in enumerate(batched(good, batch_size)):
-                asked = time.perf_counter()
-                rows = _run_model(job.backbone, batch)
-                if number == 0:
-                    size = file_size(make_rows(*rows, job.views.recipes), spec) / len(batch)
-                    check_room(job.space, rows_todo, size)
-                elif number == 1 and rows_todo >= _ANNOUNCED_FROM:  # the first batch compiles the graph
-                    _announce((time.perf_counter() - asked) / len(batch), size, rows_todo, job.space)
-                publisher.add(*rows)
-                advance(len(batch))
-        return time.perf_counter() - start
+    start, total = time.perf_counter(), len(rows_of)
+    advanced, announced = 0.0, total < _ANNOUNCED_FROM
+
+    def settle(task: ShardTask, result: ShardDone) -> None:
+        nonlocal announced
+        _note(job, task, result)
+        if not announced and result.shard is not None and advanced < total:
+            _announce(job, (time.perf_counter() - start) / advanced, result.shard.bytes / result.rows, total)
+        announced = True
+
+    def count(n: float, /, note: str = "") -> None:
+        nonlocal advanced
+        advanced += n
+        advance(n, note)
+
+    try:
+        with job.progress("computing features", total) as advance:
+            crew.run(_tasks(job, rows_of, views, _task_rows(job, total, crew.size)), settle, count)
+    finally:
+        job.effort.seconds += time.perf_counter() - start
 
 
-def _load_views(load: Loader, i: int, views: Sequence[int], recipe: Augmentation) -> list[Loaded]:
-    """Decode image i once and return it in each of `views`, in all alike if it cannot be decoded."""
-    plain = load(i)
-    if plain.pixels is None or plain.key is None:
-        return [replace(plain, view=view) for view in views]
-    return [
-        replace(plain, view=view, pixels=augment.warp(plain.pixels, recipe, augment.draws(plain.key, view)))
-        if view
-        else plain
-        for view in views
-    ]
+def _task_rows(job: Job, total: int, processes: int) -> int:
+    """Return how many rows a task has: a shard, or fewer batches if processes would wait for the last of them."""
+    if processes <= 1:
+        return job.task_rows
+    batch = job.setup.batch_size
+    return min(job.task_rows, max(1, total // (_TASKS_EACH * processes * batch)) * batch)
 
 
-def _sort_out(loaded: Iterable[list[Loaded]], job: Job, advance: Callable[[int], None]) -> Iterator[Loaded]:
-    """Pass on what was decoded; note what was not, and who turned out to be somebody else."""
-    for views in loaded:
-        image = views[0]
-        if image.pixels is not None:
+def _tasks(job: Job, rows_of: np.ndarray, views: np.ndarray, task_rows: int) -> Iterator[ShardTask]:
+    """Cut the rows into tasks, one at a time: of millions of rows few are in hand."""
+    for start in range(0, len(rows_of), task_rows):
+        part = slice(start, start + task_rows)
+        origin, at = np.unique(rows_of[part], return_inverse=True)
+        yield ShardTask(job.dataset.take(origin), origin, at, views[part], 0 if start else len(rows_of))
+
+
+def _note(job: Job, task: ShardTask, done: ShardDone) -> None:
+    """Let the index know of a shard, and of the images that have no row."""
+    if done.shard is not None:
+        job.space.register(done.shard)
+    job.effort.model_seconds += done.model_seconds
+    for met in done.met:
+        image = Met(int(task.origin[met.i]), met.key, met.reason)
+        if not met.reason:
             note_key(image, job.dataset, job.identities, job.index)
-            yield from views
             continue
-        note_bad(image, job.dataset, job.identities, job.index, job.options.max_pixels)
-        if job.options.strict:
+        note_bad(image, job.dataset, job.identities, job.index, job.setup.max_pixels)
+        if job.setup.strict:
             raise refusal(job.dataset.names[image.i], image.reason)
-        advance(len(views))
 
 
-def note_bad(image: Loaded, dataset: Dataset, identities: Identities, index: Index, max_pixels: int) -> None:
+def note_bad(image: Met | Loaded, dataset: Dataset, identities: Identities, index: Index, max_pixels: int) -> None:
     """Remember that an image could not be decoded, or note that it could not be read, which is not remembered."""
     note_key(image, dataset, identities, index)
     if image.key is None:
@@ -136,7 +224,7 @@ def note_bad(image: Loaded, dataset: Dataset, identities: Identities, index: Ind
         index.remember_quarantined({image.key: image.reason}, images.decoder_version(), max_pixels)
 
 
-def note_key(image: Loaded, dataset: Dataset, identities: Identities, index: Index) -> None:
+def note_key(image: Met | Loaded, dataset: Dataset, identities: Identities, index: Index) -> None:
     """Correct who an image is. The digest that was remembered is not to be trusted if its bytes are others now."""
     planned, path = identities.keys[image.i], dataset.path(image.i)
     if image.key is not None and image.key != planned and path is not None:
@@ -150,97 +238,15 @@ def refusal(name: str, reason: str, more: int = 0) -> DecodeError:
     return DecodeError(f"{name}: {reason}{others}; mend or remove it, or leave out --on-error fail")
 
 
-def _run_model(backbone: FrozenBackbone, batch: list[Loaded]) -> tuple[np.ndarray, np.ndarray, list[bytes], list[int]]:
-    features, pooled = backbone(np.stack([image.pixels for image in batch if image.pixels is not None]))
-    return features, pooled, [image.key for image in batch if image.key is not None], [image.view for image in batch]
-
-
-class _Publisher:
-    """Collects batches into shards; a thread writes them, this one tells the index."""
-
-    _MOST_WAITING = 2  # shards in memory behind the one being filled
-
-    def __init__(self, space: FeatureSpace, shard_rows: int, recipes: Mapping[int, Any]) -> None:
-        self._space = space
-        self._shard_rows = shard_rows
-        self._recipes = recipes
-        self._pool = ThreadPoolExecutor(1)
-        self._waiting: deque[Future[ShardInfo]] = deque()
-        self._batches: list[tuple[np.ndarray, np.ndarray]] = []
-        self._keys: list[bytes] = []
-        self._views: list[int] = []
-
-    def add(self, features: np.ndarray, pooled: np.ndarray, keys: list[bytes], views: list[int]) -> None:
-        """Add a batch of rows, no larger than a shard."""
-        if len(self._keys) + len(keys) > self._shard_rows:
-            self._flush()
-        self._batches.append((features, pooled))
-        self._keys.extend(keys)
-        self._views.extend(views)
-
-    def close(self) -> None:
-        """Publish what is left and wait until all is on disk and known."""
-        try:
-            self._flush()
-            while self._waiting:
-                self._settle()
-        finally:
-            self._pool.shutdown()
-
-    def _flush(self) -> None:
-        if not self._keys:
-            return
-        while len(self._waiting) >= self._MOST_WAITING:
-            self._settle()
-        features, pooled = (np.concatenate(part) for part in zip(*self._batches, strict=True))
-        rows = make_rows(features, pooled, self._keys, self._views, self._recipes)
-        self._batches, self._keys, self._views = [], [], []
-        self._waiting.append(self._pool.submit(self._space.write, rows))
-
-    def _settle(self) -> None:
-        self._space.register(self._waiting.popleft().result())
-
-
-def make_rows(
-    features: np.ndarray, pooled: np.ndarray, keys: Sequence[bytes], views: Sequence[int], recipes: Mapping[int, Any]
-) -> Rows:
-    """Return rows as the cache takes them; `recipes` says what each of `views` is."""
-    stacked = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
-    return Rows(features, pooled, stacked, np.array(views, np.int64), recipes)
-
-
-def check_room(space: FeatureSpace, count: int, row_bytes: float | None = None) -> None:
-    """Refuse what cannot fit: `count` rows, of `row_bytes` each or as large as those the space has.
-
-    Raises
-    ------
-    CacheError
-        If they need more than is free.
-    """
-    if row_bytes is None:
-        totals = space.totals()
-        row_bytes = totals.bytes / totals.rows if totals.rows else 0
-    free = storage.free_bytes(space.path)
-    if row_bytes * count > free:
-        raise CacheError(
-            f"{count:,} rows need about {_size(row_bytes * count)} in {space.path.parent}, {_size(free)} are free; "
-            "make room, or put the data elsewhere by --data-dir"
-        )
-
-
-def _announce(row_seconds: float, row_bytes: float, count: int, space: FeatureSpace) -> None:
+def _announce(job: Job, row_seconds: float, row_bytes: float, count: int) -> None:
     """Say how long all will take and how large they get."""
     logger.info(
         "%s images to compute: about %s, %s on disk (%s free)",
         f"{count:,}",
         duration(row_seconds * count),
-        _size(row_bytes * count),
-        _size(storage.free_bytes(space.path)),
+        size_text(row_bytes * count),
+        size_text(storage.free_bytes(job.space.path)),
     )
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"
 
 
 def duration(seconds: float) -> str:

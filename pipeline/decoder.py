@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -90,18 +90,22 @@ class Loader:
     thread may be loading then.
     """
 
-    def __init__(self, dataset: Dataset, size: int, fit: str, max_pixels: int) -> None:
+    def __init__(
+        self, dataset: Dataset, size: int, fit: str, max_pixels: int, decoders: Decoders | None = None
+    ) -> None:
+        """Load images of `dataset`; `decoders` of the same settings are not ended with the context."""
         self._dataset = dataset
         self._size = size
         self._fit: images.Fit = cast(images.Fit, fit)
         self._max_pixels = max_pixels
-        self._decoders = Decoders(size, fit, max_pixels)
+        self._own = Decoders(size, fit, max_pixels)
+        self._decoders = decoders or self._own
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._decoders.__exit__(*error)
+        self._own.__exit__(*error)
 
     def __call__(self, i: int) -> Loaded:
         """Read, hash and decode image i."""
@@ -195,12 +199,12 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def decoding_pool() -> ThreadPoolExecutor:
-    """Return threads to load images in, as many as keep a model busy."""
-    return ThreadPoolExecutor(min(machine.usable_cores(), _MOST_DECODERS), "decoding")
+def decoding_pool(cores: int | None = None) -> ThreadPoolExecutor:
+    """Return threads to load images in, as many as keep a model on so many cores busy, by default on all of them."""
+    return ThreadPoolExecutor(min(cores or machine.usable_cores(), _MOST_DECODERS), "decoding")
 
 
-def in_threads(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+def in_threads(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Generator[R]:
     """Map in threads, in order, at most `ahead` results waiting: `Executor.map` would run through all."""
     waiting: deque[Future[R]] = deque()
     try:

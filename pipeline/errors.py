@@ -3,6 +3,7 @@
 Every message says what was expected, what was found and what to do; the command line prints it as it is.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -82,3 +83,15 @@ class MissingRowsError(CacheError, LookupError):
 
 class RunError(IceboxError, OSError):
     """A run directory that cannot be written or read."""
+
+
+class InterruptedComputationError(IceboxError):
+    """Whoever gave work out was lost, with nothing that was published. `recover` finds another, or raises why not."""
+
+    def __init__(self, text: str, recover: Callable[[], None]) -> None:
+        self.recover = recover
+        super().__init__(text)
+
+
+class UnfitWorkerError(IceboxError):
+    """A process that was to compute lacks something or has another version of it; the text says what, not where."""

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from pipeline import images, machine
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, FrozenBackbone
+from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
-from pipeline.compute import ComputeOptions, Job, check_room, compute, refusal
+from pipeline.cluster import ClusterChoice
+from pipeline.compute import ComputeOptions, Crew, Effort, Here, Job, compute, refusal
 from pipeline.dataset import Dataset
-from pipeline.errors import SpecError
+from pipeline.errors import InterruptedComputationError, SpecError
 from pipeline.planning import DEFAULT_FIT, Plan, Planning, Quarantined, name_quarantined
+from pipeline.shard_task import Setup, ShardWorker, check_room
 from pipeline.spec import PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
 from pipeline.weights import Weights, require_by_identity, resolve
 from pipeline.workspace import Workspace
@@ -50,7 +54,7 @@ class Extraction:
     reused: int
     duplicates: int
     quarantined: list[Quarantined]
-    compute_seconds: float  # from the first batch asked of the model to the last shard published
+    effort: Effort
     space: FeatureSpace | None  # None if nothing was computed ever
 
     @property
@@ -67,8 +71,11 @@ def extract(
     *,
     views: Views = PLAIN_VIEW,
     retry_failed: bool = False,
+    cluster: ClusterChoice | None = None,
 ) -> Extraction:
     """Make sure that every image of `dataset` that can be decoded has its rows, computing only what is missing.
+
+    The work is done in this process, or by the workers that `cluster` names.
 
     Raises
     ------
@@ -87,59 +94,86 @@ def extract(
     plan = planning.meet_undecodable(space)
     if options.strict:
         _refuse_bad(dataset, plan)
-    before, seconds = plan.reused, 0.0
+    before, effort = plan.reused, Effort()
     if plan.todo:
-        source = _Source(planning, choice, weights)
-        space, before, plan, seconds = _compute_missing(source, workspace, space, options, plan.missing)
+        source = _Source(planning, choice, weights, options, cluster)
+        space, before, plan, effort = _compute_missing(source, workspace, space, plan.missing)
     if space is not None:
         warn_untrained(space.spec)
     failed = name_quarantined(dataset, plan)
-    return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, seconds, space)
+    return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, effort, space)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What is to be computed, and as what."""
+    """What is to be computed, and as what, and by whom."""
 
     planning: Planning
     choice: FeatureChoice
     weights: Weights | None
+    options: ComputeOptions
+    cluster: ClusterChoice | None
 
 
 def _compute_missing(
-    source: _Source, workspace: Workspace, space: FeatureSpace | None, options: ComputeOptions, count: int
-) -> tuple[FeatureSpace, int, Plan, float]:
-    """Compute what is missing, alone in the space; return it, the rows there before, the last plan, the seconds."""
-    cache, planning = workspace.cache, source.planning
+    source: _Source, workspace: Workspace, space: FeatureSpace | None, count: int
+) -> tuple[FeatureSpace, int, Plan, Effort]:
+    """Compute what is missing, alone in the space; return it, the rows there before, the last plan, what it took."""
+    cache, planning, options, effort = workspace.cache, source.planning, source.options, Effort()
     weights = source.weights or weights_of(space, planning.dataset, workspace)
     spec = space.spec if space else new_spec(source.choice, weights)
     warn_untrained(spec)
-    if space is None:
-        # Made only after the weights turned out to fit: a mistake in an option leaves no empty space behind.
-        backbone = _load(spec, weights, options)
-        space = cache.create(spec, {**_made_by(weights, options), "row_shape": list(backbone.row_shape)})
-    else:
-        backbone = None
-        logger.info("adding to the feature space %s", space.name)
-        check_room(space, count)
-    with space.lock(_waiting):
-        space.remove_leftovers()
-        plan = planning.plan(space)
-        before = plan.reused
-        if not plan.todo:  # whoever held the lock has computed it all
-            return space, before, plan, 0.0
-        backbone = backbone or _load(spec, weights, options)
-        progress = workspace.progress
-        job = Job(
-            planning.dataset, planning.identities, space, backbone, cache.index, options, progress, planning.views
-        )
-        plan, seconds = _compute_all(planning, job)
-    return space, before, plan, seconds
+    setup = Setup(
+        spec,
+        weights.path and weights.path.absolute(),
+        options.model_batch,
+        (cache.root / spec.directory / "shards").absolute(),
+        options.max_pixels,
+        planning.views,
+        options.strict,
+    )
+    with ExitStack() as stack:
+        crew = None
+        if space is None:
+            # Made only after the weights turned out to fit: a mistake in an option leaves no empty space behind.
+            crew = stack.enter_context(_crew(setup, source, effort))
+            space = cache.create(spec, {**_made_by(weights, options), "row_shape": list(crew.row_shape)})
+        else:
+            logger.info("adding to the feature space %s", space.name)
+            totals = space.totals()
+            check_room(setup.directory, count, totals.bytes / totals.rows if totals.rows else 0)
+        with space.lock(_waiting):
+            space.remove_leftovers()
+            plan = planning.plan(space)
+            before = plan.reused
+            if not plan.todo:  # whoever held the lock has computed it all
+                return space, before, plan, effort
+            crew = crew or stack.enter_context(_crew(setup, source, effort))
+            job = Job(
+                planning.dataset,
+                planning.identities,
+                space,
+                cache.index,
+                setup,
+                options.task_rows,
+                workspace.progress,
+                effort,
+            )
+            return space, before, _compute_all(planning, job, crew), effort
 
 
-def _load(spec: FeatureSpec, weights: Weights, options: ComputeOptions) -> FrozenBackbone:
-    logger.info("loading TensorFlow and %s", spec.backbone)
-    return FrozenBackbone(spec, weights.path, min(options.batch_size, options.shard_rows))
+@contextmanager
+def _crew(setup: Setup, source: _Source, effort: Effort) -> Iterator[Crew]:
+    """Give whoever computes: this process, or the workers of a cluster."""
+    if source.cluster is not None:
+        from pipeline.fleet import fleet
+
+        with fleet(source.cluster, setup, source.planning.dataset, effort) as crew:
+            yield crew
+        return
+    logger.info("loading TensorFlow and %s", setup.spec.backbone)
+    with ShardWorker(setup) as worker:
+        yield Here(worker, effort)
 
 
 def _refuse_bad(dataset: Dataset, plan: Plan) -> None:
@@ -147,15 +181,18 @@ def _refuse_bad(dataset: Dataset, plan: Plan) -> None:
         raise refusal(bad[0].path, bad[0].reason, more=len(bad) - 1)
 
 
-def _compute_all(planning: Planning, job: Job) -> tuple[Plan, float]:
-    """Compute until nothing is missing; return the plan that says so and the seconds it took.
+def _compute_all(planning: Planning, job: Job, crew: Crew) -> Plan:
+    """Compute until nothing is missing; return the plan that says so.
 
     One pass is enough unless a file changes after it was hashed: its former copies may then lack a row.
     """
-    seconds = 0.0
     while (plan := planning.plan(job.space)).todo:
-        seconds += compute(job, {i: plan.todo.views_of(i) for i in plan.todo.distinct.tolist()})
-    return plan, seconds
+        try:
+            compute(job, plan.todo.images, plan.todo.views, crew)
+        except InterruptedComputationError as error:
+            error.recover()
+            job.space.sync()  # what was published meanwhile is not computed again
+    return plan
 
 
 def _waiting(holder: str) -> None:
@@ -258,7 +295,7 @@ def _made_by(weights: Weights, options: ComputeOptions) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "weights": weights.label,
         "cpu": machine.look().cpu,
-        "batch_size": min(options.batch_size, options.shard_rows),
+        "batch_size": options.model_batch,
         "versions": {name: _version(name) for name in packages},
     }
 

@@ -24,6 +24,7 @@ from pipeline.asked import Asked, DatasetChoice, begun_with
 from pipeline.cache import storage
 from pipeline.cache.lock import exclusive
 from pipeline.checkpoint import Checkpoint
+from pipeline.cluster import ClusterChoice
 from pipeline.dataset import Dataset
 from pipeline.errors import DoNotFitError, RunError
 from pipeline.extract import FeatureChoice
@@ -103,12 +104,12 @@ def sweep(
     features_command: str,
     *,
     resume: str | None = None,
-    scheduler: str | None = None,
+    cluster: ClusterChoice | None = None,
 ) -> Sweep:
     """Try every setting, rank them by the validation split, publish the best as a run. Computes no feature.
 
-    `resume` names an unfinished sweep. The trials run one after the other here, or on the workers of the Dask
-    scheduler at the address `scheduler`, which must see the same files.
+    `resume` names an unfinished sweep. The trials run one after the other here, or on the workers of `cluster`, which
+    must see the same files.
 
     Raises
     ------
@@ -125,7 +126,7 @@ def sweep(
         reused = sum((path / _TRIAL).exists() for path in folders.values())
         if reused:
             logger.info("%d of %d settings were tried before and are not tried again", reused, len(folders))
-        _try_all(material, workspace, asked, folders, scheduler)
+        _try_all(material, workspace, asked, folders, cluster)
         trials = [_read(folders[spec.identity], spec) for spec in asked.specs]
         rows = leaderboard(trials)
         best = min(trials, key=lambda trial: trial.order)
@@ -155,7 +156,11 @@ def _folder(
 
 
 def _try_all(
-    material: Material, workspace: Workspace, asked: SweepAsked, folders: Mapping[str, Path], scheduler: str | None
+    material: Material,
+    workspace: Workspace,
+    asked: SweepAsked,
+    folders: Mapping[str, Path],
+    cluster: ClusterChoice | None,
 ) -> None:
     """Leave every setting's outcome in its folder, and of the best one the head."""
     left = [spec for spec in asked.specs if not (folders[spec.identity] / _TRIAL).exists()]
@@ -166,16 +171,16 @@ def _try_all(
     steps = sum(heads.steps(spec) for spec in left)
     with workspace.progress(f"trying {len(left)} settings", steps, "steps") as advance:
         for specs in _by_kind(left):
-            with prepared(material, specs, asked.memory, sides=("train", "val"), held=scheduler is None) as ready:
+            with prepared(material, specs, asked.memory, sides=("train", "val"), held=cluster is None) as ready:
                 data = ready.data()
-                if scheduler is not None:
+                if cluster is not None:
                     needed = memory_needed(specs, data.train.shape[1:], data.classes)
-                    finished = _on_workers(scheduler, specs, data, folders, asked.memory, needed)
+                    finished = _on_workers(cluster, specs, data, folders, asked.memory, needed)
                 else:
                     finished = _here(specs, data, folders, advance)
                 for spec in finished:
                     _report(podium.enter(spec))
-                    if scheduler is not None:
+                    if cluster is not None:
                         advance(heads.steps(spec))
 
 
@@ -202,17 +207,17 @@ def _here(
 
 
 def _on_workers(
-    scheduler: str,
+    cluster: ClusterChoice,
     specs: Sequence[HeadSpec],
     data: heads.Data,
     folders: Mapping[str, Path],
     memory: int | None,
     needed: int,
 ) -> Iterator[HeadSpec]:
-    from pipeline.cluster import submitted
+    from pipeline.trial_tasks import submitted
 
     tasks = {spec.identity: (spec, str(folders[spec.identity].absolute())) for spec in specs}
-    for identity in submitted(scheduler, run_trial, tasks, data, memory, needed):
+    for identity in submitted(cluster, run_trial, tasks, data, memory, needed):
         yield tasks[identity][0]
 
 

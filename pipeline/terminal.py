@@ -6,13 +6,15 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from pipeline.progress import Advance
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -41,14 +43,14 @@ class _ConsoleHandler(logging.Handler):
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str = "images") -> Iterator[Callable[[float], None]]:
+def progress(title: str, total: int, unit: str = "images") -> Iterator[Advance]:
     """Show a phase as a bar with rate and time left, or as a line every ten seconds without a terminal."""
     with (_bar if console.is_terminal else _lines)(title, total, unit) as advance:
         yield advance
 
 
 @contextmanager
-def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
+def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
     from rich import progress as bars
 
     columns = (
@@ -61,7 +63,13 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[float], None]]
     )
     with bars.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda n: bar.advance(task, n)
+
+        def advance(n: float, /, note: str = "") -> None:
+            bar.advance(task, n)
+            if note:
+                bar.update(task, description=f"{title} ({note})")
+
+        yield advance
 
 
 def _Rate() -> Any:
@@ -76,20 +84,23 @@ def _Rate() -> Any:
 
 
 @contextmanager
-def _lines(title: str, total: int, unit: str) -> Iterator[Callable[[float], None]]:
+def _lines(title: str, total: int, unit: str) -> Iterator[Advance]:
     start = last = time.monotonic()
-    done = 0.0
+    done, noted = 0.0, ""
 
-    def advance(n: float) -> None:
-        nonlocal done, last
+    def advance(n: float, /, note: str = "") -> None:
+        nonlocal done, last, noted
         done += n
+        noted = f" ({note})" if note else noted
         now = time.monotonic()
         if now - last < _LINE_EVERY_S:
             return
         last = now
-        rate = done / (now - start)
+        rate = max(done, 1) / (now - start)
         left = (total - done) / rate
-        console.print(f"{title}: {done:,.0f} of {total:,} {unit}, {rate:,.1f}/s, {left:,.0f} s left", markup=False)
+        console.print(
+            f"{title}{noted}: {done:,.0f} of {total:,} {unit}, {rate:,.1f}/s, {left:,.0f} s left", markup=False
+        )
 
     yield advance
 

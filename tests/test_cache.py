@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -1150,3 +1151,35 @@ print(sorted({"tensorflow", "keras", "torch", "jax"} & {name.split(".")[0] for n
 """
     done = subprocess.run(python(code), capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "why"), [(errno.ENOLCK, "its server's lock service"), (524, "mounted without locks")]
+)
+def test_a_file_system_without_locks_is_explained(
+    space: FeatureSpace, monkeypatch: pytest.MonkeyPatch, number: int, why: str
+) -> None:
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(CacheError, match=f"cannot be locked .*{why}.*ICEBOX_LOCKS=off"), space.lock(print):
+        pass
+    with pytest.raises(CacheError, match="cannot be locked"), space.reading():
+        pass
+
+
+def test_where_locks_are_done_without_rows_are_added_but_nothing_is_removed(
+    space: FeatureSpace, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ICEBOX_LOCKS", "off")
+    partial = storage.partial_name(space.shards, ".h5")
+    partial.write_bytes(b"in the making elsewhere")
+    with space.lock(print):  # though another process holds it
+        space.remove_leftovers()
+        add(space, [1])
+    with space.reading():
+        assert bits(space.read([key(1)], "features")) == bits(made([1]).features)
+    assert partial.exists()
+    with pytest.raises(CacheError, match="needs locks; unset ICEBOX_LOCKS"), space.removing(print):
+        pass

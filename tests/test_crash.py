@@ -29,6 +29,7 @@ from faults import WRITES, Watcher, disk_full, io_error, watched
 
 import cli
 import pipeline.extract
+import pipeline.shard_task
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache import storage
 from pipeline.cache.space import Cache
@@ -45,7 +46,7 @@ _frozen_backbone = functools.cache(FrozenBackbone)
 @pytest.fixture(autouse=True)
 def _one_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build the real backbone once, not once a run."""
-    monkeypatch.setattr(pipeline.extract, "FrozenBackbone", _frozen_backbone)
+    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", _frozen_backbone)
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +112,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data of a run that nothing happened to."""
     data = tmp_path_factory.mktemp("undisturbed") / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.extract, "FrozenBackbone", _frozen_backbone)
+        patch.setattr(pipeline.shard_task, "FrozenBackbone", _frozen_backbone)
         assert call(data, *FEATURES) == 0
     assert len(rows_of(data)) == 6
     return data
@@ -258,7 +259,7 @@ def test_a_full_disk_is_told_before_anything_is_computed(
 ) -> None:
     data = shutil.copytree(undisturbed, tmp_path / "data")
     monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
-    monkeypatch.setattr(pipeline.extract, "FrozenBackbone", None)  # not even loaded
+    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", None)  # not even loaded
     before = rows_of(data)
     assert call(data, *(argument if argument != "6" else "8" for argument in FEATURES)) == 1
     assert "2 rows need about 0 MB" in capsys.readouterr().err

@@ -23,6 +23,7 @@ import pytest
 from conftest import ROOT, command_line, environment, icebox, mark, picture, write_picture
 
 import pipeline.extract
+import pipeline.shard_task
 from pipeline.backbone import FrozenBackbone
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, limit, open_dataset
@@ -37,7 +38,7 @@ OPTIONS = ComputeOptions(shard_rows=8, batch_size=4)
 @pytest.fixture(autouse=True)
 def _one_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build the real backbone once for each spec of this module, not once a test."""
-    monkeypatch.setattr(pipeline.extract, "FrozenBackbone", _frozen_backbone)
+    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", _frozen_backbone)
 
 
 _frozen_backbone = functools.cache(FrozenBackbone)
@@ -162,13 +163,13 @@ def test_a_file_changed_after_it_was_hashed_gets_the_key_of_what_was_decoded(
 
     original = (photos / "cats" / "1.png").read_bytes()
     (photos / "dogs" / "copy.png").write_bytes(original)
-    build = pipeline.extract.FrozenBackbone
+    build = pipeline.shard_task.FrozenBackbone
 
     def change_then_build(*arguments: object) -> FrozenBackbone:
         write_picture(photos / "cats" / "1.png", seed=77)
         return build(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline.extract, "FrozenBackbone", change_then_build)
+    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", change_then_build)
     done = run(photos)
     assert done.rows == 13
     assert not done.quarantined

@@ -26,6 +26,7 @@ from made import key, made
 
 import pipeline.decoder
 import pipeline.extract
+import pipeline.shard_task
 from pipeline import augment, images
 from pipeline.cache.digests import digest
 from pipeline.cache.gc import Keep, collect
@@ -54,7 +55,7 @@ class Network:
     computed = 0
     row_shape = (2, 2, 3)
 
-    def __init__(self, spec: object, weights: object, batch_size: int) -> None:
+    def __init__(self, spec: object, weights: object, batch_size: int, threads: object) -> None:
         self.batch_size = batch_size
 
     def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +113,7 @@ class Life(RuleBasedStateMachine):
         self.images = self.folder / "images"
         self.images.mkdir()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(pipeline.extract, "FrozenBackbone", Network)
+        self.patch.setattr(pipeline.shard_task, "FrozenBackbone", Network)
         self.patch.setattr(pipeline.decoder, "_Decoder", SameProcess)
         self.choice = FeatureChoice(weights="untrained", precision="float32")
 

@@ -23,6 +23,7 @@ from distributed import LocalCluster
 from pipeline import heads, images, runs
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache
+from pipeline.cluster import ClusterChoice
 from pipeline.errors import RunError, UsageError
 from pipeline.extract import FeatureChoice
 from pipeline.spec import HeadSpec
@@ -220,7 +221,7 @@ def cluster() -> Iterator[str]:
 
 def test_workers_find_what_is_found_here(workspace: Workspace, photos: Path, cluster: str) -> None:
     fill(workspace, listed(photos))
-    here, there = run(workspace, photos), run(workspace, photos, scheduler=cluster)
+    here, there = run(workspace, photos), run(workspace, photos, cluster=ClusterChoice(scheduler=cluster))
     same = ("trial", "val_accuracy", "val_loss", "p_value", "parameters", "bytes")
     assert [[row[key] for key in same] for row in here.rows] == [[row[key] for key in same] for row in there.rows]
     assert here.best["accuracy"] == there.best["accuracy"]
@@ -233,21 +234,21 @@ def test_a_worker_that_dies_costs_its_trial_a_second_try(workspace: Workspace, p
         pid = next(iter(started.workers.values())).pid
         script = f"import os, time; time.sleep(12); os.kill({pid}, 9)"
         with subprocess.Popen(["python3", "-c", script]):
-            done = run(workspace, photos, specs, scheduler=started.scheduler_address)
+            done = run(workspace, photos, specs, cluster=ClusterChoice(scheduler=started.scheduler_address))
     assert [row["error"] for row in done.rows] == [None] * 4
 
 
 def test_a_scheduler_that_is_not_there_is_told(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
     with pytest.raises(UsageError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
-        run(workspace, photos, scheduler="tcp://127.0.0.1:9")
+        run(workspace, photos, cluster=ClusterChoice(scheduler="tcp://127.0.0.1:9"))
     assert runs.unfinished(workspace.sweeps) == []
 
 
 def test_an_address_that_is_none_is_told(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
     with pytest.raises(UsageError, match="--scheduler takes an address such as"):
-        run(workspace, photos, scheduler="foo")
+        run(workspace, photos, cluster=ClusterChoice(scheduler="foo"))
 
 
 def test_a_lone_worker_that_dies_is_started_again_and_given_the_rows_again(workspace: Workspace, photos: Path) -> None:
@@ -257,7 +258,7 @@ def test_a_lone_worker_that_dies_is_started_again_and_given_the_rows_again(works
         pid = next(iter(started.workers.values())).pid
         script = f"import os, time; time.sleep(10); os.kill({pid}, 9)"
         with subprocess.Popen(["python3", "-c", script]):
-            done = run(workspace, photos, specs, scheduler=started.scheduler_address)
+            done = run(workspace, photos, specs, cluster=ClusterChoice(scheduler=started.scheduler_address))
     assert [row["error"] for row in done.rows] == [None] * 2
 
 

@@ -18,6 +18,7 @@ from conftest import icebox, picture
 
 import pipeline.canary
 import pipeline.extract
+import pipeline.shard_task
 from pipeline import augment, images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.backbone import FrozenBackbone
@@ -162,7 +163,7 @@ def computed(tmp_path: Path, dataset: Dataset, views: Views) -> Extraction:
 def test_views_are_computed_once_and_are_what_the_backbone_says_of_the_warped_image(
     tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.extract, "FrozenBackbone", _frozen_backbone)
+    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", _frozen_backbone)
     three = Views(3)
     done = computed(tmp_path, digits, three)
     assert (done.rows, done.computed, done.reused, done.duplicates) == (9, 9, 0, 0)
@@ -196,7 +197,7 @@ def test_views_are_computed_once_and_are_what_the_backbone_says_of_the_warped_im
 def test_an_image_that_cannot_be_decoded_is_set_aside_in_all_views(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.extract, "FrozenBackbone", _frozen_backbone)
+    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", _frozen_backbone)
     (tmp_path / "photos" / "a").mkdir(parents=True)
     (tmp_path / "photos" / "b").mkdir()
     (tmp_path / "photos" / "a" / "bad.png").write_bytes(b"no image")
@@ -367,7 +368,7 @@ def test_explain_tells_of_views_in_a_bad_shard(workspace: Workspace, photos: Pat
 
 
 def test_the_canary_computes_views_afresh_too(tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.extract, "FrozenBackbone", _frozen_backbone)
+    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", _frozen_backbone)
     monkeypatch.setattr(pipeline.canary, "FrozenBackbone", _frozen_backbone)
     computed(tmp_path, digits, Views(3))
     with open_workspace(tmp_path / "data") as workspace:

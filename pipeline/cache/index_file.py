@@ -45,6 +45,8 @@ def damage_named(path: Path) -> Iterator[None]:
     """Turn what SQLite raises on a damaged file into one error; what else it raises goes on."""
     try:
         yield
+    except UnicodeDecodeError as error:  # what SQLite says of a damaged schema has its bytes in it
+        raise IndexDamagedError(path, f"what it holds is no text: {error}", certain=True) from error
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0)
         if code == sqlite3.SQLITE_READONLY_DBMOVED:

@@ -14,17 +14,28 @@ from pipeline.cache import storage
 from pipeline.errors import CacheError
 
 
+def done_without() -> bool:
+    """Return whether a person said that the cache lies where there are no locks: ICEBOX_LOCKS=off."""
+    return os.environ.get("ICEBOX_LOCKS", "").lower() in ("off", "0", "no", "false")
+
+
 @contextmanager
-def exclusive(path: Path, on_wait: Callable[[str], None]) -> Iterator[None]:
+def exclusive(path: Path, on_wait: Callable[[str], None], *, needed: bool = False) -> Iterator[None]:
     """Hold the lock file `path`; if another holds it, call `on_wait(holder)` once and wait.
 
-    The system gives the lock up when its holder ends, however it ends, so none is ever left behind.
+    The system gives the lock up when its holder ends, however it ends, so none is ever left behind. Where locks are
+    `done_without`, nothing is held: who only adds rows does no harm then. Who removes files has the lock `needed`.
 
     Raises
     ------
     CacheError
-        If the lock file cannot be written, or the file system has no locks.
+        If the lock file cannot be written, the file system has no locks, or one is needed and done without.
     """
+    if done_without():
+        if needed:
+            raise CacheError(f"{path.parent}: what removes or replaces files needs locks; unset ICEBOX_LOCKS")
+        yield
+        return
     storage.about_to("lock", path)
     try:
         # Not through a link: a space from somebody else must not have another file written to.
@@ -54,6 +65,9 @@ def shared(path: Path) -> Iterator[None]:
 
     Where the folder cannot be written nobody removes anything either, so there it is done without.
     """
+    if done_without():
+        yield
+        return
     storage.about_to("lock", path)
     try:
         file = storage.open_regular(path, os.O_RDONLY | os.O_CREAT)
@@ -96,6 +110,20 @@ def abandoned(folder: Path) -> bool:
     return True
 
 
+_LOCKLESS = {
+    errno.ENOLCK: "its server's lock service does not answer",
+    errno.ENOSYS: "it is mounted without locks",
+    errno.EOPNOTSUPP: "it is mounted without locks",
+    524: "it is mounted without locks",  # ENOTSUPP, the kernel's own, which has no name outside
+    errno.EIO: "its server does not answer",
+}
+
+
 def _no_locks(path: Path, error: OSError) -> CacheError:
-    reason = errno.errorcode.get(error.errno or 0, str(error))
-    return CacheError(f"{path.parent} cannot be locked ({reason}); put the cache on a disk with locks")
+    name = errno.errorcode.get(error.errno or 0, str(error))
+    why = f"{_LOCKLESS[error.errno]}, {name}" if error.errno in _LOCKLESS else name
+    return CacheError(
+        f"{path.parent} cannot be locked ({why}); mount its file system with locks (Lustre: -o flock; NFS: lockd), put "
+        "the cache elsewhere by --data-dir, or set ICEBOX_LOCKS=off on every machine, after which only `gc` and "
+        "`verify --repair` refuse to work"
+    )

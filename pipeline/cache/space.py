@@ -25,7 +25,7 @@ import numpy as np
 from pipeline.cache import storage
 from pipeline.cache.index import Index, Located, ShardRecord
 from pipeline.cache.keys import Keys
-from pipeline.cache.lock import exclusive, shared
+from pipeline.cache.lock import done_without, exclusive, shared
 from pipeline.cache.shard import (
     Rows,
     ShardInfo,
@@ -193,6 +193,8 @@ class FeatureSpace:
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left behind. Only the holder of `lock` may call this."""
+        if done_without():  # somebody may be writing them
+            return
         storage.remove_partials(self.shards)
         storage.remove_partials(self.path)
 
@@ -206,7 +208,7 @@ class FeatureSpace:
     @contextmanager
     def removing(self, on_wait: Callable[[str], None]) -> Iterator[None]:
         """Wait until nobody reads, and keep readers out. Only the holder of `lock` may call this."""
-        with exclusive(self.path / ".reading", on_wait):
+        with exclusive(self.path / ".reading", on_wait, needed=True):
             yield
 
     def recipes(self) -> dict[int, Augmentation | None]:

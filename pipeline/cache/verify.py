@@ -71,7 +71,7 @@ def verify(cache: Cache, *, space: str | None = None, sample: float = 0.0, repai
     done = Verification()
     _check_index(cache, done)
     for name in _folders(cache, space):
-        lock = exclusive(cache.root / name / ".lock", _waiting) if repair else nullcontext()
+        lock = exclusive(cache.root / name / ".lock", _waiting, needed=True) if repair else nullcontext()
         with lock:
             found = _open(cache, name, repair, done)
             if found is not None:

@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from pipeline.asked import Asked, DatasetChoice
+    from pipeline.cluster import ClusterChoice
     from pipeline.dataset import Dataset
     from pipeline.extract import FeatureChoice
     from pipeline.planning import Quarantined
@@ -68,6 +69,29 @@ AugmentOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+
+WorkersOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Share the work out to N processes of this machine.", min=1, max=512)
+]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Have the workers of this Dask scheduler do the work, e.g. tcp://host:8786."),
+]
+TlsCaOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Who vouches for a --scheduler tls://…, PEM.", dir_okay=False)
+]
+TlsCertOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Our certificate for that scheduler, PEM.", dir_okay=False)
+]
+TlsKeyOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The key of that certificate, PEM.", dir_okay=False)
+]
+DashboardOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS:PORT", help="Where the dashboard of --workers listens.  [default: 127.0.0.1, any free port]"
+    ),
+]
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run as `runs ls` lists it, a path, or latest.")]
 AlsoOption = Annotated[
@@ -148,6 +172,17 @@ def views_choice(context: typer.Context) -> Views:
     if augment is not None and count == 1:
         raise UsageError("--augment says what the augmented views are like; ask for some by --views 2 or more")
     return Views(count, Augmentation.parse(augment or ""))
+
+
+CLUSTER_OPTIONS = ("workers", "scheduler", "tls_ca", "tls_cert", "tls_key", "dashboard")
+
+
+def cluster_choice(context: typer.Context) -> ClusterChoice | None:
+    """Return whose workers `--workers` or `--scheduler` mean, None if the work is done in this process."""
+    from pipeline.cluster import ClusterChoice
+
+    given = {name: context.params[name] for name in CLUSTER_OPTIONS}
+    return ClusterChoice(**given) if any(value is not None for value in given.values()) else None
 
 
 def stated(context: typer.Context) -> list[str]:

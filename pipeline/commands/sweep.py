@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.commands.shared import (
+    CLUSTER_OPTIONS,
     MAX_PIXELS,
     ArchiveOption,
     AugmentOption,
+    DashboardOption,
     DatasetOption,
     FitOption,
     ImageRootOption,
@@ -22,11 +24,17 @@ from pipeline.commands.shared import (
     MaxPixelsOption,
     MemoryOption,
     PrecisionOption,
+    SchedulerOption,
     SpaceOption,
     StorageOption,
+    TlsCaOption,
+    TlsCertOption,
+    TlsKeyOption,
     ViewsOption,
     WeightsOption,
+    WorkersOption,
     asked_features_line,
+    cluster_choice,
     dataset_choice,
     exit_for_bad,
     feature_choice,
@@ -65,9 +73,12 @@ def sweep(
         int | None, typer.Option(metavar="N", help="Draw N settings instead of trying every combination.", min=1)
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draw.", min=0)] = 0,
-    scheduler: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Have the workers of this Dask scheduler try them.")
-    ] = None,
+    workers: WorkersOption = None,
+    scheduler: SchedulerOption = None,
+    tls_ca: TlsCaOption = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    dashboard: DashboardOption = None,
     dataset: DatasetOption = "digits",
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,
@@ -91,7 +102,7 @@ def sweep(
     """Try heads and settings on the cache; keep the best as a run. Computes no feature."""
     from pipeline.sweep import sweep as run_sweep
 
-    start = time.perf_counter()
+    start, cluster = time.perf_counter(), cluster_choice(context)
     asked = _asked(context) if resume is None else None
     with opened(context) as workspace:
         if asked is None:
@@ -100,7 +111,7 @@ def sweep(
         else:
             command, chosen = features_command(context), dataset_choice(context)
         images = open_chosen(workspace, chosen)
-        done = run_sweep(images, workspace, asked, command, resume=resume, scheduler=scheduler)
+        done = run_sweep(images, workspace, asked, command, resume=resume, cluster=cluster)
     _finish(done, round(time.perf_counter() - start, 3), as_json)
     exit_for_bad(done.quarantined, len(images), max_bad)
 
@@ -128,7 +139,7 @@ def _resumed(context: typer.Context, name: str, root: Path) -> SweepAsked:
     from pipeline import runs
     from pipeline.sweep import SweepAsked
 
-    refuse_beside_resume(context, "scheduler")
+    refuse_beside_resume(context, *CLUSTER_OPTIONS)
     return SweepAsked.of_request(runs.read_request(root, name))
 
 

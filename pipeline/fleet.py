@@ -1,0 +1,474 @@
+"""Shard tasks on Dask workers, watched over: whoever cannot do them is told apart, whoever is lost is replaced.
+
+Dask carries tasks and answers, and notices who comes and goes. Which worker gets which task is decided here: a few at
+a time each, so that of millions few are in hand, and it is known what each had in hand when it was lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from pipeline.cache import storage
+from pipeline.cluster import Client, ClusterChoice, connected
+from pipeline.compute import Effort, Settle
+from pipeline.dataset import Dataset
+from pipeline.errors import IceboxError, InterruptedComputationError, UnfitWorkerError, UsageError
+from pipeline.fleet_worker import Requirements, package_versions, run_task, vet
+from pipeline.progress import Advance
+from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 1.0
+_SILENT_S = 30.0  # without a heartbeat, of which there should be one every few seconds: Dask itself waits for minutes
+_PATIENCE_S = 60.0  # for a first worker, or another one when all are gone, or for a scheduler to come back
+_MOST_LOSSES = 3  # of whoever had a task in hand, before it is tried alone, and in halves if that ends a worker too
+_SAMPLES = 3
+_FATAL = "reading or decoding it ended the worker, again and again"
+
+
+@dataclass(eq=False)
+class _Hand:
+    """A task that a worker has in hand, `alone` if it has nothing else: what ends it then is known."""
+
+    task: ShardTask
+    future: Any
+    alone: bool
+    advanced: float = 0.0
+
+
+@dataclass(eq=False)
+class _Worker:
+    """What is known of a worker. `fit`: None while that is being found out."""
+
+    address: str
+    name: str
+    gpu: bool
+    fit: bool | None = None
+    vetting: Any = None
+    reason: str = ""
+    hands: dict[int, _Hand] = field(default_factory=dict)
+    since: float = 0.0
+    rows: int = 0  # published
+    advanced: float = 0.0  # rows computed, published or not
+    model_seconds: float = 0.0
+
+    def load(self) -> int:
+        """Return how many tasks it has in hand; one that is to be alone counts for all."""
+        return AT_ONCE if any(hand.alone for hand in self.hands.values()) else len(self.hands)
+
+    @property
+    def rate(self) -> float:
+        """Rows a second, since it was found fit."""
+        return self.advanced / max(1e-3, time.monotonic() - self.since)
+
+
+@contextmanager
+def fleet(choice: ClusterChoice, setup: Setup, dataset: Dataset, effort: Effort) -> Iterator[Fleet]:
+    """Give the fit workers of a cluster, at least one of them ready.
+
+    Raises
+    ------
+    UsageError
+        If no scheduler answers.
+    IceboxError
+        If none of its workers can do the work; the text says why not.
+    """
+    requirements = Requirements(setup, package_versions(), _samples(dataset), choice.threads, f"icebox-{uuid4().hex}")
+    with Fleet(choice, requirements, effort) as crew:
+        yield crew
+
+
+class Fleet:
+    """The workers of a scheduler, as a `Crew`."""
+
+    def __init__(self, choice: ClusterChoice, requirements: Requirements, effort: Effort) -> None:
+        self._choice = choice
+        self._requirements = requirements
+        self._effort = effort
+        self._workers: dict[str, _Worker] = {}
+        self._heartbeats: dict[str, tuple[float, float]] = {}  # address → what the scheduler saw last, since when
+        self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._again: deque[ShardTask] = deque()
+        self._numbers = iter(range(2**63))
+        self._looked = self._lonely_since = float("-inf")
+        self._row_shape: tuple[int, ...] | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Fleet:
+        self._connect()
+        try:
+            self._lonely_since = time.monotonic()
+            with self._talking():
+                while self._row_shape is None:
+                    self._look()
+                    self._wait()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self._workers.values():
+            if worker.rows:
+                self._report(worker)
+        self._stack.close()
+
+    @property
+    def size(self) -> int:
+        """How many workers there are, fit ones and those not known yet."""
+        return sum(worker.fit is not False for worker in self._workers.values())
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one image's features, (h, w, c)."""
+        if self._row_shape is None:
+            raise RuntimeError("no worker is ready yet")
+        return self._row_shape
+
+    def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance) -> None:
+        """Have all tasks run; see `Crew`.
+
+        Raises
+        ------
+        InterruptedComputationError
+            If the scheduler is lost.
+        IceboxError
+            If a task fails for a reason that is not one worker's, or nobody is left to do it; the text names whom.
+        """
+        self._settle, self._advance, self._tasks = settle, advance, tasks
+        self._lonely_since = time.monotonic()
+        try:
+            with self._talking():
+                while True:
+                    self._look()
+                    self._hand_out()
+                    if not any(worker.hands for worker in self._workers.values()) and not self._hold_next():
+                        return
+                    self._wait()
+        finally:
+            self._drop_all()
+
+    # Who is there
+
+    def _connect(self) -> None:
+        self._client: Client = self._stack.enter_context(connected(self._choice))
+        self._client.subscribe_topic(self._requirements.topic, self._heard)
+
+    def _heard(self, event: tuple[float, Any]) -> None:
+        self._events.put(("advanced", event[1]))
+
+    def _look(self) -> None:
+        """Notice who came, who went and who has not been heard of."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_EVERY_S:
+            return
+        self._looked = now
+        if self._client.status != "running":
+            raise OSError("the connection was lost")
+        there = self._client.scheduler_info(n_workers=-1)["workers"]
+        alive = {address for address, about in there.items() if self._beats(address, about["last_seen"], now)}
+        for address in self._workers.keys() - alive:
+            self._lose(self._workers[address], "is gone" if address not in there else "does not answer any more")
+        for address in alive - self._workers.keys():
+            self._meet(address, there[address])
+
+    def _beats(self, address: str, last_seen: float, now: float) -> bool:
+        before, since = self._heartbeats.get(address, (None, now))
+        if before != last_seen:
+            since = now
+        self._heartbeats[address] = last_seen, since
+        return now - since < _SILENT_S
+
+    def _meet(self, address: str, about: dict[str, Any]) -> None:
+        host = address.split("://")[-1].rsplit(":", 1)[0]
+        name = str(about["name"])
+        worker = _Worker(address, f"{name} on {host}" if host not in name else name, "GPU" in about["resources"])
+        self._workers[address] = worker
+        worker.vetting = self._submit(worker, vet, self._requirements)
+
+    def _submit(self, worker: _Worker, function: Any, *arguments: Any, gpu: bool = False) -> Any:
+        resources = {"GPU": 1 / AT_ONCE} if gpu else None
+        future = self._client.submit(
+            function,
+            *arguments,
+            workers=[worker.address],
+            allow_other_workers=False,
+            pure=False,
+            resources=resources,
+        )
+        future.add_done_callback(lambda done: self._events.put(("done", done)))
+        return future
+
+    def _lose(self, worker: _Worker, how: str) -> None:
+        """Take back what a worker had in hand."""
+        del self._workers[worker.address]
+        if worker.fit is not False:
+            redone = "; what it had in hand is computed again" if worker.hands else ""
+            logger.warning("the worker %s %s%s", worker.name, how, redone)
+        if worker.vetting is not None:
+            worker.vetting.cancel(force=True)
+        self._take_back(worker, lost=True)
+        if worker.rows:
+            self._report(worker)
+
+    def _take_back(self, worker: _Worker, *, lost: bool) -> None:
+        for hand in worker.hands.values():
+            hand.future.cancel(force=True)
+            self._put_back(hand, lost=lost)
+        worker.hands.clear()
+
+    def _put_back(self, hand: _Hand, *, lost: bool) -> None:
+        """Have a task done by somebody, or if it is that which ends workers, its halves, down to the one image."""
+        self._advance(-hand.advanced)
+        self._effort.lost += round(hand.advanced)
+        task = replace(hand.task, losses=hand.task.losses + lost)
+        middle = len(task.origin) // 2
+        if not (lost and hand.alone):
+            self._again.append(task)
+        elif middle:
+            at = int(np.searchsorted(task.images, middle))
+            self._again += task.part(slice(0, at)), task.part(slice(at, None))
+        else:
+            self._settle(task, ShardDone(None, [Met(0, None, _FATAL)], 0.0))
+            self._advance(len(task))
+
+    def _dismiss(self, worker: _Worker, reason: str) -> None:
+        """Give a worker nothing more to do."""
+        logger.warning("the worker %s is not used: it %s", worker.name, reason)
+        worker.fit, worker.reason = False, reason
+        self._take_back(worker, lost=False)
+
+    def _drop_all(self) -> None:
+        for worker in self._workers.values():
+            for hand in worker.hands.values():
+                hand.future.cancel(force=True)
+            worker.hands.clear()
+        self._again.clear()
+        self._next: ShardTask | None = None
+
+    # What they do
+
+    def _hand_out(self) -> None:
+        fit = [worker for worker in self._workers.values() if worker.fit]
+        if any(worker.gpu for worker in fit):  # beside a GPU a processor would only be waited for
+            fit = [worker for worker in fit if worker.gpu]
+        while fit and self._hold_next() and self._next is not None:
+            worker, alone = min(fit, key=_Worker.load), self._next.losses >= _MOST_LOSSES
+            if worker.load() >= (1 if alone else AT_ONCE):
+                return
+            number, task = next(self._numbers), self._next
+            self._next = None
+            future = self._submit(worker, run_task, task, self._requirements, number, gpu=worker.gpu)
+            worker.hands[number] = _Hand(task, future, alone)
+
+    def _hold_next(self) -> bool:
+        """Return whether there is a task to hand out; those that were given back come last."""
+        if self._next is None:
+            self._next = next(self._tasks, None)
+        if self._next is None and self._again:
+            self._next = self._again.popleft()
+        return self._next is not None
+
+    _next: ShardTask | None = None
+
+    def _wait(self) -> None:
+        """Wait for something to happen, a moment at most, and deal with it."""
+        self._require_somebody()
+        try:
+            kind, about = self._events.get(timeout=_LOOK_EVERY_S)
+        except queue.Empty:
+            return
+        if kind == "advanced":
+            self._advanced(about["task"], about["rows"])
+            return
+        for worker in list(self._workers.values()):
+            if worker.vetting is about:
+                worker.vetting = None
+                self._vetted(worker, about)
+            for number, hand in list(worker.hands.items()):
+                if hand.future is about:
+                    del worker.hands[number]
+                    self._finished(worker, hand)
+
+    def _require_somebody(self) -> None:
+        """Raise IceboxError if nobody is there to work, and nobody came for a while."""
+        workers, now = self._workers.values(), time.monotonic()
+        if any(worker.fit is not False for worker in workers):
+            self._lonely_since = now
+            return
+        if workers:
+            reasons = "; ".join(f"{worker.name} {worker.reason}" for worker in list(workers)[:5])
+            raise IceboxError(f"no worker of {self._choice.name} can do the work: {reasons}")
+        if now - self._lonely_since > _PATIENCE_S:
+            raise IceboxError(
+                f"{self._choice.name} has had no worker for {_PATIENCE_S:.0f} s; start some by `dask worker ADDRESS` "
+                "and run the command again: what was computed is kept"
+            )
+
+    def _vetted(self, worker: _Worker, future: Any) -> None:
+        error = self._failure(future)
+        if error is None:
+            worker.fit, worker.since = True, time.monotonic()
+            self._row_shape = future.result()
+        elif isinstance(error, _Lost):
+            worker.fit, worker.reason = False, "was lost"  # the next look will tell
+        elif isinstance(error, IceboxError) and not isinstance(error, UnfitWorkerError):
+            raise error
+        else:
+            self._dismiss(worker, _reason(error))
+
+    def _finished(self, worker: _Worker, hand: _Hand) -> None:
+        error = self._failure(hand.future)
+        if error is None:
+            self._accept(worker, hand, hand.future.result())
+        elif isinstance(error, _Lost):
+            self._put_back(hand, lost=True)
+        elif isinstance(error, UnfitWorkerError):
+            self._put_back(hand, lost=False)
+            self._dismiss(worker, _reason(error))
+        elif isinstance(error, IceboxError):
+            raise IceboxError(f"on the worker {worker.name}: {error}") from error
+        else:
+            raise error
+
+    def _failure(self, future: Any) -> BaseException | None:
+        """Return what a future that is done failed by."""
+        from distributed import KilledWorker
+
+        if future.status == "finished":
+            return None
+        if future.status in ("cancelled", "lost"):
+            return _Lost()
+        error = future.exception()
+        return _Lost() if isinstance(error, KilledWorker) else error
+
+    def _accept(self, worker: _Worker, hand: _Hand, done: ShardDone) -> None:
+        """Take a finished task over, but for images that the worker alone could not read."""
+        task, setup = hand.task, self._requirements.setup
+        if done.shard is not None and not _published(setup.directory / f"{done.shard.name}.h5", done.shard.bytes):
+            self._put_back(hand, lost=False)
+            self._dismiss(worker, f"publishes to another folder than {setup.directory} is here")
+            return
+        misread = [met for met in done.met if met.key is None and _readable(task.dataset.path(met.i))]
+        if misread and task.losses + 1 < _MOST_LOSSES:
+            images = {met.i for met in misread}
+            rows = np.flatnonzero(np.isin(task.images, list(images)))
+            self._again.append(replace(task.part(rows), losses=task.losses + 1))
+            self._advance(-len(rows))
+            done = replace(done, met=[met for met in done.met if met.i not in images])
+        worker.rows += done.rows
+        worker.model_seconds += done.model_seconds
+        self._settle(task, done)
+        if len(misread) > len(done.met):
+            name = task.dataset.path(misread[0].i)
+            self._dismiss(worker, f"cannot read {name}, which can be read here ({misread[0].reason})")
+
+    def _advanced(self, number: int, rows: float) -> None:
+        for worker in self._workers.values():
+            if hand := worker.hands.get(number):
+                hand.advanced += rows
+                worker.advanced += rows
+                self._advance(rows, self._rates())
+
+    def _rates(self) -> str:
+        rates = sorted(worker.rate for worker in self._workers.values() if worker.fit)
+        if not rates:
+            return ""
+        each = f"{rates[0]:.1f}/s" if len(rates) == 1 else f"{rates[0]:.1f} to {rates[-1]:.1f}/s each"
+        return f"{len(rates)} workers, {each}"
+
+    def _report(self, worker: _Worker) -> None:
+        busy = time.monotonic() - worker.since
+        self._effort.worker_seconds += busy
+        self._effort.workers.append(
+            {
+                "worker": worker.name,
+                "rows": worker.rows,
+                "images_per_second": round(worker.rate, 2),
+                "model_share": round(min(1.0, worker.model_seconds / busy), 3),
+            }
+        )
+
+    # The scheduler
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Tell the loss of the scheduler from everything else that may go wrong."""
+        from distributed import CancelledError
+        from distributed.comm import CommClosedError
+
+        try:
+            yield
+        except IceboxError:
+            raise
+        except (CommClosedError, CancelledError, OSError, TimeoutError) as error:
+            text = f"the Dask scheduler of {self._choice.name} is gone ({error})"
+            raise InterruptedComputationError(text, self._recover) from error
+
+    def _recover(self) -> None:
+        """Wait for the scheduler to come back. Raises IceboxError if it does not."""
+        logger.warning("the Dask scheduler of %s is gone; waiting for it to come back", self._choice.name)
+        self._stack.close()
+        self._workers.clear()
+        self._heartbeats.clear()
+        self._events = queue.SimpleQueue()
+        start = time.monotonic()
+        while True:
+            try:
+                self._connect()
+                return
+            except UsageError as error:
+                if time.monotonic() - start > _PATIENCE_S:
+                    raise IceboxError(
+                        f"the Dask scheduler of {self._choice.name} has been gone for {_PATIENCE_S:.0f} s; start it "
+                        "and run the command again: what was computed is kept"
+                    ) from error
+                time.sleep(_LOOK_EVERY_S)
+
+
+class _Lost(Exception):
+    """Whoever had a task in hand is gone, or the scheduler knows nothing of it any more."""
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, IceboxError):
+        return str(error)
+    if isinstance(error, ImportError):
+        return f"lacks a package ({error}); install there what is installed here"
+    return f"fails by {type(error).__name__}: {' '.join(str(error).split()):.200}"
+
+
+def _samples(dataset: Dataset) -> tuple[Path, ...]:
+    """Return a few image files that can be read here, for a worker to show that it sees them too."""
+    found = (dataset.path(i) for i in range(min(len(dataset), 100)))
+    return tuple(path.absolute() for path in found if path is not None and _readable(path))[:_SAMPLES]
+
+
+def _readable(path: Path | None) -> bool:
+    if path is None:
+        return False
+    try:
+        with storage.open_regular(path, 0) as file:
+            file.read(1)
+    except OSError:
+        return False
+    return True
+
+
+def _published(path: Path, size: int) -> bool:
+    try:
+        return storage.size(path) == size
+    except OSError:
+        return False

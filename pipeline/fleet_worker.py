@@ -1,0 +1,133 @@
+"""What runs in the worker processes of a fleet: is this process fit for the work? And the tasks themselves."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.cache import storage
+from pipeline.errors import UnfitWorkerError
+from pipeline.shard_task import Setup, ShardDone, ShardTask, ShardWorker
+
+# What decides a row's value, or how a task and its answer are written.
+_PACKAGES = ("icebox", "tensorflow", "keras", "opencv-python", "pillow", "h5py", "hdf5plugin")
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a worker must have to be of use; picklable.
+
+    `samples` are image files it must be able to read; `threads` how many cores it takes, None: as many as it has
+    threads; `topic` where it reports how far it is.
+    """
+
+    setup: Setup
+    versions: Mapping[str, str]
+    samples: tuple[Path, ...]
+    threads: int | None
+    topic: str
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that must be alike everywhere; "none" where one is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def vet(requirements: Requirements) -> tuple[int, ...]:
+    """Check this process, load the model, and return the shape of a row.
+
+    Raises
+    ------
+    UnfitWorkerError
+        If it is not fit for the work; the text says why.
+    SpecError, WeightsError
+        If nobody could do the work.
+    """
+    _check_versions(requirements.versions)
+    _check_files(requirements)
+    with _ready(requirements) as worker:
+        return worker.row_shape
+
+
+def run_task(task: ShardTask, requirements: Requirements, number: int) -> ShardDone:
+    """Run a task, reporting its progress under `number`."""
+    from distributed import get_worker
+
+    if not requirements.setup.directory.is_dir():
+        raise UnfitWorkerError(f"does not see the folder {requirements.setup.directory}")
+    here = get_worker()
+
+    def advance(n: float) -> None:
+        here.log_event(requirements.topic, {"task": number, "rows": n})
+
+    with _ready(requirements) as worker:
+        return worker.run(task, advance, lambda: False)
+
+
+def _check_versions(wanted: Mapping[str, str]) -> None:
+    here = package_versions()
+    differing = [f"{name} {here[name]} (here {version})" for name, version in wanted.items() if here[name] != version]
+    if differing:
+        raise UnfitWorkerError(f"has {', '.join(differing)}")
+
+
+def _check_files(requirements: Requirements) -> None:
+    cache = requirements.setup.directory.parent.parent
+    if not cache.is_dir():
+        raise UnfitWorkerError(f"does not see the cache {cache}; it needs the same files under the same paths")
+    if not os.access(cache, os.W_OK):
+        raise UnfitWorkerError(f"may not write to the cache {cache}")
+    for path in requirements.samples:
+        try:
+            with storage.open_regular(path, os.O_RDONLY) as file:
+                file.read(1)
+        except OSError as error:
+            raise UnfitWorkerError(f"cannot read the image {path} ({error.strerror or error})") from error
+
+
+def _check_weights(setup: Setup) -> None:
+    if setup.weights is None:
+        return
+    if not setup.weights.is_file():
+        raise UnfitWorkerError(f"does not see the weights {setup.weights}")
+    if f"sha256:{storage.sha256_file(setup.weights)}" != setup.spec.weights:
+        raise UnfitWorkerError(f"has other weights at {setup.weights}")
+
+
+# One model a process, however many threads ask for it; another setup's is let go as soon as nobody uses it.
+_loading = threading.Lock()
+_loaded: dict[Setup, ShardWorker] = {}
+_users: dict[Setup, int] = {}
+
+
+@contextmanager
+def _ready(requirements: Requirements) -> Iterator[ShardWorker]:
+    from distributed import get_worker
+
+    setup = requirements.setup
+    with _loading:
+        for other in [each for each in _loaded if each != setup and not _users[each]]:
+            _loaded.pop(other).__exit__()
+            gc.collect()
+        if setup not in _loaded:
+            _check_weights(setup)
+            _loaded[setup] = ShardWorker(setup, requirements.threads or get_worker().state.nthreads)
+        _users[setup] = _users.get(setup, 0) + 1
+    try:
+        yield _loaded[setup]
+    finally:
+        with _loading:
+            _users[setup] -= 1

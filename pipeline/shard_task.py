@@ -1,0 +1,214 @@
+"""One shard, from images to a published file, in whatever process: threads decode ahead, the model works, a file is
+written while the next task has the model.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import augment, images
+from pipeline.backbone import FrozenBackbone
+from pipeline.cache import storage
+from pipeline.cache.shard import Rows, ShardInfo, file_size, write_shard
+from pipeline.dataset import Dataset
+from pipeline.decoder import Decoders, Loaded, Loader, batched, decoding_pool, in_threads
+from pipeline.errors import CacheError
+from pipeline.spec import PLAIN_VIEW, FeatureSpec, Views
+
+AT_ONCE = 2  # tasks a process has in hand: one has the model, the other decodes ahead or writes
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all tasks of a computation share, and a process keeps ready between them; picklable.
+
+    `weights` is None where they are drawn. Of `views` the recipe counts, which augmented views are made by.
+    """
+
+    spec: FeatureSpec
+    weights: Path | None
+    batch_size: int
+    directory: Path  # of the shards
+    max_pixels: int = images.DEFAULT_MAX_PIXELS
+    views: Views = PLAIN_VIEW
+    strict: bool = False  # stop at the first image that cannot be decoded
+
+
+@dataclass(frozen=True, eq=False)
+class ShardTask:
+    """Rows to be published as one shard; picklable.
+
+    Parameters
+    ----------
+    dataset
+        The k images they are of, and no others.
+    origin
+        (k,) int64, what each is in the dataset that it was taken from, ascending.
+    images, views
+        (m,) int64, for each row its image, 0 ≤ image < k, ascending, and the number of its view.
+    expected
+        How many rows the whole computation has, in its first task; 0 in others.
+    """
+
+    dataset: Dataset
+    origin: np.ndarray
+    images: np.ndarray
+    views: np.ndarray
+    expected: int = 0
+    losses: int = field(default=0)  # how often whoever had it in hand was lost
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def part(self, rows: slice | np.ndarray) -> ShardTask:
+        """Return the task of some of the rows."""
+        some, images = np.unique(self.images[rows], return_inverse=True)
+        part = self.dataset.take(some), self.origin[some], images, self.views[rows]
+        return ShardTask(*part, losses=self.losses)
+
+
+@dataclass(frozen=True)
+class Met:
+    """How image `i` of a task was found: its key, None if it could not be read; why it has no row, "" if it has."""
+
+    i: int
+    key: bytes | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """What came of a task: the shard, None if no image could be decoded; the images met, all unless it was stopped; and
+    how long the model worked.
+    """
+
+    shard: ShardInfo | None
+    met: list[Met]
+    model_seconds: float
+
+    @property
+    def rows(self) -> int:
+        """How many rows were published."""
+        return len(self.shard.keys) if self.shard else 0
+
+
+class ShardWorker:
+    """Runs tasks of one setup, `AT_ONCE` of them in threads at a time. Leaving the context ends decoding processes."""
+
+    def __init__(self, setup: Setup, threads: int | None = None) -> None:
+        """Load the model; `threads` limits the cores it and the decoding take. Raises WeightsError and SpecError."""
+        self.setup = setup
+        self._model = FrozenBackbone(setup.spec, setup.weights, setup.batch_size, threads)
+        self._decoders = Decoders(setup.spec.input_size, setup.spec.fit, setup.max_pixels)
+        self._pool = decoding_pool(threads)
+        self._turn = threading.Lock()
+
+    def __enter__(self) -> ShardWorker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._decoders.__exit__(*error)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one image's features, (h, w, c)."""
+        return self._model.row_shape
+
+    def run(self, task: ShardTask, advance: Callable[[float], None], stopped: Callable[[], bool]) -> ShardDone:
+        """Compute the rows of `task` and publish them; once `stopped()` those that were computed so far.
+
+        Raises
+        ------
+        CacheError
+            If the shard cannot be written, or what is expected does not fit on the disk.
+        """
+        met, parts, model_seconds = list[Met](), list[Rows](), 0.0
+        with closing(self._decoded(task, met, advance, stopped)) as decoded:
+            batches = batched(decoded, self._model.batch_size)
+            first = [batch for batch in [next(batches, None)] if batch]  # decoded before it is our turn
+            with self._turn:
+                for batch in chain(first, batches):
+                    asked = time.perf_counter()
+                    parts.append(self._rows(batch))
+                    model_seconds += time.perf_counter() - asked
+                    advance(len(batch))
+        shard = self._publish(Rows.join(parts), task.expected) if parts else None
+        return ShardDone(shard, met, model_seconds)
+
+    def _decoded(
+        self, task: ShardTask, met: list[Met], advance: Callable[[float], None], stopped: Callable[[], bool]
+    ) -> Generator[Loaded]:
+        """Yield every image in its views; note how each was met."""
+        setup = self.setup
+        load = Loader(task.dataset, setup.spec.input_size, setup.spec.fit, setup.max_pixels, self._decoders)
+        first = np.flatnonzero(np.diff(task.images, prepend=-1))
+        wanted = dict(zip(task.images[first].tolist(), np.split(task.views, first[1:]), strict=True))
+        # As many images ahead as make two batches.
+        ahead = max(2, 2 * self._model.batch_size * len(wanted) // len(task))
+        loaded = in_threads(self._pool, lambda i: self._load_views(load, i, wanted[i].tolist()), wanted, ahead)
+        with closing(loaded):
+            for views in loaded:
+                if stopped():
+                    return
+                image = views[0]
+                met.append(Met(image.i, image.key, image.reason))
+                if image.pixels is not None:
+                    yield from views
+                elif setup.strict:
+                    return
+                else:
+                    advance(len(views))
+
+    def _load_views(self, load: Loader, i: int, views: Sequence[int]) -> list[Loaded]:
+        """Decode image i once and return it in each of `views`, in all alike if it cannot be decoded."""
+        plain, recipe = load(i), self.setup.views.recipe
+        if plain.pixels is None or plain.key is None:
+            return [replace(plain, view=view) for view in views]
+        return [
+            replace(plain, view=view, pixels=augment.warp(plain.pixels, recipe, augment.draws(plain.key, view)))
+            if view
+            else plain
+            for view in views
+        ]
+
+    def _rows(self, batch: list[Loaded]) -> Rows:
+        features, pooled = self._model(np.stack([image.pixels for image in batch if image.pixels is not None]))
+        keys = np.frombuffer(b"".join(image.key for image in batch if image.key is not None), np.uint8)
+        views = np.array([image.view for image in batch], np.int64)
+        return Rows(features, pooled, keys.reshape(-1, 32), views, self.setup.views.recipes)
+
+    def _publish(self, rows: Rows, expected: int) -> ShardInfo:
+        if expected:
+            some = rows.take(slice(0, self._model.batch_size))
+            check_room(self.setup.directory, expected, file_size(some, self.setup.spec) / len(some))
+        return write_shard(self.setup.directory, rows, self.setup.spec)
+
+
+def check_room(directory: Path, count: int, row_bytes: float) -> None:
+    """Refuse what cannot fit: `count` rows of `row_bytes` each.
+
+    Raises
+    ------
+    CacheError
+        If they need more than is free.
+    """
+    free = storage.free_bytes(directory)
+    if row_bytes * count > free:
+        raise CacheError(
+            f"{count:,} rows need about {size_text(row_bytes * count)} in {directory}, {size_text(free)} are free; "
+            "make room, or put the data elsewhere by --data-dir"
+        )
+
+
+def size_text(count: float) -> str:
+    """Return how many bytes that is, as people say it."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"

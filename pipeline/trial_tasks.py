@@ -1,0 +1,100 @@
+"""Trials of a sweep on Dask workers. The workers must see the same files under the same paths."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.backbone import import_keras, limit_threads
+from pipeline.cluster import ClusterChoice, connected
+from pipeline.errors import IceboxError, UsageError
+from pipeline.heads import Data
+from pipeline.rows import StoredRows, hold
+from pipeline.spec import HeadSpec
+
+_ONE = threading.Lock()  # a process trains one head at a time, however many threads its worker has
+_held: dict[str, Data] = {}  # in a worker: the rows of the trials at hand, so that they are read once
+
+Work = Callable[[HeadSpec, Data, Path], None]
+
+
+def submitted(
+    cluster: ClusterChoice,
+    work: Work,
+    tasks: Mapping[str, tuple[HeadSpec, str]],
+    data: Data,
+    memory: int | None,
+    needed: int,
+) -> Iterator[str]:
+    """Have `work(spec, data, folder)` done for each of `tasks`, and yield their names as they finish.
+
+    `data` has rows as they are stored; each worker process reads them by `hold`. A task whose worker dies is given
+    to another, and goes on with what lies in its folder.
+
+    Raises
+    ------
+    UsageError
+        If no scheduler answers, or it has no workers.
+    IceboxError
+        What a task raises.
+    """
+    from distributed import CancelledError, KilledWorker, as_completed
+    from distributed.comm import CommClosedError
+
+    with connected(cluster) as client:
+        if not client.scheduler_info(n_workers=-1)["workers"]:
+            raise UsageError(f"the Dask scheduler at {cluster.name} has no workers; start some: dask worker ADDRESS")
+        token = f"{next(iter(tasks))}-{id(data)}"
+        # As a task, not scattered: what a dead worker held of it, another then has the scheduler give it again.
+        shared = client.submit(_same, data, pure=False)
+        futures = {
+            client.submit(_task, work, spec, folder, shared, token, memory, needed, cluster.threads, pure=False): name
+            for name, (spec, folder) in tasks.items()
+        }
+        try:
+            for future in as_completed(futures, loop=client.loop):
+                future.result()
+                yield futures[future]
+        except KilledWorker as error:
+            raise IceboxError(f"the worker of a trial died again and again ({error}); see its log") from error
+        except (CancelledError, CommClosedError, TimeoutError) as error:
+            raise IceboxError(f"the Dask scheduler of {cluster.name} is gone; start it again and resume") from error
+
+
+def _same(data: Data) -> Data:
+    return data
+
+
+def _task(
+    work: Work,
+    spec: HeadSpec,
+    folder: str,
+    data: Data,
+    token: str,
+    memory: int | None,
+    needed: int,
+    threads: int | None,
+) -> None:
+    from distributed import get_worker
+
+    if not Path(folder).parent.is_dir():
+        raise UsageError(f"a worker does not see {Path(folder).parent}; it needs the same files under the same paths")
+    with _ONE:
+        if spec.head != "logreg":
+            import_keras()
+            limit_threads(threads or get_worker().state.nthreads)
+        if token not in _held:
+            _held.clear()
+            _held[token] = _read(data, memory, needed)
+        work(spec, _held[token], Path(folder))
+
+
+def _read(data: Data, memory: int | None, needed: int) -> Data:
+    stored: list[Any] = [data.train, data.val]
+    if not all(isinstance(rows, StoredRows) for rows in stored):
+        raise TypeError("rows that are not on disk")
+    train, val = hold(stored, memory=memory, needed=needed)
+    return replace(data, train=train, val=val)

@@ -1,0 +1,411 @@
+"""Extraction on Dask workers: the same rows as here, whatever happens to workers, scheduler and program."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from clusters import Cluster, by_hand
+from conftest import ROOT, SPEC, command_line, environment, icebox, write_picture
+from test_extract import stored
+
+import pipeline.fleet
+from pipeline import cluster as clusters
+from pipeline import fleet_worker, machine
+from pipeline.cache.space import Cache
+from pipeline.cluster import ClusterChoice, connected
+from pipeline.compute import ComputeOptions
+from pipeline.dataset import Dataset, open_dataset
+from pipeline.dataset.base import FileSource
+from pipeline.errors import IceboxError, UnfitWorkerError, UsageError
+from pipeline.extract import Extraction, FeatureChoice, extract
+from pipeline.fleet_worker import Requirements
+from pipeline.shard_task import Setup
+from pipeline.workspace import Workspace
+
+Stored = dict[bytes, tuple[np.ndarray, np.ndarray]]
+
+UNTRAINED = FeatureChoice(weights="untrained", precision="float32")
+SMALL = ComputeOptions(shard_rows=4, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty images of two classes."""
+    root = tmp_path_factory.mktemp("fleet") / "images"
+    for i in range(40):
+        write_picture(root / ("cats" if i % 2 else "dogs") / f"{i:02}.png", seed=i)
+    return root
+
+
+@pytest.fixture(scope="module")
+def alone(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Stored:
+    """The rows as one process computes them."""
+    data = tmp_path_factory.mktemp("alone")
+    run(data, images)
+    return stored(data)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with by_hand(tmp_path_factory.mktemp("cluster"), workers=2) as started:
+        yield started
+
+
+def run(data: Path, images: Path | Dataset, cluster: ClusterChoice | None = None, **more: Any) -> Extraction:
+    dataset = images if isinstance(images, Dataset) else open_dataset(str(images), downloads=data)
+    with closing(Cache(data / "cache")) as cache:
+        return extract(dataset, Workspace(data, cache), UNTRAINED, SMALL, cluster=cluster, **more)
+
+
+def same_rows(data: Path, rows: Stored) -> bool:
+    found = stored(data)
+    return found.keys() == rows.keys() and all(
+        np.array_equal(one, other) for key in rows for one, other in zip(found[key], rows[key], strict=True)
+    )
+
+
+def test_workers_started_for_it_give_the_same_rows(images: Path, alone: Stored, tmp_path: Path) -> None:
+    asked = ("--dataset", images, "--weights", "untrained", "--precision", "float32")
+    sizes = ("--shard-rows", "4", "--batch-size", "4")
+    done = icebox(tmp_path, "features", *asked, *sizes, "--workers", "2", "--json")
+    assert done.code == 0, done.err
+    assert (done.json["computed"], done.json["rows"], done.json["recomputed"]) == (40, 40, 0)
+    assert sum(worker["rows"] for worker in done.json["workers"]) == 40
+    assert all(0 < worker["model_share"] <= 1 for worker in done.json["workers"])
+    assert "dashboard of the scheduler: http://127.0.0.1:" in done.err
+    assert "distributed" not in done.err, "what Dask logs is not for people"
+    assert same_rows(tmp_path, alone)
+    again = icebox(tmp_path, "features", *asked, "--workers", "2", "--json")
+    assert (again.json["computed"], again.json["reused"], again.json["workers"]) == (0, 40, [])
+    assert "dashboard" not in again.err, "no worker is started for nothing"
+
+
+def test_workers_of_a_scheduler_give_the_same_rows(
+    images: Path, alone: Stored, cluster: Cluster, tmp_path: Path
+) -> None:
+    done = run(tmp_path, images, ClusterChoice(scheduler=cluster.address))
+    assert (done.computed, done.quarantined) == (40, [])
+    assert len(done.effort.workers) == 2
+    assert same_rows(tmp_path, alone)
+
+
+def test_images_in_memory_travel_with_their_tasks(cluster: Cluster, tmp_path: Path) -> None:
+    digits = open_dataset("digits", downloads=tmp_path).take(np.arange(10))
+    run(tmp_path / "here", digits)
+    done = run(tmp_path / "there", digits, ClusterChoice(scheduler=cluster.address))
+    assert done.computed == 10
+    assert same_rows(tmp_path / "there", stored(tmp_path / "here"))
+
+
+def test_a_bad_image_is_quarantined_as_it_is_here(images: Path, cluster: Cluster, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    for i in range(6):
+        write_picture(root / "cats" / f"{i}.png", seed=i)
+    (root / "cats" / "3.png").write_bytes(b"no image")
+    (root / "cats" / "4.png").unlink()
+    (root / "cats" / "4.png").symlink_to(tmp_path / "nowhere")
+    done = run(tmp_path / "data", root, ClusterChoice(scheduler=cluster.address))
+    assert (done.computed, len(done.quarantined)) == (4, 2)
+    assert {bad.path for bad in done.quarantined} == {"cats/3.png", "cats/4.png"}
+
+
+# Losses
+
+
+def while_computing(act: Any) -> threading.Thread:
+    """Do something to a fleet in the middle of a run: `act` is called once rows have come."""
+    seen, heard = threading.Event(), pipeline.fleet.Fleet._heard
+
+    def listen(self: pipeline.fleet.Fleet, event: tuple[float, Any]) -> None:
+        heard(self, event)
+        seen.set()
+
+    def wait() -> None:
+        assert seen.wait(300)
+        act()
+
+    pipeline.fleet.Fleet._heard = listen  # undone by the fixture below
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.fixture(autouse=True)
+def unheard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.fleet.Fleet, "_heard", pipeline.fleet.Fleet._heard)
+
+
+def test_a_worker_killed_in_mid_shard_costs_what_it_had_in_hand(
+    images: Path, alone: Stored, cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    victim = cluster.worker_pids()[0]
+    thread = while_computing(lambda: os.kill(victim, signal.SIGKILL))
+    done = run(tmp_path, images, ClusterChoice(scheduler=cluster.address))
+    thread.join()
+    assert done.computed == 40
+    assert same_rows(tmp_path, alone)
+    assert "is gone; what it had in hand is computed again" in caplog.text
+
+
+def test_a_worker_that_falls_silent_is_given_up(
+    images: Path,
+    alone: Stored,
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(pipeline.fleet, "_SILENT_S", 6.0)
+    victim = cluster.worker_pids()[0]
+    thread = while_computing(lambda: os.kill(victim, signal.SIGSTOP))
+    try:
+        done = run(tmp_path, images, ClusterChoice(scheduler=cluster.address))
+        thread.join()
+    finally:
+        os.kill(victim, signal.SIGCONT)
+    assert done.computed == 40
+    assert same_rows(tmp_path, alone)
+    assert "does not answer any more" in caplog.text
+
+
+@dataclass(frozen=True)
+class Poison(FileSource):
+    """Reading the image "poison.png" ends the process, unless it is the one that began the test."""
+
+    spared: int = 0
+
+    def read(self, i: int) -> bytes:
+        if self.names[i].endswith("poison.png") and os.getpid() != self.spared:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(i)
+
+    def take(self, rows: np.ndarray) -> Poison:
+        return Poison(self.root, super().take(rows).names, self.spared)
+
+
+def test_an_image_that_ends_its_worker_is_found_and_set_aside(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.fleet, "_MOST_LOSSES", 1)  # three takes two more deaths
+    for name in ("a", "b", "poison", "c", "d", "e"):
+        write_picture(tmp_path / "images" / "cats" / f"{name}.png", seed=ord(name[0]))
+    dataset = open_dataset(str(tmp_path / "images"), downloads=tmp_path)
+    source = dataset.source
+    assert isinstance(source, FileSource)
+    dataset = replace(dataset, source=Poison(source.root, source.names, os.getpid()))
+    done = run(tmp_path / "data", dataset, ClusterChoice(scheduler=cluster.address))
+    assert done.computed == 5
+    assert [(bad.path, bad.reason, bad.since) for bad in done.quarantined] == [
+        ("cats/poison.png", pipeline.fleet._FATAL, None)
+    ]
+
+
+def test_a_scheduler_that_starts_anew_is_found_again(
+    images: Path, alone: Stored, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with by_hand(tmp_path / "cluster", workers=1) as cluster:
+
+        def start_anew() -> None:
+            for process in cluster.processes:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            cluster.start_scheduler()
+            cluster.start_worker()
+
+        thread = while_computing(start_anew)
+        done = run(tmp_path / "data", images, ClusterChoice(scheduler=cluster.address))
+        thread.join()
+    assert done.computed == 40
+    assert same_rows(tmp_path / "data", alone)
+    assert "is gone; waiting for it to come back" in caplog.text
+
+
+def test_a_scheduler_that_stays_away_ends_the_run_in_one_line(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.fleet, "_PATIENCE_S", 3.0)
+    with by_hand(tmp_path / "cluster", workers=1) as cluster:
+        thread = while_computing(cluster.stop)
+        with pytest.raises(IceboxError, match=r"has been gone for 3 s; start it .* what was computed is kept"):
+            run(tmp_path / "data", images, ClusterChoice(scheduler=cluster.address))
+        thread.join()
+
+
+def test_a_scheduler_without_workers_is_waited_for_and_told(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.fleet, "_PATIENCE_S", 2.0)
+    with (
+        by_hand(tmp_path / "cluster", workers=0) as cluster,
+        pytest.raises(IceboxError, match=r"has had no worker for 2 s; start some by `dask worker ADDRESS`"),
+    ):
+        run(tmp_path / "data", images, ClusterChoice(scheduler=cluster.address))
+    assert not list((tmp_path / "data").glob("cache/*/space.json")), "no space is made that nobody fills"
+
+
+def test_workers_end_with_the_program_and_what_they_published_stays(images: Path, tmp_path: Path) -> None:
+    asked = ("--dataset", images, "--weights", "untrained", "--precision", "float32")
+    command = command_line(tmp_path, "features", *asked, "--shard-rows", "2", "--batch-size", "2", "--workers", "2")
+    with subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL) as program:
+        started = set[psutil.Process]()
+        while program.poll() is None and not list(tmp_path.glob("cache/*/shards/[0-9a-f]*.h5")):
+            started |= set(psutil.Process(program.pid).children(recursive=True))
+            time.sleep(0.2)
+        program.send_signal(signal.SIGKILL)
+    gone, alive = psutil.wait_procs(list(started), timeout=30)
+    assert len(gone) >= 2
+    assert not alive
+    kept = len(stored(tmp_path))
+    done = run(tmp_path, images)
+    assert (done.rows, done.reused) == (40, kept)
+    assert 0 < kept < 40
+
+
+# Who is fit
+
+
+def requirements(cluster: Path, **more: Any) -> Requirements:
+    setup = Setup(SPEC, None, 4, cluster / "cache" / "space" / "shards")
+    made = Requirements(setup, fleet_worker.package_versions(), (), None, "topic")
+    return replace(made, **more)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"versions": {**fleet_worker.package_versions(), "tensorflow": "1.15"}}, r"has tensorflow \S+ \(here 1\.15\)"),
+        ({"setup": Setup(SPEC, None, 4, Path("/nowhere/cache/space/shards"))}, "does not see the cache /nowhere/cache"),
+        ({"samples": (Path("/nowhere/a.png"),)}, r"cannot read the image /nowhere/a\.png \(No such file"),
+        (
+            {"setup": Setup(SPEC, Path("/nowhere/w.h5"), 4, Path("/tmp/space/shards"))},
+            r"does not see the weights /nowhere/w\.h5",
+        ),
+    ],
+)
+def test_a_worker_that_lacks_something_is_told_apart(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(UnfitWorkerError, match=reason):
+        fleet_worker.vet(requirements(tmp_path, **change))
+
+
+def test_other_weights_under_the_same_path_are_noticed(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "w.h5").write_bytes(b"other")
+    spec = replace(SPEC, weights="sha256:" + "0" * 64)
+    setup = Setup(spec, tmp_path / "w.h5", 4, tmp_path / "cache" / "space" / "shards")
+    with pytest.raises(UnfitWorkerError, match=r"has other weights at .*w\.h5"):
+        fleet_worker.vet(requirements(tmp_path, setup=setup))
+
+
+def test_if_no_worker_is_fit_the_run_ends_with_one_line_that_names_them(
+    images: Path, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pipeline.fleet, "package_versions", lambda: {"tensorflow": "1.15"})
+    with pytest.raises(IceboxError, match=r"no worker of tcp://\S+ can do the work: tcp://127\S+ has tensorflow"):
+        run(tmp_path, images, ClusterChoice(scheduler=cluster.address))
+    assert "is not used: it has tensorflow" in caplog.text
+
+
+def test_a_worker_that_alone_cannot_read_the_images_is_not_used(
+    images: Path, alone: Stored, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its reads fail where ours do not: on a machine that lacks a part of the files."""
+    with by_hand(tmp_path / "cluster", workers=1) as cluster:
+        blind = cluster.start_worker(BLIND="yes")
+        dataset = open_dataset(str(images), downloads=tmp_path)
+        source = dataset.source
+        assert isinstance(source, FileSource)
+        dataset = replace(dataset, source=Blind(source.root, source.names))
+        done = run(tmp_path / "data", dataset, ClusterChoice(scheduler=cluster.address))
+        assert blind.poll() is None
+    assert (done.computed, done.quarantined) == (40, [])
+    assert same_rows(tmp_path / "data", alone)
+
+
+@dataclass(frozen=True)
+class Blind(FileSource):
+    """Nothing can be read in a process that is told so, however well it is vetted."""
+
+    def read(self, i: int) -> bytes:
+        if os.environ.get("BLIND"):
+            raise PermissionError(13, "Permission denied")
+        return super().read(i)
+
+    def take(self, rows: np.ndarray) -> Blind:
+        return Blind(self.root, super().take(rows).names)
+
+
+# How they are reached
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({}, "give either --workers N or --scheduler ADDRESS"),
+        ({"workers": 2, "scheduler": "tcp://127.0.0.1:1"}, "give either --workers N or --scheduler ADDRESS"),
+        ({"workers": 2, "tls_ca": Path("ca.pem")}, "--tls-ca goes with --scheduler"),
+        ({"scheduler": "tls://127.0.0.1:1", "tls_ca": Path("/nowhere.pem")}, "--tls-ca: there is no file /nowhere.pem"),
+        ({"scheduler": "tls://127.0.0.1:1", "tls_cert": Path(__file__)}, "--tls-cert and --tls-key go together"),
+        ({"scheduler": "tcp://127.0.0.1:1", "dashboard": "0.0.0.0:1"}, "it goes with --workers only"),
+        ({"scheduler": "somewhere"}, "--scheduler takes an address such as"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(choice: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ClusterChoice(**choice)
+
+
+def test_nobody_at_the_address_is_wrong_usage(images: Path, tmp_path: Path) -> None:
+    done = icebox(
+        tmp_path, "features", "--dataset", images, "--weights", "untrained", "--scheduler", "tcp://127.0.0.1:9"
+    )
+    assert done.code == 2
+    assert "error: no Dask scheduler answers at 'tcp://127.0.0.1:9'" in done.err.splitlines()[-1]
+
+
+def test_a_scheduler_that_speaks_tls_is_spoken_to(tmp_path: Path) -> None:
+    openssl = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=icebox")
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run([*openssl, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+    options = ("--tls-ca-file", str(cert), "--tls-cert", str(cert), "--tls-key", str(key))
+    with by_hand(tmp_path / "cluster", workers=0, protocol="tls", options=options) as cluster:
+        choice = ClusterChoice(scheduler=cluster.address, tls_ca=cert, tls_cert=cert, tls_key=key)
+        with connected(choice) as client:
+            assert client.scheduler_info()["address"].startswith("tls://")
+        with (
+            pytest.raises(UsageError, match="no Dask scheduler answers"),
+            connected(replace(choice, tls_ca=None, tls_cert=None, tls_key=None)),
+        ):
+            pass
+
+
+def test_each_worker_here_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpu_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    options = [clusters._worker_options(i) for i in range(2)]
+    assert [each["env"] for each in options] == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    assert [each["resources"] for each in options] == [{"GPU": 1}] * 2
+    with pytest.raises(UsageError, match="--workers 3, but each takes a GPU and there are 2"):
+        ClusterChoice(workers=3)
+
+
+def test_the_dashboard_listens_where_it_is_told() -> None:
+    for choice, host, elsewhere in ((None, "127.0.0.1", "127.0.0.2"), ("127.0.0.2:0", "127.0.0.2", "127.0.0.1")):
+        with connected(ClusterChoice(workers=1, dashboard=choice)) as client:
+            port = client.scheduler_info()["services"]["dashboard"]
+            socket.create_connection((host, port)).close()
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((elsewhere, port))
