@@ -89,7 +89,7 @@ def extract(
         identities = identify(dataset, cache.index, advance, read_unseen=False)
     read_some(dataset, identities)
     if retry_failed:
-        cache.index.forget_quarantined([key for key in identities.keys if key is not None])
+        cache.index.forget_quarantined(key for key in identities.keys if key is not None)
     space, weights = find_space(workspace, choice, identities, views)
     planning = Planning(dataset, identities, cache.index, options.max_pixels, views)
     plan = planning.meet_undecodable(space)
@@ -161,7 +161,7 @@ def _compute_missing(
                 workspace.progress,
                 effort,
             )
-            plan = _compute_all(planning, job, crew)
+            plan = _compute_all(planning, plan, job, crew)
             # More than were known to be there may have turned out to be, of images that nobody had read.
             return space, max(before, plan.reused - (space.totals().rows - rows)), plan, effort
 
@@ -185,17 +185,18 @@ def _refuse_bad(dataset: Dataset, plan: Plan) -> None:
         raise refusal(bad[0].path, bad[0].reason, more=len(bad) - 1)
 
 
-def _compute_all(planning: Planning, job: Job, crew: Crew) -> Plan:
+def _compute_all(planning: Planning, plan: Plan, job: Job, crew: Crew) -> Plan:
     """Compute until nothing is missing; return the plan that says so.
 
     One pass is enough unless a file changes after it was hashed: its former copies may then lack a row.
     """
-    while (plan := planning.plan(job.space)).todo:
+    while plan.todo:
         try:
             compute(job, plan.todo.images, plan.todo.views, crew)
         except InterruptedComputationError as error:
             error.recover()
             job.space.sync()  # what was published meanwhile is not computed again
+        plan = planning.plan(job.space)
     return plan
 
 
@@ -222,8 +223,7 @@ def find_space(
         )
     request = request_of(choice, weights)
     if choice.space is None:
-        keys = list({key for key in identities.keys if key is not None})
-        return cache.choose(request, keys, views.numbers), weights
+        return cache.choose(request, identities.keys, views.numbers), weights
     space = cache.open(choice.space)
     if differing := request.differences(space.spec):
         pairs = ", ".join(f"{name} is {getattr(space.spec, name)}" for name in differing)

@@ -126,10 +126,10 @@ def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: 
 def _sorted(
     dataset: Dataset, identities: Identities, plan: Plan
 ) -> tuple[Dataset, list[bytes], np.ndarray, Split, list[Quarantined], np.ndarray]:
-    usable = np.array([i for i in range(len(dataset)) if i not in plan.quarantined], np.int64)
+    usable = np.delete(np.arange(len(dataset)), list(plan.quarantined))
     split = assign(dataset, identities.keys)
     _report_leaks(split)
-    keys = [key for i in usable if (key := identities.keys[i]) is not None]
+    keys = [key for i in usable.tolist() if (key := identities.keys[i]) is not None]
     return dataset, keys, usable, split, name_quarantined(dataset, plan), groups(dataset, identities.keys)[usable]
 
 

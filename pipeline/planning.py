@@ -12,6 +12,7 @@ from pipeline import images
 from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE
 from pipeline.cache.digests import Identities
 from pipeline.cache.index import Index
+from pipeline.cache.keys import comparable, split
 from pipeline.cache.space import FeatureSpace
 from pipeline.compute import note_bad, note_key
 from pipeline.dataset import Dataset
@@ -21,6 +22,7 @@ from pipeline.spec import PLAIN_VIEW, Views
 
 DEFAULT_FIT = "squash"
 _CHECKED_AHEAD = 64  # images
+_BLOCK = 1 << 16  # keys compared with the quarantine at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,40 +83,54 @@ class Planning:
 
     def plan(self, space: FeatureSpace | None) -> Plan:
         """Return which rows need computing, given what `space` holds; None holds nothing."""
-        first: dict[bytes, int] = {}
-        for i, key in enumerate(self.identities.keys):
-            if key is not None:
-                first.setdefault(key, i)
-        lacking = self._lacking(space, list(first))
-        refused = self.index.quarantined(list(lacking), images.decoder_version(), self.max_pixels)
-        todo = {first[key]: views for key, views in lacking.items() if key not in refused}
-        quarantined: dict[int, tuple[str, str | None]] = {}
-        copies = 0
-        for i, key in enumerate(self.identities.keys):
-            if i in self.identities.unseen:
-                copies += 1  # but for those that stand below
-            elif key is None:
-                quarantined[i] = (self.identities.unread[i], None)
-            elif key in refused:
-                quarantined[i] = (refused[key].reason, refused[key].since)
-            else:
-                copies += first[key] != i
-        to_read = self.identities.to_read
-        copies -= len(to_read)
-        todo.update((i, list(self.views.numbers)) for i in to_read)
-        rows = sorted((i, view) for i, views in todo.items() for view in views)
+        identities, unseen = self.identities, np.array(sorted(self.identities.unseen), np.int64)
+        to_read = np.array(identities.to_read, np.int64)
+        grouped = identities.keys.grouped(but=unseen)
+        first = grouped.first
+        lacking = self._lacking(space, first)
+        groups = np.flatnonzero(lacking.any(axis=1))
+        is_refused, reasons = self._refused(first[groups])
+        refused, groups = groups[is_refused], groups[~is_refused]
+        quarantined = {i: why for some, why in zip(grouped.members(refused), reasons, strict=True) for i in some}
+        copies = len(grouped.images) - len(first) - (len(quarantined) - len(refused)) + len(unseen) - len(to_read)
+        unknown = ~identities.keys.known
+        unknown[unseen] = False
+        quarantined |= {i: (identities.unread[i], None) for i in np.flatnonzero(unknown).tolist()}
+        todo = self._todo(
+            np.concatenate([first[groups], to_read]),
+            np.concatenate([lacking[groups], np.ones((len(to_read), self.views.count), bool)]),
+        )
         known = len(first) - len(refused) + len(to_read)
-        reused = known * self.views.count - len(rows)
-        return Plan(Todo.of(rows), reused, copies * self.views.count, quarantined)
+        return Plan(todo, known * self.views.count - len(todo), copies * self.views.count, quarantined)
 
-    def _lacking(self, space: FeatureSpace | None, keys: list[bytes]) -> dict[bytes, list[int]]:
-        """Return key → the numbers of the views it has no row of, for those of `keys` that lack any."""
-        lacking: dict[bytes, list[int]] = {}
-        for view in self.views.numbers:
-            found = space.locate(keys, [view] * len(keys)).found if space else np.zeros(len(keys), bool)
-            for at in np.flatnonzero(~found).tolist():
-                lacking.setdefault(keys[at], []).append(view)
+    def _lacking(self, space: FeatureSpace | None, first: np.ndarray) -> np.ndarray:
+        """Return which views the keys of `first`, images in the order of their keys, have no row of: (k, v) bool."""
+        lacking = np.ones((len(first), self.views.count), bool)
+        if space is not None:
+            for column, view in enumerate(self.views.numbers):
+                lacking[:, column] = ~space.has_rows(self.identities.keys.digests, first, view)
         return lacking
+
+    def _refused(self, some: np.ndarray) -> tuple[np.ndarray, list[tuple[str, str | None]]]:
+        """Return which of these images are known to be undecodable, (m,) bool, and of each of those why, since when."""
+        is_refused = np.zeros(len(some), bool)
+        known = self.index.refused(images.decoder_version(), self.max_pixels) if len(some) else {}
+        if known:
+            names = comparable(b"".join(sorted(known)))
+            for start in range(0, len(some), _BLOCK):
+                keys = comparable(self.identities.keys.digests[some[start : start + _BLOCK]])
+                near = np.minimum(np.searchsorted(names, keys), len(names) - 1)
+                is_refused[start : start + _BLOCK] = names[near] == keys
+        found = split(self.identities.keys.digests[some[is_refused]])
+        return is_refused, [(known[key].reason, known[key].since) for key in found]
+
+    def _todo(self, some: np.ndarray, lacking: np.ndarray) -> Todo:
+        """Return the rows of (m,) images, of the views where `lacking`, (m, v) bool, is true."""
+        numbers = np.array(self.views.numbers, np.int64)
+        by_number, order = np.argsort(numbers), np.argsort(some)
+        some, lacking = some[order], lacking[order][:, by_number]
+        images, views = np.broadcast_arrays(some[:, None], numbers[by_number])
+        return Todo(images[lacking], views[lacking])
 
     def meet_undecodable(self, space: FeatureSpace | None) -> Plan:
         """Return the plan after decoding images that lack rows until one can be decoded; those before it are
@@ -140,7 +156,7 @@ class Planning:
         was_unseen = image.i in self.identities.unseen
         note_key(image, self.dataset, self.identities, self.index)
         # What nobody had read may turn out to be an old acquaintance.
-        return not was_unseen or bool(image.key and self._lacking(space, [image.key]))
+        return not was_unseen or bool(self._lacking(space, np.array([image.i])).any())
 
     def try_to_decode(self, some: Iterable[int], fit: str, progress: Progress) -> None:
         """Decode these images, to know which of them cannot be, and who those are that nobody had read."""

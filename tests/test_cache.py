@@ -27,8 +27,10 @@ import numpy as np
 import pytest
 from made import SPEC, add, chunk_places, key, made, shard_file
 
+import pipeline.cache.index
 from pipeline.cache import storage
 from pipeline.cache.index import FileStamp, Index, Quarantine
+from pipeline.cache.keys import Keys
 from pipeline.cache.shard import ShardInfo, file_size, read_info, read_rows, row_layout, write_shard
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.errors import CacheError, IndexDamagedError, MissingRowsError, ShardDamagedError, SpecError
@@ -719,7 +721,7 @@ def test_a_space_that_is_not_there_is_refused_and_the_others_listed(
 
 def test_an_empty_cache_has_no_spaces(cache: Cache) -> None:
     assert cache.names() == []
-    assert cache.choose(REQUEST, [key(1)]) is None
+    assert cache.choose(REQUEST, Keys.of([key(1)])) is None
 
 
 def filled(cache: Cache, numbers: list[int], **fields: str) -> FeatureSpace:
@@ -730,7 +732,7 @@ def filled(cache: Cache, numbers: list[int], **fields: str) -> FeatureSpace:
 
 
 def chosen(cache: Cache, numbers: list[int], **stated: str) -> FeatureSpec | None:
-    space = cache.choose(dataclasses.replace(REQUEST, **stated), [key(n) for n in numbers])
+    space = cache.choose(dataclasses.replace(REQUEST, **stated), Keys.of([key(n) for n in numbers]))
     return space.spec if space else None
 
 
@@ -929,6 +931,50 @@ def test_fifty_thousand_keys_are_located_quickly(tmp_path: Path) -> None:
     started = time.perf_counter()
     assert all(index.locate("b", [each]).found.all() for each in keys[-50:])
     assert time.perf_counter() - started < seconds  # a few keys do not cost a look at every row
+    index.close()
+
+
+@pytest.mark.parametrize(
+    "damage", ["key = CAST(key || x'00' AS BLOB)", "key = CAST(position AS BLOB)", "position = 'no number'"]
+)
+def test_what_a_row_cannot_be_is_noticed_where_all_are_read(
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = Index(tmp_path / "cache.db")
+    index.add_shard("a", no_rows("x", 300))
+    with sqlite3.connect(tmp_path / "cache.db") as db:
+        db.execute(f"UPDATE rows SET {damage} WHERE position = 7")
+    monkeypatch.setattr(pipeline.cache.index, "_LOOK_UP", 100)
+    # The ends of all keys, so that every row lies between them.
+    keys = [bytes(32), *(key(n) for n in range(300)), b"\xff" * 32]
+    with pytest.raises(IndexDamagedError, match="it holds what it cannot"):
+        index.locate("a", keys)
+    index.close()
+
+
+def test_lost_rows_are_counted_once_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Index(tmp_path / "cache.db")
+    keys = Keys.of([key(n) for n in range(10)])
+    first = keys.grouped().first
+    for name, start in (("x", 0), ("y", 2), ("z", 8)):
+        index.add_shard("a", no_rows(name, 4, start))
+    assert index.count_lost("a", keys.digests, first, 0) == 0
+    for name in ("x", "y"):
+        index.mark_shard("a", name, 1, "bad", "is damaged")
+    monkeypatch.setattr(pipeline.cache.index, "_LOOK_UP", 3)
+    assert index.count_lost("a", keys.digests, first, 0) == 6
+    assert index.count_lost("a", keys.digests, first, 1) == index.count_lost("b", keys.digests, first, 0) == 0
+    index.close()
+
+
+def test_many_digests_are_looked_up_a_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.cache.index, "_LOOK_UP", 3)
+    index = Index(tmp_path / "cache.db")
+    known = {tmp_path / str(n): (FileStamp(n, 2, 3, 4), key(n)) for n in range(10)}
+    index.remember_digests(known)
+    paths = [tmp_path / str(n) for n in (9, 3, 11, 3, 0, 5, 12)]
+    assert index.file_digests(paths) == [known.get(path) for path in paths]
+    assert index.file_digests([]) == []
     index.close()
 
 

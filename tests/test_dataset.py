@@ -8,7 +8,11 @@ import hashlib
 import io
 import os
 import pickle
+import random
 import tarfile
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,8 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import pipeline.dataset.folder
 from pipeline.dataset import Dataset, limit, open_dataset
 from pipeline.dataset.cifar import CIFAR10, CIFAR100, Published, open_cifar
+from pipeline.dataset.folder import images_below
 from pipeline.errors import DatasetError, UsageError
 
 
@@ -231,6 +237,78 @@ def test_links_are_followed_but_not_for_ever(tmp_path: Path) -> None:
     dataset = listed(pets)
     assert [name for name in dataset.names if "again" not in name] == ["cat/1.png", "cat/2.png", "dog/a.png"]
     assert dataset.read(1) == b"a.png" and dataset.ignored == {"(link loop)": 1, "": 1}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_tree_of_folders_is_listed_as_one_after_the_other(seed: int, tmp_path: Path) -> None:
+    draw = random.Random(seed)
+    folders = [tmp_path / "tree"]
+    folders[0].mkdir()
+    for number in range(25):
+        folder = draw.choice(folders)
+        name = draw.choice(["", "", "", "."]) + f"{number}"
+        if draw.random() < 0.2:
+            (folder / name).symlink_to(draw.choice(folders))
+            continue
+        (folder / name).mkdir()
+        folders.append(folder / name)
+        write(folder / name, *draw.sample(["a.png", "b.JPG", ".c.png", "d.txt", "e", ".f"], 3))
+    expected, passed = one_after_the_other(folders[0])
+    ignored: Counter[str] = Counter()
+    assert sorted(images_below(folders[0], ignored)) == sorted(expected)
+    assert ignored == passed
+
+
+def one_after_the_other(folder: Path, prefix: str = "", above: tuple[Path, ...] = ()) -> tuple[list[str], Counter[str]]:
+    """What `images_below` finds, by the plainest means."""
+    if folder.resolve() in above:
+        return [], Counter({"(link loop)": 1})
+    names, passed = list[str](), Counter[str]()
+    for path in folder.iterdir():
+        ending = path.name[path.name.rfind(".") :].lower() if "." in path.name else ""
+        if path.is_dir() and path.name[0] == ".":
+            passed[ending + "/"] += 1
+        elif path.is_dir():
+            below, others = one_after_the_other(path, f"{prefix}{path.name}/", (*above, folder.resolve()))
+            names += below
+            passed += others
+        elif path.name[0] != "." and ending in (".png", ".jpg"):
+            names.append(prefix + path.name)
+        else:
+            passed[ending] += 1
+    return names, passed
+
+
+def test_folders_are_listed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = [f"class{n}" for n in range(8)]
+    write(tmp_path, *(f"{name}/1.png" for name in classes))
+    met, list_one = threading.Barrier(len(classes), timeout=20), pipeline.dataset.folder._entries
+
+    def slow(folder: Path) -> list[os.DirEntry[str]]:
+        if folder != tmp_path:
+            met.wait()  # raises unless all are being listed at once
+        return list_one(folder)
+
+    monkeypatch.setattr(pipeline.dataset.folder, "_entries", slow)
+    assert sorted(images_below(tmp_path, Counter())) == [f"{name}/1.png" for name in classes]
+
+
+def test_a_folder_that_cannot_be_listed_ends_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, *(f"{n}/1.png" for n in range(100)))
+    seen, list_one = list[Path](), pipeline.dataset.folder._entries
+
+    def broken(folder: Path) -> list[os.DirEntry[str]]:
+        seen.append(folder)
+        if folder.name.isdigit():
+            time.sleep(0.01)  # so that the first failure is met before the last folder's turn
+            raise DatasetError(f"cannot list the folder {folder}: gone")
+        return list_one(folder)
+
+    monkeypatch.setattr(pipeline.dataset.folder, "_entries", broken)
+    monkeypatch.setattr(pipeline.dataset.folder, "_LISTED_AT_ONCE", 1)
+    with pytest.raises(DatasetError, match=r"cannot list the folder .*: gone"):
+        list(images_below(tmp_path, Counter()))
+    assert len(seen) < 100  # those that were waiting are let be
 
 
 def test_a_broken_link_is_listed_and_fails_when_read(tmp_path: Path) -> None:

@@ -7,16 +7,20 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import pipeline.cache.digests
 from pipeline.cache.digests import Identities, digest, file_stamp, identify, remembered_digest
 from pipeline.cache.index import Index
+from pipeline.cache.keys import Keys
 from pipeline.dataset import Dataset
 from pipeline.dataset.base import ArraySource, FileSource
 from pipeline.errors import CacheError
@@ -202,8 +206,21 @@ def test_many_files_are_identified_in_their_order(tmp_path: Path, index: Index) 
     assert len(found.unread) == 4_200 - 6
 
 
+def test_files_are_read_together(tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    met, read_one = threading.Barrier(len(NAMES), timeout=20), pipeline.cache.digests._identify_file
+
+    def slow(path: Path, known: Any) -> Any:
+        met.wait()  # raises unless all are being read at once
+        return read_one(path, known)
+
+    for name in NAMES:
+        (tmp_path / name).write_bytes(content(name))
+    monkeypatch.setattr(pipeline.cache.digests, "_identify_file", slow)
+    assert keys_of(files(tmp_path, NAMES), index).keys == [sha256(content(name)) for name in NAMES]
+
+
 def test_an_empty_dataset_has_no_keys(tmp_path: Path, index: Index) -> None:
-    assert keys_of(files(tmp_path, []), index) == Identities([], {})
+    assert keys_of(files(tmp_path, []), index) == Identities(Keys.of([]), {})
 
 
 @pytest.mark.parametrize("name", [b"\xff\xfe.png", "日本.png".encode(), b"a\\xff.png", b"new\nline.png"])
@@ -350,7 +367,7 @@ def test_what_becomes_readable_is_read(tmp_path: Path, index: Index) -> None:
     dataset = files(tmp_path, ["a.png"])
     assert list(keys_of(dataset, index).unread) == [0]
     (tmp_path / "a.png").write_bytes(b"x")
-    assert keys_of(dataset, index) == Identities([sha256(b"x")], {})
+    assert keys_of(dataset, index) == Identities(Keys.of([sha256(b"x")]), {})
 
 
 @folder("vanished")

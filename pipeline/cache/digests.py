@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.cache.index import FileStamp, Index
+from pipeline.cache.keys import Keys
 from pipeline.dataset import Dataset, remote
 from pipeline.errors import CacheError
 
@@ -20,6 +24,8 @@ from pipeline.errors import CacheError
 _GRAIN_NS = 2_000_000_000
 _NO_STAMP = FileStamp(-1, -1, -1, -1)  # agrees with no file, so that it is hashed again
 _BLOCK = 4096  # images looked up, hashed and remembered at a time
+_TOGETHER = 64  # of these handed to one thread at most: a task for each file takes longer than a look at it
+_THREADS = 16  # a file system far away answers many at once, each slowly
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Identities:
     remembered of addresses that were read: validator and digest.
     """
 
-    keys: list[bytes | None]
+    keys: Keys
     unread: dict[int, str]
     unseen: set[int] = field(default_factory=set)
     twins: dict[int, list[int]] = field(default_factory=dict)
@@ -68,8 +74,8 @@ def identify(
     what is behind an address and was never read, or changed since, is not read now either, but noted as unseen.
     """
     remote.let_go()  # of what an earlier plan may have left
-    found = Identities([None] * len(dataset), {})
-    with ThreadPoolExecutor() as pool:
+    found = Identities(Keys.unknown(len(dataset)), {})
+    with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(dataset), _BLOCK):
             block = range(start, min(start + _BLOCK, len(dataset)))
             fresh = _identify_block(dataset, block, index, pool, found)
@@ -96,8 +102,12 @@ def _identify_block(
             files[i] = path.absolute()
         elif dataset.url(i) is None:
             found.keys[i] = digest(dataset.read(i))
+    paths = list(files.values())
+    known = index.file_digests(paths)
+    together = max(1, min(_TOGETHER, -(-len(paths) // _THREADS)))
+    parts = [slice(start, start + together) for start in range(0, len(paths), together)]
+    results = chain.from_iterable(pool.map(lambda part: list(map(_identify_file, paths[part], known[part])), parts))
     fresh: dict[Path, tuple[FileStamp, bytes]] = {}
-    results = pool.map(_identify_file, files.values(), index.file_digests(files.values()))
     for (i, path), result in zip(files.items(), results, strict=True):
         if isinstance(result, str):
             found.unread[i] = result
@@ -144,7 +154,7 @@ def read_some(dataset: Dataset, found: Identities) -> None:
 
     What was fetched is held for whoever computes.
     """
-    if any(key is not None for key in found.keys):
+    if found.keys.known.any():
         return
     urls = {i: url for i in found.to_read[: remote.connections()] if (url := dataset.url(i)) is not None}
     with ThreadPoolExecutor(remote.connections()) as pool:
@@ -182,10 +192,11 @@ def _read(url: str) -> tuple[str | None, bytes] | OSError:
 def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> tuple[FileStamp, bytes, bool] | str:
     """Return (stamp, key, whether to remember it), or why the file cannot be read."""
     try:
-        stamp = file_stamp(path)
+        found = path.stat()
+        stamp = _stamp(found)
         if known is not None and known[0] == stamp:
             return stamp, known[1], False
-        if not path.is_file():
+        if not stat.S_ISREG(found.st_mode):
             return "cannot be read: not a regular file"  # a pipe would be waited for, a device read for ever
         now = time.time_ns()
         with path.open("rb") as file:
@@ -198,8 +209,11 @@ def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> tuple[F
 
 def file_stamp(path: Path) -> FileStamp:
     """Return what `path` looks like now."""
-    stat = path.stat()
-    return FileStamp(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino % 2**63)  # SQLite's largest
+    return _stamp(path.stat())
+
+
+def _stamp(found: os.stat_result) -> FileStamp:
+    return FileStamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino % 2**63)  # SQLite's largest
 
 
 def unreadable(error: OSError) -> str:

@@ -14,24 +14,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from pipeline.cache import storage
 from pipeline.cache.index_file import connect, damage_named, set_aside
+from pipeline.cache.keys import KEY_BYTES, comparable, in_order, raw, split
 from pipeline.cache.shard import ShardInfo
 from pipeline.errors import CacheError, IndexDamagedError
 
 logger = logging.getLogger(__name__)
 
+_LOOK_UP = 1 << 12  # keys looked up at a time
+_SCAN = 1 << 16  # keys whose neighbourhood in the index is read at a time
+_SCAN_BELOW = 3  # rows of the index for each key that is wanted: to read them all is quicker then than to look up each
 _QUARANTINE = (bytes, str, int, str, str | None)  # the types of its columns
 
 State = Literal["good", "bad", "settled"]
 
 
-@dataclass(frozen=True)
-class FileStamp:
+class FileStamp(NamedTuple):
     """What must be unchanged for a remembered digest to be trusted; times in nanoseconds."""
 
     size: int
@@ -148,8 +151,8 @@ class Index:
 
     def add_shard(self, space: str, info: ShardInfo) -> None:
         """Make the rows of a published shard known, all or none; a good shard known already changes nothing."""
-        known = self.shards(space).get(info.name)
-        if known is not None and known.state == "good":
+        query = "SELECT state FROM shards WHERE space = ? AND name = ?"
+        if self._all(query, (space, info.name), str) == [("good",)]:
             return
         with self._changing() as db:
             db.execute("DELETE FROM shards WHERE space = ? AND name = ?", (space, info.name))
@@ -162,6 +165,8 @@ class Index:
                 for position, (key, view) in enumerate(zip(info.keys, info.views, strict=True))
             )
             db.executemany("INSERT INTO rows VALUES (?, ?, ?, ?)", rows)
+            if not self._has_lost(space):
+                return
             # What is stored well again need no longer be known as lost.
             db.execute(
                 """DELETE FROM rows WHERE shard IN (SELECT id FROM shards WHERE space = ? AND state != 'good')
@@ -205,16 +210,85 @@ class Index:
         """
         shards = np.full(len(keys), -1, np.int64)
         positions = np.zeros(len(keys), np.int64)
+        digests = raw(keys)
+        seen = np.zeros(len(keys), np.int64) if views is None else np.array(views, np.int64)
+        order = in_order(digests)
+        for view in np.unique(seen).tolist():
+            at = order[seen[order] == view]
+            for part, *found in self._rows_of(space, digests, at, view):
+                shards[at[part]], positions[at[part]] = found
+        return Located(shards, positions, digests, seen)
+
+    def has_rows(self, space: str, digests: np.ndarray, at: np.ndarray, view: int) -> np.ndarray:
+        """Return whether the keys `digests[at]` have a row in one view, (m,) bool.
+
+        `digests` is (n, 32) uint8, and `at` (m,) int64 must be in the order of the keys.
+        """
+        there = np.zeros(len(at), bool)
+        for part, shards, _ in self._rows_of(space, digests, at, view):
+            there[part] = shards >= 0
+        return there
+
+    def has_any(self, space: str, digests: np.ndarray, at: np.ndarray, view: int) -> bool:
+        """Return whether any of them has, without a look at more than it takes to find one."""
+        return any((shards >= 0).any() for _, shards, _ in self._rows_of(space, digests, at, view))
+
+    def _rows_of(
+        self, space: str, digests: np.ndarray, at: np.ndarray, view: int
+    ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Yield, a block after the other, where the rows of `digests[at]` are: shards, -1 for none, and positions."""
+        scan = len(at) > _LOOK_UP and self._rows_known() < _SCAN_BELOW * len(at)
+        good = self._good(space) if scan else np.zeros(0, np.int64)
+        size = _SCAN if scan else _LOOK_UP
+        for start in range(0, len(at), size):
+            part = slice(start, min(start + size, len(at)))
+            keys = digests[at[part]]
+            with self._believed():
+                yield part, *(self._scan(good, keys, view) if scan else self._look_up(space, keys, view))
+
+    def _good(self, space: str) -> np.ndarray:
+        """Return the ids of the good shards of `space`, sorted, (s,) int64."""
+        query = "SELECT id FROM shards WHERE space = ? AND state = 'good' ORDER BY id"
+        return np.array(self._all(query, (space,), int), np.int64).ravel()
+
+    def _rows_known(self) -> int:
+        return self._all("SELECT coalesce(sum(rows), 0) FROM shards", (), int)[0][0]
+
+    def _look_up(self, space: str, keys: np.ndarray, view: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return shards, -1 for none, and positions of the rows of (m, 32) `keys`, by a query for each."""
+        shards, positions = np.full(len(keys), -1, np.int64), np.zeros(len(keys), np.int64)
         # CROSS JOIN is SQLite's way to fix the order: left to itself it goes through all rows of the space.
         query = """SELECT w.ordinal, r.shard, r.position FROM wanted w
             CROSS JOIN rows r ON r.key = w.key AND r.view = w.view
             CROSS JOIN shards s ON s.id = r.shard AND s.space = ? AND s.state = 'good'"""
-        with self._believed(), self._wanted(keys, views) as db:
+        with self._wanted(split(keys), [view] * len(keys)) as db:
             for ordinal, shard, position in db.execute(query, (space,)):
                 shards[ordinal], positions[ordinal] = shard, position
-        raw = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
-        seen = np.zeros(len(keys), np.int64) if views is None else np.array(views, np.int64)
-        return Located(shards, positions, raw, seen)
+        return shards, positions
+
+    def _scan(self, good: np.ndarray, keys: np.ndarray, view: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same of sorted `keys`, from all rows between the first and the last of them.
+
+        Those of other shards than `good` are left out here: a join takes longer, as shards are not in this order.
+        """
+        shards, positions = np.full(len(keys), -1, np.int64), np.zeros(len(keys), np.int64)
+        wanted = comparable(keys)
+        query = "SELECT key, shard, position FROM rows WHERE key BETWEEN ? AND ? AND view = ? ORDER BY key"
+        with self._reading() as db:
+            rows = db.execute(query, (keys[0].tobytes(), keys[-1].tobytes(), view))
+            while block := rows.fetchmany(_LOOK_UP):
+                found, *where = zip(*block, strict=True)
+                if set(map(len, found)) != {KEY_BYTES}:
+                    raise ValueError("a key of another length")
+                there, where = comparable(b"".join(found)), np.array(where, np.int64)
+                usable = np.isin(where[0], good)
+                there, where = there[usable], where[:, usable]
+                if len(there):
+                    low, high = np.searchsorted(wanted, there[0]), np.searchsorted(wanted, there[-1], "right")
+                    near = np.searchsorted(there, wanted[low:high])
+                    hit = np.flatnonzero(there[near] == wanted[low:high])
+                    shards[low + hit], positions[low + hit] = where[:, near[hit]]
+        return shards, positions
 
     def lost(self, space: str, keys: Sequence[bytes], views: Sequence[int] | None = None) -> dict[bytes, str]:
         """Return key → what became of its shard, for those of `keys` whose row, in its one of `views`, was in one that
@@ -223,8 +297,21 @@ class Index:
         query = """SELECT w.key, s.name, s.problem FROM wanted w
             CROSS JOIN rows r ON r.key = w.key AND r.view = w.view
             CROSS JOIN shards s ON s.id = r.shard AND s.space = ? AND s.state != 'good'"""
+        if not self._has_lost(space):  # as a rule
+            return {}
         with self._believed(), self._wanted(keys, views) as db:
             return {key: f"{name[:12]}…: {problem}" for key, name, problem in db.execute(query, (space,))}
+
+    def count_lost(self, space: str, digests: np.ndarray, at: np.ndarray, view: int) -> int:
+        """Return how many of the distinct keys `digests[at]`, as `has_rows` takes them, had such a row in one view."""
+        if not self._has_lost(space):
+            return 0
+        blocks = (split(digests[at[start : start + _LOOK_UP]]) for start in range(0, len(at), _LOOK_UP))
+        return sum(len(self.lost(space, block, [view] * len(block))) for block in blocks)
+
+    def _has_lost(self, space: str) -> bool:
+        query = "SELECT EXISTS (SELECT 1 FROM shards WHERE space = ? AND state != 'good')"
+        return self._all(query, (space,), int) == [(1,)]
 
     def views(self, space: str) -> list[tuple[str, int]]:
         """Return for each view in good shards of `space` the name of one that has it, and its number."""
@@ -243,13 +330,16 @@ class Index:
 
     def file_digests(self, paths: Iterable[Path]) -> list[tuple[FileStamp, bytes] | None]:
         """Return for each path the stamp and digest that were remembered, or None."""
-        query = "SELECT size, mtime, ctime, inode, digest FROM files WHERE path = ?"
-        with self._reading() as db:
-            found = [db.execute(query, (os.fsencode(path),)).fetchone() for path in paths]
-        self._check([row for row in found if row], (int, int, int, int, bytes))
-        if any(row and len(row[4]) != 32 for row in found):
-            raise IndexDamagedError(self.path, "it has digests of no length", certain=True)
-        return [(FileStamp(*row[:4]), row[4]) if row else None for row in found]
+        names = [os.fsencode(path) for path in paths]
+        known: dict[bytes, tuple[FileStamp, bytes]] = {}
+        for start in range(0, len(names), _LOOK_UP):  # one query for many: each begins with a lock of the file
+            some = names[start : start + _LOOK_UP]
+            query = f"SELECT path, size, mtime, ctime, inode, digest FROM files WHERE path IN ({_marks(some)})"
+            found = self._all(query, some, bytes, int, int, int, int, bytes)
+            if any(len(row[5]) != KEY_BYTES for row in found):
+                raise IndexDamagedError(self.path, "it has digests of no length", certain=True)
+            known |= {path: (FileStamp(*stamp), digest) for path, *stamp, digest in found}
+        return [known.get(name) for name in names]
 
     def remember_digests(self, digests: Mapping[Path, tuple[FileStamp, bytes]]) -> None:
         """Remember the digest of each file as it was at the time of its stamp."""
@@ -307,6 +397,14 @@ class Index:
         self._check(found, _QUARANTINE)
         return {row[0]: Quarantine(*row) for row in found}
 
+    def refused(self, decoder: str, max_pixels: int) -> dict[bytes, Quarantine]:
+        """Return key → what is remembered, of all that this decoder is known to refuse."""
+        query = "SELECT key, decoder, max_pixels, reason, since FROM quarantine WHERE decoder = ? AND max_pixels = ?"
+        found = self._all(query, (decoder, max_pixels), *_QUARANTINE)
+        if any(len(row[0]) != KEY_BYTES for row in found):
+            raise IndexDamagedError(self.path, "it has keys of another length in its quarantine", certain=True)
+        return {row[0]: Quarantine(*row) for row in found}
+
     def all_quarantined(self) -> list[Quarantine]:
         """Return everything that is remembered, the latest first."""
         query = "SELECT key, decoder, max_pixels, reason, since FROM quarantine ORDER BY since DESC, key"
@@ -318,10 +416,10 @@ class Index:
         rows = [(key, decoder, max_pixels, reason, now) for key, reason in reasons.items()]
         self._remember("INSERT OR REPLACE INTO quarantine VALUES (?, ?, ?, ?, ?)", rows)
 
-    def forget_quarantined(self, keys: Sequence[bytes]) -> None:
+    def forget_quarantined(self, keys: Iterable[bytes]) -> None:
         """Forget what was remembered of these contents, by whatever decoder."""
         with self._changing() as db:
-            db.executemany("DELETE FROM quarantine WHERE key = ?", [(key,) for key in keys])
+            db.executemany("DELETE FROM quarantine WHERE key = ?", ((key,) for key in keys))
 
     # The file itself
 
@@ -352,11 +450,14 @@ class Index:
         self._check(found, kinds)
         return found
 
-    def _check(self, rows: Iterable[Sequence[Any]], kinds: Sequence[Any]) -> None:
+    def _check(self, rows: Sequence[Sequence[Any]], kinds: Sequence[Any]) -> None:
         """Raise IndexDamagedError if a row is of other types than were written: SQLite sees no fault in that."""
-        for row in rows if kinds else ():
-            if not all(isinstance(value, kind) for value, kind in zip(row, kinds, strict=True)):
-                raise IndexDamagedError(self.path, f"it holds {str(row)[:80]}, which it cannot", certain=True)
+        if not rows or not kinds:
+            return
+        for column, kind in zip(zip(*rows, strict=True), kinds, strict=True):
+            if not all(issubclass(found, kind) for found in set(map(type, column))):
+                wrong = next(value for value in column if not isinstance(value, kind))
+                raise IndexDamagedError(self.path, f"it holds {str(wrong)[:80]!r}, which it cannot", certain=True)
 
     @contextmanager
     def _believed(self) -> Iterator[None]:
@@ -409,3 +510,7 @@ class Index:
             finally:
                 db.execute("DROP TABLE temp.wanted")
                 db.commit()
+
+
+def _marks(values: Sequence[Any]) -> str:
+    return ",".join("?" * len(values))

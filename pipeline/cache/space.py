@@ -24,6 +24,7 @@ import numpy as np
 
 from pipeline.cache import storage
 from pipeline.cache.index import Index, Located, ShardRecord
+from pipeline.cache.keys import Keys
 from pipeline.cache.lock import done_without, exclusive, shared
 from pipeline.cache.shard import (
     Rows,
@@ -174,6 +175,13 @@ class FeatureSpace:
     def locate(self, keys: Sequence[bytes], views: Sequence[int] | None = None) -> Located:
         """Return where each key is stored, in its one of `views`, by default the plain one."""
         return self.index.locate(self.name, keys, views)
+
+    def has_rows(self, digests: np.ndarray, at: np.ndarray, view: int) -> np.ndarray:
+        """Return whether the keys `digests[at]` have a row in one view, (m,) bool.
+
+        `digests` is (n, 32) uint8, and `at` (m,) int64 must be in the order of the keys.
+        """
+        return self.index.has_rows(self.name, digests, at, view)
 
     @contextmanager
     def lock(self, on_wait: Callable[[str], None]) -> Iterator[None]:
@@ -391,20 +399,23 @@ class Cache:
         text = json.dumps({"spec": spec.to_dict(), "made_by": dict(made_by)}, indent=1)
         storage.write_whole(path / "space.json", text.encode())
 
-    def choose(
-        self, request: FeatureRequest, keys: Sequence[bytes], views: Sequence[int] = (0,)
-    ) -> FeatureSpace | None:
+    def choose(self, request: FeatureRequest, keys: Keys, views: Sequence[int] = (0,)) -> FeatureSpace | None:
         """Return the space that agrees with all stated fields and holds most of `keys` in `views`; None if none does.
 
         Rows in shards that are damaged count only where no space has whole ones. Among equals trained weights come
         before untrained ones, then the name decides.
         """
+        agreeing = [space for space in self.spaces() if not request.differences(space.spec)]
+        if not agreeing:
+            return None
+        first = keys.grouped().first
         best, most = None, (0, 0, False)
-        for space in self.spaces():
-            if request.differences(space.spec):
-                continue
-            found = sum(int(space.locate(keys, [view] * len(keys)).found.sum()) for view in views)
-            lost = sum(len(self.index.lost(space.name, keys, [view] * len(keys))) for view in views)
+        for space in agreeing:
+            if len(agreeing) > 1:
+                found = sum(int(space.has_rows(keys.digests, first, view).sum()) for view in views)
+            else:  # as a rule: one row is enough
+                found = any(self.index.has_any(space.name, keys.digests, first, view) for view in views)
+            lost = sum(self.index.count_lost(space.name, keys.digests, first, view) for view in views)
             rank = (found, lost, not space.spec.untrained)
             if found + lost > 0 and rank > most:
                 best, most = space, rank

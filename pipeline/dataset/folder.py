@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.dataset.base import SPLIT_NAMES, Dataset, FileSource, brought, index_labels
@@ -14,6 +16,7 @@ IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".
 
 _LAYOUT = "expected <class>/<image>, or train/<class>/<image> with test/ and perhaps val/ beside it"
 _LOOP = "(link loop)"
+_LISTED_AT_ONCE = 16  # folders: a file system far away answers many at once, each slowly
 
 
 def open_folder(root: Path) -> Dataset:
@@ -55,26 +58,47 @@ def _has_splits(root: Path) -> bool:
     return all(name in SPLIT_NAMES for name in names) and ("train" in names or "test" in names)
 
 
+@dataclass(frozen=True)
+class _Folder:
+    """A folder to be listed: `prefix` is what its images' names begin with, `above` are the folders it lies in."""
+
+    path: Path
+    prefix: str = ""
+    above: frozenset[tuple[int, int]] = frozenset()
+
+
 def images_below(root: Path, ignored: Counter[str]) -> Iterator[str]:
     """Yield the images below `root` as relative paths with "/", in no order; count the rest in `ignored`."""
-    stack = [(root, "", frozenset[tuple[int, int]]())]
-    while stack:
-        folder, prefix, above = stack.pop()
-        here, entries = _identity(folder), _entries(folder)
-        if here in above:  # a link back to a folder we are in: it would never end
-            ignored[_LOOP] += 1
-            continue
-        for entry in entries:
-            ending = _ending(entry.name)
-            if _is_folder(entry):
-                if entry.name[0] == ".":
-                    ignored[f"{ending}/"] += 1
-                else:
-                    stack.append((Path(entry.path), f"{prefix}{entry.name}/", above | {here}))
-            elif entry.name[0] != "." and ending in IMAGE_ENDINGS:  # a pipe too: its reading fails, and is listed
-                yield prefix + entry.name
+    pool = ThreadPoolExecutor(_LISTED_AT_ONCE)
+    try:
+        waiting = deque([pool.submit(_listed, _Folder(root))])
+        while waiting:
+            names, folders, passed = waiting.popleft().result()
+            ignored.update(passed)
+            waiting.extend(pool.submit(_listed, folder) for folder in folders)
+            yield from names
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _listed(folder: _Folder) -> tuple[list[str], list[_Folder], Counter[str]]:
+    """Return the names of the images in a folder, the folders in it, and how many of what else."""
+    names, folders, ignored = list[str](), list[_Folder](), Counter[str]()
+    here, entries = _identity(folder.path), _entries(folder.path)
+    if here in folder.above:  # a link back to a folder we are in: it would never end
+        return [], [], Counter({_LOOP: 1})
+    for entry in entries:
+        ending = _ending(entry.name)
+        if _is_folder(entry):
+            if entry.name[0] == ".":
+                ignored[f"{ending}/"] += 1
             else:
-                ignored[ending] += 1
+                folders.append(_Folder(Path(entry.path), f"{folder.prefix}{entry.name}/", folder.above | {here}))
+        elif entry.name[0] != "." and ending in IMAGE_ENDINGS:  # a pipe too: its reading fails, and is listed
+            names.append(folder.prefix + entry.name)
+        else:
+            ignored[ending] += 1
+    return names, folders, ignored
 
 
 def _identity(folder: Path) -> tuple[int, int]:
