@@ -270,7 +270,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         if isinstance(error, sqlite3.Error):
             full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
-            otherwise = "if it stays so, delete cache.db (or what ICEBOX_INDEX names): it is derived again"
+            otherwise = (
+                "if it stays so, delete cache.db (or what ICEBOX_INDEX names), it is derived again; on a network file "
+                "system put it on a disk of this machine by ICEBOX_INDEX=FILE"
+            )
             hint = "make room and run again; what was published is kept" if full else otherwise
             return _fail(f"the cache's index: {error}; {hint}", 1, arguments)
         if isinstance(error, (IceboxError, OSError)):

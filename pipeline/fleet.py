@@ -85,7 +85,9 @@ def fleet(choice: ClusterChoice, setup: Setup, dataset: Dataset, effort: Effort)
     IceboxError
         If none of its workers can do the work; the text says why not.
     """
-    requirements = Requirements(setup, package_versions(), _samples(dataset), choice.threads, f"icebox-{uuid4().hex}")
+    kinds = {tuple(part.partition("://")[0] for part in url.split("::")): url for url in dataset.urls()}
+    samples, topic = _samples(dataset), f"icebox-{uuid4().hex}"
+    requirements = Requirements(setup, package_versions(), samples, tuple(kinds.values()), choice.threads, topic)
     with Fleet(choice, requirements, effort) as crew:
         yield crew
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache import storage
-from pipeline.errors import UnfitWorkerError
+from pipeline.dataset import remote
+from pipeline.errors import UnfitWorkerError, UsageError
 from pipeline.shard_task import Setup, ShardDone, ShardTask, ShardWorker
 
 # What decides a row's value, or how a task and its answer are written.
@@ -23,13 +24,14 @@ _PACKAGES = ("icebox", "tensorflow", "keras", "opencv-python", "pillow", "h5py",
 class Requirements:
     """What a worker must have to be of use; picklable.
 
-    `samples` are image files it must be able to read; `threads` how many cores it takes, None: as many as it has
+    `samples` are image files it must be able to read, `urls` one address of each kind there is; `threads` how many cores it takes, None: as many as it has
     threads; `topic` where it reports how far it is.
     """
 
     setup: Setup
     versions: Mapping[str, str]
     samples: tuple[Path, ...]
+    urls: tuple[str, ...]
     threads: int | None
     topic: str
 
@@ -58,6 +60,10 @@ def vet(requirements: Requirements) -> tuple[int, ...]:
     """
     _check_versions(requirements.versions)
     _check_files(requirements)
+    try:
+        remote.require(requirements.urls)
+    except UsageError as error:
+        raise UnfitWorkerError(f"cannot fetch images: {error}") from error
     with _ready(requirements) as worker:
         return worker.row_shape
 

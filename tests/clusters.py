@@ -47,7 +47,7 @@ class Cluster:
                 [sys.executable, "-m", f"distributed.cli.{program}", *arguments, *self.options],
                 stdout=log,
                 stderr=log,
-                env=environment(PYTHONPATH=paths, **env),
+                env=environment(PYTHONPATH=paths, no_proxy="127.0.0.1", **env),
                 start_new_session=True,
             )
         self.processes.append(started)

@@ -588,6 +588,18 @@ def test_icebox_index_puts_the_index_elsewhere(
     assert cache.open(space.name).locate([key(1)]).found.all()
 
 
+def test_two_caches_do_not_share_an_index(
+    opener: Opener, space: FeatureSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(space, [1])
+    monkeypatch.setenv("ICEBOX_INDEX", str(tmp_path / "named.db"))
+    opener().close()
+    opener().close()
+    with pytest.raises(CacheError, match=r"named\.db, the index of another cache than .*other"):
+        Cache(tmp_path / "other")
+    assert opener().open(space.name).locate([key(1)]).found.all(), "whose it is it stays"
+
+
 def test_an_open_space_learns_of_shards_only_by_sync(opener: Opener, space: FeatureSpace, tmp_path: Path) -> None:
     with_own_index = Cache(tmp_path / "cache")
     with_own_index.index = Index(tmp_path / "own.db")

@@ -10,8 +10,11 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, environment, icebox, small_model, write_picture
 
@@ -32,7 +35,7 @@ def commands(code: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A copy of the project with a folder `photos` of its user's, whose features are there already."""
     copy = tmp_path_factory.mktemp("clone") / "icebox"
     ignored = shutil.ignore_patterns(".git", ".venv", "data", "*.egg-info", "__pycache__", ".*_cache", "tests")
@@ -48,7 +51,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # No network here, so no ImageNet: `auto` then finds these features on disk and uses them.
     done = icebox(copy / "data", "features", "--dataset", copy / "photos", "--weights", "untrained")
     assert done.code == 0, done.err
-    return copy
+    yield copy
+    for process in psutil.process_iter():  # a scheduler and workers that docs/cluster.md leaves in the background
+        with suppress(psutil.Error):
+            if process.cwd() == str(copy):
+                process.kill()
 
 
 def run(project: Path, command: str) -> subprocess.CompletedProcess[str]:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from clusters import Cluster, by_hand
 from conftest import ROOT, SPEC, command_line, environment, icebox, write_picture
+from served import Page, served
 from test_extract import stored
 
 import pipeline.fleet
@@ -120,6 +121,27 @@ def test_a_bad_image_is_quarantined_as_it_is_here(images: Path, cluster: Cluster
     done = run(tmp_path / "data", root, ClusterChoice(scheduler=cluster.address))
     assert (done.computed, len(done.quarantined)) == (4, 2)
     assert {bad.path for bad in done.quarantined} == {"cats/3.png", "cats/4.png"}
+
+
+def test_workers_fetch_what_is_behind_addresses_and_each_once(
+    images: Path, alone: Stored, cluster: Cluster, tmp_path: Path
+) -> None:
+    with served() as site:
+        lines = ["path,label"]
+        for path in sorted(images.glob("*/*.png")):
+            site.pages[f"/{path.name}"] = Page(path.read_bytes())
+            lines.append(f"{site.address}/{path.name},{path.parent.name}")
+        lines.append(f"{site.address}/missing.png,cats")
+        (tmp_path / "list.csv").write_text("\n".join(lines))
+        done = run(tmp_path / "data", tmp_path / "list.csv", ClusterChoice(scheduler=cluster.address))
+        assert (done.computed, [bad.reason for bad in done.quarantined]) == (
+            40,
+            ["cannot be read: HTTP 404 Not Found"],
+        )
+        assert set(site.gets().values()) == {1}
+        again = run(tmp_path / "data", tmp_path / "list.csv", ClusterChoice(scheduler=cluster.address))
+        assert (again.computed, again.reused, site.count("GET")) == (0, 40, 42)
+    assert same_rows(tmp_path / "data", alone)
 
 
 # Losses
@@ -279,7 +301,7 @@ def test_workers_end_with_the_program_and_what_they_published_stays(images: Path
 
 def requirements(cluster: Path, **more: Any) -> Requirements:
     setup = Setup(SPEC, None, 4, cluster / "cache" / "space" / "shards")
-    made = Requirements(setup, fleet_worker.package_versions(), (), None, "topic")
+    made = Requirements(setup, fleet_worker.package_versions(), (), (), None, "topic")
     return replace(made, **more)
 
 
@@ -288,6 +310,7 @@ def requirements(cluster: Path, **more: Any) -> Requirements:
     [
         ({"versions": {**fleet_worker.package_versions(), "tensorflow": "1.15"}}, r"has tensorflow \S+ \(here 1\.15\)"),
         ({"setup": Setup(SPEC, None, 4, Path("/nowhere/cache/space/shards"))}, "does not see the cache /nowhere/cache"),
+        ({"urls": ("sftp://host/a.png",)}, "cannot fetch images: sftp:// needs paramiko"),
         ({"samples": (Path("/nowhere/a.png"),)}, r"cannot read the image /nowhere/a\.png \(No such file"),
         (
             {"setup": Setup(SPEC, Path("/nowhere/w.h5"), 4, Path("/tmp/space/shards"))},

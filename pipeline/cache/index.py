@@ -6,11 +6,12 @@ derived, the quarantine, is met again by the next `features`.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,13 +99,13 @@ def row_mark(key: bytes, view: int) -> int:
 class Index:
     """The open database. One process may hold several; SQLite serialises their writes.
 
-    A file that is no index, or no longer one, is set aside and a new one begun, unless the path was `named` by a
-    person, who may have meant another.
+    A file that is no index, or no longer one, is set aside and a new one begun, unless a person named it, who may have
+    meant another. Such a one is `of` one cache: shards are known by the name of their space, which two caches share.
     """
 
-    def __init__(self, path: Path, *, named: bool = False) -> None:
+    def __init__(self, path: Path, of: Path | None = None) -> None:
         self.path = path
-        self._named = named
+        self._of = of
         try:
             storage.make_folder(path.parent)
             self._db = self._opened()
@@ -117,15 +118,33 @@ class Index:
 
     def _opened(self) -> sqlite3.Connection:
         try:
-            return connect(self.path)
+            return self._claimed(connect(self.path))
         except IndexDamagedError as error:
-            if self._named and error.foreign:
+            if self._of is not None and error.foreign:
                 raise CacheError(
                     f"ICEBOX_INDEX names {self.path}, which is no index of ours ({error.reason}); name another file, "
                     "or move this one away"
                 ) from error
             set_aside(error)
-            return connect(self.path)
+            return self._claimed(connect(self.path))
+
+    def _claimed(self, db: sqlite3.Connection) -> sqlite3.Connection:
+        """Mark a named index as that of this cache. Raises CacheError if it is another's."""
+        if self._of is None:
+            return db
+        mark = int.from_bytes(hashlib.sha256(os.fsencode(self._of.resolve())).digest()[:4]) >> 1 or 1  # 31 bits
+        with damage_named(self.path):
+            (found,) = db.execute("PRAGMA application_id").fetchone()
+            if not found:
+                with suppress(sqlite3.OperationalError):  # it cannot be written, so that nobody else fills it either
+                    db.execute(f"PRAGMA application_id = {mark}")
+        if found in (0, mark):
+            return db
+        db.close()
+        raise CacheError(
+            f"ICEBOX_INDEX names {self.path}, the index of another cache than {self._of}: name another file; if the "
+            "cache was moved, delete this one, it is derived again from the shards"
+        )
 
     def close(self) -> None:
         """Close the database; the object is of no use afterwards."""
@@ -439,7 +458,7 @@ class Index:
         """Set the damaged file aside and begin an empty one, to be filled from the shards."""
         self._db.close()
         set_aside(damage)
-        self._db = connect(self.path)
+        self._db = self._claimed(connect(self.path))
 
     # Every statement goes through one of these
 

@@ -315,7 +315,7 @@ class Cache:
         self.root = root
         self.progress = progress
         named = os.environ.get("ICEBOX_INDEX")
-        self.index = Index(Path(named or root / "cache.db"), named=bool(named))
+        self.index = Index(Path(named), root) if named else Index(root / "cache.db")
 
     def close(self) -> None:
         """Close the index."""
