@@ -24,8 +24,8 @@ _PACKAGES = ("icebox", "tensorflow", "keras", "opencv-python", "pillow", "h5py",
 class Requirements:
     """What a worker must have to be of use; picklable.
 
-    `samples` are image files it must be able to read, `urls` one address of each kind there is; `threads` how many cores it takes, None: as many as it has
-    threads; `topic` where it reports how far it is.
+    `samples` are image files it must be able to read, `urls` one address of each kind there is; `threads` how many
+    cores it takes, None: as many as it has threads; `topic` is where it reports how far it is.
     """
 
     setup: Setup
