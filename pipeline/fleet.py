@@ -7,11 +7,10 @@ a time each, so that of millions few are in hand, and it is known what each had 
 from __future__ import annotations
 
 import logging
-import queue
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,19 @@ from uuid import uuid4
 
 import numpy as np
 
+from pipeline import link
 from pipeline.cache import storage
-from pipeline.cluster import Client, ClusterChoice, connected
+from pipeline.cluster import ClusterChoice
 from pipeline.compute import Effort, Settle
 from pipeline.dataset import Dataset
-from pipeline.errors import IceboxError, InterruptedComputationError, UnfitWorkerError, UsageError
+from pipeline.errors import IceboxError, InterruptedComputationError, UnfitWorkerError
 from pipeline.fleet_worker import Requirements, package_versions, run_task, vet
+from pipeline.link import Link, LostError
 from pipeline.progress import Advance
 from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, There
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_S = 1.0
-_SILENT_S = 30.0  # without a heartbeat, of which there should be one every few seconds: Dask itself waits for minutes
-_PATIENCE_S = 60.0  # for a first worker, or another one when all are gone, or for a scheduler to come back
 _MOST_LOSSES = 3  # of whoever had a task in hand, before it is tried alone, and in halves if that ends a worker too
 _SAMPLES = 3
 _FATAL = "reading or decoding it ended the worker, again and again"
@@ -96,28 +94,25 @@ class Fleet:
     """The workers of a scheduler, as a `Crew`."""
 
     def __init__(self, choice: ClusterChoice, requirements: Requirements, effort: Effort) -> None:
-        self._choice = choice
+        self._link = Link(choice, requirements.topic)
         self._requirements = requirements
         self._effort = effort
         self._workers: dict[str, _Worker] = {}
-        self._heartbeats: dict[str, tuple[float, float]] = {}  # address → what the scheduler saw last, since when
-        self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._again: deque[ShardTask] = deque()
+        self._again: deque[ShardTask] = deque()  # taken back from somebody
+        self._next: ShardTask | None = None  # to be handed out
         self._numbers = iter(range(2**63))
         self._looked = self._lonely_since = float("-inf")
         self._row_shape: tuple[int, ...] | None = None
-        self._stack = ExitStack()
 
     def __enter__(self) -> Fleet:
-        self._connect()
+        self._link.open()
         try:
             self._lonely_since = time.monotonic()
-            with self._talking():
-                while self._row_shape is None:
-                    self._look()
-                    self._wait()
+            while self._row_shape is None:
+                self._look()
+                self._wait()
         except BaseException:
-            self._stack.close()
+            self._link.close()
             raise
         return self
 
@@ -125,7 +120,7 @@ class Fleet:
         for worker in self._workers.values():
             if worker.rows:
                 self._report(worker)
-        self._stack.close()
+        self._link.close()
 
     @property
     def size(self) -> int:
@@ -152,66 +147,38 @@ class Fleet:
         self._settle, self._advance, self._tasks = settle, advance, tasks
         self._lonely_since = time.monotonic()
         try:
-            with self._talking():
-                while True:
-                    self._look()
-                    self._hand_out()
-                    if not any(worker.hands for worker in self._workers.values()) and not self._hold_next():
-                        return
-                    self._wait()
+            while True:
+                self._look()
+                self._hand_out()
+                if not any(worker.hands for worker in self._workers.values()) and not self._hold_next():
+                    return
+                self._wait()
+        except InterruptedComputationError:
+            self._workers.clear()
+            raise
         finally:
             self._drop_all()
 
     # Who is there
 
-    def _connect(self) -> None:
-        self._client: Client = self._stack.enter_context(connected(self._choice))
-        self._client.subscribe_topic(self._requirements.topic, self._heard)
-
-    def _heard(self, event: tuple[float, Any]) -> None:
-        self._events.put(("advanced", event[1]))
-
     def _look(self) -> None:
         """Notice who came, who went and who has not been heard of."""
         now = time.monotonic()
-        if now - self._looked < _LOOK_EVERY_S:
+        if now - self._looked < link.LOOK_EVERY_S:
             return
         self._looked = now
-        if self._client.status != "running":
-            raise OSError("the connection was lost")
-        there = self._client.scheduler_info(n_workers=-1)["workers"]
-        alive = {address for address, about in there.items() if self._beats(address, about["last_seen"], now)}
+        there, alive = self._link.workers()
         for address in self._workers.keys() - alive:
             self._lose(self._workers[address], "is gone" if address not in there else "does not answer any more")
         for address in alive - self._workers.keys():
             self._meet(address, there[address])
-
-    def _beats(self, address: str, last_seen: float, now: float) -> bool:
-        before, since = self._heartbeats.get(address, (None, now))
-        if before != last_seen:
-            since = now
-        self._heartbeats[address] = last_seen, since
-        return now - since < _SILENT_S
 
     def _meet(self, address: str, about: dict[str, Any]) -> None:
         host = address.split("://")[-1].rsplit(":", 1)[0]
         name = str(about["name"])
         worker = _Worker(address, f"{name} on {host}" if host not in name else name, "GPU" in about["resources"])
         self._workers[address] = worker
-        worker.vetting = self._submit(worker, vet, self._requirements)
-
-    def _submit(self, worker: _Worker, function: Any, *arguments: Any, gpu: bool = False) -> Any:
-        resources = {"GPU": 1 / AT_ONCE} if gpu else None
-        future = self._client.submit(
-            function,
-            *arguments,
-            workers=[worker.address],
-            allow_other_workers=False,
-            pure=False,
-            resources=resources,
-        )
-        future.add_done_callback(lambda done: self._events.put(("done", done)))
-        return future
+        worker.vetting = self._link.submit(address, vet, self._requirements)
 
     def _lose(self, worker: _Worker, how: str) -> None:
         """Take back what a worker had in hand."""
@@ -258,7 +225,7 @@ class Fleet:
                 hand.future.cancel(force=True)
             worker.hands.clear()
         self._again.clear()
-        self._next: ShardTask | None = None
+        self._next = None
 
     # What they do
 
@@ -272,7 +239,8 @@ class Fleet:
                 return
             number, task = next(self._numbers), self._next
             self._next = None
-            future = self._submit(worker, run_task, task, self._requirements, number, gpu=worker.gpu)
+            share = worker.gpu and 1 / AT_ONCE
+            future = self._link.submit(worker.address, run_task, task, self._requirements, number, gpu=share)
             worker.hands[number] = _Hand(task, future, alone)
 
     def _hold_next(self) -> bool:
@@ -283,17 +251,13 @@ class Fleet:
             self._next = self._again.popleft()
         return self._next is not None
 
-    _next: ShardTask | None = None
-
     def _wait(self) -> None:
         """Wait for something to happen, a moment at most, and deal with it."""
         self._require_somebody()
-        try:
-            kind, about = self._events.get(timeout=_LOOK_EVERY_S)
-        except queue.Empty:
-            return
-        if kind == "advanced":
+        kind, about = self._link.wait()
+        if kind == "reported":
             self._advanced(about["task"], about["rows"])
+        if kind != "done":
             return
         for worker in list(self._workers.values()):
             if worker.vetting is about:
@@ -312,19 +276,18 @@ class Fleet:
             return
         if workers:
             reasons = "; ".join(f"{worker.name} {worker.reason}" for worker in list(workers)[:5])
-            raise IceboxError(f"no worker of {self._choice.name} can do the work: {reasons}")
-        if now - self._lonely_since > _PATIENCE_S:
+            raise IceboxError(f"no worker of {self._link.name} can do the work: {reasons}")
+        if now - self._lonely_since > link.PATIENCE_S:
             raise IceboxError(
-                f"{self._choice.name} has had no worker for {_PATIENCE_S:.0f} s; start some by `dask worker ADDRESS` "
+                f"{self._link.name} has had no worker for {link.PATIENCE_S:.0f} s; start some by `dask worker ADDRESS` "
                 "and run the command again: what was computed is kept"
             )
 
     def _vetted(self, worker: _Worker, future: Any) -> None:
-        error = self._failure(future)
+        shape, error = self._link.outcome(future)
         if error is None:
-            worker.fit, worker.since = True, time.monotonic()
-            self._row_shape = future.result()
-        elif isinstance(error, _Lost):
+            worker.fit, worker.since, self._row_shape = True, time.monotonic(), shape
+        elif isinstance(error, LostError):
             worker.fit, worker.reason = False, "was lost"  # the next look will tell
         elif isinstance(error, IceboxError) and not isinstance(error, UnfitWorkerError):
             raise error
@@ -332,29 +295,18 @@ class Fleet:
             self._dismiss(worker, _reason(error))
 
     def _finished(self, worker: _Worker, hand: _Hand) -> None:
-        error = self._failure(hand.future)
+        done, error = self._link.outcome(hand.future)
         if error is None:
-            self._accept(worker, hand, hand.future.result())
-        elif isinstance(error, _Lost):
+            self._accept(worker, hand, done)
+        elif isinstance(error, LostError):
             self._put_back(hand, lost=True)
         elif isinstance(error, UnfitWorkerError):
             self._put_back(hand, lost=False)
             self._dismiss(worker, _reason(error))
-        elif isinstance(error, IceboxError):
+        elif isinstance(error, (IceboxError, OSError)):
             raise IceboxError(f"on the worker {worker.name}: {error}") from error
         else:
             raise error
-
-    def _failure(self, future: Any) -> BaseException | None:
-        """Return what a future that is done failed by."""
-        from distributed import KilledWorker
-
-        if future.status == "finished":
-            return None
-        if future.status in ("cancelled", "lost"):
-            return _Lost()
-        error = future.exception()
-        return _Lost() if isinstance(error, KilledWorker) else error
 
     def _accept(self, worker: _Worker, hand: _Hand, done: ShardDone) -> None:
         """Take a finished task over, but for images that the worker alone could not read."""
@@ -402,46 +354,6 @@ class Fleet:
                 "model_share": round(min(1.0, worker.model_seconds / busy), 3),
             }
         )
-
-    # The scheduler
-
-    @contextmanager
-    def _talking(self) -> Iterator[None]:
-        """Tell the loss of the scheduler from everything else that may go wrong."""
-        from distributed import CancelledError
-        from distributed.comm import CommClosedError
-
-        try:
-            yield
-        except IceboxError:
-            raise
-        except (CommClosedError, CancelledError, OSError, TimeoutError) as error:
-            text = f"the Dask scheduler of {self._choice.name} is gone ({error})"
-            raise InterruptedComputationError(text, self._recover) from error
-
-    def _recover(self) -> None:
-        """Wait for the scheduler to come back. Raises IceboxError if it does not."""
-        logger.warning("the Dask scheduler of %s is gone; waiting for it to come back", self._choice.name)
-        self._stack.close()
-        self._workers.clear()
-        self._heartbeats.clear()
-        self._events = queue.SimpleQueue()
-        start = time.monotonic()
-        while True:
-            try:
-                self._connect()
-                return
-            except UsageError as error:
-                if time.monotonic() - start > _PATIENCE_S:
-                    raise IceboxError(
-                        f"the Dask scheduler of {self._choice.name} has been gone for {_PATIENCE_S:.0f} s; start it "
-                        "and run the command again: what was computed is kept"
-                    ) from error
-                time.sleep(_LOOK_EVERY_S)
-
-
-class _Lost(Exception):
-    """Whoever had a task in hand is gone, or the scheduler knows nothing of it any more."""
 
 
 def _reason(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from served import Page, served
 from test_extract import stored
 
 import pipeline.fleet
+import pipeline.link
 from pipeline import cluster as clusters
 from pipeline import fleet_worker, machine
 from pipeline.cache.space import Cache
@@ -149,9 +150,9 @@ def test_workers_fetch_what_is_behind_addresses_and_each_once(
 
 def while_computing(act: Any) -> threading.Thread:
     """Do something to a fleet in the middle of a run: `act` is called once rows have come."""
-    seen, heard = threading.Event(), pipeline.fleet.Fleet._heard
+    seen, heard = threading.Event(), pipeline.link.Link._heard
 
-    def listen(self: pipeline.fleet.Fleet, event: tuple[float, Any]) -> None:
+    def listen(self: pipeline.link.Link, event: tuple[float, Any]) -> None:
         heard(self, event)
         seen.set()
 
@@ -159,7 +160,7 @@ def while_computing(act: Any) -> threading.Thread:
         assert seen.wait(300)
         act()
 
-    pipeline.fleet.Fleet._heard = listen  # undone by the fixture below
+    pipeline.link.Link._heard = listen  # undone by the fixture below
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return thread
@@ -167,7 +168,7 @@ def while_computing(act: Any) -> threading.Thread:
 
 @pytest.fixture(autouse=True)
 def unheard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.fleet.Fleet, "_heard", pipeline.fleet.Fleet._heard)
+    monkeypatch.setattr(pipeline.link.Link, "_heard", pipeline.link.Link._heard)
 
 
 def test_a_worker_killed_in_mid_shard_costs_what_it_had_in_hand(
@@ -190,7 +191,7 @@ def test_a_worker_that_falls_silent_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(pipeline.fleet, "_SILENT_S", 6.0)
+    monkeypatch.setattr(pipeline.link, "SILENT_S", 6.0)
     victim = cluster.worker_pids()[0]
     thread = while_computing(lambda: os.kill(victim, signal.SIGSTOP))
     try:
@@ -258,7 +259,7 @@ def test_a_scheduler_that_starts_anew_is_found_again(
 def test_a_scheduler_that_stays_away_ends_the_run_in_one_line(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.fleet, "_PATIENCE_S", 3.0)
+    monkeypatch.setattr(pipeline.link, "PATIENCE_S", 3.0)
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
         thread = while_computing(cluster.stop)
         with pytest.raises(IceboxError, match=r"has been gone for 3 s; start it .* what was computed is kept"):
@@ -269,7 +270,7 @@ def test_a_scheduler_that_stays_away_ends_the_run_in_one_line(
 def test_a_scheduler_without_workers_is_waited_for_and_told(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.fleet, "_PATIENCE_S", 2.0)
+    monkeypatch.setattr(pipeline.link, "PATIENCE_S", 2.0)
     with (
         by_hand(tmp_path / "cluster", workers=0) as cluster,
         pytest.raises(IceboxError, match=r"has had no worker for 2 s; start some by `dask worker ADDRESS`"),

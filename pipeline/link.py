@@ -1,0 +1,127 @@
+"""A Dask scheduler, spoken to: who is there, work given to one of them, answers taken; its loss noticed and waited out."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from pipeline.cluster import Client, ClusterChoice, connected
+from pipeline.errors import IceboxError, InterruptedComputationError, UsageError
+
+logger = logging.getLogger(__name__)
+
+SILENT_S = 30.0  # without a heartbeat, of which there should be one every few seconds: Dask itself waits for minutes
+PATIENCE_S = 60.0  # for a scheduler to come back, or a worker where there is none
+LOOK_EVERY_S = 1.0
+
+Future = Any  # distributed.Future
+
+
+class LostError(Exception):
+    """Whoever had work in hand is gone, or the scheduler knows nothing of it any more."""
+
+
+class Link:
+    """The connection to the scheduler of a cluster; what it has to tell comes by `wait`."""
+
+    def __init__(self, choice: ClusterChoice, topic: str) -> None:
+        self.name = choice.name
+        self._choice = choice
+        self._topic = topic
+        self._stack = ExitStack()
+        self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._heartbeats: dict[str, tuple[float, float]] = {}  # address → what the scheduler saw last, since when
+
+    def open(self) -> None:
+        """Connect. Raises UsageError if no scheduler answers."""
+        self._client: Client = self._stack.enter_context(connected(self._choice))
+        self._client.subscribe_topic(self._topic, self._heard)
+
+    def close(self) -> None:
+        """End the connection, and the workers if they were started for it."""
+        self._stack.close()
+
+    def _heard(self, event: tuple[float, Any]) -> None:
+        self._events.put(("reported", event[1]))
+
+    def workers(self) -> tuple[dict[str, Any], set[str]]:
+        """Return address → what is known of each worker that is registered, and the addresses of those who answer."""
+        with self._talking():
+            if self._client.status != "running":
+                raise OSError("the connection was lost")
+            there = self._client.scheduler_info(n_workers=-1)["workers"]
+        now = time.monotonic()
+        return there, {address for address, about in there.items() if self._beats(address, about["last_seen"], now)}
+
+    def _beats(self, address: str, last_seen: float, now: float) -> bool:
+        before, since = self._heartbeats.get(address, (None, now))
+        if before != last_seen:
+            since = now
+        self._heartbeats[address] = last_seen, since
+        return now - since < SILENT_S
+
+    def submit(self, address: str, function: Any, *arguments: Any, gpu: float = 0) -> Future:
+        """Have one worker call `function`, with that share of a GPU; `wait` will tell when it is done."""
+        with self._talking():
+            future = self._client.submit(
+                function,
+                *arguments,
+                workers=[address],
+                allow_other_workers=False,
+                pure=False,
+                resources={"GPU": gpu} if gpu else None,
+            )
+        future.add_done_callback(lambda done: self._events.put(("done", done)))
+        return future
+
+    def wait(self) -> tuple[str, Any]:
+        """Return what happened next: ("done", future), ("reported", what a worker said), or after a moment ("", None)."""
+        try:
+            return self._events.get(timeout=LOOK_EVERY_S)
+        except queue.Empty:
+            return "", None
+
+    def outcome(self, future: Future) -> tuple[Any, BaseException | None]:
+        """Return what a future that is done gave, and what it failed by, LostError or its own; one of them is None."""
+        from distributed import KilledWorker
+
+        if future.status in ("cancelled", "lost"):
+            return None, LostError()
+        with self._talking():
+            if future.status == "finished":
+                return future.result(), None
+            error = future.exception()
+        return None, LostError() if isinstance(error, KilledWorker) else error
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        from distributed import CancelledError
+
+        try:
+            yield
+        except (CancelledError, OSError, TimeoutError) as error:  # also CommClosedError, which is an OSError
+            text = f"the Dask scheduler of {self.name} is gone ({error})"
+            raise InterruptedComputationError(text, self._recover) from error
+
+    def _recover(self) -> None:
+        """Wait for the scheduler to come back. Raises IceboxError if it does not."""
+        logger.warning("the Dask scheduler of %s is gone; waiting for it to come back", self.name)
+        self._stack.close()
+        self._heartbeats.clear()
+        self._events = queue.SimpleQueue()
+        start = time.monotonic()
+        while True:
+            try:
+                self.open()
+                return
+            except UsageError as error:
+                if time.monotonic() - start > PATIENCE_S:
+                    raise IceboxError(
+                        f"the Dask scheduler of {self.name} has been gone for {PATIENCE_S:.0f} s; start it and run the "
+                        "command again: what was computed is kept"
+                    ) from error
+                time.sleep(LOOK_EVERY_S)
