@@ -157,6 +157,10 @@ def features(
         "precision": done.space.spec.precision if done.space else None,
     }
     finish(result, as_json, ("rows", "computed", "reused", "duplicates", "quarantined", "seconds", *_FEATURE_LINES))
+    if done.effort.workers and not as_json:
+        terminal.table(
+            [tuple(each.values()) for each in done.effort.workers], ("worker", "rows", "images/s", "in model")
+        )
     exit_for_bad(done.quarantined, done.images, max_bad)
 
 

@@ -1,4 +1,4 @@
-"""A Dask scheduler, spoken to: who is there, work given to one of them, answers taken; its loss noticed and waited out."""
+"""A Dask scheduler, spoken to: who is there, work given to one of them, answers taken; its loss waited out."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Link:
         return future
 
     def wait(self) -> tuple[str, Any]:
-        """Return what happened next: ("done", future), ("reported", what a worker said), or after a moment ("", None)."""
+        """Return what happened: ("done", future), ("reported", what a worker said), or after a moment ("", None)."""
         try:
             return self._events.get(timeout=LOOK_EVERY_S)
         except queue.Empty:
