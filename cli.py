@@ -123,6 +123,7 @@ def features(
     import time
     from dataclasses import asdict
 
+    from pipeline import terminal
     from pipeline.compute import ComputeOptions
     from pipeline.dataset import remote
     from pipeline.extract import extract
@@ -158,9 +159,8 @@ def features(
     }
     finish(result, as_json, ("rows", "computed", "reused", "duplicates", "quarantined", "seconds", *_FEATURE_LINES))
     if done.effort.workers and not as_json:
-        terminal.table(
-            [tuple(each.values()) for each in done.effort.workers], ("worker", "rows", "images/s", "in model")
-        )
+        rows = [tuple(each.values()) for each in done.effort.workers]
+        terminal.table(rows, ("worker", "rows", "images/s", "time in model"))
     exit_for_bad(done.quarantined, done.images, max_bad)
 
 
