@@ -6,9 +6,11 @@ import importlib.util
 import logging
 import os
 import re
+import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from pipeline.errors import UsageError
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
-_ADDRESS = re.compile(r"(\w+://)?[^/\s]+:\d+(/\S*)?")
+_PLACE = r"(\[[0-9a-fA-F:.%]+\]|[^/\s:\[\]]+):(\d{1,5})"  # host and port
+_ADDRESS = re.compile(rf"((tcp|tls)://)?{_PLACE}")
+_DASHBOARD = re.compile(_PLACE)
 _TIMEOUT_S = 10  # to find the scheduler
 
 Client = Any  # distributed.Client; most of what it does is not typed
@@ -43,6 +47,10 @@ class ClusterChoice:
         if (self.workers is None) == (self.scheduler is None):
             raise UsageError("give either --workers N or --scheduler ADDRESS")
         tls = {"--tls-ca": self.tls_ca, "--tls-cert": self.tls_cert, "--tls-key": self.tls_key}
+        if self.dashboard is not None and not _is_place(_DASHBOARD, self.dashboard):
+            raise UsageError(
+                f"--dashboard takes an address and a port such as 0.0.0.0:8787, found {self.dashboard!r:.60}"
+            )
         if self.scheduler is None:
             if given := [name for name, value in tls.items() if value is not None]:
                 raise UsageError(f"{given[0]} goes with --scheduler tls://…")
@@ -52,13 +60,19 @@ class ClusterChoice:
             return
         if self.dashboard is not None:
             raise UsageError("--dashboard is of a scheduler started here, so it goes with --workers only")
-        if not _ADDRESS.fullmatch(self.scheduler):
+        if not _is_place(_ADDRESS, self.scheduler):
             raise UsageError(f"--scheduler takes an address such as tcp://127.0.0.1:8786, found {self.scheduler!r:.60}")
         for name, path in tls.items():
+            if path is not None and not self.scheduler.startswith("tls://"):
+                raise UsageError(f"{name} goes with --scheduler tls://…, found {self.scheduler}")
             if path is not None and not path.is_file():
                 raise UsageError(f"{name}: there is no file {path}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise UsageError("--tls-cert and --tls-key go together")
+
+    def at_most(self, count: int) -> ClusterChoice:
+        """Return the same with no more than `count` workers started: more would have nothing to do."""
+        return replace(self, workers=min(self.workers, max(1, count))) if self.workers else self
 
     @property
     def name(self) -> str:
@@ -69,6 +83,11 @@ class ClusterChoice:
     def threads(self) -> int | None:
         """How many cores a worker computes with: its share of this machine's; None: as many as it has threads."""
         return max(1, machine.usable_cores() // self.workers) if self.workers else None
+
+
+def _is_place(pattern: re.Pattern[str], text: str) -> bool:
+    found = pattern.fullmatch(text)
+    return found is not None and int(found[found.lastindex or 0]) < 2**16
 
 
 @contextmanager
@@ -101,25 +120,58 @@ def _found(choice: ClusterChoice) -> Client:
 
     tls = {"tls_ca_file": choice.tls_ca, "tls_client_cert": choice.tls_cert, "tls_client_key": choice.tls_key}
     given = {name: str(path) for name, path in tls.items() if path is not None}
-    security = Security(require_encryption=True, **given) if given else None
+    address = str(choice.scheduler)
     try:
-        return DaskClient(choice.scheduler, timeout=_TIMEOUT_S, set_as_default=False, security=security)
-    except (OSError, ValueError, TypeError) as error:
+        security = Security(**given)  # what is not given may stand in Dask's own configuration
+        if address.startswith("tls://") and not security.get_connection_args("client").get("ssl_context"):
+            raise UsageError(
+                "--scheduler tls://… needs --tls-ca, --tls-cert and --tls-key, or Dask's own settings of TLS"
+            )
+        return DaskClient(address, timeout=_TIMEOUT_S, set_as_default=False, security=security)
+    except UsageError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         why = " ".join(str(error).split())
-        raise UsageError(f"no Dask scheduler answers at {choice.scheduler!r} ({why:.200}); see --scheduler") from error
+        raise UsageError(f"no Dask scheduler answers at {address!r} ({why:.200}); see --scheduler") from error
 
 
 def _started(count: int, dashboard: str | None) -> Any:
-    """Return a scheduler and `count` workers, processes of their own that start anew when they are killed."""
+    """Return a scheduler and `count` workers, processes of their own that start anew when they are killed.
+
+    Raises
+    ------
+    UsageError
+        If they cannot be started, as when the dashboard's address is not to be had.
+    """
     from distributed import Nanny, Scheduler, SpecCluster
 
     options = {"host": LOOPBACK, "port": 0, "dashboard": True, "dashboard_address": dashboard or f"{LOOPBACK}:0"}
-    return SpecCluster(
-        scheduler={"cls": Scheduler, "options": options},
-        workers={i: {"cls": Nanny, "options": _worker_options(i)} for i in range(count)},
-        silence_logs=logging.CRITICAL,  # type: ignore[arg-type]  # a level, as in LocalCluster
-        name="icebox",
-    )
+    with _interrupts_kept_here(), warnings.catch_warnings():
+        warnings.filterwarnings("error", "Port .* is already in use")  # or it would listen at another one
+        try:
+            return SpecCluster(
+                scheduler={"cls": Scheduler, "options": options},
+                workers={i: {"cls": Nanny, "options": _worker_options(i)} for i in range(count)},
+                silence_logs=logging.CRITICAL,  # type: ignore[arg-type]  # a level, as in LocalCluster
+                name="icebox",
+            )
+        except (RuntimeError, OSError, UserWarning) as error:
+            cause = error.__cause__ or error
+            where = f" with the dashboard at {dashboard}" if dashboard else ""
+            raise UsageError(f"workers cannot be started{where}: {' '.join(str(cause).split()):.200}") from error
+
+
+@contextmanager
+def _interrupts_kept_here() -> Iterator[None]:
+    """Have threads that are started inside, and the processes that they start whenever, not be interrupted by Ctrl-C.
+
+    The terminal sends it to all of them, but it is for us to end them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _worker_options(number: int) -> dict[str, Any]:

@@ -87,12 +87,14 @@ def extract(
     cache = workspace.cache
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, cache.index, advance, read_unseen=False)
-    read_some(dataset, identities)
+    if cluster is None:  # else workers fetch what is behind addresses, and nobody else
+        read_some(dataset, identities)
     if retry_failed:
         cache.index.forget_quarantined(key for key in identities.keys if key is not None)
     space, weights = find_space(workspace, choice, identities, views)
     planning = Planning(dataset, identities, cache.index, options.max_pixels, views)
-    plan = planning.meet_undecodable(space)
+    unseen = cluster is not None and identities.unseen
+    plan = planning.plan(space) if unseen else planning.meet_undecodable(space)
     if options.strict:
         _refuse_bad(dataset, plan)
     before, effort = plan.reused, Effort()
@@ -138,7 +140,7 @@ def _compute_missing(
         crew = None
         if space is None:
             # Made only after the weights turned out to fit: a mistake in an option leaves no empty space behind.
-            crew = stack.enter_context(_crew(setup, source, effort))
+            crew = stack.enter_context(_crew(setup, source, effort, count))
             space = cache.create(spec, {**_made_by(weights, options), "row_shape": list(crew.row_shape)})
         else:
             logger.info("adding to the feature space %s", space.name)
@@ -150,7 +152,7 @@ def _compute_missing(
             before, rows = plan.reused, space.totals().rows
             if not plan.todo:  # whoever held the lock has computed it all
                 return space, before, plan, effort
-            crew = crew or stack.enter_context(_crew(setup, source, effort))
+            crew = crew or stack.enter_context(_crew(setup, source, effort, plan.missing))
             job = Job(
                 planning.dataset,
                 planning.identities,
@@ -167,12 +169,13 @@ def _compute_missing(
 
 
 @contextmanager
-def _crew(setup: Setup, source: _Source, effort: Effort) -> Iterator[Crew]:
+def _crew(setup: Setup, source: _Source, effort: Effort, rows: int) -> Iterator[Crew]:
     """Give whoever computes: this process, or the workers of a cluster."""
     if source.cluster is not None:
         from pipeline.fleet import fleet
 
-        with fleet(source.cluster, setup, source.planning.dataset, effort) as crew:
+        choice = source.cluster.at_most(-(-rows // setup.batch_size))
+        with fleet(choice, setup, source.planning.dataset, effort) as crew:
             yield crew
         return
     logger.info("loading TensorFlow and %s", setup.spec.backbone)

@@ -10,7 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_LOSSES = 3  # of whoever had a task in hand, before it is tried alone, and in halves if that ends a worker too
 _SAMPLES = 3
+_GRACE_S = 5.0  # for others to come, where all who are there are unfit; for a file to be seen that somebody else wrote
 _FATAL = "reading or decoding it ended the worker, again and again"
 
 
@@ -109,8 +110,12 @@ class Fleet:
         try:
             self._lonely_since = time.monotonic()
             while self._row_shape is None:
-                self._look()
-                self._wait()
+                try:
+                    self._look()
+                    self._wait()
+                except InterruptedComputationError as error:
+                    self._workers.clear()
+                    error.recover()
         except BaseException:
             self._link.close()
             raise
@@ -183,6 +188,8 @@ class Fleet:
     def _lose(self, worker: _Worker, how: str) -> None:
         """Take back what a worker had in hand."""
         del self._workers[worker.address]
+        if worker.vetting is not None:
+            how = f"{how}, before it could say what it has: does its environment have Icebox? See its log"
         if worker.fit is not False:
             redone = "; what it had in hand is computed again" if worker.hands else ""
             logger.warning("the worker %s %s%s", worker.name, how, redone)
@@ -274,10 +281,10 @@ class Fleet:
         if any(worker.fit is not False for worker in workers):
             self._lonely_since = now
             return
-        if workers:
+        if workers and now - self._lonely_since > _GRACE_S:
             reasons = "; ".join(f"{worker.name} {worker.reason}" for worker in list(workers)[:5])
             raise IceboxError(f"no worker of {self._link.name} can do the work: {reasons}")
-        if now - self._lonely_since > link.PATIENCE_S:
+        if not workers and now - self._lonely_since > link.PATIENCE_S:
             raise IceboxError(
                 f"{self._link.name} has had no worker for {link.PATIENCE_S:.0f} s; start some by `dask worker ADDRESS` "
                 "and run the command again: what was computed is kept"
@@ -291,6 +298,11 @@ class Fleet:
             worker.fit, worker.reason = False, "was lost"  # the next look will tell
         elif isinstance(error, IceboxError) and not isinstance(error, UnfitWorkerError):
             raise error
+        elif "deserialization of the task graph" in str(error):
+            text = (
+                f"the Dask scheduler of {self._link.name} cannot read tasks; start it in the environment of the workers"
+            )
+            raise IceboxError(f"{text} ({' '.join(str(error.__cause__ or error).split()):.200})") from error
         else:
             self._dismiss(worker, _reason(error))
 
@@ -382,7 +394,11 @@ def _readable(path: Path | None) -> bool:
 
 
 def _published(path: Path, size: int) -> bool:
-    try:
-        return storage.size(path) == size
-    except OSError:
-        return False
+    """Return whether a shard is there; a network file system may show it a moment later."""
+    start = time.monotonic()
+    while True:
+        with suppress(OSError):
+            return storage.size(path) == size
+        if time.monotonic() - start > _GRACE_S:
+            return False
+        time.sleep(0.2)

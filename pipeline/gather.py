@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,8 +141,10 @@ def _missing(
     count, images = sum(key in lacking for key in planning.identities.keys) + len(unseen), len(planning.dataset)
     in_views = f", in {planning.views.count} views" if planning.views.count > 1 else ""
     where = f" in {space.name}" if space else " in any feature space that agrees with what was asked for"
+    causes = Counter(planning.identities.unread.values()).most_common(3)
+    unread = "".join(f"; {many:,} {cause}" for cause, many in causes)
     return MissingRowsError(
-        f"{count:,} of {images:,} images have no features{where}{in_views}; make them by: {features_command}"
+        f"{count:,} of {images:,} images have no features{where}{in_views}{unread}; make them by: {features_command}"
         " (`cache explain` tells why)"
     )
 

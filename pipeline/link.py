@@ -22,7 +22,7 @@ Future = Any  # distributed.Future
 
 
 class LostError(Exception):
-    """Whoever had work in hand is gone, or the scheduler knows nothing of it any more."""
+    """Whoever had work in hand was lost, more than once."""
 
 
 class Link:
@@ -89,9 +89,9 @@ class Link:
         """Return what a future that is done gave, and what it failed by, LostError or its own; one of them is None."""
         from distributed import KilledWorker
 
-        if future.status in ("cancelled", "lost"):
-            return None, LostError()
         with self._talking():
+            if future.status in ("cancelled", "lost"):  # not by us: whom we cancel we do not listen to any more
+                raise OSError("it knows nothing of what it was given")
             if future.status == "finished":
                 return future.result(), None
             error = future.exception()

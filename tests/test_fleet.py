@@ -256,6 +256,33 @@ def test_a_scheduler_that_starts_anew_is_found_again(
     assert "is gone; waiting for it to come back" in caplog.text
 
 
+def test_a_scheduler_lost_before_its_workers_are_known_is_found_again(
+    images: Path, alone: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with by_hand(tmp_path / "cluster", workers=1) as cluster:
+        submit, threads = pipeline.link.Link.submit, list[threading.Thread]()
+
+        def start_anew() -> None:
+            for process in cluster.processes:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            cluster.start_scheduler()
+            cluster.start_worker()
+
+        def submit_and_die(self: pipeline.link.Link, *arguments: Any, **more: Any) -> Any:
+            future = submit(self, *arguments, **more)
+            if not threads:
+                threads.append(threading.Thread(target=start_anew, daemon=True))
+                threads[0].start()
+            return future
+
+        monkeypatch.setattr(pipeline.link.Link, "submit", submit_and_die)
+        done = run(tmp_path / "data", images, ClusterChoice(scheduler=cluster.address))
+        threads[0].join()
+    assert (done.computed, done.quarantined) == (40, [])
+    assert same_rows(tmp_path / "data", alone)
+
+
 def test_a_scheduler_that_stays_away_ends_the_run_in_one_line(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +322,21 @@ def test_workers_end_with_the_program_and_what_they_published_stays(images: Path
     done = run(tmp_path, images)
     assert (done.rows, done.reused) == (40, kept)
     assert 0 < kept < 40
+
+
+def test_ctrl_c_in_the_terminal_reaches_all_and_one_line_comes_of_it(images: Path, tmp_path: Path) -> None:
+    asked = ("--dataset", images, "--weights", "untrained", "--precision", "float32")
+    command = command_line(tmp_path, "features", *asked, "--shard-rows", "2", "--batch-size", "2", "--workers", "2")
+    with subprocess.Popen(
+        command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as program:
+        while program.poll() is None and not list(tmp_path.glob("cache/*/shards/[0-9a-f]*.h5")):
+            time.sleep(0.2)
+        os.killpg(program.pid, signal.SIGINT)
+        _, said = program.communicate(timeout=120)
+    assert program.returncode == 1
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: stopped; features computed so far are kept")
 
 
 # Who is fit
@@ -385,6 +427,11 @@ class Blind(FileSource):
         ({"scheduler": "tls://127.0.0.1:1", "tls_cert": Path(__file__)}, "--tls-cert and --tls-key go together"),
         ({"scheduler": "tcp://127.0.0.1:1", "dashboard": "0.0.0.0:1"}, "it goes with --workers only"),
         ({"scheduler": "somewhere"}, "--scheduler takes an address such as"),
+        ({"scheduler": "http://127.0.0.1:1"}, "--scheduler takes an address such as"),
+        ({"scheduler": "tcp://127.0.0.1:99999"}, "--scheduler takes an address such as"),
+        ({"scheduler": "tcp://127.0.0.1:1", "tls_ca": Path(__file__)}, "--tls-ca goes with --scheduler tls://"),
+        ({"workers": 1, "dashboard": "garbage"}, "--dashboard takes HOST:PORT"),
+        ({"workers": 1, "dashboard": "127.0.0.1:99999"}, "--dashboard takes HOST:PORT"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(choice: dict[str, Any], message: str) -> None:
@@ -414,6 +461,26 @@ def test_a_scheduler_that_speaks_tls_is_spoken_to(tmp_path: Path) -> None:
             connected(replace(choice, tls_ca=None, tls_cert=None, tls_key=None)),
         ):
             pass
+
+
+def test_tls_without_files_is_wrong_usage() -> None:
+    with pytest.raises(UsageError, match="needs --tls-ca"), connected(ClusterChoice(scheduler="tls://127.0.0.1:9")):
+        pass
+
+
+def test_a_dashboard_where_none_can_be_is_wrong_usage() -> None:
+    choice = ClusterChoice(workers=1, dashboard="192.0.2.1:8787")
+    with (
+        pytest.raises(UsageError, match=r"workers cannot be started with the dashboard at 192\.0\.2\.1"),
+        connected(choice),
+    ):
+        pass
+
+
+def test_no_more_workers_are_started_than_have_something_to_do() -> None:
+    assert ClusterChoice(workers=8).at_most(3).workers == 3
+    assert ClusterChoice(workers=2).at_most(3).workers == 2
+    assert ClusterChoice(scheduler="tcp://127.0.0.1:9").at_most(3).workers is None
 
 
 def test_each_worker_here_gets_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

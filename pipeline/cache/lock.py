@@ -42,13 +42,15 @@ def exclusive(path: Path, on_wait: Callable[[str], None], *, needed: bool = Fals
         file = storage.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
         raise CacheError(f"{path} cannot be written ({error.strerror or error}), so nothing is added") from error
-    handle = file.fileno()
+    handle, waited = file.fileno(), True
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait(os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            with suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                waited = False
+            if waited:
+                on_wait(os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process")
+                fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             raise _no_locks(path, error) from error
         with suppress(OSError):  # the name is for people who wait; a full disk must not keep `gc` from making room
