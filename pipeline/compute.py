@@ -234,7 +234,8 @@ def _tasks(job: Job, rows_of: np.ndarray, views: np.ndarray, task_rows: int) -> 
     for start in range(0, len(rows_of), task_rows):
         part = slice(start, start + task_rows)
         origin, at = np.unique(rows_of[part], return_inverse=True)
-        yield ShardTask(job.dataset.take(origin), origin, at, views[part], 0 if start else len(rows_of))
+        expected = len(rows_of) if start < AT_ONCE * task_rows else 0  # of whom none knows if another was refused
+        yield ShardTask(job.dataset.take(origin), origin, at, views[part], expected)
 
 
 def _note(job: Job, task: ShardTask, done: ShardDone) -> None:

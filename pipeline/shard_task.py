@@ -17,7 +17,7 @@ import numpy as np
 from pipeline import augment, images
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache import storage
-from pipeline.cache.shard import Rows, ShardInfo, file_size, write_shard
+from pipeline.cache.shard import Rows, ShardInfo, write_shard
 from pipeline.dataset import Dataset, remote
 from pipeline.decoder import Decoders, Loaded, Loader, batched, decoding_pool
 from pipeline.errors import CacheError
@@ -63,7 +63,7 @@ class ShardTask:
     images, views
         (m,) int64, for each row its image, 0 ≤ image < k, ascending, and the number of its view.
     expected
-        How many rows the whole computation has, in its first task; 0 in others.
+        How many rows the whole computation has, in its first tasks; 0 in others.
     """
 
     dataset: Dataset
@@ -211,10 +211,10 @@ class ShardWorker:
         return Rows(features, pooled, keys.reshape(-1, 32), views, self.setup.views.recipes)
 
     def _publish(self, rows: Rows, expected: int) -> ShardInfo:
-        if expected:
-            some = rows.take(slice(0, self._model.batch_size))
-            check_room(self.setup.directory, expected, file_size(some, self.setup.spec) / len(some))
-        return write_shard(self.setup.directory, rows, self.setup.spec)
+        def check(size: int) -> None:
+            check_room(self.setup.directory, expected, size / len(rows))
+
+        return write_shard(self.setup.directory, rows, self.setup.spec, check)
 
 
 def check_room(directory: Path, count: int, row_bytes: float) -> None:

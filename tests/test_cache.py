@@ -31,7 +31,7 @@ import pipeline.cache.index
 from pipeline.cache import storage
 from pipeline.cache.index import FileStamp, Index, Quarantine
 from pipeline.cache.keys import Keys
-from pipeline.cache.shard import ShardInfo, file_size, read_info, read_rows, row_layout, write_shard
+from pipeline.cache.shard import ShardInfo, read_info, read_rows, row_layout, write_shard
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.errors import CacheError, IndexDamagedError, MissingRowsError, ShardDamagedError, SpecError
 from pipeline.spec import FeatureRequest, FeatureSpec, canonical_json
@@ -123,9 +123,17 @@ def test_equal_rows_give_the_same_shard_at_another_time(tmp_path: Path) -> None:
     assert len(files_in(tmp_path)) == 1
 
 
-def test_the_size_of_a_shard_is_known_without_writing_it(tmp_path: Path) -> None:
-    rows = made(list(range(7)))
-    assert file_size(rows, SPEC) == write_shard(tmp_path, rows, SPEC).bytes
+def test_the_size_of_a_shard_is_known_before_it_is_written(tmp_path: Path) -> None:
+    told = list[int]()
+
+    def refuse(size: int) -> None:
+        told.append(size)
+        raise CacheError("too much")
+
+    with pytest.raises(CacheError, match="too much"):
+        write_shard(tmp_path, made(list(range(7))), SPEC, refuse)
+    assert not list(tmp_path.iterdir())
+    assert write_shard(tmp_path, made(list(range(7))), SPEC).bytes == told[0]
 
 
 def test_sparse_features_take_less_room_than_they_have_bytes(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -148,8 +149,9 @@ def _decoders_of(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
     while time.monotonic() < deadline:
         assert program.poll() is None
         found = psutil.Process(program.pid).children(recursive=True)
-        if decoders := [each for each in found if "decode_process" in " ".join(each.cmdline())]:
-            return decoders
+        with suppress(psutil.Error):  # one that ended meanwhile
+            if decoders := [each for each in found if "decode_process" in " ".join(each.cmdline())]:
+                return decoders
         time.sleep(0.02)
     pytest.fail("no decoder was ever started")
 

@@ -170,7 +170,11 @@ def test_a_disk_that_fills_meanwhile_leaves_nothing(data: Path) -> None:
         "import resource, sys, cli\n"
         "from pipeline.cache import export\n"
         "export._MARGIN = 0.0\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "written = export._written\n"
+        "def limited(path):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "    return written(path)\n"
+        "export._written = limited\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     arguments = ["cache", "export", str(data.parent / "out.h5"), "--dataset", str(data.parent / "photos"), *SPACE]

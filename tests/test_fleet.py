@@ -148,6 +148,23 @@ def test_workers_fetch_what_is_behind_addresses_and_each_once(
 # Losses
 
 
+@dataclass(frozen=True)
+class Slow(FileSource):
+    """Takes its time, so that there is a middle of the run for something to happen in."""
+
+    def read(self, i: int) -> bytes:
+        time.sleep(0.25)
+        return super().read(i)
+
+    def take(self, rows: np.ndarray) -> Slow:
+        return Slow(self.root, super().take(rows).names)
+
+
+def slowly(images: Path) -> Dataset:
+    dataset = open_dataset(str(images), downloads=images)
+    return replace(dataset, source=Slow(images, dataset.names))
+
+
 def while_computing(act: Any) -> threading.Thread:
     """Do something to a fleet in the middle of a run: `act` is called once rows have come."""
     seen, heard = threading.Event(), pipeline.link.Link._heard
@@ -176,7 +193,7 @@ def test_a_worker_killed_in_mid_shard_costs_what_it_had_in_hand(
 ) -> None:
     victim = cluster.worker_pids()[0]
     thread = while_computing(lambda: os.kill(victim, signal.SIGKILL))
-    done = run(tmp_path, images, ClusterChoice(scheduler=cluster.address))
+    done = run(tmp_path, slowly(images), ClusterChoice(scheduler=cluster.address))
     thread.join()
     assert done.computed == 40
     assert same_rows(tmp_path, alone)
@@ -195,7 +212,7 @@ def test_a_worker_that_falls_silent_is_given_up(
     victim = cluster.worker_pids()[0]
     thread = while_computing(lambda: os.kill(victim, signal.SIGSTOP))
     try:
-        done = run(tmp_path, images, ClusterChoice(scheduler=cluster.address))
+        done = run(tmp_path, slowly(images), ClusterChoice(scheduler=cluster.address))
         thread.join()
     finally:
         os.kill(victim, signal.SIGCONT)
@@ -249,7 +266,7 @@ def test_a_scheduler_that_starts_anew_is_found_again(
             cluster.start_worker()
 
         thread = while_computing(start_anew)
-        done = run(tmp_path / "data", images, ClusterChoice(scheduler=cluster.address))
+        done = run(tmp_path / "data", slowly(images), ClusterChoice(scheduler=cluster.address))
         thread.join()
     assert done.computed == 40
     assert same_rows(tmp_path / "data", alone)
@@ -290,7 +307,7 @@ def test_a_scheduler_that_stays_away_ends_the_run_in_one_line(
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
         thread = while_computing(cluster.stop)
         with pytest.raises(IceboxError, match=r"has been gone for 3 s; start it .* what was computed is kept"):
-            run(tmp_path / "data", images, ClusterChoice(scheduler=cluster.address))
+            run(tmp_path / "data", slowly(images), ClusterChoice(scheduler=cluster.address))
         thread.join()
 
 

@@ -19,7 +19,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,8 +84,10 @@ class ShardInfo:
     row_shape: tuple[int, ...] = ()  # of one row's features
 
 
-def write_shard(directory: Path, rows: Rows, spec: FeatureSpec) -> ShardInfo:
-    """Write `rows` as a new shard in `directory` and publish it under its hash.
+def write_shard(
+    directory: Path, rows: Rows, spec: FeatureSpec, check: Callable[[int], None] = lambda size: None
+) -> ShardInfo:
+    """Write `rows` as a new shard in `directory` and publish it under its hash; `check` is told its bytes before.
 
     Raises
     ------
@@ -95,20 +97,18 @@ def write_shard(directory: Path, rows: Rows, spec: FeatureSpec) -> ShardInfo:
     partial = storage.partial_name(directory, ".h5")
     try:
         image = _image(rows, spec)
+        check(len(image))
         name = hashlib.sha256(image).hexdigest()
         storage.write_file(partial, image)
         storage.publish(partial, directory / f"{name}.h5")
+    except CacheError:
+        raise
     except OSError as error:
         raise CacheError(f"cannot write a shard in {directory}: {error}; make room and run again") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)  # gone already when all went well
     return ShardInfo(name, len(image), rows.keys, rows.views, rows.features.shape[1:])
-
-
-def file_size(rows: Rows, spec: FeatureSpec) -> int:
-    """Return the bytes a shard of `rows` takes, by making one in memory."""
-    return len(_image(rows, spec))
 
 
 def _image(rows: Rows, spec: FeatureSpec) -> memoryview:
