@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,7 @@ class ClusterChoice:
             raise UsageError("give either --workers N or --scheduler ADDRESS")
         tls = {"--tls-ca": self.tls_ca, "--tls-cert": self.tls_cert, "--tls-key": self.tls_key}
         if self.dashboard is not None and not _is_place(_DASHBOARD, self.dashboard):
-            raise UsageError(
-                f"--dashboard takes an address and a port such as 0.0.0.0:8787, found {self.dashboard!r:.60}"
-            )
+            raise UsageError(f"--dashboard takes HOST:PORT, such as 0.0.0.0:8787, found {self.dashboard!r:.60}")
         if self.scheduler is None:
             if given := [name for name, value in tls.items() if value is not None]:
                 raise UsageError(f"{given[0]} goes with --scheduler tls://…")
@@ -124,9 +123,7 @@ def _found(choice: ClusterChoice) -> Client:
     try:
         security = Security(**given)  # what is not given may stand in Dask's own configuration
         if address.startswith("tls://") and not security.get_connection_args("client").get("ssl_context"):
-            raise UsageError(
-                "--scheduler tls://… needs --tls-ca, --tls-cert and --tls-key, or Dask's own settings of TLS"
-            )
+            raise UsageError("--scheduler tls://… needs --tls-ca, --tls-cert and --tls-key, or Dask's own settings")
         return DaskClient(address, timeout=_TIMEOUT_S, set_as_default=False, security=security)
     except UsageError:
         raise
@@ -167,6 +164,7 @@ def _interrupts_kept_here() -> Iterator[None]:
 
     The terminal sends it to all of them, but it is for us to end them.
     """
+    resource_tracker.ensure_running()  # or it would be started inside, and let interrupts in
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
