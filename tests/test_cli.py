@@ -32,7 +32,7 @@ HEAD_KEYS = {
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data directory with the features of 300 digits."""
     data = tmp_path_factory.mktemp("data")
-    done = icebox(data, "features", "--limit", "300", "--json")
+    done = icebox(data, "features", "--limit", "300", "--shard-rows", "96", "--json")
     assert done.code == 0, done.err
     assert done.json.keys() >= FEATURE_KEYS
     assert (done.json["rows"], done.json["computed"], done.json["weights"]) == (300, 300, "untrained")
