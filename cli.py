@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -51,6 +51,9 @@ from pipeline.commands.shared import (
     views_choice,
 )
 from pipeline.commands.sweep import sweep
+
+if TYPE_CHECKING:
+    from pipeline.extract import Extraction
 
 app = typer.Typer(
     help="Freeze InceptionV3 once, keep its features on disk, train heads from them for ever.",
@@ -121,7 +124,6 @@ def features(
 ) -> None:
     """Compute the features that are missing, and keep them."""
     import time
-    from dataclasses import asdict
 
     from pipeline import terminal
     from pipeline.compute import ComputeOptions
@@ -136,10 +138,22 @@ def features(
         images = open_dataset(workspace, context)
         choice = feature_choice(context)
         done = extract(images, workspace, choice, options, views=wanted, retry_failed=retry_failed, cluster=cluster)
-        totals = done.space.totals() if done.space else None
-    result = {
+        told = _told(done)
+    result = {**told, "views": views, "seconds": round(time.perf_counter() - start, 3)}
+    finish(result, as_json, ("rows", "computed", "reused", "duplicates", "quarantined", "seconds", *_FEATURE_LINES))
+    if done.effort.workers and not as_json:
+        rows = [tuple(each.values()) for each in done.effort.workers]
+        terminal.table(rows, ("worker", "rows", "images/s", "time in model"))
+    exit_for_bad(done.quarantined, done.images, max_bad)
+
+
+def _told(done: Extraction) -> dict[str, Any]:
+    """Return what a computation has to tell, while the cache is open."""
+    from dataclasses import asdict
+
+    totals = done.space.totals() if done.space else None
+    return {
         "images": done.images,
-        "views": views,
         "rows": done.rows,
         "computed": done.computed,
         "reused": done.reused,
@@ -147,7 +161,6 @@ def features(
         "quarantined": len(done.quarantined),
         "quarantined_images": [asdict(bad) for bad in done.quarantined],
         "causes": causes(done.quarantined),
-        "seconds": round(time.perf_counter() - start, 3),
         "images_per_second": round(done.computed / done.effort.seconds, 2) if done.computed else None,
         "model_share": done.effort.model_share,
         "recomputed": done.effort.lost,
@@ -157,11 +170,6 @@ def features(
         "weights": done.space.provenance.get("weights") if done.space else None,
         "precision": done.space.spec.precision if done.space else None,
     }
-    finish(result, as_json, ("rows", "computed", "reused", "duplicates", "quarantined", "seconds", *_FEATURE_LINES))
-    if done.effort.workers and not as_json:
-        rows = [tuple(each.values()) for each in done.effort.workers]
-        terminal.table(rows, ("worker", "rows", "images/s", "time in model"))
-    exit_for_bad(done.quarantined, done.images, max_bad)
 
 
 _FEATURE_LINES = ("images_per_second", "space", "bytes_per_row", "weights", "precision")

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,12 @@ import hdf5plugin  # noqa: F401  registers the filter
 from distributed import Client
 
 ROOT = Path(__file__).parent.parent
+DASK = str(Path(sys.executable).parent / "dask")
 ADDRESS = "tcp://127.0.0.1:8790"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--weights", required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--kill-every", type=float, default=20.0)
     parser.add_argument("--ways", nargs="+", default=["here", "workers", "scheduler", "kills"])
     options = parser.parse_args()
@@ -59,8 +58,16 @@ def main() -> None:
     print(json.dumps(found, indent=1))
 
 
-def features(data: Path, *arguments: str) -> dict[str, Any]:
-    line = [sys.executable, str(ROOT / "cli.py"), "--data-dir", str(data), "features", *arguments, "--json"]
+def parser_of(text: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--weights", required=True)
+    return parser
+
+
+def features(data: Path, *arguments: str, within: Sequence[str] = ()) -> dict[str, Any]:
+    """Run the command, as an argument of that other one; return what it told."""
+    line = [*within, sys.executable, str(ROOT / "cli.py"), "--data-dir", str(data), "features", *arguments, "--json"]
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)
     names = ("rows", "seconds", "images_per_second", "model_share", "recomputed", "workers", "quarantined")
     return {name: json.loads(done.stdout)[name] for name in names}
@@ -81,14 +88,29 @@ def rows(data: Path) -> dict[str, str]:
 
 @contextmanager
 def cluster(scratch: Path) -> Iterator[None]:
-    dask = str(Path(sys.executable).parent / "dask")
-    scheduler = [dask, "scheduler", "--host", "127.0.0.1", "--port", ADDRESS.rsplit(":", 1)[1], "--no-dashboard"]
-    worker = [dask, "worker", ADDRESS, "--nthreads", "1", "--memory-limit", "0", "--local-directory", str(scratch)]
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    started = [subprocess.Popen(scheduler, **quiet), *(subprocess.Popen(worker, **quiet) for _ in range(2))]
-    try:
+    worker = worker_line(ADDRESS, "127.0.0.1", scratch)
+    with running([scheduler_line(ADDRESS), worker, worker]):
         with Client(ADDRESS, timeout=60, set_as_default=False) as client:
             client.wait_for_workers(2)
+        yield
+
+
+def scheduler_line(address: str) -> list[str]:
+    host, port = address.removeprefix("tcp://").rsplit(":", 1)
+    return [DASK, "scheduler", "--host", host, "--port", port, "--no-dashboard"]
+
+
+def worker_line(address: str, host: str, scratch: Path) -> list[str]:
+    own = ["--host", host, "--local-directory", str(scratch)]
+    return [DASK, "worker", address, "--nthreads", "1", "--memory-limit", "0", *own]
+
+
+@contextmanager
+def running(lines: Sequence[Sequence[str]]) -> Iterator[None]:
+    """Keep these commands running, and end them with all that they started."""
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    started = [subprocess.Popen(line, **quiet) for line in lines]
+    try:
         yield
     finally:
         for process in started:

@@ -9,21 +9,16 @@ iproute2. Prints one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from cluster import ROOT, features, rows
+from cluster import features, parser_of, rows, running, scheduler_line, worker_line
 
 HOSTS = {"icebox-a": "10.99.7.1", "icebox-b": "10.99.7.2", "icebox-c": "10.99.7.3"}
 ADDRESS = "tcp://10.99.7.1:8791"
@@ -31,18 +26,16 @@ BRIDGE = "icebox-br"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--weights", required=True)
+    parser = parser_of(__doc__)
     parser.add_argument("--cut-after", type=float, default=40.0)
     options = parser.parse_args()
     asked = ["--dataset", options.dataset, "--weights", options.weights]
     with tempfile.TemporaryDirectory() as folder, networks():
         root = Path(folder)
-        with workers(root / "scratch"):
+        with cluster(root / "scratch"):
             cut = threading.Thread(target=cut_off, args=(root / "there", options.cut_after), daemon=True)
             cut.start()
-            found = there(root / "there", *asked, "--scheduler", ADDRESS)
+            found = features(root / "there", *asked, "--scheduler", ADDRESS, within=within("icebox-a"))
         alone = features(root / "here", *asked)
         found["same_rows"] = rows(root / "there") == rows(root / "here")
     print(json.dumps({"cut": not cut.is_alive(), "three machines": found, "here": alone}, indent=1))
@@ -76,28 +69,13 @@ def networks() -> Iterator[None]:
 
 
 @contextmanager
-def workers(scratch: Path) -> Iterator[None]:
-    dask = str(Path(sys.executable).parent / "dask")
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    scheduler = within("icebox-a", dask, "scheduler", "--host", HOSTS["icebox-a"], "--port", ADDRESS.rsplit(":", 1)[1])
-    started = [subprocess.Popen(scheduler, **quiet)]
+def cluster(scratch: Path) -> Iterator[None]:
+    lines = [within("icebox-a", *scheduler_line(ADDRESS))]
     for host in ("icebox-b", "icebox-c"):
-        more = ("--host", HOSTS[host], "--nthreads", "1", "--memory-limit", "0", "--local-directory", str(scratch))
-        started.append(subprocess.Popen(within(host, dask, "worker", ADDRESS, *more, "--name", host), **quiet))
-    time.sleep(10)
-    try:
+        lines.append(within(host, *worker_line(ADDRESS, HOSTS[host], scratch), "--name", host))
+    with running(lines):
+        time.sleep(10)
         yield
-    finally:
-        for process in started:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def there(data: Path, *arguments: str) -> dict[str, Any]:
-    line = [sys.executable, str(ROOT / "cli.py"), "--data-dir", str(data), "features", *arguments, "--json"]
-    done = subprocess.run(within("icebox-a", *line), stdout=subprocess.PIPE, text=True, check=True)
-    names = ("rows", "seconds", "images_per_second", "recomputed", "workers", "quarantined")
-    return {name: json.loads(done.stdout)[name] for name in names}
 
 
 def cut_off(data: Path, seconds: float) -> None:

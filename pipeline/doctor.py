@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from dataclasses import asdict
 from typing import Any
@@ -27,7 +26,7 @@ def examine(workspace: Workspace) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        **machine.versions(_PACKAGES),
         **found,
         "tensorflow_gpus": _tensorflow_gpus(),
         "precision_auto": machine.best_precision(),

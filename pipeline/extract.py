@@ -5,7 +5,6 @@ Nothing here loads TensorFlow unless rows are missing.
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -298,18 +297,10 @@ def weights_of(space: FeatureSpace | None, dataset: Dataset, workspace: Workspac
 
 
 def _made_by(weights: Weights, options: ComputeOptions) -> dict[str, Any]:
-    packages = ("icebox", "tensorflow", "keras", "opencv-python", "pillow", "h5py", "hdf5plugin", "numpy")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "weights": weights.label,
         "cpu": machine.look().cpu,
         "batch_size": options.model_batch,
-        "versions": {name: _version(name) for name in packages},
+        "versions": machine.versions((*machine.FEATURE_PACKAGES, "numpy")),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -18,13 +18,13 @@ from uuid import uuid4
 
 import numpy as np
 
-from pipeline import link
+from pipeline import link, machine
 from pipeline.cache import storage
 from pipeline.cluster import ClusterChoice
 from pipeline.compute import Effort, Settle
 from pipeline.dataset import Dataset
 from pipeline.errors import IceboxError, InterruptedComputationError, UnfitWorkerError
-from pipeline.fleet_worker import Requirements, package_versions, run_task, vet
+from pipeline.fleet_worker import Requirements, run_task, vet
 from pipeline.link import Link, LostError
 from pipeline.progress import Advance
 from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, There
@@ -85,8 +85,9 @@ def fleet(choice: ClusterChoice, setup: Setup, dataset: Dataset, effort: Effort)
         If none of its workers can do the work; the text says why not.
     """
     kinds = {tuple(part.partition("://")[0] for part in url.split("::")): url for url in dataset.urls()}
+    versions = machine.versions(machine.FEATURE_PACKAGES)
     samples, topic = _samples(dataset), f"icebox-{uuid4().hex}"
-    requirements = Requirements(setup, package_versions(), samples, tuple(kinds.values()), choice.threads, topic)
+    requirements = Requirements(setup, versions, samples, tuple(kinds.values()), choice.threads, topic)
     with Fleet(choice, requirements, effort) as crew:
         yield crew
 
@@ -386,8 +387,7 @@ def _readable(path: Path | None) -> bool:
     if path is None:
         return False
     try:
-        with storage.open_regular(path, 0) as file:
-            file.read(1)
+        storage.try_to_read(path)
     except OSError:
         return False
     return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -11,13 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import machine
 from pipeline.cache import storage
 from pipeline.dataset import remote
 from pipeline.errors import UnfitWorkerError, UsageError
 from pipeline.shard_task import Setup, ShardDone, ShardTask, ShardWorker
-
-# What decides a row's value, or how a task and its answer are written.
-_PACKAGES = ("icebox", "tensorflow", "keras", "opencv-python", "pillow", "h5py", "hdf5plugin")
 
 
 @dataclass(frozen=True)
@@ -29,23 +26,11 @@ class Requirements:
     """
 
     setup: Setup
-    versions: Mapping[str, str]
+    versions: Mapping[str, str | None]
     samples: tuple[Path, ...]
     urls: tuple[str, ...]
     threads: int | None
     topic: str
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that must be alike everywhere; "none" where one is not installed."""
-    return {name: _version(name) for name in _PACKAGES}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 def vet(requirements: Requirements) -> tuple[int, ...]:
@@ -83,9 +68,11 @@ def run_task(task: ShardTask, requirements: Requirements, number: int) -> ShardD
         return worker.run(task, advance, lambda: False)
 
 
-def _check_versions(wanted: Mapping[str, str]) -> None:
-    here = package_versions()
-    differing = [f"{name} {here[name]} (here {version})" for name, version in wanted.items() if here[name] != version]
+def _check_versions(wanted: Mapping[str, str | None]) -> None:
+    found = machine.versions(tuple(wanted)).items()
+    differing = [
+        f"{name} {has or 'none'} (here {wanted[name] or 'none'})" for name, has in found if has != wanted[name]
+    ]
     if differing:
         raise UnfitWorkerError(f"has {', '.join(differing)}")
 
@@ -98,8 +85,7 @@ def _check_files(requirements: Requirements) -> None:
         raise UnfitWorkerError(f"may not write to the cache {cache}")
     for path in requirements.samples:
         try:
-            with storage.open_regular(path, os.O_RDONLY) as file:
-                file.read(1)
+            storage.try_to_read(path)
         except OSError as error:
             raise UnfitWorkerError(f"cannot read the image {path} ({error.strerror or error})") from error
 

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from pipeline.errors import UsageError
 
+# What decides a row's value, and how it is written.
+FEATURE_PACKAGES = ("icebox", "tensorflow", "keras", "opencv-python", "pillow", "h5py", "hdf5plugin")
+
 # Flags of /proc/cpuinfo under which oneDNN multiplies bfloat16 in hardware.
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
@@ -105,6 +108,18 @@ def tensorflow_has_cuda() -> bool:
     except OSError:
         return False
     return True
+
+
+def versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """Return the version of each package that is installed, None for those that are not."""
+    return {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _distributions() -> set[str]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from pipeline.asked import Asked, DatasetChoice, begun_with
 from pipeline.cache import storage
 from pipeline.cache.lock import exclusive
 from pipeline.checkpoint import Checkpoint
-from pipeline.cluster import ClusterChoice
+from pipeline.cluster import ClusterChoice, connected
 from pipeline.dataset import Dataset
 from pipeline.errors import DoNotFitError, RunError
 from pipeline.extract import FeatureChoice
@@ -37,6 +38,7 @@ from pipeline.planning import Quarantined
 from pipeline.prepare import memory_needed, prepared
 from pipeline.spec import PLAIN_VIEW, HeadSpec, Views
 from pipeline.train import write_run
+from pipeline.trial_tasks import submitted
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -168,20 +170,36 @@ def _try_all(
     for spec in asked.specs:
         if spec not in left:
             podium.enter(spec)
+    if not left:
+        return
     steps = sum(heads.steps(spec) for spec in left)
-    with workspace.progress(f"trying {len(left)} settings", steps, "steps") as advance:
+    with (
+        _crew(cluster, len(left)) as crew,
+        workspace.progress(f"trying {len(left)} settings", steps, "steps") as advance,
+    ):
         for specs in _by_kind(left):
-            with prepared(material, specs, asked.memory, sides=("train", "val"), held=cluster is None) as ready:
+            with prepared(material, specs, asked.memory, sides=("train", "val"), held=crew is None) as ready:
                 data = ready.data()
-                if cluster is not None:
+                if crew is not None:
                     needed = memory_needed(specs, data.train.shape[1:], data.classes)
-                    finished = _on_workers(cluster, specs, data, folders, asked.memory, needed)
+                    finished = _on_workers(crew, specs, data, folders, asked.memory, needed)
                 else:
                     finished = _here(specs, data, folders, advance)
                 for spec in finished:
                     _report(podium.enter(spec))
-                    if cluster is not None:
+                    if crew is not None:
                         advance(heads.steps(spec))
+
+
+@contextmanager
+def _crew(cluster: ClusterChoice | None, count: int) -> Iterator[Callable[..., Iterator[str]] | None]:
+    """Give the way to have `count` trials, at most, run on workers; None if they are to be run here."""
+    if cluster is None:
+        yield None
+        return
+    choice = cluster.at_most(count)
+    with connected(choice) as client:
+        yield partial(submitted, client, choice)
 
 
 def _by_kind(specs: Sequence[HeadSpec]) -> list[list[HeadSpec]]:
@@ -207,17 +225,15 @@ def _here(
 
 
 def _on_workers(
-    cluster: ClusterChoice,
+    crew: Callable[..., Iterator[str]],
     specs: Sequence[HeadSpec],
     data: heads.Data,
     folders: Mapping[str, Path],
     memory: int | None,
     needed: int,
 ) -> Iterator[HeadSpec]:
-    from pipeline.trial_tasks import submitted
-
     tasks = {spec.identity: (spec, str(folders[spec.identity].absolute())) for spec in specs}
-    for identity in submitted(cluster, run_trial, tasks, data, memory, needed):
+    for identity in crew(run_trial, tasks, data, memory, needed):
         yield tasks[identity][0]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbone import import_keras, limit_threads
-from pipeline.cluster import ClusterChoice, connected
+from pipeline.cluster import Client, ClusterChoice
 from pipeline.errors import IceboxError, UsageError
 from pipeline.heads import Data
 from pipeline.rows import StoredRows, hold
@@ -22,6 +22,7 @@ Work = Callable[[HeadSpec, Data, Path], None]
 
 
 def submitted(
+    client: Client,
     cluster: ClusterChoice,
     work: Work,
     tasks: Mapping[str, tuple[HeadSpec, str]],
@@ -29,7 +30,8 @@ def submitted(
     memory: int | None,
     needed: int,
 ) -> Iterator[str]:
-    """Have `work(spec, data, folder)` done for each of `tasks`, and yield their names as they finish.
+    """Have `work(spec, data, folder)` done for each of `tasks` by the workers of `cluster`, which `client` is
+    connected to, and yield their names as they finish.
 
     `data` has rows as they are stored; each worker process reads them by `hold`. A task whose worker dies is given
     to another, and goes on with what lies in its folder.
@@ -37,31 +39,30 @@ def submitted(
     Raises
     ------
     UsageError
-        If no scheduler answers, or it has no workers.
+        If the scheduler has no workers.
     IceboxError
         What a task raises.
     """
     from distributed import CancelledError, KilledWorker, as_completed
     from distributed.comm import CommClosedError
 
-    with connected(cluster) as client:
-        if not client.scheduler_info(n_workers=-1)["workers"]:
-            raise UsageError(f"the Dask scheduler at {cluster.name} has no workers; start some: dask worker ADDRESS")
-        token = f"{next(iter(tasks))}-{id(data)}"
-        # As a task, not scattered: what a dead worker held of it, another then has the scheduler give it again.
-        shared = client.submit(_same, data, pure=False)
-        futures = {
-            client.submit(_task, work, spec, folder, shared, token, memory, needed, cluster.threads, pure=False): name
-            for name, (spec, folder) in tasks.items()
-        }
-        try:
-            for future in as_completed(futures, loop=client.loop):
-                future.result()
-                yield futures[future]
-        except KilledWorker as error:
-            raise IceboxError(f"the worker of a trial died again and again ({error}); see its log") from error
-        except (CancelledError, CommClosedError, TimeoutError) as error:
-            raise IceboxError(f"the Dask scheduler of {cluster.name} is gone; start it again and resume") from error
+    if not client.scheduler_info(n_workers=-1)["workers"]:
+        raise UsageError(f"the Dask scheduler at {cluster.name} has no workers; start some: dask worker ADDRESS")
+    token = f"{next(iter(tasks))}-{id(data)}"
+    # As a task, not scattered: what a dead worker held of it, another then has the scheduler give it again.
+    shared = client.submit(_same, data, pure=False)
+    futures = {
+        client.submit(_task, work, spec, folder, shared, token, memory, needed, cluster.threads, pure=False): name
+        for name, (spec, folder) in tasks.items()
+    }
+    try:
+        for future in as_completed(futures, loop=client.loop):
+            future.result()
+            yield futures[future]
+    except KilledWorker as error:
+        raise IceboxError(f"the worker of a trial died again and again ({error}); see its log") from error
+    except (CancelledError, CommClosedError, TimeoutError) as error:
+        raise IceboxError(f"the Dask scheduler of {cluster.name} is gone; start it again and resume") from error
 
 
 def _same(data: Data) -> Data:

@@ -53,6 +53,12 @@ class Cluster:
         self.processes.append(started)
         return started
 
+    def start_anew(self) -> None:
+        """Kill all, then start a scheduler at the same address and a worker."""
+        self.stop()
+        self.start_scheduler()
+        self.start_worker()
+
     def worker_pids(self) -> list[int]:
         with Client(self.address, set_as_default=False, timeout=30) as client:
             return list(dict[str, int](client.run(os.getpid)).values())  # type: ignore[arg-type]

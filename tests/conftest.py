@@ -104,6 +104,14 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
+    """An empty cache, opened."""
+    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
+    with closing(Cache(tmp_path / "cache")) as cache:
+        yield cache
+
+
+@pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
     """An empty data directory, opened."""
     monkeypatch.delenv("ICEBOX_INDEX", raising=False)

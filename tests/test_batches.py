@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +21,6 @@ from pipeline.tracking import tensorboard
 
 N = 400
 ROW = 2 * 3 * 8 * 2  # bytes
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[Cache]:
-    with closing(Cache(tmp_path / "cache")) as cache:
-        yield cache
 
 
 def opened(cache: Cache, memory: int | None) -> Rows:

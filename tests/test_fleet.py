@@ -263,15 +263,7 @@ def test_a_scheduler_that_starts_anew_is_found_again(
     images: Path, alone: Stored, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
-
-        def start_anew() -> None:
-            for process in cluster.processes:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            cluster.start_scheduler()
-            cluster.start_worker()
-
-        thread = while_computing(start_anew)
+        thread = while_computing(cluster.start_anew)
         done = run(tmp_path / "data", slowly(images), ClusterChoice(scheduler=cluster.address))
         thread.join()
     assert done.computed == 40
@@ -285,17 +277,10 @@ def test_a_scheduler_lost_before_its_workers_are_known_is_found_again(
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
         submit, threads = pipeline.link.Link.submit, list[threading.Thread]()
 
-        def start_anew() -> None:
-            for process in cluster.processes:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            cluster.start_scheduler()
-            cluster.start_worker()
-
         def submit_and_die(self: pipeline.link.Link, *arguments: Any, **more: Any) -> Any:
             future = submit(self, *arguments, **more)
             if not threads:
-                threads.append(threading.Thread(target=start_anew, daemon=True))
+                threads.append(threading.Thread(target=cluster.start_anew, daemon=True))
                 threads[0].start()
             return future
 
@@ -367,14 +352,15 @@ def test_ctrl_c_in_the_terminal_reaches_all_and_one_line_comes_of_it(images: Pat
 
 def requirements(cluster: Path, **more: Any) -> Requirements:
     setup = Setup(SPEC, None, 4, cluster / "cache" / "space" / "shards")
-    made = Requirements(setup, fleet_worker.package_versions(), (), (), None, "topic")
+    made = Requirements(setup, machine.versions(machine.FEATURE_PACKAGES), (), (), None, "topic")
     return replace(made, **more)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"versions": {**fleet_worker.package_versions(), "tensorflow": "1.15"}}, r"has tensorflow \S+ \(here 1\.15\)"),
+        ({"versions": {"tensorflow": "1.15"}}, r"has tensorflow \S+ \(here 1\.15\)"),
+        ({"versions": {"no-such-package": "1"}}, r"has no-such-package none \(here 1\)"),
         ({"setup": Setup(SPEC, None, 4, Path("/nowhere/cache/space/shards"))}, "does not see the cache /nowhere/cache"),
         ({"urls": ("sftp://host/a.png",)}, "cannot fetch images: sftp:// needs paramiko"),
         ({"samples": (Path("/nowhere/a.png"),)}, r"cannot read the image /nowhere/a\.png \(No such file"),
@@ -402,7 +388,7 @@ def test_other_weights_under_the_same_path_are_noticed(tmp_path: Path) -> None:
 def test_if_no_worker_is_fit_the_run_ends_with_one_line_that_names_them(
     images: Path, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(pipeline.fleet, "package_versions", lambda: {"tensorflow": "1.15"})
+    monkeypatch.setattr(machine, "versions", lambda packages: {"tensorflow": "1.15"})
     with pytest.raises(IceboxError, match=r"no worker of tcp://\S+ can do the work: tcp://127\S+ has tensorflow"):
         run(tmp_path, images, ClusterChoice(scheduler=cluster.address))
     assert "is not used: it has tensorflow" in caplog.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +21,6 @@ from pipeline.cache.index import FileStamp
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.verify import verify
 from pipeline.errors import CacheError
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[Cache]:
-    with closing(Cache(tmp_path / "cache")) as cache:
-        yield cache
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import conftest
 import numpy as np
@@ -32,14 +30,6 @@ REQUEST = FeatureRequest(
     SPEC.backbone, None, SPEC.fit, SPEC.decode, SPEC.resize, SPEC.input_size, SPEC.scaling, SPEC.engine
 )
 ODD = [bytes(32), b"\xff" * 32, bytes(31) + b"\1", b"\1" + bytes(31), b"\xff" * 31 + b"\xfe"]
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
-    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
-    cache = Cache(tmp_path / "cache")
-    yield cache
-    cache.close()
 
 
 @pytest.fixture

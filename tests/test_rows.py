@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tracemalloc
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import conftest
@@ -47,10 +44,8 @@ def store(space: FeatureSpace, tensors: np.ndarray, shards: int) -> None:
 
 
 @pytest.fixture
-def space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FeatureSpace]:
-    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
-    with closing(Cache(tmp_path / "cache")) as cache:
-        yield cache.create(SPEC, {"weights": "a test's"})
+def space(cache: Cache) -> FeatureSpace:
+    return cache.create(SPEC, {"weights": "a test's"})
 
 
 @pytest.fixture

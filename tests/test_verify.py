@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,6 @@ from pipeline.cache.verify import Verification, verify
 from pipeline.errors import CacheError, IndexDamagedError, ShardDamagedError, SpecError
 
 ROWS = 8  # in a shard
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
-    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
-    opened = Cache(tmp_path / "cache")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -1,13 +1,19 @@
-"""The index as a file: opened, made, brought up to date, set aside when it is damaged. What it holds, `index` knows."""
+"""The index as a file: opened, made, brought up to date, read and changed, set aside when it is damaged.
+
+What it holds, `index` knows.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from pipeline.cache import storage
 from pipeline.errors import CacheError, IndexDamagedError
@@ -61,6 +67,149 @@ def damage_named(path: Path) -> Iterator[None]:
         if "decode to UTF-8" in str(error):  # a name that is no text any more: SQLite sees no fault in that
             raise IndexDamagedError(path, str(error), certain=True) from error
         raise
+
+
+class IndexFile:
+    """The open database, and the ways in which statements are run on it.
+
+    A file that is no index, or no longer one, is set aside and a new one begun, unless a person named it, who may have
+    meant another. Such a one is `of` one cache: shards are known by the name of their space, which two caches share.
+    """
+
+    def __init__(self, path: Path, of: Path | None = None) -> None:
+        self.path = path
+        self._of = of
+        try:
+            storage.make_folder(path.parent)
+            self._db = self._opened()
+        except (sqlite3.Error, OSError) as error:
+            if isinstance(error, CacheError):
+                raise
+            raise CacheError(
+                f"the index {path} cannot be opened ({error}); ICEBOX_INDEX=FILE puts it elsewhere"
+            ) from error
+
+    def _opened(self) -> sqlite3.Connection:
+        try:
+            return self._claimed(connect(self.path))
+        except IndexDamagedError as error:
+            if self._of is not None and error.foreign:
+                raise CacheError(
+                    f"ICEBOX_INDEX names {self.path}, which is no index of ours ({error.reason}); name another file, "
+                    "or move this one away"
+                ) from error
+            set_aside(error)
+            return self._claimed(connect(self.path))
+
+    def _claimed(self, db: sqlite3.Connection) -> sqlite3.Connection:
+        """Mark a named index as that of this cache. Raises CacheError if it is another's."""
+        if self._of is None:
+            return db
+        mark = int.from_bytes(hashlib.sha256(os.fsencode(self._of.resolve())).digest()[:4]) >> 1 or 1  # 31 bits
+        with damage_named(self.path):
+            (found,) = db.execute("PRAGMA application_id").fetchone()
+            if not found:
+                with suppress(sqlite3.OperationalError):  # it cannot be written, so that nobody else fills it either
+                    db.execute(f"PRAGMA application_id = {mark}")
+        if found in (0, mark):
+            return db
+        db.close()
+        raise CacheError(
+            f"ICEBOX_INDEX names {self.path}, the index of another cache than {self._of}: name another file; if the "
+            "cache was moved, delete this one, it is derived again from the shards"
+        )
+
+    def close(self) -> None:
+        """Close the database; the object is of no use afterwards."""
+        self._db.close()
+
+    def check(self) -> None:
+        """Have SQLite look at every page of the file.
+
+        Raises
+        ------
+        IndexDamagedError
+            If it finds anything wrong.
+        """
+        found = self._all("PRAGMA integrity_check(1)")
+        if found != [("ok",)]:
+            raise IndexDamagedError(self.path, str(found[0][0]) if found else "no answer")
+
+    def renew(self, damage: IndexDamagedError) -> None:
+        """Set the damaged file aside and begin an empty one, to be filled from the shards."""
+        self._db.close()
+        set_aside(damage)
+        self._db = self._claimed(connect(self.path))
+
+    # Every statement goes through one of these
+
+    def _all(self, query: str, values: Sequence[Any] = (), *kinds: Any) -> list[Any]:
+        """Return what a query finds; each row must be of these `kinds`, if any are given."""
+        with self._reading() as db:
+            found = db.execute(query, values).fetchall()
+        self._check(found, kinds)
+        return found
+
+    def _check(self, rows: Sequence[Sequence[Any]], kinds: Sequence[Any]) -> None:
+        """Raise IndexDamagedError if a row is of other types than were written: SQLite sees no fault in that."""
+        if not rows or not kinds:
+            return
+        for column, kind in zip(zip(*rows, strict=True), kinds, strict=True):
+            if not all(issubclass(found, kind) for found in set(map(type, column))):
+                wrong = next(value for value in column if not isinstance(value, kind))
+                raise IndexDamagedError(self.path, f"it holds {str(wrong)[:80]!r}, which it cannot", certain=True)
+
+    @contextmanager
+    def _believed(self) -> Iterator[None]:
+        """The same for what is read in bulk, where looking at each value would take as long as reading it."""
+        try:
+            yield
+        except (ValueError, TypeError, OverflowError, IndexError) as error:
+            raise IndexDamagedError(self.path, f"it holds what it cannot: {error}", certain=True) from error
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        storage.about_to("query", self.path)
+        with damage_named(self.path):
+            yield self._db
+
+    def _remember(self, query: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Keep what only spares work later: a cache that cannot be written can still be read."""
+        if not rows:
+            return
+        try:
+            with self._changing() as db:
+                db.executemany(query, rows)
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_READONLY:
+                raise
+            logger.warning("the index %s cannot be written: digests and failures are not remembered", self.path)
+
+    @contextmanager
+    def _changing(self) -> Iterator[sqlite3.Connection]:
+        """Run the statements inside as one transaction: all of them take effect, or none."""
+        with self._reading() as db:
+            try:
+                yield db
+                storage.about_to("commit", self.path)
+                db.commit()
+            except BaseException:
+                db.rollback()
+                raise
+
+    @contextmanager
+    def _wanted(self, keys: Sequence[bytes], views: Sequence[int] | None = None) -> Iterator[sqlite3.Connection]:
+        """Offer `keys` and `views` as a temporary table to join with: one pass instead of a query for every row."""
+        views = [0] * len(keys) if views is None else views
+        with self._reading() as db:
+            columns = "ordinal INTEGER PRIMARY KEY, key BLOB NOT NULL, view INTEGER NOT NULL"
+            db.execute(f"CREATE TEMP TABLE wanted ({columns})")
+            try:
+                db.executemany("INSERT INTO wanted VALUES (?, ?, ?)", zip(range(len(keys)), keys, views, strict=True))
+                yield db
+            finally:
+                db.execute("DROP TABLE temp.wanted")
+                db.commit()
 
 
 def set_aside(damage: IndexDamagedError) -> None:

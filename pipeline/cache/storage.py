@@ -104,6 +104,12 @@ def read_small(path: Path, most: int) -> bytes:
     return data
 
 
+def try_to_read(path: Path) -> None:
+    """Read a little of a file. Raises OSError if that cannot be done."""
+    with open_regular(path, os.O_RDONLY) as file:
+        file.read(1)
+
+
 def open_regular(path: Path, flags: int) -> BinaryIO:
     """Open a file, made if `flags` say so. Raises OSError if it is anything else: a pipe would be waited for."""
     # Without O_NONBLOCK the opening of a pipe itself would wait.
