@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -212,12 +213,15 @@ def cluster_of(count: int, threads: int) -> Any:
     return LocalCluster(n_workers=count, threads_per_worker=threads, processes=True, dashboard_address="127.0.0.1:0")
 
 
-def test_workers_find_what_is_found_here(workspace: Workspace, photos: Path) -> None:
+def test_workers_find_what_is_found_here(workspace: Workspace, photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     fill(workspace, listed(photos))
     here, there = run(workspace, photos), run(workspace, photos, cluster=ClusterChoice(workers=2))
     same = ("trial", "val_accuracy", "val_loss", "p_value", "parameters", "bytes")
     assert [[row[key] for key in same] for row in here.rows] == [[row[key] for key in same] for row in there.rows]
     assert here.best["accuracy"] == there.best["accuracy"]
+    assert len({heads.READS[spec.head] for spec in GRID}) == 2
+    assert caplog.text.count("dashboard of the scheduler") == 1, "whatever rows they read, workers are started once"
 
 
 def test_a_worker_that_dies_costs_its_trial_a_second_try(workspace: Workspace, photos: Path) -> None:
