@@ -19,7 +19,7 @@ import numpy as np
 from pipeline import images
 from pipeline.cache import storage
 from pipeline.cache.digests import Identities
-from pipeline.cache.index import Index, row_mark
+from pipeline.cache.index import Index
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded
@@ -28,6 +28,7 @@ from pipeline.progress import Advance, Progress
 from pipeline.shard_task import (
     AT_ONCE,
     Met,
+    RowsThere,
     Setup,
     ShardDone,
     ShardTask,
@@ -64,7 +65,7 @@ class Crew(Protocol):
     def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance, there: There) -> None:
         """Have all tasks run and give each, with what came of it, to `settle`, in the thread that calls this.
 
-        Rows that are `there` already need not be computed; whoever cannot ask computes them in vain.
+        Rows that are `there` already need not be computed; a process that cannot ask knows of its own alone.
         """
         ...
 
@@ -131,29 +132,6 @@ class Here:
                 self._effort.worker_seconds += time.perf_counter() - start
 
 
-class RowsThere:
-    """Which rows a space has, or gets from this computation; may be asked from any thread.
-
-    Only who does not know beforehand which images these are has to ask: what was unseen may be a copy of any other.
-    """
-
-    def __init__(self, space: FeatureSpace) -> None:
-        self._before = np.sort(space.index.row_marks(space.name))
-        self._since = set[int]()
-        self._lock = threading.Lock()
-
-    def __call__(self, key: bytes, view: int) -> bool:
-        """Return whether the row was asked for or there before."""
-        mark = row_mark(key, view)
-        at = int(np.searchsorted(self._before, np.uint64(mark)))
-        if at < len(self._before) and int(self._before[at]) == mark:
-            return True
-        with self._lock:
-            known = mark in self._since
-            self._since.add(mark)
-        return known
-
-
 @dataclass(frozen=True)
 class ComputeOptions:
     """What changes how features are computed, but not their values."""
@@ -215,10 +193,14 @@ def compute(job: Job, rows_of: np.ndarray, views: np.ndarray, crew: Crew) -> Non
 
     try:
         with job.progress("computing features", total) as advance:
-            there = RowsThere(job.space) if job.identities.unseen else nothing_there
+            there = _rows_there(job.space) if job.identities.unseen else nothing_there
             crew.run(_tasks(job, rows_of, views, _task_rows(job, total, crew.size)), settle, count, there)
     finally:
         job.effort.seconds += time.perf_counter() - start
+
+
+def _rows_there(space: FeatureSpace) -> RowsThere:
+    return RowsThere(np.sort(space.index.row_marks(space.name)))
 
 
 def _task_rows(job: Job, total: int, processes: int) -> int:

@@ -27,7 +27,7 @@ from pipeline.errors import IceboxError, InterruptedComputationError, UnfitWorke
 from pipeline.fleet_worker import Requirements, run_task, vet
 from pipeline.link import Link, LostError
 from pipeline.progress import Advance
-from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, There
+from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, There, nothing_there
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +151,7 @@ class Fleet:
             If a task fails for a reason that is not one worker's, or nobody is left to do it; the text names whom.
         """
         self._settle, self._advance, self._tasks = settle, advance, tasks
+        self._unseen = None if there is nothing_there else uuid4().hex
         self._lonely_since = time.monotonic()
         try:
             while True:
@@ -248,7 +249,9 @@ class Fleet:
             number, task = next(self._numbers), self._next
             self._next = None
             share = worker.gpu and 1 / AT_ONCE
-            future = self._link.submit(worker.address, run_task, task, self._requirements, number, gpu=share)
+            future = self._link.submit(
+                worker.address, run_task, task, self._requirements, number, self._unseen, gpu=share
+            )
             worker.hands[number] = _Hand(task, future, alone)
 
     def _hold_next(self) -> bool:

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pipeline import machine
 from pipeline.cache import storage
 from pipeline.dataset import remote
 from pipeline.errors import UnfitWorkerError, UsageError
-from pipeline.shard_task import Setup, ShardDone, ShardTask, ShardWorker
+from pipeline.shard_task import RowsThere, Setup, ShardDone, ShardTask, ShardWorker, There, nothing_there
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,12 @@ def vet(requirements: Requirements) -> tuple[int, ...]:
         return worker.row_shape
 
 
-def run_task(task: ShardTask, requirements: Requirements, number: int) -> ShardDone:
-    """Run a task, reporting its progress under `number`."""
+def run_task(task: ShardTask, requirements: Requirements, number: int, unseen: str | None) -> ShardDone:
+    """Run a task, reporting its progress under `number`.
+
+    `unseen` names a computation of images that nobody has read before: copies among those that come to this process
+    are computed once.
+    """
     from distributed import get_worker
 
     if not requirements.setup.directory.is_dir():
@@ -65,7 +71,7 @@ def run_task(task: ShardTask, requirements: Requirements, number: int) -> ShardD
         here.log_event(requirements.topic, {"task": number, "rows": n})
 
     with _ready(requirements) as worker:
-        return worker.run(task, advance, lambda: False)
+        return worker.run(task, advance, lambda: False, _there(unseen))
 
 
 def _check_versions(wanted: Mapping[str, str | None]) -> None:
@@ -97,6 +103,19 @@ def _check_weights(setup: Setup) -> None:
         raise UnfitWorkerError(f"does not see the weights {setup.weights}")
     if f"sha256:{storage.sha256_file(setup.weights)}" != setup.spec.weights:
         raise UnfitWorkerError(f"has other weights at {setup.weights}")
+
+
+_theres: dict[str, RowsThere] = {}  # of the computation at hand
+
+
+def _there(unseen: str | None) -> There:
+    if unseen is None:
+        return nothing_there
+    with _loading:
+        if unseen not in _theres:
+            _theres.clear()
+            _theres[unseen] = RowsThere(np.zeros(0, np.uint64))
+        return _theres[unseen]
 
 
 # One model a process, however many threads ask for it; another setup's is let go as soon as nobody uses it.

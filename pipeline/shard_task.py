@@ -17,6 +17,7 @@ import numpy as np
 from pipeline import augment, images
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache import storage
+from pipeline.cache.index import row_mark
 from pipeline.cache.shard import Rows, ShardInfo, write_shard
 from pipeline.dataset import Dataset, remote
 from pipeline.decoder import Decoders, Loaded, Loader, batched, decoding_pool
@@ -31,6 +32,30 @@ AT_ONCE = 2  # tasks a process has in hand: one has the model, the other decodes
 def nothing_there(key: bytes, view: int) -> bool:
     """Return that a row is yet to be computed."""
     return False
+
+
+class RowsThere:
+    """Which rows a space has, or gets from this computation; may be asked from any thread.
+
+    Only who does not know beforehand which images these are has to ask: what was unseen may be a copy of any other.
+    """
+
+    def __init__(self, before: np.ndarray) -> None:
+        """Begin with the `row_mark` of each row that is there, sorted: (n,) uint64."""
+        self._before = before
+        self._since = set[int]()
+        self._lock = threading.Lock()
+
+    def __call__(self, key: bytes, view: int) -> bool:
+        """Return whether the row was asked for or there before."""
+        mark = row_mark(key, view)
+        at = int(np.searchsorted(self._before, np.uint64(mark)))
+        if at < len(self._before) and int(self._before[at]) == mark:
+            return True
+        with self._lock:
+            known = mark in self._since
+            self._since.add(mark)
+        return known
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline import link
 from pipeline.backbone import import_keras, limit_threads
 from pipeline.cluster import Client, ClusterChoice
 from pipeline.errors import IceboxError, UsageError
@@ -41,28 +45,62 @@ def submitted(
     UsageError
         If the scheduler has no workers.
     IceboxError
-        What a task raises.
+        What a task raises, or if the scheduler is lost, or all of its workers.
     """
-    from distributed import CancelledError, KilledWorker, as_completed
+    from distributed import CancelledError, KilledWorker
     from distributed.comm import CommClosedError
 
-    if not client.scheduler_info(n_workers=-1)["workers"]:
-        raise UsageError(f"the Dask scheduler at {cluster.name} has no workers; start some: dask worker ADDRESS")
-    token = f"{next(iter(tasks))}-{id(data)}"
-    # As a task, not scattered: what a dead worker held of it, another then has the scheduler give it again.
-    shared = client.submit(_same, data, pure=False)
-    futures = {
-        client.submit(_task, work, spec, folder, shared, token, memory, needed, cluster.threads, pure=False): name
-        for name, (spec, folder) in tasks.items()
-    }
     try:
-        for future in as_completed(futures, loop=client.loop):
+        if not _has_workers(client):
+            raise UsageError(f"the Dask scheduler at {cluster.name} has no workers; start some: dask worker ADDRESS")
+        token = f"{next(iter(tasks))}-{id(data)}"
+        # As a task, not scattered: what a dead worker held of it, another then has the scheduler give it again.
+        shared = client.submit(_same, data, pure=False)
+        futures = {
+            client.submit(_task, work, spec, folder, shared, token, memory, needed, cluster.threads, pure=False): name
+            for name, (spec, folder) in tasks.items()
+        }
+        done = queue.SimpleQueue[Any]()
+        for future in futures:
+            future.add_done_callback(done.put)
+        for _ in futures:
+            future = _next(done, client, cluster)
+            if future.status in ("cancelled", "lost"):
+                raise CancelledError("it knows nothing of what it was given")
             future.result()
             yield futures[future]
     except KilledWorker as error:
         raise IceboxError(f"the worker of a trial died again and again ({error}); see its log") from error
     except (CancelledError, CommClosedError, TimeoutError) as error:
         raise IceboxError(f"the Dask scheduler of {cluster.name} is gone; start it again and resume") from error
+
+
+def _has_workers(client: Client) -> bool:
+    """Return whether the scheduler has workers. Raises CommClosedError if it is lost."""
+    from distributed.comm import CommClosedError
+
+    try:
+        if client.status == "running":
+            return bool(client.nthreads())
+    except OSError as error:
+        raise CommClosedError(str(error)) from error
+    raise CommClosedError("the connection was lost")
+
+
+def _next(done: queue.SimpleQueue[Any], client: Client, cluster: ClusterChoice) -> Any:
+    """Return what is done next. Raises IceboxError if there is no worker for a while, CommClosedError if it is lost."""
+    lonely_since = time.monotonic()
+    while True:
+        with suppress(queue.Empty):
+            return done.get(timeout=link.LOOK_EVERY_S)
+        now = time.monotonic()
+        if _has_workers(client):
+            lonely_since = now
+        elif now - lonely_since > link.PATIENCE_S:
+            raise IceboxError(
+                f"{cluster.name} has had no worker for {link.PATIENCE_S:.0f} s; start some by `dask worker ADDRESS` "
+                "and resume: what was trained is kept"
+            )
 
 
 def _same(data: Data) -> Data:

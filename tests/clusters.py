@@ -59,6 +59,10 @@ class Cluster:
         self.start_scheduler()
         self.start_worker()
 
+    def wait_for_workers(self, count: int) -> None:
+        with Client(self.address, set_as_default=False, timeout=60) as client:
+            client.wait_for_workers(count)
+
     def worker_pids(self) -> list[int]:
         with Client(self.address, set_as_default=False, timeout=30) as client:
             return list(dict[str, int](client.run(os.getpid)).values())  # type: ignore[arg-type]

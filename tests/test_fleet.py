@@ -145,6 +145,20 @@ def test_workers_fetch_what_is_behind_addresses_and_each_once(
     assert same_rows(tmp_path / "data", alone)
 
 
+def test_copies_behind_addresses_are_computed_once_by_a_worker_whatever_task_they_are_in(
+    images: Path, tmp_path: Path
+) -> None:
+    contents = [path.read_bytes() for path in sorted(images.glob("*/*.png"))[:3]]
+    with served() as site, by_hand(tmp_path / "cluster", workers=1) as cluster:
+        site.pages |= {f"/{i}.png": Page(contents[i % 3]) for i in range(30)}
+        (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"{site.address}/{i}.png,a\n" for i in range(30)))
+        done = run(tmp_path / "data", tmp_path / "list.csv", ClusterChoice(scheduler=cluster.address))
+        assert (done.computed, done.duplicates) == (3, 27)
+        assert sum(each["rows"] for each in done.effort.workers) == 3
+        again = run(tmp_path / "data", tmp_path / "list.csv", ClusterChoice(scheduler=cluster.address))
+        assert (again.computed, again.reused, again.duplicates) == (0, 3, 27)
+
+
 # Losses
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import subprocess
+import threading
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -17,14 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 from cached import CLASSES, SPEC, fill, listed, row_of, write_images
+from clusters import by_hand
 from conftest import command_line, environment, icebox
 from distributed import LocalCluster
 
+import pipeline.link
+import pipeline.sweep
 from pipeline import heads, images, runs
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache
 from pipeline.cluster import ClusterChoice
-from pipeline.errors import RunError, UsageError
+from pipeline.errors import IceboxError, RunError, UsageError
 from pipeline.extract import FeatureChoice
 from pipeline.spec import HeadSpec
 from pipeline.sweep import Sweep, SweepAsked, sweep
@@ -257,6 +261,46 @@ def test_a_lone_worker_that_dies_is_started_again_and_given_the_rows_again(works
         with subprocess.Popen(["python3", "-c", script]):
             done = run(workspace, photos, specs, cluster=ClusterChoice(scheduler=started.scheduler_address))
     assert [row["error"] for row in done.rows] == [None] * 2
+
+
+@pytest.mark.parametrize("seconds", [0, 3])
+def test_a_scheduler_lost_between_rows_of_two_kinds_is_told(
+    workspace: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    fill(workspace, listed(photos))
+    with by_hand(tmp_path / "cluster", workers=1) as cluster:
+        cluster.wait_for_workers(1)
+        prepared, kinds = pipeline.sweep.prepared, list[Any]()
+
+        def prepared_without(*arguments: Any, **more: Any) -> Any:
+            kinds.append(arguments)
+            if len(kinds) == 2:
+                cluster.stop()
+                time.sleep(seconds)
+            return prepared(*arguments, **more)
+
+        monkeypatch.setattr(pipeline.sweep, "prepared", prepared_without)
+        with pytest.raises(IceboxError, match="is gone; start it again and resume"):
+            run(workspace, photos, cluster=ClusterChoice(scheduler=cluster.address))
+
+
+def test_if_all_workers_are_gone_others_are_waited_for_and_then_it_is_told(
+    workspace: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(workspace, listed(photos))
+    monkeypatch.setattr(pipeline.link, "PATIENCE_S", 2.0)
+    specs = tuple(HeadSpec.make("gap", epochs=20_000, batch_size=4, seed=seed) for seed in range(2))
+    with by_hand(tmp_path / "cluster", workers=1) as cluster:
+        cluster.wait_for_workers(1)
+
+        def kill() -> None:
+            while not list(workspace.sweeps.rglob("trials/*/.lock")):
+                time.sleep(0.2)
+            os.killpg(cluster.processes[-1].pid, signal.SIGKILL)
+
+        threading.Thread(target=kill, daemon=True).start()
+        with pytest.raises(IceboxError, match=r"has had no worker for 2 s; start some by .* and resume"):
+            run(workspace, photos, specs, cluster=ClusterChoice(scheduler=cluster.address))
 
 
 # The command
