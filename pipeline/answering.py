@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from pipeline import heads, images
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE
+from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINES
 from pipeline.cache.space import FeatureSpace
 from pipeline.errors import SpecError
 from pipeline.extract import warn_untrained
@@ -110,15 +110,20 @@ def grouped(runs: Sequence[TrainedRun], workspace: Workspace, weights: str | Non
 def _require_same_reading(run: TrainedRun) -> None:
     row = BACKBONES[DEFAULT_BACKBONE]
     ours = {
-        "backbone": row.name,
-        "decode": images.DECODE_POLICY,
-        "resize": images.RESIZE_POLICY,
-        "input_size": row.input_size,
-        "scaling": row.scaling,
-        "engine": ENGINE,
+        "backbone": [row.name],
+        "decode": [images.DECODE_POLICY],
+        "resize": [images.RESIZE_POLICY],
+        "input_size": [row.input_size],
+        "scaling": [row.scaling],
+        "engine": ENGINES,
     }
     theirs = asdict(run.spec)
-    if differing := [f"{name} {theirs[name]}, not {mine}" for name, mine in ours.items() if theirs[name] != mine]:
+    differing = [
+        f"{name} {theirs[name]}, not {' or '.join(map(str, known))}"
+        for name, known in ours.items()
+        if theirs[name] not in known
+    ]
+    if differing:
         raise SpecError(f"the run {run.name} was trained by another version of Icebox: {', '.join(differing)}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import machine, weights_file
+from pipeline import folding, machine, weights_file
 from pipeline.errors import IceboxError, SpecError, WeightsError
 from pipeline.spec import FeatureSpec
 
@@ -56,7 +56,10 @@ _INCEPTION_V3 = Backbone(
 BACKBONES = {_INCEPTION_V3.name: _INCEPTION_V3}
 DEFAULT_BACKBONE = _INCEPTION_V3.name
 
-ENGINE = "keras"  # which graph computes the features; another one rounds differently and is another space
+# Which graph computes the features: Keras' own, as in spaces of the first version, or one with batch norm folded into
+# the convolutions. They round differently, so that each has its spaces.
+ENGINES = ("keras", "folded")
+ENGINE = "folded"  # of new spaces
 UNTRAINED_RECIPE = "glorot_centred_1"
 
 _KERAS_POLICY = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
@@ -231,6 +234,8 @@ class FrozenBackbone:
 
     def __init__(self, spec: FeatureSpec, weights: Path | None, batch_size: int, threads: int | None = None) -> None:
         """Build and load it; on a CPU it takes `threads` cores, by default all. Raises WeightsError and SpecError."""
+        if spec.engine not in ENGINES:
+            raise SpecError(f"these features were made by another version of Icebox, its engine {spec.engine!r:.40}")
         if weights is not None:
             weights_file.check(weights)  # before TensorFlow, which takes its time
         import_keras()
@@ -240,17 +245,16 @@ class FrozenBackbone:
 
         if spec.precision == "float16" and not tf.config.list_physical_devices("GPU"):
             logger.warning("float16 is asked for, but TensorFlow sees no GPU: this will be slow")
-        whole = build(spec.backbone, spec.precision)
-        load_weights(whole, spec.weights, weights)
-        self.model = cut(whole, spec.layer)
         self.spec = spec
         self.batch_size = batch_size
-        self._run = _compiled(self.model, spec, batch_size)
+        model = self._model(weights)
+        self.row_shape: tuple[int, ...] = tuple(model.output_shape[1:])  # of one image's features, (h, w, c)
+        self._run = _compiled(model, spec, batch_size)
 
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """The shape of one image's features, (h, w, c)."""
-        return tuple(self.model.output_shape[1:])
+    def _model(self, weights: Path | None) -> KerasModel:
+        whole = build(self.spec.backbone, self.spec.precision)
+        load_weights(whole, self.spec.weights, weights)
+        return cut(whole, self.spec.layer)
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the features (n, h, w, c) in the storage type and their float32 spatial means (n, c).
@@ -266,7 +270,7 @@ class FrozenBackbone:
         if n < self.batch_size:
             padding = [(0, self.batch_size - n), (0, 0), (0, 0), (0, 0)]
             images = np.pad(images, padding)
-        features, pooled, finite = (output.numpy()[:n] for output in self._run(images))
+        features, pooled, finite = (np.asarray(output)[:n] for output in self._run(images))
         if not finite.all():
             raise IceboxError(
                 f"features are not finite at precision {self.spec.precision}, storage {self.spec.storage}; "
@@ -282,13 +286,17 @@ def _compiled(model: KerasModel, spec: FeatureSpec, batch_size: int) -> Any:
     shape = (batch_size, spec.input_size, spec.input_size, 3)
 
     def run(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        output = model(scale(tf.cast(images, tf.float32)), training=False)  # (B, h, w, c)
-        exact = tf.cast(output, tf.float32)
+        scaled = scale(tf.cast(images, tf.float32))
+        unfolded = spec.engine == "keras"
+        output = model(scaled, training=False) if unfolded else folding.run(model, scaled, spec.precision)
+        exact = tf.cast(output, tf.float32)  # (B, h, w, c)
         stored = tf.cast(exact, spec.storage)
         finite = tf.reduce_all(tf.math.is_finite(stored), axis=[1, 2, 3])  # (B,)
         return stored, tf.reduce_mean(exact, axis=[1, 2]), finite
 
-    return tf.function(run, input_signature=[tf.TensorSpec(shape, tf.uint8)]).get_concrete_function()
+    # On a CPU XLA makes it slower; on a GPU it melts what stands between the convolutions into them.
+    xla = bool(tf.config.list_physical_devices("GPU"))
+    return tf.function(run, input_signature=[tf.TensorSpec(shape, tf.uint8)], jit_compile=xla).get_concrete_function()
 
 
 def scale(images: Any) -> Any:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline import images, machine
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE
+from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, ENGINES
 from pipeline.cache.digests import Identities, identify, read_some
 from pipeline.cache.space import FeatureSpace
 from pipeline.cluster import ClusterChoice
@@ -253,7 +253,7 @@ def request_of(choice: FeatureChoice, weights: Weights | None) -> FeatureRequest
         resize=images.RESIZE_POLICY,
         input_size=row.input_size,
         scaling=row.scaling,
-        engine=ENGINE,
+        engine=ENGINES,
         weights=weights.identity if weights else None,
         precision=None if choice.precision == "auto" else choice.precision,
         storage=None if choice.storage == "auto" else choice.storage,

@@ -103,7 +103,7 @@ class FeatureRequest:
     resize: str
     input_size: int
     scaling: str
-    engine: str
+    engine: str | tuple[str, ...]  # or any of several
     weights: str | None = None
     precision: str | None = None
     storage: str | None = None
@@ -111,7 +111,8 @@ class FeatureRequest:
     def differences(self, spec: FeatureSpec) -> list[str]:
         """Return the names of the stated fields in which `spec` is another space."""
         stated = {name: value for name, value in asdict(self).items() if value is not None}
-        return [name for name, value in stated.items() if getattr(spec, name) != value]
+        any_of = {name: value if isinstance(value, tuple) else (value,) for name, value in stated.items()}
+        return [name for name, values in any_of.items() if getattr(spec, name) not in values]
 
 
 # Which affine warp `pipeline.augment` makes of a recipe: change it whenever the same recipe would give other pixels.

@@ -44,7 +44,7 @@ SPEC = FeatureSpec(
     fit="squash",
     scaling="x/127.5-1",
     precision="float32",
-    engine="keras",
+    engine="folded",
     storage="float16",
 )
 

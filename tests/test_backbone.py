@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import SPEC, picture
 
-from pipeline import backbone, images
+from pipeline import backbone, folding, images
 from pipeline.backbone import FrozenBackbone, build, cut, cut_layers, load_weights
 from pipeline.errors import IceboxError, SpecError, WeightsError
 from pipeline.spec import HeadSpec
@@ -55,6 +57,46 @@ def test_float32_rows_equal_keras_within_float16_rounding(
     assert features.max() > 0.05, "magnitudes are ordinary"
 
 
+def test_folding_batch_norm_changes_nothing_but_rounding(whole: Any, pixels: np.ndarray) -> None:
+    rng = np.random.default_rng(3)
+    model = build("inception_v3")
+    for weights, drawn in zip(model.weights, whole.get_weights(), strict=True):
+        # Statistics as after training, where none is 0 or 1.
+        spread = {"moving_mean": 0.1, "beta": 0.1}.get(weights.name)
+        weights.assign(drawn + rng.normal(0, spread, drawn.shape) if spread else drawn)
+    scaled = tf.constant(backbone.scale(pixels[:4].astype(np.float32)))
+    expected = model(scaled, training=False).numpy()
+    found = tf.function(lambda images: folding.run(model, images, "float32"))(scaled).numpy()
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
+    assert np.linalg.norm(expected) > 1
+
+
+def test_every_batch_norm_of_the_network_is_folded(whole: Any) -> None:
+    run = tf.function(lambda images: folding.run(whole, images, "float32"))
+    graph = run.get_concrete_function(tf.TensorSpec((2, 299, 299, 3))).graph
+    kinds = Counter(operation.type for operation in graph.get_operations())
+    assert kinds["Conv2D"] == kinds["BiasAdd"] == 94
+    assert not {kind for kind in kinds if "BatchNorm" in kind or kind in ("Rsqrt", "Mul", "Sub")}
+
+
+@pytest.mark.parametrize("layer", ["conv2d", "batch_normalization_1", "activation_2", "mixed3"])
+def test_a_network_cut_anywhere_is_folded_too(whole: Any, pixels: np.ndarray, layer: str) -> None:
+    below = cut(whole, layer)
+    scaled = tf.constant(backbone.scale(pixels[:2].astype(np.float32)))
+    found = tf.function(lambda images: folding.run(below, images, "float32"))(scaled).numpy()
+    expected = below(scaled, training=False).numpy()
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
+
+
+def test_spaces_of_the_first_version_are_computed_as_keras_does(whole: Any, pixels: np.ndarray) -> None:
+    scaled = backbone.scale(pixels[:2].astype(np.float32))
+    expected = np.asarray(whole(scaled, training=False)).astype(np.float16)
+    features, _ = FrozenBackbone(replace(SPEC, engine="keras"), None, batch_size=2)(pixels[:2])
+    np.testing.assert_allclose(features, expected, rtol=2**-10, atol=2**-14)
+    with pytest.raises(SpecError, match=r"another version .* engine 'openvino'"):
+        FrozenBackbone(replace(SPEC, engine="openvino"), None, batch_size=2)
+
+
 def test_a_row_does_not_depend_on_its_neighbours_or_place(frozen: FrozenBackbone, pixels: np.ndarray) -> None:
     together, pooled = frozen(pixels[:4])
     alone, alone_pooled = frozen(pixels[2:3])  # padded to the same shape
@@ -74,10 +116,14 @@ def test_bfloat16_rows_keep_no_noise_below_bfloat16(pixels: np.ndarray, frozen: 
     assert 0 < difference < 0.1
 
 
-def test_features_that_are_not_finite_are_refused(pixels: np.ndarray) -> None:
+def test_features_that_are_not_finite_are_refused(pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(model: Any, identity: str, path: Path | None) -> None:
+        load_weights(model, identity, path)
+        first = model.get_layer(index=1)
+        first.kernel.assign(first.kernel * 1e12)
+
+    monkeypatch.setattr(backbone, "load_weights", loaded)
     model = FrozenBackbone(SPEC, None, batch_size=2)
-    first = model.model.get_layer(index=1)
-    first.kernel.assign(first.kernel * 1e12)
     with pytest.raises(IceboxError, match="not finite"):
         model(pixels[:2])
 
