@@ -37,7 +37,7 @@ from pipeline.errors import CacheError, IndexDamagedError, MissingRowsError, Sha
 from pipeline.spec import FeatureRequest, FeatureSpec, canonical_json
 
 ROOT = Path(__file__).parent.parent
-REQUEST = FeatureRequest("inception_v3", "mixed10", "squash", "decode-1", "resize-1", 299, "x/127.5-1", "keras")
+REQUEST = FeatureRequest("inception_v3", "mixed10", "squash", "decode-1", "resize-1", 299, "x/127.5-1", "folded")
 Opener = Callable[[], Cache]
 
 

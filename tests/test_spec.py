@@ -31,7 +31,7 @@ OTHER: dict[str, Any] = {
     "storage": "float32",
 }
 FIELDS = [field.name for field in dataclasses.fields(FeatureSpec)]
-REQUEST = FeatureRequest("inception_v3", "mixed10", "squash", "decode-1", "resize-1", 299, "x/127.5-1", "keras")
+REQUEST = FeatureRequest("inception_v3", "mixed10", "squash", "decode-1", "resize-1", 299, "x/127.5-1", "folded")
 
 
 def test_canonical_json_is_one_text_whatever_the_order() -> None:
@@ -46,7 +46,7 @@ def test_canonical_json_refuses_what_is_not_json(number: float) -> None:
 
 def test_the_fingerprint_is_the_hash_of_the_canonical_json_and_never_changes() -> None:
     text = (
-        '{"backbone":"inception_v3","decode":"decode-1","engine":"keras","fit":"squash","input_size":299,'
+        '{"backbone":"inception_v3","decode":"decode-1","engine":"folded","fit":"squash","input_size":299,'
         '"layer":"mixed10","precision":"float32","resize":"resize-1","scaling":"x/127.5-1",'
         '"storage":"float16","weights":"untrained:glorot:0"}'
     )
@@ -67,6 +67,13 @@ def test_every_single_field_changes_the_fingerprint(name: str) -> None:
     other = dataclasses.replace(SPEC, **{name: OTHER[name]})
     assert other.fingerprint() != SPEC.fingerprint()
     assert other.directory != SPEC.directory
+
+
+def test_a_field_may_be_asked_for_as_any_of_several() -> None:
+    either = dataclasses.replace(REQUEST, engine=("keras", "folded"))
+    assert not either.differences(SPEC)
+    assert not either.differences(dataclasses.replace(SPEC, engine="keras"))
+    assert either.differences(dataclasses.replace(SPEC, engine="openvino")) == ["engine"]
 
 
 def test_a_spec_survives_json() -> None:
