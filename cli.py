@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -107,7 +108,15 @@ def features(
     views: ViewsOption = 1,
     augment: AugmentOption = None,
     shard_rows: Annotated[int, typer.Option(help="Rows in a shard, at most.", min=1, max=65_536)] = 256,
-    batch_size: Annotated[int, typer.Option(help="Images the model is given at once.", min=1, max=512)] = 32,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Images the model is given at once.  [default: that of the space; in a new one 32, or what is "
+            "measured to be fastest here if computing takes over five minutes]",
+            min=1,
+            max=512,
+        ),
+    ] = None,
     retry_failed: Annotated[bool, typer.Option(help="Try images again that could not be decoded before.")] = False,
     on_error: Annotated[
         Literal["quarantine", "fail"], typer.Option(help="What an image that cannot be read or decoded does.")
@@ -343,4 +352,7 @@ def _fail(message: str, code: int, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if sys.stderr is not None:
+        # A descriptor of our own: what native libraries print on theirs is held back while they load.
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     sys.exit(main())

@@ -9,8 +9,9 @@ import os
 import re
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,13 @@ ENGINES = ("keras", "folded")
 ENGINE = "folded"  # of new spaces
 UNTRAINED_RECIPE = "glorot_centred_1"
 
+# A batch size is looked for where computing takes long: each one that is tried takes some seconds.
+_WORTH_ROWS = 2_000
+_WORTH_SECONDS = 300.0
+_MEASURED_SECONDS = 1.5
+_LEAST_BATCH = 16
+_FASTER = 1.03  # a difference that is not chance
+
 _KERAS_POLICY = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
 
@@ -98,7 +106,10 @@ def limit_threads(count: int) -> None:
 
 @contextlib.contextmanager
 def stderr_held_back() -> Iterator[None]:
-    """Keep what native code prints off the terminal, unless what is done fails."""
+    """Keep what native code prints off the terminal, unless what is done fails.
+
+    In other threads too; the program's own messages go there by a descriptor of their own, as `cli.py` has it.
+    """
     sys.stderr.flush()
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as held:
@@ -245,16 +256,47 @@ class FrozenBackbone:
 
         if spec.precision == "float16" and not tf.config.list_physical_devices("GPU"):
             logger.warning("float16 is asked for, but TensorFlow sees no GPU: this will be slow")
+        whole = build(spec.backbone, spec.precision)
+        load_weights(whole, spec.weights, weights)
+        self._model = cut(whole, spec.layer)
         self.spec = spec
-        self.batch_size = batch_size
-        model = self._model(weights)
-        self.row_shape: tuple[int, ...] = tuple(model.output_shape[1:])  # of one image's features, (h, w, c)
-        self._run = _compiled(model, spec, batch_size)
+        self.row_shape: tuple[int, ...] = tuple(self._model.output_shape[1:])  # of one image's features, (h, w, c)
+        self._take(batch_size)
 
-    def _model(self, weights: Path | None) -> KerasModel:
-        whole = build(self.spec.backbone, self.spec.precision)
-        load_weights(whole, self.spec.weights, weights)
-        return cut(whole, self.spec.layer)
+    def _take(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._run = _compiled(self._model, self.spec, batch_size)
+
+    def choose_batch(self, rows: int, most: int) -> None:
+        """Change to the batch size that computes fastest here, if `rows` rows take so long that measuring pays.
+
+        That is the smallest one of which twice as many images would be hardly faster; at least 16, at most `most`.
+        """
+        if rows < _WORTH_ROWS or (rate := self._rate()) * _WORTH_SECONDS > rows:
+            return
+        fastest = best_batch(self.batch_size, most, rate, self._rate_of)
+        if fastest != self.batch_size:
+            self._take(fastest)
+
+    def _rate_of(self, batch_size: int) -> float:
+        """Return the images/s at another batch size; 0 if the memory is too small for it."""
+        import tensorflow as tf
+
+        self._take(batch_size)
+        try:
+            return self._rate()
+        except tf.errors.ResourceExhaustedError:
+            return 0.0
+
+    def _rate(self) -> float:
+        images = np.zeros((self.batch_size, self.spec.input_size, self.spec.input_size, 3), np.uint8)
+        self(images)  # the first call optimises the graph
+        best, begun = math.inf, time.perf_counter()
+        while time.perf_counter() - begun < _MEASURED_SECONDS:
+            start = time.perf_counter()
+            self(images)
+            best = min(best, time.perf_counter() - start)
+        return self.batch_size / best
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the features (n, h, w, c) in the storage type and their float32 spatial means (n, c).
@@ -277,6 +319,20 @@ class FrozenBackbone:
                 "check the weights, or take --precision float32 --storage float32"
             )
         return features, pooled
+
+
+def best_batch(size: int, most: int, rate: float, rate_of: Callable[[int], float]) -> int:
+    """Return the smallest batch size that is about as fast as one twice as large; `rate` is that of `size`.
+
+    A smaller one takes less memory, and wastes less of the last batch.
+    """
+    if (half := size // 2) >= _LEAST_BATCH and (slower := rate_of(half)) * _FASTER >= rate:
+        logger.info("batches of %d images: %.1f a second, of %d %.1f", half, slower, size, rate)
+        return half
+    while (twice := 2 * size) <= most and (faster := rate_of(twice)) > rate * _FASTER:
+        size, rate = twice, faster
+    logger.info("batches of %d images: %.1f a second", size, rate)
+    return size
 
 
 def _compiled(model: KerasModel, spec: FeatureSpec, batch_size: int) -> Any:

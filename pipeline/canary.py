@@ -12,7 +12,7 @@ from pipeline import augment, images
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache.digests import identify
 from pipeline.cache.space import FeatureSpace
-from pipeline.compute import DEFAULT_BATCH_SIZE, MAX_BATCH_SIZE
+from pipeline.compute import DEFAULT_BATCH_SIZE, batch_of
 from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.decoder import Loaded, Loader
 from pipeline.errors import MissingRowsError, SpecError
@@ -67,18 +67,12 @@ def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Da
             f"none of the images of {space.name} is at hand; name the dataset they are of by `--dataset`"
         )
     pixels = np.stack([each.pixels for each in drawn])
-    batch_size = _batch_size(space)
+    batch_size = batch_of(space) or DEFAULT_BATCH_SIZE
     weights = weights_of(space, sources[0], workspace)
     logger.info("loading TensorFlow and %s to compute %d rows of %s", space.spec.backbone, len(drawn), space.name)
     backbone = FrozenBackbone(space.spec, weights.path, batch_size)
     fresh = [backbone(pixels[at : at + batch_size])[0] for at in range(0, len(pixels), batch_size)]
     return _compare(space, drawn, np.concatenate(fresh))
-
-
-def _batch_size(space: FeatureSpace) -> int:
-    """Return the batch shape the space was begun with: another one rounds otherwise."""
-    stored = space.provenance.get("batch_size")
-    return stored if isinstance(stored, int) and 0 < stored <= MAX_BATCH_SIZE else DEFAULT_BATCH_SIZE
 
 
 def _known_images(workspace: Workspace) -> list[Dataset]:

@@ -26,7 +26,6 @@ from pipeline.decoder import Loaded
 from pipeline.errors import DecodeError
 from pipeline.progress import Advance, Progress
 from pipeline.shard_task import (
-    AT_ONCE,
     Met,
     RowsThere,
     Setup,
@@ -34,6 +33,7 @@ from pipeline.shard_task import (
     ShardTask,
     ShardWorker,
     There,
+    at_once,
     nothing_there,
     size_text,
 )
@@ -45,6 +45,7 @@ DEFAULT_BATCH_SIZE = 32
 MAX_BATCH_SIZE = 512
 _ANNOUNCED_FROM = 100  # rows; fewer are done before one has read an estimate
 _TASKS_EACH = 4  # at least, for each of several processes
+_MOST_AT_ONCE = at_once(gpu=True)
 
 Settle = Callable[[ShardTask, ShardDone], None]
 
@@ -55,6 +56,11 @@ class Crew(Protocol):
     @property
     def row_shape(self) -> tuple[int, ...]:
         """The shape of one image's features, (h, w, c)."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """How many images its model is given at once."""
         ...
 
     @property
@@ -104,6 +110,11 @@ class Here:
         """The shape of one image's features, (h, w, c)."""
         return self._worker.row_shape
 
+    @property
+    def batch_size(self) -> int:
+        """How many images the model is given at once."""
+        return self._worker.batch_size
+
     def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance, there: There) -> None:
         """Run the tasks. On Ctrl-C the rows computed so far are published before the interrupt goes on."""
         stopped, waiting = threading.Event(), deque[tuple[ShardTask, Future[ShardDone]]]()
@@ -114,11 +125,11 @@ class Here:
             settle(task, future.result())
             waiting.popleft()
 
-        with ThreadPoolExecutor(AT_ONCE, "shard") as pool:
+        with ThreadPoolExecutor(self._worker.at_once, "shard") as pool:
             try:
                 for task in tasks:
                     waiting.append((task, pool.submit(self._worker.run, task, advance, stopped.is_set, there)))
-                    if len(waiting) >= AT_ONCE:
+                    if len(waiting) >= self._worker.at_once:
                         settle_first()
                 while waiting:
                     settle_first()
@@ -137,19 +148,26 @@ class ComputeOptions:
     """What changes how features are computed, but not their values."""
 
     shard_rows: int = DEFAULT_SHARD_ROWS
-    batch_size: int = DEFAULT_BATCH_SIZE
+    batch_size: int | None = None  # None: that of the space, or what is fastest
     max_pixels: int = images.DEFAULT_MAX_PIXELS
     strict: bool = False  # end at the first image that cannot be decoded
 
-    @property
-    def model_batch(self) -> int:
-        """How many images the model is given at once: no more than a shard holds."""
-        return min(self.batch_size, self.shard_rows)
+    def model_batch(self, before: int | None = None) -> int:
+        """Return how many images the model is given at once, to begin with: no more than a shard holds.
 
-    @property
-    def task_rows(self) -> int:
-        """How many rows make a shard: whole batches."""
-        return self.shard_rows // self.model_batch * self.model_batch
+        `before` is what a space was begun with: its rows are all to be rounded alike.
+        """
+        return min(self.batch_size or before or DEFAULT_BATCH_SIZE, self.shard_rows)
+
+    def task_rows(self, batch: int) -> int:
+        """Return how many rows make a shard: whole batches."""
+        return self.shard_rows // batch * batch
+
+
+def batch_of(space: FeatureSpace | None) -> int | None:
+    """Return the batch size a space was begun with, if it says so: another one rounds otherwise."""
+    stored = space.provenance.get("batch_size") if space else None
+    return stored if isinstance(stored, int) and 0 < stored <= MAX_BATCH_SIZE else None
 
 
 @dataclass(frozen=True)
@@ -216,7 +234,8 @@ def _tasks(job: Job, rows_of: np.ndarray, views: np.ndarray, task_rows: int) -> 
     for start in range(0, len(rows_of), task_rows):
         part = slice(start, start + task_rows)
         origin, at = np.unique(rows_of[part], return_inverse=True)
-        expected = len(rows_of) if start < AT_ONCE * task_rows else 0  # of whom none knows if another was refused
+        # Of the first ones none knows if another was refused.
+        expected = len(rows_of) if start < _MOST_AT_ONCE * task_rows else 0
         yield ShardTask(job.dataset.take(origin), origin, at, views[part], expected)
 
 

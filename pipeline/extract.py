@@ -6,6 +6,7 @@ Nothing here loads TensorFlow unless rows are missing.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline import images, machine
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, ENGINES
+from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, ENGINES, import_keras
 from pipeline.cache.digests import Identities, identify, read_some
 from pipeline.cache.space import FeatureSpace
 from pipeline.cluster import ClusterChoice
-from pipeline.compute import ComputeOptions, Crew, Effort, Here, Job, compute, refusal
+from pipeline.compute import ComputeOptions, Crew, Effort, Here, Job, batch_of, compute, refusal
 from pipeline.dataset import Dataset, remote
 from pipeline.errors import InterruptedComputationError, SpecError
 from pipeline.planning import DEFAULT_FIT, Plan, Planning, Quarantined, name_quarantined
@@ -84,8 +85,9 @@ def extract(
         With `options.strict`, at the first image that cannot be read or decoded.
     """
     cache = workspace.cache
+    load = _Early() if cluster is None else lambda: None
     with workspace.progress("identifying images", len(dataset)) as advance:
-        identities = identify(dataset, cache.index, advance, read_unseen=False)
+        identities = identify(dataset, cache.index, advance, read_unseen=False, much_to_hash=load)
     if cluster is None:  # else workers fetch what is behind addresses, and nobody else
         read_some(dataset, identities)
     if retry_failed:
@@ -104,6 +106,22 @@ def extract(
         warn_untrained(space.spec)
     failed = name_quarantined(dataset, plan)
     return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, effort, space)
+
+
+class _Early:
+    """Loads TensorFlow while many files are hashed that were never seen: one core of several does both at once.
+
+    Where all of them turn out to be copies of known images it was loaded in vain.
+    """
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def __call__(self) -> None:
+        if not self._begun:
+            self._begun = True
+            # Not a daemon: a program that ends waits for it, as loading is no place to be ended at.
+            threading.Thread(target=import_keras, name="loading TensorFlow").start()
 
 
 @dataclass(frozen=True)
@@ -128,7 +146,7 @@ def _compute_missing(
     setup = Setup(
         spec,
         weights.path and weights.path.absolute(),
-        options.model_batch,
+        options.model_batch(batch_of(space)),
         (cache.root / spec.directory / "shards").absolute(),
         options.max_pixels,
         planning.views,
@@ -139,8 +157,8 @@ def _compute_missing(
         crew = None
         if space is None:
             # Made only after the weights turned out to fit: a mistake in an option leaves no empty space behind.
-            crew = stack.enter_context(_crew(setup, source, effort, count))
-            space = cache.create(spec, {**_made_by(weights, options), "row_shape": list(crew.row_shape)})
+            crew = stack.enter_context(_crew(setup, source, effort, count, new=True))
+            space = cache.create(spec, {**_made_by(weights, crew), "row_shape": list(crew.row_shape)})
         else:
             logger.info("adding to the feature space %s", space.name)
             totals = space.totals()
@@ -151,14 +169,14 @@ def _compute_missing(
             before, rows = plan.reused, space.totals().rows
             if not plan.todo:  # whoever held the lock has computed it all
                 return space, before, plan, effort
-            crew = crew or stack.enter_context(_crew(setup, source, effort, plan.missing))
+            crew = crew or stack.enter_context(_crew(setup, source, effort, plan.missing, new=False))
             job = Job(
                 planning.dataset,
                 planning.identities,
                 space,
                 cache.index,
                 setup,
-                options.task_rows,
+                options.task_rows(crew.batch_size),
                 workspace.progress,
                 effort,
             )
@@ -168,8 +186,8 @@ def _compute_missing(
 
 
 @contextmanager
-def _crew(setup: Setup, source: _Source, effort: Effort, rows: int) -> Iterator[Crew]:
-    """Give whoever computes: this process, or the workers of a cluster."""
+def _crew(setup: Setup, source: _Source, effort: Effort, rows: int, new: bool) -> Iterator[Crew]:
+    """Give whoever computes `rows` rows, of a `new` space or not: this process, or the workers of a cluster."""
     if source.cluster is not None:
         from pipeline.fleet import fleet
 
@@ -179,6 +197,8 @@ def _crew(setup: Setup, source: _Source, effort: Effort, rows: int) -> Iterator[
         return
     logger.info("loading TensorFlow and %s", setup.spec.backbone)
     with ShardWorker(setup) as worker:
+        if source.options.batch_size is None and new:
+            worker.choose_batch(rows, source.options.shard_rows)
         yield Here(worker, effort)
 
 
@@ -296,11 +316,11 @@ def weights_of(space: FeatureSpace | None, dataset: Dataset, workspace: Workspac
     return require_by_identity(space.spec.weights, label, f"the space {space.name}", space.spec.backbone, workspace)
 
 
-def _made_by(weights: Weights, options: ComputeOptions) -> dict[str, Any]:
+def _made_by(weights: Weights, crew: Crew) -> dict[str, Any]:
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "weights": weights.label,
         "cpu": machine.look().cpu,
-        "batch_size": options.model_batch,
+        "batch_size": crew.batch_size,
         "versions": machine.versions((*machine.FEATURE_PACKAGES, "numpy")),
     }

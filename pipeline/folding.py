@@ -42,17 +42,19 @@ def run(model: Any, images: Any, precision: str) -> Any:
 
 def fold(convolution: Any, norm: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return kernel (h, w, c_in, c_out) and bias (c_out,) of both layers in one, float64."""
-    kernel = convolution.kernel.numpy().astype(np.float64)
-    mean, variance = (each.numpy().astype(np.float64) for each in (norm.moving_mean, norm.moving_variance))
-    scale = 1.0 / np.sqrt(variance + norm.epsilon)
+    scale = 1.0 / np.sqrt(_numbers(norm.moving_variance) + norm.epsilon)
     if norm.gamma is not None:
-        scale *= norm.gamma.numpy()
-    bias = -mean * scale
+        scale *= _numbers(norm.gamma)
+    bias = -_numbers(norm.moving_mean) * scale
     if norm.beta is not None:
-        bias += norm.beta.numpy()
+        bias += _numbers(norm.beta)
     if convolution.bias is not None:
-        bias += convolution.bias.numpy() * scale
-    return kernel * scale, bias
+        bias += _numbers(convolution.bias) * scale
+    return _numbers(convolution.kernel) * scale, bias
+
+
+def _numbers(variable: Any) -> np.ndarray:
+    return variable.value.numpy().astype(np.float64)
 
 
 def _edges(model: Any) -> tuple[dict[Any, list[Any]], dict[Any, list[Any]]]:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import augment, images
+from pipeline import augment, images, machine
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache import storage
 from pipeline.cache.index import row_mark
-from pipeline.cache.shard import Rows, ShardInfo, write_shard
+from pipeline.cache.shard import Gathering, Rows, ShardInfo, write_shard
 from pipeline.dataset import Dataset, remote
 from pipeline.decoder import Decoders, Loaded, Loader, batched, decoding_pool
 from pipeline.errors import CacheError
@@ -26,7 +26,13 @@ from pipeline.spec import PLAIN_VIEW, FeatureSpec, Views
 
 There = Callable[[bytes, int], bool]  # whether the row of this key and view need not be computed
 
-AT_ONCE = 2  # tasks a process has in hand: one has the model, the other decodes ahead or writes
+
+def at_once(gpu: bool) -> int:
+    """Return how many tasks a process has in hand: one has the model, the other decodes ahead or writes.
+
+    On a GPU, untried, two share the model: while the features of one travel back, the other's are computed.
+    """
+    return 4 if gpu else 2
 
 
 def nothing_there(key: bytes, view: int) -> bool:
@@ -135,7 +141,7 @@ class ShardDone:
 
 
 class ShardWorker:
-    """Runs tasks of one setup, `AT_ONCE` of them in threads at a time. Leaving the context ends decoding processes."""
+    """Runs tasks of one setup, some `at_once` in threads. Leaving the context ends decoding processes."""
 
     def __init__(self, setup: Setup, threads: int | None = None) -> None:
         """Load the model; `threads` limits the cores it and the decoding take. Raises WeightsError and SpecError."""
@@ -144,7 +150,8 @@ class ShardWorker:
         self._model = FrozenBackbone(setup.spec, setup.weights, setup.batch_size, threads)
         self._decoders = Decoders(setup.spec.input_size, setup.spec.fit, setup.max_pixels)
         self._pool = decoding_pool(threads)
-        self._turn = threading.Lock()
+        self.at_once = at_once(gpu := bool(machine.gpu_count()))
+        self._turn = threading.Semaphore(2 if gpu else 1)  # for those who want the model
 
     def __enter__(self) -> ShardWorker:
         return self
@@ -157,6 +164,15 @@ class ShardWorker:
     def row_shape(self) -> tuple[int, ...]:
         """The shape of one image's features, (h, w, c)."""
         return self._model.row_shape
+
+    @property
+    def batch_size(self) -> int:
+        """How many images the model is given at once."""
+        return self._model.batch_size
+
+    def choose_batch(self, rows: int, most: int) -> None:
+        """Change to a faster batch size of at most `most`, if for `rows` rows it pays to look for one."""
+        self._model.choose_batch(rows, most)
 
     def run(
         self,
@@ -172,17 +188,17 @@ class ShardWorker:
         CacheError
             If the shard cannot be written, or what is expected does not fit on the disk.
         """
-        met, parts, model_seconds = list[Met](), list[Rows](), 0.0
+        met, made, model_seconds = list[Met](), Gathering(len(task), self.setup.views.recipes), 0.0
         with closing(self._decoded(task, met, advance, stopped, there)) as decoded:
             batches = batched(decoded, self._model.batch_size)
             first = [batch for batch in [next(batches, None)] if batch]  # decoded before it is our turn
             with self._turn:
                 for batch in chain(first, batches):
                     asked = time.perf_counter()
-                    parts.append(self._rows(batch))
+                    self._compute(batch, made)
                     model_seconds += time.perf_counter() - asked
                     advance(len(batch))
-        shard = self._publish(Rows.join(parts), task.expected) if parts else None
+        shard = self._publish(made.rows(), task.expected) if len(made) else None
         return ShardDone(shard, met, model_seconds)
 
     def _decoded(
@@ -229,11 +245,11 @@ class ShardWorker:
             for view in views
         ]
 
-    def _rows(self, batch: list[Loaded]) -> Rows:
+    def _compute(self, batch: list[Loaded], made: Gathering) -> None:
         features, pooled = self._model(np.stack([image.pixels for image in batch if image.pixels is not None]))
         keys = np.frombuffer(b"".join(image.key for image in batch if image.key is not None), np.uint8)
         views = np.array([image.view for image in batch], np.int64)
-        return Rows(features, pooled, keys.reshape(-1, 32), views, self.setup.views.recipes)
+        made.add(features, pooled, keys.reshape(-1, 32), views)
 
     def _publish(self, rows: Rows, expected: int) -> ShardInfo:
         def check(size: int) -> None:

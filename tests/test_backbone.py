@@ -128,6 +128,39 @@ def test_features_that_are_not_finite_are_refused(pixels: np.ndarray, monkeypatc
         model(pixels[:2])
 
 
+@pytest.mark.parametrize(
+    ("rates", "best"),
+    [
+        ({16: 100, 32: 101, 64: 200}, 16),  # as on a CPU: a smaller one does as well, and nobody looks further
+        ({16: 50, 32: 100, 64: 102, 128: 300}, 32),
+        ({16: 50, 32: 100, 64: 150, 128: 180, 256: 181}, 128),
+        ({16: 50, 32: 100, 64: 150, 128: 180, 256: 0}, 128),  # no memory for 256
+        ({16: 50, 32: 100, 64: 150, 128: 180, 256: 240, 512: 300}, 256),  # a shard holds no more
+    ],
+)
+def test_the_batch_is_the_smallest_that_is_about_as_fast(rates: dict[int, float], best: int) -> None:
+    assert backbone.best_batch(32, 256, rates[32], rates.__getitem__) == best
+
+
+def test_a_batch_is_looked_for_where_computing_takes_long(
+    pixels: np.ndarray, frozen: FrozenBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbone, "_LEAST_BATCH", 1)
+    monkeypatch.setattr(backbone, "_MEASURED_SECONDS", 1e-6)
+    model = FrozenBackbone(SPEC, None, batch_size=2)
+    model.choose_batch(1_999, 4)
+    assert model.batch_size == 2, "it would take longer than it could save"
+    monkeypatch.setattr(backbone, "_FASTER", 1e-6)
+    monkeypatch.setattr(backbone, "_WORTH_SECONDS", 1e-6)
+    model.choose_batch(2_000, 4)
+    assert model.batch_size == 4, "each is taken to be faster"
+    features, _ = model(pixels[:3])
+    np.testing.assert_allclose(features, frozen(pixels[:3])[0], rtol=2**-10, atol=2**-14)
+    monkeypatch.setattr(backbone, "_FASTER", 1e6)
+    model.choose_batch(2_000, 4)
+    assert model.batch_size == 2, "half is taken to be as fast"
+
+
 @pytest.mark.parametrize("layer", ["mixed8", "mixed9", "mixed10"])
 def test_the_cut_carries_the_rest_of_the_network(whole: Any, layer: str) -> None:
     assert cut(whole, layer).output.shape[-1] == whole.get_layer(layer).output.shape[-1]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +26,7 @@ from conftest import ROOT, command_line, environment, icebox, mark, picture, wri
 import pipeline.extract
 import pipeline.shard_task
 from pipeline.backbone import FrozenBackbone
+from pipeline.cache import digests
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, limit, open_dataset
 from pipeline.errors import SpecError, WeightsError
@@ -175,6 +177,55 @@ def test_a_file_changed_after_it_was_hashed_gets_the_key_of_what_was_decoded(
     assert not done.quarantined
     now = {hashlib.sha256(path.read_bytes()).digest() for path in photos.glob("*/*")}
     assert stored(tmp_path / "data").keys() == now, "the copy of the former content has its row too"
+
+
+def test_rows_that_are_added_are_computed_in_batches_of_the_size_the_space_was_begun_with(
+    photos: Path, run: Callable[..., Extraction], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(photos)
+    write_picture(photos / "cats" / "more.png", seed=78)
+    sizes = []
+
+    def noted(*arguments: object) -> FrozenBackbone:
+        sizes.append(arguments[2])
+        return _frozen_backbone(*arguments)
+
+    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", noted)
+    dataset = open_dataset(str(photos), downloads=tmp_path)
+    with open_workspace(tmp_path / "data") as workspace:
+        assert extract(dataset, workspace, FeatureChoice(), ComputeOptions()).computed == 1
+    assert sizes == [4]
+
+
+def test_a_space_says_which_batch_was_measured_to_be_best(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", FrozenBackbone)  # not one that others use too
+    monkeypatch.setattr(FrozenBackbone, "choose_batch", lambda model, rows, most: model._take(rows // 4))
+    dataset = open_dataset(str(photos), downloads=tmp_path)
+    with open_workspace(tmp_path / "data") as workspace:
+        space = extract(dataset, workspace, UNTRAINED, ComputeOptions(shard_rows=8)).space
+        assert space
+        assert space.provenance["batch_size"] == 3
+    sizes = []
+    for path in tmp_path.glob("data/cache/*/shards/*.h5"):
+        with h5py.File(path) as file:
+            sizes.append(len(file["key"]))  # type: ignore[arg-type]
+    assert sorted(sizes) == [6, 6], "whole batches"
+
+
+def test_thousands_of_new_files_are_hashed_while_tensorflow_is_loaded(
+    photos: Path, run: Callable[..., Extraction], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+    monkeypatch.setattr(pipeline.extract, "import_keras", begun.set)
+    monkeypatch.setattr(digests, "_BLOCK", 5)
+    monkeypatch.setattr(digests, "_GRAIN_NS", -(10**18))  # files this fresh are else not remembered
+    run(photos)
+    assert begun.is_set()
+    begun.clear()
+    run(photos)
+    assert not begun.is_set(), "their digests are remembered"
 
 
 def test_auto_takes_the_space_on_disk_that_holds_most(photos: Path, run: Callable[..., Extraction]) -> None:

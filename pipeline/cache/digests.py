@@ -67,11 +67,13 @@ def identify(
     *,
     remember: bool = True,
     read_unseen: bool = True,
+    much_to_hash: Callable[[], None] = lambda: None,
 ) -> Identities:
     """Return the keys of all images of `dataset`, hashing only files whose digest is not remembered.
 
-    `advance(n)` is called after every n images. Without `remember` the index learns nothing. Without `read_unseen`
-    what is behind an address and was never read, or changed since, is not read now either, but noted as unseen.
+    `advance(n)` is called after every n images, `much_to_hash()` when thousands of files turn out to be new, and there
+    are more. Without `remember` the index learns nothing. Without `read_unseen` what is behind an address and was never
+    read, or changed since, is not read now either, but noted as unseen.
     """
     remote.let_go()  # of what an earlier plan may have left
     found = Identities(Keys.unknown(len(dataset)), {})
@@ -79,6 +81,8 @@ def identify(
         for start in range(0, len(dataset), _BLOCK):
             block = range(start, min(start + _BLOCK, len(dataset)))
             fresh = _identify_block(dataset, block, index, pool, found)
+            if fresh and block.stop < len(dataset):
+                much_to_hash()
             _identify_urls(dataset, block, index, found, read_unseen)
             if remember:
                 index.remember_digests(fresh)

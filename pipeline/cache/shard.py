@@ -73,6 +73,33 @@ class Rows:
         return Rows(*(np.concatenate(column) for column in zip(*columns, strict=True)), recipes=recipes)
 
 
+class Gathering:
+    """Rows that come some at a time, at most `most`; each is copied once, to where it stays."""
+
+    def __init__(self, most: int, recipes: Mapping[int, Any]) -> None:
+        self._most = most
+        self._recipes = recipes
+        self._columns: tuple[np.ndarray, ...] = ()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, features: np.ndarray, pooled: np.ndarray, keys: np.ndarray, views: np.ndarray) -> None:
+        """Take rows as `Rows` has them."""
+        some = features, pooled, keys, views
+        if not self._columns:
+            self._columns = tuple(np.empty((self._most, *each.shape[1:]), each.dtype) for each in some)
+        end = self._count + len(keys)
+        for column, values in zip(self._columns, some, strict=True):
+            column[self._count : end] = values
+        self._count = end
+
+    def rows(self) -> Rows:
+        """Return the rows there are, without a copy; at least one must be there."""
+        return Rows(*(column[: self._count] for column in self._columns), recipes=self._recipes)
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """What the index needs to know of a published shard."""
