@@ -134,14 +134,15 @@ def features(
     """Compute the features that are missing, and keep them."""
     import time
 
-    from pipeline import terminal
+    from pipeline import machine, terminal
     from pipeline.compute import ComputeOptions
     from pipeline.dataset import remote
     from pipeline.extract import extract
 
     start = time.perf_counter()
     remote.limit_connections(connections)
-    options = ComputeOptions(shard_rows, batch_size, max_pixels, strict=on_error == "fail")
+    strict, threads = on_error == "fail", machine.usable_cores()
+    options = ComputeOptions(shard_rows, batch_size, max_pixels, strict, threads)
     wanted, cluster = views_choice(context), cluster_choice(context)
     with opened(context) as workspace:
         images = open_dataset(workspace, context)

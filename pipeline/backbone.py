@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ ENGINES = ("keras", "folded")
 ENGINE = "folded"  # of new spaces
 UNTRAINED_RECIPE = "glorot_centred_1"
 
+_MOST_STREAMS = 4
+
 # A batch size is looked for where computing takes long: each one that is tried takes some seconds.
 _WORTH_ROWS = 2_000
 _WORTH_SECONDS = 300.0
@@ -95,13 +98,23 @@ def import_keras() -> Any:
     return keras
 
 
-def limit_threads(count: int) -> None:
-    """Have TensorFlow compute in `count` threads, unless it has computed something in this process already."""
+def streams(cores: int) -> int:
+    """Return how many batches a model computes at a time on so many cores.
+
+    On a CPU each has a few cores, at best one, to itself: two that share the work of a layer wait for each other at
+    its end, and for whatever else one of them has to do. Each stream takes some 200 MB. On a GPU, untried, the
+    features of one batch travel back while the other is computed.
+    """
+    return 2 if machine.gpu_count() else min(cores, _MOST_STREAMS)
+
+
+def limit_threads(of_a_layer: int, layers: int) -> None:
+    """Have TensorFlow compute so many layers at a time, each in so many threads, unless it has computed something."""
     import tensorflow as tf
 
     with contextlib.suppress(RuntimeError):  # how it says that it is too late; slower, perhaps, but as right
-        tf.config.threading.set_intra_op_parallelism_threads(count)
-        tf.config.threading.set_inter_op_parallelism_threads(count)
+        tf.config.threading.set_intra_op_parallelism_threads(of_a_layer)
+        tf.config.threading.set_inter_op_parallelism_threads(layers)
 
 
 @contextlib.contextmanager
@@ -244,14 +257,17 @@ class FrozenBackbone:
     """
 
     def __init__(self, spec: FeatureSpec, weights: Path | None, batch_size: int, threads: int | None = None) -> None:
-        """Build and load it; on a CPU it takes `threads` cores, by default all. Raises WeightsError and SpecError."""
+        """Build and load it. Raises WeightsError and SpecError.
+
+        TensorFlow is told to use `threads` cores for this alone; None leaves its threads as they are.
+        """
         if spec.engine not in ENGINES:
             raise SpecError(f"these features were made by another version of Icebox, its engine {spec.engine!r:.40}")
         if weights is not None:
             weights_file.check(weights)  # before TensorFlow, which takes its time
         import_keras()
         if threads is not None:
-            limit_threads(threads)
+            limit_threads(-(-threads // streams(threads)), streams(threads))
         import tensorflow as tf
 
         if spec.precision == "float16" and not tf.config.list_physical_devices("GPU"):
@@ -289,13 +305,16 @@ class FrozenBackbone:
             return 0.0
 
     def _rate(self) -> float:
+        """Return images/s, all streams together."""
         images = np.zeros((self.batch_size, self.spec.input_size, self.spec.input_size, 3), np.uint8)
         self(images)  # the first call optimises the graph
-        begun, seconds = time.perf_counter(), list[float]()
-        while sum(seconds) < _MEASURED_SECONDS:
-            self(images)
-            seconds.append(time.perf_counter() - begun - sum(seconds))
-        return self.batch_size / min(seconds)
+        count = streams(machine.usable_cores())
+        with ThreadPoolExecutor(count) as pool:
+            begun, seconds = time.perf_counter(), list[float]()
+            while sum(seconds) < _MEASURED_SECONDS:
+                list(pool.map(self, [images] * count))
+                seconds.append(time.perf_counter() - begun - sum(seconds))
+        return count * self.batch_size / min(seconds)
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the features (n, h, w, c) in the storage type and their float32 spatial means (n, c).

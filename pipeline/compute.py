@@ -26,6 +26,7 @@ from pipeline.decoder import Loaded
 from pipeline.errors import DecodeError
 from pipeline.progress import Advance, Progress
 from pipeline.shard_task import (
+    AT_ONCE,
     Met,
     RowsThere,
     Setup,
@@ -33,7 +34,6 @@ from pipeline.shard_task import (
     ShardTask,
     ShardWorker,
     There,
-    at_once,
     nothing_there,
     size_text,
 )
@@ -45,7 +45,6 @@ DEFAULT_BATCH_SIZE = 32
 MAX_BATCH_SIZE = 512
 _ANNOUNCED_FROM = 100  # rows; fewer are done before one has read an estimate
 _TASKS_EACH = 4  # at least, for each of several processes
-_MOST_AT_ONCE = at_once(gpu=True)
 
 Settle = Callable[[ShardTask, ShardDone], None]
 
@@ -125,11 +124,11 @@ class Here:
             settle(task, future.result())
             waiting.popleft()
 
-        with ThreadPoolExecutor(self._worker.at_once, "shard") as pool:
+        with ThreadPoolExecutor(AT_ONCE, "shard") as pool:
             try:
                 for task in tasks:
                     waiting.append((task, pool.submit(self._worker.run, task, advance, stopped.is_set, there)))
-                    if len(waiting) >= self._worker.at_once:
+                    if len(waiting) >= AT_ONCE:
                         settle_first()
                 while waiting:
                     settle_first()
@@ -151,6 +150,7 @@ class ComputeOptions:
     batch_size: int | None = None  # None: that of the space, or what is fastest
     max_pixels: int = images.DEFAULT_MAX_PIXELS
     strict: bool = False  # end at the first image that cannot be decoded
+    threads: int | None = None  # cores that TensorFlow uses for nothing else in this process
 
     def model_batch(self, before: int | None = None) -> int:
         """Return how many images the model is given at once, to begin with: no more than a shard holds.
@@ -234,8 +234,7 @@ def _tasks(job: Job, rows_of: np.ndarray, views: np.ndarray, task_rows: int) -> 
     for start in range(0, len(rows_of), task_rows):
         part = slice(start, start + task_rows)
         origin, at = np.unique(rows_of[part], return_inverse=True)
-        # Of the first ones none knows if another was refused.
-        expected = len(rows_of) if start < _MOST_AT_ONCE * task_rows else 0
+        expected = len(rows_of) if start < AT_ONCE * task_rows else 0  # of whom none knows if another was refused
         yield ShardTask(job.dataset.take(origin), origin, at, views[part], expected)
 
 

@@ -196,7 +196,7 @@ def _crew(setup: Setup, source: _Source, effort: Effort, rows: int, new: bool) -
             yield crew
         return
     logger.info("loading TensorFlow and %s", setup.spec.backbone)
-    with ShardWorker(setup) as worker:
+    with ShardWorker(setup, source.options.threads) as worker:
         if source.options.batch_size is None and new:
             worker.choose_batch(rows, source.options.shard_rows)
         yield Here(worker, effort)

@@ -27,7 +27,7 @@ from pipeline.errors import IceboxError, InterruptedComputationError, UnfitWorke
 from pipeline.fleet_worker import Requirements, run_task, vet
 from pipeline.link import Link, LostError
 from pipeline.progress import Advance
-from pipeline.shard_task import Met, Setup, ShardDone, ShardTask, There, at_once, nothing_there
+from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, There, nothing_there
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +65,7 @@ class _Worker:
 
     def load(self) -> int:
         """Return how many tasks it has in hand; one that is to be alone counts for all."""
-        return self.at_once if any(hand.alone for hand in self.hands.values()) else len(self.hands)
-
-    @property
-    def at_once(self) -> int:
-        """How many tasks it has in hand at most."""
-        return at_once(self.gpu)
+        return AT_ONCE if any(hand.alone for hand in self.hands.values()) else len(self.hands)
 
     @property
     def rate(self) -> float:
@@ -254,11 +249,11 @@ class Fleet:
             fit = [worker for worker in fit if worker.gpu]
         while fit and self._hold_next() and self._next is not None:
             worker, alone = min(fit, key=_Worker.load), self._next.losses >= _MOST_LOSSES
-            if worker.load() >= (1 if alone else worker.at_once):
+            if worker.load() >= (1 if alone else AT_ONCE):
                 return
             number, task = next(self._numbers), self._next
             self._next = None
-            share = worker.gpu and 1 / worker.at_once
+            share = worker.gpu and 1 / AT_ONCE
             future = self._link.submit(
                 worker.address, run_task, task, self._requirements, number, self._unseen, gpu=share
             )

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -15,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import augment, images, machine
-from pipeline.backbone import FrozenBackbone
+from pipeline.backbone import FrozenBackbone, streams
 from pipeline.cache import storage
 from pipeline.cache.index import row_mark
 from pipeline.cache.shard import Gathering, Rows, ShardInfo, write_shard
@@ -26,13 +28,7 @@ from pipeline.spec import PLAIN_VIEW, FeatureSpec, Views
 
 There = Callable[[bytes, int], bool]  # whether the row of this key and view need not be computed
 
-
-def at_once(gpu: bool) -> int:
-    """Return how many tasks a process has in hand: one has the model, the other decodes ahead or writes.
-
-    On a GPU, untried, two share the model: while the features of one travel back, the other's are computed.
-    """
-    return 4 if gpu else 2
+AT_ONCE = 2  # tasks a process has in hand: one has the model, the other decodes ahead or writes
 
 
 def nothing_there(key: bytes, view: int) -> bool:
@@ -141,22 +137,28 @@ class ShardDone:
 
 
 class ShardWorker:
-    """Runs tasks of one setup, some `at_once` in threads. Leaving the context ends decoding processes."""
+    """Runs tasks of one setup, `AT_ONCE` of them in threads at a time. Leaving the context ends decoding processes."""
 
     def __init__(self, setup: Setup, threads: int | None = None) -> None:
-        """Load the model; `threads` limits the cores it and the decoding take. Raises WeightsError and SpecError."""
+        """Load the model. Raises WeightsError and SpecError.
+
+        It and the decoding get `threads` cores, which TensorFlow has to itself then; None: all there are, with
+        TensorFlow's threads as they are.
+        """
         self.setup = setup
         remote.limit_connections(setup.connections)
         self._model = FrozenBackbone(setup.spec, setup.weights, setup.batch_size, threads)
         self._decoders = Decoders(setup.spec.input_size, setup.spec.fit, setup.max_pixels)
         self._pool = decoding_pool(threads)
-        self.at_once = at_once(gpu := bool(machine.gpu_count()))
-        self._turn = threading.Semaphore(2 if gpu else 1)  # for those who want the model
+        self._streams = streams(threads or machine.usable_cores())
+        self._models = ThreadPoolExecutor(self._streams, "model")
+        self._turn = threading.Lock()
 
     def __enter__(self) -> ShardWorker:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._models.shutdown(cancel_futures=True)
         self._pool.shutdown(cancel_futures=True)
         self._decoders.__exit__(*error)
 
@@ -192,12 +194,11 @@ class ShardWorker:
         with closing(self._decoded(task, met, advance, stopped, there)) as decoded:
             batches = batched(decoded, self._model.batch_size)
             first = [batch for batch in [next(batches, None)] if batch]  # decoded before it is our turn
-            with self._turn:
-                for batch in chain(first, batches):
-                    asked = time.perf_counter()
-                    self._compute(batch, made)
-                    model_seconds += time.perf_counter() - asked
-                    advance(len(batch))
+            with closing(self._computed(chain(first, batches))) as computed:
+                for rows, seconds in computed:
+                    made.add(rows)
+                    model_seconds += seconds / self._streams
+                    advance(len(rows))
         shard = self._publish(made.rows(), task.expected) if len(made) else None
         return ShardDone(shard, met, model_seconds)
 
@@ -245,11 +246,24 @@ class ShardWorker:
             for view in views
         ]
 
-    def _compute(self, batch: list[Loaded], made: Gathering) -> None:
+    def _computed(self, batches: Iterator[list[Loaded]]) -> Generator[tuple[Rows, float]]:
+        """Yield each batch's rows and the seconds the model took, in order; another task may follow at once."""
+        waiting = deque[Future[tuple[Rows, float]]]()
+        with self._turn:
+            for batch in batches:
+                waiting.append(self._models.submit(self._compute, batch))
+                if len(waiting) > self._streams:
+                    yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _compute(self, batch: list[Loaded]) -> tuple[Rows, float]:
+        start = time.perf_counter()
         features, pooled = self._model(np.stack([image.pixels for image in batch if image.pixels is not None]))
         keys = np.frombuffer(b"".join(image.key for image in batch if image.key is not None), np.uint8)
         views = np.array([image.view for image in batch], np.int64)
-        made.add(features, pooled, keys.reshape(-1, 32), views)
+        rows = Rows(features, pooled, keys.reshape(-1, 32), views, self.setup.views.recipes)
+        return rows, time.perf_counter() - start
 
     def _publish(self, rows: Rows, expected: int) -> ShardInfo:
         def check(size: int) -> None:

@@ -85,12 +85,12 @@ class Gathering:
     def __len__(self) -> int:
         return self._count
 
-    def add(self, features: np.ndarray, pooled: np.ndarray, keys: np.ndarray, views: np.ndarray) -> None:
-        """Take rows as `Rows` has them."""
-        some = features, pooled, keys, views
+    def add(self, rows: Rows) -> None:
+        """Copy some more."""
+        some = rows.features, rows.pooled, rows.keys, rows.views
         if not self._columns:
             self._columns = tuple(np.empty((self._most, *each.shape[1:]), each.dtype) for each in some)
-        end = self._count + len(keys)
+        end = self._count + len(rows)
         for column, values in zip(self._columns, some, strict=True):
             column[self._count : end] = values
         self._count = end
