@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 GFLOP = 11.4  # of an image
 SIDE = 4096
-BATCH, SECONDS = 32, 12.0
+BATCH, SECONDS = 16, 12.0
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline import images
+from pipeline import images, machine
 from pipeline.cache import storage
 from pipeline.cache.digests import Identities
 from pipeline.cache.index import Index
@@ -157,11 +157,16 @@ class ComputeOptions:
 
         `before` is what a space was begun with: its rows are all to be rounded alike.
         """
-        return min(self.batch_size or before or DEFAULT_BATCH_SIZE, self.shard_rows)
+        return min(self.batch_size or before or default_batch(), self.shard_rows)
 
     def task_rows(self, batch: int) -> int:
         """Return how many rows make a shard: whole batches."""
         return self.shard_rows // batch * batch
+
+
+def default_batch() -> int:
+    """Return the batch size of a new space: on a CPU larger ones are no faster, and more of the last one is padding."""
+    return DEFAULT_BATCH_SIZE if machine.gpu_count() else DEFAULT_BATCH_SIZE // 2
 
 
 def batch_of(space: FeatureSpace | None) -> int | None:
