@@ -3,9 +3,9 @@
     python benchmarks/encodings.py --data DIR --space NAME --rows 1024 --runs 5
 
 The rows must be in the cache of `--data`. Each encoding is written to memory, and read back by one thread, in turn, so
-often; then the cache's own way is read by two threads and by two processes. Two that no filter can make are done by hand:
-the channels first, and a bitmap of what is not 0 with its values. Prints one JSON object: KiB an image, and images/s,
-medians with the lowest and the highest.
+often; then the cache's own way is read by two threads and by two processes. Two that no filter can make are done by
+hand: the channels first, and a bitmap of what is not 0 with its values. Prints one JSON object: KiB an image, and
+images/s, medians with the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipeline.cache.shard import row_filters  # noqa: E402
 ROW = (8, 8, 2048)
 
 
-def blosc2(name: str, level: int, filters: int) -> dict[str, Any]:
+def blosc2(name: Any, level: int, filters: int) -> dict[str, Any]:
     return dict(hdf5plugin.Blosc2(cname=name, clevel=level, filters=filters))
 
 
