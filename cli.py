@@ -111,8 +111,8 @@ def features(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Images the model is given at once.  [default: that of the space; in a new one 16, on a GPU 32, or what "
-            "is measured to be fastest if computing takes over five minutes]",
+            help="Images the model is given at once.  [default: that of the space; in a new one 16, on a GPU 32, "
+            "or what is measured to be fastest if computing takes over five minutes]",
             min=1,
             max=512,
         ),

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--images", type=int, default=2500)
     parser.add_argument("--of-peers", type=int, help="images that the others get; by default as many")
-    parser.add_argument("--float32", type=int, help="images that we get in float32; by default as many")
+    parser.add_argument("--float32", type=int, default=500, help="images that we get in float32; 0: not at all")
     parser.add_argument("--requalities", action="store_true")
     parser.add_argument("--thingsvision", type=Path, help="the Python of an environment that has it")
     given = parser.parse_args()
@@ -44,11 +44,11 @@ def main() -> None:
         for _ in range(given.runs):
             for name, value in one_run(given, folder).items():
                 rates.setdefault(name, []).append(value)
-    pairs = [("bfloat16", other) for other in rates if other not in ("bfloat16", "float32", "bare float32")]
-    pairs += [("float32", other) for other in rates if other not in ("bfloat16", "float32", "bare bfloat16")]
     ratios = {
         f"{mine} / {other}": spread([a / b for a, b in zip(rates[mine], rates[other], strict=True)])
-        for mine, other in pairs
+        for mine in ("bfloat16", "float32")
+        for other in (f"bare {mine}", "keras", "thingsvision")
+        if mine in rates and other in rates
     }
     print(json.dumps({"images_per_second": {k: spread(v) for k, v in rates.items()}, "ratios": ratios}, indent=1))
 
@@ -57,9 +57,10 @@ def one_run(given: argparse.Namespace, folder: Path) -> dict[str, float]:
     found = {
         "bfloat16": ours(folder, given.weights, "bfloat16", given.images),
         "bare bfloat16": rate("ours", "bfloat16", given.weights),
-        "float32": ours(folder, given.weights, "float32", given.float32 or given.images),
-        "bare float32": rate("ours", "float32", given.weights),
     }
+    if given.float32:
+        found["float32"] = ours(folder, given.weights, "float32", given.float32)
+        found["bare float32"] = rate("ours", "float32", given.weights)
     limit = str(given.of_peers or given.images)
     script = str(PEERS / "keras_features.py")
     found["keras"] = peer([sys.executable, script, str(folder), "--weights", str(given.weights), "--limit", limit])
