@@ -14,7 +14,7 @@ CLI  := $(BIN)/python cli.py
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart features train-head freeze finetune sweep test lint check format clean
+.PHONY: help setup quickstart features train-head freeze finetune sweep bench test lint check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ finetune: setup ## fine-tune the backbone's last layers on cached rows of DATASE
 
 sweep: setup ## try heads and settings on the cached features of DATASET
 	$(CLI) sweep --dataset "$$DATASET" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
+
+bench: $(VENV)/.ready-dev ## measure speed, size and safety on DATASET, a folder, with WEIGHTS, a file: two hours
+	$(BIN)/python benchmarks/all.py --dataset "$$DATASET" --weights "$$WEIGHTS"
 
 test: $(VENV)/.ready-dev ## set up and run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal

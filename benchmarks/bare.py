@@ -82,11 +82,10 @@ def ours(precision: str, weights: Path) -> float:
     from pipeline import machine
     from pipeline.backbone import FrozenBackbone, streams
     from pipeline.extract import FeatureChoice, new_spec
-    from pipeline.weights import Weights
 
-    given = Weights("file", "sha256:" + hashlib.sha256(weights.read_bytes()).hexdigest(), weights)
     cores = machine.usable_cores()
-    model = FrozenBackbone(new_spec(FeatureChoice(precision=precision), given), weights, BATCH, cores)
+    spec = new_spec(FeatureChoice(precision=precision), weights_of(weights))
+    model = FrozenBackbone(spec, weights, BATCH, cores)
     images = pixels()
     with ThreadPoolExecutor(streams(cores)) as pool:
 
@@ -95,6 +94,13 @@ def ours(precision: str, weights: Path) -> float:
             return len(done) * BATCH
 
         return timed(once)
+
+
+def weights_of(path: Path) -> Any:
+    """Return a weights file as `features --weights` takes it."""
+    from pipeline.weights import Weights
+
+    return Weights("file", "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest(), path)
 
 
 def openvino(precision: str, weights: Path) -> float:

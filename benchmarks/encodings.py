@@ -1,6 +1,6 @@
 """How small, and how fast to write and to read, are the same rows under other filters, levels and chunk shapes?
 
-    python benchmarks/encodings.py --data DIR --space NAME --rows 1024 --runs 5
+    python benchmarks/encodings.py --data DIR --rows 1024 --runs 5
 
 The rows must be in the cache of `--data`. Each encoding is written to memory, and read back by one thread, in turn, so
 often; then the cache's own way is read by two threads and by two processes. Two that no filter can make are done by
@@ -64,11 +64,12 @@ def encodings(rows: np.ndarray) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--space", required=True)
+    parser.add_argument("--space", help="by default one of features in bfloat16")
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--runs", type=int, default=5)
     given = parser.parse_args()
-    paths = sorted((given.data / "cache" / given.space / "shards").glob("*.h5"))
+    space = given.data / "cache" / given.space if given.space else in_bfloat16(given.data / "cache")
+    paths = sorted((space / "shards").glob("*.h5"))
     rows, pooled = stored(paths, given.rows)
     result: dict[str, Any] = {"rows": len(rows), "zeros": round(float((rows == 0).mean()), 3), "encodings": {}}
     measured: dict[str, list[tuple[float, float, float]]] = {}
@@ -85,6 +86,14 @@ def main() -> None:
         result["encodings"][name] = {"KiB": kib["median"], "write": writing, "read": reading}
     result["read_from_disk"] = parallel(paths, given.runs)
     print(json.dumps(result, indent=1))
+
+
+def in_bfloat16(cache: Path) -> Path:
+    """Return a feature space on disk that was computed in bfloat16."""
+    for path in sorted(cache.glob("*/space.json")):
+        if json.loads(path.read_text())["spec"]["precision"] == "bfloat16":
+            return path.parent
+    sys.exit(f"error: no features in bfloat16 in {cache}; compute some by `features --precision bfloat16`")
 
 
 def stored(paths: list[Path], count: int) -> tuple[np.ndarray, np.ndarray]:

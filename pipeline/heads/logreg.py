@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _SKOPS_FILE = "head.skops"
 _FOLDS = 5
+_WORSE = 2  # larger C in a row that are worse than the best so far: then no more are tried
 _WORTH_THREADS = 2**24  # numbers: below, threads of the linear algebra wait for each other longer than they work
 _TEMPERATURES = (0.05, 20.0)
 
@@ -129,11 +130,18 @@ def fit_logreg(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
         history.append(entry)
         watch.note(entry)
         watch.advance(1)
-    chosen = int(np.argmin([fit.val_loss for fit in fits] if losses is None else losses))
+        if losses is None and len(fits) - 1 - _best([fit.val_loss for fit in fits]) >= _WORSE:
+            watch.advance(len(path) - len(fits))  # a larger C takes longer than all before it, and overfits more
+            break
+    chosen = _best([fit.val_loss for fit in fits] if losses is None else losses)
     best = fits[chosen]
     _warn(best, fits, settings["max_iter"])
     facts: dict[str, float | bool] = {"C": best.c, "converged": best.converged, "temperature": best.temperature}
     return Fitted(LogregHead(make_pipeline(scaler, best.regression), data.classes), history, "C", None, facts)
+
+
+def _best(losses: Sequence[float] | np.ndarray) -> int:
+    return int(np.argmin(losses))
 
 
 def _along(

@@ -1,0 +1,45 @@
+"""The benchmarks can be run: each says how, and the one that runs the others knows what all of them take."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+FOLDER = ROOT / "benchmarks"
+PROGRAMS = sorted(path.name for path in FOLDER.glob("*.py"))
+
+
+def help_of(name: str) -> str:
+    done = subprocess.run([sys.executable, str(FOLDER / name), "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_benchmark_says_what_it_does_and_how_it_is_called(name: str) -> None:
+    text = help_of(name)
+    assert f"benchmarks/{name}" in text, "an example"
+    assert f"`{name}`" in (FOLDER / "README.md").read_text(), "and what came out"
+
+
+def test_all_of_them_are_called_with_options_they_have(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from all import commands  # type: ignore[import-not-found]
+
+    for quick in (False, True):
+        given = argparse.Namespace(dataset=tmp_path, weights=tmp_path, thingsvision=None, quick=quick)
+        for name, options in commands(given, "data").items():
+            text = help_of(f"{name}.py")
+            assert not {each for each in options if each.startswith("--") and each not in text}
+
+
+def test_nothing_is_measured_without_images_and_weights(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "all.py"), "--dataset", "digits", "--weights", "auto"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == "error: digits is not there; DATASET= must be a folder of images, WEIGHTS= a file\n"
