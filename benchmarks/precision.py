@@ -88,7 +88,7 @@ def compared(given: argparse.Namespace, head: str, spaces: dict[str, str]) -> di
         right = [answers(given.data / "runs" / some[0]["run"]) for some in runs.values()]
         only = [int((a & ~b).sum()) for a, b in (right, right[::-1])]
         result["right_with_one_alone"] = only
-        result["p_value"] = round(binomtest(only[0], max(1, sum(only))).pvalue, 3)
+        result["p_value"] = round(float(cast(Any, binomtest(only[0], max(1, sum(only)))).pvalue), 3)
         return result
     for precision, values in accuracies.items():
         result[precision]["deviation"] = round(float(np.std(values, ddof=1)), 4)

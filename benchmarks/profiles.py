@@ -86,7 +86,8 @@ def traced(name: str, step: Callable[[], object]) -> None:
     import tensorflow as tf
     from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-    step(), step()
+    for _ in range(2):  # the first ones compile
+        step()
     with tempfile.TemporaryDirectory() as folder:
         tf.profiler.experimental.start(folder)
         for _ in range(STEPS):

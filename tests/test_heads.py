@@ -305,6 +305,22 @@ def test_without_patience_every_epoch_is_run_and_the_best_is_kept(unlearnable: D
     assert done.facts["best_epoch"] == int(np.argmin(losses)) + 1
 
 
+def test_no_larger_c_is_tried_after_two_that_were_worse() -> None:
+    (train, labels), (val, truth) = separable("logreg", 90, 1), separable("logreg", 60, 2)
+    noisy = np.random.default_rng(8).integers(0, 3, 60)
+    data = Data(train, labels, val, np.where(np.arange(60) % 2, truth, noisy), 3)  # sure of itself is often wrong
+    steps: list[float] = []
+    spec = make("logreg", calibrate=False)
+    done = fit(spec, data, Watch(steps.append))
+    losses = [entry["val_loss"] for entry in done.history]
+    best = int(np.argmin(losses))
+    assert len(losses) == best + 1 + 2 < 7
+    assert done.facts["C"] == done.history[best]["C"]
+    assert sum(steps) == heads.steps(spec)
+    by_folds = fit(make("logreg", calibrate=False, select="cv"), data, Watch())
+    assert len(by_folds.history) == 7, "folds have been fitted at each by then"
+
+
 def test_a_learning_rate_may_be_a_whole_number() -> None:
     assert len(fit(make("gap", epochs=1, learning_rate=1), material("gap"), Watch()).history) == 1
 
