@@ -23,6 +23,11 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 PRECISIONS = ("bfloat16", "float32")
+HEADS = {
+    "gap": ["--epochs", "50", "--patience", "8"],
+    "flatten": ["--epochs", "12", "--patience", "4"],
+    "logreg": [],
+}
 
 
 def main() -> None:
@@ -38,7 +43,7 @@ def main() -> None:
         spaces[precision] = done["space"]
         print(json.dumps(done), file=sys.stderr, flush=True)
     result: dict[str, Any] = {"errors": errors(given, spaces), "accuracy": {}}
-    for head in ("gap", "flatten", "logreg"):
+    for head in HEADS:
         result["accuracy"][head] = compared(given, head, spaces)
         print(head, json.dumps(result["accuracy"][head]), file=sys.stderr, flush=True)
     print(json.dumps(result, indent=1))
@@ -73,7 +78,7 @@ def errors(given: argparse.Namespace, spaces: dict[str, str]) -> dict[str, dict[
 def compared(given: argparse.Namespace, head: str, spaces: dict[str, str]) -> dict[str, Any]:
     from scipy.stats import binomtest, ttest_ind
 
-    seeds = range(1 if head == "logreg" else given.seeds)
+    seeds, options = range(1 if head == "logreg" else given.seeds), ["--head", head, *HEADS[head]]
     runs = {
         precision: [
             icebox(given, "train-head", "--head", head, "--space", space, "--seed", str(seed)) for seed in seeds
