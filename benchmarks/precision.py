@@ -80,9 +80,7 @@ def compared(given: argparse.Namespace, head: str, spaces: dict[str, str]) -> di
 
     seeds, options = range(1 if head == "logreg" else given.seeds), ["--head", head, *HEADS[head]]
     runs = {
-        precision: [
-            icebox(given, "train-head", "--head", head, "--space", space, "--seed", str(seed)) for seed in seeds
-        ]
+        precision: [icebox(given, "train-head", *options, "--space", space, "--seed", str(seed)) for seed in seeds]
         for precision, space in spaces.items()
     }
     accuracies = {precision: [run["accuracy"] for run in some] for precision, some in runs.items()}
