@@ -170,9 +170,14 @@ def default_batch() -> int:
 
 
 def batch_of(space: FeatureSpace | None) -> int | None:
-    """Return the batch size a space was begun with, if it says so: another one rounds otherwise."""
+    """Return the batch size a space was begun with, if it says so, or less where this machine is a smaller one."""
     stored = space.provenance.get("batch_size") if space else None
-    return stored if isinstance(stored, int) and 0 < stored <= MAX_BATCH_SIZE else None
+    return min(stored, most_of_batch()) if isinstance(stored, int) and stored > 0 else None
+
+
+def most_of_batch() -> int:
+    """Return the largest batch that is taken unasked: an image of one takes some 10 MB, more than once on a CPU."""
+    return MAX_BATCH_SIZE if machine.gpu_count() else 2 * DEFAULT_BATCH_SIZE
 
 
 @dataclass(frozen=True)

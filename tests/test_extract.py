@@ -25,9 +25,10 @@ from conftest import ROOT, command_line, environment, icebox, mark, picture, wri
 
 import pipeline.extract
 import pipeline.shard_task
+from pipeline import machine
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache import digests
-from pipeline.compute import ComputeOptions
+from pipeline.compute import ComputeOptions, batch_of
 from pipeline.dataset import Dataset, limit, open_dataset
 from pipeline.errors import SpecError, WeightsError
 from pipeline.extract import Extraction, FeatureChoice, extract
@@ -212,6 +213,20 @@ def test_a_space_says_which_batch_was_measured_to_be_best(
         with h5py.File(path) as file:
             sizes.append(len(file["key"]))  # type: ignore[arg-type]
     assert sorted(sizes) == [6, 6], "whole batches"
+
+
+def test_a_processor_does_not_take_the_large_batches_of_a_gpu(
+    photos: Path, run: Callable[..., Extraction], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = run(photos).space
+    assert made
+    about = json.loads((made.path / "space.json").read_text())
+    for stored, gpus, expected in ((512, 0, 64), (512, 1, 512), (8, 0, 8), (0, 0, None), ("32", 0, None)):
+        about["made_by"]["batch_size"] = stored
+        (made.path / "space.json").write_text(json.dumps(about))
+        monkeypatch.setattr(machine, "gpu_count", lambda gpus=gpus: gpus)
+        with open_workspace(tmp_path / "data") as workspace:
+            assert batch_of(workspace.cache.open(made.name)) == expected
 
 
 def test_thousands_of_new_files_are_hashed_while_tensorflow_is_loaded(
