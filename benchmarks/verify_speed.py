@@ -8,6 +8,7 @@ after the first turn, so this is what the processor allows; on a slow disk both 
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -18,9 +19,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    data = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    data = parser.parse_args().data
     files = sorted(map(str, data.glob("cache/*/shards/[!.]*.h5")))
     size = sum(Path(file).stat().st_size for file in files)
     # The whole command with its start, and the share of it that is spent reading.

@@ -148,7 +148,7 @@ def test_a_file_that_changes_meanwhile_is_answered_as_it_is_now(
     expected = probabilities(said([deployed.run("gap")], [deployed.files[i] for i in (9, 0, 1, 2)], elsewhere))
     monkeypatch.setattr(predict, "identify", before)
     answers = said([deployed.run("gap")], paths, elsewhere)
-    assert np.abs(probabilities(answers) - expected).max() < 1e-6
+    assert np.abs(probabilities(answers) - expected).max() < 1e-5, "but for rounding: they come in another batch"
     assert [answer.reason for answer in answers] == ["", "", NO_IMAGE, "", GONE, ""]
 
 
