@@ -42,12 +42,14 @@ def encodings(rows: np.ndarray) -> dict[str, dict[str, Any]]:
     plain, shuffle, bits = hdf5plugin.Blosc2.NOFILTER, hdf5plugin.Blosc2.SHUFFLE, hdf5plugin.Blosc2.BITSHUFFLE
     row = {"chunks": (1, *ROW)}
     ways: dict[str, dict[str, Any]] = {
-        "the cache's: Blosc2 zstd 1, Fletcher32": row_filters("features", rows.shape, rows.dtype),
+        "the cache's: Zstd 1, Fletcher32": row_filters("features", rows.shape, rows.dtype),
         "without Fletcher32": row | blosc2("zstd", 1, plain),
         "none": row,
         "gzip 4, shuffle": row | {"compression": "gzip", "compression_opts": 4, "shuffle": True},
         "lzf, shuffle": row | {"compression": "lzf", "shuffle": True},
         "Bitshuffle lz4": row | dict(hdf5plugin.Bitshuffle(cname="lz4")),
+        "Blosc2 zstd 1": row | blosc2("zstd", 1, plain),
+        "Zstd 2": row | dict(hdf5plugin.Zstd(clevel=2)),
         "Zstd 3": row | dict(hdf5plugin.Zstd(clevel=3)),
         "Zstd 3, shuffle": row | {"shuffle": True} | dict(hdf5plugin.Zstd(clevel=3)),
         "Blosc2 lz4": row | blosc2("lz4", 1, plain),

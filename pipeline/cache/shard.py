@@ -2,7 +2,7 @@
 
 Layout (version 1), row i being one image and one view of it:
 
-    features (n, h, w, c)  float16 or float32, one row a chunk, Blosc2 (zstd) and Fletcher32
+    features (n, h, w, c)  float16 or float32, one row a chunk, Zstandard and Fletcher32
     pooled   (n, c)        float32 spatial means, taken before rounding to the storage type, likewise, bytes shuffled
     key      (n, 32)       uint8, sha256 of the image's encoded bytes (or raw pixels)
     view     (n,)          int64, 0 for the plain image
@@ -178,9 +178,9 @@ def row_filters(dataset: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[s
     whole_row = dataset == "features"
     rows = 1 if whole_row else max(1, min(shape[0], _CHUNK_BYTES // row_bytes))
     # Most features are 0: sorted by significance, the bytes of the others take a tenth more room and time to unpack.
-    shuffle = hdf5plugin.Blosc2.NOFILTER if whole_row else hdf5plugin.Blosc2.SHUFFLE
-    blosc = hdf5plugin.Blosc2(cname="zstd", clevel=1, filters=shuffle)
-    return {"chunks": (rows, *shape[1:]), "fletcher32": True, **blosc}
+    # Blosc2, which cuts a row into blocks first, is no smaller, and slower both ways (benchmarks/encodings.py).
+    zstd = hdf5plugin.Zstd(clevel=1)
+    return {"chunks": (rows, *shape[1:]), "fletcher32": True, "shuffle": not whole_row, **zstd}
 
 
 def read_info(path: Path, spec: FeatureSpec) -> ShardInfo:
