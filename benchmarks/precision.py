@@ -52,7 +52,7 @@ def main() -> None:
 def icebox(given: argparse.Namespace, command: str, *options: str) -> dict[str, Any]:
     line = [sys.executable, str(ROOT / "cli.py"), "--data-dir", str(given.data), command, "--json"]
     line += ["--dataset", given.dataset, *options]
-    return json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout)
+    return json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def errors(given: argparse.Namespace, spaces: dict[str, str]) -> dict[str, dict[str, float]]:
@@ -78,9 +78,10 @@ def errors(given: argparse.Namespace, spaces: dict[str, str]) -> dict[str, dict[
 def compared(given: argparse.Namespace, head: str, spaces: dict[str, str]) -> dict[str, Any]:
     from scipy.stats import binomtest, ttest_ind
 
-    seeds, options = range(1 if head == "logreg" else given.seeds), ["--head", head, *HEADS[head]]
+    options = ["--head", head, *HEADS[head]]
+    seeds = [[]] if head == "logreg" else [["--seed", str(seed)] for seed in range(given.seeds)]
     runs = {
-        precision: [icebox(given, "train-head", *options, "--space", space, "--seed", str(seed)) for seed in seeds]
+        precision: [icebox(given, "train-head", *options, "--space", space, *seed) for seed in seeds]
         for precision, space in spaces.items()
     }
     accuracies = {precision: [run["accuracy"] for run in some] for precision, some in runs.items()}

@@ -51,3 +51,8 @@ def chunk_places(path: Path, dataset: str) -> list[tuple[int, int]]:
         handle: Any = file[dataset]
         chunks = (handle.id.get_chunk_info(i) for i in range(handle.id.get_num_chunks()))
         return [(chunk.byte_offset, chunk.size) for chunk in chunks]
+
+
+def spoil(path: Path) -> None:
+    """Flip a bit of the first row's features, which only a reading of the data can notice."""
+    flip(path, chunk_places(path, "features")[0][0] + 5)

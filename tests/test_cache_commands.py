@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SPEC, icebox, mark, write_picture
-from made import flip, made
+from made import made, spoil
 
 from pipeline.cache.digests import digest, identify
 from pipeline.cache.shard import Rows
@@ -207,7 +207,7 @@ def test_verify_names_what_is_wrong_and_mends_it(data: Path, images: list[Path],
     fill(data, images)
     shards = sorted(data.glob("cache/*/shards/*.h5"))
     assert icebox(data, "cache", "verify", "--read-data", "--json").json["problems"] == []
-    flip(shards[2], 2000)
+    spoil(shards[2])
     done = icebox(data, "cache", "verify", "--read-data", "--json")
     assert done.code == 1
     (problem,) = done.json["problems"]

@@ -130,7 +130,7 @@ def without_index(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -
 def damaged(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tmp_path_factory.mktemp("damaged") / "data"
     shutil.copytree(undisturbed, data)
-    made.flip(shards_of(data)[0], 5000)
+    made.spoil(shards_of(data)[0])
     return data
 
 

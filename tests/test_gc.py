@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import icebox, write_picture
 from faults import Watcher, disk_full, watched
-from made import SPEC, add, flip, key, made, shard_file
+from made import SPEC, add, key, made, shard_file, spoil
 
 from pipeline import runs
 from pipeline.cache import gc
@@ -126,7 +126,7 @@ def test_leftovers_of_killed_runs_go(cache: Cache, space: FeatureSpace) -> None:
 
 
 def test_what_verify_moved_aside_goes_when_asked(cache: Cache, space: FeatureSpace) -> None:
-    flip(shard_file(space, add(space, [1, 2])), 500)
+    spoil(shard_file(space, add(space, [1, 2])))
     verify(cache, sample=1.0, repair=True)
     assert collect(cache, Keep()).leftovers == 0
     assert collect(cache, Keep(), damaged=True).leftovers == 1
@@ -136,7 +136,7 @@ def test_what_verify_moved_aside_goes_when_asked(cache: Cache, space: FeatureSpa
 def test_a_damaged_shard_is_left_to_verify(cache: Cache, space: FeatureSpace) -> None:
     """Its rows cannot be taken along, and it may be all that is left of them."""
     good, bad = add(space, [1]), add(space, [2])
-    flip(shard_file(space, bad), 500)
+    spoil(shard_file(space, bad))
     cache.index.forget_shards(space.name, [bad.name])
     collect(cache, Keep())
     assert names(space) == {good.name, bad.name}
@@ -237,7 +237,7 @@ def test_gc_beside_a_damaged_shard_loses_no_row_that_could_be_read(
     damaged, *others = add(space, [1, 2, 3]), add(space, [3, 4]), add(space, [5, 6]), add(space, [7, 8, 9])
     path = shard_file(space, damaged)
     if harm == "flip":
-        flip(path, 3000)
+        spoil(path)
     elif harm == "cut":
         path.write_bytes(path.read_bytes()[:-10])
     elif harm == "swap":
@@ -255,7 +255,7 @@ def test_gc_beside_a_damaged_shard_loses_no_row_that_could_be_read(
 
 def test_a_dry_run_beside_a_damaged_shard_changes_nothing(cache: Cache, space: FeatureSpace) -> None:
     damaged, _ = add(space, [1, 2]), add(space, [3, 4])
-    flip(shard_file(space, damaged), 3000)
+    spoil(shard_file(space, damaged))
     collect(cache, Keep(), dry_run=True)
     assert space.index.shards(space.name)[damaged.name].state == "good"
 

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import icebox, write_picture
-from made import SPEC, add, chunk_places, flip, key, made, shard_file
+from made import SPEC, add, chunk_places, flip, key, made, shard_file, spoil
 
 import cli
 from pipeline.cache import storage
@@ -108,7 +108,7 @@ def test_a_cut_shard_is_found_wherever_it_was_cut(
 
 def test_looking_changes_nothing(cache: Cache, space: FeatureSpace, shards: list[ShardInfo]) -> None:
     path = shard_file(space, shards[0])
-    flip(path, chunk_places(path, "features")[0][0] + 5)
+    spoil(path)
     shard_file(space, shards[1]).unlink()
     before = sorted((each, each.read_bytes()) for each in cache.root.rglob("*") if each.is_file())
     first, second = found(verify(cache, sample=1.0)), found(verify(cache, sample=1.0))
@@ -150,7 +150,7 @@ def test_a_sample_reads_its_share_and_sees_all_in_the_long_run(
     cache: Cache, space: FeatureSpace, shards: list[ShardInfo]
 ) -> None:
     path = shard_file(space, shards[3])
-    flip(path, chunk_places(path, "features")[0][0] + 5)  # which a quick look cannot see
+    spoil(path)  # which a quick look cannot see
     assert verify(cache).sound
     runs = [verify(cache, sample=0.25) for _ in range(60)]
     assert {done.bytes_read for done in runs} <= {info.bytes for info in shards}
@@ -200,7 +200,7 @@ def test_damage_met_while_the_index_is_derived_again_is_passed_over_and_found(
     cache: Cache, space: FeatureSpace, shards: list[ShardInfo], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = shard_file(space, shards[1])
-    flip(path, chunk_places(path, "features")[0][0] + 5)  # layout, keys and views are whole
+    spoil(path)  # layout, keys and views are whole
     cache.close()
     cache.index.path.unlink()
     again = Cache(cache.root)
@@ -238,7 +238,7 @@ def test_rows_read_back_are_those_written_after_all_that(
     cache: Cache, space: FeatureSpace, shards: list[ShardInfo]
 ) -> None:
     path = shard_file(space, shards[0])
-    flip(path, 2000)
+    spoil(path)
     verify(cache, sample=1.0, repair=True)
     add(space, sorted(rows_of(shards, 0)))
     keys = [key(n) for n in range(4 * ROWS)]
