@@ -1,6 +1,6 @@
 """Every measurement that `benchmarks/README.md` reports of speed, size and safety, one after the other.
 
-    python benchmarks/all.py --dataset FOLDER --weights FILE [--thingsvision ENV/bin/python] [--quick]
+    python benchmarks/all.py --dataset FOLDER --weights FILE [--photos FOLDER] [--thingsvision ENV/bin/python] [--quick]
 
 Each program writes its JSON to `benchmarks/results/NAME.json`, beside it what machine, versions, command and date it is
 of. Features are kept in a folder of their own, which is removed at the end. Takes some two hours on two cores, with
@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, required=True, help="a folder of images, one folder a class")
     parser.add_argument("--weights", type=Path, required=True, help="a weights file of InceptionV3 without top")
+    parser.add_argument("--photos", type=Path, help="a folder of photographs, for `photos`: each in five qualities")
     parser.add_argument("--thingsvision", type=Path, help="the Python of an environment that has it")
     parser.add_argument("--quick", action="store_true", help="few images, one run")
     parser.add_argument("--only", help="names, separated by commas")
@@ -42,40 +43,44 @@ def main() -> None:
             sys.exit(f"error: {path} is not there; DATASET= must be a folder of images, WEIGHTS= a file")
     RESULTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as data:
-        for name, options in commands(given, data).items():
+        for name, (program, options) in commands(given, data).items():
             if given.only is None or name in given.only.split(","):
-                measured(name, options, data)
+                measured(name, program, options)
 
 
-def commands(given: argparse.Namespace, data: str) -> dict[str, list[str]]:
-    """Return the options of each program, in their order: some need the features that one before them computed."""
+def commands(given: argparse.Namespace, data: str) -> dict[str, tuple[str, list[str]]]:
+    """Return each program with its options, in their order: some need the features that one before them computed."""
     dataset, weights = str(given.dataset.resolve()), str(given.weights.resolve())
     of_both = ["--dataset", dataset, "--data", data]
     runs = ["--runs", "1" if given.quick else "5"]
-    extraction = [dataset, "--weights", weights, *runs]
-    extraction += ["--images", "128", "--float32", "96", "--of-peers", "96"] if given.quick else ["--of-peers", "500"]
-    if given.thingsvision:
-        extraction += ["--thingsvision", str(given.thingsvision)]
     few = given.quick
-    return {
+    peers = ["--thingsvision", str(given.thingsvision)] if given.thingsvision else []
+    brief = ["--images", "128", "--float32", "96", "--of-keras", "96", "--of-thingsvision", "96"]
+    extraction = ["--weights", weights, *runs, *peers]
+    of_one = {
         "precision": [*of_both, "--weights", weights, "--seeds", "2" if few else "5"],
         "startup": [*of_both, *runs, "--files", "2000" if few else "100000"],
         "flatten": [*of_both, *runs, "--epochs", "2" if few else "6"],
         "encodings": ["--data", data, "--rows", "64" if few else "1024", *runs],
         "bare": ["--weights", weights, *runs],
-        "extraction": extraction,
+        "extraction": [dataset, *extraction, *(brief if few else [])],
         "memory": ["--weights", weights, "--images", *(["64", "256"] if few else ["1000", "20000"])],
         "flat": ["--rows", *(["1000", "4000"] if few else ["1000", "10000", "100000", "1000000"])],
         "logreg_path": [*of_both, "--turns", "1" if few else "3"],
     }
+    every = {name: (name, options) for name, options in of_one.items()}
+    if given.photos:
+        photos = [str(given.photos.resolve()), *extraction, "--requalities", "--images", "400", "--float32", "0"]
+        every["photos"] = ("extraction", photos + (brief if few else ["--of-thingsvision", "200"]))
+    return every
 
 
-def measured(name: str, options: list[str], data: str) -> None:
+def measured(name: str, program: str, options: list[str]) -> None:
     """Run one program and keep what it says."""
-    command = ["python", f"benchmarks/{name}.py", *options]
+    command = ["python", f"benchmarks/{program}.py", *options]
     print(f"{datetime.now(UTC):%H:%M:%S} {shlex.join(command)}", file=sys.stderr, flush=True)
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, str(HERE / f"{name}.py"), *options], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, str(HERE / f"{program}.py"), *options], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"error: {name}.py ended with exit code {done.returncode}")
     here = machine.look()

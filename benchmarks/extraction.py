@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--images", type=int, default=2500)
-    parser.add_argument("--of-peers", type=int, help="images that the others get; by default as many")
+    parser.add_argument("--of-keras", type=int, help="images that Keras by hand gets; by default as many")
+    parser.add_argument("--of-thingsvision", type=int, default=500, help="images that thingsvision gets")
     parser.add_argument("--float32", type=int, default=500, help="images that we get in float32; 0: not at all")
     parser.add_argument("--requalities", action="store_true")
     parser.add_argument("--thingsvision", type=Path, help="the Python of an environment that has it")
@@ -61,11 +62,10 @@ def one_run(given: argparse.Namespace, folder: Path) -> dict[str, float]:
     if given.float32:
         found["float32"] = ours(folder, given.weights, "float32", given.float32)
         found["bare float32"] = rate("ours", "float32", given.weights)
-    limit = str(given.of_peers or given.images)
-    script = str(PEERS / "keras_features.py")
+    limit, script = str(given.of_keras or given.images), str(PEERS / "keras_features.py")
     found["keras"] = peer([sys.executable, script, str(folder), "--weights", str(given.weights), "--limit", limit])
     if given.thingsvision:
-        script = str(PEERS / "thingsvision_features.py")
+        limit, script = str(given.of_thingsvision), str(PEERS / "thingsvision_features.py")
         found["thingsvision"] = peer([str(given.thingsvision), script, str(folder), "--limit", limit])
     print(json.dumps({name: round(value, 2) for name, value in found.items()}), file=sys.stderr, flush=True)
     return found
