@@ -80,7 +80,8 @@ def trained(what: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     splits = arrays(given)
     spec = HeadSpec.make("flatten", epochs=given.epochs, batch_size=BATCH, seed=seed, patience=0)
     keras.utils.set_random_seed(seed)
-    model = dense.build(spec, splits["train"][0].shape[1:], int(splits["train"][1].max()) + 1)
+    shape, classes = splits["train"][0].shape[1:], int(splits["train"][1].max()) + 1
+    model = dense.build(spec, shape, classes, quick=what == "ours")
     dense.normalise(model, [splits["train"][0]])
     losses, seconds = (ours if what == "ours" else by_keras)(model, spec, *splits["train"])
     said = model.predict(splits["test"][0], verbose=0).argmax(1)

@@ -73,7 +73,7 @@ def head() -> Callable[[], object]:
     from pipeline.spec import HeadSpec
 
     spec = HeadSpec.make("flatten")
-    model = dense.build(spec, (8, 8, 2048), 10)
+    model = dense.build(spec, (8, 8, 2048), 10, quick=True)
     model.compile(optimizer(spec.settings, 1), keras.losses.CategoricalCrossentropy(), metrics=["accuracy"])
     random = np.random.default_rng(0)
     rows = np.maximum(random.normal(size=(64, 8, 8, 2048)) - 1.036, 0).astype(np.float16)

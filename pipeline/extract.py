@@ -16,7 +16,8 @@ from typing import Any
 from pipeline import images, machine
 from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, ENGINES, import_keras
 from pipeline.cache.digests import Identities, identify, read_some
-from pipeline.cache.space import FeatureSpace
+from pipeline.cache.keys import Keys
+from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cluster import ClusterChoice
 from pipeline.compute import ComputeOptions, Crew, Effort, Here, Job, batch_of, compute, most_of_batch, refusal
 from pipeline.dataset import Dataset, remote
@@ -85,7 +86,7 @@ def extract(
         With `options.strict`, at the first image that cannot be read or decoded.
     """
     cache = workspace.cache
-    load = _Early() if cluster is None else lambda: None
+    load = _Early(cache) if cluster is None else lambda keys: None
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, cache.index, advance, read_unseen=False, much_to_hash=load)
     if cluster is None:  # else workers fetch what is behind addresses, and nobody else
@@ -111,15 +112,20 @@ def extract(
 class _Early:
     """Loads TensorFlow while many files are hashed that were never seen: one core of several does both at once.
 
-    Where all of them turn out to be copies of known images it was loaded in vain.
+    Not if some of the first of them are known images after all, as where a folder was moved, or the cache came from
+    elsewhere: then perhaps nothing is missing.
     """
 
-    def __init__(self) -> None:
-        self._begun = False
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._decided = False
 
-    def __call__(self) -> None:
-        if not self._begun:
-            self._begun = True
+    def __call__(self, keys: Keys) -> None:
+        if self._decided:
+            return
+        self._decided, some = True, keys.grouped().first
+        index = self._cache.index
+        if not any(index.has_any(space.name, keys.digests, some, 0) for space in self._cache.spaces()):
             # Not a daemon: a program that ends waits for it, as loading is no place to be ended at.
             threading.Thread(target=import_keras, name="loading TensorFlow").start()
 

@@ -241,6 +241,9 @@ def test_thousands_of_new_files_are_hashed_while_tensorflow_is_loaded(
     begun.clear()
     run(photos)
     assert not begun.is_set(), "their digests are remembered"
+    photos.rename(photos.with_name("moved"))
+    assert run(photos.with_name("moved")).computed == 0
+    assert not begun.is_set(), "they are hashed anew, and known"
 
 
 def test_auto_takes_the_space_on_disk_that_holds_most(photos: Path, run: Callable[..., Extraction]) -> None:

@@ -18,12 +18,13 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipeline import heads
+from pipeline import heads, machine
 from pipeline.backbone import import_keras
 from pipeline.batches import Shuffled
 from pipeline.errors import RunError
-from pipeline.heads import READS, Data, Fitted, Watch, fit, load
+from pipeline.heads import READS, Data, Fitted, Watch, dense, fit, load, parts
 from pipeline.heads.dense import DenseHead, build, channel_statistics, normalise
+from pipeline.heads.parts import gradients_in_bfloat16
 from pipeline.loop import optimizer
 from pipeline.spec import HEAD_DEFAULTS, HEADS, HeadSpec
 
@@ -545,6 +546,33 @@ def test_a_fitted_pipeline_from_elsewhere_that_is_a_logistic_regression_loads(tm
 def test_every_head_reads_a_dataset_that_shards_have() -> None:
     assert set(READS) == set(HEADS)
     assert set(READS.values()) <= {"features", "pooled"}
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [("float32", 1e-6), ("bfloat16", 2**-8)])
+def test_a_layer_in_parts_is_the_layer(precision: str, rounding: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "best_precision", lambda: precision)
+    monkeypatch.setattr(machine, "gpu_count", lambda: 0)
+    monkeypatch.setattr(dense, "_LARGE", 100)
+    monkeypatch.setattr(parts, "_PART", 300)
+    keras = import_keras()
+    rng = np.random.default_rng(0)
+    rows, labels = rng.normal(size=(64, 2, 2, 30)).astype(np.float32), np.eye(3)[rng.integers(0, 3, 64)]
+    spec = HeadSpec.make("flatten", hidden="16,8", dropout=0.0, normalize=False)
+    plain, quick = (dense.build(spec, (2, 2, 30), 3, quick=quick) for quick in (False, True))
+    assert [len(quick.get_layer(name).parts) for name in ("hidden", "hidden_2")] == [7, 1]
+    assert gradients_in_bfloat16(quick) == (precision == "bfloat16")
+    assert not gradients_in_bfloat16(plain)
+    before = plain.get_weights()
+    for again, first in zip(dense._plain(quick, spec, 3).get_weights(), before, strict=True):
+        assert np.array_equal(again, first), "it begins with the weights of the plain one"
+    assert np.allclose(quick.predict_on_batch(rows), plain.predict_on_batch(rows), atol=1e-6)
+    for model in (plain, quick):
+        model.compile(keras.optimizers.SGD(1.0), "categorical_crossentropy", jit_compile=False)
+        model.train_on_batch(rows, labels)
+    trained = dense._plain(quick, spec, 3).get_weights()
+    for ours, theirs, first in zip(trained, plain.get_weights(), before, strict=True):
+        step = np.abs(theirs - first).max()
+        assert np.abs(ours - theirs).max() <= rounding * step + 1e-7, "the gradient is the same but for rounding"
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.01])

@@ -67,13 +67,13 @@ def identify(
     *,
     remember: bool = True,
     read_unseen: bool = True,
-    much_to_hash: Callable[[], None] = lambda: None,
+    much_to_hash: Callable[[Keys], None] = lambda keys: None,
 ) -> Identities:
     """Return the keys of all images of `dataset`, hashing only files whose digest is not remembered.
 
-    `advance(n)` is called after every n images, `much_to_hash()` when thousands of files turn out to be new, and there
-    are more. Without `remember` the index learns nothing. Without `read_unseen` what is behind an address and was never
-    read, or changed since, is not read now either, but noted as unseen.
+    `advance(n)` is called after every n images; `much_to_hash` when thousands of files turn out to be new and there are
+    more, with the keys found just now. Without `remember` the index learns nothing. Without `read_unseen` what is
+    behind an address and was never read, or changed since, is not read now either, but noted as unseen.
     """
     remote.let_go()  # of what an earlier plan may have left
     found = Identities(Keys.unknown(len(dataset)), {})
@@ -82,7 +82,7 @@ def identify(
             block = range(start, min(start + _BLOCK, len(dataset)))
             fresh = _identify_block(dataset, block, index, pool, found)
             if fresh and block.stop < len(dataset):
-                much_to_hash()
+                much_to_hash(found.keys[block.start : block.stop])
             _identify_urls(dataset, block, index, found, read_unseen)
             if remember:
                 index.remember_digests(fresh)

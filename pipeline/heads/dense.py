@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import machine
 from pipeline.backbone import KerasModel, import_keras
 from pipeline.batches import Shuffled
 from pipeline.cache import storage
 from pipeline.errors import DatasetError, RunError
 from pipeline.heads.base import JSON_FILE, Data, Fitted, class_weights, measure, not_numbers, require_numbers
 from pipeline.heads.logreg import LogregHead
-from pipeline.loop import NotFiniteError, Watch, train
+from pipeline.heads.parts import dense_in_parts, gradients_in_bfloat16
+from pipeline.loop import NotFiniteError, Watch, finalize, train
 from pipeline.rows import Rows, in_order
 from pipeline.runs import write_json
 from pipeline.spec import HeadSpec
@@ -30,6 +32,7 @@ _COPIES = 6  # of a head's numbers while it trains: weights, gradients, two of A
 # this share of the median channel's.
 _LEAST_DEVIATION = 0.01
 _NEVER = -1e4  # a logit whose probability is 0
+_LARGE = 2**22  # weights of a layer from which on their update takes much of a step
 
 
 class DenseHead:
@@ -79,10 +82,11 @@ class DenseHead:
         return sum(int(np.prod(weight.shape)) for weight in self.model.trainable_weights)
 
 
-def build(spec: HeadSpec, input_shape: tuple[int, ...], classes: int) -> KerasModel:
+def build(spec: HeadSpec, input_shape: tuple[int, ...], classes: int, quick: bool = False) -> KerasModel:
     """Return an untrained dense head.
 
-    `input_shape` is (h, w, c) or, for `gap`, also (c,): rows that were pooled already.
+    `input_shape` is (h, w, c) or, for `gap`, also (c,): rows that were pooled already. `quick` makes large
+    layers such as train fastest on this machine, of the same weights, instead of Keras' own.
     """
     layers = (keras := import_keras()).layers
     settings = spec.settings
@@ -99,7 +103,9 @@ def build(spec: HeadSpec, input_shape: tuple[int, ...], classes: int) -> KerasMo
         output = layers.Flatten(name="flatten")(output)
     for i, units in enumerate(settings["hidden"], 1):
         suffix = f"_{i}" if i > 1 else ""
-        output = layers.Dense(units, "relu", kernel_initializer=first(2 * i), name=f"hidden{suffix}")(output)
+        large = quick and output.shape[-1] * units >= _LARGE and not machine.gpu_count()
+        made = dense_in_parts() if large else layers.Dense
+        output = made(units, activation="relu", kernel_initializer=first(2 * i), name=f"hidden{suffix}")(output)
         if settings["dropout"]:
             drop = layers.Dropout(settings["dropout"], seed=_seed(settings["seed"], 2 * i + 1), name=f"dropout{suffix}")
             output = drop(output)
@@ -147,9 +153,8 @@ def channel_statistics(blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.nda
 
 def fit_dense(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
     """Train a new dense head, or go on from the checkpoint of one."""
-    keras = import_keras()
-    settings = spec.settings
-    model = build(spec, data.train.shape[1:], data.classes)
+    settings, shape = spec.settings, data.train.shape[1:]
+    model = build(spec, shape, data.classes, quick=True)
     if settings["normalize"]:
         normalise(model, (block for _, block in in_order(data.train)))
     head = DenseHead(model, spec)
@@ -166,11 +171,20 @@ def fit_dense(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
         for rows, where in ((data.train, "the training split"), (data.val, "the validation split")):
             require_numbers(rows, where)
         raise
-    # Without the optimizer, whose state is twice the size of the head.
-    alone = DenseHead(keras.Model(model.inputs, model.outputs), spec)
+    alone = DenseHead(_plain(model, spec, data.classes), spec)
     best = min(trained.history, key=lambda entry: entry["val_loss"])
-    facts: dict[str, float | bool] = {"best_epoch": best["epoch"]}
+    facts: dict[str, float | bool] = {"best_epoch": best["epoch"], "bfloat16_gradients": gradients_in_bfloat16(model)}
     return Fitted(alone, trained.history, "epoch", trained.seconds_per_epoch, facts, trained.seconds_before)
+
+
+def _plain(model: KerasModel, spec: HeadSpec, classes: int) -> KerasModel:
+    """Return a head that was trained as one of Keras' own layers, without the optimizer, which is twice its size."""
+    plain = build(spec, model.input_shape[1:], classes)
+    for layer in plain.layers:
+        trained = model.get_layer(layer.name)
+        layer.set_weights(trained.whole() if hasattr(trained, "whole") else trained.get_weights())
+    finalize(plain)
+    return plain
 
 
 def normalise(model: KerasModel, blocks: Iterable[np.ndarray]) -> None:

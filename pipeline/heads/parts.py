@@ -1,0 +1,76 @@
+"""A large dense layer for training on a CPU: its weights lie in parts, each updated right after its gradient is known.
+
+Of the 33 million weights of a `flatten` head, gradient, both moments of Adam and the weights themselves go through
+memory at every step, and that is what a step waits for. A part's gradient is still in the processor's cache when the
+optimizer asks for it, and while one core updates a part another one multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pipeline import machine
+from pipeline.backbone import KerasModel, import_keras
+
+_PART = 2**20  # weights: 4 MiB
+
+
+def dense_in_parts() -> Callable[..., Any]:
+    """Return a layer that does what `keras.layers.Dense` does; `whole()` gives its weights as that one's.
+
+    Where the processor multiplies bfloat16, the gradient of the weights is such a product, rounded to 8 bits: far finer
+    than what a batch of 64 says of it anyway. Outputs, weights and what the optimizer keeps are float32.
+    """
+    keras = import_keras()
+    import tensorflow as tf
+
+    in_bfloat16 = machine.best_precision() == "bfloat16"
+
+    @tf.custom_gradient
+    def product(inputs: Any, weights: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+        def backward(upstream: Any) -> tuple[Any, Any]:
+            both = [tf.cast(each, tf.bfloat16) if in_bfloat16 else each for each in (inputs, upstream)]
+            gradient = tf.cast(tf.matmul(*both, transpose_a=True), weights.dtype)
+            return tf.matmul(upstream, weights, transpose_b=True), gradient
+
+        return tf.matmul(inputs, weights), backward
+
+    class DenseInParts(keras.layers.Layer):
+        gradients_in_bfloat16 = in_bfloat16
+
+        def __init__(self, units: int, *, activation: str, kernel_initializer: Any, name: str) -> None:
+            super().__init__(name=name)
+            self.units = units
+            self.activation = keras.activations.get(activation)
+            self.kernel_initializer = kernel_initializer
+
+        def build(self, input_shape: tuple[int, ...]) -> None:
+            whole = keras.ops.convert_to_numpy(self.kernel_initializer((input_shape[-1], self.units)))
+            self.parts = [
+                self.add_weight(shape=part.shape, initializer=lambda shape, dtype, part=part: part, name=f"kernel_{i}")
+                for i, part in enumerate(np.array_split(whole, -(-whole.size // _PART)))
+            ]
+            self.bias = self.add_weight(shape=(self.units,), initializer="zeros", name="bias")
+
+        def call(self, inputs: Any) -> Any:
+            some = tf.split(inputs, [part.shape[0] for part in self.parts], axis=1)
+            weights = [tf.convert_to_tensor(part) for part in self.parts]
+            products: list[Any] = [product(*each) for each in zip(some, weights, strict=True)]
+            output = tf.add_n(products)
+            return self.activation(tf.nn.bias_add(output, tf.convert_to_tensor(self.bias)))
+
+        def compute_output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+            return *input_shape[:-1], self.units
+
+        def whole(self) -> list[np.ndarray]:
+            return [np.concatenate([part.numpy() for part in self.parts]), self.bias.numpy()]
+
+    return DenseInParts
+
+
+def gradients_in_bfloat16(model: KerasModel) -> bool:
+    """Return whether a layer of `model` computes its gradient in bfloat16."""
+    return any(getattr(layer, "gradients_in_bfloat16", False) for layer in model.layers)
