@@ -3,7 +3,8 @@
     python benchmarks/all.py --dataset FOLDER --weights FILE [--photos FOLDER] [--thingsvision ENV/bin/python] [--quick]
 
 Each program writes its JSON to `benchmarks/results/NAME.json`, beside it what machine, versions, command and date it is
-of. Features are kept in a folder of their own, which is removed at the end. Takes some two hours on two cores, with
+of. Features are kept in a folder of their own, which is removed at the end unless it is given by `--data`; `precision`
+computes those that others need. Takes some two hours on two cores, with
 `--quick` a few minutes, for numbers that say little. Nothing else should work on the machine meanwhile.
 """
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True, help="a weights file of InceptionV3 without top")
     parser.add_argument("--photos", type=Path, help="a folder of photographs, for `photos`: each in five qualities")
     parser.add_argument("--thingsvision", type=Path, help="the Python of an environment that has it")
+    parser.add_argument("--data", type=Path, help="where features are kept, by default for as long as this runs")
     parser.add_argument("--quick", action="store_true", help="few images, one run")
     parser.add_argument("--only", help="names, separated by commas")
     given = parser.parse_args()
@@ -42,8 +44,8 @@ def main() -> None:
         if not path.exists():
             sys.exit(f"error: {path} is not there; DATASET= must be a folder of images, WEIGHTS= a file")
     RESULTS.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as data:
-        for name, (program, options) in commands(given, data).items():
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, (program, options) in commands(given, str(given.data or temporary)).items():
             if given.only is None or name in given.only.split(","):
                 measured(name, program, options)
 
