@@ -63,7 +63,7 @@ def commands(given: argparse.Namespace, data: str) -> dict[str, tuple[str, list[
         "precision": [*of_both, "--weights", weights, "--seeds", "2" if few else "5"],
         "startup": [*of_both, *runs, "--files", "2000" if few else "100000"],
         "flatten": [*of_both, *runs, "--epochs", "2" if few else "6"],
-        "encodings": ["--data", data, "--rows", "64" if few else "1024", *runs],
+        "encodings": ["--data", data, "--rows", "64" if few else "512", *runs],
         "bare": ["--weights", weights, *runs],
         "extraction": [dataset, *extraction, *(brief if few else [])],
         "memory": ["--weights", weights, "--images", *(["64", "256"] if few else ["1000", "20000"])],
@@ -84,7 +84,7 @@ def measured(name: str, program: str, options: list[str]) -> None:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, str(HERE / f"{program}.py"), *options], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(f"error: {name}.py ended with exit code {done.returncode}")
+        sys.exit(f"error: {program}.py ended with exit code {done.returncode}")
     here = machine.look()
     about: dict[str, Any] = {
         "machine": f"{here.cpu}, {here.cores} cores, {here.memory / 2**30:.0f} GiB, {here.gpus} GPUs",

@@ -59,15 +59,21 @@ def compared(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "images_per_second": spread([run["images_per_second"] for run in found]),
             "accuracy": spread([run["accuracy"] for run in found]),
             "loss": np.mean([run["loss"] for run in found], axis=0).round(4).tolist(),
-            "loss_deviation": np.std([run["loss"] for run in found], axis=0, ddof=1).round(4).tolist(),
+            "loss_deviation": deviation([run["loss"] for run in found]),
         }
         for what, found in runs.items()
     }
     both = list(zip(runs["ours"], runs["keras"], strict=True))
     result["ratio"] = spread([mine["images_per_second"] / other["images_per_second"] for mine, other in both])
+    if len(both) < 2:  # nothing is known of chance
+        return result
     mine, other = ([run["accuracy"] for run in found] for found in runs.values())
     result["p_value"] = round(float(cast(Any, ttest_ind(mine, other, equal_var=False)).pvalue), 3)
     return result
+
+
+def deviation(losses: list[list[float]]) -> list[float] | None:
+    return np.std(losses, axis=0, ddof=1).round(4).tolist() if len(losses) > 1 else None
 
 
 def trained(what: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:

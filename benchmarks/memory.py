@@ -37,9 +37,9 @@ def main() -> None:
     result = {}
     with tempfile.TemporaryDirectory(dir=given.folder) as temporary:
         root = Path(temporary)
-        write(root / "images", max(given.images))
         for count in given.images:
-            result[count] = features(root / f"data{count}", root / "images", given.weights, count)
+            write(root / f"images{count}", count)
+            result[count] = features(root / f"data{count}", root / f"images{count}", given.weights, count)
             print(json.dumps(result), file=sys.stderr, flush=True)
     peaks = [each["peak_gib"] for each in result.values()]
     print(json.dumps({"images": result, "most / least": round(max(peaks) / min(peaks), 3)}, indent=1))
@@ -56,7 +56,7 @@ def write(folder: Path, count: int) -> None:
 
 def features(data: Path, images: Path, weights: Path, count: int) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "cli.py"), "--data-dir", str(data), "features", "--json"]
-    command += ["--dataset", str(images), "--weights", str(weights), "--limit", str(count)]
+    command += ["--dataset", str(images), "--weights", str(weights)]
     program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     watch = Watch(program.pid)
     watch.start()
@@ -81,8 +81,14 @@ class Watch(threading.Thread):
         with suppress(psutil.NoSuchProcess):
             while self._process.status() != psutil.STATUS_ZOMBIE:
                 every = [self._process, *self._process.children(recursive=True)]
-                self.peak = max(self.peak, sum(each.memory_info().rss for each in every) / 2**30)
+                self.peak = max(self.peak, sum(map(_resident, every)) / 2**30)
                 time.sleep(0.25)
+
+
+def _resident(process: psutil.Process) -> int:
+    with suppress(psutil.NoSuchProcess):
+        return process.memory_info().rss
+    return 0
 
 
 if __name__ == "__main__":
