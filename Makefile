@@ -6,7 +6,9 @@ DATASET ?= digits
 HEAD    ?= gap
 WEIGHTS ?= auto
 MAX_BAD ?= 0
-export DATASET HEAD WEIGHTS MAX_BAD  # reach the commands as they were typed, blanks and quotes included
+PHOTOS  ?=
+THINGSVISION ?=
+export DATASET HEAD WEIGHTS MAX_BAD PHOTOS THINGSVISION  # reach the commands as they were typed, blanks and quotes included
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -47,8 +49,9 @@ finetune: setup ## fine-tune the backbone's last layers on cached rows of DATASE
 sweep: setup ## try heads and settings on the cached features of DATASET
 	$(CLI) sweep --dataset "$$DATASET" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
 
-bench: $(VENV)/.ready-dev ## measure speed, size and safety on DATASET, a folder, with WEIGHTS, a file: two hours
-	$(BIN)/python benchmarks/all.py --dataset "$$DATASET" --weights "$$WEIGHTS"
+bench: $(VENV)/.ready-dev ## measure speed and size on DATASET, a folder, with WEIGHTS, a file (PHOTOS, THINGSVISION): hours
+	$(BIN)/python benchmarks/all.py --dataset "$$DATASET" --weights "$$WEIGHTS" \
+		$(if $(PHOTOS),--photos "$$PHOTOS") $(if $(THINGSVISION),--thingsvision "$$THINGSVISION")
 
 test: $(VENV)/.ready-dev ## set up and run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -112,7 +112,7 @@ def features(
         int | None,
         typer.Option(
             help="Images the model is given at once.  [default: that of the space; in a new one 16, on a GPU 32, "
-            "or what is measured to be fastest if computing takes over five minutes]",
+            "or what is measured to be fastest if computing takes this process over five minutes; for workers 32]",
             min=1,
             max=512,
         ),
@@ -355,5 +355,6 @@ def _fail(message: str, code: int, arguments: list[str]) -> int:
 if __name__ == "__main__":
     if sys.stderr is not None:
         # A descriptor of our own: what native libraries print on theirs is held back while they load.
-        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+        own, encoding = os.dup(2), sys.stderr.encoding
+        sys.stderr = os.fdopen(own, "w", buffering=1, encoding=encoding, errors="backslashreplace")
     sys.exit(main())

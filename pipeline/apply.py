@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import runs
+from pipeline.backbone import ENGINE
 from pipeline.compute import DEFAULT_BATCH_SIZE
 from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError, MissingRowsError, RunError, UsageError
@@ -17,7 +18,7 @@ from pipeline.evaluate import evaluate
 from pipeline.extract import FeatureChoice, warn_untrained
 from pipeline.fitting import answers
 from pipeline.gather import Material, Sorted, gather, gather_images
-from pipeline.network import predict
+from pipeline.network import compiled, predict
 from pipeline.pictures import draw_calibration, draw_confusion
 from pipeline.pixels import Pixels, decoding
 from pipeline.planning import Quarantined
@@ -123,6 +124,11 @@ def _choice(run: TrainedRun, workspace: Workspace, space: str | None) -> Feature
     if space is not None:
         return FeatureChoice(space=space)
     if run.spec.directory not in workspace.cache.names():
+        if run.spec.engine != ENGINE:
+            raise MissingRowsError(
+                f"the feature space {run.spec.directory} of the run {run.name} is not in the cache, and was begun by "
+                "an earlier version, so that it cannot be made anew: restore its folder, or train anew"
+            )
         raise MissingRowsError(
             f"the feature space {run.spec.directory} of the run {run.name} is not in the cache; make it by `features`"
             f" with --layer {run.spec.layer} --precision {run.spec.precision} --storage {run.spec.storage}"
@@ -142,13 +148,13 @@ def _said_of_rows(
 def _said_of_images(
     run: TrainedRun, images: Sorted, members: np.ndarray, max_pixels: int, workspace: Workspace
 ) -> np.ndarray:
-    model, spec = run.network().on_pixels(), run.spec
+    answer, spec = compiled(run.network()), run.spec
     with (
         decoding(images.dataset, images.keys, images.usable, spec.input_size, spec.fit, max_pixels) as source,
         workspace.progress("measuring", len(members)) as advance,
     ):
         pixels = Pixels(source, members)
-        return np.concatenate(list(predict(model, pixels, DEFAULT_BATCH_SIZE, advance)))
+        return np.concatenate(list(predict(answer, pixels, DEFAULT_BATCH_SIZE, advance)))
 
 
 def _keep(run: TrainedRun, title: str, predictions: runs.Predictions, metrics: dict[str, Any]) -> Path:

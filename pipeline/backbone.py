@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -73,11 +74,17 @@ _MEASURED_SECONDS = 1.5
 _LEAST_BATCH = 16
 _FASTER = 1.03  # a difference that is not chance
 
+_IMPORTING = threading.Lock()
 _KERAS_POLICY = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
 
 def import_keras() -> Any:
     """Import TensorFlow and Keras quietly, GPU memory growing as needed, and return the keras module."""
+    with _IMPORTING:  # one thread may have begun with it while files are hashed
+        return _import_keras()
+
+
+def _import_keras() -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["KERAS_BACKEND"] = "tensorflow"
     if not machine.driver_gpus():
@@ -98,14 +105,18 @@ def import_keras() -> Any:
     return keras
 
 
-def streams(cores: int) -> int:
-    """Return how many batches a model computes at a time on so many cores.
+def streams(cores: int | None = None) -> int:
+    """Return how many batches a model computes at a time on so many cores, by default on all there are.
 
     On a CPU each has a few cores, at best one, to itself: two that share the work of a layer wait for each other at
     its end, and for whatever else one of them has to do. Each stream takes some 200 MB. On a GPU, untried, the
     features of one batch travel back while the other is computed.
     """
-    return 2 if machine.gpu_count() else min(cores, _MOST_STREAMS)
+    if machine.gpu_count():
+        return 2
+    cores = cores or machine.usable_cores()
+    # As many as leave the fewest cores over, each having as many as the others.
+    return max(range(min(2, cores), min(cores, _MOST_STREAMS) + 1), key=lambda n: (cores // n * n, n))
 
 
 def limit_threads(of_a_layer: int, layers: int) -> None:
@@ -267,7 +278,7 @@ class FrozenBackbone:
             weights_file.check(weights)  # before TensorFlow, which takes its time
         import_keras()
         if threads is not None:
-            limit_threads(-(-threads // streams(threads)), streams(threads))
+            limit_threads(max(1, threads // streams(threads)), streams(threads))
         import tensorflow as tf
 
         if spec.precision == "float16" and not tf.config.list_physical_devices("GPU"):
@@ -275,6 +286,7 @@ class FrozenBackbone:
         whole = build(spec.backbone, spec.precision)
         load_weights(whole, spec.weights, weights)
         self._model = cut(whole, spec.layer)
+        self._streams = streams(threads)
         self.spec = spec
         self.row_shape: tuple[int, ...] = tuple(self._model.output_shape[1:])  # of one image's features, (h, w, c)
         self._take(batch_size)
@@ -308,7 +320,7 @@ class FrozenBackbone:
         """Return images/s, all streams together."""
         images = np.zeros((self.batch_size, self.spec.input_size, self.spec.input_size, 3), np.uint8)
         self(images)  # the first call optimises the graph
-        count = streams(machine.usable_cores())
+        count = self._streams
         with ThreadPoolExecutor(count) as pool:
             begun, seconds = time.perf_counter(), list[float]()
             while sum(seconds) < _MEASURED_SECONDS:
@@ -360,10 +372,7 @@ def _compiled(model: KerasModel, spec: FeatureSpec, batch_size: int) -> Any:
     shape = (batch_size, spec.input_size, spec.input_size, 3)
 
     def run(images: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        scaled = scale(tf.cast(images, tf.float32))
-        unfolded = spec.engine == "keras"
-        output = model(scaled, training=False) if unfolded else folding.run(model, scaled, spec.precision)
-        exact = tf.cast(output, tf.float32)  # (B, h, w, c)
+        exact = tf.cast(features_of(model, images, spec), tf.float32)  # (B, h, w, c)
         stored = tf.cast(exact, spec.storage)
         finite = tf.reduce_all(tf.math.is_finite(stored), axis=[1, 2, 3])  # (B,)
         return stored, tf.reduce_mean(exact, axis=[1, 2]), finite
@@ -371,6 +380,14 @@ def _compiled(model: KerasModel, spec: FeatureSpec, batch_size: int) -> Any:
     # On a CPU XLA makes it slower; on a GPU it melts what stands between the convolutions into them.
     xla = bool(tf.config.list_physical_devices("GPU"))
     return tf.function(run, input_signature=[tf.TensorSpec(shape, tf.uint8)], jit_compile=xla).get_concrete_function()
+
+
+def features_of(model: KerasModel, images: Any, spec: FeatureSpec) -> Any:
+    """Return what a frozen `model` makes of pixels (n, h, w, 3) uint8, inside a `tf.function`, by the spec's engine."""
+    import tensorflow as tf
+
+    scaled = scale(tf.cast(images, tf.float32))
+    return model(scaled, training=False) if spec.engine == "keras" else folding.run(model, scaled, spec.precision)
 
 
 def scale(images: Any) -> Any:

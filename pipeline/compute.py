@@ -152,12 +152,14 @@ class ComputeOptions:
     strict: bool = False  # end at the first image that cannot be decoded
     threads: int | None = None  # cores that TensorFlow uses for nothing else in this process
 
-    def model_batch(self, before: int | None = None) -> int:
+    def model_batch(self, before: int | None = None, *, of_cluster: bool = False) -> int:
         """Return how many images the model is given at once, to begin with: no more than a shard holds.
 
-        `before` is what a space was begun with: its rows are all to be rounded alike.
+        `before` is what a space was begun with: its rows are all to be rounded alike. What the machines of a cluster
+        have is not known here.
         """
-        return min(self.batch_size or before or default_batch(), self.shard_rows)
+        usual = DEFAULT_BATCH_SIZE if of_cluster else default_batch()
+        return min(self.batch_size or before or usual, self.shard_rows)
 
     def task_rows(self, batch: int) -> int:
         """Return how many rows make a shard: whole batches."""
@@ -170,9 +172,12 @@ def default_batch() -> int:
 
 
 def batch_of(space: FeatureSpace | None) -> int | None:
-    """Return the batch size a space was begun with, if it says so, or less where this machine is a smaller one."""
-    stored = space.provenance.get("batch_size") if space else None
-    return min(stored, most_of_batch()) if isinstance(stored, int) and stored > 0 else None
+    """Return the batch size a space was begun with, if it says so; less where a GPU began it and there is none here."""
+    about = space.provenance if space else {}
+    stored = about.get("batch_size")
+    if not isinstance(stored, int) or stored <= 0:
+        return None
+    return min(stored, most_of_batch()) if about.get("gpus") else min(stored, MAX_BATCH_SIZE)
 
 
 def most_of_batch() -> int:

@@ -148,11 +148,13 @@ def _compute_missing(
     cache, planning, options, effort = workspace.cache, source.planning, source.options, Effort()
     weights = source.weights or weights_of(space, planning.dataset, workspace)
     spec = space.spec if space else new_spec(source.choice, weights)
+    if space is None and spec.directory in cache.names():  # made for other images, or by a run killed early
+        space = cache.open(spec.directory)
     warn_untrained(spec)
     setup = Setup(
         spec,
         weights.path and weights.path.absolute(),
-        options.model_batch(batch_of(space)),
+        options.model_batch(batch_of(space), of_cluster=source.cluster is not None),
         (cache.root / spec.directory / "shards").absolute(),
         options.max_pixels,
         planning.views,
@@ -327,6 +329,7 @@ def _made_by(weights: Weights, crew: Crew) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "weights": weights.label,
         "cpu": machine.look().cpu,
+        "gpus": machine.gpu_count(),
         "batch_size": crew.batch_size,
         "versions": machine.versions((*machine.FEATURE_PACKAGES, "numpy")),
     }

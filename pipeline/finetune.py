@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 _COLLAPSE = 0.1  # of accuracy on the training images, between training mode and inference mode
 _TIMED = 32  # images
 _CHECKED = 16  # test images on which the saved model is compared with the trained one
-# By how much probabilities may differ then: rows are rounded to the storage type and computed in other batches.
+# By how much probabilities may differ then: rows are rounded to the storage type, computed in other batches, and what
+# comes after the cut in other steps.
 _MOST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 _COPIES = 6  # of the trained numbers, in memory: weights, gradients, two of the optimizer, the best, one on its way
 
@@ -164,10 +165,12 @@ def _train_and_write(
         _announce(asked, setting)
     trained = _trained(directory, asked, setting, workspace)
     size = asked.head.settings["batch_size"]
+    # Images are measured as `predict` will answer them.
+    answer = setting.model.predict_on_batch if asked.from_cache else network.compiled(made)
 
     def said(rows: Rows, what: str) -> np.ndarray:
         with workspace.progress(what, len(rows)) as advance:
-            return np.concatenate(list(network.predict(setting.model, rows, size, advance)))
+            return np.concatenate(list(network.predict(answer, rows, size, advance)))
 
     val, test = (said(ready.rows[side], f"measuring {side}") for side in ("val", "test"))
     on_train = said(_plain(ready), "measuring train")
@@ -266,7 +269,7 @@ def _features(setting: _Setting, size: int, workspace: Workspace) -> Iterator[np
             parts = [np.arange(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
             blocks: Iterator[np.ndarray] = (rows[part] for part in parts)
         else:
-            blocks = network.predict(setting.below, rows, size, advance)
+            blocks = network.predict(setting.below.predict_on_batch, rows, size, advance)
         for block in blocks:
             yield block.mean(axis=(1, 2), dtype=np.float32) if pools else block
 
@@ -307,9 +310,9 @@ def _check_saved(directory: Path, asked: FullAsked, setting: _Setting, test: np.
     """Read the model back and compare what it says of a few test images with what was measured."""
     ready, spec = setting.ready, setting.network.spec
     images, members = ready.material, ready.members["test"][:_CHECKED]
-    saved = Network.load(directory, spec).on_pixels()
+    saved = network.compiled(Network.load(directory, spec))
     with decoding(images.dataset, images.keys, images.usable, spec.input_size, spec.fit, asked.max_pixels) as source:
-        said = network.probabilities(saved, Pixels(source, members), _CHECKED)
+        said = np.concatenate(list(network.predict(saved, Pixels(source, members), _CHECKED)))
     difference = float(np.abs(said - test[: len(members)]).max())
     if not difference <= _MOST_DIFFERENCE[spec.precision]:
         raise RunError(

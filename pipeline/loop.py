@@ -20,6 +20,10 @@ class NotFiniteError(RunError):
     """The loss is not a number any more."""
 
 
+class OtherCheckpointError(RunError):
+    """A checkpoint is not of the model that is to go on with it."""
+
+
 class Batches(Protocol):
     """Training data; the order depends on the number of the epoch alone, so that a resumed run sees the same."""
 
@@ -139,7 +143,7 @@ def train(
     ------
     NotFiniteError
         If the loss is not a number.
-    RunError
+    OtherCheckpointError
         If a checkpoint does not fit.
     """
     keras = import_keras()
@@ -204,13 +208,20 @@ def _restored(model: KerasModel, watch: Watch) -> tuple[_State, list[np.ndarray]
     groups, saved = found
     try:
         state = _State(**saved)
-        _assign(model.variables, groups["model"])
-        finalize(model)
-        _assign(model.optimizer.variables, groups["optimizer"])
-        if [each.shape for each in groups["best"]] != [tuple(each.shape) for each in model.weights]:
-            raise ValueError("other shapes")
+        of = {"model": model.variables, "optimizer": model.optimizer.variables, "best": model.weights}
+        for name, variables in of.items():
+            if [each.shape for each in groups[name]] != [tuple(each.shape) for each in variables]:
+                raise ValueError(f"{name} has other shapes")
     except (TypeError, KeyError, ValueError) as error:
-        raise RunError(f"the checkpoint is not of this head ({error}); delete its run and train anew") from error
+        where = watch.checkpoint.path if watch.checkpoint else "the checkpoint"
+        raise OtherCheckpointError(
+            f"{where} is not of this head as it is trained here ({error}): another version may have written it, or a "
+            "machine with a GPU where this one has none, or the other way round; go on there, or delete its folder and "
+            "train anew"
+        ) from error
+    _assign(model.variables, groups["model"])
+    finalize(model)
+    _assign(model.optimizer.variables, groups["optimizer"])
     for entry in state.history:
         watch.note(entry)
     watch.advance(state.epoch)

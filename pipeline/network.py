@@ -212,20 +212,22 @@ def cut_at(layers: Sequence[str], cuts: Sequence[str], until: int) -> str:
 
 
 def predict(
-    model: KerasModel, rows: Rows, size: int, advance: Callable[[int], None] = lambda n: None
+    answer: Callable[[np.ndarray], Any], rows: Rows, size: int, advance: Callable[[int], None] = lambda n: None
 ) -> Iterator[np.ndarray]:
-    """Yield what `model` says of rows, at most `size` at a time, each batch padded to one shape: compiled once."""
+    """Yield what `answer`, as a model's `predict_on_batch`, says of rows, at most `size` at a time, each batch padded
+    to one shape: compiled once.
+    """
     size = min(size, _MOST_AT_ONCE)
     parts = [np.arange(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
     for part, some in zip(parts, read_ahead(rows, parts), strict=True):
         padded = np.pad(some, [(0, size - len(part)), *[(0, 0)] * (some.ndim - 1)]) if len(part) < size else some
-        yield np.asarray(model.predict_on_batch(padded)[: len(part)], np.float32)
+        yield np.asarray(answer(padded)[: len(part)], np.float32)
         advance(len(part))
 
 
 def probabilities(model: KerasModel, rows: Rows, size: int) -> np.ndarray:
     """Return class probabilities (n, k) float32 of rows."""
-    return np.concatenate(list(predict(model, rows, size)))
+    return np.concatenate(list(predict(model.predict_on_batch, rows, size)))
 
 
 def stitched(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> DenseHead:
@@ -254,22 +256,23 @@ def stitched(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> Dens
 
 
 def compiled(network: Network) -> Answerer:
-    """Return a network as a function, compiled once for any number of images.
+    """Return a network as a function, compiled once for any number of images, that computes as cached features are.
 
     It raises IceboxError if an answer is not a number.
     """
     import tensorflow as tf
 
-    model, size = network.on_pixels(), network.spec.input_size
+    below, head, spec = network.below, network.head.model, network.spec
+    size = spec.input_size
 
     @tf.function(input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8)])
     def run(pixels: tf.Tensor) -> tf.Tensor:
-        return tf.cast(model(pixels, training=False), tf.float32)
+        return tf.cast(head(backbone.features_of(below, pixels, spec), training=False), tf.float32)
 
     def answer(pixels: np.ndarray) -> np.ndarray:
         said = run(tf.constant(pixels)).numpy()
         if not np.isfinite(said).all():
-            raise IceboxError(f"answers are not numbers (NaN or infinite): {network.spec.precision} overflows")
+            raise IceboxError(f"answers are not numbers (NaN or infinite): {spec.precision} overflows")
         return said
 
     return answer

@@ -23,7 +23,7 @@ from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
 
 WINDOW = 512  # images whose answers are in memory together
-_BATCH = 32  # as features are computed by default
+_BATCH = 32
 
 
 @dataclass(frozen=True)

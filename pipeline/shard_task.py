@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import augment, images, machine
+from pipeline import augment, images
 from pipeline.backbone import FrozenBackbone, streams
 from pipeline.cache import storage
 from pipeline.cache.index import row_mark
@@ -136,6 +136,27 @@ class ShardDone:
         return len(self.shard.keys) if self.shard else 0
 
 
+class _Busy:
+    """Adds up the seconds in which at least one thread is inside of its context."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._inside, self._since = 0, 0.0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._since = time.perf_counter()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self.seconds += time.perf_counter() - self._since
+
+
 class ShardWorker:
     """Runs tasks of one setup, `AT_ONCE` of them in threads at a time. Leaving the context ends decoding processes."""
 
@@ -150,7 +171,7 @@ class ShardWorker:
         self._model = FrozenBackbone(setup.spec, setup.weights, setup.batch_size, threads)
         self._decoders = Decoders(setup.spec.input_size, setup.spec.fit, setup.max_pixels)
         self._pool = decoding_pool(threads)
-        self._streams = streams(threads or machine.usable_cores())
+        self._streams = streams(threads)
         self._models = ThreadPoolExecutor(self._streams, "model")
         self._turn = threading.Lock()
 
@@ -190,17 +211,16 @@ class ShardWorker:
         CacheError
             If the shard cannot be written, or what is expected does not fit on the disk.
         """
-        met, made, model_seconds = list[Met](), Gathering(len(task), self.setup.views.recipes), 0.0
+        met, made, busy = list[Met](), Gathering(len(task), self.setup.views.recipes), _Busy()
         with closing(self._decoded(task, met, advance, stopped, there)) as decoded:
             batches = batched(decoded, self._model.batch_size)
             first = [batch for batch in [next(batches, None)] if batch]  # decoded before it is our turn
-            with closing(self._computed(chain(first, batches))) as computed:
-                for rows, seconds in computed:
+            with closing(self._computed(chain(first, batches), busy)) as computed:
+                for rows in computed:
                     made.add(rows)
-                    model_seconds += seconds / self._streams
                     advance(len(rows))
         shard = self._publish(made.rows(), task.expected) if len(made) else None
-        return ShardDone(shard, met, model_seconds)
+        return ShardDone(shard, met, busy.seconds)
 
     def _decoded(
         self,
@@ -246,24 +266,27 @@ class ShardWorker:
             for view in views
         ]
 
-    def _computed(self, batches: Iterator[list[Loaded]]) -> Generator[tuple[Rows, float]]:
-        """Yield each batch's rows and the seconds the model took, in order; another task may follow at once."""
-        waiting = deque[Future[tuple[Rows, float]]]()
-        with self._turn:
-            for batch in batches:
-                waiting.append(self._models.submit(self._compute, batch))
-                if len(waiting) > self._streams:
-                    yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    def _computed(self, batches: Iterator[list[Loaded]], busy: _Busy) -> Generator[Rows]:
+        """Yield each batch's rows, in order; another task may follow as soon as the last one is handed over."""
+        waiting = deque[Future[Rows]]()
+        try:
+            with self._turn:
+                for batch in batches:
+                    waiting.append(self._models.submit(self._compute, batch, busy))
+                    if len(waiting) > self._streams:
+                        yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
-    def _compute(self, batch: list[Loaded]) -> tuple[Rows, float]:
-        start = time.perf_counter()
-        features, pooled = self._model(np.stack([image.pixels for image in batch if image.pixels is not None]))
+    def _compute(self, batch: list[Loaded], busy: _Busy) -> Rows:
+        with busy:
+            features, pooled = self._model(np.stack([image.pixels for image in batch if image.pixels is not None]))
         keys = np.frombuffer(b"".join(image.key for image in batch if image.key is not None), np.uint8)
         views = np.array([image.view for image in batch], np.int64)
-        rows = Rows(features, pooled, keys.reshape(-1, 32), views, self.setup.views.recipes)
-        return rows, time.perf_counter() - start
+        return Rows(features, pooled, keys.reshape(-1, 32), views, self.setup.views.recipes)
 
     def _publish(self, rows: Rows, expected: int) -> ShardInfo:
         def check(size: int) -> None:

@@ -33,7 +33,7 @@ from pipeline.fitting import Outcome, answers, fit_head
 from pipeline.gather import Material, gather
 from pipeline.heads.base import measure
 from pipeline.leaderboard import Trial, draw_leaderboard, leaderboard, write_leaderboard
-from pipeline.loop import NotFiniteError
+from pipeline.loop import NotFiniteError, OtherCheckpointError
 from pipeline.planning import Quarantined
 from pipeline.prepare import memory_needed, prepared
 from pipeline.spec import PLAIN_VIEW, HeadSpec, Views
@@ -247,7 +247,12 @@ def run_trial(
             return
         start = time.perf_counter()
         try:
-            fitted = fit_head(spec, data, folder, advance)
+            try:
+                fitted = fit_head(spec, data, folder, advance)
+            except OtherCheckpointError as error:
+                logger.warning("%s: tried anew, as %s", spec.identity, error)
+                Checkpoint(folder).remove()
+                fitted = fit_head(spec, data, folder, advance)
         except (NotFiniteError, DoNotFitError) as error:
             runs.write_json(folder / _TRIAL, {"error": str(error), "seconds": time.perf_counter() - start})
             return

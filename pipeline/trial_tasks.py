@@ -124,7 +124,8 @@ def _task(
     with _ONE:
         if spec.head != "logreg":
             import_keras()
-            limit_threads(*[threads or get_worker().state.nthreads] * 2)
+            most = threads or get_worker().state.nthreads
+            limit_threads(most, most)
         if token not in _held:
             _held.clear()
             _held[token] = _read(data, memory, needed)

@@ -13,8 +13,8 @@ import pytest
 import tensorflow as tf
 from conftest import SPEC, picture
 
-from pipeline import backbone, folding, images
-from pipeline.backbone import FrozenBackbone, build, cut, cut_layers, load_weights
+from pipeline import backbone, folding, images, machine
+from pipeline.backbone import FrozenBackbone, build, cut, cut_layers, load_weights, streams
 from pipeline.errors import IceboxError, SpecError, WeightsError
 from pipeline.spec import HeadSpec
 
@@ -164,6 +164,16 @@ def test_a_batch_is_looked_for_where_computing_takes_long(
 @pytest.mark.parametrize("layer", ["mixed8", "mixed9", "mixed10"])
 def test_the_cut_carries_the_rest_of_the_network(whole: Any, layer: str) -> None:
     assert cut(whole, layer).output.shape[-1] == whole.get_layer(layer).output.shape[-1]
+
+
+@pytest.mark.parametrize(
+    ("cores", "expected"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 4), (6, 3), (8, 4), (9, 3), (16, 4)]
+)
+def test_batches_at_a_time_share_the_cores_evenly(cores: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpu_count", lambda: 0)
+    assert streams(cores) == expected
+    monkeypatch.setattr(machine, "usable_cores", lambda: cores)
+    assert streams() == expected
 
 
 def test_only_layers_where_branches_meet_can_be_cut(whole: Any) -> None:

@@ -32,6 +32,7 @@ from pipeline.compute import ComputeOptions, batch_of
 from pipeline.dataset import Dataset, limit, open_dataset
 from pipeline.errors import SpecError, WeightsError
 from pipeline.extract import Extraction, FeatureChoice, extract
+from pipeline.spec import FeatureSpec
 from pipeline.workspace import Workspace, open_workspace
 
 UNTRAINED = FeatureChoice(weights="untrained", precision="float32")
@@ -221,12 +222,33 @@ def test_a_processor_does_not_take_the_large_batches_of_a_gpu(
     made = run(photos).space
     assert made
     about = json.loads((made.path / "space.json").read_text())
-    for stored, gpus, expected in ((512, 0, 64), (512, 1, 512), (8, 0, 8), (0, 0, None), ("32", 0, None)):
-        about["made_by"]["batch_size"] = stored
+    cases = ((512, 1, 0, 64), (512, 1, 1, 512), (128, 0, 0, 128), (8, 1, 0, 8), (0, 0, 0, None), ("32", 0, 0, None))
+    for stored, began, gpus, expected in cases:
+        about["made_by"] |= {"batch_size": stored, "gpus": began}
         (made.path / "space.json").write_text(json.dumps(about))
         monkeypatch.setattr(machine, "gpu_count", lambda gpus=gpus: gpus)
         with open_workspace(tmp_path / "data") as workspace:
             assert batch_of(workspace.cache.open(made.name)) == expected
+
+
+def test_other_images_get_the_batch_size_of_the_space(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def noted(spec: FeatureSpec, weights: Path | None, batch_size: int, threads: int | None = None) -> FrozenBackbone:
+        sizes.append(batch_size)
+        return _frozen_backbone(spec, weights, batch_size, threads)
+
+    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", noted)
+    other = write_picture(tmp_path / "other" / "cats" / "a.png", seed=77).parent.parent
+    with open_workspace(tmp_path / "data") as workspace:
+        for folder, batch_size in ((photos, 6), (other, None)):
+            dataset = open_dataset(str(folder), downloads=tmp_path)
+            done = extract(dataset, workspace, UNTRAINED, ComputeOptions(shard_rows=8, batch_size=batch_size))
+            assert done.computed == len(dataset)
+        assert len(workspace.cache.names()) == 1
+    assert sizes == [6, 6]
 
 
 def test_thousands_of_new_files_are_hashed_while_tensorflow_is_loaded(

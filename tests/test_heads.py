@@ -21,11 +21,12 @@ from sklearn.preprocessing import StandardScaler
 from pipeline import heads, machine
 from pipeline.backbone import import_keras
 from pipeline.batches import Shuffled
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import RunError
 from pipeline.heads import READS, Data, Fitted, Watch, dense, fit, load, parts
 from pipeline.heads.dense import DenseHead, build, channel_statistics, normalise
 from pipeline.heads.parts import gradients_in_bfloat16
-from pipeline.loop import optimizer
+from pipeline.loop import OtherCheckpointError, optimizer
 from pipeline.spec import HEAD_DEFAULTS, HEADS, HeadSpec
 
 SHAPES = {"flatten": (2, 2, 8), "gap": (8,), "logreg": (8,)}
@@ -573,6 +574,22 @@ def test_a_layer_in_parts_is_the_layer(precision: str, rounding: float, monkeypa
     for ours, theirs, first in zip(trained, plain.get_weights(), before, strict=True):
         step = np.abs(theirs - first).max()
         assert np.abs(ours - theirs).max() <= rounding * step + 1e-7, "the gradient is the same but for rounding"
+
+
+def test_a_layer_in_parts_goes_on_from_its_checkpoint_and_no_other_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "gpu_count", lambda: 0)
+    monkeypatch.setattr(dense, "_LARGE", 100)
+    monkeypatch.setattr(parts, "_PART", 100)
+    data = material("flatten")
+    short, long = (HeadSpec.make("flatten", hidden=16, epochs=epochs, seed=1) for epochs in (2, 4))
+    fit(short, data, Watch(checkpoint=Checkpoint(tmp_path)))
+    whole, resumed = fit(long, data, Watch()), fit(long, data, Watch(checkpoint=Checkpoint(tmp_path)))
+    assert resumed.history == whole.history
+    monkeypatch.setattr(machine, "gpu_count", lambda: 1)  # where there are no parts
+    with pytest.raises(OtherCheckpointError, match=r"checkpoint\.npz is not of .* model has other shapes"):
+        fit(long, data, Watch(checkpoint=Checkpoint(tmp_path)))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.01])

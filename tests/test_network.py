@@ -112,6 +112,21 @@ def test_the_two_halves_are_the_whole(gap: Network) -> None:
     assert whole.std(axis=0).max() > 1e-6, "the images are told apart"
 
 
+def test_it_answers_in_bfloat16_as_cached_features_do(gap: Network) -> None:
+    """The same steps as for rows of the cache: another order of them would be off by a hundredth."""
+    spec = replace(gap.spec, precision="bfloat16")
+    half = Network(spec, lambda shape: gap.head)
+    half.load_backbone(spec.weights, None)
+    pixels = np.random.default_rng(1).integers(0, 256, (4, 299, 299, 3), np.uint8)
+    rows, _ = backbone.FrozenBackbone(spec, None, 4)(pixels)
+    expected = gap.head.model.predict_on_batch(rows)
+    assert np.abs(network.compiled(half)(pixels) - expected).max() < 1e-5
+    old = replace(spec, engine="keras")
+    half.spec = old
+    rows, _ = backbone.FrozenBackbone(old, None, 4)(pixels)
+    assert np.abs(network.compiled(half)(pixels) - gap.head.model.predict_on_batch(rows)).max() < 1e-5
+
+
 # How it is kept
 
 

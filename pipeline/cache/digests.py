@@ -71,9 +71,9 @@ def identify(
 ) -> Identities:
     """Return the keys of all images of `dataset`, hashing only files whose digest is not remembered.
 
-    `advance(n)` is called after every n images; `much_to_hash` when thousands of files turn out to be new and there are
-    more, with the keys found just now. Without `remember` the index learns nothing. Without `read_unseen` what is
-    behind an address and was never read, or changed since, is not read now either, but noted as unseen.
+    `advance(n)` is called after every n images; `much_to_hash`, with the keys found just now, when some of thousands of
+    files turn out to be new and there are more. Without `remember` the index learns nothing. Without `read_unseen`
+    what is behind an address and was never read, or changed since, is not read now either, but noted as unseen.
     """
     remote.let_go()  # of what an earlier plan may have left
     found = Identities(Keys.unknown(len(dataset)), {})

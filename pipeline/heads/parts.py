@@ -50,7 +50,7 @@ def dense_in_parts() -> Callable[..., Any]:
         def build(self, input_shape: tuple[int, ...]) -> None:
             whole = keras.ops.convert_to_numpy(self.kernel_initializer((input_shape[-1], self.units)))
             self.parts = [
-                self.add_weight(shape=part.shape, initializer=lambda shape, dtype, part=part: part, name=f"kernel_{i}")
+                self.add_weight(shape=part.shape, initializer=_given(part), name=f"kernel_{i}")
                 for i, part in enumerate(np.array_split(whole, -(-whole.size // _PART)))
             ]
             self.bias = self.add_weight(shape=(self.units,), initializer="zeros", name="bias")
@@ -69,6 +69,11 @@ def dense_in_parts() -> Callable[..., Any]:
             return [np.concatenate([part.numpy() for part in self.parts]), self.bias.numpy()]
 
     return DenseInParts
+
+
+def _given(numbers: np.ndarray) -> Callable[..., np.ndarray]:
+    """Return an initializer that gives these numbers."""
+    return lambda shape, dtype: numbers
 
 
 def gradients_in_bfloat16(model: KerasModel) -> bool:
