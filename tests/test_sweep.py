@@ -27,11 +27,12 @@ import pipeline.sweep
 from pipeline import heads, images, runs
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache
+from pipeline.checkpoint import Checkpoint
 from pipeline.cluster import ClusterChoice
 from pipeline.errors import IceboxError, RunError, UsageError
 from pipeline.extract import FeatureChoice
 from pipeline.spec import HeadSpec
-from pipeline.sweep import Sweep, SweepAsked, sweep
+from pipeline.sweep import Sweep, SweepAsked, run_trial, sweep
 from pipeline.train import train_head
 from pipeline.workspace import Workspace
 
@@ -161,6 +162,20 @@ def test_what_was_killed_goes_on_and_tries_nothing_twice(
     same = ("trial", "val_accuracy", "val_loss", "p_value")
     assert [[row[key] for key in same] for row in done.rows] == [[row[key] for key in same] for row in whole.rows]
     assert runs.unfinished(workspace.sweeps) == []
+
+
+def test_a_checkpoint_that_does_not_fit_does_not_end_a_sweep(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As when it was begun by another version."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(40, dtype=np.int32) % 2
+    rows = rng.random((40, 8), np.float32) + labels[:, None]
+    spec, folder = HeadSpec.make("gap", epochs=2), tmp_path / "trial"
+    folder.mkdir()
+    Checkpoint(folder).save({"model": [np.zeros(3)], "optimizer": [], "best": []}, {"epoch": 1})
+    run_trial(spec, heads.Data(rows, labels, rows, labels, 2), folder)
+    assert json.loads((folder / "trial.json").read_text())["error"] is None
+    assert not Checkpoint(folder).path.exists()
+    assert "tried anew" in caplog.text
 
 
 def test_killed_after_the_winner_was_published_there_is_no_second_one(
