@@ -13,6 +13,7 @@ import argparse
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -49,6 +50,13 @@ def spied(data: str, command: str, *options: str) -> None:
     spy += ["--format", "flamegraph", "--output", str(OUT / f"{command}.svg"), "--"]
     line = [sys.executable, "cli.py", "--data-dir", data, command, *options]
     subprocess.run([*spy, *line], check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    picture = OUT / f"{command}.svg"
+    text = picture.read_text()
+    folders = [np.__path__[0].removesuffix("numpy"), f"{sysconfig.get_path('stdlib')}/", f"{ROOT}/", f"{data}"]
+    folders += [f"{Path(option).parent}/" for option in options if option.startswith("/")]
+    for folder in folders:  # where things lie on this machine is nobody's business
+        text = text.replace(folder, "")
+    picture.write_text(text)
 
 
 def network(weights: Path) -> Callable[[], object]:
