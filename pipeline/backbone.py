@@ -71,7 +71,7 @@ _MOST_STREAMS = 4
 _WORTH_ROWS = 2_000
 _WORTH_SECONDS = 300.0
 _MEASURED_SECONDS = 1.5
-_LEAST_BATCH = 16
+_LEAST_BATCH = 8
 _FASTER = 1.03  # a difference that is not chance
 
 _IMPORTING = threading.Lock()
@@ -298,7 +298,7 @@ class FrozenBackbone:
     def choose_batch(self, rows: int, most: int) -> None:
         """Change to the batch size that computes fastest here, if `rows` rows take so long that measuring pays.
 
-        That is the smallest one of which twice as many images would be hardly faster; at least 16, at most `most`.
+        At least 8 images, at most `most`.
         """
         if rows < _WORTH_ROWS or (rate := self._rate()) * _WORTH_SECONDS > rows:
             return
@@ -352,12 +352,12 @@ class FrozenBackbone:
 
 
 def best_batch(size: int, most: int, rate: float, rate_of: Callable[[int], float]) -> int:
-    """Return the smallest batch size that is about as fast as one twice as large; `rate` is that of `size`.
+    """Return the batch size that is fastest, a larger one only if that is not chance; `rate` is that of `size`.
 
     A smaller one takes less memory, and wastes less of the last batch.
     """
-    if (half := size // 2) >= _LEAST_BATCH and (slower := rate_of(half)) * _FASTER >= rate:
-        logger.info("batches of %d images: %.1f a second, of %d %.1f", half, slower, size, rate)
+    if (half := size // 2) >= _LEAST_BATCH and (as_fast := rate_of(half)) >= rate:
+        logger.info("batches of %d images: %.1f a second, of %d %.1f", half, as_fast, size, rate)
         return half
     while (twice := 2 * size) <= most and (faster := rate_of(twice)) > rate * _FASTER:
         size, rate = twice, faster

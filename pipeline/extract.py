@@ -19,7 +19,7 @@ from pipeline.cache.digests import Identities, identify, read_some
 from pipeline.cache.keys import Keys
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cluster import ClusterChoice
-from pipeline.compute import ComputeOptions, Crew, Effort, Here, Job, batch_of, compute, most_of_batch, refusal
+from pipeline.compute import ComputeOptions, Crew, Effort, Here, Job, batch_of, compute, most_to_try, refusal
 from pipeline.dataset import Dataset, remote
 from pipeline.errors import InterruptedComputationError, SpecError
 from pipeline.planning import DEFAULT_FIT, Plan, Planning, Quarantined, name_quarantined
@@ -206,7 +206,7 @@ def _crew(setup: Setup, source: _Source, effort: Effort, rows: int, new: bool) -
     logger.info("loading TensorFlow and %s", setup.spec.backbone)
     with ShardWorker(setup, source.options.threads) as worker:
         if source.options.batch_size is None and new:
-            worker.choose_batch(rows, min(source.options.shard_rows, most_of_batch()))
+            worker.choose_batch(rows, min(source.options.shard_rows, most_to_try()))
         yield Here(worker, effort)
 
 
