@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -352,9 +352,24 @@ def _fail(message: str, code: int, arguments: list[str]) -> int:
     return code
 
 
-if __name__ == "__main__":
+def run_and_exit() -> NoReturn:
+    """Run the command line as a program of its own."""
+    import threading
+
     if sys.stderr is not None:
         # A descriptor of our own: what native libraries print on theirs is held back while they load.
         own, encoding = os.dup(2), sys.stderr.encoding
         sys.stderr = os.fdopen(own, "w", buffering=1, encoding=encoding, errors="backslashreplace")
-    sys.exit(main())
+    code = main()
+    extract = sys.modules.get("pipeline.extract")
+    if extract is not None and any(thread.name == extract.LOADING for thread in threading.enumerate()):
+        # All is said and done, and TensorFlow, which is being loaded for nothing, would take its time to see that.
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run_and_exit()

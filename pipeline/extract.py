@@ -109,6 +109,9 @@ def extract(
     return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, effort, space)
 
 
+LOADING = "loading TensorFlow"  # the name of the thread
+
+
 class _Early:
     """Loads TensorFlow while many files are hashed that were never seen: one core of several does both at once.
 
@@ -126,8 +129,8 @@ class _Early:
         self._decided, some = True, keys.grouped().first
         index = self._cache.index
         if not any(index.has_any(space.name, keys.digests, some, 0) for space in self._cache.spaces()):
-            # Not a daemon: a program that ends waits for it, as loading is no place to be ended at.
-            threading.Thread(target=import_keras, name="loading TensorFlow").start()
+            # `cli.py` does not wait for it if it has come to an end without.
+            threading.Thread(target=import_keras, name=LOADING).start()
 
 
 @dataclass(frozen=True)

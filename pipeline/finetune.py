@@ -41,8 +41,7 @@ logger = logging.getLogger(__name__)
 _COLLAPSE = 0.1  # of accuracy on the training images, between training mode and inference mode
 _TIMED = 32  # images
 _CHECKED = 16  # test images on which the saved model is compared with the trained one
-# By how much probabilities may differ then: rows are rounded to the storage type, computed in other batches, and what
-# comes after the cut in other steps.
+# By how much probabilities may differ then: rows are rounded to the storage type and computed in other batches.
 _MOST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 _COPIES = 6  # of the trained numbers, in memory: weights, gradients, two of the optimizer, the best, one on its way
 
@@ -165,8 +164,7 @@ def _train_and_write(
         _announce(asked, setting)
     trained = _trained(directory, asked, setting, workspace)
     size = asked.head.settings["batch_size"]
-    # Images are measured as `predict` will answer them.
-    answer = setting.model.predict_on_batch if asked.from_cache else network.compiled(made)
+    answer = network.compiled(made, setting.origin.cut if asked.from_cache else None)  # as `predict` will answer
 
     def said(rows: Rows, what: str) -> np.ndarray:
         with workspace.progress(what, len(rows)) as advance:

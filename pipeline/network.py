@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import backbone, heads, weights_file
+from pipeline import backbone, folding, heads, weights_file
 from pipeline.backbone import KerasModel, cut_layers, import_keras
 from pipeline.cache import storage
 from pipeline.errors import IceboxError, RunError, SpecError, UsageError
@@ -255,22 +255,32 @@ def stitched(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> Dens
     return DenseHead(model, head.spec)
 
 
-def compiled(network: Network) -> Answerer:
+def compiled(network: Network, after: str | None = None) -> Answerer:
     """Return a network as a function, compiled once for any number of images, that computes as cached features are.
 
-    It raises IceboxError if an answer is not a number.
+    With `after` it takes rows of that layer, (n, h, w, c) in the storage type, instead of pixels; its output must carry
+    the network on alone. It raises IceboxError if an answer is not a number.
     """
     import tensorflow as tf
 
-    below, head, spec = network.below, network.head.model, network.spec
-    size = spec.input_size
+    head, spec = network.head.model, network.spec
+    shape, kind = (spec.input_size, spec.input_size, 3), "uint8"
+    if after is not None:
+        shape, kind = tuple(network.below.get_layer(after).output.shape[1:]), spec.storage
 
-    @tf.function(input_signature=[tf.TensorSpec((None, size, size, 3), tf.uint8)])
-    def run(pixels: tf.Tensor) -> tf.Tensor:
-        return tf.cast(head(backbone.features_of(below, pixels, spec), training=False), tf.float32)
+    @tf.function(input_signature=[tf.TensorSpec((None, *shape), kind)])
+    def run(inputs: tf.Tensor) -> tf.Tensor:
+        if after is None:
+            features = backbone.features_of(network.below, inputs, spec)
+        elif spec.engine == "keras":
+            between = network.features_after(after)
+            features = inputs if between is None else between(inputs, training=False)
+        else:
+            features = folding.run(network.below, inputs, spec.precision, after)
+        return tf.cast(head(features, training=False), tf.float32)
 
-    def answer(pixels: np.ndarray) -> np.ndarray:
-        said = run(tf.constant(pixels)).numpy()
+    def answer(inputs: np.ndarray) -> np.ndarray:
+        said = run(tf.constant(inputs)).numpy()
         if not np.isfinite(said).all():
             raise IceboxError(f"answers are not numbers (NaN or infinite): {spec.precision} overflows")
         return said

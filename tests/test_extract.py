@@ -268,6 +268,21 @@ def test_thousands_of_new_files_are_hashed_while_tensorflow_is_loaded(
     assert not begun.is_set(), "they are hashed anew, and known"
 
 
+def test_a_program_that_ends_does_not_wait_for_tensorflow(photos: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, time, cli, pipeline.extract\n"
+        "from pipeline.cache import digests\n"
+        "digests._BLOCK, pipeline.extract.import_keras = 5, lambda: time.sleep(300)\n"
+        "cli.run_and_exit()\n"
+    )
+    arguments = ["--data-dir", str(tmp_path / "data"), "features", "--dataset", str(photos), "--weights", "nothing.h5"]
+    command = [sys.executable, "-c", script, *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment())
+    assert done.returncode == 1
+    assert "no weights file nothing.h5" in json.loads(done.stdout)["error"]
+    assert "Traceback" not in done.stderr
+
+
 def test_auto_takes_the_space_on_disk_that_holds_most(photos: Path, run: Callable[..., Extraction]) -> None:
     first = run(photos)
     assert first.space

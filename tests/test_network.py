@@ -121,10 +121,15 @@ def test_it_answers_in_bfloat16_as_cached_features_do(gap: Network) -> None:
     rows, _ = backbone.FrozenBackbone(spec, None, 4)(pixels)
     expected = gap.head.model.predict_on_batch(rows)
     assert np.abs(network.compiled(half)(pixels) - expected).max() < 1e-5
+    for layer in ("mixed8", "mixed10"):
+        cut, _ = backbone.FrozenBackbone(replace(spec, layer=layer), None, 4)(pixels)
+        assert np.abs(network.compiled(half, layer)(cut) - expected).max() < 1e-5
     old = replace(spec, engine="keras")
     half.spec = old
     rows, _ = backbone.FrozenBackbone(old, None, 4)(pixels)
-    assert np.abs(network.compiled(half)(pixels) - gap.head.model.predict_on_batch(rows)).max() < 1e-5
+    expected = gap.head.model.predict_on_batch(rows)
+    assert np.abs(network.compiled(half)(pixels) - expected).max() < 1e-5
+    assert np.abs(network.compiled(half, "mixed10")(rows) - expected).max() < 1e-5
 
 
 # How it is kept
