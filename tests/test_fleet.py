@@ -353,7 +353,7 @@ def test_ctrl_c_in_the_terminal_reaches_all_and_one_line_comes_of_it(images: Pat
         command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as program:
         while program.poll() is None and not list(tmp_path.glob("cache/*/shards/[0-9a-f]*.h5")):
-            time.sleep(0.2)
+            time.sleep(0.02)
         os.killpg(program.pid, signal.SIGINT)
         _, said = program.communicate(timeout=120)
     assert program.returncode == 1
