@@ -18,7 +18,7 @@ from pipeline.evaluate import evaluate
 from pipeline.extract import FeatureChoice, warn_untrained
 from pipeline.fitting import answers
 from pipeline.gather import Material, Sorted, gather, gather_images
-from pipeline.network import compiled, predict
+from pipeline.network import compiled, probabilities
 from pipeline.pictures import draw_calibration, draw_confusion
 from pipeline.pixels import Pixels, decoding
 from pipeline.planning import Quarantined
@@ -154,7 +154,7 @@ def _said_of_images(
         workspace.progress("measuring", len(members)) as advance,
     ):
         pixels = Pixels(source, members)
-        return np.concatenate(list(predict(answer, pixels, DEFAULT_BATCH_SIZE, advance)))
+        return probabilities(answer, pixels, DEFAULT_BATCH_SIZE, advance)
 
 
 def _keep(run: TrainedRun, title: str, predictions: runs.Predictions, metrics: dict[str, Any]) -> Path:

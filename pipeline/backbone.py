@@ -277,8 +277,9 @@ class FrozenBackbone:
         if weights is not None:
             weights_file.check(weights)  # before TensorFlow, which takes its time
         import_keras()
+        self._streams = streams(threads)
         if threads is not None:
-            limit_threads(max(1, threads // streams(threads)), streams(threads))
+            limit_threads(max(1, threads // self._streams), self._streams)
         import tensorflow as tf
 
         if spec.precision == "float16" and not tf.config.list_physical_devices("GPU"):
@@ -286,7 +287,6 @@ class FrozenBackbone:
         whole = build(spec.backbone, spec.precision)
         load_weights(whole, spec.weights, weights)
         self._model = cut(whole, spec.layer)
-        self._streams = streams(threads)
         self.spec = spec
         self.row_shape: tuple[int, ...] = tuple(self._model.output_shape[1:])  # of one image's features, (h, w, c)
         self._take(batch_size)
@@ -382,12 +382,26 @@ def _compiled(model: KerasModel, spec: FeatureSpec, batch_size: int) -> Any:
     return tf.function(run, input_signature=[tf.TensorSpec(shape, tf.uint8)], jit_compile=xla).get_concrete_function()
 
 
-def features_of(model: KerasModel, images: Any, spec: FeatureSpec) -> Any:
-    """Return what a frozen `model` makes of pixels (n, h, w, 3) uint8, inside a `tf.function`, by the spec's engine."""
+def features_of(model: KerasModel, inputs: Any, spec: FeatureSpec, after: str | None = None) -> Any:
+    """Return what a frozen `model` makes of pixels (n, h, w, 3) uint8, inside a `tf.function`, by the spec's engine.
+
+    With `after`, of rows (n, h, w, c) of that layer, whose output must carry the network on alone.
+    """
     import tensorflow as tf
 
-    scaled = scale(tf.cast(images, tf.float32))
-    return model(scaled, training=False) if spec.engine == "keras" else folding.run(model, scaled, spec.precision)
+    if after is None:
+        inputs = scale(tf.cast(inputs, tf.float32))
+    if spec.engine != "keras":
+        return folding.run(model, inputs, spec.precision, after)
+    rest = model if after is None else rest_of(model, after)
+    return inputs if rest is None else rest(inputs, training=False)
+
+
+def rest_of(model: KerasModel, layer: str) -> KerasModel | None:
+    """Return what of `model` comes after `layer`; None if nothing does."""
+    if layer == model.layers[-1].name:
+        return None
+    return import_keras().Model(model.get_layer(layer).output, model.output)
 
 
 def scale(images: Any) -> Any:

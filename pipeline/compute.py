@@ -172,17 +172,16 @@ def default_batch() -> int:
 
 
 def batch_of(space: FeatureSpace | None) -> int | None:
-    """Return the batch size a space was begun with, if it says so; less where a GPU began it and there is none here."""
+    """Return the batch size a space was begun with, if it says so; less where a GPU began it and there is none here.
+
+    An image of a batch takes some 10 MB, more than once on a CPU.
+    """
     about = space.provenance if space else {}
     stored = about.get("batch_size")
     if not isinstance(stored, int) or stored <= 0:
         return None
-    return min(stored, most_of_batch()) if about.get("gpus") else min(stored, MAX_BATCH_SIZE)
-
-
-def most_of_batch() -> int:
-    """Return the largest batch that is taken unasked: an image of one takes some 10 MB, more than once on a CPU."""
-    return MAX_BATCH_SIZE if machine.gpu_count() else 2 * DEFAULT_BATCH_SIZE
+    smaller = about.get("gpus") and not machine.gpu_count()
+    return min(stored, 2 * DEFAULT_BATCH_SIZE if smaller else MAX_BATCH_SIZE)
 
 
 def most_to_try() -> int:

@@ -163,22 +163,14 @@ def _train_and_write(
     if not Checkpoint(directory).path.exists():
         _announce(asked, setting)
     trained = _trained(directory, asked, setting, workspace)
-    size = asked.head.settings["batch_size"]
-    answer = network.compiled(made, setting.origin.cut if asked.from_cache else None)  # as `predict` will answer
-
-    def said(rows: Rows, what: str) -> np.ndarray:
-        with workspace.progress(what, len(rows)) as advance:
-            return np.concatenate(list(network.predict(answer, rows, size, advance)))
-
-    val, test = (said(ready.rows[side], f"measuring {side}") for side in ("val", "test"))
-    on_train = said(_plain(ready), "measuring train")
-    _, train_accuracy = measure(on_train, ready.labels["train"])
+    said = _measured(asked, setting, workspace)
+    _, train_accuracy = measure(said["train"], ready.labels["train"])
     best = min(trained.history, key=lambda entry: entry["val_loss"])
     _warn_of_collapse(train_accuracy, best["accuracy"], asked)
-    predictions = [ready.predictions(side, ready.members[side], p) for side, p in (("val", val), ("test", test))]
+    predictions = [ready.predictions(side, ready.members[side], said[side]) for side in ("val", "test")]
     metrics = results.measured(predictions, ready.material.dataset.classes)
     identity = made.save(directory)
-    difference = _check_saved(directory, asked, setting, test)
+    difference = _check_saved(directory, asked, setting, said["test"])
     names = made.layers
     unchanged = setting.origin.unchanged_until(
         names, [each for each in made.cuts if names.index(each) <= setting.until]
@@ -223,6 +215,17 @@ def _train_and_write(
     return summary
 
 
+def _measured(asked: FullAsked, setting: _Setting, workspace: Workspace) -> dict[str, np.ndarray]:
+    """Return what the network says of each split in the plain view, (n, k) float32, as `predict` will answer."""
+    answer = network.compiled(setting.network, setting.origin.cut if asked.from_cache else None)
+    rows = {**setting.ready.rows, "train": _plain(setting.ready)}
+    said = {}
+    for side, some in rows.items():
+        with workspace.progress(f"measuring {side}", len(some)) as advance:
+            said[side] = network.probabilities(answer, some, asked.head.settings["batch_size"], advance)
+    return said
+
+
 def _trained(directory: Path, asked: FullAsked, setting: _Setting, workspace: Workspace) -> Trained:
     """Run the loop, and leave the network at its best epoch."""
     settings, ready = asked.head.settings, setting.ready
@@ -245,7 +248,7 @@ def _trained(directory: Path, asked: FullAsked, setting: _Setting, workspace: Wo
             return train(
                 setting.model,
                 batches,
-                lambda: measure(network.probabilities(setting.model, val[0], size), val[1]),
+                lambda: measure(network.probabilities(setting.model.predict_on_batch, val[0], size), val[1]),
                 settings,
                 weights,
                 watch,
@@ -278,7 +281,7 @@ def _announce(asked: FullAsked, setting: _Setting) -> None:
     some = rows[np.arange(min(len(rows), settings["batch_size"], _TIMED))]
     for _ in range(2):  # the first time compiles
         start = time.perf_counter()
-        network.probabilities(setting.model, some, len(some))
+        network.probabilities(setting.model.predict_on_batch, some, len(some))
     each = (time.perf_counter() - start) / len(some)  # pyright: ignore[reportPossiblyUnboundVariable]
     work, trains = setting.network.work(setting.origin.cut)
     train, val, test = (len(ready.rows[side]) for side in ("train", "val", "test"))
@@ -310,7 +313,7 @@ def _check_saved(directory: Path, asked: FullAsked, setting: _Setting, test: np.
     images, members = ready.material, ready.members["test"][:_CHECKED]
     saved = network.compiled(Network.load(directory, spec))
     with decoding(images.dataset, images.keys, images.usable, spec.input_size, spec.fit, asked.max_pixels) as source:
-        said = np.concatenate(list(network.predict(saved, Pixels(source, members), _CHECKED)))
+        said = network.probabilities(saved, Pixels(source, members), _CHECKED)
     difference = float(np.abs(said - test[: len(members)]).max())
     if not difference <= _MOST_DIFFERENCE[spec.precision]:
         raise RunError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import backbone, folding, heads, weights_file
+from pipeline import backbone, heads, weights_file
 from pipeline.backbone import KerasModel, cut_layers, import_keras
 from pipeline.cache import storage
 from pipeline.errors import IceboxError, RunError, SpecError, UsageError
@@ -112,9 +112,7 @@ class Network:
 
     def features_after(self, layer: str) -> KerasModel | None:
         """Return what lies between `layer` and the head; None if nothing does."""
-        if layer == self.spec.layer:
-            return None
-        return import_keras().Model(self.whole.get_layer(layer).output, self.below.output)
+        return backbone.rest_of(self.below, layer)
 
     def save(self, directory: Path) -> str:
         """Write backbone, head and our JSON; return the identity of the backbone's weights, as a spec names them."""
@@ -225,9 +223,11 @@ def predict(
         advance(len(part))
 
 
-def probabilities(model: KerasModel, rows: Rows, size: int) -> np.ndarray:
-    """Return class probabilities (n, k) float32 of rows."""
-    return np.concatenate(list(predict(model.predict_on_batch, rows, size)))
+def probabilities(
+    answer: Callable[[np.ndarray], Any], rows: Rows, size: int, advance: Callable[[int], None] = lambda n: None
+) -> np.ndarray:
+    """Return what `predict` yields as one array: class probabilities (n, k) float32."""
+    return np.concatenate(list(predict(answer, rows, size, advance)))
 
 
 def stitched(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> DenseHead:
@@ -270,13 +270,7 @@ def compiled(network: Network, after: str | None = None) -> Answerer:
 
     @tf.function(input_signature=[tf.TensorSpec((None, *shape), kind)])
     def run(inputs: tf.Tensor) -> tf.Tensor:
-        if after is None:
-            features = backbone.features_of(network.below, inputs, spec)
-        elif spec.engine == "keras":
-            between = network.features_after(after)
-            features = inputs if between is None else between(inputs, training=False)
-        else:
-            features = folding.run(network.below, inputs, spec.precision, after)
+        features = backbone.features_of(network.below, inputs, spec, after)
         return tf.cast(head(features, training=False), tf.float32)
 
     def answer(inputs: np.ndarray) -> np.ndarray:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from pipeline.cache import storage
 from pipeline.cache.index import row_mark
 from pipeline.cache.shard import Gathering, Rows, ShardInfo, write_shard
 from pipeline.dataset import Dataset, remote
-from pipeline.decoder import Decoders, Loaded, Loader, batched, decoding_pool
+from pipeline.decoder import Decoders, Loaded, Loader, batched, decoding_pool, in_threads
 from pipeline.errors import CacheError
 from pipeline.spec import PLAIN_VIEW, FeatureSpec, Views
 
@@ -215,7 +215,10 @@ class ShardWorker:
         with closing(self._decoded(task, met, advance, stopped, there)) as decoded:
             batches = batched(decoded, self._model.batch_size)
             first = [batch for batch in [next(batches, None)] if batch]  # decoded before it is our turn
-            with closing(self._computed(chain(first, batches), busy)) as computed:
+            with (
+                closing(self._in_turn(chain(first, batches))) as ours,
+                closing(in_threads(self._models, partial(self._compute, busy), ours, self._streams)) as computed,
+            ):
                 for rows in computed:
                     made.add(rows)
                     advance(len(rows))
@@ -266,22 +269,12 @@ class ShardWorker:
             for view in views
         ]
 
-    def _computed(self, batches: Iterator[list[Loaded]], busy: _Busy) -> Generator[Rows]:
-        """Yield each batch's rows, in order; another task may follow as soon as the last one is handed over."""
-        waiting = deque[Future[Rows]]()
-        try:
-            with self._turn:
-                for batch in batches:
-                    waiting.append(self._models.submit(self._compute, batch, busy))
-                    if len(waiting) > self._streams:
-                        yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    def _in_turn(self, batches: Iterator[list[Loaded]]) -> Generator[list[Loaded]]:
+        """Yield batches, no other task having the model until the last one was taken."""
+        with self._turn:
+            yield from batches
 
-    def _compute(self, batch: list[Loaded], busy: _Busy) -> Rows:
+    def _compute(self, busy: _Busy, batch: list[Loaded]) -> Rows:
         with busy:
             features, pooled = self._model(np.stack([image.pixels for image in batch if image.pixels is not None]))
         keys = np.frombuffer(b"".join(image.key for image in batch if image.key is not None), np.uint8)

@@ -247,12 +247,7 @@ def run_trial(
             return
         start = time.perf_counter()
         try:
-            try:
-                fitted = fit_head(spec, data, folder, advance)
-            except OtherCheckpointError as error:
-                logger.warning("%s: tried anew, as %s", spec.identity, error)
-                Checkpoint(folder).remove()
-                fitted = fit_head(spec, data, folder, advance)
+            fitted = _fitted(spec, data, folder, advance)
         except (NotFiniteError, DoNotFitError) as error:
             runs.write_json(folder / _TRIAL, {"error": str(error), "seconds": time.perf_counter() - start})
             return
@@ -275,6 +270,15 @@ def run_trial(
         runs.write_json(folder / _TRIAL, outcome)
         Checkpoint(folder).remove()
         heads.release()
+
+
+def _fitted(spec: HeadSpec, data: heads.Data, folder: Path, advance: Callable[[float], None]) -> heads.Fitted:
+    try:
+        return fit_head(spec, data, folder, advance)
+    except OtherCheckpointError as error:
+        logger.warning("%s: tried anew, as %s", spec.identity, error)
+        Checkpoint(folder).remove()
+        return fit_head(spec, data, folder, advance)
 
 
 def _outcome(folder: Path) -> dict[str, Any]:

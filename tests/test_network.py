@@ -102,12 +102,12 @@ def test_layers_have_the_same_names_in_every_model_that_a_process_builds(gap: Ne
 
 def test_the_two_halves_are_the_whole(gap: Network) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (3, 299, 299, 3), np.uint8)
-    whole = network.probabilities(gap.on_pixels(), pixels, 3)
+    whole = network.probabilities(gap.on_pixels().predict_on_batch, pixels, 3)
     rows = backbone.cut(gap.whole, "mixed9").predict_on_batch(pixels.astype(np.float32) / 127.5 - 1)
-    assert np.allclose(network.probabilities(gap.after("mixed9"), rows, 2), whole, atol=1e-5)
+    assert np.allclose(network.probabilities(gap.after("mixed9").predict_on_batch, rows, 2), whole, atol=1e-5)
     between: Any = gap.features_after("mixed9")
-    features = network.probabilities(gap.features_of_pixels(), pixels, 3)
-    assert np.allclose(network.probabilities(between, rows, 3), features, rtol=1e-3, atol=1e-3)
+    features = network.probabilities(gap.features_of_pixels().predict_on_batch, pixels, 3)
+    assert np.allclose(network.probabilities(between.predict_on_batch, rows, 3), features, rtol=1e-3, atol=1e-3)
     assert gap.features_after("mixed10") is None
     assert whole.std(axis=0).max() > 1e-6, "the images are told apart"
 
@@ -129,7 +129,9 @@ def test_it_answers_in_bfloat16_as_cached_features_do(gap: Network) -> None:
     rows, _ = backbone.FrozenBackbone(old, None, 4)(pixels)
     expected = gap.head.model.predict_on_batch(rows)
     assert np.abs(network.compiled(half)(pixels) - expected).max() < 1e-5
-    assert np.abs(network.compiled(half, "mixed10")(rows) - expected).max() < 1e-5
+    for layer in ("mixed8", "mixed10"):
+        cut, _ = backbone.FrozenBackbone(replace(old, layer=layer), None, 4)(pixels)
+        assert np.abs(network.compiled(half, layer)(cut) - expected).max() < 1e-5
 
 
 # How it is kept
