@@ -16,7 +16,7 @@ CLI  := $(BIN)/python cli.py
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart features train-head freeze finetune sweep bench test lint check format clean
+.PHONY: help setup quickstart features train-head freeze finetune sweep report bench test lint check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,12 +27,13 @@ ifneq ($(EXTRAS),)
 	$(PIP) --editable '.[$(EXTRAS)]'
 endif
 
-quickstart: setup ## from nothing to features, three heads and their accuracies, on digits
+quickstart: setup ## from nothing to features, three heads, and a report of the best, on digits
 	$(CLI) features
 	$(CLI) train-head --head logreg
 	$(CLI) train-head --head gap --patience 5
 	$(CLI) train-head --head flatten --patience 3
 	$(CLI) runs ls
+	$(CLI) report best
 
 features: setup ## compute the features of DATASET that are missing
 	$(CLI) features --dataset "$$DATASET" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
@@ -48,6 +49,9 @@ finetune: setup ## fine-tune the backbone's last layers on cached rows of DATASE
 
 sweep: setup ## try heads and settings on the cached features of DATASET
 	$(CLI) sweep --dataset "$$DATASET" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
+
+report: setup ## a page of the best run on the dataset of the latest: data/reports/
+	$(CLI) report best
 
 bench: $(VENV)/.ready-dev ## measure speed and size on DATASET, a folder, with WEIGHTS, a file (PHOTOS, THINGSVISION): hours
 	$(BIN)/python benchmarks/all.py --dataset "$$DATASET" --weights "$$WEIGHTS" \

@@ -13,10 +13,12 @@ import typer
 
 from pipeline.commands.cache import cache_app
 from pipeline.commands.deploy import export, serve
+from pipeline.commands.doctor import doctor
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.full import finetune, freeze
 from pipeline.commands.heads import train_head
 from pipeline.commands.predict import predict
+from pipeline.commands.report import report
 from pipeline.commands.shared import (
     CONNECTIONS,
     MAX_PIXELS,
@@ -73,6 +75,8 @@ app.command("evaluate")(evaluate)
 app.command("predict")(predict)
 app.command("export")(export)
 app.command("serve")(serve)
+app.command("doctor")(doctor)
+app.command("report")(report)
 
 _DATA_DIR = Path(__file__).parent / "data"
 
@@ -219,16 +223,6 @@ def _run_row(summary: dict[str, Any]) -> tuple[object, ...]:
         f"{summary['seconds']:.1f}",
         summary["weights"],
     )
-
-
-@app.command()
-def doctor(context: typer.Context, as_json: JsonOption = False) -> None:
-    """Tell what this machine has, and what Icebox would do with it."""
-    from pipeline.doctor import examine
-
-    with opened(context) as workspace:
-        result = examine(workspace)
-    finish(result, as_json, tuple(result))
 
 
 @app.command("weights")

@@ -300,7 +300,7 @@ class FrozenBackbone:
 
         At least 8 images, at most `most`.
         """
-        if rows < _WORTH_ROWS or (rate := self._rate()) * _WORTH_SECONDS > rows:
+        if rows < _WORTH_ROWS or (rate := self.rate()) * _WORTH_SECONDS > rows:
             return
         fastest = best_batch(self.batch_size, most, rate, self._rate_of)
         if fastest != self.batch_size:
@@ -312,12 +312,12 @@ class FrozenBackbone:
 
         self._take(batch_size)
         try:
-            return self._rate()
+            return self.rate()
         except tf.errors.ResourceExhaustedError:
             return 0.0
 
-    def _rate(self) -> float:
-        """Return images/s, all streams together."""
+    def rate(self) -> float:
+        """Return images/s, all streams together, measured now in a few seconds."""
         images = np.zeros((self.batch_size, self.spec.input_size, self.spec.input_size, 3), np.uint8)
         self(images)  # the first call optimises the graph
         count = self._streams

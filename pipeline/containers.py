@@ -48,6 +48,8 @@ class Header:
     premultiplied: bool = False  # colours were multiplied by alpha already
     inverted: bool = False  # 0 is white
     five_bits: bool = False  # channels hold 5 or 6 bits, in the upper bits
+    deep: bool = False  # more than 8 bits a channel
+    alpha: bool = False  # may be transparent in places; never told of a GIF
 
 
 def read_header(data: bytes) -> Header:
@@ -108,7 +110,8 @@ def _read_png(data: bytes) -> Header:
     if colour == 0 and len(chunks.get(b"tRNS", b"")) == 2:  # OpenCV ignores it in grey images, and only there
         clear = int.from_bytes(chunks[b"tRNS"], "big")
         clear = clear if depth >= 8 else clear * 255 // (2**depth - 1)
-    return Header("PNG", width, height, exif=chunks.get(b"eXIf", b""), clear=clear)
+    exif, alpha = chunks.get(b"eXIf", b""), colour in (4, 6) or b"tRNS" in chunks
+    return Header("PNG", width, height, exif=exif, clear=clear, deep=depth > 8, alpha=alpha)
 
 
 def png_chunks(data: bytes) -> dict[bytes, bytes]:
@@ -136,14 +139,17 @@ def png_chunks(data: bytes) -> dict[bytes, bytes]:
 
 def _read_webp(data: bytes) -> Header:
     chunks = webp_chunks(data)
+    alpha = False
     if canvas := chunks.get(b"VP8X"):
+        alpha = bool(canvas[0] & 0x10)
         width, height = (int.from_bytes(canvas[at : at + 3], "little") + 1 for at in (4, 7))
     elif lossless := chunks.get(b"VP8L"):
         bits = int.from_bytes(lossless[1:5], "little")
+        alpha = bool(bits >> 28 & 1)
         width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     else:
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", chunks[b"VP8 "], 6))
-    return Header("WebP", width, height, exif=chunks.get(b"EXIF", b""))
+    return Header("WebP", width, height, exif=chunks.get(b"EXIF", b""), alpha=alpha)
 
 
 def webp_chunks(data: bytes) -> dict[bytes, bytes]:
@@ -169,7 +175,8 @@ def _read_gif(data: bytes) -> Header:
 
 def _read_bmp(data: bytes) -> Header:
     image = BmpImagePlugin.BmpImageFile(io.BytesIO(data))
-    return Header("BMP", *image.size, five_bits=data[14] >= 40 and data[28] == 16)
+    bits = data[28] if data[14] >= 40 else 0
+    return Header("BMP", *image.size, five_bits=bits == 16, alpha=image.mode == "RGBA")
 
 
 def _read_tiff(data: bytes) -> Header:
@@ -186,6 +193,8 @@ def _read_tiff(data: bytes) -> Header:
         # 1 is alpha that was multiplied in, 2 is not; libtiff multiplies it in when it reads 8 bits.
         premultiplied=1 in extra or (2 in extra and bits[0] == 8),
         inverted=bits[0] == 16 and tags[Tiff.PHOTOMETRIC_INTERPRETATION] == 0,  # libtiff does it for 8 bits
+        deep=bits[0] > 8,
+        alpha=image.mode == "RGBA",
     )
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from pipeline import images, machine
 from pipeline.cache.digests import digest, unreadable
+from pipeline.containers import Header, read_header
 from pipeline.dataset import Dataset, remote
 from pipeline.decode_process import BUG, NO_MEMORY, PIXELS
 from pipeline.errors import DecodeError
@@ -50,6 +51,7 @@ class Loaded:
     reason: str = ""
     view: int = 0  # the number of the view that the pixels show; 0 is the plain image
     validator: str | None = None  # what the server said of an image behind an address
+    header: Header | None = None  # of what could be decoded, where it was asked for
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,22 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: Dataset, size: int, fit: str, max_pixels: int, decoders: Decoders | None = None
+        self,
+        dataset: Dataset,
+        size: int,
+        fit: str,
+        max_pixels: int,
+        decoders: Decoders | None = None,
+        headers: bool = False,
     ) -> None:
-        """Load images of `dataset`; `decoders` of the same settings are not ended with the context."""
+        """Load images of `dataset`, with their `headers` or not; `decoders` of the same settings are not ended with the
+        context.
+        """
         self._dataset = dataset
         self._size = size
         self._fit: images.Fit = cast(images.Fit, fit)
         self._max_pixels = max_pixels
+        self._headers = headers
         self._own = Decoders(size, fit, max_pixels)
         self._decoders = decoders or self._own
         self._from_afar = next(dataset.urls(), None) is not None
@@ -183,12 +194,18 @@ class Loader:
             return Loaded(i, None, None, unreadable(read.error or OSError("no data")))
         key = digest(data)
         try:
-            return Loaded(i, key, self._pixels(data), validator=read.validator)
+            pixels = self._pixels(data)
+            return Loaded(i, key, pixels, validator=read.validator, header=self._header(data))
         except DecodeError as error:
             return Loaded(i, key, None, str(error), validator=read.validator)
         except MemoryError as error:
             # The machine's fault, not the image's: without a key it is not remembered.
             return Loaded(i, None, None, f"cannot be read: {error or 'out of memory'}")
+
+    def _header(self, data: bytes | np.ndarray) -> Header | None:
+        if not self._headers:
+            return None
+        return Header("pixels", *data.shape[1::-1]) if isinstance(data, np.ndarray) else read_header(data)
 
     def _pixels(self, data: bytes | np.ndarray) -> np.ndarray:
         if isinstance(data, np.ndarray):

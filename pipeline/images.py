@@ -127,7 +127,7 @@ def _decode_file(data: bytes, max_pixels: int) -> np.ndarray:
         raise DecodeError(f"{header.kind} damaged: the header and the pixels disagree about the size")
     if header.kind != "JPEG":
         pixels = _to_rgb8(pixels, header)
-    return _upright(pixels, _orientation(header.exif))
+    return _upright(pixels, orientation(header.exif))
 
 
 def _decode_pixels(data: bytes, header: Header) -> np.ndarray:
@@ -177,7 +177,8 @@ def _over_white(pixels: np.ndarray, header: Header) -> np.ndarray:
     return cv2.add(colour, cv2.bitwise_not(alpha))
 
 
-def _orientation(exif: bytes) -> int:
+def orientation(exif: bytes) -> int:
+    """Return how an EXIF block says that pixels are to be turned: 1 (not at all) to 8; 1 if it makes no sense."""
     if not exif:
         return 1
     tags = Image.Exif()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+Target = Path | IO[str]
 _MOST_NUMBERS = 20  # classes up to which a confusion matrix has its numbers written into it
 _MOST_NAMES = 60  # classes up to which they are named
 
 
-def draw_curves(path: Path, history: Sequence[Mapping[str, float]], x: str, title: str) -> None:
+def draw_curves(path: Target, history: Sequence[Mapping[str, float]], x: str, title: str) -> None:
     """Draw loss and accuracy of training and validation over `x`, a key of each entry of `history`."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
     from matplotlib.ticker import MaxNLocator
@@ -33,7 +34,7 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, float]], x: str, titl
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(_plain(title), parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str) -> None:
@@ -57,10 +58,10 @@ def draw_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
         axis.set_yticks(range(k), names, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true")
     axis.set_title(_plain(title), parse_math=False, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
-def draw_calibration(path: Path, bins: Sequence[Mapping[str, Any]], title: str) -> None:
+def draw_calibration(path: Target, bins: Sequence[Mapping[str, Any]], title: str) -> None:
     """Draw how often a classifier is right beside how sure it says it is, over bins of `evaluate`'s "calibration"."""
     from matplotlib.figure import Figure
 
@@ -78,13 +79,16 @@ def draw_calibration(path: Path, bins: Sequence[Mapping[str, Any]], title: str) 
     lower.set(xlabel="probability of the predicted class", ylabel="images")
     lower.grid(alpha=0.3)
     figure.suptitle(_plain(title), parse_math=False, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, target: Target) -> None:
+    """Write a figure, to a path as PNG, to a stream as SVG without a date."""
+    to_file = isinstance(target, Path)
+    options = {"dpi": 120} if to_file else {"format": "svg", "metadata": {"Date": None}}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the box that is drawn tells
-        figure.savefig(path, dpi=120)
+        figure.savefig(target, **options)
 
 
 def _plain(text: str) -> str:
@@ -108,4 +112,4 @@ def draw_ranking(
     axis.set(xlabel="validation accuracy, 95% interval; blue: within noise of the best")
     axis.grid(alpha=0.3, axis="x")
     figure.suptitle(_plain(title), parse_math=False, fontsize=10)
-    _save(figure, path)
+    save(figure, path)

@@ -176,16 +176,27 @@ def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> t
 
 
 def find_run(root: Path, name: str) -> Path:
-    """Return the folder of the run `name`: a name in `runs ls`, a path, or "latest". Raises RunError."""
-    if name == "latest":
+    """Return the folder of the run `name`: a name in `runs ls`, a path, "latest", or "best".
+
+    The best one has the highest validation accuracy, of those on the dataset of the latest. Raises RunError.
+    """
+    if name in ("latest", "best"):
         names = sorted(path.parent.name for path in root.glob("[!.]*/run.json"))
         if not names:
             raise RunError(f"there are no runs in {root}; `train-head` makes them")
-        return root / names[-1]
+        return root / (names[-1] if name == "latest" else _best(root, names))
     for folder in (root / name, Path(name).resolve()):  # resolved, it has a name even if it is "."
         if name and (folder / "run.json").exists():
             return folder
     raise RunError(f"no run named {name!r} in {root}; `runs ls` lists them")
+
+
+def _best(root: Path, names: Sequence[str]) -> str:
+    found = [about for about in list_runs(root) if about["summary"]["run"] in names]  # it may come from elsewhere
+    if not found:
+        raise RunError(f"no run in {root} can be read")
+    same = [about["summary"] for about in found if about["dataset"]["name"] == found[-1]["dataset"]["name"]]
+    return max(same, key=lambda summary: summary["val_accuracy"])["run"]
 
 
 def read_run(folder: Path) -> dict[str, Any]:

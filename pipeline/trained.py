@@ -100,7 +100,7 @@ def _some(what: str, names: Sequence[str]) -> str:
 
 
 def open_run(root: Path, name: str) -> TrainedRun:
-    """Return the run `name`: as `runs ls` lists it, a path, or "latest". Raises RunError."""
+    """Return the run `name`: as `runs ls` lists it, a path, "latest" or "best". Raises RunError."""
     path = runs.find_run(root, name)
     about = runs.read_run(path)
     try:

@@ -152,13 +152,13 @@ def test_a_batch_is_looked_for_where_computing_takes_long(
     model.choose_batch(1_999, 4)
     assert model.batch_size == 2, "it would take longer than it could save"
     monkeypatch.setattr(backbone, "_WORTH_SECONDS", 1e-6)
-    assert model._rate() > 0
-    monkeypatch.setattr(FrozenBackbone, "_rate", lambda model: float(model.batch_size))
+    assert model.rate() > 0
+    monkeypatch.setattr(FrozenBackbone, "rate", lambda model: float(model.batch_size))
     model.choose_batch(2_000, 4)
     assert model.batch_size == 4, "the larger, the faster"
     features, _ = model(pixels[:3])
     np.testing.assert_allclose(features, frozen(pixels[:3])[0], rtol=2**-10, atol=2**-14)
-    monkeypatch.setattr(FrozenBackbone, "_rate", lambda model: 1.0)
+    monkeypatch.setattr(FrozenBackbone, "rate", lambda model: 1.0)
     model.choose_batch(2_000, 4)
     assert model.batch_size == 2, "half is as fast"
 

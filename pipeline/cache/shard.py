@@ -123,7 +123,7 @@ def write_shard(
     """
     partial = storage.partial_name(directory, ".h5")
     try:
-        image = _image(rows, spec)
+        image = shard_image(rows, spec)
         check(len(image))
         name = hashlib.sha256(image).hexdigest()
         storage.write_file(partial, image)
@@ -138,7 +138,7 @@ def write_shard(
     return ShardInfo(name, len(image), rows.keys, rows.views, rows.features.shape[1:])
 
 
-def _image(rows: Rows, spec: FeatureSpec) -> memoryview:
+def shard_image(rows: Rows, spec: FeatureSpec) -> memoryview:
     """Return the bytes of the shard of `rows`; equal rows give equal bytes.
 
     HDF5 never sees the disk: once a write of its own has failed, as on a full disk, the process crashes at its end.

@@ -97,7 +97,9 @@ DashboardOption = Annotated[
     ),
 ]
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run as `runs ls` lists it, a path, or latest.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run as `runs ls` lists it, a path, latest, or best.")
+]
 AlsoOption = Annotated[
     list[str] | None, typer.Option(metavar="RUN", help="Another run; probabilities are averaged. May be repeated.")
 ]
@@ -201,12 +203,15 @@ def features_command(context: typer.Context) -> str:
     return features_line(context, {"dataset": context.params["dataset"], **given})
 
 
+def program(context: typer.Context) -> list[str]:
+    """Return how this program is called, on the data directory that was given."""
+    given = str(context.find_root().get_parameter_source("data_dir")).endswith("COMMANDLINE")
+    return ["python", "cli.py", *(["--data-dir", str(context.obj)] if given else [])]
+
+
 def features_line(context: typer.Context, options: Mapping[str, Any]) -> str:
     """Return the command line of `features` with these options, on the data directory of this one."""
-    words = ["python", "cli.py"]
-    if str(context.find_root().get_parameter_source("data_dir")).endswith("COMMANDLINE"):
-        words += ["--data-dir", str(context.obj)]
-    words.append("features")
+    words = [*program(context), "features"]
     for name in _FEATURE_OPTIONS:
         if options.get(name) is not None:
             words += [f"--{name.replace('_', '-')}", str(options[name])]

@@ -1,0 +1,131 @@
+"""What to do about what a checkup found, in plain words. Each is one sentence or two; the most pressing come first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline.checkup import Checkup
+from pipeline.compute import duration
+from pipeline.gather import SPLITS
+from pipeline.shard_task import size_text
+
+_FEW = 20  # images of a class to train on; fewer are hardly learned from, and more so hardly measured
+_UNEVEN = 10  # times as many images in the largest class as in the smallest
+_LITTLE = 75  # pixels on the shorter side: a quarter of what the network is given
+_LONG = 2.0  # times as long as wide
+_MANY = 0.1  # share of the images from which on it is worth a word
+_HOURS = 3600.0
+_FLATTEN_ROW = 8 * 8 * 2048 * 2  # bytes in memory: float16
+
+
+def advice(found: Checkup) -> list[str]:
+    """Return what a person should know before computing anything; nothing if all is well."""
+    if len(found.quarantined) == len(found.dataset):
+        return ["none of the images can be read or decoded; look at the reasons"]
+    return [*_wrong(found), *_sides(found), *_classes(found), *_pictures(found), *_machine(found)]
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"
+
+
+def _groups(count: int) -> str:
+    return f"{count:,} group{'' if count == 1 else 's'}"
+
+
+def _wrong(found: Checkup) -> Iterator[str]:
+    if bad := len(found.quarantined):
+        share = bad / len(found.dataset)
+        yield (
+            f"{_images(bad)} ({share:.1%}) cannot be read or decoded; mend or remove them, or let `features` pass over "
+            f"them by --max-bad {max(0.01, np.ceil(share * 100) / 100):g}"
+        )
+    if conflicting := sum(map(len, found.conflicting)):
+        yield f"{conflicting:,} images are copies under several labels; an answer can be right about one of them only"
+
+
+def _sides(found: Checkup) -> Iterator[str]:
+    if found.equal.crossing:
+        yield (
+            f"{_groups(found.equal.crossing)} of exact copies lie on several sides of the split: the test then asks "
+            "for what was seen in training; remove them, or leave the splits to Icebox, which keeps copies together"
+        )
+    if found.near.crossing:
+        yield (
+            f"{_groups(found.near.crossing)} of nearly equal images lie on several sides of the split: accuracy will "
+            "look better than it is; name what belongs together in the `group` column of a manifest"
+        )
+    if found.split.crossing_groups:
+        yield f"{found.split.crossing_groups:,} groups of the manifest lie on several sides of the split"
+    counts = found.counts
+    for side, of_side in zip(SPLITS, counts.T, strict=True):
+        if lacking := int((of_side == 0).sum()):
+            yield f"classes without an image in {side}: {lacking:,} of {len(counts):,}; {_MISSING[side]}"
+
+
+_MISSING = {
+    "train": "they cannot be learned",
+    "val": "choices are made without them; more images help, or --folds",
+    "test": "nothing is known of how well they are told apart; more images help, or --folds",
+}
+
+
+def _classes(found: Checkup) -> Iterator[str]:
+    names, of_train = found.dataset.classes, found.counts[:, 0]
+    if len(names) < 2:
+        yield "there is one class only; a classifier needs at least two"
+        return
+    few = np.flatnonzero((of_train > 0) & (of_train < _FEW))
+    if len(few):
+        listed = ", ".join(names[i] for i in few[:3]) + (" and others" if len(few) > 3 else "")
+        counted = f"{len(few):,} ({listed})"
+        yield f"classes with fewer than {_FEW} images to train on: {counted}; --views 4 makes more of them"
+    present = of_train[of_train > 0]
+    if len(present) and present.max() >= _UNEVEN * present.min():
+        yield (
+            f"the largest class has {present.max() / present.min():,.0f} times the images of the smallest; try "
+            "--class-weight balanced, and look at the accuracy of each class"
+        )
+
+
+def _pictures(found: Checkup) -> Iterator[str]:
+    seen = found.looks[found.looks["kind"] != ""]
+    if not len(seen):
+        return
+    short, long = np.minimum(seen["width"], seen["height"]), np.maximum(seen["width"], seen["height"])
+    if (little := np.mean(short < _LITTLE)) > _MANY:
+        yield (
+            f"{little:.0%} of the images are smaller than {_LITTLE} pixels; the network was made for 299, so that "
+            "fine-tuning (`finetune --from-cache`) may gain more than usual"
+        )
+    if (narrow := np.mean(long >= _LONG * short)) > _MANY:
+        yield (
+            f"{narrow:.0%} of the images are twice as long as wide, or more; compare --fit pad or crop with the "
+            "default, which squeezes them"
+        )
+    if deep := int(seen["deep"].sum()):
+        yield f"{_images(deep)} with 16 bits a channel; their upper 8 are used"
+    if alpha := int(seen["alpha"].sum()):
+        yield f"{_images(alpha)} with transparency; white is put behind them"
+
+
+def _machine(found: Checkup) -> Iterator[str]:
+    if (cost := found.cost) is not None:
+        if cost.bytes > found.free_bytes:
+            yield (
+                f"the features take {size_text(cost.bytes)} and {size_text(found.free_bytes)} are free; make room, put "
+                "--data-dir elsewhere, or take --limit"
+            )
+        if cost.seconds > _HOURS:
+            yield (
+                f"computing takes {duration(cost.seconds)} here: try --limit first; a GPU or more machines divide it "
+                "(--scheduler), and it may be stopped at any time"
+            )
+    rows = found.plan.rows * _FLATTEN_ROW
+    if rows > found.available_memory / 2:
+        yield (
+            f"as arrays the features take {size_text(rows)} of memory: `flatten` streams them from disk, slower; `gap` "
+            "and `logreg` need 1/32 of it"
+        )

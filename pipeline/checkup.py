@@ -1,0 +1,172 @@
+"""A dataset looked at before a night is spent on it: what is in it, what is wrong with it, what it will take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline import cost, machine, near
+from pipeline.cache import storage
+from pipeline.cache.digests import identify
+from pipeline.cost import Cost
+from pipeline.dataset import Dataset, Split, assign
+from pipeline.extract import FeatureChoice, find_space
+from pipeline.gather import SPLITS
+from pipeline.planning import Plan, Planning, Quarantined, name_quarantined
+from pipeline.spec import PLAIN_VIEW, Views
+from pipeline.survey import survey
+from pipeline.workspace import Workspace
+
+_MOST_NAMED = 50  # groups of copies, in the JSON
+MOST_MEMBERS = 10  # of a group that are named
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Groups of images that are the same, or nearly: each a list of indices into the dataset.
+
+    Those that lie on several sides of the split come first, and `crossing` is how many these are.
+    """
+
+    groups: list[list[int]]
+    crossing: int
+
+    @property
+    def images(self) -> int:
+        """How many images are in the groups."""
+        return sum(map(len, self.groups))
+
+
+@dataclass(frozen=True, eq=False)
+class Checkup:
+    """What was found. `looks` is (n,) of `survey.LOOK`; `quarantined` lists what cannot be read or decoded."""
+
+    dataset: Dataset
+    split: Split
+    looks: np.ndarray
+    quarantined: list[Quarantined]
+    equal: Copies
+    near: Copies
+    conflicting: list[list[int]]  # groups of equal images under several labels
+    space: str | None
+    plan: Plan
+    views: int
+    cost: Cost | None  # None where nothing is missing
+    free_bytes: int
+    available_memory: int
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Images of each class on each side that can be decoded, (classes, 3): train, val, test."""
+        usable = np.ones(len(self.dataset), bool)
+        usable[list(self.plan.quarantined)] = False
+        counts = np.zeros((len(self.dataset.classes), len(SPLITS)), np.int64)
+        sides = np.searchsorted(np.sort(SPLITS), self.split.sides[usable])
+        np.add.at(counts, (self.dataset.labels[usable], np.argsort(SPLITS)[sides]), 1)
+        return counts
+
+
+def check(
+    dataset: Dataset, workspace: Workspace, choice: FeatureChoice, max_pixels: int, views: Views = PLAIN_VIEW
+) -> Checkup:
+    """Look at every image of `dataset`, and at what of it is cached; measure what the rest would take.
+
+    Raises
+    ------
+    IceboxError
+        If the weights, the layer or the space that were asked for cannot be had.
+    """
+    index = workspace.cache.index
+    with workspace.progress("identifying images", len(dataset)) as advance:
+        identities = identify(dataset, index, advance, read_unseen=False)
+    space, _ = find_space(workspace, choice, identities, views)
+    planning = Planning(dataset, identities, index, max_pixels, views)
+    looks = survey(planning, workspace.progress)
+    plan = planning.plan(space)
+    split = assign(dataset, identities.keys)
+    grouped = identities.keys.grouped()
+    sizes = np.diff(np.append(np.flatnonzero(grouped.leads), len(grouped.images)))
+    equal = grouped.members(np.flatnonzero(sizes > 1))
+    return Checkup(
+        dataset,
+        split,
+        looks,
+        name_quarantined(dataset, plan),
+        _copies(equal, split),
+        _near(looks, split, grouped.first, workspace),
+        [group for group in equal if len(set(dataset.labels[group].tolist())) > 1],
+        space.name if space else None,
+        plan,
+        views.count,
+        cost.measure(planning, plan, space, choice, workspace) if plan.missing else None,
+        storage.free_bytes(workspace.root),
+        machine.available_memory(),
+    )
+
+
+def _near(looks: np.ndarray, split: Split, first: np.ndarray, workspace: Workspace) -> Copies:
+    """Return groups of distinct images that look nearly the same."""
+    seen = np.sort(first[looks["kind"][first] != ""])
+    with workspace.progress("comparing images", 8, "passes") as advance:
+        pairs = near.near_pairs(looks["fingerprint"][seen], looks["thumb"][seen], advance)
+    return _copies([seen[group].tolist() for group in near.clusters(pairs, len(seen))], split)
+
+
+def _copies(groups: list[list[int]], split: Split) -> Copies:
+    crosses = [len(set(split.sides[group].tolist())) > 1 for group in groups]
+    order = sorted(range(len(groups)), key=lambda at: not crosses[at])
+    return Copies([groups[at] for at in order], sum(crosses))
+
+
+def told(found: Checkup) -> dict[str, Any]:
+    """Return what was found as plain values, for JSON."""
+    dataset, looks, plan = found.dataset, found.looks, found.plan
+    seen = looks[looks["kind"] != ""]
+    sizes = np.stack([seen["width"], seen["height"]], axis=1)
+
+    def named(groups: list[list[int]]) -> list[list[dict[str, str]]]:
+        return [
+            [
+                {
+                    "path": dataset.names[i],
+                    "label": dataset.classes[dataset.labels[i]],
+                    "split": str(found.split.sides[i]),
+                }
+                for i in group[:MOST_MEMBERS]
+            ]
+            for group in groups[:_MOST_NAMED]
+        ]
+
+    return {
+        "dataset": dataset.name,
+        "images": len(dataset),
+        "classes": {
+            name: dict(zip(SPLITS, counts, strict=True))
+            for name, counts in zip(dataset.classes, found.counts.tolist(), strict=True)
+        },
+        "split": found.split.origin,
+        "formats": dict(Counter(seen["kind"].tolist()).most_common()),
+        "sizes": {
+            name: [int(value) for value in np.quantile(sizes, share, axis=0)] if len(sizes) else None
+            for name, share in (("smallest", 0.0), ("median", 0.5), ("largest", 1.0))
+        },
+        "turned_by_exif": int(seen["turned"].sum()),
+        "deeper_than_8_bits": int(seen["deep"].sum()),
+        "with_alpha": int(seen["alpha"].sum()),
+        "quarantined": len(found.quarantined),
+        "quarantined_images": [asdict(bad) for bad in found.quarantined],
+        "ignored": dict(dataset.ignored),
+        "copies": {"images": found.equal.images, "groups": len(found.equal.groups), "crossing": found.equal.crossing},
+        "copies_listed": named(found.equal.groups),
+        "conflicting": named(found.conflicting),
+        "near_copies": {"images": found.near.images, "groups": len(found.near.groups), "crossing": found.near.crossing},
+        "near_copies_listed": named(found.near.groups),
+        "space": found.space,
+        "rows": {"cached": plan.reused, "duplicates": plan.duplicates, "missing": plan.missing},
+        "estimate": asdict(found.cost) if found.cost else None,
+        "free_bytes": found.free_bytes,
+        "available_memory": found.available_memory,
+    }

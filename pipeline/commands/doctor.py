@@ -1,0 +1,137 @@
+"""`doctor`: what this machine has, and what a dataset is, before anything is computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.commands.shared import (
+    CONNECTIONS,
+    MAX_PIXELS,
+    ArchiveOption,
+    AugmentOption,
+    ConnectionsOption,
+    FitOption,
+    ImageRootOption,
+    JsonOption,
+    LayerOption,
+    LimitOption,
+    MaxPixelsOption,
+    PrecisionOption,
+    SpaceOption,
+    StorageOption,
+    ViewsOption,
+    WeightsOption,
+    feature_choice,
+    features_command,
+    finish,
+    open_dataset,
+    opened,
+    stated,
+    views_choice,
+)
+
+if TYPE_CHECKING:
+    from pipeline.checkup import Checkup
+
+_MOST_CLASSES = 20  # lines of the table
+_LISTED = 10  # groups of copies, and bad images
+
+
+def doctor(
+    context: typer.Context,
+    dataset: Annotated[
+        str | None,
+        typer.Argument(metavar="DATASET", help="What --dataset of other commands takes; left out, only the machine."),
+    ] = None,
+    archive: ArchiveOption = None,
+    image_root: ImageRootOption = None,
+    limit: LimitOption = None,
+    weights: WeightsOption = "auto",
+    layer: LayerOption = None,
+    precision: PrecisionOption = "auto",
+    storage: StorageOption = "auto",
+    space: SpaceOption = None,
+    fit: FitOption = None,
+    views: ViewsOption = 1,
+    augment: AugmentOption = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+    connections: ConnectionsOption = CONNECTIONS,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what this machine has; with DATASET, what is in it, what is wrong with it, and what it will take."""
+    from pipeline import terminal
+    from pipeline.errors import UsageError
+
+    if dataset is None:
+        if others := [name for name in stated(context) if name != "as_json"]:
+            spelt = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+            raise UsageError(f"{', '.join(spelt[name] for name in others)}: say of which DATASET")
+        from pipeline.doctor import examine
+
+        with opened(context) as workspace:
+            result = examine(workspace)
+        finish(result, as_json, tuple(result))
+        return
+    from pipeline.advice import advice
+    from pipeline.checkup import check, told
+    from pipeline.dataset import remote
+
+    remote.limit_connections(connections)
+    with opened(context) as workspace:
+        images = open_dataset(workspace, context)
+        found = check(images, workspace, feature_choice(context), max_pixels, views_choice(context))
+    words = advice(found)
+    if as_json:
+        terminal.emit_json({**told(found), "advice": words})
+        return
+    _show(found, told(found))
+    for sentence in words:
+        terminal.say(f"- {sentence}", "yellow")
+    if found.plan.missing:
+        terminal.say(f"{'' if words else 'nothing stands out; '}to compute them: {features_command(context)}")
+
+
+def _show(found: Checkup, about: dict[str, Any]) -> None:
+    from pipeline import terminal
+    from pipeline.checkup import MOST_MEMBERS
+    from pipeline.compute import duration
+    from pipeline.shard_task import size_text
+
+    rows = [(name, *counts.values()) for name, counts in about["classes"].items()]
+    terminal.table(rows[:_MOST_CLASSES], ("class", *next(iter(about["classes"].values()))))
+    if len(rows) > _MOST_CLASSES:
+        terminal.say(f"and {len(rows) - _MOST_CLASSES:,} more classes; --json lists them all")
+    sizes = {name: f"{size[0]:,} x {size[1]:,}" for name, size in about["sizes"].items() if size}
+    lines = {
+        "images": f"{about['images']:,}",
+        "split": about["split"],
+        "formats": ", ".join(f"{count:,} {kind}" for kind, count in about["formats"].items()),
+        "width x height": f"{sizes['median']} (median), {sizes['smallest']} to {sizes['largest']}" if sizes else "",
+        "exact copies": _copies(about["copies"]),
+        "near copies": _copies(about["near_copies"]),
+        "cached": f"{about['rows']['cached']:,} of {found.plan.rows - found.plan.duplicates:,} rows"
+        + (f" in {found.space}" if found.space else "")
+        + (f"; {found.plan.duplicates:,} more are copies" if found.plan.duplicates else ""),
+    }
+    if (cost := found.cost) is not None:
+        lines["to compute"] = f"{found.plan.missing:,} rows: {duration(cost.seconds)}, {size_text(cost.bytes)} on disk"
+        lines["measured"] = (
+            f"{cost.images_per_second:,.1f} images/s, {cost.bytes_per_row:,} bytes a row, {size_text(cost.memory)} of "
+            f"memory, with the weights {cost.weights}"
+        )
+    terminal.pairs({name: value for name, value in lines.items() if value})
+    for bad in found.quarantined[:_LISTED]:
+        terminal.say(f"bad: {bad.path}: {bad.reason}", "yellow")
+    for title, groups in (("two labels", about["conflicting"]), ("nearly alike", about["near_copies_listed"])):
+        for group in groups[:_LISTED]:
+            named = ", ".join(f"{each['path']} ({each['split']}, {each['label']})" for each in group)
+            terminal.say(f"{title}: {named}{', …' if len(group) == MOST_MEMBERS else ''}")
+
+
+def _copies(counted: dict[str, int]) -> str:
+    if not counted["groups"]:
+        return "none"
+    groups = f"{counted['groups']:,} group{'' if counted['groups'] == 1 else 's'}"
+    return f"{counted['images']:,} images in {groups}, {counted['crossing']:,} across splits"

@@ -1,0 +1,81 @@
+"""`report`: runs to look at, each as one page that opens offline."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pipeline.commands.shared import MAX_PIXELS, JsonOption, MaxPixelsOption, finish, opened, program, stated
+
+_SHOWN = (
+    "page",
+    "bytes",
+    "images",
+    "likely_wrong_labels",
+    "near_copies",
+    "near_copies_across_splits",
+    "best",
+    "seconds",
+)
+
+
+_IMAGES = {"projection": "--map", "max_pixels": "--max-pixels"}
+
+
+def report(
+    context: typer.Context,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN…",
+            help="A run as `runs ls` lists it, a path, latest, or best (by validation, on the dataset of the latest)."
+            "  [default: latest; with --compare all runs on its dataset]",
+        ),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Compare several runs on one page.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="RUN is a sweep: a page about all its settings.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The page.  [default: reports/NAME.html in the data directory]"),
+    ] = None,
+    projection: Annotated[
+        Literal["tsne", "pca"] | None,
+        typer.Option("--map", help="How the map is made.  [default: tsne up to 5,000 images, else pca]"),
+    ] = None,
+    max_pixels: MaxPixelsOption = MAX_PIXELS,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a page of a run: mistakes, classes, a map of the images, doubtful labels, near copies."""
+    from pipeline.errors import UsageError
+    from pipeline.report.single import require_target
+
+    if compare and sweep:
+        raise UsageError("--compare is of runs, --sweep of a sweep; leave one of them out")
+    if names and len(names) > 1 and not compare:
+        raise UsageError("several runs make one page with --compare only")
+    if (compare or sweep) and (others := sorted(_IMAGES.keys() & stated(context))):
+        raise UsageError(f"{_IMAGES[others[0]]} is of one run's images; it goes with neither --compare nor --sweep")
+    chosen = names[0] if names else "latest"
+    start = time.perf_counter()
+    with opened(context) as workspace:
+        reports = workspace.root / "reports"
+        if compare or sweep:
+            from pipeline.report import compare as pages
+
+            folder = pages.find_sweep(chosen, workspace.sweeps) if sweep else None
+            target = out or reports / f"{folder.name if folder else 'compare'}.html"
+            require_target(target)
+            result = pages.of_sweep(folder, target) if folder else pages.compare(names or [], workspace, target)
+        else:
+            from pipeline.report.single import write
+            from pipeline.trained import open_run
+
+            run = open_run(workspace.runs, chosen)
+            target = out or reports / f"{run.name}.html"
+            require_target(target)
+            result = write(run, workspace, target, program(context), max_pixels=max_pixels, method=projection)
+    result["seconds"] = round(time.perf_counter() - start, 3)
+    finish(result, as_json, _SHOWN, note="; ".join(result.get("left_out", [])) or None)

@@ -1,0 +1,174 @@
+"""The report of several runs, or of a sweep: which is best, and what each cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import runs, sweep
+from pipeline.cache import storage
+from pipeline.errors import RunError
+from pipeline.leaderboard import varied
+from pipeline.report import page
+from pipeline.report.single import publish
+from pipeline.workspace import Workspace
+
+_MOST_JSON = 2**26  # bytes of a sweep.json
+_MOST_DRAWN = 60  # points
+_NO_IMAGES = {"classes": [], "images": None, "confusion": None}  # for the page's script
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the leaderboard."""
+
+    name: str
+    number: bool = False
+
+
+_OF_RUNS = (
+    Column("run"), Column("means"), Column("weights"), Column("accuracy", True), Column("95% interval"),
+    Column("val accuracy", True), Column("minutes", True), Column("parameters", True), Column("test images", True),
+)  # fmt: skip
+_OF_SWEEP = (
+    Column("rank", True), Column("head"), Column("settings"), Column("val accuracy", True), Column("95% interval"),
+    Column("within noise"), Column("minutes", True), Column("parameters", True), Column("error"),
+)  # fmt: skip
+
+
+def compare(names: Sequence[str], workspace: Workspace, out: Path) -> dict[str, Any]:
+    """Write a page that compares runs on their test splits: these, or all on the dataset of the latest.
+
+    Raises
+    ------
+    RunError
+        If there are none, or one cannot be read.
+    """
+    about = _chosen(names, workspace)
+    try:
+        about.sort(key=lambda each: -each["summary"]["accuracy"])
+        text = _page_of_runs(about)
+        best = about[0]["summary"]["run"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"a run does not say what it should ({error!r}); `runs ls` lists them") from error
+    publish(out, text)
+    return {"page": str(out), "bytes": out.stat().st_size, "runs": len(about), "best": best}
+
+
+def _chosen(names: Sequence[str], workspace: Workspace) -> list[dict[str, Any]]:
+    if names:
+        folders = dict.fromkeys(runs.find_run(workspace.runs, name).resolve() for name in names)
+        return [runs.read_run(folder) for folder in folders]
+    dataset = runs.read_run(runs.find_run(workspace.runs, "latest"))["dataset"]["name"]
+    return [each for each in runs.list_runs(workspace.runs) if each["dataset"]["name"] == dataset]
+
+
+def _page_of_runs(about: Sequence[Mapping[str, Any]]) -> str:
+    datasets = sorted({str(each["dataset"]["name"]) for each in about})
+    several = [] if len(datasets) == 1 else [f"These runs are of several datasets: {', '.join(datasets)}."]
+    note = (
+        "Accuracies are of the test split, with 95% intervals; minutes are those of the run, without cached features."
+    )
+    drawn = [each["summary"] for each in about[:_MOST_DRAWN]]
+    return page.render(
+        "report_compare.html",
+        _NO_IMAGES,
+        title=f"{len(about):,} runs compared",
+        subtitle=", ".join(datasets),
+        untrained=any(str(each["features"].get("weights", "")).startswith("untrained") for each in about),
+        notes=[*several, note],
+        caption="Accuracy on the test split.",
+        scatter=page.scatter(
+            [_means(summary) for summary in drawn],
+            [summary["seconds"] / 60 for summary in drawn],
+            [_span(summary["accuracy_interval"], summary["accuracy"]) for summary in drawn],
+            "accuracy",
+        ),
+        columns=list(_OF_RUNS),
+        rows=[_run_row(each["summary"]) for each in about],
+    )
+
+
+def _means(summary: Mapping[str, Any]) -> str:
+    stage = summary.get("stage", "head")
+    return str(summary["head"]) if stage == "head" else f"{summary['head']}, {stage}"
+
+
+def _span(interval: Sequence[float | None], value: float) -> tuple[float, float, float]:
+    low, high = (value if bound is None else bound for bound in interval)
+    return min(low, value), value, max(high, value)
+
+
+def _run_row(summary: Mapping[str, Any]) -> list[Any]:
+    return [
+        summary["run"], _means(summary), str(summary["weights"]), float(summary["accuracy"]),
+        _interval(*summary["accuracy_interval"]), float(summary["val_accuracy"]), float(summary["seconds"]) / 60,
+        summary.get("parameters"), summary.get("test_rows"),
+    ]  # fmt: skip
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+
+
+def of_sweep(folder: Path, out: Path) -> dict[str, Any]:
+    """Write a page about the sweep in a folder: all settings that were tried, ranked. Raises RunError."""
+    try:
+        about = json.loads(storage.read_small(folder / "sweep.json", _MOST_JSON))
+        if (about["format"], about["version"]) != (sweep.FORMAT, sweep.VERSION):
+            raise ValueError("another format")
+        text = _page_of_sweep(about)
+        told = {"sweep": str(about["sweep"]), "runs": len(about["runs"]), "best": str(about["best"]["run"])}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{folder / 'sweep.json'} cannot be read ({error!r}); sweep anew") from error
+    publish(out, text)
+    return {"page": str(out), "bytes": out.stat().st_size, **told}
+
+
+def _page_of_sweep(about: Mapping[str, Any]) -> str:
+    rows, names = about["runs"], varied(about["runs"])
+    tried = [row for row in rows if row["error"] is None][:_MOST_DRAWN]
+    return page.render(
+        "report_compare.html",
+        _NO_IMAGES,
+        title=f"{len(rows):,} settings tried",
+        subtitle=f"{about['sweep']}, {about['dataset']['name']}",
+        untrained=str(about["features"]["weights"]).startswith("untrained"),
+        notes=[
+            "Settings are ranked by the validation split. Those within noise of the best may be no worse than it.",
+            f"The best, measured on the test split: {about['best']['accuracy']:.3f} ({about['best']['run']}).",
+        ],
+        caption="Accuracy on the validation split.",
+        scatter=page.scatter(
+            [f"{row['rank']}" for row in tried],
+            [row["seconds"] / 60 for row in tried],
+            [_span((row["low"], row["high"]), row["val_accuracy"]) for row in tried],
+            "validation accuracy",
+        ),
+        columns=list(_OF_SWEEP),
+        rows=[_trial_row(row, names[row["trial"]]) for row in rows],
+    )
+
+
+def _trial_row(row: Mapping[str, Any], settings: str) -> list[Any]:
+    noise = "" if row["error"] else ("yes" if row["within_noise"] else "no")
+    return [
+        row["rank"], row["head"], settings, row["val_accuracy"], _interval(row.get("low"), row.get("high")), noise,
+        row["seconds"] / 60 if row["seconds"] is not None else None, row.get("parameters"), row["error"] or "",
+    ]  # fmt: skip
+
+
+def find_sweep(name: str, root: Path) -> Path:
+    """Return the folder of a sweep: a name, a path, or "latest". Raises RunError."""
+    if name == "latest":
+        names = sorted(path.parent.name for path in root.glob("[!.]*/sweep.json"))
+        if not names:
+            raise RunError(f"there are no sweeps in {root}; `sweep` makes them")
+        return root / names[-1]
+    for folder in (root / name, Path(name).resolve()):
+        if name and (folder / "sweep.json").exists():
+            return folder
+    raise RunError(f"no sweep named {name!r} in {root}")

@@ -1,0 +1,166 @@
+"""What a run's folder says of it, as a page shows it: numbers, curves, tables. Needs neither images nor features."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.cache import storage
+from pipeline.errors import RunError
+from pipeline.report import page
+from pipeline.report.reproduce import commands
+from pipeline.trained import TrainedRun
+
+_MOST_JSON = 2**26  # bytes of a run's metrics
+_MEASURES = ("precision", "recall", "f1", "roc_auc", "support")
+_STAGES = {"freeze": "the full model, backbone frozen", "finetune": "the full model, fine-tuned"}
+_TOLD_ELSEWHERE = ("run", "head", "space", "weights", "precision")  # of a summary
+
+_AXES = {"fold": "the folds", "epoch": "the epochs", "C": "C"}
+
+Row = tuple[str, str]
+Answers = dict[tuple[str, str], list[tuple[int, int, float]]]
+# What files that are no run's make of reading them.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error)
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What stands on the page: `values` for its template, and the confusion matrix, (k, k) nested lists.
+
+    `said` holds for each split and name of an image what was said of it: label, answer, confidence; several where
+    several images have one name.
+    """
+
+    values: dict[str, Any]
+    confusion: list[list[int]]
+    said: Answers
+
+
+def read(run: TrainedRun, program: Sequence[str]) -> Kept:
+    """Read what a run keeps; `program` is what the command lines on the page begin with.
+
+    Raises
+    ------
+    RunError
+        If it is not what a run leaves.
+    """
+    try:
+        about, metrics, history, bad = (
+            _json(run.path / f"{name}.json") for name in ("run", "metrics", "history", "quarantined")
+        )
+        test, share = metrics["test"], len(bad) / about["dataset"]["images"]
+        values = {
+            "title": f"{about['dataset']['name']}: {run.kind}",
+            "subtitle": f"{run.name}, {about.get('created', '')}",
+            "untrained": run.base.untrained,
+            "cards": _cards(run, about, metrics),
+            "curves": _curves(history),
+            "reliability": page.reliability(test["calibration"]),
+            "calibration_error": _number(test["expected_calibration_error"]),
+            "measures": _MEASURES,
+            "per_class": [_measures(each) for each in test["per_class"]],
+            "quarantined": [(str(each["path"]), str(each["reason"])) for each in bad],
+            "provenance": _provenance(run, about),
+            "commands": commands(run, program, share),
+        }
+        return Kept(values, _confusion(test["confusion"], len(run.classes)), _answers(run))
+    except _UNREADABLE as error:
+        raise RunError(f"the files of the run {run.name} cannot be read ({error!r:.200}); train anew") from error
+
+
+def _number(value: Any) -> float:
+    """Return a finite number, such as it is, or raise ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.60} where a number should be")
+    return value
+
+
+def _measures(of_class: Mapping[str, Any]) -> dict[str, Any]:
+    measured = {name: value if (value := of_class[name]) is None else _number(value) for name in _MEASURES}
+    return {"class": str(of_class["class"]), **measured}
+
+
+def _confusion(value: Any, classes: int) -> list[list[int]]:
+    counts = np.array(value)
+    if counts.shape != (classes, classes) or counts.dtype.kind != "i":
+        raise ValueError(f"a confusion matrix of another shape or kind, {counts.shape} {counts.dtype}")
+    return counts.tolist()
+
+
+def _json(path: Path) -> Any:
+    return json.loads(storage.read_small(path, _MOST_JSON))
+
+
+def _answers(run: TrainedRun) -> Answers:
+    known = {name: i for i, name in enumerate(run.classes)}
+    said: Answers = {}
+    with (run.path / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            answer = known[row["label"]], known[row["predicted"]], _number(float(row["probability"]))
+            said.setdefault((row["split"], row["image"]), []).append(answer)
+    return said
+
+
+def _curves(history: Sequence[Mapping[str, float]]) -> list[Row]:
+    """Return what there is of loss and accuracy over the training: a caption and SVG of each."""
+    x = "fold" if "fold" in history[0] else "epoch" if "epoch" in history[0] else "C"
+    kinds = [kind for kind in ("loss", "accuracy") if kind in history[0] or f"val_{kind}" in history[0]]
+    found = []
+    for kind in kinds:
+        some = [{key: entry[key] for key in (x, kind, f"val_{kind}") if key in entry} for entry in history]
+        found.append((f"{kind.capitalize()} over {_AXES[x]}.", page.curves(some, x)))
+    return found
+
+
+def _cards(run: TrainedRun, about: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the headline: name, value, and what else is to be said."""
+    test, val, summary, dataset = metrics["test"], metrics["val"], about["summary"], about["dataset"]
+    low, high = map(_number, test["accuracy_interval"])
+    sure = f"95% interval {low:.1%} to {high:.1%}, {test['images']:,} test images"
+    trained = _STAGES.get(summary.get("stage"), "a head on cached features")
+    return [
+        ("Accuracy", f"{test['accuracy']:.1%}", sure),
+        ("On validation", f"{val['accuracy']:.1%}", f"{val['images']:,} images"),
+        ("Dataset", str(dataset["name"]), f"{dataset['images']:,} images, {len(run.classes):,} classes"),
+        ("Trained", run.kind, trained),
+        ("Backbone", run.base.backbone, f"weights {run.weights}, {run.base.precision}"),
+        ("Time spent", _minutes(float(summary["seconds"])), f"{summary.get('parameters') or 0:,} parameters"),
+    ]
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
+
+
+def _provenance(run: TrainedRun, about: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """Return tables by their titles."""
+    dataset, summary = about["dataset"], about["summary"]
+    base = {"base weights": run.base.weights} if run.full else {}
+    measured = {name: value for name, value in summary.items() if name not in _TOLD_ELSEWHERE}
+    made_by = about.get("made_by") or {}
+    first = {"run": run.name, "dataset": dataset["name"], "split": dataset.get("split", "")}
+    return {
+        "The run": _rows({**first, **(about.get("head") or {})}),
+        "What came of it": _rows(measured),
+        "Features": _rows({"space": run.spec.directory, **asdict(run.spec), **base, **made_by}),
+    }
+
+
+def _rows(values: Mapping[str, Any]) -> list[Row]:
+    return [(name.replace("_", " "), _short(value)) for name, value in values.items() if value is not None]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

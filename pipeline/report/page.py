@@ -1,0 +1,111 @@
+"""Values → one HTML page that opens offline: template, style and script in it, nothing from a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from pipeline.pictures import draw_calibration, draw_curves, save
+
+_INK = "#010203"  # what is drawn in it takes the colour of the page's text
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+_CLEAR = ("figure.facecolor", "axes.facecolor", "legend.facecolor", "savefig.facecolor")
+_PAGES = resources.files("pipeline") / "pages"
+
+
+def render(template: str, data: Mapping[str, Any], sheets: Sequence[str] = (), **values: Any) -> str:
+    """Return the page of a template of `pipeline/pages`. What `values` hold is escaped, `data` is for the script."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("pipeline", "pages"), autoescape=True, undefined=StrictUndefined)
+    script = _read("report.js")
+    return environment.get_template(template).render(
+        style=_read("report.css"),
+        script=script,
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=embedded(data),
+        sheets=sheets,
+        number=number,
+        zip=zip,
+        **{name: printable(value) for name, value in values.items()},
+    )
+
+
+def embedded(data: Mapping[str, Any]) -> str:
+    """Return JSON that can stand in a script element: no text in it can end that or begin a comment."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def printable(value: Any) -> Any:
+    """Return the same with every text such as UTF-8 can carry it: a file name's odd byte is spelt out."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {key: printable(each) for key, each in value.items()}
+    return [printable(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def number(value: Any) -> str:
+    """Return a number as people read it: three digits after the point, thousands parted."""
+    if value is None:
+        return "\N{EN DASH}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+
+
+def curves(history: Sequence[Mapping[str, float]], x: str) -> str:
+    """Return the learning curves as SVG."""
+    return _svg(lambda path: draw_curves(path, history, x, ""))
+
+
+def reliability(bins: Sequence[Mapping[str, Any]]) -> str:
+    """Return the reliability diagram as SVG."""
+    return _svg(lambda path: draw_calibration(path, bins, ""))
+
+
+def scatter(names: Sequence[str], minutes: Sequence[float], spans: Sequence[tuple[float, float, float]], y: str) -> str:
+    """Return accuracies with their intervals (low, value, high) over minutes as SVG, each point named."""
+    from matplotlib.figure import Figure
+
+    def draw(path: Any) -> None:
+        figure = Figure(figsize=(6.4, 4), layout="constrained")
+        axis = figure.subplots()
+        for name, minute, (low, value, high) in zip(names, minutes, spans, strict=True):
+            axis.errorbar(minute, value, yerr=[[value - low], [high - value]], fmt="o", capsize=3)
+            axis.annotate(
+                name, (minute, value), textcoords="offset points", xytext=(6, 4), fontsize=8, parse_math=False
+            )
+        if len(minutes) > 1 and max(minutes) > 20 * max(1e-9, min(minutes)):
+            axis.set_xscale("log")
+        axis.set(xlabel="minutes", ylabel=y)
+        axis.grid(alpha=0.3)
+        save(figure, path)
+
+    return _svg(draw)
+
+
+def _svg(draw: Any) -> str:
+    """Return what `draw` saves as SVG without its prologue, in the colours of the page."""
+    import matplotlib as mpl
+
+    style: dict[Any, Any] = dict.fromkeys(_INKED, _INK) | dict.fromkeys(_CLEAR, "none")
+    style |= {"svg.fonttype": "none", "svg.hashsalt": "icebox", "font.family": "sans-serif"}
+    buffer = io.StringIO()
+    with mpl.rc_context(style):
+        draw(buffer)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return re.sub(
+        r'<svg [^>]*viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img" aria-hidden="true">', text, count=1
+    )
+
+
+def _read(name: str) -> str:
+    return (_PAGES / name).read_text("utf-8")

@@ -1,0 +1,85 @@
+"""The command lines that make a run again."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.asked import Asked, FullAsked
+from pipeline.images import DEFAULT_MAX_PIXELS
+from pipeline.spec import SHAPE, HeadSpec
+from pipeline.trained import TrainedRun
+
+Option = tuple[str, Any]  # its name and value: None leaves it out, True makes it a flag
+
+
+def commands(run: TrainedRun, program: Sequence[str], bad: float) -> list[str]:
+    """Return what is to be typed, in order: what makes the features, and what trains; nothing if a run cannot tell.
+
+    `program` is what each line begins with, `bad` the share of the images that were quarantined.
+    """
+    asked = run.asked
+    if asked is None:
+        return []
+    images = asked.images
+    dataset = [("--dataset", images.dataset), ("--archive", images.archive), ("--image-root", images.image_root)]
+    dataset.append(("--limit", images.limit))
+    rest: list[Option] = [("--max-pixels", asked.max_pixels if asked.max_pixels != DEFAULT_MAX_PIXELS else None)]
+    rest.append(("--max-bad", math.ceil(bad * 1e4) / 1e4 if bad else None))
+    views: list[Option] = []
+    if asked.views.count > 1:
+        views = [("--views", asked.views.count), ("--augment", asked.views.recipe)]
+    if isinstance(asked, Asked):
+        head = [("--head", run.kind), ("--space", run.spec.directory), ("--folds", asked.folds or None)]
+        of_space = _of_space(run, asked, storage=True)
+        return [
+            _line(program, "features", [*dataset, *of_space, *views, *rest]),
+            _line(program, "train-head", [*dataset, *head, *_settings(asked.head, ()), *views, *rest]),
+        ]
+    return [_line(program, asked.stage, [*dataset, *_full(run, asked), *views, *rest])]
+
+
+def _of_space(run: TrainedRun, asked: Asked | FullAsked, *, storage: bool) -> list[Option]:
+    """Return what says which features: as they came out, not `auto`, which may mean others by then."""
+    base, weights = run.base, asked.features.weights
+    if weights == "auto":
+        _, _, seed = base.weights.rpartition(":")
+        weights = f"untrained:{seed}" if base.untrained else "imagenet" if run.weights == "imagenet" else "auto"
+    found = [("--weights", weights), ("--layer", base.layer)]
+    found += [("--precision", base.precision), ("--fit", base.fit)]
+    return [*found, ("--storage", base.storage)] if storage else found
+
+
+def _full(run: TrainedRun, asked: FullAsked) -> list[Option]:
+    tuned: list[Option] = [("--augment", asked.augment)]
+    if asked.stage == "finetune":
+        tuned += [("--freeze-until", asked.freeze_until), ("--batch-norm", asked.batch_norm)]
+        tuned += [("--init", asked.init), ("--from-cache", asked.from_cache or None)]
+    if asked.init is None:
+        new = [("--head", asked.head.head)] if asked.stage == "finetune" else []
+        return [*tuned, *new, *_of_space(run, asked, storage=asked.from_cache), *_settings(asked.head, ())]
+    return [*tuned, ("--weights", asked.features.weights), *_settings(asked.head, SHAPE)]  # a run brings the rest
+
+
+def _settings(head: HeadSpec, but: Sequence[str]) -> list[Option]:
+    """Return all settings: which of them are the defaults depends on the command."""
+    return [_setting(name, value) for name, value in head.settings.items() if name not in but]
+
+
+def _setting(name: str, value: Any) -> Option:
+    option = "--C" if name == "C" else f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return (option if value else option.replace("--", "--no-", 1)), True
+    if isinstance(value, tuple):
+        return option, ",".join(map(str, value)) or "none"
+    return option, value
+
+
+def _line(program: Sequence[str], command: str, options: Sequence[Option]) -> str:
+    words = [*program, command]
+    for name, value in options:
+        if value is not None:
+            words += [name] if value is True else [name, str(value)]
+    return shlex.join(words)

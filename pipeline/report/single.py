@@ -1,0 +1,98 @@
+"""The report of one run: what it learned, what it mistakes, what its images are like, how to make it again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.cache import storage
+from pipeline.errors import RunError
+from pipeline.report import kept, page
+from pipeline.report.shown import Shown, crossing, gather_shown, named, script_data
+from pipeline.trained import TrainedRun
+from pipeline.workspace import Workspace
+
+_METHODS = {"tsne": "t-SNE", "pca": "principal components"}
+
+
+def write(
+    run: TrainedRun, workspace: Workspace, out: Path, program: Sequence[str], *, max_pixels: int, method: str | None
+) -> dict[str, Any]:
+    """Write the report of a run to `out`; return what is told of it.
+
+    The command lines on it begin with `program`.
+
+    What the run's folder holds is always there. Pictures need its images, and the map, doubtful labels and near
+    copies the features of its backbone in the cache; where they are not, the page says so.
+
+    Raises
+    ------
+    RunError
+        If the run's own files cannot be read, or `out` cannot be written.
+    """
+    told, notes = kept.read(run, program), list[str]()
+    shown = gather_shown(run, told.said, workspace, max_pixels, method, notes)
+    data = {"classes": page.printable(run.classes), "confusion": told.confusion, "images": None}
+    sheets = shown.tiles.sheets if shown else []
+    looked = _looked(shown)
+    publish(
+        out,
+        page.render(
+            "report_run.html",
+            {**data, **(script_data(shown) if shown else {})},
+            sheets,
+            notes=notes,
+            **looked,
+            **told.values,
+        ),
+    )
+    return {
+        "run": run.name,
+        "page": str(out),
+        "bytes": out.stat().st_size,
+        "images": looked["looked_at"],
+        "likely_wrong_labels": looked["suspects"],
+        "near_copies": looked["near"],
+        "near_copies_across_splits": looked["crossing"],
+        "map": shown.found.method if shown and shown.found else None,
+        **(named(shown, shown.found) if shown and shown.found else {}),
+        "left_out": notes,
+    }
+
+
+def _looked(shown: Shown | None) -> dict[str, Any]:
+    """Return what the template says of the images: how many, and what was found; None where nobody could look."""
+    found = shown.found if shown else None
+    if shown is None or found is None:
+        none = dict.fromkeys(("method", "suspects", "near", "crossing", "told_apart"))
+        return {"looked_at": len(shown.positions) if shown else 0, **none}
+    return {
+        "looked_at": len(shown.positions),
+        "method": _METHODS[found.method],
+        "suspects": len(found.likely_wrong),
+        "near": len(found.near),
+        "crossing": int(crossing(shown).sum()),
+        "told_apart": found.accuracy,
+    }
+
+
+def require_target(out: Path) -> None:
+    """Raise RunError if no page can be written there: before it is made, which may take a minute."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"the report cannot be written to {out}: {error.strerror or error}") from error
+    if out.is_dir():
+        raise RunError(f"the report cannot be written to {out}: that is a folder; name a file in it")
+    if not os.access(out.parent, os.W_OK):
+        raise RunError(f"the report cannot be written to {out}: its folder cannot be written to")
+
+
+def publish(out: Path, text: str) -> None:
+    """Write a page, the whole file or none. Raises RunError."""
+    try:
+        storage.write_whole(out, text.encode("utf-8"))
+    except OSError as error:
+        raise RunError(f"the report cannot be written to {out}: {error.strerror or error}") from error

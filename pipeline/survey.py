@@ -1,0 +1,83 @@
+"""What a dataset's images are, each looked at once: format, size, depth, how it is to be turned, what it looks like."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline import near
+from pipeline.cache.keys import Grouped
+from pipeline.compute import note_bad, note_key
+from pipeline.decoder import Loaded, Loader, decoding_pool
+from pipeline.images import orientation
+from pipeline.planning import DEFAULT_FIT, Planning
+from pipeline.progress import Progress
+
+# What is noted of an image. Sizes are in pixels, as stored; `kind` is "" where nobody could look.
+LOOK = np.dtype(
+    [
+        ("kind", "U6"),
+        ("width", np.int32),
+        ("height", np.int32),
+        ("deep", np.bool_),  # more than 8 bits a channel
+        ("alpha", np.bool_),  # may be transparent in places
+        ("turned", np.bool_),  # EXIF says that it is to be turned
+        ("fingerprint", np.uint64),
+        ("thumb", np.uint8, (near.THUMB, near.THUMB)),
+    ]
+)
+_SIZE = 299  # of the pixels that fingerprints are made of
+_AHEAD = 64  # images
+
+
+def survey(planning: Planning, progress: Progress) -> np.ndarray:
+    """Look at every image of a dataset once; return what they are, (n,) of `LOOK`.
+
+    What cannot be decoded is noted in the index, as `features` would.
+    """
+    identities, dataset = planning.identities, planning.dataset
+    known = identities.keys.grouped(but=sorted(identities.unseen)).first
+    refused = np.array(list(planning.plan(None).quarantined), np.int64)
+    some = np.union1d(np.setdiff1d(known, refused), np.array(identities.to_read, np.int64)).tolist()
+    looks = np.zeros(len(dataset), LOOK)
+    with (
+        Loader(dataset, _SIZE, DEFAULT_FIT, planning.max_pixels, headers=True) as loader,
+        decoding_pool() as pool,
+        progress("looking at images", len(some)) as advance,
+    ):
+        for image, look in loader.stream(pool, some, lambda image: (image, _look(image)), ahead=_AHEAD):
+            if look is None:
+                note_bad(image, dataset, identities, planning.index, planning.max_pixels)
+            else:
+                note_key(image, dataset, identities, planning.index)
+                looks[image.i] = look
+            advance(1)
+    identities.remember_fetched(planning.index)
+    _copy(looks, identities.keys.grouped())
+    return looks
+
+
+def _copy(looks: np.ndarray, grouped: Grouped) -> None:
+    """Give what was found of one image to its copies."""
+    group = np.cumsum(grouped.leads) - 1
+    seen = looks["kind"][grouped.images] != ""
+    found = np.full(len(grouped.first), -1)
+    found[group[seen]] = grouped.images[seen]
+    of = found[group]
+    looks[grouped.images[of >= 0]] = looks[of[of >= 0]]
+
+
+def _look(image: Loaded) -> tuple | None:
+    """Return what an image is, the fields of `LOOK`; None if it could not be decoded. Called in threads."""
+    header = image.header
+    if image.pixels is None or header is None:
+        return None
+    turned = orientation(header.exif) != 1
+    return (
+        header.kind,
+        header.width,
+        header.height,
+        header.deep,
+        header.alpha,
+        turned,
+        *near.fingerprint(image.pixels),
+    )

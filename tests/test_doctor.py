@@ -1,0 +1,122 @@
+"""`doctor DATASET`: what is told of a dataset before anything is computed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from conftest import icebox, picture, write_picture
+from PIL import Image
+
+UNTRAINED = ("--weights", "untrained", "--precision", "float32")
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes in three splits, with one of everything that is to be told."""
+    root = tmp_path_factory.mktemp("odd") / "odd"
+    for number, (side, count) in enumerate((("train", 30), ("val", 4), ("test", 4))):
+        for i in range(count):
+            write_picture(root / side / ("cats" if i % 10 else "dogs") / f"{i}.png", seed=100 * number + i)
+    shutil.copy(root / "train/cats/1.png", root / "test/cats/copy.png")  # across splits
+    shutil.copy(root / "train/cats/2.png", root / "train/dogs/cat?.png")  # under two labels
+    near = cv2.convertScaleAbs(picture(3, 80, 100), alpha=0.9, beta=12)
+    cv2.imwrite(str(root / "test/cats/near.jpg"), near, [cv2.IMWRITE_JPEG_QUALITY, 80])
+    (root / "train/cats/broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (root / "train/cats/notes.txt").write_text("no image")
+    cv2.imwrite(str(root / "train/cats/deep.png"), np.full((90, 90), 40_000, np.uint16))
+    cv2.imwrite(str(root / "train/cats/clear.png"), picture(50, channels=4))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(51, 120, 300)).save(root / "train/cats/turned.jpg", exif=exif)
+    return root
+
+
+@pytest.fixture(scope="module")
+def told(odd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    done = icebox(tmp_path_factory.mktemp("told") / "data", "doctor", odd, *UNTRAINED, "--json")
+    assert done.code == 0, done.err
+    return done.json
+
+
+def test_counts_formats_and_sizes(told: dict[str, Any]) -> None:
+    assert told["images"] == 45
+    assert told["classes"]["dogs"] == {"train": 4, "val": 1, "test": 1}
+    assert told["formats"] == {"PNG": 42, "JPEG": 2}
+    assert told["sizes"]["median"] == [50, 40]
+    assert told["sizes"]["largest"] == [300, 120]
+    assert (told["turned_by_exif"], told["deeper_than_8_bits"], told["with_alpha"]) == (1, 1, 1)
+    assert told["ignored"] == {".txt": 1}
+
+
+def test_copies_and_what_is_wrong(told: dict[str, Any]) -> None:
+    assert told["copies"] == {"images": 4, "groups": 2, "crossing": 1}
+    assert [each["path"] for each in told["copies_listed"][0]] == ["test/cats/copy.png", "train/cats/1.png"]
+    assert [each["label"] for each in told["conflicting"][0]] == ["cats", "dogs"]
+    assert [[each["path"] for each in group] for group in told["near_copies_listed"]] == [
+        ["test/cats/near.jpg", "train/cats/3.png"]
+    ]
+    assert told["near_copies"]["crossing"] == 1
+    (bad,) = told["quarantined_images"]
+    assert bad["path"] == "train/cats/broken.png"
+
+
+def test_what_it_will_take_is_measured(told: dict[str, Any]) -> None:
+    assert told["rows"] == {"cached": 0, "duplicates": 2, "missing": 42}
+    estimate = told["estimate"]
+    assert estimate["weights"] == "untrained"
+    assert estimate["seconds"] == pytest.approx(42 / estimate["images_per_second"])
+    assert 20_000 < estimate["bytes_per_row"] < 8 * 8 * 2048 * 2
+    assert estimate["memory"] > 10**8
+
+
+def test_the_advice_is_about_all_of_it(told: dict[str, Any]) -> None:
+    words = "\n".join(told["advice"])
+    for part in (
+        "1 image (2.2%) cannot be read",
+        "--max-bad 0.03",
+        "under several labels",
+        "1 group of exact copies",
+        "nearly equal images lie on several sides",
+        "fewer than 20 images to train on: 1 (dogs)",
+        "smaller than 75 pixels",
+        "16 bits",
+        "transparency",
+    ):
+        assert part in words, part
+
+
+def test_on_the_terminal_and_once_it_is_cached(photos: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    before = icebox(data, "doctor", photos, *UNTRAINED)
+    assert f"features --dataset {photos} --weights untrained" in before.err
+    assert "0 of 12 rows" in before.err
+    assert icebox(data, "features", "--dataset", photos, *UNTRAINED).code == 0
+    done = icebox(data, "doctor", photos)
+    assert done.code == 0, done.err
+    assert "12 of 12 rows in inception_v3-mixed10-" in done.err
+    assert "near copies" in done.err
+    told = icebox(data, "doctor", photos, "--json").json
+    assert (told["estimate"], told["rows"]["missing"]) == (None, 0)
+
+
+def test_without_a_dataset_it_is_about_the_machine(tmp_path: Path) -> None:
+    done = icebox(tmp_path, "doctor", "--limit", "3")
+    assert (done.code, done.out) == (2, "")
+    assert "DATASET" in done.err
+
+
+def test_an_unknown_dataset_is_refused(tmp_path: Path) -> None:
+    done = icebox(tmp_path, "doctor", tmp_path / "nothing", "--json")
+    assert done.code == 1
+    assert "nothing" in done.json["error"]
+
+
+def test_digits_are_no_files(tmp_path: Path) -> None:
+    told = icebox(tmp_path, "doctor", "digits", "--limit", "40", *UNTRAINED, "--json").json
+    assert told["formats"] == {"pixels": 40}
+    assert told["quarantined"] == 0

@@ -1,0 +1,434 @@
+"""`report`: the page of a run, opened in a real browser; what is in it, and what names from outside cannot do to it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+import pytest
+from conftest import Finished, icebox, picture, write_picture
+
+from pipeline import near
+from pipeline.asked import FullAsked
+from pipeline.progress import silent
+from pipeline.report import findings, page, reproduce
+from pipeline.report.tiles import Tiles
+from pipeline.trained import open_run
+
+if TYPE_CHECKING:
+    from deployed import Deployed
+
+CHROMIUM = Path("/usr/bin/chromium")
+UNTRAINED = ("--weights", "untrained", "--precision", "float32")
+STRANGE = "<script>window.broken=1<\N{DIVISION SLASH}script>"
+CLASSES = (STRANGE, "\"quotes\" & 'more'", "😀 الفئة ‮right-to-left")
+
+
+class Looked:
+    """A page in a browser, and whatever it asked for or complained of."""
+
+    def __init__(self, browser: Any, path: Path, **context: Any) -> None:
+        self.context = browser.new_context(**context)
+        self.page = self.context.new_page()
+        self.asked, self.said = list[str](), list[str]()
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.goto(path.as_uri())
+
+    def violations(self) -> list[str]:
+        from axe_playwright_python.sync_playwright import Axe
+
+        found = Axe().run(self.page).response["violations"]
+        return [f"{each['id']}: {each['nodes'][0]['html'][:200]}" for each in found]
+
+    def check_quiet(self) -> None:
+        assert self.said == []
+        assert all(url.startswith(("file:", "data:")) for url in self.asked)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM.exists():
+        pytest.skip("NOT TESTED: there is no Chromium here; install Debian's package chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
+    """The report of a head on images whose names and classes are hostile, one of which is a copy and one is broken."""
+    root = tmp_path_factory.mktemp("made")
+    photos, data = root / 'strange "photos"', root / "data"
+    for number, (side, count) in enumerate((("train", 12), ("val", 4), ("test", 8))):
+        for at, name in enumerate(CLASSES):
+            for i in range(count):
+                seed = 1000 * at + 100 * number + i
+                write_picture(photos / side / name / f"<img src=x onerror=window.broken=2>{i}.png", seed=seed)
+    first = photos / "train" / CLASSES[0] / "<img src=x onerror=window.broken=2>0.png"
+    (photos / "test" / CLASSES[1] / "copy'.png").write_bytes(first.read_bytes() + b"more")
+    (photos / "test" / CLASSES[1] / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    allowed = ("--max-bad", "0.1")
+    assert icebox(data, "features", "--dataset", photos, *UNTRAINED, *allowed).code == 0
+    trained = icebox(data, "train-head", "--dataset", photos, "--head", "gap", "--epochs", "3", *allowed, "--json")
+    assert trained.code == 0, trained.err
+    done = icebox(data, "report", trained.json["run"], "--json")
+    assert done.code == 0, done.err
+    return Path(done.json["page"]), done
+
+
+def test_what_is_told_of_it(made: tuple[Path, Finished]) -> None:
+    path, done = made
+    told = done.json
+    assert told["bytes"] == path.stat().st_size < 2_000_000
+    assert (told["images"], told["map"], told["left_out"]) == (73, "tsne", [])
+    assert told["near_copies_across_splits"] >= 1
+    text = path.read_text(encoding="utf-8")
+    assert "<script>window.broken" not in text
+    assert re.search(r'(src|href)="(?!data:|#)', text) is None, "nothing is fetched"
+
+
+def test_names_from_outside_are_text(made: tuple[Path, Finished], browser: Any) -> None:
+    look = Looked(browser, made[0])
+    assert look.page.evaluate("window.broken") is None
+    assert look.page.locator("#classes tbody th").all_inner_texts() == sorted(CLASSES)
+    look.page.locator("#mistakes .tile, #uncertain .tile").first.wait_for()
+    assert "UNTRAINED" in look.page.locator(".warn").inner_text()
+    look.check_quiet()
+
+
+def test_a_cell_of_the_matrix_shows_its_images(made: tuple[Path, Finished], browser: Any) -> None:
+    look = Looked(browser, made[0])
+    buttons = look.page.locator("#confusion button")
+    assert sum(map(int, buttons.all_inner_texts())) == 25
+    for at in (0, buttons.count() - 1):
+        buttons.nth(at).click()
+        assert buttons.nth(at).get_attribute("aria-pressed") == "true"
+        count = int(buttons.nth(at).inner_text())
+        assert look.page.locator("#cell h3").inner_text().endswith(f": {count}")
+        assert look.page.locator("#cell .gallery li").count() == min(count, 24)
+    assert look.page.locator("#confusion [aria-pressed=true]").count() == 1
+    look.check_quiet()
+
+
+def test_tables_sort(made: tuple[Path, Finished], browser: Any) -> None:
+    look = Looked(browser, made[0])
+    head = look.page.locator("#classes th", has_text="recall")
+    for expected in ("descending", "ascending"):
+        head.locator("button").click()
+        assert head.get_attribute("aria-sort") == expected
+        values = [float(text) for text in look.page.locator("#classes tbody tr td:nth-child(3)").all_inner_texts()]
+        assert values == sorted(values, reverse=expected == "descending")
+    look.check_quiet()
+
+
+def test_the_map_is_pointed_at_and_walked_over(made: tuple[Path, Finished], browser: Any) -> None:
+    look = Looked(browser, made[0])
+    canvas, tip = look.page.locator("#map"), look.page.locator("#tip")
+    canvas.scroll_into_view_if_needed()
+    place = look.page.evaluate(
+        "() => { const c = document.getElementById('map');"
+        " const d = JSON.parse(document.getElementById('data').textContent).images;"
+        " return [12 + d.x[0] / 1000 * (c.clientWidth - 24), 12 + d.y[0] / 1000 * (c.clientHeight - 24), d.name[0]]; }"
+    )
+    canvas.hover(position={"x": place[0], "y": place[1]})
+    assert tip.is_visible()
+    assert place[2] in tip.inner_text()
+    canvas.focus()
+    look.page.keyboard.press("Escape")
+    assert not tip.is_visible()
+    look.page.keyboard.press("ArrowRight")
+    assert tip.is_visible()
+    before = look.page.evaluate("document.getElementById('map').toDataURL()")
+    look.page.locator("#colour").select_option("split")
+    assert look.page.evaluate("document.getElementById('map').toDataURL()") != before
+    assert look.page.locator("#legend li").all_inner_texts() == ["train", "val", "test"]
+    look.check_quiet()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_can_be_read_by_everybody(scheme: Any, width: int, made: tuple[Path, Finished], browser: Any) -> None:
+    """At phone and desktop width, in light and dark: no violation that axe-core knows, nothing sticks out."""
+    look = Looked(browser, made[0], color_scheme=scheme, viewport={"width": width, "height": 800})
+    background = "getComputedStyle(document.body).backgroundColor"
+    was = look.page.evaluate(background)
+    assert (sum(map(int, re.findall(r"\d+", was)[:3])) < 200) == (scheme == "dark")
+    assert look.page.evaluate("document.documentElement.scrollWidth") <= width
+    look.page.locator("#confusion button").first.click()
+    assert look.violations() == []
+    look.page.locator("#theme").click()
+    assert look.page.evaluate(background) != was
+    assert look.violations() == []
+    look.check_quiet()
+
+
+@pytest.mark.parametrize("kind", ["logreg", "flatten", "folds", "freeze", "finetune"])
+def test_every_kind_of_run_has_one(kind: str, deployed: Deployed, tmp_path: Path, browser: Any) -> None:
+    out = tmp_path / "page.html"
+    done = icebox(deployed.data, "report", deployed.name(kind), "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert done.json["left_out"] == []
+    look = Looked(browser, out)
+    assert look.page.locator("#mistakes .tile").count() + look.page.locator("#uncertain .tile").count() > 0
+    assert (
+        f"cli.py {'train-head' if kind not in ('freeze', 'finetune') else kind}"
+        in look.page.locator("pre").inner_text()
+    )
+    look.check_quiet()
+
+
+@pytest.mark.parametrize("kind", ["logreg", "folds", "finetune"])
+def test_its_commands_make_the_run_again(kind: str, deployed: Deployed, tmp_path: Path) -> None:
+    """Typed into an empty data directory, they lead to a run that was asked for the same, with the same answers."""
+    run = deployed.run(kind)
+    lines = reproduce.commands(run, ["python", "cli.py"], 0)
+    assert lines[0].startswith("python cli.py features" if kind != "finetune" else "python cli.py finetune")
+    for line in lines:
+        done = icebox(tmp_path, *shlex.split(line)[2:])
+        assert done.code == 0, done.err
+    again = open_run(tmp_path / "runs", "latest")
+    assert again.asked is not None
+    assert run.asked is not None
+    assert again.asked.head == run.asked.head
+    assert again.spec == run.spec
+    assert again.asked.images == run.asked.images
+    if isinstance(again.asked, FullAsked) and isinstance(run.asked, FullAsked):
+        assert again.asked.freeze_until == run.asked.freeze_until
+        assert again.asked.from_cache == run.asked.from_cache
+    answers = [(each.path / "predictions.csv").read_text() for each in (run, again)]
+    assert answers[0] == answers[1]
+
+
+def test_more_classes_than_a_matrix_can_show(tmp_path: Path, browser: Any) -> None:
+    """The largest mistakes are listed instead, also where there are no pictures."""
+    count = 120
+    confusion = np.eye(count, dtype=int) * 5
+    confusion[3, 4], confusion[7, 9] = 2, 3
+    classes = [f"class {i}" for i in range(count)]
+    rows = dict.fromkeys(("precision", "recall", "f1", "roc_auc", "support"), 0.5)
+    out = tmp_path / "page.html"
+    told = {
+        "title": "many", "subtitle": "", "untrained": False, "notes": [], "cards": [], "curves": [], "reliability": "",
+        "calibration_error": 0.1, "measures": tuple(rows), "per_class": [{"class": name, **rows} for name in classes],
+        "quarantined": [], "provenance": {}, "commands": [], "looked_at": 0, "method": None, "suspects": None,
+        "near": None, "crossing": None, "told_apart": None,
+    }  # fmt: skip
+    data = {"classes": classes, "confusion": confusion.tolist(), "images": None}
+    out.write_text(page.render("report_run.html", data, **told))
+    look = Looked(browser, out)
+    body = look.page.locator("#confusion tbody tr")
+    assert [line.split("\t") for line in body.all_inner_texts()] == [
+        ["class 7", "class 9", "3", "37.5%"],
+        ["class 3", "class 4", "2", "28.6%"],
+    ]
+    look.page.locator("#confusion th", has_text="images").locator("button").click()
+    look.page.locator("#confusion th", has_text="images").locator("button").click()
+    assert body.first.inner_text().startswith("class 3")
+    assert look.violations() == []
+    look.check_quiet()
+
+
+def test_without_the_images_it_still_tells_what_the_run_knows(deployed: Deployed, tmp_path: Path, browser: Any) -> None:
+    folder = tmp_path / "runs" / "alone"
+    folder.parent.mkdir()
+    folder.mkdir()
+    source = deployed.data / "runs" / deployed.name("logreg")
+    about = json.loads((source / "run.json").read_text())
+    about["asked"]["images"]["dataset"] = str(tmp_path / "gone")
+    about.pop("checksums")
+    for path in source.iterdir():
+        if path.is_file() and path.name != "SHA256SUMS":
+            (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "run.json").write_text(json.dumps(about))
+    done = icebox(tmp_path, "report", "alone", "--json")
+    assert done.code == 0, done.err
+    assert "gone" in done.json["left_out"][0]
+    look = Looked(browser, Path(done.json["page"]))
+    assert look.page.locator("#classes tbody tr").count() == 2
+    look.check_quiet()
+
+
+def test_several_runs_are_compared(deployed: Deployed, tmp_path: Path, browser: Any) -> None:
+    out = tmp_path / "page.html"
+    names = [deployed.name(kind) for kind in ("logreg", "gap", "finetune")]
+    done = icebox(deployed.data, "report", *names, "--compare", "--out", out, "--json")
+    assert done.code == 0, done.err
+    look = Looked(browser, out)
+    assert set(look.page.locator("#leaderboard tbody tr td:first-child").all_inner_texts()) == set(names)
+    assert look.violations() == []
+    look.check_quiet()
+
+
+def test_a_sweep_has_a_page(tmp_path: Path, browser: Any) -> None:
+    data, photos = tmp_path / "data", tmp_path / "photos"
+    for i in range(24):
+        side = ("train", "train", "val", "test")[i % 4]
+        write_picture(photos / side / ("cats" if i % 8 < 4 else "dogs") / f"{i}.png", seed=i)
+    assert icebox(data, "features", "--dataset", photos, *UNTRAINED).code == 0
+    swept = icebox(data, "sweep", "--dataset", photos, "--head", "logreg", "--set", "C=0.01,0.1", "--json")
+    assert swept.code == 0, swept.err
+    done = icebox(data, "report", "latest", "--sweep", "--json")
+    assert done.code == 0, done.err
+    look = Looked(browser, Path(done.json["page"]))
+    assert look.page.locator("#leaderboard tbody tr").count() == done.json["runs"]
+    assert look.violations() == []
+    look.check_quiet()
+
+
+def copied(deployed: Deployed, root: Path) -> Path:
+    """A run of one's own, without checksums, as of a time when there were none."""
+    folder = root / "runs" / "alone"
+    shutil.copytree(deployed.data / "runs" / deployed.name("logreg"), folder)
+    about = json.loads((folder / "run.json").read_text())
+    about.pop("checksums")
+    (folder / "run.json").write_text(json.dumps(about))
+    (folder / "SHA256SUMS").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("predictions.csv", r",0\.\d+,", ",nan,"),
+        ("predictions.csv", r"^image,", "image," + "x" * 200_000),
+        ("metrics.json", r'"precision": [0-9.]+', '"precision": "<b>"'),
+        ("metrics.json", r'"confusion": \[[^\]]*\],?', '"confusion": [1, 2, 3, 4], "x": ['),
+        ("metrics.json", r'"confusion"', '"confused"'),
+        ("metrics.json", r"^\{", "[" * 100_000),
+        ("history.json", r'"C"', '"D"'),
+        ("quarantined.json", r"^\[", "[1"),
+    ],
+)
+def test_files_that_are_no_runs_are_said_to_be_none(
+    name: str, before: str, after: str, deployed: Deployed, tmp_path: Path
+) -> None:
+    path = copied(deployed, tmp_path) / name
+    text, count = re.subn(before, after, path.read_text())
+    assert count
+    path.write_text(text)
+    done = icebox(tmp_path, "report", "alone", "--json")
+    assert done.code == 1
+    assert done.json["error"].startswith("the files of the run alone cannot be read")
+    assert "Traceback" not in done.err
+
+
+def test_a_page_that_cannot_be_written_is_refused_at_once(deployed: Deployed, tmp_path: Path) -> None:
+    done = icebox(deployed.data, "report", deployed.name("logreg"), "--out", tmp_path, "--json")
+    assert done.code == 1
+    assert "that is a folder" in done.json["error"]
+    assert "thumbnails" not in done.err
+
+
+def test_images_that_are_gone_are_counted(deployed: Deployed, tmp_path: Path) -> None:
+    folder, photos = copied(deployed, tmp_path), tmp_path / "photos"
+    shutil.copytree(deployed.photos, photos)
+    about = json.loads((folder / "run.json").read_text())
+    about["asked"]["images"]["dataset"] = str(photos)
+    (folder / "run.json").write_text(json.dumps(about))
+    next((photos / "test" / "cats").iterdir()).unlink()
+    done = icebox(tmp_path, "report", "alone", "--json")
+    assert done.code == 0, done.err
+    assert "1 of 6 tested images are gone" in " ".join(done.json["left_out"])
+    assert done.json["images"] == 31
+    assert done.json["map"] is None, "there is no cache here"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (("nothing",), 1, "no run named 'nothing'"),
+        (("a", "b"), 2, "--compare"),
+        (("--compare", "--sweep"), 2, "leave one of them out"),
+        (("--compare", "--map", "pca"), 2, "--map is of one run's images"),
+        (("--compare",), 1, "there are no runs"),
+        (("nothing", "--sweep"), 1, "no sweep named"),
+        (("--sweep",), 1, "there are no sweeps"),
+        ((), 1, "there are no runs"),
+    ],
+)
+def test_what_cannot_be_told(arguments: tuple[str, ...], code: int, part: str, tmp_path: Path) -> None:
+    done = icebox(tmp_path, "report", *arguments, "--json")
+    assert done.code == code
+    assert part in done.json["error"]
+
+
+# What stands behind it
+
+
+def test_data_cannot_end_its_script() -> None:
+    text = page.embedded({"name": "</script><!--<script>&\u2028"})
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"name": "</script><!--<script>&\u2028"}
+
+
+def test_planted_labels_are_found() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 60)
+    pooled = rng.normal(size=(240, 64)).astype(np.float32)
+    pooled[np.arange(240), labels] += 8
+    wrong = rng.choice(240, 8, replace=False)
+    given = labels.copy()
+    given[wrong] = (labels[wrong] + 1) % 4
+    found = findings.find(pooled, given, np.arange(240), pictures(240), 4, "pca", silent)
+    assert len(set(found.likely_wrong) & set(wrong)) >= 6
+    assert len(set(found.likely_wrong) - set(wrong)) <= 1
+    assert (found.suggested[wrong] == labels[wrong]).mean() > 0.8
+    assert found.places.min() == 0
+    assert found.places.max() == 1
+    assert found.accuracy > 0.9
+    assert len(found.near) == 0
+
+
+def pictures(count: int) -> Tiles:
+    """What `near` makes of so many different pictures."""
+    made = [near.fingerprint(picture(seed, 299, 299)) for seed in range(count)]
+    marks, thumbs = zip(*made, strict=True)
+    return Tiles(32, [], np.array(marks, np.uint64), np.array(thumbs), np.ones(count, bool))
+
+
+@pytest.mark.parametrize("each", [1, 2, 4])
+def test_few_images_of_each_class_are_looked_at_all_the_same(each: int) -> None:
+    pooled = np.random.default_rng(0).normal(size=(3 * each, 64)).astype(np.float32)
+    labels = np.repeat(np.arange(3), each)
+    found = findings.find(pooled, labels, np.arange(3 * each), pictures(3 * each), 3, None, silent)
+    assert found.places.shape == (3 * each, 2)
+    assert np.isfinite(found.places).all()
+
+
+def test_hard_images_are_not_doubted() -> None:
+    """A label about which features say nothing is not called wrong."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 60)
+    found = findings.find(
+        rng.normal(size=(240, 64)).astype(np.float32), labels, np.arange(240), pictures(240), 4, "pca", silent
+    )
+    assert found.accuracy < 0.5
+    assert len(found.likely_wrong) < 24
+
+
+def test_near_copies_are_found_by_picture_or_by_features() -> None:
+    """A brighter copy by its picture, a mirrored one among those with the closest features; another image is none."""
+    rng = np.random.default_rng(0)
+    some = pictures(40)
+    marks, thumbs = some.fingerprints.copy(), some.thumbs.copy()
+    marks[30], thumbs[30] = near.fingerprint(cv2.convertScaleAbs(picture(3, 299, 299), alpha=0.9, beta=20))
+    marks[31], thumbs[31] = near.fingerprint(picture(4, 299, 299)[:, ::-1].copy())
+    components = rng.normal(size=(40, 16)).astype(np.float32)
+    components[31] = components[4] + 0.1
+    components[20] = components[5]
+    pairs = findings.near_pairs(components, replace(some, fingerprints=marks, thumbs=thumbs))
+    assert pairs.tolist() == [[3, 30], [4, 31]]
