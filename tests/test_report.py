@@ -185,7 +185,7 @@ def test_every_kind_of_run_has_one(kind: str, deployed: Deployed, tmp_path: Path
     look = Looked(browser, out)
     assert look.page.locator("#mistakes .tile").count() + look.page.locator("#uncertain .tile").count() > 0
     assert (
-        f"cli.py {'train-head' if kind not in ('freeze', 'finetune') else kind}"
+        f" {'train-head' if kind not in ('freeze', 'finetune') else kind} --dataset "
         in look.page.locator("pre").inner_text()
     )
     look.check_quiet()
