@@ -53,7 +53,6 @@ class Checkup:
     conflicting: list[list[int]]  # groups of equal images under several labels
     space: str | None
     plan: Plan
-    views: int
     cost: Cost | None  # None where nothing is missing
     free_bytes: int
     available_memory: int
@@ -100,7 +99,6 @@ def check(
         [group for group in equal if len(set(dataset.labels[group].tolist())) > 1],
         space.name if space else None,
         plan,
-        views.count,
         cost.measure(planning, plan, space, choice, workspace) if plan.missing else None,
         storage.free_bytes(workspace.root),
         machine.available_memory(),

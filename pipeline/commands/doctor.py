@@ -109,6 +109,7 @@ def _show(found: Checkup, about: dict[str, Any]) -> None:
         "split": about["split"],
         "formats": ", ".join(f"{count:,} {kind}" for kind, count in about["formats"].items()),
         "width x height": f"{sizes['median']} (median), {sizes['smallest']} to {sizes['largest']}" if sizes else "",
+        "turned by EXIF": f"{about['turned_by_exif']:,}" if about["turned_by_exif"] else "",
         "exact copies": _copies(about["copies"]),
         "near copies": _copies(about["near_copies"]),
         "cached": f"{about['rows']['cached']:,} of {found.plan.rows - found.plan.duplicates:,} rows"
