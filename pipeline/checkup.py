@@ -63,8 +63,9 @@ class Checkup:
         usable = np.ones(len(self.dataset), bool)
         usable[list(self.plan.quarantined)] = False
         counts = np.zeros((len(self.dataset.classes), len(SPLITS)), np.int64)
-        sides = np.searchsorted(np.sort(SPLITS), self.split.sides[usable])
-        np.add.at(counts, (self.dataset.labels[usable], np.argsort(SPLITS)[sides]), 1)
+        for column, side in enumerate(SPLITS):
+            labels = self.dataset.labels[usable & (self.split.sides == side)]
+            counts[:, column] = np.bincount(labels, minlength=len(counts))
         return counts
 
 
