@@ -42,6 +42,10 @@ class Sorted:
         """Return the labels of the images at these positions in `keys`."""
         return self.dataset.labels[self.usable[members]]
 
+    def sides(self, members: np.ndarray) -> np.ndarray:
+        """Return the side of the split of the images at these positions in `keys`, (n,) str."""
+        return self.split.sides[self.usable[members]]
+
     def names(self, members: np.ndarray) -> list[str]:
         """Return what people call the images at these positions in `keys`."""
         return [self.dataset.names[int(i)] for i in self.usable[members]]

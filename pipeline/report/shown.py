@@ -50,7 +50,7 @@ class Shown:
     @property
     def sides(self) -> np.ndarray:
         """Which side of the split each is on, (n,) str."""
-        return self.images.split.sides[self.images.usable[self.positions]]
+        return self.images.sides(self.positions)
 
 
 def gather_shown(
@@ -78,7 +78,7 @@ def gather_shown(
             pooled = np.asarray(rows[np.arange(len(positions))])
         labels, groups = images.labels(positions), images.groups[positions]
         found = findings.find(pooled, labels, groups, small, len(run.classes), method, workspace.progress)
-        sides = images.split.sides[images.usable[positions]]
+        sides = images.sides(positions)
         within = sides[found.near[:, 0]] == sides[found.near[:, 1]]
         found = replace(found, near=found.near[np.argsort(within, kind="stable")])  # those across the split first
     return Shown(images, positions, small, predicted, confidence, found)
@@ -112,7 +112,7 @@ def _answers(images: Sorted, positions: np.ndarray, said: Answers) -> tuple[np.n
     """
     left = {name: list(answers) for name, answers in said.items()}
     predicted, confidence = np.full(len(positions), -1), np.zeros(len(positions))
-    sides = images.split.sides[images.usable[positions]].tolist()
+    sides = images.sides(positions).tolist()
     named = zip(sides, images.names(positions), images.labels(positions).tolist(), strict=True)
     for at, (side, name, label) in enumerate(named):
         answers = left.get((side, page.printable(name)), [])
@@ -124,7 +124,7 @@ def _answers(images: Sorted, positions: np.ndarray, said: Answers) -> tuple[np.n
 
 def _most_telling(images: Sorted, positions: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Return which images to show, (10,000,): tested ones before others, mistakes before the rest, else by chance."""
-    sides = images.split.sides[images.usable[positions]]
+    sides = images.sides(positions)
     rank = np.array([SPLITS[::-1].index(side) for side in sides.tolist()])
     right = predicted == images.labels(positions)
     chance = np.random.default_rng(0).random(len(positions))
