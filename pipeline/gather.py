@@ -50,9 +50,14 @@ class Sorted:
         """Return what people call the images at these positions in `keys`."""
         return [self.dataset.names[int(i)] for i in self.usable[members]]
 
-    def digest(self) -> str:
-        """Return a hash of which images there are, under which labels, in which groups, and on which sides."""
+    @property
+    def content(self) -> str:
+        """A hash of which images there are, under which labels, in which groups, and on which sides."""
         return self._hashed(b"")
+
+    def digest(self) -> str:
+        """Return a hash of all that decides what is trained on."""
+        return self.content
 
     def _hashed(self, first: bytes, last: bytes = b"") -> str:
         found = hashlib.sha256(first + b"".join(self.keys))
@@ -70,7 +75,7 @@ class Material(Sorted):
     views: Views
 
     def digest(self) -> str:
-        """Return the same hash, of the space and the views too."""
+        """Return a hash of the images, the space and the views."""
         return self._hashed(self.space.spec.fingerprint().encode(), np.array(self.views.numbers, "<i8").tobytes())
 
 

@@ -56,7 +56,12 @@ def write(
         "version": runs.VERSION,
         "checksums": runs.CHECKSUMS,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "dataset": {"name": dataset.name, "images": len(dataset), "split": images.split.origin},
+        "dataset": {
+            "name": dataset.name,
+            "images": len(dataset),
+            "split": images.split.origin,
+            "content": images.content,
+        },
         "classes": list(dataset.classes),
     }
     runs.write_json(directory / "run.json", {**common, **about})

@@ -273,7 +273,7 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted(root.glob("[!.]*/run.json")):
         try:
-            found.append(_read_about(path))
+            found.append(read_run(path.parent))
         except RunError as error:
             logger.warning("%s", error)
     return found

@@ -31,6 +31,7 @@ class TrainedRun:
     base: FeatureSpec  # the features of the weights that its backbone once began with; of a head those it reads
     asked: Asked | FullAsked | None  # None for a run of 0.1.0, which did not keep it
     weights: str  # what those of `base` are called
+    content: str | None  # of its images, labels and splits, as `Sorted.content` gives it; None for an older run
 
     @property
     def name(self) -> str:
@@ -112,10 +113,10 @@ def open_run(root: Path, name: str) -> TrainedRun:
             raise KeyError(kind)
         base = FeatureSpec.from_dict(about["base"]["features"]) if "base" in about else spec
         asked = _asked(about["asked"]) if "asked" in about else None
-        weights = str(about["summary"]["weights"])
+        weights, content = str(about["summary"]["weights"]), about["dataset"].get("content")
     except (KeyError, TypeError, SpecError) as error:
         raise RunError(f"{path / 'run.json'} is not that of a trained head ({error})") from error
-    return TrainedRun(path, spec, classes, kind, base, asked, weights)
+    return TrainedRun(path, spec, classes, kind, base, asked, weights, content)
 
 
 def _asked(value: Any) -> Asked | FullAsked:

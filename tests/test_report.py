@@ -333,12 +333,28 @@ def test_a_page_that_cannot_be_written_is_refused_at_once(deployed: Deployed, tm
     assert "thumbnails" not in done.err
 
 
-def test_images_that_are_gone_are_counted(deployed: Deployed, tmp_path: Path) -> None:
-    folder, photos = copied(deployed, tmp_path), tmp_path / "photos"
+def copied_with_photos(deployed: Deployed, root: Path) -> Path:
+    """A run of one's own on images of one's own, in the folder that is returned."""
+    folder, photos = copied(deployed, root), root / "photos"
     shutil.copytree(deployed.photos, photos)
     about = json.loads((folder / "run.json").read_text())
     about["asked"]["images"]["dataset"] = str(photos)
     (folder / "run.json").write_text(json.dumps(about))
+    return photos
+
+
+def test_images_that_are_others_by_now_are_noticed(deployed: Deployed, tmp_path: Path) -> None:
+    photos = copied_with_photos(deployed, tmp_path)
+    before = icebox(tmp_path, "report", "alone", "--json").json["left_out"]
+    assert not any("changed since" in note for note in before)
+    write_picture(next((photos / "test" / "cats").iterdir()), seed=99)
+    done = icebox(tmp_path, "report", "alone", "--json")
+    assert done.code == 0, done.err
+    assert any("The dataset changed since" in note for note in done.json["left_out"])
+
+
+def test_images_that_are_gone_are_counted(deployed: Deployed, tmp_path: Path) -> None:
+    photos = copied_with_photos(deployed, tmp_path)
     next((photos / "test" / "cats").iterdir()).unlink()
     done = icebox(tmp_path, "report", "alone", "--json")
     assert done.code == 0, done.err

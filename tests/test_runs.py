@@ -191,6 +191,15 @@ def test_runs_are_listed_by_name_without_half_written_ones(tmp_path: Path) -> No
         assert [about["summary"]["run"] for about in list_runs(tmp_path)] == sorted(names)
 
 
+def test_a_run_whose_description_was_changed_is_not_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name, good = make_run(tmp_path, "a"), make_run(tmp_path, "b")
+    path = tmp_path / name / "run.json"
+    path.write_text(path.read_text().replace("0.5", "0.9", 1))
+    with caplog.at_level(logging.WARNING, "pipeline.runs"):
+        assert [about["summary"]["run"] for about in list_runs(tmp_path)] == [good]
+    assert "is not the file that was published" in caplog.text
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"format": "other", "version": 1}', '{"format": "icebox-run", "version": 1, "summary": {}}']
 )

@@ -209,6 +209,7 @@ def test_run_json_says_what_was_asked_and_of_which_features(made: tuple[HeadRun,
     assert FeatureSpec.from_dict(about["features"]) == SPEC
     assert about["head"] == SPECS[run.summary["head"]].to_dict()
     assert about["classes"] == list(CLASSES)
+    assert len(about["dataset"].pop("content")) == 64
     assert about["dataset"] == {"name": "photos", "images": len(dataset), "split": "80/10/10 by content hash"}
     assert about["summary"]["accuracy"] == run.summary["accuracy"]
 

@@ -66,6 +66,8 @@ def gather_shown(
     known = int((predicted[: len(images.members("test"))] >= 0).sum())
     if known < tested:
         notes.append(f"{tested - known:,} of {tested:,} tested images are gone, or have another label or split by now.")
+    elif run.content not in (None, images.content):
+        notes.append("The dataset changed since: under the same names there may be other images than the run saw.")
     if len(positions) > MOST_IMAGES:
         notes.append(f"{MOST_IMAGES:,} of {len(positions):,} images are on this page, those first that were tested.")
         some = _most_telling(images, positions, predicted)
