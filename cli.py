@@ -35,6 +35,7 @@ from pipeline.commands.shared import (
     MaxBadOption,
     MaxPixelsOption,
     PrecisionOption,
+    QuietOption,
     SchedulerOption,
     SpaceOption,
     StorageOption,
@@ -134,6 +135,7 @@ def features(
     max_bad: MaxBadOption = 0.0,
     connections: ConnectionsOption = CONNECTIONS,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Compute the features that are missing, and keep them."""
     import time
@@ -190,7 +192,7 @@ _FEATURE_LINES = ("images_per_second", "space", "bytes_per_row", "weights", "pre
 
 
 @runs_app.command("ls")
-def runs_ls(context: typer.Context, as_json: JsonOption = False) -> None:
+def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the trained heads and their accuracies, the oldest first."""
     from pipeline import runs, terminal
     from pipeline.asked import resume_commands
@@ -209,7 +211,7 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False) -> None:
         rows = [_run_row(about["summary"]) for about in found]
         terminal.table(rows, ("run", "head", "accuracy", "95% interval", "val", "seconds", "weights"))
     for name, command in (*commands.items(), *((name, "sweep") for name in sweeps)):
-        terminal.say(f"stopped, go on by: {command} --resume {name}", "yellow")
+        terminal.warn(f"stopped, go on by: {command} --resume {name}")
 
 
 def _run_row(summary: dict[str, Any]) -> tuple[object, ...]:
@@ -232,6 +234,7 @@ def weights_command(
         str | None, typer.Option(help="Get these weights ready: imagenet, untrained[:SEED], or a file.")
     ] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Tell where weights come from; with --weights, get them and tell their digest."""
     from pipeline.weights import describe
@@ -248,12 +251,13 @@ def summary(
     layer: LayerOption = None,
     every_layer: Annotated[bool, typer.Option("--all", help="List every layer, not only those where to cut.")] = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """List the layers and count the parameters of backbone and head."""
     from pipeline import terminal
     from pipeline.summary import summarize
 
-    terminal.show_notices()
+    terminal.begin(quiet=quiet)
     result = summarize(head, classes, layer)
     layers = result["layers"] if as_json else result.pop("layers")
     if not as_json:
@@ -297,11 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not stopped:
             raise  # a bug: the traceback is what helps
         code = _INTERRUPTED  # native code that is interrupted may turn that into an error of its own
-    if code == _INTERRUPTED:
-        kept = "features computed so far are kept, and the same command computes the rest"
-        otherwise = "nothing was published" if {"predict", "serve"}.isdisjoint(arguments) else "nothing was kept"
-        return _fail(f"stopped; {kept if 'features' in arguments else otherwise}", 1, arguments)
-    return code
+    return _fail("stopped", 1, arguments) if code == _INTERRUPTED else code
 
 
 def _stops_noted() -> list[int]:
@@ -333,7 +333,7 @@ def _run(arguments: list[str]) -> int:
         return app(arguments, prog_name="cli.py", standalone_mode=False) or 0
 
 
-_INTERRUPTED = 130  # how Typer reports Ctrl-C
+_INTERRUPTED = 130  # how Typer reports Ctrl-C where no workspace is open yet
 
 
 def _fail(message: str, code: int, arguments: list[str]) -> int:

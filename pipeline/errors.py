@@ -11,6 +11,14 @@ class IceboxError(Exception):
     """Anything a person can mend: the command line prints its text on one line and exits with 1."""
 
 
+class StoppedError(IceboxError):
+    """The program was told to stop: by Ctrl-C, or by a batch system. The text says what is kept, and how to go on."""
+
+    def __init__(self, stop: KeyboardInterrupt) -> None:
+        """Say what those who were interrupted noted on `stop`, each in a sentence without its end."""
+        super().__init__("; ".join(["stopped", *getattr(stop, "__notes__", ())]))
+
+
 class UsageError(IceboxError, ValueError):
     """An option or argument that cannot be meant: the command line exits with 2."""
 

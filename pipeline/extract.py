@@ -102,7 +102,11 @@ def extract(
     before, effort = plan.reused, Effort()
     if plan.todo:
         source = _Source(planning, choice, weights, options, cluster)
-        space, before, plan, effort = _compute_missing(source, workspace, space, plan.missing)
+        try:
+            space, before, plan, effort = _compute_missing(source, workspace, space, plan.missing)
+        except KeyboardInterrupt as stop:
+            stop.add_note("features computed so far are kept, and the same command computes the rest")
+            raise
     if space is not None:
         warn_untrained(space.spec)
     failed = name_quarantined(dataset, plan)

@@ -111,11 +111,13 @@ def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
         for path in partial.rglob("*"):
             storage.fsync(path)
         storage.publish(partial, final)
-    except BaseException:
-        if _can_resume(partial):
-            logger.warning("what was trained so far is kept; go on by: %s --resume %s", command, final.name)
-        else:
+    except BaseException as error:
+        if not _can_resume(partial):
             shutil.rmtree(partial, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
+            error.add_note(f"what was trained so far is kept; go on by: {command} --resume {final.name}")
+        else:
+            logger.warning("what was trained so far is kept; go on by: %s --resume %s", command, final.name)
         raise
     for path in _of_unfinished(final):  # only now: killed before, it can still be gone on with
         storage.remove(path)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pipeline.progress import Advance
@@ -19,10 +18,12 @@ from pipeline.progress import Advance
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _LINE_EVERY_S = 10.0  # without a terminal a line now and then stands in for the bar
+_LEAST_COLUMNS = 3  # of a table, however narrow the terminal
 
 
-def show_notices() -> None:
-    """Let the library's notices reach the console; warnings stand out."""
+def begin(*, quiet: bool = False) -> None:
+    """Let the library's notices reach the console, warnings standing out; if `quiet`, nothing but warnings."""
+    console.quiet = quiet
     logger = logging.getLogger("pipeline")
     logger.handlers[:] = [_ConsoleHandler()]
     logger.setLevel(logging.INFO)
@@ -39,7 +40,10 @@ class _ConsoleHandler(logging.Handler):
         if warning and record.getMessage() in self._said:  # met again on the way; once is enough
             return
         self._said.add(record.getMessage())
-        say(("notice: " if warning else "") + record.getMessage(), "yellow" if warning else None)
+        if warning:
+            warn(f"notice: {record.getMessage()}")
+        else:
+            say(record.getMessage())
 
 
 @contextmanager
@@ -106,26 +110,43 @@ def _lines(title: str, total: int, unit: str) -> Iterator[Advance]:
 
 
 def table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> None:
-    """Print rows under headers. Too wide for the terminal it runs on, so that names stay whole and can be copied."""
+    """Print rows under headers, names whole so that they can be copied.
+
+    On a terminal that is too narrow the last columns are left out, which is said; those that tell most stand first.
+    """
     lines = [list(headers), *([_text(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    shown = _columns_that_fit(widths) if console.is_terminal else len(widths)
     for line in lines:
-        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        cells = zip(line[:shown], widths[:shown], strict=True)
+        say("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
+    if shown < len(widths):
+        say(f"(too narrow here for: {', '.join(headers[shown:])}; --json tells all)", "dim")
+
+
+def _columns_that_fit(widths: Sequence[int]) -> int:
+    shown = len(widths)
+    while shown > _LEAST_COLUMNS and sum(widths[:shown]) + 2 * (shown - 1) > console.width:
+        shown -= 1
+    return shown
 
 
 def pairs(values: Mapping[str, object]) -> None:
-    """Print names and values, a line each; a value too long for the terminal is continued below."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
+    """Print names and values, a line each."""
+    width = max(map(len, values), default=0)
     for name, value in values.items():
-        grid.add_row(name, Text(_text(value)))
-    console.print(grid, markup=False)
+        say(f"{name.ljust(width)}  {_text(value)}")
 
 
 def say(text: str, style: str | None = None) -> None:
     """Print one line; what a file's name may hold beside letters, line breaks and escapes, is spelt out."""
     console.print(_spelt_out(text), style=style, markup=False)
+
+
+def warn(text: str) -> None:
+    """Print one line that stands out, even where the rest is kept quiet."""
+    shown = Console(stderr=True, highlight=False, soft_wrap=True) if console.quiet else console
+    shown.print(_spelt_out(text), style="yellow", markup=False)
 
 
 def _spelt_out(text: str) -> str:

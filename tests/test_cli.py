@@ -273,8 +273,8 @@ def test_a_batch_systems_stop_is_as_clean_as_ctrl_c(data: Path) -> None:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Traceback" not in err, err
-    assert json.loads(out) == {"error": "stopped; nothing was published"}, err
-    assert f"train-head --resume {partial.name.removeprefix('.partial-')}" in err
+    command = f"train-head --resume {partial.name.removeprefix('.partial-')}"
+    assert json.loads(out) == {"error": f"stopped; what was trained so far is kept; go on by: {command}"}, err
     assert (partial / "checkpoint.npz").exists()
 
 
@@ -297,4 +297,4 @@ def test_a_stop_that_native_code_turns_into_an_error_is_a_stop(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert capsys.readouterr().err == "error: stopped; nothing was published\n"
+    assert capsys.readouterr().err == "error: stopped\n"

@@ -22,6 +22,7 @@ from pipeline.commands.shared import (
     MaxBadOption,
     MaxPixelsOption,
     PrecisionOption,
+    QuietOption,
     SpaceOption,
     StorageOption,
     ViewsOption,
@@ -48,7 +49,7 @@ _LISTED = 20  # lines of what may be thousands; --json has them all
 
 
 @cache_app.command("ls")
-def cache_ls(context: typer.Context, as_json: JsonOption = False) -> None:
+def cache_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the feature spaces on disk: rows, bytes, how far they are compressed, how old they are."""
     from pipeline import terminal
     from pipeline.cache.listing import describe
@@ -86,7 +87,7 @@ def _space_row(space: dict[str, Any]) -> tuple[object, ...]:
 
 
 @cache_app.command("quarantine")
-def cache_quarantine(context: typer.Context, as_json: JsonOption = False) -> None:
+def cache_quarantine(context: typer.Context, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the contents that could not be decoded: why, since when, and where they were seen."""
     from pipeline import terminal
 
@@ -132,6 +133,7 @@ def cache_verify(
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Check the cache: names, sizes, row counts, the index against the shards. Exits with 1 if anything is wrong."""
     from dataclasses import asdict
@@ -176,7 +178,7 @@ def _recomputed(workspace: Workspace, context: typer.Context, space: str | None,
     if skipped and not compared:
         raise skipped[0]
     for error in skipped:
-        terminal.say(f"notice: {error}", "yellow")
+        terminal.warn(f"notice: {error}")
     return compared
 
 
@@ -205,9 +207,9 @@ def _show_problems(done: Verification, drifts: Sequence[Drift], as_json: bool) -
     for problem in done.problems[:_LISTED]:
         mended = " (mended)" if problem.repaired else ""
         rows = f", {problem.rows:,} rows" if problem.rows else ""
-        terminal.say(f"{problem.path}: {problem.problem}{rows}{mended}", "yellow")
+        terminal.warn(f"{problem.path}: {problem.problem}{rows}{mended}")
     if len(done.problems) > _LISTED:
-        terminal.say(f"and {len(done.problems) - _LISTED:,} more; --json lists them all", "yellow")
+        terminal.warn(f"and {len(done.problems) - _LISTED:,} more; --json lists them all")
     for drift in drifts:
         terminal.say(
             f"{drift.space}: {drift.identical:,} of {drift.rows:,} rows computed afresh are identical, greatest "
@@ -219,7 +221,7 @@ def _conclude(error: str | None, as_json: bool, otherwise: str) -> None:
     from pipeline import terminal
 
     if error:
-        terminal.say(f"error: {error}")
+        terminal.warn(f"error: {error}")
         raise typer.Exit(1)
     if otherwise and not as_json:
         terminal.say(otherwise)
@@ -241,6 +243,7 @@ def cache_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before rows are removed.")] = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Make room: leftovers of killed runs go, small shards are merged.
 
@@ -328,6 +331,7 @@ def cache_explain(
     fit: FitOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Tell why images would be computed: new bytes, another space, quarantined, a bad shard. Changes nothing."""
     from dataclasses import asdict
@@ -384,6 +388,7 @@ def cache_export(
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Write the features of a dataset, with labels, paths, splits and class names, to one HDF5 file."""
     from dataclasses import asdict

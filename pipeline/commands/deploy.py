@@ -13,6 +13,7 @@ from pipeline.commands.shared import (
     ImageRootOption,
     JsonOption,
     MaxPixelsOption,
+    QuietOption,
     RunArgument,
     RunWeightsOption,
     finish,
@@ -48,6 +49,7 @@ def export(
     weights: RunWeightsOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Make one deployable model of a run: pixels in, class probabilities out."""
     from pipeline.export import export_run
@@ -88,6 +90,7 @@ def serve(
     weights: RunWeightsOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Answer over HTTP: a page to drop images on, and an endpoint for programs."""
     from pipeline import terminal

@@ -19,6 +19,7 @@ from pipeline.commands.shared import (
     LimitOption,
     MaxPixelsOption,
     PrecisionOption,
+    QuietOption,
     SpaceOption,
     StorageOption,
     ViewsOption,
@@ -59,13 +60,14 @@ def doctor(
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     connections: ConnectionsOption = CONNECTIONS,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Tell what this machine has; with DATASET, what is in it, what is wrong with it, and what it will take."""
     from pipeline import terminal
     from pipeline.errors import UsageError
 
     if dataset is None:
-        if others := [name for name in stated(context) if name != "as_json"]:
+        if others := [name for name in stated(context) if name not in ("as_json", "quiet")]:
             spelt = {parameter.name: parameter.opts[0] for parameter in context.command.params}
             raise UsageError(f"{', '.join(spelt[name] for name in others)}: say of which DATASET")
         from pipeline.doctor import examine
@@ -124,7 +126,7 @@ def _show(found: Checkup, about: dict[str, Any]) -> None:
         )
     terminal.pairs({name: value for name, value in lines.items() if value})
     for bad in found.quarantined[:_LISTED]:
-        terminal.say(f"bad: {bad.path}: {bad.reason}", "yellow")
+        terminal.warn(f"bad: {bad.path}: {bad.reason}")
     for title, groups in (("two labels", about["conflicting"]), ("nearly alike", about["near_copies_listed"])):
         for group in groups[:_LISTED]:
             named = ", ".join(f"{each['path']} ({each['split']}, {each['label']})" for each in group)

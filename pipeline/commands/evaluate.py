@@ -16,6 +16,7 @@ from pipeline.commands.shared import (
     MaxBadOption,
     MaxPixelsOption,
     MemoryOption,
+    QuietOption,
     RunArgument,
     SpaceOption,
     dataset_choice,
@@ -56,6 +57,7 @@ def evaluate(
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure a trained run, a head on cached rows, a full model on images, with pictures."""
     from pipeline.apply import evaluate_run

@@ -20,6 +20,7 @@ from pipeline.commands.shared import (
     MaxPixelsOption,
     MemoryOption,
     PrecisionOption,
+    QuietOption,
     StorageOption,
     ViewsOption,
     WeightsOption,
@@ -111,6 +112,7 @@ def freeze(
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Train a gap head on top of the whole, frozen backbone, from images."""
     _run("freeze", context)
@@ -167,6 +169,7 @@ def finetune(
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Train the backbone's last layers and the head, from images or from cached rows."""
     _run("finetune", context)

@@ -20,6 +20,7 @@ from pipeline.commands.shared import (
     MaxPixelsOption,
     MemoryOption,
     PrecisionOption,
+    QuietOption,
     SpaceOption,
     StorageOption,
     ViewsOption,
@@ -125,6 +126,7 @@ def train_head(
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Train a head from the cache. Computes no feature."""
     from pipeline.train import train_head as train

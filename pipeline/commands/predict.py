@@ -26,6 +26,7 @@ from pipeline.commands.shared import (
     JsonOption,
     MaxBadOption,
     MaxPixelsOption,
+    QuietOption,
     RunArgument,
     RunWeightsOption,
     causes,
@@ -64,6 +65,7 @@ def predict(
     max_bad: MaxBadOption = 0.0,
     connections: ConnectionsOption = CONNECTIONS,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Say of new images what they show, by a trained run or several."""
     from pipeline.dataset import open_images, remote

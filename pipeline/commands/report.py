@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.commands.shared import MAX_PIXELS, JsonOption, MaxPixelsOption, finish, opened, program, stated
+from pipeline.commands.shared import (
+    MAX_PIXELS,
+    JsonOption,
+    MaxPixelsOption,
+    QuietOption,
+    finish,
+    opened,
+    program,
+    stated,
+)
 
 _SHOWN = (
     "page",
@@ -47,6 +56,7 @@ def report(
     ] = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Make a page of a run: mistakes, classes, a map of the images, doubtful labels, near copies."""
     from pipeline.errors import UsageError

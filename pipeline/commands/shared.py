@@ -73,6 +73,7 @@ ConnectionsOption = Annotated[
     int, typer.Option(metavar="N", help="How many images behind addresses are asked for at once.", min=1, max=256)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but warnings and errors.")]
 
 WorkersOption = Annotated[
     int | None, typer.Option(metavar="N", help="Share the work out to N processes of this machine.", min=1, max=512)
@@ -114,13 +115,23 @@ MAX_PIXELS = 180_000_000  # pipeline.images.DEFAULT_MAX_PIXELS, not imported her
 
 @contextmanager
 def opened(context: typer.Context) -> Iterator[Workspace]:
-    """Open the workspace of a command, its notices and progress going to the terminal."""
+    """Open the workspace of a command, its notices and progress going to the terminal.
+
+    Raises
+    ------
+    StoppedError
+        If the command is interrupted.
+    """
     from pipeline import terminal
+    from pipeline.errors import StoppedError
     from pipeline.workspace import open_workspace
 
-    terminal.show_notices()
-    with open_workspace(context.obj, terminal.progress) as workspace:
-        yield workspace
+    terminal.begin(quiet=context.params["quiet"])
+    try:
+        with open_workspace(context.obj, terminal.progress) as workspace:
+            yield workspace
+    except KeyboardInterrupt as stop:
+        raise StoppedError(stop) from stop
 
 
 def dataset_choice(context: typer.Context) -> DatasetChoice:
@@ -149,7 +160,7 @@ def notice_ignored(dataset: Dataset) -> None:
 
     if dataset.ignored:
         listed = ", ".join(f"{ending or 'no ending'} {n:,}" for ending, n in sorted(dataset.ignored.items()))
-        terminal.say(f"notice: passed over, as their endings are not of images: {listed}", "yellow")
+        terminal.warn(f"notice: passed over, as their endings are not of images: {listed}")
 
 
 def open_runs(workspace: Workspace, run: str, also: Sequence[str] | None) -> list[TrainedRun]:
@@ -231,7 +242,7 @@ def refuse_beside_resume(context: typer.Context, *allowed: str) -> None:
     """Raise UsageError if more was said beside `--resume` than how to report, or what is `allowed`."""
     from pipeline.errors import UsageError
 
-    fine = ("resume", "as_json", "max_bad", *allowed)
+    fine = ("resume", "as_json", "quiet", "max_bad", *allowed)
     if others := [option for option in stated(context) if option not in fine]:
         spelt = {parameter.name: parameter.opts[0] for parameter in context.command.params}
         listed = ", ".join(spelt[option] for option in others)
@@ -288,13 +299,13 @@ def exit_for_bad(quarantined: list[Quarantined], images: int, max_bad: float) ->
     from pipeline import terminal
 
     for bad in quarantined[:20]:
-        terminal.say(f"quarantined {bad.path}: {bad.reason}", "yellow")
+        terminal.warn(f"quarantined {bad.path}: {bad.reason}")
     if len(quarantined) > 20:
-        terminal.say(f"and {len(quarantined) - 20:,} more; --json lists them all", "yellow")
+        terminal.warn(f"and {len(quarantined) - 20:,} more; --json lists them all")
     counted = list(causes(quarantined).items())
     if 1 < len(quarantined) > len(counted):
         told = ", ".join(f"{count:,} {reason}" for reason, count in counted[:_MOST_CAUSES])
         others = f", and {len(counted) - _MOST_CAUSES:,} other causes" if len(counted) > _MOST_CAUSES else ""
-        terminal.say(f"in all: {told}{others}", "yellow")
+        terminal.warn(f"in all: {told}{others}")
     if len(quarantined) / images > max_bad:
         raise typer.Exit(3)

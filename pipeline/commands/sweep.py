@@ -24,6 +24,7 @@ from pipeline.commands.shared import (
     MaxPixelsOption,
     MemoryOption,
     PrecisionOption,
+    QuietOption,
     SchedulerOption,
     SpaceOption,
     StorageOption,
@@ -98,6 +99,7 @@ def sweep(
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Try heads and settings on the cache; keep the best as a run. Computes no feature."""
     from pipeline.sweep import sweep as run_sweep
