@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from pipeline.commands.cache import cache_app
+from pipeline.commands.config import apply_config, origin
 from pipeline.commands.deploy import export, serve
 from pipeline.commands.doctor import doctor
 from pipeline.commands.evaluate import evaluate
@@ -91,9 +92,19 @@ def main_options(
             help="Where cache, runs and downloads are kept.", envvar="ICEBOX_DATA", file_okay=False, show_default="data"
         ),
     ] = _DATA_DIR,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Options from a TOML file.  [default: [tool.icebox] of pyproject.toml here]",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
 ) -> None:
     """Options that stand before the command."""
-    context.obj = data_dir
+    named = apply_config(context, config)
+    default = str(context.get_parameter_source("data_dir")).endswith(".DEFAULT")
+    context.obj = named if named is not None and default else data_dir
 
 
 @app.command()
@@ -282,7 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = _run(arguments)
     except TyperException as error:
-        return _fail(error.format_message(), error.exit_code, arguments)
+        return _fail(error.format_message() + origin(error), error.exit_code, arguments)
     except Exception as error:
         import sqlite3
 

@@ -29,7 +29,7 @@ from pipeline.commands.shared import (
     finish,
     open_dataset,
     opened,
-    stated,
+    typed,
     views_choice,
 )
 
@@ -67,7 +67,7 @@ def doctor(
     from pipeline.errors import UsageError
 
     if dataset is None:
-        if others := [name for name in stated(context) if name not in ("as_json", "quiet")]:
+        if others := [name for name in typed(context) if name not in ("as_json", "quiet")]:
             spelt = {parameter.name: parameter.opts[0] for parameter in context.command.params}
             raise UsageError(f"{', '.join(spelt[name] for name in others)}: say of which DATASET")
         from pipeline.doctor import examine

@@ -31,7 +31,7 @@ from pipeline.commands.shared import (
     open_chosen,
     opened,
     refuse_beside_resume,
-    stated,
+    typed,
     views_choice,
 )
 
@@ -81,6 +81,7 @@ ResumeOption = Annotated[
     str | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped, as it was asked for.")
 ]
 TensorboardOption = Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard logs, too.")]
+_CACHED = "of cached rows; it goes with --from-cache"
 
 
 def freeze(
@@ -202,7 +203,7 @@ def _run(stage: str, context: typer.Context) -> None:
 def _refuse_what_does_not_go_together(context: typer.Context) -> None:
     from pipeline.errors import UsageError
 
-    given, said = context.params, stated(context)
+    given, said = context.params, typed(context)
     if given.get("init") is not None:
         for name in ("head", "hidden", "dropout", "normalize"):
             if name in said:
@@ -211,10 +212,11 @@ def _refuse_what_does_not_go_together(context: typer.Context) -> None:
         if given["augment"] is not None and given["views"] == 1:
             raise UsageError("--augment says what cached views are like; ask for some by --views 2 or more")
     else:
-        for name in ("views", "memory", "storage"):
+        if given.get("views", 1) != 1 or "views" in said:
+            raise UsageError(f"--views is {_CACHED}; for new warps each epoch, take --augment alone")
+        for name in ("memory", "storage"):
             if name in said:
-                hint = "; for new warps each epoch, take --augment alone" if name == "views" else ""
-                raise UsageError(f"--{name} is of cached rows; it goes with --from-cache{hint}")
+                raise UsageError(f"--{name} is {_CACHED}")
 
 
 def _asked(stage: str, context: typer.Context, root: Path) -> FullAsked:

@@ -35,15 +35,17 @@ from pipeline.commands.shared import (
     open_chosen,
     opened,
     refuse_beside_resume,
+    typed,
     views_choice,
 )
 
 if TYPE_CHECKING:
     from pipeline.asked import Asked
+    from pipeline.spec import HeadSpec
 
 _SETTINGS = (
     "epochs", "batch_size", "optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing",
-    "class_weight", "hidden", "dropout", "normalize", "patience", "seed", "select", "calibrate", "max_iter",
+    "class_weight", "hidden", "dropout", "normalize", "patience", "seed", "C", "select", "calibrate", "max_iter",
 )  # fmt: skip
 _SHOWN = (
     "run", "accuracy", "val_accuracy", "train_rows", "val_rows", "test_rows", "classes", "views", "folds", "epochs",
@@ -146,19 +148,36 @@ def train_head(
 
 def _asked(context: typer.Context) -> Asked:
     from pipeline.asked import Asked
-    from pipeline.spec import HeadSpec
 
     given = context.params
     return Asked(
         images=dataset_choice(context).anchored(),
         features=feature_choice(context),
-        head=HeadSpec.make(given["head"], C=given["c"], **{name: given[name] for name in _SETTINGS}),
+        head=_head(context),
         max_pixels=given["max_pixels"],
         folds=given["folds"],
         memory=memory_bytes(given["memory"]),
         tensorboard=given["tensorboard"],
         views=views_choice(context),
     )
+
+
+def _head(context: typer.Context) -> HeadSpec:
+    """Return the head and its settings; what a file or --like says of another kind of head is left out, aloud."""
+    from pipeline import terminal
+    from pipeline.spec import HEAD_DEFAULTS, HeadSpec
+
+    head = context.params["head"]
+    given = {name: context.params["c" if name == "C" else name] for name in _SETTINGS}
+    said = typed(context)
+    foreign = [
+        name
+        for name, value in given.items()
+        if value is not None and name not in HEAD_DEFAULTS[head] and ("c" if name == "C" else name) not in said
+    ]
+    if foreign:
+        terminal.warn(f"notice: a {head} head has no {', '.join(foreign)}; what was not typed of them is left out")
+    return HeadSpec.make(head, **{name: value for name, value in given.items() if name not in foreign})
 
 
 def _resumed(context: typer.Context, name: str, root: Any) -> Asked:

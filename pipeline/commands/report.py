@@ -16,7 +16,7 @@ from pipeline.commands.shared import (
     finish,
     opened,
     program,
-    stated,
+    typed,
 )
 
 _SHOWN = (
@@ -66,7 +66,7 @@ def report(
         raise UsageError("--compare is of runs, --sweep of a sweep; leave one of them out")
     if names and len(names) > 1 and not compare:
         raise UsageError("several runs make one page with --compare only")
-    if (compare or sweep) and (others := sorted(_IMAGES.keys() & stated(context))):
+    if (compare or sweep) and (others := sorted(_IMAGES.keys() & typed(context))):
         raise UsageError(f"{_IMAGES[others[0]]} is of one run's images; it goes with neither --compare nor --sweep")
     chosen = names[0] if names else "latest"
     start = time.perf_counter()

@@ -203,9 +203,18 @@ def cluster_choice(context: typer.Context) -> ClusterChoice | None:
     return ClusterChoice(**given) if any(value is not None for value in given.values()) else None
 
 
-def stated(context: typer.Context) -> list[str]:
+def typed(context: typer.Context) -> list[str]:
     """Return the names of the options that were given on the command line."""
-    return [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    return _from(context, "COMMANDLINE")
+
+
+def stated(context: typer.Context) -> list[str]:
+    """Return the names of the options that were given on the command line, by a file, or by --like."""
+    return [*typed(context), *_from(context, "DEFAULT_MAP")]
+
+
+def _from(context: typer.Context, source: str) -> list[str]:
+    return [name for name in context.params if str(context.get_parameter_source(name)).endswith(f".{source}")]
 
 
 def features_command(context: typer.Context) -> str:
@@ -216,8 +225,10 @@ def features_command(context: typer.Context) -> str:
 
 def program(context: typer.Context) -> list[str]:
     """Return how this program is called, on the data directory that was given."""
-    given = str(context.find_root().get_parameter_source("data_dir")).endswith("COMMANDLINE")
-    return ["python", "cli.py", *(["--data-dir", str(context.obj)] if given else [])]
+    root = context.find_root()
+    was_typed = str(root.get_parameter_source("data_dir")).endswith(".COMMANDLINE")
+    by_file = context.obj != root.params["data_dir"]
+    return ["python", "cli.py", *(["--data-dir", str(context.obj)] if was_typed or by_file else [])]
 
 
 def features_line(context: typer.Context, options: Mapping[str, Any]) -> str:
@@ -243,7 +254,7 @@ def refuse_beside_resume(context: typer.Context, *allowed: str) -> None:
     from pipeline.errors import UsageError
 
     fine = ("resume", "as_json", "quiet", "max_bad", *allowed)
-    if others := [option for option in stated(context) if option not in fine]:
+    if others := [option for option in typed(context) if option not in fine]:
         spelt = {parameter.name: parameter.opts[0] for parameter in context.command.params}
         listed = ", ".join(spelt[option] for option in others)
         raise UsageError(f"--resume goes on with what was asked for before; leave out {listed}")

@@ -44,7 +44,7 @@ from pipeline.commands.shared import (
     open_chosen,
     opened,
     refuse_beside_resume,
-    stated,
+    typed,
     views_choice,
 )
 
@@ -124,7 +124,7 @@ def _asked(context: typer.Context) -> SweepAsked:
     from pipeline.trials import make_trials
 
     given = context.params
-    if given["random"] is None and "seed" in stated(context):
+    if given["random"] is None and "seed" in typed(context):
         raise UsageError("--seed is of the draw, so it goes with --random only; of the heads: --set seed=0,1,2")
     specs = make_trials(given["head"] or _HEADS, given["settings"] or (), given["random"], given["seed"])
     return SweepAsked(

@@ -1,0 +1,160 @@
+"""Options from a file: TOML named by --config, or [tool.icebox] of the pyproject.toml in the current folder.
+
+Keys are options as they are typed, without the dashes; a table is a command. What is typed wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import typer
+
+_PYPROJECT = Path("pyproject.toml")
+_MOST_BYTES = 2**20
+# Keys above all tables reach the commands that make features and train on them. Elsewhere an option of the same name
+# may mean another thing: `cache gc --dataset` removes what is not of that dataset.
+_SHARING = {"features", "train-head", "freeze", "finetune", "sweep", "doctor", "cache explain", "cache export"}
+_NOT_FROM_A_FILE = {"help", "json"}  # the second belongs to whoever reads stdout
+
+
+def apply_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make what a file says the defaults of all commands; return the data directory it names, if it names one.
+
+    Raises
+    ------
+    UsageError
+        If the file cannot be read, or says something that no command knows.
+    """
+    file = path or _PYPROJECT
+    if path is None and not file.is_file():
+        return None
+    values = _read(file)
+    if path is None:
+        values = values.get("tool", {}).get("icebox", {})
+    if not values:
+        return None
+    if not isinstance(values, dict):
+        raise _wrong(file, "tool.icebox is no table")
+    context.meta["config"] = str(file)
+    data = values.pop("data-dir", None)
+    if data is not None and not isinstance(data, str):
+        raise _wrong(file, f"data-dir must be a folder's name, found {data!r:.60}")
+    context.default_map = _Config(file, context.command).defaults(values)
+    return None if data is None else Path(data)
+
+
+def origin(error: Any) -> str:
+    """Return " (in FILE)" if what a command line was refused for stands in a file, else ""."""
+    context, option = getattr(error, "ctx", None), getattr(error, "param", None)
+    if context is None or option is None or not str(context.get_parameter_source(option.name)).endswith("DEFAULT_MAP"):
+        return ""
+    return f" (in {context.meta['config']})" if "config" in context.meta else ""
+
+
+def _read(file: Path) -> dict[str, Any]:
+    import tomllib
+
+    from pipeline.cache.storage import read_small
+
+    try:
+        return tomllib.loads(read_small(file, _MOST_BYTES).decode())
+    except OSError as error:
+        raise _wrong(file, f"cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise _wrong(file, f"is no TOML ({error})") from error
+
+
+def _wrong(file: Path, what: str) -> Exception:
+    from pipeline.errors import UsageError
+
+    return UsageError(f"{file}: {what}")
+
+
+class _Config:
+    """One file, held against the commands there are."""
+
+    def __init__(self, file: Path, program: Any) -> None:
+        self._file = file
+        self._program = program
+
+    def defaults(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return command → option's parameter → value, groups of commands holding commands."""
+        shared, tables = _split(values, self._program)
+        known = [command for name, command in _commands(self._program) if name in _SHARING]
+        for key in shared:
+            if not any(key in _options(command) for command in known):
+                names = {each for command in known for each in _options(command)} | {"data-dir"}
+                raise self._unknown(key, "", names | set(self._program.commands))
+        return self._of_group(self._program, "", shared, tables)
+
+    def _of_group(self, group: Any, path: str, shared: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict[str, Any]()
+        for name, command in group.commands.items():
+            own, below = tables.get(name, {}), f"{path}{name}"
+            if hasattr(command, "commands"):
+                options, further = _split(own, command)
+                for key in options:
+                    raise self._unknown(key, f"[{below}]", command.commands)
+                found[name] = self._of_group(command, f"{below} ", shared, further)
+            else:
+                found[name] = self._of_command(command, below, shared if below in _SHARING else {}, own)
+        return found
+
+    def _of_command(self, command: Any, name: str, shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        options = _options(command)
+        for key in own:
+            if _dashed(key) not in options:
+                raise self._unknown(key, f"[{name.replace(' ', '.')}]", options)
+        given = {**{key: value for key, value in shared.items() if key in options}, **_with_dashes(own)}
+        return {options[key].name: self._typed(key, value, options[key]) for key, value in given.items()}
+
+    def _typed(self, key: str, value: Any, option: Any) -> Any:
+        """Return a value as the command line takes it: lists and tables as the text that would be typed."""
+        if isinstance(value, bool):
+            if not option.is_flag:
+                raise _wrong(self._file, f"{key} takes a value, found {str(value).lower()}")
+            return value
+        if option.is_flag:
+            raise _wrong(self._file, f"{key} must be true or false, found {value!r:.60}")
+        if isinstance(value, list):
+            return [str(each) for each in value] if option.multiple else ",".join(map(str, value))
+        if isinstance(value, dict):
+            return ",".join(f"{name}={str(each).lower()}" for name, each in value.items())
+        return [str(value)] if option.multiple else str(value)
+
+    def _unknown(self, key: str, where: str, names: Any) -> Exception:
+        near = get_close_matches(_dashed(key), names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return _wrong(self._file, f"there is no option {key!r:.60}{f' in {where}' if where else ''}{hint}")
+
+
+def _split(values: Mapping[str, Any], group: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options among the keys of a group of commands, and the tables that are commands."""
+    tables = {name for name, value in values.items() if isinstance(value, dict) and name in group.commands}
+    options = {name: value for name, value in values.items() if name not in tables}
+    return _with_dashes(options), {name: values[name] for name in tables}
+
+
+def _with_dashes(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {_dashed(key): value for key, value in values.items()}
+
+
+def _dashed(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _commands(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{path}{name} ")
+        else:
+            yield f"{path}{name}", command
+
+
+def _options(command: Any) -> dict[str, Any]:
+    """Return the options of a command by their keys in a file."""
+    options = {each.opts[0].removeprefix("--"): each for each in command.params if each.opts[0].startswith("--")}
+    return {key: option for key, option in options.items() if key not in _NOT_FROM_A_FILE}
