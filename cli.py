@@ -32,6 +32,7 @@ from pipeline.commands.shared import (
     ImageRootOption,
     JsonOption,
     LayerOption,
+    LikeOption,
     LimitOption,
     MaxBadOption,
     MaxPixelsOption,
@@ -110,6 +111,7 @@ def main_options(
 @app.command()
 def features(
     context: typer.Context,
+    like: LikeOption = None,
     dataset: DatasetOption = "digits",
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,

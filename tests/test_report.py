@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from conftest import Finished, icebox, picture, write_picture
 
-from pipeline import near
+from pipeline import near, reproduce
 from pipeline.asked import FullAsked
 from pipeline.progress import silent
-from pipeline.report import findings, page, reproduce
+from pipeline.report import findings, page
 from pipeline.report.tiles import Tiles
 from pipeline.trained import open_run
 

@@ -15,6 +15,7 @@ from pipeline.commands.shared import (
     ImageRootOption,
     JsonOption,
     LayerOption,
+    LikeOption,
     LimitOption,
     MaxBadOption,
     MaxPixelsOption,
@@ -86,6 +87,7 @@ _CACHED = "of cached rows; it goes with --from-cache"
 
 def freeze(
     context: typer.Context,
+    like: LikeOption = None,
     dataset: DatasetOption = "digits",
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,
@@ -140,6 +142,7 @@ def finetune(
         typer.Option(help="Whether batch norms after that layer train, or stay in inference mode."),
     ] = "frozen",
     head: Annotated[Literal["flatten", "gap"] | None, typer.Option(help="A new head.  [default: gap]")] = None,
+    like: LikeOption = None,
     dataset: DatasetOption = "digits",
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,

@@ -15,6 +15,7 @@ from pipeline.commands.shared import (
     ImageRootOption,
     JsonOption,
     LayerOption,
+    LikeOption,
     LimitOption,
     MaxBadOption,
     MaxPixelsOption,
@@ -56,6 +57,7 @@ _SHOWN = (
 def train_head(
     context: typer.Context,
     head: Annotated[Literal["flatten", "gap", "logreg"], typer.Option(help="Which head to train.")] = "gap",
+    like: LikeOption = None,
     dataset: DatasetOption = "digits",
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,

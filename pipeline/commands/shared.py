@@ -98,6 +98,30 @@ DashboardOption = Annotated[
     ),
 ]
 
+
+def _take_over(context: typer.Context, name: str | None) -> str | None:
+    """Make what a run was asked for the defaults of a command, before its other options are looked at."""
+    if name is None or context.resilient_parsing:
+        return name
+    from pipeline.reproduce import options_like
+    from pipeline.trained import open_run
+
+    options = {option.opts[0].removeprefix("--"): option.name for option in context.command.params}
+    like = options_like(open_run(context.obj / "runs", name), str(context.info_name))
+    taken = {options[key]: value for key, value in like.items()}
+    context.default_map = {**(context.default_map or {}), **taken}
+    return name
+
+
+LikeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN",
+        help="Take over everything that RUN was asked for: images, features, settings; what is typed wins.",
+        is_eager=True,
+        callback=_take_over,
+    ),
+]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run as `runs ls` lists it, a path, latest, or best.")
 ]

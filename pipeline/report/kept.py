@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.cache import storage
 from pipeline.errors import RunError
 from pipeline.report import page
-from pipeline.report.reproduce import commands
+from pipeline.reproduce import commands
 from pipeline.trained import TrainedRun
 
 _MOST_JSON = 2**26  # bytes of a run's metrics

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.asked import Asked, FullAsked
+from pipeline.errors import UsageError
 from pipeline.images import DEFAULT_MAX_PIXELS
 from pipeline.spec import SHAPE, HeadSpec
 from pipeline.trained import TrainedRun
 
 Option = tuple[str, Any]  # its name and value: None leaves it out, True makes it a flag
+_SPACE = ("--weights", "--layer", "--precision", "--fit", "--storage")
 
 
 def commands(run: TrainedRun, program: Sequence[str], bad: float) -> list[str]:
@@ -20,6 +22,35 @@ def commands(run: TrainedRun, program: Sequence[str], bad: float) -> list[str]:
 
     `program` is what each line begins with, `bad` the share of the images that were quarantined.
     """
+    allowed: Option = ("--max-bad", math.ceil(bad * 1e4) / 1e4 if bad else None)
+    lines = []
+    for command, options in _steps(run):
+        if command == "train-head":  # in the very space, whatever else there is by then
+            options = [("--space", run.spec.directory), *_without(options, _SPACE)]
+        lines.append(_line(program, command, [*options, allowed]))
+    return lines
+
+
+def options_like(run: TrainedRun, command: str) -> dict[str, Any]:
+    """Return what `command` would have to be told to do as for `run`: options without dashes, and their values.
+
+    Raises
+    ------
+    UsageError
+        If it is not a command that such a run came of.
+    """
+    steps = dict(_steps(run))
+    if command not in steps:
+        made_by = f"goes with {' or '.join(steps)}" if steps else "cannot be had: it does not say what it was asked for"
+        raise UsageError(f"--like {run.name} {made_by}")
+    given = {name: value for name, value in steps[command] if value is not None}
+    negated = {name.replace("--no-", "--", 1): False for name in given if name.startswith("--no-")}
+    said = {**{name: value for name, value in given.items() if not name.startswith("--no-")}, **negated}
+    return {name.removeprefix("--"): value for name, value in said.items()}
+
+
+def _steps(run: TrainedRun) -> list[tuple[str, list[Option]]]:
+    """Return commands and their options, in order."""
     asked = run.asked
     if asked is None:
         return []
@@ -27,18 +58,17 @@ def commands(run: TrainedRun, program: Sequence[str], bad: float) -> list[str]:
     dataset = [("--dataset", images.dataset), ("--archive", images.archive), ("--image-root", images.image_root)]
     dataset.append(("--limit", images.limit))
     rest: list[Option] = [("--max-pixels", asked.max_pixels if asked.max_pixels != DEFAULT_MAX_PIXELS else None)]
-    rest.append(("--max-bad", math.ceil(bad * 1e4) / 1e4 if bad else None))
-    views: list[Option] = []
     if asked.views.count > 1:
-        views = [("--views", asked.views.count), ("--augment", asked.views.recipe)]
-    if isinstance(asked, Asked):
-        head = [("--head", run.kind), ("--space", run.spec.directory), ("--folds", asked.folds or None)]
-        of_space = _of_space(run, asked, storage=True)
-        return [
-            _line(program, "features", [*dataset, *of_space, *views, *rest]),
-            _line(program, "train-head", [*dataset, *head, *_settings(asked.head, ()), *views, *rest]),
-        ]
-    return [_line(program, asked.stage, [*dataset, *_full(run, asked), *views, *rest])]
+        rest = [("--views", asked.views.count), ("--augment", str(asked.views.recipe)), *rest]
+    if isinstance(asked, FullAsked):
+        return [(asked.stage, [*dataset, *_full(run, asked), *rest])]
+    of_space = _of_space(run, asked, storage=True)
+    head = [("--head", run.kind), ("--folds", asked.folds or None), *_settings(asked.head, ())]
+    return [("features", [*dataset, *of_space, *rest]), ("train-head", [*dataset, *of_space, *head, *rest])]
+
+
+def _without(options: Sequence[Option], names: Sequence[str]) -> list[Option]:
+    return [(name, value) for name, value in options if name not in names]
 
 
 def _of_space(run: TrainedRun, asked: Asked | FullAsked, *, storage: bool) -> list[Option]:
@@ -53,7 +83,7 @@ def _of_space(run: TrainedRun, asked: Asked | FullAsked, *, storage: bool) -> li
 
 
 def _full(run: TrainedRun, asked: FullAsked) -> list[Option]:
-    tuned: list[Option] = [("--augment", asked.augment)]
+    tuned: list[Option] = [("--augment", asked.augment and (str(asked.augment) or "default"))]
     if asked.stage == "finetune":
         tuned += [("--freeze-until", asked.freeze_until), ("--batch-norm", asked.batch_norm)]
         tuned += [("--init", asked.init), ("--from-cache", asked.from_cache or None)]
