@@ -3,8 +3,16 @@
 Every message says what was expected, what was found and what to do; the command line prints it as it is.
 """
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return "; did you mean …?" with the one of `names` that is nearly `name`, or "" if none is."""
+    lower = {each.lower(): each for each in names}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f"; did you mean {lower[near[0]]}?" if near else ""
 
 
 class IceboxError(Exception):

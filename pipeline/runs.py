@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.cache import storage
 from pipeline.cache.lock import abandoned, alive
-from pipeline.errors import RunError
+from pipeline.errors import RunError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +155,15 @@ def require_same(root: Path, name: str, material: str) -> None:
         )
 
 
+def find_unfinished(root: Path, name: str) -> str:
+    """Return the name of a stopped run: `name`, or of "latest" the last one's. Raises RunError if there is none."""
+    if name != "latest":
+        return name
+    if not (names := unfinished(root)):
+        raise RunError(f"nothing in {root} was stopped so that it could be resumed")
+    return names[-1]
+
+
 def unfinished(root: Path) -> list[str]:
     """Return the names of the runs that were stopped and can be resumed, the oldest first."""
     found = [name.removeprefix(storage.PARTIAL_PREFIX) for name in storage.folders(root) if storage.is_partial(name)]
@@ -183,14 +192,20 @@ def find_run(root: Path, name: str) -> Path:
     The best one has the highest validation accuracy, of those on the dataset of the latest. Raises RunError.
     """
     if name in ("latest", "best"):
-        names = sorted(path.parent.name for path in root.glob("[!.]*/run.json"))
+        names = published_names(root)
         if not names:
             raise RunError(f"there are no runs in {root}; `train-head` makes them")
         return root / (names[-1] if name == "latest" else _best(root, names))
     for folder in (root / name, Path(name).resolve()):  # resolved, it has a name even if it is "."
         if name and (folder / "run.json").exists():
             return folder
-    raise RunError(f"no run named {name!r} in {root}; `runs ls` lists them")
+    near = did_you_mean(name, ("latest", "best", *published_names(root)))
+    raise RunError(f"no run named {name!r} in {root}{near or '; `runs ls` lists them'}")
+
+
+def published_names(root: Path) -> list[str]:
+    """Return the names of the folders of published runs, the oldest first."""
+    return sorted(path.parent.name for path in root.glob("[!.]*/run.json"))
 
 
 def _best(root: Path, names: Sequence[str]) -> str:
@@ -273,9 +288,9 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
     A run that cannot be read is passed over, and it is said why.
     """
     found = []
-    for path in sorted(root.glob("[!.]*/run.json")):
+    for name in published_names(root):
         try:
-            found.append(read_run(path.parent))
+            found.append(read_run(root / name))
         except RunError as error:
             logger.warning("%s", error)
     return found

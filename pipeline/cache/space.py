@@ -36,7 +36,7 @@ from pipeline.cache.shard import (
     row_layout,
     write_shard,
 )
-from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError, SpecError
+from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError, SpecError, did_you_mean
 from pipeline.progress import Progress, silent
 from pipeline.spec import Augmentation, FeatureRequest, FeatureSpec
 
@@ -352,7 +352,8 @@ class Cache:
         path = self.root / name
         if name not in self.names():
             have = ", ".join(self.names()) or "none"
-            raise SpecError(f"no feature space named {name!r} in {self.root}; there are: {have}")
+            near = did_you_mean(name, self.names())
+            raise SpecError(f"no feature space named {name!r} in {self.root}; there are: {have}{near}")
         try:
             text = storage.read_small(path / "space.json", MOST_DESCRIPTION)
             stored = json.loads(text, parse_constant=_no_number, parse_float=_finite)

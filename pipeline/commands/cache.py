@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from pipeline.canary import Drift
     from pipeline.workspace import Workspace
 
-cache_app = typer.Typer(help="Look at the feature cache, check it, clean it, take it elsewhere.", rich_markup_mode=None)
+cache_app = typer.Typer(help="Look at the feature cache, check it, clean it, export it.", rich_markup_mode=None)
 
 _LISTED = 20  # lines of what may be thousands; --json has them all
 

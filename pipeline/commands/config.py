@@ -6,7 +6,6 @@ Keys are options as they are typed, without the dashes; a table is a command. Wh
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +125,10 @@ class _Config:
         return [str(value)] if option.multiple else str(value)
 
     def _unknown(self, key: str, where: str, names: Any) -> Exception:
-        near = get_close_matches(_dashed(key), names, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return _wrong(self._file, f"there is no option {key!r:.60}{f' in {where}' if where else ''}{hint}")
+        from pipeline.errors import did_you_mean
+
+        place = f" in {where}" if where else ""
+        return _wrong(self._file, f"there is no option {key!r:.60}{place}{did_you_mean(_dashed(key), names)}")
 
 
 def _split(values: Mapping[str, Any], group: Any) -> tuple[dict[str, Any], dict[str, Any]]:

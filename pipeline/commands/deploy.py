@@ -51,7 +51,7 @@ def export(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make one deployable model of a run: pixels in, class probabilities out."""
+    """Make a deployable model: pixels in, probabilities out."""
     from pipeline.export import export_run
     from pipeline.trained import open_run
 
@@ -92,7 +92,7 @@ def serve(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Answer over HTTP: a page to drop images on, and an endpoint for programs."""
+    """Answer over HTTP: a page to drop images on, and an endpoint."""
     from pipeline import terminal
     from pipeline.errors import UsageError
     from pipeline.serve import serve as serve_runs

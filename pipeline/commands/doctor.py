@@ -62,7 +62,10 @@ def doctor(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Tell what this machine has; with DATASET, what is in it, what is wrong with it, and what it will take."""
+    """Tell what this machine has, or what is wrong with a DATASET.
+
+    With DATASET: what is in it, what should be mended, what is cached, and what the rest will take here.
+    """
     from pipeline import terminal
     from pipeline.errors import UsageError
 

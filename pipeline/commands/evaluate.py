@@ -59,7 +59,10 @@ def evaluate(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure a trained run, a head on cached rows, a full model on images, with pictures."""
+    """Measure a trained run, with pictures.
+
+    A head is measured on cached rows, a full model on images.
+    """
     from pipeline.apply import evaluate_run
     from pipeline.trained import open_run
 

@@ -22,6 +22,7 @@ from pipeline.commands.shared import (
     MemoryOption,
     PrecisionOption,
     QuietOption,
+    ResumeOption,
     StorageOption,
     ViewsOption,
     WeightsOption,
@@ -78,9 +79,6 @@ AfreshOption = Annotated[
         "by default (rotation=30, shifts, shear and zoom 0.2, horizontal_flip=true, fill=nearest).",
     ),
 ]
-ResumeOption = Annotated[
-    str | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped, as it was asked for.")
-]
 TensorboardOption = Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard logs, too.")]
 _CACHED = "of cached rows; it goes with --from-cache"
 
@@ -117,7 +115,7 @@ def freeze(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a gap head on top of the whole, frozen backbone, from images."""
+    """Train a gap head on the whole, frozen backbone, from images."""
     _run("freeze", context)
 
 
@@ -175,7 +173,10 @@ def finetune(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train the backbone's last layers and the head, from images or from cached rows."""
+    """Train the backbone's last layers and the head.
+
+    From images, or with --from-cache from cached rows of the part that stays frozen.
+    """
     _run("finetune", context)
 
 
@@ -194,6 +195,7 @@ def _run(stage: str, context: typer.Context) -> None:
         if resume is None:
             asked = _asked(stage, context, workspace.runs)
         else:
+            resume = runs.find_unfinished(workspace.runs, resume)
             request = runs.read_request(workspace.runs, resume)
             require_begun_by(stage, request, resume)
             asked = FullAsked.from_dict(request.get("asked", {}))

@@ -22,6 +22,7 @@ from pipeline.commands.shared import (
     MemoryOption,
     PrecisionOption,
     QuietOption,
+    ResumeOption,
     SpaceOption,
     StorageOption,
     ViewsOption,
@@ -118,9 +119,7 @@ def train_head(
     ] = 0,
     memory: MemoryOption = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard logs, too.")] = False,
-    resume: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped, as it was asked for.")
-    ] = None,
+    resume: ResumeOption = None,
     weights: WeightsOption = "auto",
     layer: LayerOption = None,
     precision: PrecisionOption = "auto",
@@ -133,12 +132,14 @@ def train_head(
     quiet: QuietOption = False,
 ) -> None:
     """Train a head from the cache. Computes no feature."""
+    from pipeline.runs import find_unfinished
     from pipeline.train import train_head as train
 
     asked = _asked(context) if resume is None else None
     with opened(context) as workspace:
         if asked is None:
-            asked = _resumed(context, str(resume), workspace.runs)
+            resume = find_unfinished(workspace.runs, str(resume))
+            asked = _resumed(context, resume, workspace.runs)
             command, chosen = asked_features_line(context, asked), asked.images
         else:
             command, chosen = features_command(context), dataset_choice(context)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from pipeline.commands.completion import run_names
 from pipeline.commands.shared import (
     MAX_PIXELS,
     JsonOption,
@@ -42,6 +43,7 @@ def report(
             metavar="RUN…",
             help="A run as `runs ls` lists it, a path, latest, or best (by validation, on the dataset of the latest)."
             "  [default: latest; with --compare all runs on its dataset]",
+            autocompletion=run_names,
         ),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Compare several runs on one page.")] = False,
@@ -58,7 +60,10 @@ def report(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a page of a run: mistakes, classes, a map of the images, doubtful labels, near copies."""
+    """Make a page of a run, or of several, to look at in a browser.
+
+    Mistakes, classes, a map of the images, doubtful labels, near copies; the file opens offline.
+    """
     from pipeline.errors import UsageError
     from pipeline.report.single import require_target
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pipeline.commands.completion import dataset_names, run_names, space_names, stopped_names
+
 if TYPE_CHECKING:
     from pipeline.asked import Asked, DatasetChoice
     from pipeline.cluster import ClusterChoice
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
 
 DatasetOption = Annotated[
     str,
-    typer.Option(help="digits, cifar10, cifar100, a folder of class folders, or a .csv or .parquet manifest."),
+    typer.Option(
+        help="digits, cifar10, cifar100, a folder of class folders, or a .csv or .parquet manifest.",
+        autocompletion=dataset_names,
+    ),
 ]
 ArchiveOption = Annotated[
     Path | None, typer.Option(help="The published CIFAR archive, if it is at hand.", dir_okay=False)
@@ -42,7 +47,9 @@ PrecisionOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="What the backbone computes in.")
 ]
 StorageOption = Annotated[Literal["auto", "float16", "float32"], typer.Option(help="What features are stored as.")]
-SpaceOption = Annotated[str | None, typer.Option(help="A feature space by its name in `cache ls`.")]
+SpaceOption = Annotated[
+    str | None, typer.Option(help="A feature space by its name in `cache ls`.", autocompletion=space_names)
+]
 FitOption = Annotated[
     Literal["squash", "crop", "pad"] | None,
     typer.Option(help="How an image that is not square becomes square.  [default: squash]"),
@@ -97,6 +104,14 @@ DashboardOption = Annotated[
         metavar="ADDRESS:PORT", help="Where the dashboard of --workers listens.  [default: 127.0.0.1, any free port]"
     ),
 ]
+ResumeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN",
+        help="Go on with a run that was stopped, as it was asked for; latest is the last one.",
+        autocompletion=stopped_names,
+    ),
+]
 
 
 def _take_over(context: typer.Context, name: str | None) -> str | None:
@@ -120,13 +135,20 @@ LikeOption = Annotated[
         help="Take over everything that RUN was asked for: images, features, settings; what is typed wins.",
         is_eager=True,
         callback=_take_over,
+        autocompletion=run_names,
     ),
 ]
 RunArgument = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run as `runs ls` lists it, a path, latest, or best.")
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run as `runs ls` lists it, a path, latest, or best.", autocompletion=run_names
+    ),
 ]
 AlsoOption = Annotated[
-    list[str] | None, typer.Option(metavar="RUN", help="Another run; probabilities are averaged. May be repeated.")
+    list[str] | None,
+    typer.Option(
+        metavar="RUN", help="Another run; probabilities are averaged. May be repeated.", autocompletion=run_names
+    ),
 ]
 RunWeightsOption = Annotated[
     str | None,

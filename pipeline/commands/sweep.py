@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.commands.completion import stopped_names
 from pipeline.commands.shared import (
     CLUSTER_OPTIONS,
     MAX_PIXELS,
@@ -88,7 +89,12 @@ def sweep(
     augment: AugmentOption = None,
     memory: MemoryOption = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="SWEEP", help="Go on with a sweep that was stopped, as it was asked for.")
+        str | None,
+        typer.Option(
+            metavar="SWEEP",
+            help="Go on with a sweep that was stopped, as it was asked for; latest is the last one.",
+            autocompletion=stopped_names,
+        ),
     ] = None,
     weights: WeightsOption = "auto",
     layer: LayerOption = None,
@@ -102,13 +108,15 @@ def sweep(
     quiet: QuietOption = False,
 ) -> None:
     """Try heads and settings on the cache; keep the best as a run. Computes no feature."""
+    from pipeline.runs import find_unfinished
     from pipeline.sweep import sweep as run_sweep
 
     start, cluster = time.perf_counter(), cluster_choice(context)
     asked = _asked(context) if resume is None else None
     with opened(context) as workspace:
         if asked is None:
-            asked = _resumed(context, str(resume), workspace.sweeps)
+            resume = find_unfinished(workspace.sweeps, str(resume))
+            asked = _resumed(context, resume, workspace.sweeps)
             command, chosen = asked_features_line(context, asked), asked.images
         else:
             command, chosen = features_command(context), dataset_choice(context)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from pipeline.dataset.folder import open_folder
 from pipeline.dataset.manifest import MANIFEST_ENDINGS, open_manifest
 from pipeline.dataset.split import Split, assign, groups
 from pipeline.dataset.unlabelled import open_images
-from pipeline.errors import DatasetError, UsageError
+from pipeline.errors import DatasetError, UsageError, did_you_mean
 from pipeline.progress import Progress, silent
 
 __all__ = [
@@ -102,5 +101,12 @@ def _open_path(name: str, image_root: Path | None) -> Dataset:
 
 def _unknown(name: str) -> str:
     text = f"no dataset {name!r}: known are {', '.join(_KNOWN)}; no such file or folder exists either"
-    near = difflib.get_close_matches(name.lower(), _KNOWN, n=1)
-    return f"{text}; did you mean {near[0]}?" if near else f"{text} (expected {_OTHERWISE})"
+    return text + (did_you_mean(name, [*_KNOWN, *_beside(Path(name))]) or f" (expected {_OTHERWISE})")
+
+
+def _beside(path: Path) -> list[str]:
+    """Return what lies in the folder that `path` would lie in, spelt as it is."""
+    try:
+        return [str(each) for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    except OSError:  # may not be looked into: then there is nothing to propose
+        return []

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import runs, sweep
 from pipeline.cache import storage
-from pipeline.errors import RunError
+from pipeline.errors import RunError, did_you_mean
 from pipeline.leaderboard import varied
 from pipeline.report import page
 from pipeline.report.single import publish
@@ -163,12 +163,12 @@ def _trial_row(row: Mapping[str, Any], settings: str) -> list[Any]:
 
 def find_sweep(name: str, root: Path) -> Path:
     """Return the folder of a sweep: a name, a path, or "latest". Raises RunError."""
+    names = sorted(path.parent.name for path in root.glob("[!.]*/sweep.json"))
     if name == "latest":
-        names = sorted(path.parent.name for path in root.glob("[!.]*/sweep.json"))
         if not names:
             raise RunError(f"there are no sweeps in {root}; `sweep` makes them")
         return root / names[-1]
     for folder in (root / name, Path(name).resolve()):
         if name and (folder / "sweep.json").exists():
             return folder
-    raise RunError(f"no sweep named {name!r} in {root}")
+    raise RunError(f"no sweep named {name!r} in {root}{did_you_mean(name, ('latest', *names))}")

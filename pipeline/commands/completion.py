@@ -1,0 +1,38 @@
+"""What a shell proposes after TAB, beside commands and options: names of runs, sweeps, spaces, datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def _root(context: typer.Context) -> Path:
+    return Path(context.find_root().params["data_dir"])
+
+
+def run_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the names of published runs that begin so, the latest first."""
+    from pipeline.runs import published_names
+
+    names = ["latest", "best", *reversed(published_names(_root(context) / "runs"))]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def stopped_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the names of runs, or for `sweep` of sweeps, that were stopped, the latest first."""
+    from pipeline.runs import unfinished
+
+    folder = "sweeps" if context.info_name == "sweep" else "runs"
+    return [name for name in reversed(unfinished(_root(context) / folder)) if name.startswith(incomplete)]
+
+
+def space_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Return the names of feature spaces that begin so."""
+    folder = _root(context) / "cache"
+    return sorted(path.parent.name for path in folder.glob("*/space.json") if path.parent.name.startswith(incomplete))
+
+
+def dataset_names(incomplete: str) -> list[str]:
+    """Return the names of known datasets that begin so; for anything else the shell proposes files."""
+    return [name for name in ("digits", "cifar10", "cifar100") if incomplete and name.startswith(incomplete)]
