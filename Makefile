@@ -2,10 +2,10 @@
 
 PYTHON  ?= python3
 EXTRAS  ?=
-DATASET ?= digits
-HEAD    ?= gap
-WEIGHTS ?= auto
-MAX_BAD ?= 0
+DATASET ?=
+HEAD    ?=
+WEIGHTS ?=
+MAX_BAD ?=
 PHOTOS  ?=
 THINGSVISION ?=
 export DATASET HEAD WEIGHTS MAX_BAD PHOTOS THINGSVISION  # reach the commands as they were typed, blanks and quotes included
@@ -13,10 +13,12 @@ export DATASET HEAD WEIGHTS MAX_BAD PHOTOS THINGSVISION  # reach the commands as
 VENV := .venv
 BIN  := $(VENV)/bin
 CLI  := $(BIN)/python cli.py
+# What is not said here is as the command line, or a file, has it.
+OF_DATASET = $(if $(DATASET),--dataset "$$DATASET") $(if $(WEIGHTS),--weights "$$WEIGHTS") $(if $(MAX_BAD),--max-bad "$$MAX_BAD")
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart features train-head freeze finetune sweep report bench test lint check format clean
+.PHONY: help setup quickstart features train-head freeze finetune sweep report bench test lint check format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,25 +38,25 @@ quickstart: setup ## from nothing to features, three heads, and a report of the 
 	$(CLI) report best
 
 features: setup ## compute the features of DATASET that are missing
-	$(CLI) features --dataset "$$DATASET" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
+	$(CLI) features $(OF_DATASET)
 
 train-head: setup ## train HEAD on the cached features of DATASET
-	$(CLI) train-head --dataset "$$DATASET" --head "$$HEAD" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
+	$(CLI) train-head $(if $(HEAD),--head "$$HEAD") $(OF_DATASET)
 
 freeze: setup ## train a head on the whole, frozen backbone, from the images of DATASET
-	$(CLI) freeze --dataset "$$DATASET" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
+	$(CLI) freeze $(OF_DATASET)
 
 finetune: setup ## fine-tune the backbone's last layers on cached rows of DATASET, computing what is missing
-	$(CLI) finetune --from-cache --dataset "$$DATASET" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
+	$(CLI) finetune --from-cache $(OF_DATASET)
 
 sweep: setup ## try heads and settings on the cached features of DATASET
-	$(CLI) sweep --dataset "$$DATASET" --weights "$$WEIGHTS" --max-bad "$$MAX_BAD"
+	$(CLI) sweep $(OF_DATASET)
 
 report: setup ## a page of the best run on the dataset of the latest: data/reports/
 	$(CLI) report best
 
 bench: $(VENV)/.ready-dev ## measure speed and size on DATASET, a folder, with WEIGHTS, a file (PHOTOS, THINGSVISION): hours
-	$(BIN)/python benchmarks/all.py --dataset "$$DATASET" --weights "$$WEIGHTS" \
+	$(BIN)/python benchmarks/all.py --dataset "$${DATASET:-digits}" --weights "$${WEIGHTS:-auto}" \
 		$(if $(PHOTOS),--photos "$$PHOTOS") $(if $(THINGSVISION),--thingsvision "$$THINGSVISION")
 
 test: $(VENV)/.ready-dev ## set up and run the tests
@@ -70,6 +72,9 @@ check: lint test ## all of the above
 format: $(VENV)/.ready-dev ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.ready-dev ## write docs/cli.md anew
+	$(BIN)/python -m typer cli.py utils docs --name "python cli.py" --title "The command line" --output docs/cli.md
 
 clean: ## remove .venv and caches of tools; data/ is left alone
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

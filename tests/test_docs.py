@@ -26,8 +26,8 @@ NOT_RUN = ("make test", "source .venv/bin/activate")
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """Return (language, code) of the fenced blocks of a page that are run: sh and python."""
-    return re.findall(r"^```(sh|python)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    """Return (language, code) of the fenced blocks of a page that are run, sh and python, or are files, toml."""
+    return re.findall(r"^```(sh|python|toml)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def commands(code: str) -> list[str]:
@@ -73,6 +73,8 @@ def test_page(project: Path, page: Path) -> None:
         if language == "sh":
             for line in commands(code):
                 check_command(project, line)
+        elif language == "toml":  # whose first line is its name
+            (project / code.partition("\n")[0].removeprefix("# ")).write_text(code)
         else:
             check_snippet(project, code)
 
@@ -114,6 +116,15 @@ def test_every_command_stands_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     missing = [name for name in names if f"cli.py {name}" not in text]
     assert not missing
+
+
+def test_the_page_of_all_options_is_current() -> None:
+    title = ("--name", "python cli.py", "--title", "The command line")
+    made = subprocess.run(
+        [sys.executable, "-m", "typer", "cli.py", "utils", "docs", *title],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert made.stdout.strip() == (ROOT / "docs" / "cli.md").read_text().strip(), "run `make docs`"
 
 
 def test_make_help_lists_every_target() -> None:
