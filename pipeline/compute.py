@@ -185,8 +185,10 @@ def batch_of(space: FeatureSpace | None) -> int | None:
 
 
 def most_to_try() -> int:
-    """Return the largest batch that is measured: on a CPU the usual one, as trying others would take more memory for
-    many images than for few, and none was ever faster.
+    """Return the largest batch that is measured.
+
+    On a CPU it is the usual one: trying others would take more memory for many images than for few, and none was ever
+    faster.
     """
     return MAX_BATCH_SIZE if machine.gpu_count() else default_batch()
 
@@ -283,8 +285,10 @@ def note_bad(image: Met | Loaded, dataset: Dataset, identities: Identities, inde
 
 
 def note_key(image: Met | Loaded, dataset: Dataset, identities: Identities, index: Index) -> None:
-    """Correct who an image is. The digest that was remembered is not to be trusted if its bytes are others now; that
-    of an address waits in `identities.fetched` to be remembered.
+    """Correct who an image is.
+
+    The digest that was remembered is not to be trusted if its bytes are others now; that of an address waits in
+    `identities.fetched` to be remembered.
     """
     planned, path, url = identities.keys[image.i], dataset.path(image.i), dataset.url(image.i)
     if image.key is not None and image.key != planned and path is not None:

@@ -115,8 +115,9 @@ class Loader:
         decoders: Decoders | None = None,
         headers: bool = False,
     ) -> None:
-        """Load images of `dataset`, with their `headers` or not; `decoders` of the same settings are not ended with the
-        context.
+        """Load images of `dataset`, with their `headers` or not.
+
+        `decoders` of the same settings, if they are given, are not ended with the context.
         """
         self._dataset = dataset
         self._size = size
@@ -152,8 +153,9 @@ class Loader:
             yield from in_threads(pool, lambda read: finish(self._decode(read)), arriving, ahead)
 
     def until(self, indices: Iterable[int], enough: Callable[[Loaded], bool]) -> None:
-        """Load images one by one until `enough` says so of one. It, and what was fetched ahead of it, is kept for
-        whoever reads it next.
+        """Load images one by one until `enough` says so of one.
+
+        It, and what was fetched ahead of it, is kept for whoever reads it next.
         """
         with closing(
             self._arriving(indices, self._put_back) if self._from_afar else (self._read(i) for i in indices)

@@ -40,18 +40,28 @@ def decode(
 ) -> np.ndarray:
     """Decode one image and bring it to `size` x `size`.
 
-    Args:
-        data: the bytes of an image file, or pixels: uint8 of shape (h, w), (h, w, 1) or (h, w, 3), RGB.
-        size: the side of the result.
-        fit: `squash` ignores the aspect ratio, `crop` takes the largest central square, `pad` adds grey.
-        max_pixels: refuse, before decoding, an image with more.
+    Parameters
+    ----------
+    data
+        The bytes of an image file, or pixels: uint8 of shape (h, w), (h, w, 1) or (h, w, 3), RGB.
+    size
+        The side of the result.
+    fit
+        `squash` ignores the aspect ratio, `crop` takes the largest central square, `pad` adds grey.
+    max_pixels
+        Refuse, before decoding, an image with more.
 
-    Returns:
-        uint8, (size, size, 3), RGB, contiguous. Given an array that fits already, it may be that array.
+    Returns
+    -------
+    np.ndarray
+        (size, size, 3) uint8, RGB, contiguous. Given an array that fits already, it may be that array.
 
-    Raises:
-        DecodeError: not one whole image; the text is the reason, on one line.
-        MemoryError: the machine has no room for the decoded image.
+    Raises
+    ------
+    DecodeError
+        If it is not one whole image; the text is the reason, on one line.
+    MemoryError
+        If the machine has no room for the decoded image.
     """
     pixels = _check_pixels(data, max_pixels) if isinstance(data, np.ndarray) else _decode_file(data, max_pixels)
     return resize(pixels, size, fit)

@@ -212,8 +212,9 @@ def cut_at(layers: Sequence[str], cuts: Sequence[str], until: int) -> str:
 def predict(
     answer: Callable[[np.ndarray], Any], rows: Rows, size: int, advance: Callable[[int], None] = lambda n: None
 ) -> Iterator[np.ndarray]:
-    """Yield what `answer`, as a model's `predict_on_batch`, says of rows, at most `size` at a time, each batch padded
-    to one shape: compiled once.
+    """Yield what `answer`, as a model's `predict_on_batch`, says of rows, at most `size` at a time.
+
+    Each batch is padded to one shape, so that it is compiled once.
     """
     size = min(size, _MOST_AT_ONCE)
     parts = [np.arange(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]

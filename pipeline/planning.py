@@ -133,11 +133,10 @@ class Planning:
         return Todo(images[lacking], views[lacking])
 
     def meet_undecodable(self, space: FeatureSpace | None) -> Plan:
-        """Return the plan after decoding images that lack rows until one can be decoded; those before it are
-        quarantined.
+        """Return the plan after decoding images that lack rows until one can be decoded.
 
-        So neither TensorFlow is loaded nor is anything demanded when what lacks rows can have none, as after the
-        index, which remembers the quarantine, was lost.
+        Those before it are quarantined. So neither TensorFlow is loaded nor is anything demanded when what lacks rows
+        can have none, as after the index, which remembers the quarantine, was lost.
         """
         plan = self.plan(space)
         if not plan.todo:

@@ -160,8 +160,9 @@ class _Speaker:
         refused: dict[bytes, str],
         advance: Callable[[float], None],
     ) -> set[bytes]:
-        """Decode images and note what is said of them, by the network or by rows of those that nobody had read; return
-        the keys of these. Or note why they cannot be decoded.
+        """Decode images and note what is said of them, or why they cannot be decoded.
+
+        It is said by the network, or by rows of those that nobody had read; returns the keys of these.
         """
 
         def within(image: Loaded) -> Loaded:

@@ -1,5 +1,6 @@
-"""One shard, from images to a published file, in whatever process: threads decode ahead, the model works, a file is
-written while the next task has the model.
+"""One shard, from images to a published file, in whatever process.
+
+Threads decode ahead, the model works, and a file is written while the next task has the model.
 """
 
 from __future__ import annotations
@@ -122,8 +123,10 @@ class Met:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """What came of a task: the shard, None if no image could be decoded; the images met, all unless it was stopped; and
-    how long the model worked.
+    """What came of a task.
+
+    `shard` is None if no image could be decoded; `met` are the images met, all unless it was stopped; the model worked
+    for `model_seconds`.
     """
 
     shard: ShardInfo | None

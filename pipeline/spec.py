@@ -125,9 +125,11 @@ _MOST_AUGMENTED = {"rotation": 180.0, "width_shift": 1.0, "height_shift": 1.0, "
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far an image is warped at random, at most: `rotation` in degrees either way, `width_shift` and
-    `height_shift` as shares of its side, `shear` as horizontal displacement per height, `zoom` as a share more or less
-    of width and height, each by itself. Flips happen to half of the views. `fill` is what appears at the edges.
+    """How far an image is warped at random, at most.
+
+    `rotation` is in degrees either way, `width_shift` and `height_shift` are shares of its side, `shear` is horizontal
+    displacement per height, `zoom` a share more or less of width and height, each by itself. Flips happen to half of
+    the views. `fill` is what appears at the edges.
     """
 
     rotation: float = 30.0

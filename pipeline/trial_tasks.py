@@ -34,11 +34,11 @@ def submitted(
     memory: int | None,
     needed: int,
 ) -> Iterator[str]:
-    """Have `work(spec, data, folder)` done for each of `tasks` by the workers of `cluster`, which `client` is
-    connected to, and yield their names as they finish.
+    """Have `work(spec, data, folder)` done for each of `tasks`, and yield their names as they finish.
 
-    `data` has rows as they are stored; each worker process reads them by `hold`. A task whose worker dies is given
-    to another, and goes on with what lies in its folder.
+    It is done by the workers of `cluster`, which `client` is connected to. `data` has rows as they are stored; each
+    worker process reads them by `hold`. A task whose worker dies is given to another, and goes on with what lies in its
+    folder.
 
     Raises
     ------

@@ -62,8 +62,10 @@ Read = Callable[[], Awaitable[bytes]]  # gives an upload, which may wait on disk
 def make_app(
     about: About, answer: Callable[[Read], Awaitable[Sequence[tuple[str, float]]]], names: Sequence[str] | None
 ) -> FastAPI:
-    """Return the application. `answer` gives the likeliest classes of an image file, or raises DecodeError,
-    MemoryError or BusyError; `names` are the hosts it may be called by, None for any.
+    """Return the application.
+
+    `answer` gives the likeliest classes of an image file, or raises DecodeError, MemoryError or BusyError; `names` are
+    the hosts it may be called by, None for any.
     """
     app = FastAPI(
         title="Icebox",
@@ -129,8 +131,9 @@ def _too_large(most: int) -> HTTPException:
 
 
 class _Guard:
-    """Turns away requests that are too large, too slow, or meant for another host: a web page elsewhere may have a
-    name of its own lead here.
+    """Turns away requests that are too large, too slow, or meant for another host.
+
+    A web page elsewhere may have a name of its own lead here.
     """
 
     def __init__(self, app: ASGIApp, most: int, names: Sequence[str] | None) -> None:

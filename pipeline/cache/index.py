@@ -68,8 +68,9 @@ class Quarantine:
 
 @dataclass(frozen=True)
 class Located:
-    """Where n rows are stored: shard ids (n,) int64, -1 where missing; positions (n,) int64; and whose rows they
-    are: keys (n, 32) uint8, views (n,) int64.
+    """Where n rows are stored, and whose they are.
+
+    `shards` are ids, (n,) int64, -1 where missing; `positions` (n,) int64; `keys` (n, 32) uint8; `views` (n,) int64.
     """
 
     shards: np.ndarray
@@ -255,8 +256,9 @@ class Index(IndexFile):
         return shards, positions
 
     def lost(self, space: str, keys: Sequence[bytes], views: Sequence[int] | None = None) -> dict[bytes, str]:
-        """Return key → what became of its shard, for those of `keys` whose row, in its one of `views`, was in one that
-        is not good.
+        """Return key → what became of its shard, for those whose row was in one that is not good.
+
+        Each of `keys` is looked up in its one of `views`.
         """
         query = """SELECT w.key, s.name, s.problem FROM wanted w
             CROSS JOIN rows r ON r.key = w.key AND r.view = w.view

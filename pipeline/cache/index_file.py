@@ -161,7 +161,7 @@ class IndexFile:
 
     @contextmanager
     def _believed(self) -> Iterator[None]:
-        """The same for what is read in bulk, where looking at each value would take as long as reading it."""
+        """Do the same for what is read in bulk, where looking at each value would take as long as reading it."""
         try:
             yield
         except (ValueError, TypeError, OverflowError, IndexError) as error:

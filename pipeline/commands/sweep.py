@@ -1,4 +1,4 @@
-"""`sweep`: which head, and with which settings?"""
+"""`sweep`: which head to take, and with which settings."""
 
 from __future__ import annotations
 

@@ -187,8 +187,9 @@ class Dataset:
 def of_files(
     name: str, files: Sequence[Path | str], names: Sequence[str] | None = None, ignored: Mapping[str, int] | None = None
 ) -> Dataset:
-    """Return images of no known class: the files at absolute paths or resolved addresses, called `names`, by default
-    as those.
+    """Return images of no known class, from files at absolute paths or resolved addresses.
+
+    They are called `names`, by default as those.
     """
     texts, labels = [str(file) for file in files], np.zeros(len(files), np.int32)
     source = FileSource(Path("/"), texts)
