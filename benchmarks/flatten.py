@@ -78,8 +78,8 @@ def deviation(losses: list[list[float]]) -> list[float] | None:
 
 def trained(what: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """Train a head in one of the two ways; return its rate, losses and accuracy."""
-    from pipeline.backbone import import_keras
     from pipeline.heads import dense
+    from pipeline.keras_start import import_keras
     from pipeline.spec import HeadSpec
 
     keras = import_keras()

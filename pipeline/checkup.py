@@ -124,21 +124,6 @@ def told(found: Checkup) -> dict[str, Any]:
     """Return what was found as plain values, for JSON."""
     dataset, looks, plan = found.dataset, found.looks, found.plan
     seen = looks[looks["kind"] != ""]
-    sizes = np.stack([seen["width"], seen["height"]], axis=1)
-
-    def named(groups: list[list[int]]) -> list[list[dict[str, str]]]:
-        return [
-            [
-                {
-                    "path": dataset.names[i],
-                    "label": dataset.classes[dataset.labels[i]],
-                    "split": str(found.split.sides[i]),
-                }
-                for i in group[:MOST_MEMBERS]
-            ]
-            for group in groups[:_MOST_NAMED]
-        ]
-
     return {
         "dataset": dataset.name,
         "images": len(dataset),
@@ -148,24 +133,44 @@ def told(found: Checkup) -> dict[str, Any]:
         },
         "split": found.split.origin,
         "formats": dict(Counter(seen["kind"].tolist()).most_common()),
-        "sizes": {
-            name: [int(value) for value in np.quantile(sizes, share, axis=0)] if len(sizes) else None
-            for name, share in (("smallest", 0.0), ("median", 0.5), ("largest", 1.0))
-        },
+        "sizes": _sizes(seen),
         "turned_by_exif": int(seen["turned"].sum()),
         "deeper_than_8_bits": int(seen["deep"].sum()),
         "with_alpha": int(seen["alpha"].sum()),
         "quarantined": len(found.quarantined),
         "quarantined_images": [asdict(bad) for bad in found.quarantined],
         "ignored": dict(dataset.ignored),
-        "copies": {"images": found.equal.images, "groups": len(found.equal.groups), "crossing": found.equal.crossing},
-        "copies_listed": named(found.equal.groups),
-        "conflicting": named(found.conflicting),
-        "near_copies": {"images": found.near.images, "groups": len(found.near.groups), "crossing": found.near.crossing},
-        "near_copies_listed": named(found.near.groups),
+        "copies": _counted(found.equal),
+        "copies_listed": _named(found, found.equal.groups),
+        "conflicting": _named(found, found.conflicting),
+        "near_copies": _counted(found.near),
+        "near_copies_listed": _named(found, found.near.groups),
         "space": found.space,
         "rows": {"cached": plan.reused, "duplicates": plan.duplicates, "missing": plan.missing},
         "estimate": asdict(found.cost) if found.cost else None,
         "free_bytes": found.free_bytes,
         "available_memory": found.available_memory,
     }
+
+
+def _sizes(seen: np.ndarray) -> dict[str, list[int] | None]:
+    """Return the smallest, median and largest width and height."""
+    sides = np.stack([seen["width"], seen["height"]], axis=1)
+    shares = {"smallest": 0.0, "median": 0.5, "largest": 1.0}
+    return {
+        name: [int(value) for value in np.quantile(sides, share, axis=0)] if len(sides) else None
+        for name, share in shares.items()
+    }
+
+
+def _counted(copies: Copies) -> dict[str, int]:
+    return {"images": copies.images, "groups": len(copies.groups), "crossing": copies.crossing}
+
+
+def _named(found: Checkup, groups: list[list[int]]) -> list[list[dict[str, str]]]:
+    dataset, sides = found.dataset, found.split.sides
+
+    def about(i: int) -> dict[str, str]:
+        return {"path": dataset.names[i], "label": dataset.classes[dataset.labels[i]], "split": str(sides[i])}
+
+    return [[about(i) for i in group[:MOST_MEMBERS]] for group in groups[:_MOST_NAMED]]

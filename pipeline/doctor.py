@@ -40,7 +40,7 @@ def examine(workspace: Workspace) -> dict[str, Any]:
 
 
 def _tensorflow_gpus() -> int:
-    from pipeline.backbone import import_keras
+    from pipeline.keras_start import import_keras
 
     import_keras()
     import tensorflow as tf

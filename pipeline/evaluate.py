@@ -39,7 +39,7 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[st
         labels=indices,
         zero_division=0.0,  # pyright: ignore[reportArgumentType]
     )
-    precision, recall, f1, support = scores
+    _, recall, f1, support = scores
     present = support > 0
     hits = int((predicted == labels).sum())
     areas = [_roc_auc(labels == i, probabilities[:, i]) for i in indices]
@@ -56,19 +56,16 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[st
         "roc_auc": float(np.mean(known)) if known else None,
         "expected_calibration_error": _calibration_error(bins),
         "calibration": bins,
-        "per_class": [
-            {
-                "class": name,
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-                "f1": float(f1[i]),
-                "roc_auc": areas[i],
-                "support": int(support[i]),
-            }
-            for i, name in enumerate(classes)
-        ],
+        "per_class": [_of_class(*each) for each in zip(classes, *scores, areas, strict=True)],
         "confusion": metrics.confusion_matrix(labels, predicted, labels=indices).tolist(),
     }
+
+
+def _of_class(
+    name: str, precision: float, recall: float, f1: float, support: int, area: float | None
+) -> dict[str, Any]:
+    measured = {"precision": float(precision), "recall": float(recall), "f1": float(f1), "roc_auc": area}
+    return {"class": name, **measured, "support": int(support)}
 
 
 def _top_accuracy(labels: np.ndarray, probabilities: np.ndarray, k: int) -> float | None:

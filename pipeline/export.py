@@ -19,13 +19,14 @@ import numpy as np
 
 from pipeline import runs
 from pipeline.answering import grouped
-from pipeline.backbone import KerasModel, import_keras, scale
+from pipeline.backbone import scale
 from pipeline.cache import storage
 from pipeline.cache.lock import abandoned
 from pipeline.dataset import Dataset, limit
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, IceboxError, RunError, UsageError
 from pipeline.formats import CLASSES, FORMATS, Format
+from pipeline.keras_start import KerasModel, import_keras
 from pipeline.network import Network
 from pipeline.predict import predict
 from pipeline.trained import TrainedRun

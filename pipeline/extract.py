@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline import images, machine
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, ENGINES, import_keras
+from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, ENGINES
 from pipeline.cache.digests import Identities, identify, read_some
 from pipeline.cache.keys import Keys
 from pipeline.cache.space import Cache, FeatureSpace
@@ -22,6 +22,7 @@ from pipeline.cluster import ClusterChoice
 from pipeline.compute import ComputeOptions, Crew, Effort, Here, Job, batch_of, compute, most_to_try, refusal
 from pipeline.dataset import Dataset, remote
 from pipeline.errors import InterruptedComputationError, SpecError
+from pipeline.keras_start import import_keras
 from pipeline.planning import DEFAULT_FIT, Plan, Planning, Quarantined, name_quarantined
 from pipeline.shard_task import Setup, ShardWorker, check_room
 from pipeline.spec import PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
@@ -158,16 +159,7 @@ def _compute_missing(
     if space is None and spec.directory in cache.names():  # made for other images, or by a run killed early
         space = cache.open(spec.directory)
     warn_untrained(spec)
-    setup = Setup(
-        spec,
-        weights.path and weights.path.absolute(),
-        options.model_batch(batch_of(space), of_cluster=source.cluster is not None),
-        (cache.root / spec.directory / "shards").absolute(),
-        options.max_pixels,
-        planning.views,
-        options.strict,
-        remote.connections(),
-    )
+    setup = _setup(source, spec, weights, space, cache.root)
     with ExitStack() as stack:
         crew = None
         if space is None:
@@ -198,6 +190,20 @@ def _compute_missing(
             plan = _compute_all(planning, plan, job, crew)
             # More than were known to be there may have turned out to be, of images that nobody had read.
             return space, max(before, plan.reused - (space.totals().rows - rows)), plan, effort
+
+
+def _setup(source: _Source, spec: FeatureSpec, weights: Weights, space: FeatureSpace | None, root: Path) -> Setup:
+    options = source.options
+    return Setup(
+        spec,
+        weights.path and weights.path.absolute(),
+        options.model_batch(batch_of(space), of_cluster=source.cluster is not None),
+        (root / spec.directory / "shards").absolute(),
+        options.max_pixels,
+        source.planning.views,
+        options.strict,
+        remote.connections(),
+    )
 
 
 @contextmanager

@@ -145,7 +145,7 @@ class Features:
 
         Rows are (None, …), labels (None,) int32.
         """
-        from pipeline.backbone import import_keras
+        from pipeline.keras_start import import_keras
 
         import_keras()  # quietly, and with GPU memory that grows as needed
         import tensorflow as tf

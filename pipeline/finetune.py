@@ -16,7 +16,6 @@ import numpy as np
 
 from pipeline import network, results, runs, tracking
 from pipeline.asked import FullAsked
-from pipeline.backbone import KerasModel
 from pipeline.batches import Shuffled
 from pipeline.checkpoint import Checkpoint
 from pipeline.compute import ComputeOptions, duration
@@ -26,6 +25,7 @@ from pipeline.extract import FeatureChoice, extract, warn_untrained
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.heads import dense
 from pipeline.heads.base import class_weights, measure, require_numbers
+from pipeline.keras_start import KerasModel
 from pipeline.loop import NotFiniteError, Trained, Watch, train
 from pipeline.network import Network
 from pipeline.origin import Origin, origin_of
@@ -165,54 +165,66 @@ def _train_and_write(
     trained = _trained(directory, asked, setting, workspace)
     said = _measured(asked, setting, workspace)
     _, train_accuracy = measure(said["train"], ready.labels["train"])
-    best = min(trained.history, key=lambda entry: entry["val_loss"])
-    _warn_of_collapse(train_accuracy, best["accuracy"], asked)
+    _warn_of_collapse(train_accuracy, _best(trained)["accuracy"], asked)
     predictions = [ready.predictions(side, ready.members[side], said[side]) for side in ("val", "test")]
     metrics = results.measured(predictions, ready.material.dataset.classes)
-    identity = made.save(directory)
+    about = {
+        **_features(setting, made.save(directory)),
+        "head": {**made.head.spec.to_dict(), "head": made.head.kind},
+        "asked": asked.to_dict(),
+    }
     difference = _check_saved(directory, asked, setting, said["test"])
-    names = made.layers
-    unchanged = setting.origin.unchanged_until(
-        names, [each for each in made.cuts if names.index(each) <= setting.until]
-    )
+    summary = {
+        **_summary(name, asked, setting, trained),
+        **results.summary_of(metrics, ready.material),
+        "train_accuracy": train_accuracy,
+        "trainable_parameters": parameters,
+        "parameters": parameters,
+        "max_difference": difference,
+        "seconds": round(time.perf_counter() - start + trained.seconds_before, 3),
+    }
+    about["summary"] = summary
+    results.write(directory, about, ready.material, metrics, trained.history, "epoch", predictions)
+    return summary
+
+
+def _features(setting: _Setting, identity: str) -> dict[str, Any]:
+    """Return what features the network computes, its weights being `identity`, and which it began with."""
+    made = setting.network
+    frozen = [each for each in made.cuts if made.layers.index(each) <= setting.until]
+    unchanged = setting.origin.unchanged_until(made.layers, frozen)
     base = replace(made.spec, weights=setting.origin.base.weights)
     features = base if unchanged == made.spec.layer else replace(base, weights=identity)
-    space = ready.material.space.name if isinstance(ready.material, Material) else None
-    summary = {
+    return {"features": features.to_dict(), "base": {"features": base.to_dict(), "unchanged_until": unchanged}}
+
+
+def _summary(name: str, asked: FullAsked, setting: _Setting, trained: Trained) -> dict[str, Any]:
+    """Return what is told of how a run was trained; what it is worth stands beside that."""
+    made, ready = setting.network, setting.ready
+    return {
         "run": name,
         "head": made.head.kind,
         "stage": asked.stage,
-        **results.summary_of(metrics, ready.material),
-        "train_accuracy": train_accuracy,
         "train_rows": len(ready.members["train"]) * ready.views,
         "views": ready.views,
         "init": asked.init and Path(asked.init).name,
-        "frozen_until": names[setting.until] if setting.until >= 0 else None,
+        "frozen_until": made.layers[setting.until] if setting.until >= 0 else None,
         "trains": made.trains,
-        "trainable_parameters": parameters,
-        "parameters": parameters,
         "from_cache": asked.from_cache,
         "features_computed": setting.computed,
         "epochs": len(trained.history),
-        "best_epoch": best["epoch"],
+        "best_epoch": _best(trained)["epoch"],
         "seconds_per_epoch": trained.seconds_per_epoch,
         "first_loss": trained.history[0]["loss"],
         "last_loss": trained.history[-1]["loss"],
-        "max_difference": difference,
-        "space": space,
+        "space": ready.material.space.name if isinstance(ready.material, Material) else None,
         "weights": setting.origin.label,
         "precision": made.spec.precision,
-        "seconds": round(time.perf_counter() - start + trained.seconds_before, 3),
     }
-    about = {
-        "features": features.to_dict(),
-        "base": {"features": base.to_dict(), "unchanged_until": unchanged},
-        "head": {**made.head.spec.to_dict(), "head": made.head.kind},
-        "asked": asked.to_dict(),
-        "summary": summary,
-    }
-    results.write(directory, about, ready.material, metrics, trained.history, "epoch", predictions)
-    return summary
+
+
+def _best(trained: Trained) -> Entry:
+    return min(trained.history, key=lambda entry: entry["val_loss"])
 
 
 def _measured(asked: FullAsked, setting: _Setting, workspace: Workspace) -> dict[str, np.ndarray]:
@@ -232,7 +244,7 @@ def _trained(directory: Path, asked: FullAsked, setting: _Setting, workspace: Wo
     size, labels = settings["batch_size"], ready.data().train_labels
     checkpoint = Checkpoint(directory)
     if asked.init is None and asked.head.settings["normalize"] and not checkpoint.path.exists():
-        dense.normalise(setting.network.head.model, _features(setting, size, workspace))
+        dense.normalise(setting.network.head.model, _head_inputs(setting, size, workspace))
     fresh = None
     if (recipe := asked.augment) is not None:
         fresh = lambda rows, epoch: rows.augmented(recipe, settings["seed"], epoch)  # noqa: E731
@@ -261,7 +273,7 @@ def _trained(directory: Path, asked: FullAsked, setting: _Setting, workspace: Wo
             raise
 
 
-def _features(setting: _Setting, size: int, workspace: Workspace) -> Iterator[np.ndarray]:
+def _head_inputs(setting: _Setting, size: int, workspace: Workspace) -> Iterator[np.ndarray]:
     """Yield what the new head is to be normalised by: the features of the training rows, as it reads them."""
     rows, pools = setting.ready.rows["train"], setting.network.head.kind == "gap"
     with workspace.progress("measuring features", len(rows)) as advance:

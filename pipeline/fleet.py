@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -24,6 +24,7 @@ from pipeline.cluster import ClusterChoice
 from pipeline.compute import Effort, Settle
 from pipeline.dataset import Dataset
 from pipeline.errors import IceboxError, InterruptedComputationError, UnfitWorkerError
+from pipeline.fleet_members import Hand, Worker
 from pipeline.fleet_worker import Requirements, run_task, vet
 from pipeline.link import Link, LostError
 from pipeline.progress import Advance
@@ -35,42 +36,6 @@ _MOST_LOSSES = 3  # of whoever had a task in hand, before it is tried alone, and
 _SAMPLES = 3
 _GRACE_S = 5.0  # for others to come, where all who are there are unfit; for a file to be seen that somebody else wrote
 _FATAL = "reading or decoding it ended the worker, again and again"
-
-
-@dataclass(eq=False)
-class _Hand:
-    """A task that a worker has in hand, `alone` if it has nothing else: what ends it then is known."""
-
-    task: ShardTask
-    future: Any
-    alone: bool
-    advanced: float = 0.0
-
-
-@dataclass(eq=False)
-class _Worker:
-    """What is known of a worker. `fit`: None while that is being found out."""
-
-    address: str
-    name: str
-    gpu: bool
-    fit: bool | None = None
-    vetting: Any = None
-    reason: str = ""
-    hands: dict[int, _Hand] = field(default_factory=dict)
-    since: float = 0.0
-    rows: int = 0  # published
-    advanced: float = 0.0  # rows computed, published or not
-    model_seconds: float = 0.0
-
-    def load(self) -> int:
-        """Return how many tasks it has in hand; one that is to be alone counts for all."""
-        return AT_ONCE if any(hand.alone for hand in self.hands.values()) else len(self.hands)
-
-    @property
-    def rate(self) -> float:
-        """Rows a second, since it was found fit."""
-        return self.advanced / max(1e-3, time.monotonic() - self.since)
 
 
 @contextmanager
@@ -99,7 +64,7 @@ class Fleet:
         self._link = Link(choice, requirements.topic)
         self._requirements = requirements
         self._effort = effort
-        self._workers: dict[str, _Worker] = {}
+        self._workers: dict[str, Worker] = {}
         self._again: deque[ShardTask] = deque()  # taken back from somebody
         self._next: ShardTask | None = None  # to be handed out
         self._numbers = iter(range(2**63))
@@ -188,11 +153,11 @@ class Fleet:
     def _meet(self, address: str, about: dict[str, Any]) -> None:
         host = address.split("://")[-1].rsplit(":", 1)[0]
         name = str(about["name"])
-        worker = _Worker(address, f"{name} on {host}" if host not in name else name, "GPU" in about["resources"])
+        worker = Worker(address, f"{name} on {host}" if host not in name else name, "GPU" in about["resources"])
         self._workers[address] = worker
         worker.vetting = self._link.submit(address, vet, self._requirements)
 
-    def _lose(self, worker: _Worker, how: str) -> None:
+    def _lose(self, worker: Worker, how: str) -> None:
         """Take back what a worker had in hand."""
         del self._workers[worker.address]
         if worker.vetting is not None:
@@ -206,13 +171,13 @@ class Fleet:
         if worker.rows:
             self._report(worker)
 
-    def _take_back(self, worker: _Worker, *, lost: bool) -> None:
+    def _take_back(self, worker: Worker, *, lost: bool) -> None:
         for hand in worker.hands.values():
             hand.future.cancel(force=True)
             self._put_back(hand, lost=lost)
         worker.hands.clear()
 
-    def _put_back(self, hand: _Hand, *, lost: bool) -> None:
+    def _put_back(self, hand: Hand, *, lost: bool) -> None:
         """Have a task done by somebody, or if it is that which ends workers, its halves, down to the one image."""
         self._advance(-hand.advanced)
         self._effort.lost += round(hand.advanced)
@@ -227,7 +192,7 @@ class Fleet:
             self._settle(task, ShardDone(None, [Met(0, None, _FATAL)], 0.0))
             self._advance(len(task))
 
-    def _dismiss(self, worker: _Worker, reason: str) -> None:
+    def _dismiss(self, worker: Worker, reason: str) -> None:
         """Give a worker nothing more to do."""
         logger.warning("the worker %s is not used: it %s", worker.name, reason)
         worker.fit, worker.reason = False, reason
@@ -248,7 +213,7 @@ class Fleet:
         if any(worker.gpu for worker in fit):  # beside a GPU a processor would only be waited for
             fit = [worker for worker in fit if worker.gpu]
         while fit and self._hold_next() and self._next is not None:
-            worker, alone = min(fit, key=_Worker.load), self._next.losses >= _MOST_LOSSES
+            worker, alone = min(fit, key=Worker.load), self._next.losses >= _MOST_LOSSES
             if worker.load() >= (1 if alone else AT_ONCE):
                 return
             number, task = next(self._numbers), self._next
@@ -257,7 +222,7 @@ class Fleet:
             future = self._link.submit(
                 worker.address, run_task, task, self._requirements, number, self._unseen, gpu=share
             )
-            worker.hands[number] = _Hand(task, future, alone)
+            worker.hands[number] = Hand(task, future, alone)
 
     def _hold_next(self) -> bool:
         """Return whether there is a task to hand out; those that were given back come last."""
@@ -299,7 +264,7 @@ class Fleet:
                 "and run the command again: what was computed is kept"
             )
 
-    def _vetted(self, worker: _Worker, future: Any) -> None:
+    def _vetted(self, worker: Worker, future: Any) -> None:
         shape, error = self._link.outcome(future)
         if error is None:
             worker.fit, worker.since, self._row_shape = True, time.monotonic(), shape
@@ -315,7 +280,7 @@ class Fleet:
         else:
             self._dismiss(worker, _reason(error))
 
-    def _finished(self, worker: _Worker, hand: _Hand) -> None:
+    def _finished(self, worker: Worker, hand: Hand) -> None:
         done, error = self._link.outcome(hand.future)
         if error is None:
             self._accept(worker, hand, done)
@@ -329,7 +294,7 @@ class Fleet:
         else:
             raise error
 
-    def _accept(self, worker: _Worker, hand: _Hand, done: ShardDone) -> None:
+    def _accept(self, worker: Worker, hand: Hand, done: ShardDone) -> None:
         """Take a finished task over, but for images that the worker alone could not read."""
         task, setup = hand.task, self._requirements.setup
         if done.shard is not None and not _published(setup.directory / f"{done.shard.name}.h5", done.shard.bytes):
@@ -364,7 +329,7 @@ class Fleet:
         each = f"{rates[0]:.1f}/s" if len(rates) == 1 else f"{rates[0]:.1f} to {rates[-1]:.1f}/s each"
         return f"{len(rates)} workers, {each}"
 
-    def _report(self, worker: _Worker) -> None:
+    def _report(self, worker: Worker) -> None:
         busy = time.monotonic() - worker.since
         self._effort.worker_seconds += busy
         self._effort.workers.append(

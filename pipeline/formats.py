@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import machine
-from pipeline.backbone import KerasModel, import_keras, stderr_held_back
+from pipeline.keras_start import KerasModel, import_keras, stderr_held_back
 from pipeline.network import Answerer
 
 CLASSES = "classes.json"  # what the class names are called, inside a model and beside it

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from pipeline import backbone, heads, weights_file
-from pipeline.backbone import KerasModel, cut_layers, import_keras
+from pipeline.backbone import cut_layers
 from pipeline.cache import storage
 from pipeline.errors import IceboxError, RunError, SpecError, UsageError
 from pipeline.heads.dense import DenseHead, average, build, from_logreg
 from pipeline.heads.logreg import LogregHead
+from pipeline.keras_start import KerasModel, import_keras
 from pipeline.loop import finalize
 from pipeline.rows import Rows, read_ahead
 from pipeline.runs import write_json

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import machine
-from pipeline.backbone import import_keras
+from pipeline.keras_start import import_keras
 
 FOLDER = "tensorboard"
 

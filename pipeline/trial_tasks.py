@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import link
-from pipeline.backbone import import_keras, limit_threads
 from pipeline.cluster import Client, ClusterChoice
 from pipeline.errors import IceboxError, UsageError
 from pipeline.heads import Data
+from pipeline.keras_start import import_keras, limit_threads
 from pipeline.rows import StoredRows, hold
 from pipeline.spec import HeadSpec
 

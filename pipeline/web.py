@@ -102,12 +102,13 @@ def make_app(
         guesses = [Guess(label=label, probability=share) for label, share in top]
         return Prediction(**guesses[0].model_dump(), top=guesses)
 
-    @app.exception_handler(RequestValidationError)
-    async def no_image(request: Request, error: RequestValidationError) -> Response:
-        return JSONResponse({"detail": "expected a form (multipart/form-data) with a file in its field `image`"}, 422)
-
+    app.add_exception_handler(RequestValidationError, _no_image)
     app.add_middleware(_Guard, most=about.max_bytes, names=names)
     return app
+
+
+async def _no_image(request: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": "expected a form (multipart/form-data) with a file in its field `image`"}, 422)
 
 
 def _page() -> tuple[str, str]:

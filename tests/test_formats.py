@@ -13,9 +13,9 @@ import pytest
 from conftest import small_model
 
 from pipeline import machine
-from pipeline.backbone import import_keras
 from pipeline.errors import UsageError
 from pipeline.formats import FORMATS
+from pipeline.keras_start import import_keras
 
 CLASSES = ['a "b"', "猫, cat", "c\nd"]
 

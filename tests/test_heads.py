@@ -19,13 +19,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pipeline import heads, machine
-from pipeline.backbone import import_keras
 from pipeline.batches import Shuffled
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import RunError
 from pipeline.heads import READS, Data, Fitted, Watch, dense, fit, load, parts
 from pipeline.heads.dense import DenseHead, build, channel_statistics, normalise
 from pipeline.heads.parts import gradients_in_bfloat16
+from pipeline.keras_start import import_keras
 from pipeline.loop import OtherCheckpointError, optimizer
 from pipeline.spec import HEAD_DEFAULTS, HEADS, HeadSpec
 

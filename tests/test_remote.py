@@ -28,7 +28,7 @@ from served import Bucket, Page, Site, bucket_server, served
 import pipeline.shard_task
 from pipeline.cache.digests import digest, identify
 from pipeline.compute import ComputeOptions
-from pipeline.dataset import Dataset, open_dataset, open_images, remote
+from pipeline.dataset import Dataset, open_dataset, open_images, refusal, remote
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, MissingRowsError, UsageError
 from pipeline.explain import explain
@@ -241,7 +241,7 @@ def test_the_users_own_configuration_counts(site: Site, monkeypatch: pytest.Monk
 def test_nobody_there() -> None:
     with pytest.raises(OSError, match=r"^connection refused$"):
         remote.fetch("http://127.0.0.1:9/a.png")
-    assert str(remote._failure(socket.gaierror(-2, "Name or service not known"))) == "no such host"
+    assert str(refusal.failure(socket.gaierror(-2, "Name or service not known"), 30)) == "no such host"
 
 
 def test_a_body_beyond_the_limit_is_not_read(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

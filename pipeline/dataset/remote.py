@@ -6,7 +6,6 @@ on this machine must lie where plain paths may.
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import os
 import random
@@ -17,11 +16,11 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
+from pipeline.dataset.marks import GRAIN, of_answer, of_file
+from pipeline.dataset.refusal import RefusedError, check_status, failure
 from pipeline.errors import UsageError
 from pipeline.machine import require_packages
 
@@ -47,18 +46,10 @@ _WHOLE = 900.0  # seconds that one request may take in all
 _TRIES = 3
 _PAUSE = 0.5  # seconds before the second try, about; twice that before the third
 _LONGEST_PAUSE = 30.0  # that a server may ask for
-_GRAIN = 2  # seconds: what was changed later than this before it was sent may change again and look the same
 _BLOCK = 1 << 18
-_PASSING = {408, 425, 429, 500, 502, 503, 504}
 _NO_HEAD = {401, 403, 405, 501}  # what servers, and addresses signed for GET alone, say to HEAD
 
 _PARTS = ("client_kwargs", "config_kwargs")  # of fsspec's configuration, where time-outs are
-
-# What changes with the content, as the file systems of fsspec call it.
-_MARKS = (
-    *("ETag", "etag", "e_tag", "checksum", "md5Hash", "content_md5", "blob_id", "crc32c", "generation", "VersionId"),
-    *("version_id", "LastModified", "last_modified", "modified", "updated", "mtime", "modify", "modificationTime"),
-)
 
 
 class Fetched(NamedTuple):
@@ -280,7 +271,7 @@ def _fetch(url: str) -> Fetched:
     if about.get("type") == "directory":
         raise FileNotFoundError(path)
     _check_size(about.get("size"))
-    return Fetched(system.ask("cat_file", path), _marks(about))
+    return Fetched(system.ask("cat_file", path), of_file(about))
 
 
 def _validator(url: str) -> str | None:
@@ -298,61 +289,39 @@ def _validator(url: str) -> str | None:
     about = system.ask("info", path)
     if about.get("type") == "directory":
         raise FileNotFoundError(path)
-    return _marks(about)
+    return of_file(about)
 
 
 def _validator_of_archive(archive: str) -> str | None:
     if is_url(archive):
         return _validator(archive)
     found = Path(archive).stat()
-    fresh = time.time() - max(found.st_mtime, found.st_ctime) < _GRAIN
+    fresh = time.time() - max(found.st_mtime, found.st_ctime) < GRAIN
     return None if fresh else f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
-
-
-def _marks(about: dict[str, Any]) -> str | None:
-    found = [f"{name}={about[name]}" for name in _MARKS if about.get(name) is not None]
-    return "; ".join([f"size={about.get('size')}", *found]) if found else None
 
 
 async def _get(system: Any, url: str) -> Fetched:
     session = await system.set_session()
     async with session.get(system.encode_url(url), **system.kwargs) as response:
-        _check_status(response)
+        check_status(response)
         _check_size(response.content_length)
         parts, size = list[bytes](), 0
         async for part in response.content.iter_chunked(_BLOCK):
             size += len(part)
             _check_size(size)
             parts.append(part)
-        return Fetched(b"".join(parts), _headers(response))
+        return Fetched(b"".join(parts), of_answer(response))
 
 
 async def _head(system: Any, url: str) -> str | None:
     session = await system.set_session()
     async with session.head(system.encode_url(url), allow_redirects=True, **system.kwargs) as response:
         if response.status not in _NO_HEAD:
-            _check_status(response)
-            return _headers(response)
+            check_status(response)
+            return of_answer(response)
     async with session.get(system.encode_url(url), **system.kwargs) as response:  # whose body is not read
-        _check_status(response)
-        return _headers(response)
-
-
-def _headers(response: Any) -> str | None:
-    """Return ETag and date of an answer; None without either, or if it was changed too lately to be sure."""
-    headers = response.headers
-    tag, changed = headers.get("ETag"), headers.get("Last-Modified")
-    if not (tag or changed) or (changed and _is_fresh(changed, headers.get("Date"))):
-        return None
-    return f"ETag={tag}; Last-Modified={changed}"
-
-
-def _is_fresh(changed: str, sent: str | None) -> bool:
-    try:
-        at = parsedate_to_datetime(sent).timestamp() if sent else time.time()
-        return at - parsedate_to_datetime(changed).timestamp() < _GRAIN
-    except ValueError:
-        return True
+        check_status(response)
+        return of_answer(response)
 
 
 # Archives
@@ -408,18 +377,6 @@ def _archive(url: str) -> _Archive:
         return found
 
 
-# What goes wrong
-
-
-class _RefusedError(OSError):
-    """An answer that is none. `passing` if another try may do better, after `pause` seconds."""
-
-    def __init__(self, cause: str, passing: bool = False, pause: float = 0) -> None:
-        super().__init__(cause)
-        self.passing = passing
-        self.pause = pause
-
-
 def _tried(work: Callable[[], T]) -> T:
     """Do it, up to three times, with growing pauses, if what went wrong may pass. Raises OSError with the cause."""
     for attempt in range(_TRIES):
@@ -427,84 +384,15 @@ def _tried(work: Callable[[], T]) -> T:
             with _state().gate:
                 return work()
         except Exception as error:
-            failure = _failure(error)
-            if not failure.passing or attempt == _TRIES - 1:
-                raise failure from error
+            refused = failure(error, SILENCE)
+            if not refused.passing or attempt == _TRIES - 1:
+                raise refused from error
             # Nobody is to be asked by all threads at once again.
             pause = _PAUSE * 2**attempt * (0.5 + random.random())
-        time.sleep(max(pause, min(failure.pause, _LONGEST_PAUSE)))
+        time.sleep(max(pause, min(refused.pause, _LONGEST_PAUSE)))
     raise AssertionError("unreachable")
-
-
-def _check_status(response: Any) -> None:
-    if response.status >= 400:
-        wait = response.headers.get("Retry-After", "")
-        raise _status(response.status, float(wait) if wait.isdecimal() else 0)
-
-
-def _status(code: int, pause: float = 0) -> _RefusedError:
-    phrase = HTTPStatus(code).phrase if code in HTTPStatus.__members__.values() else ""
-    return _RefusedError(f"HTTP {code} {phrase}".strip(), code in _PASSING, pause)
 
 
 def _check_size(size: int | None) -> None:
     if size is not None and size > LARGEST:
-        raise _RefusedError(f"more than {LARGEST:,} bytes")
-
-
-def _failure(error: BaseException) -> _RefusedError:
-    """Return the cause of a failure, in the same words whatever library tells it."""
-    if isinstance(error, _RefusedError):
-        return error
-    chain = list[BaseException]()
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = getattr(error, "os_error", None) or error.__cause__ or error.__context__  # type: ignore[assignment]
-    names = {kind.__name__ for each in chain for kind in type(each).__mro__}
-    if names & {"TimeoutError", "FSTimeoutError", "ReadTimeoutError", "ConnectTimeoutError"}:
-        return _RefusedError(f"timed out after {SILENCE:g} s", passing=True)
-    codes = {code for each in chain if (code := _code_of(each))}
-    if isinstance(chain[0], (FileNotFoundError, KeyError)) or 404 in codes:
-        return _RefusedError("no such object")
-    if isinstance(chain[0], PermissionError) or codes & {401, 403}:
-        return _RefusedError("access denied")
-    if codes:
-        return _status(min(codes))
-    if any(getattr(each, "errno", None) == errno.ECONNREFUSED for each in chain):
-        return _RefusedError("connection refused", passing=True)
-    for kinds, cause, passing in _KINDS:
-        if names & kinds:
-            return _RefusedError(cause, passing)
-    if "seek" in str(chain[0]) or "range requests" in str(chain[0]):
-        return _RefusedError("an archive, and its server gives no parts of files")
-    return _RefusedError(f"{type(chain[0]).__name__}: {_without_urls(str(chain[0]))}".removesuffix(": "))
-
-
-_KINDS: tuple[tuple[set[str], str, bool], ...] = (
-    ({"ClientConnectorDNSError", "gaierror"}, "no such host", True),
-    ({"ClientConnectorCertificateError", "ClientSSLError", "SSLError"}, "its certificate is not trusted", False),
-    ({"TooManyRedirects"}, "too many redirects", False),
-    ({"NonHttpUrlRedirectClientError"}, "redirects to another protocol", False),
-    ({"InvalidURL", "InvalidUrlClientError"}, "not an address", False),
-    ({"NoCredentialsError", "DefaultCredentialsError"}, "no credentials for it", False),
-    ({"BadZipFile", "ReadError", "HeaderError"}, "not a whole archive", False),
-    ({"ClientConnectionError", "ClientPayloadError", "ConnectionError", "EndpointConnectionError",
-      "ConnectionClosedError", "HTTPClientError", "EOFError", "IncompleteRead"}, "connection lost", True),
-)  # fmt: skip
-
-
-def _code_of(error: BaseException) -> int:
-    """Return the HTTP status that an error of boto or gcsfs carries, or 0."""
-    answer = getattr(error, "response", None)
-    if isinstance(answer, dict):
-        answer = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    if type(error).__module__.startswith("aiohttp"):  # which calls a body cut short a 400
-        return 0
-    for code in (answer, getattr(error, "code", None)):
-        if isinstance(code, int) and 400 <= code < 600:
-            return code
-    return 0
-
-
-def _without_urls(text: str) -> str:
-    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://\S+", "…", text)[:100]
+        raise RefusedError(f"more than {LARGEST:,} bytes")

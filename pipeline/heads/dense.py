@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from pipeline import machine
-from pipeline.backbone import KerasModel, import_keras
 from pipeline.batches import Shuffled
 from pipeline.cache import storage
 from pipeline.errors import DatasetError, RunError
 from pipeline.heads.base import JSON_FILE, Data, Fitted, class_weights, measure, not_numbers, require_numbers
 from pipeline.heads.logreg import LogregHead
 from pipeline.heads.parts import dense_in_parts, gradients_in_bfloat16
+from pipeline.keras_start import KerasModel, import_keras
 from pipeline.loop import NotFiniteError, Watch, finalize, train
 from pipeline.rows import Rows, in_order
 from pipeline.runs import write_json

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import machine
-from pipeline.backbone import KerasModel, import_keras
+from pipeline.keras_start import KerasModel, import_keras
 
 _PART = 2**20  # weights: 4 MiB
 
@@ -28,15 +28,7 @@ def dense_in_parts() -> Callable[..., Any]:
     import tensorflow as tf
 
     in_bfloat16 = machine.best_precision() == "bfloat16"
-
-    @tf.custom_gradient
-    def product(inputs: Any, weights: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-        def backward(upstream: Any) -> tuple[Any, Any]:
-            both = [tf.cast(each, tf.bfloat16) if in_bfloat16 else each for each in (inputs, upstream)]
-            gradient = tf.cast(tf.matmul(*both, transpose_a=True), weights.dtype)
-            return tf.matmul(upstream, weights, transpose_b=True), gradient
-
-        return tf.matmul(inputs, weights), backward
+    product = _product(in_bfloat16)
 
     class DenseInParts(keras.layers.Layer):
         gradients_in_bfloat16 = in_bfloat16
@@ -69,6 +61,22 @@ def dense_in_parts() -> Callable[..., Any]:
             return [np.concatenate([part.numpy() for part in self.parts]), self.bias.numpy()]
 
     return DenseInParts
+
+
+def _product(in_bfloat16: bool) -> Callable[[Any, Any], Any]:
+    """Return the product of inputs (n, i) and weights (i, o), the gradient of the weights being one of bfloat16 or not."""
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def product(inputs: Any, weights: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+        def backward(upstream: Any) -> tuple[Any, Any]:
+            both = [tf.cast(each, tf.bfloat16) if in_bfloat16 else each for each in (inputs, upstream)]
+            gradient = tf.cast(tf.matmul(*both, transpose_a=True), weights.dtype)
+            return tf.matmul(upstream, weights, transpose_b=True), gradient
+
+        return tf.matmul(inputs, weights), backward
+
+    return product
 
 
 def _given(numbers: np.ndarray) -> Callable[..., np.ndarray]:

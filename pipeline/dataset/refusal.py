@@ -1,0 +1,93 @@
+"""Why something behind an address cannot be had, in the same words whatever library tells it."""
+
+from __future__ import annotations
+
+import errno
+import re
+from http import HTTPStatus
+from typing import Any
+
+_PASSING = {408, 425, 429, 500, 502, 503, 504}
+
+
+class RefusedError(OSError):
+    """An answer that is none. `passing` if another try may do better, after `pause` seconds."""
+
+    def __init__(self, cause: str, passing: bool = False, pause: float = 0) -> None:
+        super().__init__(cause)
+        self.passing = passing
+        self.pause = pause
+
+
+def check_status(response: Any) -> None:
+    """Raise RefusedError if an answer of aiohttp is none."""
+    if response.status >= 400:
+        wait = response.headers.get("Retry-After", "")
+        raise status(response.status, float(wait) if wait.isdecimal() else 0)
+
+
+def status(code: int, pause: float = 0) -> RefusedError:
+    """Return the cause that an HTTP status is."""
+    phrase = HTTPStatus(code).phrase if code in HTTPStatus.__members__.values() else ""
+    return RefusedError(f"HTTP {code} {phrase}".strip(), code in _PASSING, pause)
+
+
+def failure(error: BaseException, silence: float) -> RefusedError:
+    """Return the cause of a failure, in the same words whatever library tells it.
+
+    `silence` is how many seconds without a byte were too many.
+    """
+    if isinstance(error, RefusedError):
+        return error
+    chain = list[BaseException]()
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = getattr(error, "os_error", None) or error.__cause__ or error.__context__  # type: ignore[assignment]
+    names = {kind.__name__ for each in chain for kind in type(each).__mro__}
+    if names & {"TimeoutError", "FSTimeoutError", "ReadTimeoutError", "ConnectTimeoutError"}:
+        return RefusedError(f"timed out after {silence:g} s", passing=True)
+    codes = {code for each in chain if (code := _code_of(each))}
+    if isinstance(chain[0], (FileNotFoundError, KeyError)) or 404 in codes:
+        return RefusedError("no such object")
+    if isinstance(chain[0], PermissionError) or codes & {401, 403}:
+        return RefusedError("access denied")
+    if codes:
+        return status(min(codes))
+    if any(getattr(each, "errno", None) == errno.ECONNREFUSED for each in chain):
+        return RefusedError("connection refused", passing=True)
+    for kinds, cause, passing in _KINDS:
+        if names & kinds:
+            return RefusedError(cause, passing)
+    if "seek" in str(chain[0]) or "range requests" in str(chain[0]):
+        return RefusedError("an archive, and its server gives no parts of files")
+    return RefusedError(f"{type(chain[0]).__name__}: {_without_urls(str(chain[0]))}".removesuffix(": "))
+
+
+_KINDS: tuple[tuple[set[str], str, bool], ...] = (
+    ({"ClientConnectorDNSError", "gaierror"}, "no such host", True),
+    ({"ClientConnectorCertificateError", "ClientSSLError", "SSLError"}, "its certificate is not trusted", False),
+    ({"TooManyRedirects"}, "too many redirects", False),
+    ({"NonHttpUrlRedirectClientError"}, "redirects to another protocol", False),
+    ({"InvalidURL", "InvalidUrlClientError"}, "not an address", False),
+    ({"NoCredentialsError", "DefaultCredentialsError"}, "no credentials for it", False),
+    ({"BadZipFile", "ReadError", "HeaderError"}, "not a whole archive", False),
+    ({"ClientConnectionError", "ClientPayloadError", "ConnectionError", "EndpointConnectionError",
+      "ConnectionClosedError", "HTTPClientError", "EOFError", "IncompleteRead"}, "connection lost", True),
+)  # fmt: skip
+
+
+def _code_of(error: BaseException) -> int:
+    """Return the HTTP status that an error of boto or gcsfs carries, or 0."""
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict):
+        answer = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    if type(error).__module__.startswith("aiohttp"):  # which calls a body cut short a 400
+        return 0
+    for code in (answer, getattr(error, "code", None)):
+        if isinstance(code, int) and 400 <= code < 600:
+            return code
+    return 0
+
+
+def _without_urls(text: str) -> str:
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://\S+", "…", text)[:100]

@@ -1,0 +1,73 @@
+"""TensorFlow and Keras, loaded once, quietly, and with the threads and the memory they should have."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline import machine
+
+KerasModel = Any  # keras.Model; its own type hints are wrong in too many places to be checked against
+_IMPORTING = threading.Lock()
+
+
+def import_keras() -> Any:
+    """Import TensorFlow and Keras quietly, GPU memory growing as needed, and return the keras module."""
+    with _IMPORTING:  # one thread may have begun with it while files are hashed
+        return _import_keras()
+
+
+def _import_keras() -> Any:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    if not machine.driver_gpus():
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or TensorFlow looks for one and reports a failure
+    # TensorFlow's libraries greet on stderr before any of their settings is read.
+    with contextlib.nullcontext() if "tensorflow" in sys.modules else stderr_held_back():
+        import keras
+        import tensorflow as tf
+
+    tf.get_logger().setLevel("ERROR")  # several small models in one process make it warn of retracing
+    # A keras.json in somebody's home must not decide what a feature is.
+    keras.config.set_floatx("float32")
+    keras.config.set_image_data_format("channels_last")
+    for gpu in tf.config.list_physical_devices("GPU"):
+        # Refused once the GPU is in use, which it can only be with the setting already made.
+        if not tf.config.experimental.get_memory_growth(gpu):
+            tf.config.experimental.set_memory_growth(gpu, True)
+    return keras
+
+
+def limit_threads(of_a_layer: int, layers: int) -> None:
+    """Have TensorFlow compute so many layers at a time, each in so many threads, unless it has computed something."""
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # how it says that it is too late; slower, perhaps, but as right
+        tf.config.threading.set_intra_op_parallelism_threads(of_a_layer)
+        tf.config.threading.set_inter_op_parallelism_threads(layers)
+
+
+@contextlib.contextmanager
+def stderr_held_back() -> Iterator[None]:
+    """Keep what native code prints off the terminal, unless what is done fails.
+
+    In other threads too; the program's own messages go there by a descriptor of their own, as `cli.py` has it.
+    """
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            held.seek(0)
+            os.write(terminal, held.read())
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
