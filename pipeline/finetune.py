@@ -26,7 +26,7 @@ from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.heads import dense
 from pipeline.heads.base import class_weights, measure, require_numbers
 from pipeline.keras_start import KerasModel
-from pipeline.loop import NotFiniteError, Trained, Watch, train
+from pipeline.loop import Entry, NotFiniteError, Trained, Watch, train
 from pipeline.network import Network
 from pipeline.origin import Origin, origin_of
 from pipeline.pixels import Pixels, decoding

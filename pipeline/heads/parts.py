@@ -64,7 +64,7 @@ def dense_in_parts() -> Callable[..., Any]:
 
 
 def _product(in_bfloat16: bool) -> Callable[[Any, Any], Any]:
-    """Return the product of inputs (n, i) and weights (i, o), the gradient of the weights being one of bfloat16 or not."""
+    """Return the product of inputs (n, i) and weights (i, o), whose gradient is one of bfloat16 or not."""
     import tensorflow as tf
 
     @tf.custom_gradient
