@@ -74,7 +74,7 @@ format: $(VENV)/.ready-dev ## format the code
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.ready-dev ## write docs/cli.md anew
-	$(BIN)/python -m typer cli.py utils docs --name "python cli.py" --title "The command line" --output docs/cli.md
+	COLUMNS=80 $(BIN)/python -m typer cli.py utils docs --name "python cli.py" --title "The command line" --output docs/cli.md
 
 clean: ## remove .venv and caches of tools; data/ is left alone
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -122,7 +122,7 @@ def test_the_page_of_all_options_is_current() -> None:
     title = ("--name", "python cli.py", "--title", "The command line")
     made = subprocess.run(
         [sys.executable, "-m", "typer", "cli.py", "utils", "docs", *title],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, check=True,
+        cwd=ROOT, env=environment(COLUMNS="80"), capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert made.stdout.strip() == (ROOT / "docs" / "cli.md").read_text().strip(), "run `make docs`"
 
