@@ -18,6 +18,7 @@ from pipeline.progress import Advance
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _LINE_EVERY_S = 10.0  # without a terminal a line now and then stands in for the bar
+_LEAST_TITLE, _BESIDE_TITLE = 16, 44  # characters
 _LEAST_COLUMNS = 3  # of a table, however narrow the terminal
 
 
@@ -66,14 +67,20 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
         bars.TimeRemainingColumn(),
     )
     with bars.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(_shortened(title), total=total)
 
         def advance(n: float, /, note: str = "") -> None:
             bar.advance(task, n)
             if note:
-                bar.update(task, description=f"{title} ({note})")
+                bar.update(task, description=_shortened(f"{title} ({note})"))
 
         yield advance
+
+
+def _shortened(title: str) -> str:
+    """Return a bar's title such that numbers, rate and time left have room beside it, and a little of the bar."""
+    most = max(_LEAST_TITLE, console.width - _BESIDE_TITLE)
+    return title if len(title) <= most else f"{title[: most - 1]}…"
 
 
 def _Rate() -> Any:

@@ -1,0 +1,199 @@
+"""Options from a file, and from a run."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deployed import KINDS, Deployed
+
+import cli
+from pipeline.asked import Asked, FullAsked
+from pipeline.errors import IceboxError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Leave the test process's own way of being stopped as it was."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A function that says what a command line would have had trained, from a folder without any pyproject.toml."""
+
+    def capture(dataset: Any, workspace: Any, wanted: Any, *others: Any, **more: Any) -> Any:
+        found.append((workspace, wanted))
+        raise IceboxError("nothing is trained here")
+
+    def of(*arguments: str | Path) -> Any:
+        found.clear()
+        assert cli.main([str(each) for each in arguments]) == 1
+        return found[0][1]
+
+    found: list[Any] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ICEBOX_DATA", raising=False)
+    monkeypatch.setattr("pipeline.train.train_head", capture)
+    monkeypatch.setattr("pipeline.finetune.train_full", capture)
+    of.found = found  # type: ignore[attr-defined]
+    return of
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+TEXT = """
+data-dir = "there"
+limit = 40
+weights = "untrained"
+views = 3
+augment = { rotation = 15, horizontal_flip = false }
+[train-head]
+head = "flatten"
+hidden = [32, 16]
+learning_rate = 1e-2
+normalize = false
+memory = "1GB"
+[cache.gc]
+dataset = ["digits", "cifar10"]
+"""
+
+
+def test_options_of_a_file_are_as_if_typed_and_what_is_typed_wins(asked: Any, tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.toml", TEXT)
+    by_file: Asked = asked("--config", file, "train-head", "--epochs", "7", "--hidden", "8")
+    assert asked.found[0][0].root == Path("there")
+    given = (
+        "--limit",
+        "40",
+        "--weights",
+        "untrained",
+        "--views",
+        "3",
+        "--augment",
+        "rotation=15,horizontal_flip=false",
+    )
+    own = ("--head", "flatten", "--learning-rate", "0.01", "--no-normalize", "--memory", "1GB")
+    typed: Asked = asked("--data-dir", "there", "train-head", *given, *own, "--epochs", "7", "--hidden", "8")
+    assert by_file == typed
+    assert by_file.head.settings["hidden"] == (8,)
+    assert by_file.head.settings["learning_rate"] == 0.01
+    assert by_file.views.recipe.rotation == 15
+    elsewhere: Asked = asked("--data-dir", tmp_path / "here", "--config", file, "train-head")
+    assert asked.found[0][0].root == tmp_path / "here"
+    assert elsewhere.head.settings["hidden"] == (32, 16)
+
+
+def test_pyproject_of_the_current_folder_is_read(asked: Any, tmp_path: Path) -> None:
+    write(tmp_path / "pyproject.toml", '[tool.icebox]\nlimit = 30\n[tool.icebox.train-head]\nhead = "logreg"\n')
+    assert asked("train-head").images.limit == 30
+    assert asked("train-head").head.head == "logreg"
+    write(tmp_path / "mine.toml", "limit = 20")
+    assert asked("--config", "mine.toml", "train-head").images.limit == 20
+    assert asked("--config", "mine.toml", "train-head").head.head == "gap", "one file, not two"
+
+
+def test_settings_of_another_head_are_left_out_aloud(
+    asked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "mine.toml", "[train-head]\nepochs = 3\nC = [0.1, 1]\n")
+    assert asked("--config", file, "train-head", "--head", "logreg").head.settings["C"] == (0.1, 1.0)
+    assert "a logreg head has no epochs" in capsys.readouterr().err
+    assert asked("--config", file, "train-head").head.settings["epochs"] == 3
+    assert "a gap head has no C" in capsys.readouterr().err
+    assert cli.main(["--config", str(file), "train-head", "--head", "logreg", "--patience", "3"]) == 2
+
+
+def test_keys_above_all_tables_reach_no_command_that_means_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cache gc --dataset` removes what is not of that dataset."""
+    seen = []
+    monkeypatch.setattr("pipeline.commands.cache._keep", lambda *given: seen.append(given[1]) or 1 / 0)
+    file = write(tmp_path / "mine.toml", f'data-dir = "{tmp_path}"\ndataset = "digits"\n')
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["--config", str(file), "cache", "gc"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main(
+            ["--config", str(write(file, f'data-dir = "{tmp_path}"\n{TEXT[TEXT.index("[cache") :]}')), "cache", "gc"]
+        )
+    assert seen == [[], ["digits", "cifar10"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch = 3", "there is no option 'epoch'; did you mean epochs?"),
+        ("[train-head]\nepochz = 3", "there is no option 'epochz' in [train-head]; did you mean epochs?"),
+        ("[train-hed]\nepochs = 3", "did you mean train-head?"),
+        ("[cache]\nyes = true", "there is no option 'yes' in [cache]"),
+        ("[cache.gcc]\nyes = true", "did you mean gc?"),
+        ("json = true", "there is no option 'json'"),
+        ('precision = "float3"', "(in mine.toml)"),
+        ('[train-head]\nepochs = "many"', "(in mine.toml)"),
+        ("[train-head]\nepochs = true", "epochs takes a value, found true"),
+        ("[train-head]\ntensorboard = 1", "tensorboard must be true or false, found 1"),
+        ("data-dir = 3", "data-dir must be a folder's name"),
+        ("x = ", "mine.toml: is no TOML"),
+        ("x = '\udcff'", "mine.toml: is no TOML"),
+        ("#" + "x" * 2**20, "larger than 1,048,576 bytes"),
+    ],
+)
+def test_a_file_that_says_what_nobody_knows_is_refused(
+    text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert cli.main(["--config", "mine.toml", "train-head"]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_like_a_run_is_what_it_was_asked_for(kind: str, asked: Any, deployed: Deployed) -> None:
+    run = deployed.run(kind)
+    assert run.asked is not None
+    command = run.asked.stage if isinstance(run.asked, FullAsked) else "train-head"
+    again = asked("--data-dir", deployed.data, command, "--like", run.name)
+    features = {name: getattr(run.base, name) for name in ("layer", "precision", "fit")}
+    if not isinstance(run.asked, FullAsked) or run.asked.from_cache:
+        features["storage"] = run.base.storage
+    assert again == replace(run.asked, features=replace(run.asked.features, weights="untrained:0", **features))
+    other = asked("--data-dir", deployed.data, command, "--like", run.name, "--limit", "20")
+    assert other == replace(again, images=replace(again.images, limit=20))
+
+
+def test_like_wins_over_a_file_and_another_head_keeps_what_it_has(
+    asked: Any, tmp_path: Path, deployed: Deployed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "mine.toml", "[train-head]\nepochs = 9\npatience = 4\n")
+    like = ("--data-dir", deployed.data, "--config", file, "train-head", "--like", deployed.name("gap"))
+    assert asked(*like).head.settings["epochs"] == 2
+    logreg = asked(*like, "--head", "logreg")
+    assert logreg.head.settings["class_weight"] == "none"
+    assert "a logreg head has no" in capsys.readouterr().err
+
+
+def test_like_a_run_of_another_kind_is_refused(deployed: Deployed, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*arguments: str) -> str:
+        assert cli.main(["--data-dir", str(deployed.data), *arguments]) != 0
+        return capsys.readouterr().err
+
+    assert "goes with finetune" in said("train-head", "--like", deployed.name("finetune"))
+    assert "goes with features or train-head" in said("freeze", "--like", deployed.name("gap"))
+    assert "no run named 'nothing'" in said("train-head", "--like", "nothing")
+    assert "leave out --like" in said("train-head", "--like", deployed.name("gap"), "--resume", "latest")

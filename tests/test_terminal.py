@@ -1,0 +1,133 @@
+"""What people read, on terminals of several widths and without one; and what a shell completes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment, icebox
+from deployed import Deployed
+
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+WORK = """
+import time
+from pipeline import terminal
+terminal.begin(quiet={quiet})
+with terminal.progress("computing features", 300) as advance:
+    for _ in range(30):
+        advance(10, note="2 workers, 17.3 and 18.1/s")
+        time.sleep(0.01)
+terminal.warn("notice: weights are UNTRAINED")
+terminal.table([("20261126-130655-digits-logreg", "logreg", 0.989, "0.962 … 0.997", 0.995, "a" * 30)] * 2,
+               ("run", "head", "accuracy", "95% interval", "val", "weights"))
+terminal.pairs({{"page": "/a/" + "long/" * 30 + "page.html", "seconds": 3}})
+"""
+
+
+def on_terminal(columns: int, command: list[str], **env: str) -> str:
+    """Run a command on a terminal of its own; return all that it wrote there."""
+    pid, handle = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        kept = {name: value for name, value in environment(**env).items() if name != "COLUMNS"}
+        os.execve(command[0], command, {**kept, "TERM": "xterm-256color"})
+    fcntl.ioctl(handle, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    written = b""
+    while True:
+        try:
+            part = os.read(handle, 65536)
+        except OSError:  # how Linux says that nobody has the terminal any more
+            part = b""
+        if not part:
+            break
+        written += part
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, written.decode()
+    return written.decode()
+
+
+def script(quiet: bool = False) -> list[str]:
+    return [sys.executable, "-c", WORK.format(quiet=quiet)]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 132])
+def test_bars_and_tables_fit_the_terminal(columns: int) -> None:
+    lines = re.split(r"[\r\n]+", ESCAPE.sub("", on_terminal(columns, script())))
+    assert any("computing featu" in line and "300/300 images" in line for line in lines)
+    assert re.search(r"[\d.]+/s +\d:\d\d:\d\d", "\n".join(lines))
+    whole = [line for line in lines if "/a/long" not in line]
+    assert max(map(len, whole)) <= columns
+    assert f"page     /a/{'long/' * 30}page.html" in lines, "whole, so that it can be copied"
+    narrow = any("too narrow here for: " in line and "weights" in line for line in lines)
+    assert narrow == (columns < 120)
+
+
+def test_colours_are_for_terminals() -> None:
+    yellow = "\x1b[33mnotice"
+    assert yellow in on_terminal(80, script())
+    assert yellow not in on_terminal(80, script(), NO_COLOR="1")
+    assert "\x1b[3" not in on_terminal(80, script(), NO_COLOR="1")
+    piped = subprocess.run(script(), cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
+    assert "\x1b" not in piped.stderr
+    assert "\r" not in piped.stderr
+    assert piped.stdout == ""
+
+
+def test_quiet_leaves_warnings(deployed: Deployed) -> None:
+    assert ESCAPE.sub("", on_terminal(80, script(quiet=True))).split() == ["notice:", "weights", "are", "UNTRAINED"]
+    done = icebox(deployed.data, "runs", "ls", "--quiet")
+    assert (done.code, done.out, done.err) == (0, "", "")
+    both = icebox(deployed.data, "runs", "ls", "--quiet", "--json")
+    assert len(both.json["runs"]) == 6
+    assert both.err == ""
+    wrong = icebox(deployed.data, "report", "nothing", "-q")
+    assert wrong.err.startswith("error: no run named 'nothing'")
+
+
+def complete(line: str, shell: str = "bash") -> list[str]:
+    words = line.split(" ")
+    env = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_CLI.PY_COMPLETE": f"complete_{shell}"}
+    command = [sys.executable, "cli.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, check=False)
+    return done.stdout.split()
+
+
+def test_a_shell_completes_commands_options_and_names(deployed: Deployed) -> None:
+    before = f"cli.py --data-dir {deployed.data}"
+    assert complete("cli.py fe") == ["features"]
+    assert complete("cli.py cache ex") == ["explain", "export"]
+    assert complete("cli.py train-head --sp") == ["--space"]
+    assert complete("cli.py train-head --head ") == ["flatten", "gap", "logreg"]
+    assert complete("cli.py features --dataset cifar") == ["cifar10", "cifar100"]
+    assert complete(f"{before} report ")[:2] == ["latest", "best"]
+    assert deployed.name("gap") in complete(f"{before} predict {deployed.name('gap')[:12]}")
+    spaces = {path.parent.name for path in (deployed.data / "cache").glob("*/space.json")}
+    assert set(complete(f"{before} train-head --space ")) == spaces
+
+
+def test_the_installed_program_is_the_same(tmp_path: Path) -> None:
+    program = Path(sys.executable).parent / "icebox"
+    if not program.exists():
+        pytest.skip("not an environment that `make setup` made")
+    done = subprocess.run(
+        [program, "--help"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("Usage: icebox [OPTIONS] COMMAND")
+    shown = subprocess.run(
+        [program, "--show-completion", "bash"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "_ICEBOX_COMPLETE=complete_bash" in shown.stdout
