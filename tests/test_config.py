@@ -170,9 +170,12 @@ def test_like_a_run_is_what_it_was_asked_for(kind: str, asked: Any, deployed: De
     command = run.asked.stage if isinstance(run.asked, FullAsked) else "train-head"
     again = asked("--data-dir", deployed.data, command, "--like", run.name)
     features = {name: getattr(run.base, name) for name in ("layer", "precision", "fit")}
-    if not isinstance(run.asked, FullAsked) or run.asked.from_cache:
-        features["storage"] = run.base.storage
-    assert again == replace(run.asked, features=replace(run.asked.features, weights="untrained:0", **features))
+    stored = not isinstance(run.asked, FullAsked) or run.asked.from_cache
+    features["storage"] = run.base.storage if stored else "auto"
+    expected = replace(run.asked, features=replace(run.asked.features, **features))
+    if command == "freeze":  # all is frozen, whatever else is said
+        expected, again = (replace(each, freeze_until="none") for each in (expected, again))
+    assert again == expected
     other = asked("--data-dir", deployed.data, command, "--like", run.name, "--limit", "20")
     assert other == replace(again, images=replace(again.images, limit=20))
 
@@ -196,4 +199,4 @@ def test_like_a_run_of_another_kind_is_refused(deployed: Deployed, capsys: pytes
     assert "goes with finetune" in said("train-head", "--like", deployed.name("finetune"))
     assert "goes with features or train-head" in said("freeze", "--like", deployed.name("gap"))
     assert "no run named 'nothing'" in said("train-head", "--like", "nothing")
-    assert "leave out --like" in said("train-head", "--like", deployed.name("gap"), "--resume", "latest")
+    assert "leave out --like" in said("train-head", "--like", deployed.name("gap"), "--resume", "some")

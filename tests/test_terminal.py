@@ -64,7 +64,7 @@ def test_bars_and_tables_fit_the_terminal(columns: int) -> None:
     lines = re.split(r"[\r\n]+", ESCAPE.sub("", on_terminal(columns, script())))
     assert any("computing featu" in line and "300/300 images" in line for line in lines)
     assert re.search(r"[\d.]+/s +\d:\d\d:\d\d", "\n".join(lines))
-    whole = [line for line in lines if "/a/long" not in line]
+    whole = [line for line in lines if "/a/long" not in line and not line.startswith("(too narrow")]
     assert max(map(len, whole)) <= columns
     assert f"page     /a/{'long/' * 30}page.html" in lines, "whole, so that it can be copied"
     narrow = any("too narrow here for: " in line and "weights" in line for line in lines)
