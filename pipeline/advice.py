@@ -40,7 +40,7 @@ def _wrong(found: Checkup) -> Iterator[str]:
         share = bad / len(found.dataset)
         yield (
             f"{_images(bad)} ({share:.1%}) cannot be read or decoded; mend or remove them, or let `features` pass over "
-            f"them by --max-bad {max(0.01, np.ceil(share * 100) / 100):g}"
+            f"them by --max-bad {found.allowed_bad:g}"
         )
     if conflicting := sum(map(len, found.conflicting)):
         yield f"{conflicting:,} images are copies under several labels; an answer can be right about one of them only"
@@ -68,7 +68,7 @@ def _sides(found: Checkup) -> Iterator[str]:
 _MISSING = {
     "train": "they cannot be learned",
     "val": "choices are made without them; more images help, or --folds",
-    "test": "nothing is known of how well they are told apart; more images help, or --folds",
+    "test": "nothing will be known of how well they are told apart; put some images there",
 }
 
 
@@ -108,7 +108,7 @@ def _pictures(found: Checkup) -> Iterator[str]:
     if deep := int(seen["deep"].sum()):
         yield f"{_images(deep)} with 16 bits a channel; their upper 8 are used"
     if alpha := int(seen["alpha"].sum()):
-        yield f"{_images(alpha)} with transparency; white is put behind them"
+        yield f"{_images(alpha)} with transparency; white is put behind"
 
 
 def _machine(found: Checkup) -> Iterator[str]:

@@ -58,6 +58,11 @@ class Checkup:
     available_memory: int
 
     @property
+    def allowed_bad(self) -> float:
+        """What `--max-bad` would have to allow for, in hundredths, rounded up; 0 if no image is bad."""
+        return float(np.ceil(100 * len(self.quarantined) / len(self.dataset)) / 100)
+
+    @property
     def counts(self) -> np.ndarray:
         """Images of each class on each side that can be decoded, (classes, 3): train, val, test."""
         usable = np.ones(len(self.dataset), bool)

@@ -25,8 +25,8 @@ def commands(run: TrainedRun, program: Sequence[str], bad: float) -> list[str]:
     allowed: Option = ("--max-bad", math.ceil(bad * 1e4) / 1e4 if bad else None)
     lines = []
     for command, options in _steps(run):
-        if command == "train-head":  # in the very space, whatever else there is by then
-            options = [("--space", run.spec.directory), *_without(options, _SPACE)]
+        if command == "train-head":
+            options = _in_space(options, run.spec.directory)
         lines.append(_line(program, command, [*options, allowed]))
     return lines
 
@@ -59,7 +59,7 @@ def _steps(run: TrainedRun) -> list[tuple[str, list[Option]]]:
     dataset.append(("--limit", images.limit))
     rest: list[Option] = [("--max-pixels", asked.max_pixels if asked.max_pixels != DEFAULT_MAX_PIXELS else None)]
     if asked.views.count > 1:
-        rest = [("--views", asked.views.count), ("--augment", str(asked.views.recipe)), *rest]
+        rest = [("--views", asked.views.count), ("--augment", str(asked.views.recipe) or None), *rest]
     if isinstance(asked, FullAsked):
         return [(asked.stage, [*dataset, *_full(run, asked), *rest])]
     of_space = _of_space(run, asked, storage=True)
@@ -67,8 +67,10 @@ def _steps(run: TrainedRun) -> list[tuple[str, list[Option]]]:
     return [("features", [*dataset, *of_space, *rest]), ("train-head", [*dataset, *of_space, *head, *rest])]
 
 
-def _without(options: Sequence[Option], names: Sequence[str]) -> list[Option]:
-    return [(name, value) for name, value in options if name not in names]
+def _in_space(options: Sequence[Option], name: str) -> list[Option]:
+    """Return the options with the very space in place of what says which, as there may be others by then."""
+    first = ("--space", name)
+    return [first if option[0] == "--weights" else option for option in options if option[0] not in _SPACE[1:]]
 
 
 def _of_space(run: TrainedRun, asked: Asked | FullAsked, *, storage: bool) -> list[Option]:

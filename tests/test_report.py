@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -305,6 +306,7 @@ def copied(deployed: Deployed, root: Path) -> Path:
     [
         ("predictions.csv", r",0\.\d+,", ",nan,"),
         ("predictions.csv", r"^image,", "image," + "x" * 200_000),
+        ("predictions.csv", r"(?s)\A(.*?\n.*?\n).*", r"\1"),
         ("metrics.json", r'"precision": [0-9.]+', '"precision": "<b>"'),
         ("metrics.json", r'"confusion": \[[^\]]*\],?', '"confusion": [1, 2, 3, 4], "x": ['),
         ("metrics.json", r'"confusion"', '"confused"'),
@@ -331,6 +333,21 @@ def test_a_page_that_cannot_be_written_is_refused_at_once(deployed: Deployed, tm
     assert done.code == 1
     assert "that is a folder" in done.json["error"]
     assert "thumbnails" not in done.err
+    os.mkfifo(tmp_path / "pipe")
+    piped = icebox(deployed.data, "report", deployed.name("logreg"), "--out", tmp_path / "pipe", "--json")
+    assert piped.code == 1
+    assert "no regular file" in piped.json["error"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_pictures_that_cannot_be_made_are_counted(deployed: Deployed, tmp_path: Path) -> None:
+    (tmp_path / "link.html").symlink_to(tmp_path / "page.html")
+    asked = ("--out", tmp_path / "link.html", "--max-pixels", "1", "--json")
+    done = icebox(deployed.data, "report", deployed.name("logreg"), *asked)
+    assert done.code == 0, done.err
+    assert "32 of 32 images cannot be read now" in " ".join(done.json["left_out"])
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "page.html").is_file()
 
 
 def copied_with_photos(deployed: Deployed, root: Path) -> Path:

@@ -95,7 +95,8 @@ def doctor(
     for sentence in words:
         terminal.say(f"- {sentence}", "yellow")
     if found.plan.missing:
-        terminal.say(f"{'' if words else 'nothing stands out; '}to compute them: {features_command(context)}")
+        command = features_command(context) + (f" --max-bad {found.allowed_bad:g}" if found.quarantined else "")
+        terminal.say(f"{'' if words else 'nothing stands out; '}to compute them: {command}")
 
 
 def _show(found: Checkup, about: dict[str, Any]) -> None:

@@ -71,7 +71,11 @@ def read(run: TrainedRun, program: Sequence[str]) -> Kept:
             "provenance": _provenance(run, about),
             "commands": commands(run, program, share),
         }
-        return Kept(values, _confusion(test["confusion"], len(run.classes)), _answers(run))
+        said = _answers(run)
+        for side, measured in metrics.items():
+            if (found := sum(len(some) for (of, _), some in said.items() if of == side)) != measured["images"]:
+                raise ValueError(f"predictions.csv has {found:,} images of {side}, not {measured['images']:,}")
+        return Kept(values, _confusion(test["confusion"], len(run.classes)), said)
     except _UNREADABLE as error:
         raise RunError(f"the files of the run {run.name} cannot be read ({error!r:.200}); train anew") from error
 

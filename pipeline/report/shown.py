@@ -20,7 +20,7 @@ from pipeline.workspace import Workspace
 
 MOST_IMAGES = 10_000
 _MOST_LISTED = 200  # doubtful labels, and near copies
-_NO_FEATURES = "there is no map, and no look for doubtful labels"
+_NO_FEATURES = "there is no map, and no look for doubtful labels and near copies"
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,10 @@ def gather_shown(
         some = _most_telling(images, positions, predicted)
         positions, predicted, confidence = positions[some], predicted[some], confidence[some]
     small = tiles(images.dataset, images.usable[positions].tolist(), max_pixels, workspace.progress)
+    if unseen := int((~small.seen).sum()):
+        notes.append(
+            f"{unseen:,} of {len(positions):,} images cannot be read now: they are grey, and without near copies."
+        )
     found = None
     if isinstance(images, Material):
         with images.space.reading():

@@ -86,13 +86,15 @@ def require_target(out: Path) -> None:
         raise RunError(f"the report cannot be written to {out}: {error.strerror or error}") from error
     if out.is_dir():
         raise RunError(f"the report cannot be written to {out}: that is a folder; name a file in it")
+    if out.exists() and not out.is_file():  # a device or a pipe would be replaced
+        raise RunError(f"the report cannot be written to {out}: that is no regular file")
     if not os.access(out.parent, os.W_OK):
         raise RunError(f"the report cannot be written to {out}: its folder cannot be written to")
 
 
 def publish(out: Path, text: str) -> None:
-    """Write a page, the whole file or none. Raises RunError."""
+    """Write a page, the whole file or none; of a link, what it leads to. Raises RunError."""
     try:
-        storage.write_whole(out, text.encode("utf-8"))
+        storage.write_whole(out.resolve(), text.encode("utf-8"))
     except OSError as error:
         raise RunError(f"the report cannot be written to {out}: {error.strerror or error}") from error
