@@ -7,9 +7,9 @@ The report is that of `make quickstart`. Needs Chromium.
 
 from __future__ import annotations
 
+import argparse
 import io
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,4 +56,8 @@ def side_by_side(columns: list[Image.Image]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("out", type=Path)
+    given = parser.parse_args()
+    main(given.report, given.out)

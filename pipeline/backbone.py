@@ -134,10 +134,12 @@ def load_weights(model: KerasModel, identity: str, path: Path | None) -> None:
         initialise(model, int(identity.rsplit(":", 1)[1]))
         return
     try:
-        with warnings.catch_warnings():
+        if path is None:
+            raise ValueError(f"no file is known for {identity}")
+        with warnings.catch_warnings(), weights_file.named_for_keras(path) as named:
             # Keras only warns where a file lacks layers, and leaves those at random values.
             warnings.simplefilter("error", UserWarning)
-            model.load_weights(path)
+            model.load_weights(named)
     except (UserWarning, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # Keras raises whichever of these its reader stumbles into.
         reason = str(error).strip().split("\n")[0][:200]

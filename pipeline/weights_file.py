@@ -6,6 +6,9 @@ nothing stands behind, and files that Keras saved whole may hold code; weights n
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -37,6 +40,26 @@ def check(path: Path) -> None:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py's, at a damaged file
         raise WeightsError(f"{path} cannot be read as HDF5: {' '.join(str(error).split())[:200]}") from error
+
+
+@contextmanager
+def named_for_keras(path: Path) -> Iterator[Path]:
+    """Give a path to a weights file whose ending says what is in it: Keras' readers go by the name alone.
+
+    Raises
+    ------
+    OSError
+        If it is no HDF5 file.
+    """
+    with h5py.File(path, "r", locking=False) as file:
+        ending = ".h5" if "layer_names" in file.attrs or "model_weights" in file else ".weights.h5"
+    if path.name.endswith(".weights.h5") == (ending == ".weights.h5"):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / f"renamed{ending}"
+        link.symlink_to(path.absolute())
+        yield link
 
 
 def _kind(beginning: bytes) -> str:

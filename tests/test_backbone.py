@@ -187,9 +187,10 @@ def test_only_layers_where_branches_meet_can_be_cut(whole: Any) -> None:
         cut(whole, "mixed11")
 
 
-def test_weights_files_of_both_formats_give_the_network_back(whole: Any, tmp_path: Path) -> None:
-    path = tmp_path / "w.weights.h5"
-    whole.save_weights(path)
+@pytest.mark.parametrize("name", ["as_saved.weights.h5", "renamed.h5"])
+def test_a_weights_file_gives_the_network_back_whatever_it_is_called(whole: Any, tmp_path: Path, name: str) -> None:
+    whole.save_weights(tmp_path / "w.weights.h5")
+    path = (tmp_path / "w.weights.h5").rename(tmp_path / name)
     other = build("inception_v3")
     load_weights(other, "sha256:00", path)
     for expected, found in zip(whole.get_weights(), other.get_weights(), strict=True):

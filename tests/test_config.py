@@ -148,7 +148,6 @@ def test_keys_above_all_tables_reach_no_command_that_means_something_else(
         ("data-dir = 3", "data-dir must be a folder's name"),
         ("x = ", "mine.toml: is no TOML"),
         ("x = '\udcff'", "mine.toml: is no TOML"),
-        ("#" + "x" * 2**20, "larger than 1,048,576 bytes"),
     ],
 )
 def test_a_file_that_says_what_nobody_knows_is_refused(
@@ -161,6 +160,12 @@ def test_a_file_that_says_what_nobody_knows_is_refused(
     assert words in said
     assert said.count("\n") == 1
     assert not (tmp_path / "data").exists()
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    large = write(tmp_path / "mine.toml", "#" + "x" * 2**20)
+    assert cli.main(["--config", str(large), "train-head"]) == 1
+    assert "mine.toml: cannot be read (larger than 1,048,576 bytes)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)

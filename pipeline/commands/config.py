@@ -25,7 +25,9 @@ def apply_config(context: typer.Context, path: Path | None) -> Path | None:
     Raises
     ------
     UsageError
-        If the file cannot be read, or says something that no command knows.
+        If the file is no TOML, or says something that no command knows.
+    IceboxError
+        If it cannot be read.
     """
     file = path or _PYPROJECT
     if path is None and not file.is_file():
@@ -57,11 +59,12 @@ def _read(file: Path) -> dict[str, Any]:
     import tomllib
 
     from pipeline.cache.storage import read_small
+    from pipeline.errors import IceboxError
 
     try:
         return tomllib.loads(read_small(file, _MOST_BYTES).decode())
     except OSError as error:
-        raise _wrong(file, f"cannot be read ({error.strerror or error})") from error
+        raise IceboxError(f"{file}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise _wrong(file, f"is no TOML ({error})") from error
 
