@@ -122,12 +122,3 @@ def test_the_installed_program_is_the_same(tmp_path: Path) -> None:
         [program, "--help"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("Usage: icebox [OPTIONS] COMMAND")
-    shown = subprocess.run(
-        [program, "--show-completion", "bash"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "_ICEBOX_COMPLETE=complete_bash" in shown.stdout
