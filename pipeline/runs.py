@@ -203,9 +203,9 @@ def find_run(root: Path, name: str) -> Path:
     raise RunError(f"no run named {name!r} in {root}{near or '; `runs ls` lists them'}")
 
 
-def published_names(root: Path) -> list[str]:
-    """Return the names of the folders of published runs, the oldest first."""
-    return sorted(path.parent.name for path in root.glob("[!.]*/run.json"))
+def published_names(root: Path, description: str = "run.json") -> list[str]:
+    """Return the names of the folders of published runs, or of what else has a `description`, the oldest first."""
+    return sorted(path.parent.name for path in root.glob(f"[!.]*/{description}"))
 
 
 def _best(root: Path, names: Sequence[str]) -> str:

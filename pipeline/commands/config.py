@@ -34,7 +34,8 @@ def apply_config(context: typer.Context, path: Path | None) -> Path | None:
         return None
     values = _read(file)
     if path is None:
-        values = values.get("tool", {}).get("icebox", {})
+        tools = values.get("tool")
+        values = tools.get("icebox", {}) if isinstance(tools, dict) else {}
     if not values:
         return None
     if not isinstance(values, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 _ARCHIVES = {published.name: published for published in (CIFAR10, CIFAR100)}
+_MOST_BESIDE = 1_000  # names compared with one that was mistyped: a folder may hold millions
 _KNOWN = ("digits", *_ARCHIVES)
 _OTHERWISE = f"a folder of class folders, or a manifest ({', '.join(MANIFEST_ENDINGS)})"
 
@@ -107,6 +109,7 @@ def _unknown(name: str) -> str:
 def _beside(path: Path) -> list[str]:
     """Return what lies in the folder that `path` would lie in, spelt as it is."""
     try:
-        return [str(each) for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        return [str(each) for each in itertools.islice(beside, _MOST_BESIDE)]
     except OSError:  # may not be looked into: then there is nothing to propose
         return []

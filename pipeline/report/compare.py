@@ -163,7 +163,7 @@ def _trial_row(row: Mapping[str, Any], settings: str) -> list[Any]:
 
 def find_sweep(name: str, root: Path) -> Path:
     """Return the folder of a sweep: a name, a path, or "latest". Raises RunError."""
-    names = sorted(path.parent.name for path in root.glob("[!.]*/sweep.json"))
+    names = runs.published_names(root, "sweep.json")
     if name == "latest":
         if not names:
             raise RunError(f"there are no sweeps in {root}; `sweep` makes them")
