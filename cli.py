@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit("error: Icebox's packages are not here: `make setup`, then `source .venv/bin/activate`")
 
 from pipeline.commands.about import summary, weights_command
 from pipeline.commands.cache import cache_app

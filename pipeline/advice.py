@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.checkup import Checkup
-from pipeline.compute import duration
 from pipeline.gather import SPLITS
+from pipeline.progress import duration
 from pipeline.shard_task import size_text
 
 _FEW = 20  # images of a class to train on; fewer are hardly learned from, and more so hardly measured

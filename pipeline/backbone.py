@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -255,7 +256,7 @@ class FrozenBackbone:
             return 0.0
 
     def rate(self) -> float:
-        """Return images/s, all streams together, measured now in a few seconds."""
+        """Return images/s, all streams together: the median of what is measured now in a few seconds."""
         images = np.zeros((self.batch_size, self.spec.input_size, self.spec.input_size, 3), np.uint8)
         self(images)  # the first call optimises the graph
         count = self._streams
@@ -264,7 +265,7 @@ class FrozenBackbone:
             while sum(seconds) < _MEASURED_SECONDS:
                 list(pool.map(self, [images] * count))
                 seconds.append(time.perf_counter() - begun - sum(seconds))
-        return count * self.batch_size / min(seconds)
+        return count * self.batch_size / statistics.median(seconds)
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the features (n, h, w, c) in the storage type and their float32 spatial means (n, c).
@@ -317,7 +318,9 @@ def _compiled(model: KerasModel, spec: FeatureSpec, batch_size: int) -> Any:
 
     # On a CPU XLA makes it slower; on a GPU it melts what stands between the convolutions into them.
     xla = bool(tf.config.list_physical_devices("GPU"))
-    return tf.function(run, input_signature=[tf.TensorSpec(shape, tf.uint8)], jit_compile=xla).get_concrete_function()
+    # Nothing in it branches on values, and to look for that in all its layers takes as long as the rest of tracing.
+    graph = tf.function(run, [tf.TensorSpec(shape, tf.uint8)], autograph=False, jit_compile=xla)
+    return graph.get_concrete_function()
 
 
 def features_of(model: KerasModel, inputs: Any, spec: FeatureSpec, after: str | None = None) -> Any:

@@ -24,7 +24,7 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded
 from pipeline.errors import DecodeError
-from pipeline.progress import Advance, Progress
+from pipeline.progress import Advance, Progress, duration
 from pipeline.shard_task import (
     AT_ONCE,
     Met,
@@ -317,10 +317,3 @@ def _announce(job: Job, row_seconds: float, row_bytes: float, count: int) -> Non
         size_text(row_bytes * count),
         size_text(storage.free_bytes(job.space.path)),
     )
-
-
-def duration(seconds: float) -> str:
-    """Return how long that is, as people say it."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -18,7 +18,7 @@ from pipeline import network, results, runs, tracking
 from pipeline.asked import FullAsked
 from pipeline.batches import Shuffled
 from pipeline.checkpoint import Checkpoint
-from pipeline.compute import ComputeOptions, duration
+from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError
 from pipeline.extract import FeatureChoice, extract, warn_untrained
@@ -32,6 +32,7 @@ from pipeline.origin import Origin, origin_of
 from pipeline.pixels import Pixels, decoding
 from pipeline.planning import Quarantined
 from pipeline.prepare import Prepared, check_sides, prepared_pixels, prepared_tensors
+from pipeline.progress import duration
 from pipeline.rows import Rows, StoredRows, select
 from pipeline.spec import FeatureSpec
 from pipeline.workspace import Workspace

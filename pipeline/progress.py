@@ -27,3 +27,10 @@ class Progress(Protocol):
 def silent(title: str, total: int, unit: str = "images") -> Iterator[Advance]:
     """Report nothing."""
     yield lambda n, note="": None
+
+
+def duration(seconds: float) -> str:
+    """Return how long that is, as people say it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.progress import Advance
+from pipeline.progress import Advance, duration
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -109,9 +109,8 @@ def _lines(title: str, total: int, unit: str) -> Iterator[Advance]:
         last = now
         rate = max(done, 1) / (now - start)
         left = (total - done) / rate
-        console.print(
-            f"{title}{noted}: {done:,.0f} of {total:,} {unit}, {rate:,.1f}/s, {left:,.0f} s left", markup=False
-        )
+        told = f"{title}{noted}: {done:,.0f} of {total:,} {unit}, {rate:,.1f}/s, {duration(left)} left"
+        console.print(told, markup=False)
 
     yield advance
 
@@ -120,8 +119,11 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> None:
     """Print rows under headers, names whole so that they can be copied.
 
     On a terminal that is too narrow the last columns are left out, which is said; those that tell most stand first.
+    Without rows nothing is printed.
     """
     lines = [list(headers), *([_text(cell) for cell in row] for row in rows)]
+    if len(lines) == 1:
+        return
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     shown = _columns_that_fit(widths) if console.is_terminal else len(widths)
     for line in lines:
@@ -173,6 +175,11 @@ def age(moment: str | None) -> str:
         if seconds >= 2 * size:
             return f"{seconds // size:,.0f} {unit} ago"
     return "just now" if seconds < 60 else "a minute ago"
+
+
+def interval(ends: Sequence[float]) -> str:
+    """Return the ends of an interval of probabilities, in one cell."""
+    return " … ".join(f"{end:.3f}" for end in ends)
 
 
 def emit_json(value: Mapping[str, Any]) -> None:

@@ -194,6 +194,20 @@ def test_logreg_and_listing_start_no_tensorflow(data: Path) -> None:
         assert done.returncode == 0, arguments
 
 
+def test_summaries_are_for_people(data: Path) -> None:
+    assert icebox(data, "train-head", "--head", "logreg", "--C", "0.5", "--limit", "300").code == 0
+    shown = icebox(data, "evaluate", "latest").err
+    assert re.search(r"^accuracy interval +0\.\d{3} … [01]\.\d{3}$", shown, re.MULTILINE)
+    explained = icebox(data, "cache", "explain", "--limit", "300").err.splitlines()
+    assert explained[-1].split() == ["cached", "300"], "no empty table of images that lack rows"
+
+
+def test_without_the_packages_one_line_says_where_they_come_from() -> None:
+    bare = [sys.executable, "-S", str(ROOT / "cli.py"), "features"]
+    done = subprocess.run(bare, capture_output=True, text=True, env=environment(PYTHONPATH=""))
+    assert_one_line(Finished(done.returncode, done.stdout, done.stderr), 1, "make setup", "activate")
+
+
 def test_cache_ls_counts(data: Path) -> None:
     listed = icebox(data, "cache", "ls", "--json").json
     plain = [space for space in listed["spaces"] if space["spec"]["layer"] == "mixed10"]

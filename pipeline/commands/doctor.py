@@ -102,7 +102,7 @@ def doctor(
 def _show(found: Checkup, about: dict[str, Any]) -> None:
     from pipeline import terminal
     from pipeline.checkup import MOST_MEMBERS
-    from pipeline.compute import duration
+    from pipeline.progress import duration
     from pipeline.shard_task import size_text
 
     rows = [(name, *counts.values()) for name, counts in about["classes"].items()]

@@ -39,12 +39,13 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
 
 
 def _run_row(summary: dict[str, Any]) -> tuple[object, ...]:
-    low, high = summary["accuracy_interval"]
+    from pipeline import terminal
+
     return (
         summary["run"],
         summary["head"] if summary.get("stage", "head") == "head" else f"{summary['head']}, {summary['stage']}",
         f"{summary['accuracy']:.3f}",
-        f"{low:.3f} … {high:.3f}",
+        terminal.interval(summary["accuracy_interval"]),
         f"{summary['val_accuracy']:.3f}",
         f"{summary['seconds']:.1f}",
         summary["weights"],

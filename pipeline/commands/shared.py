@@ -337,7 +337,11 @@ def finish(result: dict[str, Any], as_json: bool, lines: tuple[str, ...], note: 
 
 
 def _readable(name: str, value: Any) -> Any:
-    """Return sizes in units people read; other values as they are."""
+    """Return sizes in units people read, and intervals as `runs ls` has them; other values as they are."""
+    if name.endswith("interval"):
+        from pipeline import terminal
+
+        return terminal.interval(value)
     if not name.endswith(("memory", "bytes", "bytes_read", "bytes_freed", "free")):
         return value
     return f"{value / 1e9:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.2f} MB"
