@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -135,7 +137,7 @@ def _stops_noted() -> list[int]:
 def _run(arguments: list[str]) -> int:
     """Run the command; if the index turns out to be damaged on the way, once more with a new one."""
     try:
-        return app(arguments, prog_name=_NAME, standalone_mode=False) or 0
+        return _command()(arguments, prog_name=_NAME, standalone_mode=False) or 0
     except OSError as error:
         from pipeline.errors import IndexDamagedError
 
@@ -144,7 +146,13 @@ def _run(arguments: list[str]) -> int:
         from pipeline.cache.index_file import set_aside
 
         set_aside(error)
-        return app(arguments, prog_name=_NAME, standalone_mode=False) or 0
+        return _command()(arguments, prog_name=_NAME, standalone_mode=False) or 0
+
+
+@cache
+def _command() -> Callable[..., int | None]:
+    """Return the commands as Typer makes them of the functions above, which takes it a while."""
+    return typer.main.get_command(app)
 
 
 _INTERRUPTED = 130  # how Typer reports Ctrl-C where no workspace is open yet

@@ -85,7 +85,8 @@ def best_precision() -> str:
 
 def gpu_count() -> int:
     """Return how many GPUs TensorFlow could use: those the driver shows, if TensorFlow's CUDA parts are there."""
-    return driver_gpus() if tensorflow_has_cuda() else 0
+    count = driver_gpus()  # first, as without a driver that is known at once
+    return count if count and tensorflow_has_cuda() else 0
 
 
 def driver_gpus() -> int:
