@@ -270,7 +270,7 @@ def compiled(network: Network, after: str | None = None) -> Answerer:
     if after is not None:
         shape, kind = tuple(network.below.get_layer(after).output.shape[1:]), spec.storage
 
-    @tf.function(input_signature=[tf.TensorSpec((None, *shape), kind)])
+    @tf.function(input_signature=[tf.TensorSpec((None, *shape), kind)], autograph=False)
     def run(inputs: tf.Tensor) -> tf.Tensor:
         features = backbone.features_of(network.below, inputs, spec, after)
         return tf.cast(head(features, training=False), tf.float32)
