@@ -9,7 +9,10 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing has begun yet that would have to be ended in order
 
 try:
     import typer
@@ -57,7 +60,8 @@ app.add_typer(cache_app, name="cache")
 
 # What the program is called by: `cli.py`, or the `icebox` that `make setup` puts into the environment.
 _NAME = "icebox" if Path(sys.argv[0]).stem == "icebox" else "cli.py"
-_DATA_DIR = Path(__file__).parent / "data"
+# `icebox` is called from anywhere, on what lies there.
+_DATA_DIR = Path("data") if _NAME == "icebox" else Path(__file__).parent / "data"
 
 
 @app.callback()
@@ -93,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = _run(arguments)
     except TyperException as error:
-        return _fail(error.format_message() + origin(error), error.exit_code, arguments)
+        return _fail(_explained(error), error.exit_code, arguments)
     except Exception as error:
         import sqlite3
 
@@ -106,7 +110,24 @@ def main(arguments: list[str] | None = None) -> int:
         if not stopped:
             raise  # a bug: the traceback is what helps
         code = _INTERRUPTED  # native code that is interrupted may turn that into an error of its own
-    return _fail("stopped", 1, arguments) if code == _INTERRUPTED else code
+    if code == _INTERRUPTED:
+        from pipeline.errors import StoppedError
+
+        return _fail(str(StoppedError(KeyboardInterrupt())), 1, arguments)
+    return code
+
+
+def _explained(error: Any) -> str:
+    """Return what Typer says of a wrong usage, and on which side of the command an option stands."""
+    text = error.format_message().replace("Value error, ", "") + origin(error)  # the library's that reads values
+    if text == "Missing command.":
+        return f"{text} There are: {', '.join(error.ctx.command.commands)}"
+    option = getattr(error, "option_name", None)
+    if option in ("--data-dir", "--config") and error.ctx.parent is not None:
+        return f"No such option here: {option} stands before the command"
+    if option and error.ctx.parent is None:
+        return f"{text.split(' (')[0].rstrip('.')}; options of a command stand behind it"
+    return text
 
 
 def _index_hint(error: Exception) -> str:
@@ -164,7 +185,10 @@ def _fail(message: str, code: int, arguments: list[str]) -> int:
     text = "".join(c if c.isprintable() else " " for c in " ".join(message.split()))
     print(f"error: {text}", file=sys.stderr)
     if "--json" in arguments:
-        print(json.dumps({"error": text}))
+        try:
+            print(json.dumps({"error": text}), flush=True)
+        except OSError:  # it is full or closed, as stderr has said; what is still to be written would say it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
 
 
@@ -176,7 +200,11 @@ def run_and_exit() -> NoReturn:
         # A descriptor of our own: what native libraries print on theirs is held back while they load.
         own, encoding = os.dup(2), sys.stderr.encoding
         sys.stderr = os.fdopen(own, "w", buffering=1, encoding=encoding, errors="backslashreplace")
+    if sys.stdout is None:  # closed by whoever called
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     code = main()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # what it came to is settled
     extract = sys.modules.get("pipeline.extract")
     if extract is not None and any(thread.name == extract.LOADING for thread in threading.enumerate()):
         # All is said and done, and TensorFlow, which is being loaded for nothing, would take its time to see that.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from pipeline import dataset
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError, UsageError
 from pipeline.extract import FeatureChoice
-from pipeline.runs import read_request
+from pipeline.runs import latest_of, read_request, unfinished
 from pipeline.spec import BATCH_NORMS, FREEZE_UNTIL, PLAIN_VIEW, STAGES, Augmentation, HeadSpec, Views
 from pipeline.workspace import Workspace
 
@@ -36,8 +37,8 @@ class DatasetChoice:
 
     def anchored(self) -> Self:
         """Return the same with absolute paths, so that it means the same from anywhere."""
-        name = self.dataset if dataset.is_known(self.dataset) else str(Path(self.dataset).absolute())
-        archive, root = (each and str(Path(each).absolute()) for each in (self.archive, self.image_root))
+        name = self.dataset if dataset.is_known(self.dataset) else _absolute(self.dataset)
+        archive, root = (each and _absolute(each) for each in (self.archive, self.image_root))
         return replace(self, dataset=name, archive=archive, image_root=root)
 
     def open(self, workspace: Workspace) -> Dataset:
@@ -50,6 +51,10 @@ class DatasetChoice:
             progress=workspace.progress,
         )
         return found if self.limit is None else dataset.limit(found, self.limit)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(os.path.expanduser(path)).absolute())  # noqa: PTH111  the Path method raises on "~nobody"
 
 
 def begun_with(request: Mapping[str, Any]) -> FeatureChoice:
@@ -174,7 +179,18 @@ def resume_commands(root: Path, names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def require_begun_by(command: str, request: Mapping[str, Any], name: str) -> None:
-    """Raise RunError unless `command` left this request."""
+def stopped_run(workspace: Workspace, name: str, command: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of a stopped run, of "latest" that of the last one of `command`, and its request.
+
+    Raises
+    ------
+    RunError
+        If there is none, or another command left it.
+    """
+    if name == "latest":
+        of = resume_commands(workspace.runs, unfinished(workspace.runs))
+        name = latest_of([each for each, by in of.items() if by == command], workspace.runs)
+    request = read_request(workspace.runs, name)
     if (found := command_of(request)) != command:
-        raise RunError(f"{name} was begun by {found}; go on by: {found} --resume {name}")
+        raise RunError(f"{name} was begun by {found}; go on by: {workspace.command(found)} --resume {name}")
+    return name, request

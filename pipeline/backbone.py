@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import folding, machine, weights_file
-from pipeline.errors import IceboxError, SpecError, WeightsError
+from pipeline.errors import IceboxError, SpecError, WeightsError, did_you_mean
 from pipeline.keras_start import KerasModel, import_keras, limit_threads
 from pipeline.spec import FeatureSpec
 
@@ -158,7 +158,8 @@ def cut(model: KerasModel, layer: str) -> KerasModel:
     names = [each.name for each in model.layers]
     if layer not in names:
         mixed = ", ".join(name for name in names if re.fullmatch(r"mixed\d+", name))
-        raise SpecError(f"{model.name} has no layer {layer!r}; `summary` lists them, often used: {mixed}")
+        near = did_you_mean(layer, names)
+        raise SpecError(f"{model.name} has no layer {layer!r}{near}; `summary` lists them, often used: {mixed}")
     if layer not in (cuts := cut_layers(model)):
         at = names.index(layer)
         before, after = [name for name in cuts if names.index(name) < at], [n for n in cuts if names.index(n) > at]

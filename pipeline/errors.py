@@ -24,7 +24,8 @@ class StoppedError(IceboxError):
 
     def __init__(self, stop: KeyboardInterrupt) -> None:
         """Say what those who were interrupted noted on `stop`, each in a sentence without its end."""
-        super().__init__("; ".join(["stopped", *getattr(stop, "__notes__", ())]))
+        notes = getattr(stop, "__notes__", None) or ["to go on, run the same command again"]
+        super().__init__("; ".join(["stopped", *notes]))
 
 
 class UsageError(IceboxError, ValueError):

@@ -9,10 +9,10 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pipeline import images, machine
 from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, ENGINES
@@ -27,7 +27,7 @@ from pipeline.keras_start import import_keras
 from pipeline.planning import DEFAULT_FIT, Plan, Planning, Quarantined, name_quarantined
 from pipeline.shard_task import Setup, ShardWorker, check_room
 from pipeline.spec import PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
-from pipeline.weights import Weights, require_by_identity, resolve
+from pipeline.weights import Weights, anchored, require_by_identity, resolve
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,10 @@ class FeatureChoice:
     precision: str = "auto"
     storage: str = "auto"
     space: str | None = None
+
+    def anchored(self) -> Self:
+        """Return the same with an absolute path of the weights, so that it means the same from anywhere."""
+        return replace(self, weights=anchored(self.weights))
 
 
 @dataclass(frozen=True)

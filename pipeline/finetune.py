@@ -145,11 +145,11 @@ def _run(
     """Give name and folder of the run: a new one, or the one to go on with if its images and weights are the same."""
     if resume is not None:
         runs.require_same(workspace.runs, resume, digest)
-        with runs.reopened(workspace.runs, resume, asked.stage) as found:
+        with runs.reopened(workspace.runs, resume, workspace.command(asked.stage)) as found:
             yield found
         return
     title = f"{images.dataset.name}-{asked.stage}"
-    with runs.new_run(workspace.runs, title, asked.stage) as (name, directory):
+    with runs.new_run(workspace.runs, title, workspace.command(asked.stage)) as (name, directory):
         space = images.space.name if isinstance(images, Material) else None
         runs.write_request(directory, asked.to_dict(), digest, space)
         yield name, directory

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline import backbone, heads, weights_file
 from pipeline.backbone import cut_layers
 from pipeline.cache import storage
-from pipeline.errors import IceboxError, RunError, SpecError, UsageError
+from pipeline.errors import IceboxError, RunError, SpecError, UsageError, did_you_mean
 from pipeline.heads.dense import DenseHead, average, build, from_logreg
 from pipeline.heads.logreg import LogregHead
 from pipeline.keras_start import KerasModel, import_keras
@@ -191,8 +191,8 @@ def frozen_until(layers: Sequence[str], asked: str) -> int:
     if asked.isascii() and asked.isdecimal() and (int(asked) < len(layers) or asked == FREEZE_UNTIL):
         return min(int(asked), len(layers) - 1)  # the default freezes all of a part that ends before it
     raise UsageError(
-        f"--freeze-until takes a layer's name, its number from 0 to {len(layers) - 1}, or none, found {asked!r:.60}; "
-        "`summary --all` lists them"
+        f"--freeze-until takes a layer's name, its number from 0 to {len(layers) - 1}, or none, found "
+        f"{asked!r:.60}{did_you_mean(asked, layers)}; `summary --all` lists them"
     )
 
 

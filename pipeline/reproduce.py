@@ -12,6 +12,7 @@ from pipeline.errors import UsageError
 from pipeline.images import DEFAULT_MAX_PIXELS
 from pipeline.spec import SHAPE, HeadSpec
 from pipeline.trained import TrainedRun
+from pipeline.weights import is_path
 
 Option = tuple[str, Any]  # its name and value: None leaves it out, True makes it a flag
 _SPACE = ("--weights", "--layer", "--precision", "--fit", "--storage")
@@ -46,6 +47,8 @@ def options_like(run: TrainedRun, command: str) -> dict[str, Any]:
     given = {name: value for name, value in steps[command] if value is not None}
     negated = {name.replace("--no-", "--", 1): False for name in given if name.startswith("--no-")}
     said = {**{name: value for name, value in given.items() if not name.startswith("--no-")}, **negated}
+    if is_path(said.get("--weights", "auto")):  # what lies there by now may be another file
+        said["--weights"] = run.base.weights
     return {name.removeprefix("--"): value for name, value in said.items()}
 
 
@@ -78,7 +81,7 @@ def _of_space(run: TrainedRun, asked: Asked | FullAsked, *, storage: bool) -> li
     base, weights = run.base, asked.features.weights
     if weights == "auto":
         _, _, seed = base.weights.rpartition(":")
-        weights = f"untrained:{seed}" if base.untrained else "imagenet" if run.weights == "imagenet" else "auto"
+        weights = f"untrained:{seed}" if base.untrained else "imagenet" if run.weights == "imagenet" else base.weights
     found = [("--weights", weights), ("--layer", base.layer)]
     found += [("--precision", base.precision), ("--fit", base.fit)]
     return [*found, ("--storage", base.storage)] if storage else found

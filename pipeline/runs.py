@@ -155,12 +155,10 @@ def require_same(root: Path, name: str, material: str) -> None:
         )
 
 
-def find_unfinished(root: Path, name: str) -> str:
-    """Return the name of a stopped run: `name`, or of "latest" the last one's. Raises RunError if there is none."""
-    if name != "latest":
-        return name
-    if not (names := unfinished(root)):
-        raise RunError(f"nothing in {root} was stopped so that it could be resumed")
+def latest_of(names: Sequence[str], root: Path) -> str:
+    """Return the last of the names of stopped runs. Raises RunError if there is none."""
+    if not names:
+        raise RunError(f"nothing in {root} was stopped so that it could be resumed by this command")
     return names[-1]
 
 

@@ -144,13 +144,13 @@ def _folder(
     workspace: Workspace, asked: SweepAsked, material: Material, resume: str | None
 ) -> Iterator[tuple[str, Path]]:
     if resume is None:
-        with runs.new_run(workspace.sweeps, material.dataset.name, COMMAND) as (name, folder):
+        with runs.new_run(workspace.sweeps, material.dataset.name, workspace.command(COMMAND)) as (name, folder):
             (folder / "trials").mkdir()
             runs.write_request(folder, asked.to_dict(), material.digest(), material.space.name)
             yield name, folder
         return
     runs.require_same(workspace.sweeps, resume, material.digest())
-    with runs.reopened(workspace.sweeps, resume, COMMAND) as found:
+    with runs.reopened(workspace.sweeps, resume, workspace.command(COMMAND)) as found:
         yield found
 
 
@@ -336,7 +336,10 @@ def _publish_best(
     found = _outcome(trial)
     with (
         prepared(material, [spec], asked.memory, sides=("val", "test")) as ready,
-        runs.new_run(workspace.runs, f"{material.dataset.name}-{spec.head}") as (name, directory),
+        runs.new_run(workspace.runs, f"{material.dataset.name}-{spec.head}", workspace.command("train-head")) as (
+            name,
+            directory,
+        ),
     ):
         runs.write_json(note, {"run": name})
         head = heads.load(trial)

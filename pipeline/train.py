@@ -66,13 +66,14 @@ def train_head(
 @contextmanager
 def _run(workspace: Workspace, asked: Asked, material: Material, resume: str | None) -> Iterator[tuple[str, Path]]:
     """Give name and folder of the run: a new one, or the one to go on with if its rows are still the same."""
+    command = workspace.command("train-head")
     if resume is None:
-        with runs.new_run(workspace.runs, f"{material.dataset.name}-{asked.head.head}") as (name, directory):
+        with runs.new_run(workspace.runs, f"{material.dataset.name}-{asked.head.head}", command) as (name, directory):
             runs.write_request(directory, asked.to_dict(), material.digest(), material.space.name)
             yield name, directory
         return
     runs.require_same(workspace.runs, resume, material.digest())
-    with runs.reopened(workspace.runs, resume) as found:
+    with runs.reopened(workspace.runs, resume, command) as found:
         yield found
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,17 +42,20 @@ def resolve(
 ) -> Weights:
     """Return the weights that `choice` names.
 
-    `choice` is "auto", "imagenet", "untrained", "untrained:SEED" or a path. With `offline`, "auto" takes
-    ImageNet's file if it is at hand and untrained weights else; without, it is "imagenet".
+    `choice` is "auto", "imagenet", "untrained", "untrained:SEED", "sha256:DIGEST" of a file that was used before, or
+    a path. With `offline`, "auto" takes ImageNet's file if it is at hand and untrained weights else; without, it is
+    "imagenet".
 
     Raises
     ------
     WeightsError
         If the file cannot be had; the text lists the ways out.
     UsageError
-        If the seed is not a number.
+        If the seed is not a number, or the digest none.
     """
     row = BACKBONES[backbone]
+    if choice.startswith("sha256:"):
+        return _by_digest(choice, backbone, downloads, index)
     if choice == "untrained" or choice.startswith("untrained:"):
         return _untrained(choice)
     if choice in ("auto", "imagenet"):
@@ -60,6 +64,25 @@ def resolve(
             return _untrained("untrained")
         return _from_file("imagenet", path or _download(row, downloads, progress), index)
     return _from_file("file", Path(os.path.expanduser(choice)), index)  # noqa: PTH111  the Path method raises on "~nobody"
+
+
+def anchored(choice: str) -> str:
+    """Return the same choice with an absolute path, so that it means the same from anywhere."""
+    return os.path.abspath(os.path.expanduser(choice)) if is_path(choice) else choice  # noqa: PTH100, PTH111  as above
+
+
+def is_path(choice: str) -> bool:
+    """Return whether a choice of weights is a file's path."""
+    return choice not in ("auto", "imagenet", "untrained") and not choice.startswith(("untrained:", "sha256:"))
+
+
+def _by_digest(choice: str, backbone: str, downloads: Path, index: Index) -> Weights:
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", choice):
+        raise UsageError(f"--weights sha256:DIGEST takes 64 hexadecimal digits, found {choice!r:.80}")
+    found = find_by_identity(choice, backbone, downloads, index)
+    if found is None:
+        raise WeightsError(f"the weights {choice} are not on this machine any more; give the file by `--weights FILE`")
+    return found
 
 
 def find_by_identity(identity: str, backbone: str, downloads: Path, index: Index) -> Weights | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,19 @@ from pipeline.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Workspace:
-    """The data directory: cache/, runs/, sweeps/ and downloads/, and how progress is reported."""
+    """The data directory: cache/, runs/, sweeps/ and downloads/, and how progress is reported.
+
+    `program` is how the command line is called on it, for what is to be typed next.
+    """
 
     root: Path
     cache: Cache
     progress: Progress = silent
+    program: Sequence[str] = ("python", "cli.py")
+
+    def command(self, name: str) -> str:
+        """Return what is to be typed for a command."""
+        return shlex.join([*self.program, name])
 
     @property
     def runs(self) -> Path:
@@ -36,7 +45,9 @@ class Workspace:
 
 
 @contextmanager
-def open_workspace(root: Path, progress: Progress = silent) -> Iterator[Workspace]:
+def open_workspace(
+    root: Path, progress: Progress = silent, program: Sequence[str] = Workspace.program
+) -> Iterator[Workspace]:
     """Open the data directory `root`; what it lacks is made when it is needed."""
     with closing(Cache(root / "cache", progress)) as cache:
-        yield Workspace(root, cache, progress)
+        yield Workspace(root, cache, progress, program)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.commands.cache_checks import cache_explain, cache_verify
+from pipeline.commands.completion import dataset_names, space_names
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
@@ -117,9 +118,14 @@ def cache_quarantine(context: typer.Context, as_json: JsonOption = False, quiet:
 def cache_gc(
     context: typer.Context,
     dataset: Annotated[
-        list[str] | None, typer.Option(help="Keep the rows of this dataset and of others named so, in any space.")
+        list[str] | None,
+        typer.Option(
+            help="Keep the rows of this dataset and of others named so, in any space.", autocompletion=dataset_names
+        ),
     ] = None,
-    space: Annotated[list[str] | None, typer.Option(help="Keep this space whole, and others named so.")] = None,
+    space: Annotated[
+        list[str] | None, typer.Option(help="Keep this space whole, and others named so.", autocompletion=space_names)
+    ] = None,
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,
     damaged: Annotated[bool, typer.Option("--damaged", help="Remove shards that `verify` moved aside, too.")] = False,

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import typer
 
 
 def _root(context: typer.Context) -> Path:
-    return Path(context.find_root().params["data_dir"])
+    """Return the data directory that the command is about, as far as it is typed."""
+    from pipeline.commands.config import data_dir_of
+
+    root = context.find_root()
+    default = str(root.get_parameter_source("data_dir")).endswith(".DEFAULT")
+    named = data_dir_of(root.params["config"]) if default else None
+    return named or Path(root.params["data_dir"])
 
 
+def _quiet(names: Callable[[typer.Context, str], list[str]]) -> Callable[[typer.Context, str], list[str]]:
+    """Have what fails propose nothing: what it would say would stand in the middle of a command that is being typed."""
+
+    @wraps(names)
+    def of(context: typer.Context, incomplete: str) -> list[str]:
+        from pipeline.errors import IceboxError
+
+        try:
+            return names(context, incomplete)
+        except (IceboxError, OSError, TypeError):  # the last where a data directory cannot be one
+            return []
+
+    return of
+
+
+@_quiet
 def run_names(context: typer.Context, incomplete: str) -> list[str]:
     """Return the names of published runs that begin so, the latest first."""
     from pipeline.runs import published_names
@@ -19,6 +43,7 @@ def run_names(context: typer.Context, incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
+@_quiet
 def stopped_names(context: typer.Context, incomplete: str) -> list[str]:
     """Return the names of runs, or for `sweep` of sweeps, that were stopped, the latest first."""
     from pipeline.runs import unfinished
@@ -27,6 +52,7 @@ def stopped_names(context: typer.Context, incomplete: str) -> list[str]:
     return [name for name in reversed(unfinished(_root(context) / folder)) if name.startswith(incomplete)]
 
 
+@_quiet
 def space_names(context: typer.Context, incomplete: str) -> list[str]:
     """Return the names of feature spaces that begin so."""
     folder = _root(context) / "cache"

@@ -5,7 +5,8 @@ Keys are options as they are typed, without the dashes; a table is a command. Wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ _MOST_BYTES = 2**20
 # Keys above all tables reach the commands that make features and train on them. Elsewhere an option of the same name
 # may mean another thing: `cache gc --dataset` removes what is not of that dataset.
 _SHARING = {"features", "train-head", "freeze", "finetune", "sweep", "doctor", "cache explain", "cache export"}
+# Full models take them for what they do to images in each epoch, cached rows for what their views are like.
+_NOT_SHARED = {"freeze": {"augment"}, "finetune": {"augment", "views"}}
 _NOT_FROM_A_FILE = {"help", "json"}  # the second belongs to whoever reads stdout
 
 
@@ -30,22 +33,40 @@ def apply_config(context: typer.Context, path: Path | None) -> Path | None:
         If it cannot be read.
     """
     file = path or _PYPROJECT
-    if path is None and not file.is_file():
+    if set(context.args) & set(context.help_option_names) or not (values := _stated(file, path is None)):
         return None
-    values = _read(file)
-    if path is None:
+    context.meta["config"] = str(file)
+    data = _data_dir(file, values)
+    context.default_map = _Config(file, context.command).defaults(values)
+    return data
+
+
+def data_dir_of(path: Path | None) -> Path | None:
+    """Return the data directory that a file names, as `apply_config`, whatever else stands in it."""
+    file = path or _PYPROJECT
+    return _data_dir(file, _stated(file, path is None))
+
+
+def _stated(file: Path, implied: bool) -> dict[str, Any]:
+    """Return what a file says to Icebox; nothing, if it is only `implied` and says nothing."""
+    if implied and not file.is_file():
+        return {}
+    values: Any = _read(file)
+    if implied:
         tools = values.get("tool")
         values = tools.get("icebox", {}) if isinstance(tools, dict) else {}
-    if not values:
-        return None
     if not isinstance(values, dict):
         raise _wrong(file, "tool.icebox is no table")
-    context.meta["config"] = str(file)
+    return _with_dashes(values)
+
+
+def _data_dir(file: Path, values: dict[str, Any]) -> Path | None:
     data = values.pop("data-dir", None)
-    if data is not None and not isinstance(data, str):
+    if data is None:
+        return None
+    if not isinstance(data, str) or not data:
         raise _wrong(file, f"data-dir must be a folder's name, found {data!r:.60}")
-    context.default_map = _Config(file, context.command).defaults(values)
-    return None if data is None else Path(data)
+    return Path(_at_home(data))
 
 
 def origin(error: Any) -> str:
@@ -63,10 +84,10 @@ def _read(file: Path) -> dict[str, Any]:
     from pipeline.errors import IceboxError
 
     try:
-        return tomllib.loads(read_small(file, _MOST_BYTES).decode())
+        return tomllib.loads(read_small(file, _MOST_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise IceboxError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _wrong(file, f"is no TOML ({error})") from error
 
 
@@ -90,7 +111,7 @@ class _Config:
         for key in shared:
             if not any(key in _options(command) for command in known):
                 names = {each for command in known for each in _options(command)} | {"data-dir"}
-                raise self._unknown(key, "", names | set(self._program.commands))
+                raise self._unknown(key, "", names | set(self._program.commands), self._owners(key))
         return self._of_group(self._program, "", shared, tables)
 
     def _of_group(self, group: Any, path: str, shared: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,20 +119,31 @@ class _Config:
         for name, command in group.commands.items():
             own, below = tables.get(name, {}), f"{path}{name}"
             if hasattr(command, "commands"):
-                options, further = _split(own, command)
+                options, further = _split(self._table(own, below), command)
                 for key in options:
                     raise self._unknown(key, f"[{below}]", command.commands)
                 found[name] = self._of_group(command, f"{below} ", shared, further)
             else:
+                own = _with_dashes(self._table(own, below))
                 found[name] = self._of_command(command, below, shared if below in _SHARING else {}, own)
         return found
+
+    def _table(self, value: Any, name: str) -> Mapping[str, Any]:
+        if not isinstance(value, dict):
+            raise _wrong(self._file, f"{name} is a command, so it must be a table, found {value!r:.60}")
+        return value
+
+    def _owners(self, key: str) -> list[str]:
+        """Return the tables in which a key that is not shared may stand."""
+        return [f"[{name.replace(' ', '.')}]" for name, command in _commands(self._program) if key in _options(command)]
 
     def _of_command(self, command: Any, name: str, shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         options = _options(command)
         for key in own:
-            if _dashed(key) not in options:
+            if key not in options:
                 raise self._unknown(key, f"[{name.replace(' ', '.')}]", options)
-        given = {**{key: value for key, value in shared.items() if key in options}, **_with_dashes(own)}
+        shared = {key: value for key, value in shared.items() if key not in _NOT_SHARED.get(name, ())}
+        given = {**{key: value for key, value in shared.items() if key in options}, **own}
         return {options[key].name: self._typed(key, value, options[key]) for key, value in given.items()}
 
     def _typed(self, key: str, value: Any, option: Any) -> Any:
@@ -122,32 +154,47 @@ class _Config:
             return value
         if option.is_flag:
             raise _wrong(self._file, f"{key} must be true or false, found {value!r:.60}")
-        if isinstance(value, list):
-            return [str(each) for each in value] if option.multiple else ",".join(map(str, value))
+        if option.multiple:
+            pairs = [f"{name}={_text(each)}" for name, each in value.items()] if isinstance(value, dict) else []
+            return pairs or [_text(each) for each in (value if isinstance(value, list) else [value])]
         if isinstance(value, dict):
-            return ",".join(f"{name}={str(each).lower()}" for name, each in value.items())
-        return [str(value)] if option.multiple else str(value)
+            return ",".join(f"{name}={_text(each)}" for name, each in value.items())
+        return _text(value)
 
-    def _unknown(self, key: str, where: str, names: Any) -> Exception:
+    def _unknown(self, key: str, where: str, names: Any, owners: Sequence[str] = ()) -> Exception:
         from pipeline.errors import did_you_mean
 
         place = f" in {where}" if where else ""
-        return _wrong(self._file, f"there is no option {key!r:.60}{place}{did_you_mean(_dashed(key), names)}")
+        hint = f"; it belongs into {' or '.join(owners)}" if owners else did_you_mean(key, names)
+        return _wrong(self._file, f"there is no option {key!r:.60}{place}{hint}")
 
 
 def _split(values: Mapping[str, Any], group: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options among the keys of a group of commands, and the tables that are commands."""
-    tables = {name for name, value in values.items() if isinstance(value, dict) and name in group.commands}
-    options = {name: value for name, value in values.items() if name not in tables}
-    return _with_dashes(options), {name: values[name] for name in tables}
+    dashed = _with_dashes(values)
+    options = {option for _, command in _commands(group) for option in _options(command)}  # weights is both
+    tables = {
+        name: value
+        for name, value in dashed.items()
+        if name in group.commands and (isinstance(value, dict) or name not in options)
+    }
+    return {name: value for name, value in dashed.items() if name not in tables}, tables
+
+
+def _text(value: Any) -> str:
+    """Return a value as it would be typed: 64,[128,64] for a list in a list, none for an empty one."""
+    if isinstance(value, list):
+        return ",".join(f"[{_text(each)}]" if isinstance(each, list) else _text(each) for each in value) or "none"
+    return str(value).lower() if isinstance(value, bool) else _at_home(str(value))
+
+
+def _at_home(text: str) -> str:
+    """Return a path with the home folder that ~ means, as a shell hands it over."""
+    return os.path.expanduser(text) if text.startswith("~") else text  # noqa: PTH111  the Path method raises on "~nobody"
 
 
 def _with_dashes(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {_dashed(key): value for key, value in values.items()}
-
-
-def _dashed(key: str) -> str:
-    return key.replace("_", "-")
+    return {key.replace("_", "-"): value for key, value in values.items()}
 
 
 def _commands(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.commands.completion import dataset_names
 from pipeline.commands.shared import (
     CONNECTIONS,
     MAX_PIXELS,
@@ -44,7 +45,11 @@ def doctor(
     context: typer.Context,
     dataset: Annotated[
         str | None,
-        typer.Argument(metavar="DATASET", help="What --dataset of other commands takes; left out, only the machine."),
+        typer.Argument(
+            metavar="DATASET",
+            help="What --dataset of other commands takes; left out, only the machine.",
+            autocompletion=dataset_names,
+        ),
     ] = None,
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pipeline.commands.completion import dataset_names
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
@@ -47,7 +48,10 @@ def evaluate(
         typer.Option(help="Which images.  [default: test; of another dataset without splits: all]"),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Another dataset with the same classes.  [default: the run's own]")
+        str | None,
+        typer.Option(
+            help="Another dataset with the same classes.  [default: the run's own]", autocompletion=dataset_names
+        ),
     ] = None,
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,

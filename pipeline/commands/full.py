@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from pipeline.commands.completion import run_names
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
@@ -79,7 +80,7 @@ AfreshOption = Annotated[
         "by default (rotation=30, shifts, shear and zoom 0.2, horizontal_flip=true, fill=nearest).",
     ),
 ]
-TensorboardOption = Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard logs, too.")]
+TensorboardOption = Annotated[bool, typer.Option(help="Write TensorBoard logs, too.")]
 _CACHED = "of cached rows; it goes with --from-cache"
 
 
@@ -123,7 +124,11 @@ def finetune(
     context: typer.Context,
     init: Annotated[
         str | None,
-        typer.Option(metavar="RUN", help="Begin with a trained run (a head, freeze or finetune), or latest."),
+        typer.Option(
+            metavar="RUN",
+            help="Begin with a trained run (a head, freeze or finetune), or latest.",
+            autocompletion=run_names,
+        ),
     ] = None,
     freeze_until: Annotated[
         str,
@@ -133,7 +138,7 @@ def finetune(
         ),
     ] = "250",
     from_cache: Annotated[
-        bool, typer.Option("--from-cache", help="Train on cached rows of the frozen part, computing what is missing.")
+        bool, typer.Option(help="Train on cached rows of the frozen part, computing what is missing.")
     ] = False,
     batch_norm: Annotated[
         Literal["frozen", "trainable"],
@@ -181,8 +186,7 @@ def finetune(
 
 
 def _run(stage: str, context: typer.Context) -> None:
-    from pipeline import runs
-    from pipeline.asked import FullAsked, require_begun_by
+    from pipeline.asked import FullAsked, stopped_run
     from pipeline.finetune import train_full
 
     given = context.params
@@ -195,9 +199,7 @@ def _run(stage: str, context: typer.Context) -> None:
         if resume is None:
             asked = _asked(stage, context, workspace.runs)
         else:
-            resume = runs.find_unfinished(workspace.runs, resume)
-            request = runs.read_request(workspace.runs, resume)
-            require_begun_by(stage, request, resume)
+            resume, request = stopped_run(workspace, resume, stage)
             asked = FullAsked.from_dict(request.get("asked", {}))
         images = open_chosen(workspace, asked.images)
         run = train_full(images, workspace, asked, resume=resume)
@@ -217,7 +219,7 @@ def _refuse_what_does_not_go_together(context: typer.Context) -> None:
         if given["augment"] is not None and given["views"] == 1:
             raise UsageError("--augment says what cached views are like; ask for some by --views 2 or more")
     else:
-        if given.get("views", 1) != 1 or "views" in said:
+        if given.get("views", 1) != 1:
             raise UsageError(f"--views is {_CACHED}; for new warps each epoch, take --augment alone")
         for name in ("memory", "storage"):
             if name in said:
@@ -243,7 +245,7 @@ def _asked(stage: str, context: typer.Context, root: Path) -> FullAsked:
             fit=given["fit"],
             precision=given["precision"],
             storage=given.get("storage", "auto"),
-        ),
+        ).anchored(),
         head=HeadSpec.make(given.get("head") or "gap", **shape, **{name: given[name] for name in _TRAINING}),
         max_pixels=given["max_pixels"],
         init=None if init is None else str(runs.find_run(root, init).absolute()),

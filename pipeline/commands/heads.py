@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -44,6 +44,7 @@ from pipeline.commands.shared import (
 if TYPE_CHECKING:
     from pipeline.asked import Asked
     from pipeline.spec import HeadSpec
+    from pipeline.workspace import Workspace
 
 _SETTINGS = (
     "epochs", "batch_size", "optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing",
@@ -118,7 +119,7 @@ def train_head(
         int, typer.Option(help="Train K heads by cross-validation over train and val, as one ensemble.", min=0, max=100)
     ] = 0,
     memory: MemoryOption = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard logs, too.")] = False,
+    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard logs, too.")] = False,
     resume: ResumeOption = None,
     weights: WeightsOption = "auto",
     layer: LayerOption = None,
@@ -132,14 +133,12 @@ def train_head(
     quiet: QuietOption = False,
 ) -> None:
     """Train a head from the cache. Computes no feature."""
-    from pipeline.runs import find_unfinished
     from pipeline.train import train_head as train
 
     asked = _asked(context) if resume is None else None
     with opened(context) as workspace:
         if asked is None:
-            resume = find_unfinished(workspace.runs, str(resume))
-            asked = _resumed(context, resume, workspace.runs)
+            resume, asked = _resumed(context, str(resume), workspace)
             command, chosen = asked_features_line(context, asked), asked.images
         else:
             command, chosen = features_command(context), dataset_choice(context)
@@ -155,7 +154,7 @@ def _asked(context: typer.Context) -> Asked:
     given = context.params
     return Asked(
         images=dataset_choice(context).anchored(),
-        features=feature_choice(context),
+        features=feature_choice(context).anchored(),
         head=_head(context),
         max_pixels=given["max_pixels"],
         folds=given["folds"],
@@ -183,11 +182,9 @@ def _head(context: typer.Context) -> HeadSpec:
     return HeadSpec.make(head, **{name: value for name, value in given.items() if name not in foreign})
 
 
-def _resumed(context: typer.Context, name: str, root: Any) -> Asked:
-    from pipeline import runs
-    from pipeline.asked import Asked, require_begun_by
+def _resumed(context: typer.Context, name: str, workspace: Workspace) -> tuple[str, Asked]:
+    from pipeline.asked import Asked, stopped_run
 
     refuse_beside_resume(context)
-    request = runs.read_request(root, name)
-    require_begun_by("train-head", request, name)
-    return Asked.of_request(request)
+    name, request = stopped_run(workspace, name, "train-head")
+    return name, Asked.of_request(request)

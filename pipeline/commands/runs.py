@@ -22,6 +22,7 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
     from pipeline.asked import resume_commands
 
     with opened(context) as workspace:
+        again = workspace.command
         found, stopped = runs.list_runs(workspace.runs), runs.unfinished(workspace.runs)
         commands = resume_commands(workspace.runs, stopped)
         sweeps = runs.unfinished(workspace.sweeps)
@@ -35,7 +36,7 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
         rows = [_run_row(about["summary"]) for about in found]
         terminal.table(rows, ("run", "head", "accuracy", "95% interval", "val", "seconds", "weights"))
     for name, command in (*commands.items(), *((name, "sweep") for name in sweeps)):
-        terminal.warn(f"stopped, go on by: {command} --resume {name}")
+        terminal.warn(f"stopped, go on by: {again(command)} --resume {name}")
 
 
 def _run_row(summary: dict[str, Any]) -> tuple[object, ...]:

@@ -41,7 +41,12 @@ ImageRootOption = Annotated[
 LimitOption = Annotated[
     int | None, typer.Option(help="Take only the first N images of a fixed, class-balanced order.", min=1)
 ]
-WeightsOption = Annotated[str, typer.Option(help="auto, imagenet, untrained[:SEED], or a Keras weights file.")]
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        help="auto, imagenet, untrained[:SEED], a Keras weights file, or sha256:DIGEST of one that was used before."
+    ),
+]
 LayerOption = Annotated[str | None, typer.Option(help="The layer whose output is cached.  [default: mixed10]")]
 PrecisionOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="What the backbone computes in.")
@@ -124,8 +129,17 @@ def _take_over(context: typer.Context, name: str | None) -> str | None:
     options = {option.opts[0].removeprefix("--"): option.name for option in context.command.params}
     like = options_like(open_run(context.obj / "runs", name), str(context.info_name))
     taken = {options[key]: value for key, value in like.items()}
-    context.default_map = {**(context.default_map or {}), **taken}
+    by_file = {key: value for key, value in (context.default_map or {}).items() if not _asks(context, key)}
+    context.default_map = {**by_file, **taken}
     return name
+
+
+def _asks(context: typer.Context, option: str) -> bool:
+    """Return whether an option is part of what a run was asked for, not of the machine and the moment."""
+    return option in _FEATURE_OPTIONS if context.info_name == "features" else option not in _NOT_ASKED
+
+
+_NOT_ASKED = ("memory", "max_bad", "tensorboard", "as_json", "quiet")
 
 
 LikeOption = Annotated[
@@ -174,7 +188,7 @@ def opened(context: typer.Context) -> Iterator[Workspace]:
 
     terminal.begin(quiet=context.params["quiet"])
     try:
-        with open_workspace(context.obj, terminal.progress) as workspace:
+        with open_workspace(context.obj, terminal.progress, program(context)) as workspace:
             yield workspace
     except KeyboardInterrupt as stop:
         raise StoppedError(stop) from stop
@@ -233,6 +247,8 @@ def views_choice(context: typer.Context) -> Views:
     from pipeline.spec import Augmentation, Views
 
     count, augment = context.params["views"], context.params["augment"]
+    if count == 1 and "augment" not in typed(context):
+        return Views()  # in a file it says what they are like where there are some
     if augment is not None and count == 1:
         raise UsageError("--augment says what the augmented views are like; ask for some by --views 2 or more")
     return Views(count, Augmentation.parse(augment or ""))
@@ -274,7 +290,8 @@ def program(context: typer.Context) -> list[str]:
     root = context.find_root()
     was_typed = str(root.get_parameter_source("data_dir")).endswith(".COMMANDLINE")
     by_file = context.obj != root.params["data_dir"]
-    return ["python", "cli.py", *(["--data-dir", str(context.obj)] if was_typed or by_file else [])]
+    called = ["icebox"] if root.info_name == "icebox" else ["python", "cli.py"]
+    return [*called, *(["--data-dir", str(context.obj)] if was_typed or by_file else [])]
 
 
 def features_line(context: typer.Context, options: Mapping[str, Any]) -> str:

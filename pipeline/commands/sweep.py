@@ -108,15 +108,13 @@ def sweep(
     quiet: QuietOption = False,
 ) -> None:
     """Try heads and settings on the cache; keep the best as a run. Computes no feature."""
-    from pipeline.runs import find_unfinished
     from pipeline.sweep import sweep as run_sweep
 
     start, cluster = time.perf_counter(), cluster_choice(context)
     asked = _asked(context) if resume is None else None
     with opened(context) as workspace:
         if asked is None:
-            resume = find_unfinished(workspace.sweeps, str(resume))
-            asked = _resumed(context, resume, workspace.sweeps)
+            resume, asked = _resumed(context, str(resume), workspace.sweeps)
             command, chosen = asked_features_line(context, asked), asked.images
         else:
             command, chosen = features_command(context), dataset_choice(context)
@@ -137,7 +135,7 @@ def _asked(context: typer.Context) -> SweepAsked:
     specs = make_trials(given["head"] or _HEADS, given["settings"] or (), given["random"], given["seed"])
     return SweepAsked(
         images=dataset_choice(context).anchored(),
-        features=feature_choice(context),
+        features=feature_choice(context).anchored(),
         specs=tuple(specs),
         max_pixels=given["max_pixels"],
         memory=memory_bytes(given["memory"]),
@@ -145,12 +143,13 @@ def _asked(context: typer.Context) -> SweepAsked:
     )
 
 
-def _resumed(context: typer.Context, name: str, root: Path) -> SweepAsked:
+def _resumed(context: typer.Context, name: str, root: Path) -> tuple[str, SweepAsked]:
     from pipeline import runs
     from pipeline.sweep import SweepAsked
 
     refuse_beside_resume(context, *CLUSTER_OPTIONS)
-    return SweepAsked.of_request(runs.read_request(root, name))
+    name = runs.latest_of(runs.unfinished(root), root) if name == "latest" else name
+    return name, SweepAsked.of_request(runs.read_request(root, name))
 
 
 def _finish(done: Sweep, seconds: float, as_json: bool) -> None:
