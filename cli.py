@@ -83,7 +83,8 @@ def main_options(
     ] = None,
 ) -> None:
     """Options that stand before the command."""
-    named = apply_config(context, config)
+    helped = not {"-h", "--help"}.isdisjoint(context.obj)  # which tells of the program, not of a file
+    named = None if helped else apply_config(context, config)
     default = str(context.get_parameter_source("data_dir")).endswith(".DEFAULT")
     context.obj = named if named is not None and default else data_dir
 
@@ -158,7 +159,7 @@ def _stops_noted() -> list[int]:
 def _run(arguments: list[str]) -> int:
     """Run the command; if the index turns out to be damaged on the way, once more with a new one."""
     try:
-        return _command()(arguments, prog_name=_NAME, standalone_mode=False) or 0
+        return _command()(arguments, prog_name=_NAME, standalone_mode=False, obj=arguments) or 0
     except OSError as error:
         from pipeline.errors import IndexDamagedError
 
@@ -167,7 +168,7 @@ def _run(arguments: list[str]) -> int:
         from pipeline.cache.index_file import set_aside
 
         set_aside(error)
-        return _command()(arguments, prog_name=_NAME, standalone_mode=False) or 0
+        return _command()(arguments, prog_name=_NAME, standalone_mode=False, obj=arguments) or 0
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -202,6 +203,21 @@ def test_summaries_are_for_people(data: Path) -> None:
     assert explained[-1].split() == ["cached", "300"], "no empty table of images that lack rows"
 
 
+def test_an_option_on_the_wrong_side_of_the_command_is_told_so(tmp_path: Path) -> None:
+    assert_one_line(icebox(tmp_path, "features", "--data-dir", "x"), 2, "--data-dir stands before the command")
+    assert_one_line(icebox(tmp_path, "--limit", "3", "features"), 2, "options of a command stand behind it")
+    assert_one_line(icebox(tmp_path, "cache"), 2, "There are: ls, explain, verify")
+    assert_one_line(icebox(tmp_path, "train-head", "--head", "gpa"), 2, "'--head': 'gpa' is not one of 'flatten'")
+
+
+@pytest.mark.parametrize(("target", "code"), [(">/dev/full", 1), (">&-", 0)])
+def test_an_output_that_takes_nothing_is_one_line(tmp_path: Path, target: str, code: int) -> None:
+    line = f"{shlex.join(command_line(tmp_path, 'cache', 'ls', '--json'))} {target}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr == ("error: [Errno 28] No space left on device\n" if code else "")
+
+
 def test_without_the_packages_one_line_says_where_they_come_from() -> None:
     bare = [sys.executable, "-S", str(ROOT / "cli.py"), "features"]
     done = subprocess.run(bare, capture_output=True, text=True, env=environment(PYTHONPATH=""))
@@ -287,7 +303,7 @@ def test_a_batch_systems_stop_is_as_clean_as_ctrl_c(data: Path) -> None:
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "Traceback" not in err, err
-    command = f"train-head --resume {partial.name.removeprefix('.partial-')}"
+    command = f"python cli.py --data-dir {data} train-head --resume {partial.name.removeprefix('.partial-')}"
     assert json.loads(out) == {"error": f"stopped; what was trained so far is kept; go on by: {command}"}, err
     assert (partial / "checkpoint.npz").exists()
 
@@ -311,4 +327,4 @@ def test_a_stop_that_native_code_turns_into_an_error_is_a_stop(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert capsys.readouterr().err == "error: stopped\n"
+    assert capsys.readouterr().err == "error: stopped; to go on, run the same command again\n"

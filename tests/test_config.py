@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_picture
 from deployed import KINDS, Deployed
 
 import cli
-from pipeline.asked import Asked, FullAsked
+from pipeline.asked import Asked, FullAsked, stopped_run
+from pipeline.cache.space import Cache
 from pipeline.errors import IceboxError
+from pipeline.reproduce import options_like
+from pipeline.workspace import Workspace
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -105,6 +111,52 @@ def test_pyproject_of_the_current_folder_is_read(asked: Any, tmp_path: Path) -> 
     assert asked("--config", "mine.toml", "train-head").head.head == "gap", "one file, not two"
 
 
+def test_keys_and_values_are_as_people_write_them(asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_picture(tmp_path / "photos" / "cats" / "1.png", 1)
+    text = '\ufeffdata_dir = "~/mine"\ndataset = "~/photos"\nweights = "~/w.h5"\n[train_head]\nhidden = []\n'
+    found: Asked = asked("--config", write(tmp_path / "mine.toml", text), "train-head")
+    assert asked.found[0][0].root == tmp_path / "mine"
+    assert found.images.dataset == str(tmp_path / "photos")
+    assert found.features.weights == str(tmp_path / "w.h5")
+    assert found.head.settings["hidden"] == ()
+    seen = []
+    monkeypatch.setattr("pipeline.sweep.sweep", lambda *given, **more: seen.append(given[2]) or 1 / 0)
+    table = '[sweep]\nhead = ["gap"]\n[sweep.set]\nlearning_rate = [1e-3, 1e-4]\nhidden = [64, [32, 16]]\n'
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["--config", str(write(tmp_path / "mine.toml", table)), "sweep"])
+    assert {spec.settings["hidden"] for spec in seen[0].specs} == {(64,), (32, 16)}
+    assert len(seen[0].specs) == 4
+
+
+def test_paths_mean_the_same_from_anywhere(asked: Any, tmp_path: Path) -> None:
+    assert asked("train-head", "--weights", "w.h5").features.weights == str(tmp_path / "w.h5")
+    assert asked("finetune", "--weights", "w.h5").features.weights == str(tmp_path / "w.h5")
+    assert asked("train-head", "--weights", "untrained:3").features.weights == "untrained:3"
+
+
+def test_views_of_cached_rows_are_no_warps_of_a_full_model(asked: Any, tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.toml", "views = 3\naugment = { rotation = 10 }\n[finetune]\nfrom-cache = true\n")
+    assert asked("--config", file, "train-head").views.recipe.rotation == 10
+    assert asked("--config", file, "train-head", "--views", "1").views.count == 1
+    assert asked("--config", file, "freeze").augment is None
+    tuned: FullAsked = asked("--config", file, "finetune")
+    assert (tuned.from_cache, tuned.views.count) == (True, 1)
+    images: FullAsked = asked("--config", file, "finetune", "--no-from-cache", "--augment", "default")
+    assert not images.from_cache
+    assert images.augment is not None
+
+
+def test_help_needs_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "pyproject.toml", "this is no TOML")
+    assert cli.main(["train-head", "--help"]) == 0
+    assert "Train a head from the cache" in capsys.readouterr().out
+    assert cli.main(["cache", "ls"]) == 2
+
+
 def test_settings_of_another_head_are_left_out_aloud(
     asked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +193,11 @@ def test_keys_above_all_tables_reach_no_command_that_means_something_else(
         ("[cache]\nyes = true", "there is no option 'yes' in [cache]"),
         ("[cache.gcc]\nyes = true", "did you mean gc?"),
         ("json = true", "there is no option 'json'"),
+        ("train-head = 5", "train-head is a command, so it must be a table, found 5"),
+        ("[[train_head]]\nepochs = 3", "train-head is a command, so it must be a table"),
+        ('format = "onnx"', "there is no option 'format'; it belongs into [export]"),
+        ('data_dir = ""', "data-dir must be a folder's name, found ''"),
+        (f"x = {'[' * 3000}", "mine.toml: is no TOML"),
         ('precision = "float3"', "(in mine.toml)"),
         ('[train-head]\nepochs = "many"', "(in mine.toml)"),
         ("[train-head]\nepochs = true", "epochs takes a value, found true"),
@@ -194,6 +251,49 @@ def test_like_wins_over_a_file_and_another_head_keeps_what_it_has(
     logreg = asked(*like, "--head", "logreg")
     assert logreg.head.settings["class_weight"] == "none"
     assert "a logreg head has no" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_like_leaves_nothing_of_a_file(kind: str, asked: Any, tmp_path: Path, deployed: Deployed) -> None:
+    """Not even where the run was asked for the default, or for nothing."""
+    run = deployed.run(kind)
+    command = run.asked.stage if isinstance(run.asked, FullAsked) else "train-head"
+    text = 'limit = 50\nviews = 2\nmax-pixels = 9999\nspace = "other"\n[train-head]\nfolds = 3\n'
+    file = write(tmp_path / "mine.toml", text + '[finetune]\nfrom-cache = true\ninit = "best"\n')
+    like = ("--data-dir", deployed.data, command, "--like", run.name)
+    assert asked("--config", file, *like) == asked(*like)
+
+
+def test_like_takes_the_weights_by_their_digest(asked: Any, deployed: Deployed) -> None:
+    """`auto`, and a path, may mean others by now."""
+    digest = f"sha256:{'ab' * 32}"
+    run = deployed.run("gap")
+    assert run.asked is not None
+    for stated in ("auto", "/somewhere/w.h5", "w.h5"):
+        wanted = replace(run.asked, features=replace(run.asked.features, weights=stated))
+        again = replace(run, base=replace(run.base, weights=digest), asked=wanted, weights="w.h5")
+        assert options_like(again, "train-head")["weights"] == digest
+        assert options_like(again, "features")["weights"] == digest
+
+
+def test_latest_is_the_last_stopped_run_of_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, stage in (("20260101-a", None), ("20260102-b", "finetune"), ("20260103-c", "freeze")):
+        folder = tmp_path / "runs" / f".partial-{name}"
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.npz").touch()
+        (folder / "request.json").write_text(json.dumps({"asked": {"stage": stage}}))
+    with closing(Cache(tmp_path / "cache")) as cache:
+        workspace = Workspace(tmp_path, cache)
+        assert stopped_run(workspace, "latest", "train-head")[0] == "20260101-a"
+        assert stopped_run(workspace, "latest", "finetune")[0] == "20260102-b"
+    assert cli.main(["--data-dir", str(tmp_path), "train-head", "--resume", "20260103-c"]) == 1
+    said = f"was begun by freeze; go on by: python cli.py --data-dir {tmp_path} freeze --resume 20260103-c"
+    assert said in capsys.readouterr().err
+    assert cli.main(["--data-dir", str(tmp_path), "runs", "ls"]) == 0
+    listed = f"stopped, go on by: python cli.py --data-dir {tmp_path} finetune --resume 20260102-b"
+    assert listed in capsys.readouterr().err
 
 
 def test_like_a_run_of_another_kind_is_refused(deployed: Deployed, capsys: pytest.CaptureFixture[str]) -> None:

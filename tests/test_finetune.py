@@ -371,7 +371,10 @@ def test_killed_in_an_epoch_it_goes_on_as_if_it_never_was(place: Place, from_cac
     assert f"finetune --resume {name}" in listed.err
     for number in (0, 1):
         shutil.rmtree(place.workspace.runs / f".partial-broken{number}")
-    assert "was begun by finetune; go on by: finetune --resume" in icebox(data, "train-head", "--resume", name).err
+    assert (
+        f"was begun by finetune; go on by: python cli.py --data-dir {data} finetune --resume"
+        in icebox(data, "train-head", "--resume", name).err
+    )
     done = icebox(data, "finetune", "--resume", name, "--json").json
     histories = [(place.workspace.runs / run["run"] / "history.json").read_text() for run in (whole, done)]
     assert len(json.loads(histories[0])) == 5

@@ -101,7 +101,7 @@ def complete(line: str, shell: str = "bash") -> list[str]:
     return done.stdout.split()
 
 
-def test_a_shell_completes_commands_options_and_names(deployed: Deployed) -> None:
+def test_a_shell_completes_commands_options_and_names(deployed: Deployed, tmp_path: Path) -> None:
     before = f"cli.py --data-dir {deployed.data}"
     assert complete("cli.py fe") == ["features"]
     assert complete("cli.py cache ex") == ["explain", "export"]
@@ -110,6 +110,11 @@ def test_a_shell_completes_commands_options_and_names(deployed: Deployed) -> Non
     assert complete("cli.py features --dataset cifar") == ["cifar10", "cifar100"]
     assert complete(f"{before} report ")[:2] == ["latest", "best"]
     assert deployed.name("gap") in complete(f"{before} predict {deployed.name('gap')[:12]}")
+    assert deployed.name("gap") in complete(f"{before} finetune --init {deployed.name('gap')[:12]}")
+    named = tmp_path / "mine.toml"
+    named.write_text(f'data-dir = "{deployed.data}"')
+    assert deployed.name("gap") in complete(f"cli.py --config {named} predict {deployed.name('gap')[:12]}")
+    assert complete(f"cli.py --data-dir {named} predict ") == [], "it is no folder"
     spaces = {path.parent.name for path in (deployed.data / "cache").glob("*/space.json")}
     assert set(complete(f"{before} train-head --space ")) == spaces
 

@@ -336,6 +336,16 @@ def test_a_file_with_odd_bytes_in_its_name_is_found_again(place: Place, tmp_path
     assert place.find(name) == Weights("file", name, path)
 
 
+def test_a_digest_names_a_file_that_was_seen(place: Place, tmp_path: Path) -> None:
+    path = put(tmp_path / "mine.h5", b"mine")
+    seen = place.resolve(str(path))
+    assert place.resolve(seen.identity) == seen
+    with pytest.raises(WeightsError, match="not on this machine any more; give the file"):
+        place.resolve(f"sha256:{'ab' * 32}")
+    with pytest.raises(UsageError, match="64 hexadecimal digits"):
+        place.resolve("sha256:ab")
+
+
 # What `weights` prints
 
 

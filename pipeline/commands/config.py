@@ -33,7 +33,7 @@ def apply_config(context: typer.Context, path: Path | None) -> Path | None:
         If it cannot be read.
     """
     file = path or _PYPROJECT
-    if set(context.args) & set(context.help_option_names) or not (values := _stated(file, path is None)):
+    if not (values := _stated(file, path is None)):
         return None
     context.meta["config"] = str(file)
     data = _data_dir(file, values)
