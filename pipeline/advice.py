@@ -8,8 +8,7 @@ import numpy as np
 
 from pipeline.checkup import Checkup
 from pipeline.gather import SPLITS
-from pipeline.progress import duration
-from pipeline.shard_task import size_text
+from pipeline.progress import duration, size_text
 
 _FEW = 20  # images of a class to train on; fewer are hardly learned from, and more so hardly measured
 _UNEVEN = 10  # times as many images in the largest class as in the smallest

@@ -24,7 +24,7 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded
 from pipeline.errors import DecodeError
-from pipeline.progress import Advance, Progress, duration
+from pipeline.progress import Advance, Progress, duration, size_text
 from pipeline.shard_task import (
     AT_ONCE,
     Met,
@@ -35,7 +35,6 @@ from pipeline.shard_task import (
     ShardWorker,
     There,
     nothing_there,
-    size_text,
 )
 
 logger = logging.getLogger(__name__)

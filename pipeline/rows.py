@@ -16,6 +16,7 @@ from pipeline import machine
 from pipeline.cache.index import Located
 from pipeline.cache.space import FeatureSpace, ShardReader
 from pipeline.errors import UsageError
+from pipeline.progress import size_text
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def room_for(stored: Sequence[StoredRows], *, memory: int | None = None, needed:
             f"--memory must hold {least} rows of {row_bytes:,} bytes, {least * row_bytes:,} in all; found {room:,}"
         )
     where = "read into memory" if fits else "streamed from disk"
-    logger.info("%s rows, %.2f GB, are %s (%.2f GB allowed)", f"{count:,}", count * row_bytes / 1e9, where, room / 1e9)
+    logger.info("%s rows, %s, are %s (%s allowed)", f"{count:,}", size_text(count * row_bytes), where, size_text(room))
     return None if fits else room
 
 

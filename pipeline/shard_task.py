@@ -25,6 +25,7 @@ from pipeline.cache.shard import Gathering, Rows, ShardInfo, write_shard
 from pipeline.dataset import Dataset, remote
 from pipeline.decoder import Decoders, Loaded, Loader, batched, decoding_pool, in_threads
 from pipeline.errors import CacheError
+from pipeline.progress import size_text
 from pipeline.spec import PLAIN_VIEW, FeatureSpec, Views
 
 There = Callable[[bytes, int], bool]  # whether the row of this key and view need not be computed
@@ -305,8 +306,3 @@ def check_room(directory: Path, count: int, row_bytes: float) -> None:
             f"{count:,} rows need about {size_text(row_bytes * count)} in {directory}, {size_text(free)} are free; "
             "make room, or put the data elsewhere by --data-dir"
         )
-
-
-def size_text(count: float) -> str:
-    """Return how many bytes that is, as people say it."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.0f} MB"

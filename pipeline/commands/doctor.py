@@ -107,8 +107,7 @@ def doctor(
 def _show(found: Checkup, about: dict[str, Any]) -> None:
     from pipeline import terminal
     from pipeline.checkup import MOST_MEMBERS
-    from pipeline.progress import duration
-    from pipeline.shard_task import size_text
+    from pipeline.progress import duration, size_text
 
     rows = [(name, *counts.values()) for name, counts in about["classes"].items()]
     terminal.table(rows[:_MOST_CLASSES], ("class", *next(iter(about["classes"].values()))))
