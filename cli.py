@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = _run(arguments)
     except TyperException as error:
-        return _fail(_explained(error), error.exit_code, arguments)
+        return _fail(_explained(error, arguments), error.exit_code, arguments)
     except Exception as error:
         import sqlite3
 
@@ -118,16 +119,23 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _explained(error: Any) -> str:
-    """Return what Typer says of a wrong usage, and on which side of the command an option stands."""
-    text = error.format_message().replace("Value error, ", "") + origin(error)  # the library's that reads values
+def _explained(error: Any, arguments: list[str]) -> str:
+    """Return what Typer says of a wrong usage, what was found, and on which side of the command an option stands."""
+    text = error.format_message().replace("Value error, ", "")  # the words of the library that reads values
+    spelt = getattr(getattr(error, "param", None), "opts", ())
+    given = [value for name, value in itertools.pairwise(arguments) if name in spelt]
+    if given and not any(value in text for value in given):
+        text += f", found {given[-1]!r:.60}"
+    text += origin(error)
     if text == "Missing command.":
         return f"{text} There are: {', '.join(error.ctx.command.commands)}"
-    option = getattr(error, "option_name", None)
-    if option in ("--data-dir", "--config") and error.ctx.parent is not None:
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if context is None or not text.startswith("No such option"):
+        return text
+    if option in ("--data-dir", "--config") and context.parent is not None:
         return f"No such option here: {option} stands before the command"
-    if option and error.ctx.parent is None:
-        return f"{text.split(' (')[0].rstrip('.')}; options of a command stand behind it"
+    if context.parent is None and "(" not in text:
+        return f"{text.rstrip('.')}; options of a command stand behind it"
     return text
 
 

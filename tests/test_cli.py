@@ -203,9 +203,11 @@ def test_summaries_are_for_people(data: Path) -> None:
     assert explained[-1].split() == ["cached", "300"], "no empty table of images that lack rows"
 
 
-def test_an_option_on_the_wrong_side_of_the_command_is_told_so(tmp_path: Path) -> None:
+def test_wrong_usage_is_told_with_what_was_found(tmp_path: Path) -> None:
     assert_one_line(icebox(tmp_path, "features", "--data-dir", "x"), 2, "--data-dir stands before the command")
     assert_one_line(icebox(tmp_path, "--limit", "3", "features"), 2, "options of a command stand behind it")
+    assert_one_line(icebox(tmp_path, "train-head", "--epochs", "3x"), 2, "'--epochs': ", ", found '3x'")
+    assert_one_line(icebox(tmp_path, "train-head", "--epochs"), 2, "'--epochs' requires an argument")
     assert_one_line(icebox(tmp_path, "cache"), 2, "There are: ls, explain, verify")
     assert_one_line(icebox(tmp_path, "train-head", "--head", "gpa"), 2, "'--head': 'gpa' is not one of 'flatten'")
 
