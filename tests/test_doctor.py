@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from conftest import icebox, picture, write_picture
+from conftest import ROOT, environment, icebox, picture, write_picture
 from PIL import Image
 
 UNTRAINED = ("--weights", "untrained", "--precision", "float32")
@@ -102,6 +105,17 @@ def test_on_the_terminal_and_once_it_is_cached(photos: Path, tmp_path: Path) -> 
     assert "near copies" in done.err
     told = icebox(data, "doctor", photos, "--json").json
     assert (told["estimate"], told["rows"]["missing"]) == (None, 0)
+
+
+def test_the_command_it_ends_with_does_what_it_says(photos: Path, tmp_path: Path) -> None:
+    (photos / "cats" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    said = icebox(tmp_path / "da 'ta", "doctor", photos, *UNTRAINED).err.splitlines()[-1]
+    _, _, command = said.partition("to compute them: ")
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, "what cannot be read is allowed for"
+    assert icebox(tmp_path / "da 'ta", "doctor", photos, *UNTRAINED, "--json").json["rows"]["cached"] == 12
 
 
 def test_without_a_dataset_it_is_about_the_machine(tmp_path: Path) -> None:
