@@ -262,7 +262,7 @@ def test_a_full_disk_is_told_before_anything_is_computed(
     monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", None)  # not even loaded
     before = rows_of(data)
     assert call(data, *(argument if argument != "6" else "8" for argument in FEATURES)) == 1
-    assert "2 rows need about 0 MB" in capsys.readouterr().err
+    assert re.search(r"2 rows need about [\d.]+ kB in \S+, 1\.00 kB are free", capsys.readouterr().err)
     assert rows_of(data) == before
 
 
@@ -282,7 +282,7 @@ def test_a_disk_too_small_is_told_and_the_run_goes_on_when_it_grows(undisturbed:
         options = ("--shard-rows", "1", "--batch-size", "2")  # the estimate is of the first batch, and is refused
         done = icebox(data, *FEATURES, *options)
         assert done.code == 1
-        assert re.search(r"6 rows need about \d MB in \S+, \d MB are free; make room", done.err)
+        assert re.search(r"6 rows need about [\d.]+ [kM]B in \S+, [\d.]+ kB are free; make room", done.err)
         assert icebox(data, *VERIFY).code == 0
         subprocess.run(["mount", "-o", "remount,size=2M", str(disk)], check=True)
         assert icebox(data, *FEATURES).code == 0

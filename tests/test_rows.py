@@ -110,7 +110,7 @@ def test_how_much_is_read_into_memory_is_said_first(filled: FeatureSpace, caplog
         open_rows(filled, KEYS, "features", SPLITS)
         on_disk(filled, "features")
     first, second = caplog.messages
-    assert "120 rows, 0 MB, are read into memory" in first
+    assert "120 rows, 7.68 kB, are read into memory" in first
     assert "streamed from disk" in second
 
 

@@ -28,6 +28,7 @@ from pipeline.cache.index import Located
 from pipeline.cache.shard import check_bytes, damage_named, h5_in, opened, row_filters, row_layout
 from pipeline.cache.space import FeatureSpace
 from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError
+from pipeline.progress import size_text
 
 FORMAT = "icebox-export"
 VERSION = 1
@@ -113,7 +114,7 @@ class _Export:
         row = _VIRTUAL_ROW_BYTES if virtual else row
         needed, free = round(len(self._columns.keys) * row * _MARGIN), storage.free_bytes(out.parent)
         if needed > free:
-            raise CacheError(f"{out} needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free; make room")
+            raise CacheError(f"{out} needs about {size_text(needed)}, {size_text(free)} are free; make room")
 
     def write_columns(self, file: h5py.File) -> None:
         columns, text = self._columns, h5py.string_dtype()

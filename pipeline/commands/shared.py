@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.commands.completion import dataset_names, run_names, space_names, stopped_names
+from pipeline.progress import size_text
 
 if TYPE_CHECKING:
     from pipeline.asked import Asked, DatasetChoice
@@ -355,13 +356,12 @@ def finish(result: dict[str, Any], as_json: bool, lines: tuple[str, ...], note: 
 
 def _readable(name: str, value: Any) -> Any:
     """Return sizes in units people read, and intervals as `runs ls` has them; other values as they are."""
-    if name.endswith("interval"):
-        from pipeline import terminal
+    from pipeline import terminal
 
+    if name.endswith("interval"):
         return terminal.interval(value)
-    if not name.endswith(("memory", "bytes", "bytes_read", "bytes_freed", "free")):
-        return value
-    return f"{value / 1e9:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.2f} MB"
+    sizes = ("memory", "bytes", "bytes_read", "bytes_freed", "free")
+    return size_text(value) if name.endswith(sizes) else value
 
 
 _MOST_CAUSES = 10  # counted for people

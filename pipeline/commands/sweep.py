@@ -48,6 +48,7 @@ from pipeline.commands.shared import (
     typed,
     views_choice,
 )
+from pipeline.progress import size_text
 
 if TYPE_CHECKING:
     from pipeline.sweep import Sweep, SweepAsked
@@ -187,5 +188,5 @@ def _row(row: dict[str, Any], settings: str) -> tuple[Any, ...]:
         "best" if row["rank"] == 1 else f"{row['p_value']:.2g}",
         f"{row['seconds']:.1f}",
         row["parameters"],
-        f"{row['bytes'] / 1e6:,.2f} MB",
+        size_text(row["bytes"]),
     )
