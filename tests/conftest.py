@@ -186,6 +186,14 @@ def mark(path: Path, ending: bytes) -> Path:
     return path
 
 
+def pytest_configure() -> None:
+    """Give each test process its share of the cores, so that what it starts does not compute on those of another."""
+    worker, workers = (os.environ.get(f"PYTEST_XDIST_WORKER{end}", "") for end in ("", "_COUNT"))
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores, number, of = sorted(os.sched_getaffinity(0)), int(worker.removeprefix("gw")), int(workers)
+        os.sched_setaffinity(0, cores[number % len(cores) :: of])
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-call", action="store_true", help="leave no file-system call of `features` out")
 
