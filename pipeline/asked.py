@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from pipeline import dataset
+from pipeline import dataset, machine
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError, UsageError
 from pipeline.extract import FeatureChoice
@@ -54,7 +53,7 @@ class DatasetChoice:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(os.path.expanduser(path)).absolute())  # noqa: PTH111  the Path method raises on "~nobody"
+    return str(machine.at_home(path).absolute())
 
 
 def begun_with(request: Mapping[str, Any]) -> FeatureChoice:

@@ -147,7 +147,7 @@ class Features:
         """
         from pipeline.keras_start import import_keras
 
-        import_keras()  # quietly, and with GPU memory that grows as needed
+        import_keras(whole=True)  # quietly, and with GPU memory that grows as needed
         import tensorflow as tf
 
         shuffled, epoch = self._shuffled(split, size, seed), 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from pipeline import machine
@@ -15,20 +16,26 @@ from pipeline import machine
 KerasModel = Any  # keras.Model; its own type hints are wrong in too many places to be checked against
 _IMPORTING = threading.Lock()
 
+# What Keras imports if it is there, for wrappers, plots and tables that nothing here uses: a third of its start.
+_OPTIONAL = ("matplotlib", "pandas", "sklearn")
 
-def import_keras() -> Any:
-    """Import TensorFlow and Keras quietly, GPU memory growing as needed, and return the keras module."""
+
+def import_keras(*, whole: bool = False) -> Any:
+    """Import TensorFlow and Keras quietly, GPU memory growing as needed, and return the keras module.
+
+    Keras is left without what only other programs would use of it, unless they are to have the `whole` of it.
+    """
     with _IMPORTING:  # one thread may have begun with it while files are hashed
-        return _import_keras()
+        return _import_keras(() if whole else _OPTIONAL)
 
 
-def _import_keras() -> Any:
+def _import_keras(hidden: Collection[str]) -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["KERAS_BACKEND"] = "tensorflow"
     if not machine.driver_gpus():
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or TensorFlow looks for one and reports a failure
     # TensorFlow's libraries greet on stderr before any of their settings is read.
-    with contextlib.nullcontext() if "tensorflow" in sys.modules else stderr_held_back():
+    with contextlib.nullcontext() if "keras" in sys.modules else _quickly(hidden):
         import keras
         import tensorflow as tf
 
@@ -50,6 +57,34 @@ def limit_threads(of_a_layer: int, layers: int) -> None:
     with contextlib.suppress(RuntimeError):  # how it says that it is too late; slower, perhaps, but as right
         tf.config.threading.set_intra_op_parallelism_threads(of_a_layer)
         tf.config.threading.set_inter_op_parallelism_threads(layers)
+
+
+@contextlib.contextmanager
+def _quickly(hidden: Collection[str]) -> Iterator[None]:
+    """Import quietly, without those packages, and without looking for garbage among modules that stay."""
+    finder, collects = _Hiding(hidden), gc.isenabled()
+    sys.meta_path.insert(0, finder)
+    gc.disable()
+    try:
+        with stderr_held_back():
+            yield
+    finally:
+        sys.meta_path.remove(finder)
+        gc.freeze()  # or every later collection goes through a million objects of theirs
+        if collects:
+            gc.enable()
+
+
+class _Hiding:
+    """A finder of modules that hides packages from one thread: others may be importing them meanwhile."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names, self._thread = names, threading.get_ident()
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Find nothing. Raises ModuleNotFoundError for what is hidden."""
+        if name in self._names and threading.get_ident() == self._thread:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 @contextlib.contextmanager

@@ -71,6 +71,11 @@ def _left_in_groups(root: Path, membership: Path) -> list[int]:
     return left
 
 
+def at_home(path: str) -> Path:
+    """Return the path with the home folder that a leading ~ means, as a shell hands it over."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  the Path method raises on "~nobody"
+
+
 def usable_cores() -> int:
     """Return how many cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipeline import machine
 from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, UNTRAINED_RECIPE, Backbone
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.index import Index
@@ -63,12 +64,12 @@ def resolve(
         if path is None and choice == "auto" and offline:
             return _untrained("untrained")
         return _from_file("imagenet", path or _download(row, downloads, progress), index)
-    return _from_file("file", Path(os.path.expanduser(choice)), index)  # noqa: PTH111  the Path method raises on "~nobody"
+    return _from_file("file", machine.at_home(choice), index)
 
 
 def anchored(choice: str) -> str:
     """Return the same choice with an absolute path, so that it means the same from anywhere."""
-    return os.path.abspath(os.path.expanduser(choice)) if is_path(choice) else choice  # noqa: PTH100, PTH111  as above
+    return str(machine.at_home(choice).absolute()) if is_path(choice) else choice
 
 
 def is_path(choice: str) -> bool:

@@ -5,7 +5,6 @@ Keys are options as they are typed, without the dashes; a table is a command. Wh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,9 @@ def _data_dir(file: Path, values: dict[str, Any]) -> Path | None:
         return None
     if not isinstance(data, str) or not data:
         raise _wrong(file, f"data-dir must be a folder's name, found {data!r:.60}")
-    return Path(_at_home(data))
+    from pipeline import machine
+
+    return machine.at_home(data)
 
 
 def origin(error: Any) -> str:
@@ -185,12 +186,10 @@ def _text(value: Any) -> str:
     """Return a value as it would be typed: 64,[128,64] for a list in a list, none for an empty one."""
     if isinstance(value, list):
         return ",".join(f"[{_text(each)}]" if isinstance(each, list) else _text(each) for each in value) or "none"
-    return str(value).lower() if isinstance(value, bool) else _at_home(str(value))
+    from pipeline import machine
 
-
-def _at_home(text: str) -> str:
-    """Return a path with the home folder that ~ means, as a shell hands it over."""
-    return os.path.expanduser(text) if text.startswith("~") else text  # noqa: PTH111  the Path method raises on "~nobody"
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return str(machine.at_home(text)) if text.startswith("~") else text  # a value need not be a path
 
 
 def _with_dashes(values: Mapping[str, Any]) -> dict[str, Any]:

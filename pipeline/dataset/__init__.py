@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 
+from pipeline import machine
 from pipeline.dataset.base import Dataset, Source, limit, of_files
 from pipeline.dataset.cifar import CIFAR10, CIFAR100, open_cifar
 from pipeline.dataset.digits import open_digits
@@ -85,7 +85,7 @@ def open_dataset(
 
 
 def _open_path(name: str, image_root: Path | None) -> Dataset:
-    path = Path(os.path.expanduser(name))  # noqa: PTH111  the Path method raises on "~nobody"
+    path = machine.at_home(name)
     try:
         is_folder, is_file, exists = path.is_dir(), path.is_file(), path.exists()
     except OSError as error:  # a name too long, a parent that may not be entered

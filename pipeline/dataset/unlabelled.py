@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline import machine
 from pipeline.dataset import remote
 from pipeline.dataset.base import Dataset, of_files
 from pipeline.dataset.folder import images_below
@@ -36,7 +36,7 @@ def open_images(paths: Sequence[str], image_root: Path | None = None) -> Dataset
             names.append(text)
             files.append(_resolved(text))
             continue
-        path = Path(os.path.expanduser(text))  # noqa: PTH111  the Path method raises on "~nobody"
+        path = machine.at_home(text)
         if _is_folder(path, text):
             found = [str(path / name) for name in sorted(images_below(path, ignored))]
             if not found:

@@ -76,7 +76,7 @@ def _page_of_runs(about: Sequence[Mapping[str, Any]]) -> str:
     return page.render(
         "report_compare.html",
         _NO_IMAGES,
-        title=f"{len(about):,} runs compared",
+        title="1 run compared" if len(about) == 1 else f"{len(about):,} runs compared",
         subtitle=", ".join(datasets),
         untrained=any(str(each["features"].get("weights", "")).startswith("untrained") for each in about),
         notes=[*several, note],
