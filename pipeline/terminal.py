@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -121,14 +122,14 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> None:
     On a terminal that is too narrow the last columns are left out, which is said; those that tell most stand first.
     Without rows nothing is printed.
     """
-    lines = [list(headers), *([_text(cell) for cell in row] for row in rows)]
+    lines = [list(headers), *([_spelt_out(_text(cell)) for cell in row] for row in rows)]
     if len(lines) == 1:
         return
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
     shown = _columns_that_fit(widths) if console.is_terminal else len(widths)
     for line in lines:
         cells = zip(line[:shown], widths[:shown], strict=True)
-        say("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
+        say("  ".join(_padded(cell, width) for cell, width in cells).rstrip())
     if shown < len(widths):
         say(f"(too narrow here for: {', '.join(headers[shown:])}; --json tells all)", "dim")
 
@@ -142,9 +143,14 @@ def _columns_that_fit(widths: Sequence[int]) -> int:
 
 def pairs(values: Mapping[str, object]) -> None:
     """Print names and values, a line each."""
-    width = max(map(len, values), default=0)
+    width = max(map(cell_len, values), default=0)
     for name, value in values.items():
-        say(f"{name.ljust(width)}  {_text(value)}")
+        say(f"{_padded(name, width)}  {_text(value)}")
+
+
+def _padded(text: str, width: int) -> str:
+    """Return text as wide as `width` letters; those of some scripts are two wide."""
+    return text + " " * (width - cell_len(text))
 
 
 def say(text: str, style: str | None = None) -> None:

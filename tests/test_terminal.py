@@ -16,6 +16,8 @@ import pytest
 from conftest import ROOT, environment, icebox
 from deployed import Deployed
 
+from pipeline import terminal
+
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 WORK = """
@@ -127,3 +129,9 @@ def test_the_installed_program_is_the_same(tmp_path: Path) -> None:
         [program, "--help"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("Usage: icebox [OPTIONS] COMMAND")
+
+
+def test_columns_stand_in_line_whatever_the_script(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.table([("猫", 3), ("a\x1bb", 4), ("dog", 5)], ("class", "images"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["class   images", "猫      3", "a\\x1bb  4", "dog     5"]
