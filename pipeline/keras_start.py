@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import sys
 import tempfile
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline import machine
+from pipeline.imports import without
 
 KerasModel = Any  # keras.Model; its own type hints are wrong in too many places to be checked against
 _IMPORTING = threading.Lock()
@@ -29,15 +31,17 @@ def import_keras(*, whole: bool = False) -> Any:
         return _import_keras(() if whole else _OPTIONAL)
 
 
-def _import_keras(hidden: Collection[str]) -> Any:
+def _import_keras(hidden: Sequence[str]) -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["KERAS_BACKEND"] = "tensorflow"
     if not machine.driver_gpus():
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or TensorFlow looks for one and reports a failure
-    # TensorFlow's libraries greet on stderr before any of their settings is read.
-    with contextlib.nullcontext() if "keras" in sys.modules else _quickly(hidden):
-        import keras
-        import tensorflow as tf
+    if "keras" not in sys.modules:
+        # TensorFlow's libraries greet on stderr before any of their settings is read.
+        with stderr_held_back(), _uncollected(), without(*hidden):
+            importlib.import_module("keras")
+    import keras
+    import tensorflow as tf
 
     tf.get_logger().setLevel("ERROR")  # several small models in one process make it warn of retracing
     # A keras.json in somebody's home must not decide what a feature is.
@@ -60,31 +64,16 @@ def limit_threads(of_a_layer: int, layers: int) -> None:
 
 
 @contextlib.contextmanager
-def _quickly(hidden: Collection[str]) -> Iterator[None]:
-    """Import quietly, without those packages, and without looking for garbage among modules that stay."""
-    finder, collects = _Hiding(hidden), gc.isenabled()
-    sys.meta_path.insert(0, finder)
+def _uncollected() -> Iterator[None]:
+    """Do not look for garbage among modules that are being imported, nor later: they stay, a million objects."""
+    collects = gc.isenabled()
     gc.disable()
     try:
-        with stderr_held_back():
-            yield
+        yield
     finally:
-        sys.meta_path.remove(finder)
-        gc.freeze()  # or every later collection goes through a million objects of theirs
+        gc.freeze()
         if collects:
             gc.enable()
-
-
-class _Hiding:
-    """A finder of modules that hides packages from one thread: others may be importing them meanwhile."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        self._names, self._thread = names, threading.get_ident()
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        """Find nothing. Raises ModuleNotFoundError for what is hidden."""
-        if name in self._names and threading.get_ident() == self._thread:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 @contextlib.contextmanager

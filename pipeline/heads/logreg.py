@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.cache import storage
 from pipeline.errors import DatasetError, DoNotFitError, RunError
 from pipeline.heads.base import JSON_FILE, Data, Fitted, measure, not_numbers, stratified_folds
+from pipeline.imports import without
 from pipeline.loop import Watch
 from pipeline.rows import Rows, StoredRows, in_order
 from pipeline.runs import write_json
@@ -31,6 +32,12 @@ _FOLDS = 5
 _WORSE = 2  # larger C in a row that are worse than the best so far: then no more are tried
 _WORTH_THREADS = 2**24  # numbers: below, threads of the linear algebra wait for each other longer than they work
 _TEMPERATURES = (0.05, 20.0)
+
+
+def _skops() -> Any:
+    with without("dask", "torch"):  # which scikit-learn would import, to the last of whose modules skops looks
+        import skops.io
+    return skops.io
 
 
 class LogregHead:
@@ -49,24 +56,22 @@ class LogregHead:
 
     def save(self, directory: Path) -> None:
         """Write a skops file and our JSON."""
-        import skops.io
-
-        skops.io.dump(self.pipeline, directory / _SKOPS_FILE)
+        _skops().dump(self.pipeline, directory / _SKOPS_FILE)
         digest = storage.sha256_file(directory / _SKOPS_FILE)
         write_json(directory / JSON_FILE, {"head": "logreg", "classes": self.classes, "sha256": digest})
 
     @classmethod
     def load(cls, directory: Path, made: Mapping[str, Any]) -> LogregHead:
         """Return the head in `directory`; a file that holds any type but scikit-learn's own is refused."""
-        import skops.io
         from sklearn.pipeline import Pipeline
 
+        skops = _skops()
         path = directory / _SKOPS_FILE
         if storage.sha256_file(path) != made["sha256"]:
             raise RunError(f"{_SKOPS_FILE} is not the file that was saved")
-        if strange := skops.io.get_untrusted_types(file=path):
+        if strange := skops.get_untrusted_types(file=path):
             raise RunError(f"{path} holds types that a logistic regression does not: {', '.join(strange)}")
-        pipeline = skops.io.load(path, trusted=[])
+        pipeline = skops.load(path, trusted=[])
         if not isinstance(pipeline, Pipeline) or not max(pipeline.classes_) < made["classes"]:
             raise RunError(f"{path} does not hold a logistic regression over {made['classes']} classes")
         return cls(pipeline, made["classes"])

@@ -1,4 +1,4 @@
-"""Keras is loaded without what only other programs use of it, and nobody else is kept from that."""
+"""Keras and skops are loaded without what only other programs use of them, and nobody else is kept from that."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_other_threads_import_meanwhile_what_they_need() -> None:
         "import threading\n"
         "loading = threading.Thread(target=import_keras)\n"
         "loading.start()\n"
-        "while not any(type(finder).__name__ == '_Hiding' for finder in sys.meta_path):\n"
+        "while not any(type(finder).__module__ == 'pipeline.imports' for finder in sys.meta_path):\n"
         "    pass\n"
         "import matplotlib\n"
         "print('keras.src.wrappers' in sys.modules)\n"
@@ -42,3 +42,11 @@ def test_other_threads_import_meanwhile_what_they_need() -> None:
         "print('keras' in sys.modules)"
     )
     assert python(script) == "False\nTrue"
+
+
+def test_skops_takes_no_other_frameworks_along() -> None:
+    script = "from pipeline.heads import logreg\nlogreg._skops()\n"
+    script += (
+        "print([name for name in ('dask', 'torch', 'tensorflow') if name in sys.modules], 'sklearn' in sys.modules)"
+    )
+    assert python(script) == "[] True"
