@@ -61,6 +61,7 @@ def commands(given: argparse.Namespace, data: str) -> dict[str, tuple[str, list[
     extraction = ["--weights", weights, *runs, *peers]
     of_one = {
         "precision": [*of_both, "--weights", weights, "--seeds", "2" if few else "5"],
+        "imports": runs,
         "startup": [*of_both, *runs, "--files", "2000" if few else "100000"],
         "flatten": [*of_both, *runs, "--epochs", "2" if few else "6"],
         "encodings": ["--data", data, "--rows", "64" if few else "512", *runs],
