@@ -98,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
     stopped = _stops_noted()
     try:
         code = _run(arguments)
+    except KeyboardInterrupt:  # before Typer has begun, or after it has ended
+        code = _INTERRUPTED
     except TyperException as error:
         return _fail(_explained(error, arguments), error.exit_code, arguments)
     except Exception as error:
@@ -124,6 +126,7 @@ def _explained(error: Any, arguments: list[str]) -> str:
     text = error.format_message().replace("Value error, ", "")  # the words of the library that reads values
     spelt = getattr(getattr(error, "param", None), "opts", ())
     given = [value for name, value in itertools.pairwise(arguments) if name in spelt]
+    given += [value for name, equals, value in (each.partition("=") for each in arguments) if equals and name in spelt]
     if given and not any(value in text for value in given):
         text += f", found {given[-1]!r:.60}"
     text += origin(error)
@@ -205,12 +208,10 @@ def run_and_exit() -> NoReturn:
     """Run the command line as a program of its own."""
     import threading
 
-    if sys.stderr is not None:
-        # A descriptor of our own: what native libraries print on theirs is held back while they load.
-        own, encoding = os.dup(2), sys.stderr.encoding
-        sys.stderr = os.fdopen(own, "w", buffering=1, encoding=encoding, errors="backslashreplace")
-    if sys.stdout is None:  # closed by whoever called
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    _open_what_is_closed()
+    # A descriptor of our own: what native libraries print on theirs is held back while they load.
+    own, encoding = os.dup(2), sys.stderr.encoding
+    sys.stderr = os.fdopen(own, "w", buffering=1, encoding=encoding, errors="backslashreplace")
     code = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # what it came to is settled
@@ -218,10 +219,20 @@ def run_and_exit() -> NoReturn:
     if extract is not None and any(thread.name == extract.LOADING for thread in threading.enumerate()):
         # All is said and done, and TensorFlow, which is being loaded for nothing, would take its time to see that.
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+            stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _open_what_is_closed() -> None:
+    """Lead the standard streams that whoever called has closed to nowhere: else files would get their numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, number)
+            if nowhere != number:
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8"))
 
 
 if __name__ == "__main__":

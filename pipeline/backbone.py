@@ -159,7 +159,7 @@ def cut(model: KerasModel, layer: str) -> KerasModel:
     if layer not in names:
         mixed = ", ".join(name for name in names if re.fullmatch(r"mixed\d+", name))
         near = did_you_mean(layer, names)
-        raise SpecError(f"{model.name} has no layer {layer!r}{near}; `summary` lists them, often used: {mixed}")
+        raise SpecError(f"{model.name} has no layer {layer!r} (`summary` lists them, often used: {mixed}){near}")
     if layer not in (cuts := cut_layers(model)):
         at = names.index(layer)
         before, after = [name for name in cuts if names.index(name) < at], [n for n in cuts if names.index(n) > at]

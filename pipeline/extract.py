@@ -27,7 +27,7 @@ from pipeline.keras_start import import_keras
 from pipeline.planning import DEFAULT_FIT, Plan, Planning, Quarantined, name_quarantined
 from pipeline.shard_task import Setup, ShardWorker, check_room
 from pipeline.spec import PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
-from pipeline.weights import Weights, anchored, require_by_identity, resolve
+from pipeline.weights import Weights, anchored, by_digest, require_by_identity, resolve
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _compute_missing(
 ) -> tuple[FeatureSpace, int, Plan, Effort]:
     """Compute what is missing, alone in the space; return it, the rows there before, the last plan, what it took."""
     cache, planning, options, effort = workspace.cache, source.planning, source.options, Effort()
-    weights = source.weights or weights_of(space, planning.dataset, workspace)
+    weights = (source.weights or weights_of(space, planning.dataset, workspace)).require()
     spec = space.spec if space else new_spec(source.choice, weights)
     if space is None and spec.directory in cache.names():  # made for other images, or by a run killed early
         space = cache.open(spec.directory)
@@ -265,7 +265,9 @@ def find_space(
         If the space that `choice.space` names differs from what else was stated.
     """
     cache, weights = workspace.cache, None
-    if choice.weights != "auto":
+    if choice.weights.startswith("sha256:"):  # the file is not needed where nothing is computed
+        weights = by_digest(choice.weights, DEFAULT_BACKBONE, workspace.downloads, cache.index)
+    elif choice.weights != "auto":
         weights = resolve(
             choice.weights, DEFAULT_BACKBONE, workspace.downloads, cache.index, progress=workspace.progress
         )

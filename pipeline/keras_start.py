@@ -38,7 +38,7 @@ def _import_keras(hidden: Sequence[str]) -> Any:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or TensorFlow looks for one and reports a failure
     if "keras" not in sys.modules:
         # TensorFlow's libraries greet on stderr before any of their settings is read.
-        with stderr_held_back(), _uncollected(), without(*hidden):
+        with stderr_held_back(), _uncollected() if hidden else contextlib.nullcontext(), without(*hidden):
             importlib.import_module("keras")
     import keras
     import tensorflow as tf
@@ -65,7 +65,10 @@ def limit_threads(of_a_layer: int, layers: int) -> None:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Do not look for garbage among modules that are being imported, nor later: they stay, a million objects."""
+    """Do not look for garbage among modules that are being imported, nor later: they stay, a million objects.
+
+    Not in somebody else's program, whose own objects would stay too.
+    """
     collects = gc.isenabled()
     gc.disable()
     try:

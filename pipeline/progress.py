@@ -39,7 +39,7 @@ def duration(seconds: float) -> str:
 def size_text(count: float) -> str:
     """Return how many bytes that is, as people say it: two or three digits, in bytes, kB, MB or GB (powers of 1000)."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            decimals = sum(count < digits * unit for digits in (10, 100))
-            return f"{count / unit:,.{decimals}f} {name}"
+        if (value := float(f"{count / unit:.3g}")) >= 1:
+            decimals = sum(value < digits for digits in (10, 100))
+            return f"{value:,.{decimals}f} {name}"
     return f"{count:.0f} bytes"

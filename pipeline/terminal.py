@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sys
@@ -122,14 +123,14 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> None:
     On a terminal that is too narrow the last columns are left out, which is said; those that tell most stand first.
     Without rows nothing is printed.
     """
-    lines = [list(headers), *([_spelt_out(_text(cell)) for cell in row] for row in rows)]
+    lines = [list(headers), *([_text(cell) for cell in row] for row in rows)]
     if len(lines) == 1:
         return
-    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(map(width, column)) for column in zip(*lines, strict=True)]
     shown = _columns_that_fit(widths) if console.is_terminal else len(widths)
     for line in lines:
         cells = zip(line[:shown], widths[:shown], strict=True)
-        say("  ".join(_padded(cell, width) for cell, width in cells).rstrip())
+        say("  ".join(itertools.starmap(padded, cells)).rstrip())
     if shown < len(widths):
         say(f"(too narrow here for: {', '.join(headers[shown:])}; --json tells all)", "dim")
 
@@ -143,14 +144,19 @@ def _columns_that_fit(widths: Sequence[int]) -> int:
 
 def pairs(values: Mapping[str, object]) -> None:
     """Print names and values, a line each."""
-    width = max(map(cell_len, values), default=0)
+    columns = max(map(width, values), default=0)
     for name, value in values.items():
-        say(f"{_padded(name, width)}  {_text(value)}")
+        say(f"{padded(name, columns)}  {_text(value)}")
 
 
-def _padded(text: str, width: int) -> str:
-    """Return text as wide as `width` letters; those of some scripts are two wide."""
-    return text + " " * (width - cell_len(text))
+def width(text: str) -> int:
+    """Return how many columns `say` prints it in: letters of some scripts take two, what is spelt out takes more."""
+    return cell_len(_spelt_out(text))
+
+
+def padded(text: str, columns: int) -> str:
+    """Return text that is printed in so many columns, if it does not take more."""
+    return text + " " * (columns - width(text))
 
 
 def say(text: str, style: str | None = None) -> None:

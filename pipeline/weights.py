@@ -23,10 +23,12 @@ from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
+_SEED_DIGITS = 18
+
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights that are at hand. `identity` goes into the feature spec; `path` is None when untrained."""
+    """Weights. `identity` goes into the feature spec; `path` is None when untrained, or when the file is gone."""
 
     kind: Literal["imagenet", "file", "untrained"]
     identity: str
@@ -37,11 +39,19 @@ class Weights:
         """What to call them in a summary: imagenet, untrained, or the file's name."""
         return self.path.name if self.kind == "file" and self.path else self.kind
 
+    def require(self) -> Weights:
+        """Return these, to compute with. Raises WeightsError if their file is gone."""
+        if self.kind == "file" and self.path is None:
+            raise WeightsError(
+                f"the weights {self.identity} are not on this machine any more; give the file by `--weights FILE`"
+            )
+        return self
+
 
 def resolve(
     choice: str, backbone: str, downloads: Path, index: Index, *, offline: bool = False, progress: Progress = silent
 ) -> Weights:
-    """Return the weights that `choice` names.
+    """Return the weights that `choice` names, to compute with.
 
     `choice` is "auto", "imagenet", "untrained", "untrained:SEED", "sha256:DIGEST" of a file that was used before, or
     a path. With `offline`, "auto" takes ImageNet's file if it is at hand and untrained weights else; without, it is
@@ -54,9 +64,11 @@ def resolve(
     UsageError
         If the seed is not a number, or the digest none.
     """
-    row = BACKBONES[backbone]
+    if not choice:
+        raise UsageError("--weights takes auto, imagenet, untrained, untrained:SEED, sha256:DIGEST or a file, found ''")
     if choice.startswith("sha256:"):
-        return _by_digest(choice, backbone, downloads, index)
+        return by_digest(choice, backbone, downloads, index).require()
+    row = BACKBONES[backbone]
     if choice == "untrained" or choice.startswith("untrained:"):
         return _untrained(choice)
     if choice in ("auto", "imagenet"):
@@ -74,16 +86,14 @@ def anchored(choice: str) -> str:
 
 def is_path(choice: str) -> bool:
     """Return whether a choice of weights is a file's path."""
-    return choice not in ("auto", "imagenet", "untrained") and not choice.startswith(("untrained:", "sha256:"))
+    return choice not in ("", "auto", "imagenet", "untrained") and not choice.startswith(("untrained:", "sha256:"))
 
 
-def _by_digest(choice: str, backbone: str, downloads: Path, index: Index) -> Weights:
+def by_digest(choice: str, backbone: str, downloads: Path, index: Index) -> Weights:
+    """Return the weights "sha256:DIGEST", without a path if their file is gone. Raises UsageError on what is none."""
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", choice):
         raise UsageError(f"--weights sha256:DIGEST takes 64 hexadecimal digits, found {choice!r:.80}")
-    found = find_by_identity(choice, backbone, downloads, index)
-    if found is None:
-        raise WeightsError(f"the weights {choice} are not on this machine any more; give the file by `--weights FILE`")
-    return found
+    return find_by_identity(choice, backbone, downloads, index) or Weights("file", choice, None)
 
 
 def find_by_identity(identity: str, backbone: str, downloads: Path, index: Index) -> Weights | None:
@@ -151,8 +161,10 @@ def _from_file(kind: Literal["imagenet", "file"], path: Path, index: Index) -> W
 
 def _untrained(choice: str) -> Weights:
     _, _, seed = choice.partition(":")
-    if not (seed or "0").isdecimal():
-        raise UsageError(f"--weights untrained:SEED takes a whole number, found {seed!r}")
+    if not (seed or "0").isdecimal() or len(seed) > _SEED_DIGITS:
+        raise UsageError(
+            f"--weights untrained:SEED takes a whole number of at most {_SEED_DIGITS} digits, found {seed!r:.60}"
+        )
     return Weights("untrained", f"untrained:{UNTRAINED_RECIPE}:{int(seed or 0)}", None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
 import struct
 import subprocess
 import sys
@@ -207,6 +208,10 @@ def test_wrong_usage_is_told_with_what_was_found(tmp_path: Path) -> None:
     assert_one_line(icebox(tmp_path, "features", "--data-dir", "x"), 2, "--data-dir stands before the command")
     assert_one_line(icebox(tmp_path, "--limit", "3", "features"), 2, "options of a command stand behind it")
     assert_one_line(icebox(tmp_path, "train-head", "--epochs", "3x"), 2, "'--epochs': ", ", found '3x'")
+    assert_one_line(icebox(tmp_path, "train-head", "--limit=-5"), 2, "'--limit': ", "'-5'")
+    assert_one_line(icebox(tmp_path, "train-head", "--memory", "1e400"), 2, "--memory must be a size", "'1e400'")
+    assert_one_line(icebox(tmp_path, "features", "--weights", ""), 2, "--weights takes auto, imagenet, ", "found ''")
+    assert_one_line(icebox(tmp_path, "features", "--weights", f"untrained:{'9' * 19}"), 2, "at most 18 digits")
     assert_one_line(icebox(tmp_path, "train-head", "--epochs"), 2, "'--epochs' requires an argument")
     assert_one_line(icebox(tmp_path, "cache"), 2, "There are: ls, explain, verify")
     assert_one_line(icebox(tmp_path, "train-head", "--head", "gpa"), 2, "'--head': 'gpa' is not one of 'flatten'")
@@ -218,6 +223,34 @@ def test_an_output_that_takes_nothing_is_one_line(tmp_path: Path, target: str, c
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr == ("error: [Errno 28] No space left on device\n" if code else "")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-", "<&- 2>&- >out"])
+def test_streams_that_are_closed_hinder_nobody(tmp_path: Path, photos: Path, closed: str) -> None:
+    """Not even while Keras is loaded, which works on what native libraries see of stderr."""
+    command = command_line(tmp_path / "data", "features", "--dataset", photos, "--weights", "untrained", "--json")
+    done = subprocess.run(
+        ["bash", "-c", f"{shlex.join(command)} {closed}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    out = (tmp_path / "out").read_text() if ">out" in closed else done.stdout
+    assert (done.returncode, done.stderr, json.loads(out)["computed"]) == (0, "", 12)
+
+
+def test_ctrl_c_before_the_command_has_begun_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(cli, "_command", lambda: signal.raise_signal(signal.SIGINT))
+    try:
+        assert cli.main(["runs", "ls"]) == 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == "error: stopped; to go on, run the same command again\n"
 
 
 def test_without_the_packages_one_line_says_where_they_come_from() -> None:
@@ -294,8 +327,6 @@ def test_one_broken_run_or_space_does_not_hide_the_others(tmp_path: Path) -> Non
 
 
 def test_a_batch_systems_stop_is_as_clean_as_ctrl_c(data: Path) -> None:
-    import signal
-
     command = command_line(data, "train-head", "--head", "gap", "--limit", "300", "--epochs", "100000", "--json")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     assert process.stderr
@@ -313,8 +344,6 @@ def test_a_batch_systems_stop_is_as_clean_as_ctrl_c(data: Path) -> None:
 def test_a_stop_that_native_code_turns_into_an_error_is_a_stop(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import signal
-
     def interrupted(arguments: list[str]) -> int:
         try:
             signal.raise_signal(signal.SIGTERM)

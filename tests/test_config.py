@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import closing
@@ -109,6 +110,8 @@ def test_pyproject_of_the_current_folder_is_read(asked: Any, tmp_path: Path) -> 
     write(tmp_path / "mine.toml", "limit = 20")
     assert asked("--config", "mine.toml", "train-head").images.limit == 20
     assert asked("--config", "mine.toml", "train-head").head.head == "gap", "one file, not two"
+    assert asked("--config", "pyproject.toml", "train-head").images.limit == 30
+    assert asked("--config", os.devnull, "train-head").images.limit is None, "all files put aside"
 
 
 def test_keys_and_values_are_as_people_write_them(asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +135,7 @@ def test_keys_and_values_are_as_people_write_them(asked: Any, tmp_path: Path, mo
 def test_paths_mean_the_same_from_anywhere(asked: Any, tmp_path: Path) -> None:
     assert asked("train-head", "--weights", "w.h5").features.weights == str(tmp_path / "w.h5")
     assert asked("finetune", "--weights", "w.h5").features.weights == str(tmp_path / "w.h5")
+    assert asked("train-head", "--weights", "../w.h5").features.weights == str(tmp_path / "../w.h5")
     assert asked("train-head", "--weights", "untrained:3").features.weights == "untrained:3"
 
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import conftest
 import cv2
 import h5py
 import hdf5plugin  # noqa: F401  registers the filter
@@ -281,6 +282,25 @@ def test_a_program_that_ends_does_not_wait_for_tensorflow(photos: Path, tmp_path
     assert done.returncode == 1
     assert "no weights file nothing.h5" in json.loads(done.stdout)["error"]
     assert "Traceback" not in done.stderr
+
+
+def test_weights_that_are_gone_are_missed_only_where_something_is_computed(
+    photos: Path, run: Callable[..., Extraction], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untrained(spec: FeatureSpec, weights: Path | None, *others: Any) -> FrozenBackbone:
+        return _frozen_backbone(replace(spec, weights=conftest.SPEC.weights), None, *others)
+
+    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", untrained)  # the file below is only looked at
+    file = tmp_path / "mine.weights.h5"
+    file.write_bytes(b"mine")
+    done = run(photos, FeatureChoice(weights=str(file), precision="float32"))
+    assert done.space
+    file.unlink()
+    by_digest = FeatureChoice(weights=done.space.spec.weights)
+    assert counts(run(photos, by_digest)) == (0, 12, 0, 0)
+    write_picture(photos / "cats" / "new.png", seed=50)
+    with pytest.raises(WeightsError, match="not on this machine any more; give the file"):
+        run(photos, by_digest)
 
 
 def test_auto_takes_the_space_on_disk_that_holds_most(photos: Path, run: Callable[..., Extraction]) -> None:

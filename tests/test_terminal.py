@@ -17,6 +17,7 @@ from conftest import ROOT, environment, icebox
 from deployed import Deployed
 
 from pipeline import terminal
+from pipeline.progress import size_text
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -129,6 +130,18 @@ def test_the_installed_program_is_the_same(tmp_path: Path) -> None:
         [program, "--help"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("Usage: icebox [OPTIONS] COMMAND")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (9_999, "10.0 kB"), (38_400, "38.4 kB"),
+        (99_999, "100 kB"), (999_500, "1.00 MB"), (134e6, "134 MB"), (999_999_999, "1.00 GB"), (12.24e9, "12.2 GB"),
+        (1.5e13, "15,000 GB"),
+    ],
+)  # fmt: skip
+def test_sizes_have_three_digits(count: float, text: str) -> None:
+    assert size_text(count) == text
 
 
 def test_columns_stand_in_line_whatever_the_script(capsys: pytest.CaptureFixture[str]) -> None:

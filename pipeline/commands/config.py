@@ -5,6 +5,7 @@ Keys are options as they are typed, without the dashes; a table is a command. Wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import typer
 
 _PYPROJECT = Path("pyproject.toml")
+_NO_FILE = Path(os.devnull)
 _MOST_BYTES = 2**20
 # Keys above all tables reach the commands that make features and train on them. Elsewhere an option of the same name
 # may mean another thing: `cache gc --dataset` removes what is not of that dataset.
@@ -48,10 +50,10 @@ def data_dir_of(path: Path | None) -> Path | None:
 
 def _stated(file: Path, implied: bool) -> dict[str, Any]:
     """Return what a file says to Icebox; nothing, if it is only `implied` and says nothing."""
-    if implied and not file.is_file():
+    if (implied and not file.is_file()) or file == _NO_FILE:
         return {}
     values: Any = _read(file)
-    if implied:
+    if file.name == _PYPROJECT.name:
         tools = values.get("tool")
         values = tools.get("icebox", {}) if isinstance(tools, dict) else {}
     if not isinstance(values, dict):

@@ -137,10 +137,10 @@ def _write_table(answers: Iterable[Named]) -> None:
     good = ((answer.name, top) for answer, top in answers if top)
     width = 0
     while lines := list(itertools.islice(good, _AT_ONCE)):
-        width = max(width, *(len(name) for name, _ in lines))
+        width = max(width, *(terminal.width(name) for name, _ in lines))
         for name, ((label, share), *others) in lines:
             rest = ", ".join(f"{other} {p:.3f}" for other, p in others)
-            terminal.say(f"{name.ljust(width)}  {share:.3f}  {label}{f'   ({rest})' * bool(rest)}")
+            terminal.say(f"{terminal.padded(name, width)}  {share:.3f}  {label}{f'   ({rest})' * bool(rest)}")
 
 
 def _write_csv(answers: Iterable[Named], top: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -291,8 +292,16 @@ def program(context: typer.Context) -> list[str]:
     root = context.find_root()
     was_typed = str(root.get_parameter_source("data_dir")).endswith(".COMMANDLINE")
     by_file = context.obj != root.params["data_dir"]
-    called = ["icebox"] if root.info_name == "icebox" else ["python", "cli.py"]
-    return [*called, *(["--data-dir", str(context.obj)] if was_typed or by_file else [])]
+    return [*_called(root.info_name), *(["--data-dir", str(context.obj)] if was_typed or by_file else [])]
+
+
+def _called(name: str | None) -> list[str]:
+    """Return the words that start this program from the current folder, as far as it is not another by now."""
+    script = Path(sys.argv[0])
+    if name == "icebox":
+        return [name]
+    away = script.name == "cli.py" and script.absolute() != Path("cli.py").absolute()
+    return ["python", str(script.absolute()) if away else "cli.py"]
 
 
 def features_line(context: typer.Context, options: Mapping[str, Any]) -> str:
@@ -337,7 +346,7 @@ def size_in_bytes(option: str, text: str) -> int:
 
     try:
         return int(parse_bytes(text))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # the latter of an infinite number
         raise UsageError(f"{option} must be a size such as 2GB or 500MiB, found {text!r}") from error
 
 
