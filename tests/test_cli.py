@@ -19,6 +19,7 @@ from conftest import ROOT, Finished, command_line, environment, icebox, picture,
 from PIL import Image
 
 import cli
+from pipeline.commands.shared import called
 
 FEATURE_KEYS = {
     "rows", "computed", "reused", "duplicates", "quarantined", "seconds", "images_per_second", "space",
@@ -238,6 +239,15 @@ def test_streams_that_are_closed_hinder_nobody(tmp_path: Path, photos: Path, clo
     )
     out = (tmp_path / "out").read_text() if ">out" in closed else done.stdout
     assert (done.returncode, done.stderr, json.loads(out)["computed"]) == (0, "", 12)
+
+
+def test_it_is_named_as_it_can_be_called_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "cli.py"), "features"])
+    monkeypatch.chdir(ROOT)
+    assert called("cli.py") == ["python", "cli.py"]
+    monkeypatch.chdir(tmp_path)
+    assert called("cli.py") == ["python", str(ROOT / "cli.py")]
+    assert called("icebox") == ["icebox"]
 
 
 def test_ctrl_c_before_the_command_has_begun_is_one_line(

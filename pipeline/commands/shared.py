@@ -292,10 +292,10 @@ def program(context: typer.Context) -> list[str]:
     root = context.find_root()
     was_typed = str(root.get_parameter_source("data_dir")).endswith(".COMMANDLINE")
     by_file = context.obj != root.params["data_dir"]
-    return [*_called(root.info_name), *(["--data-dir", str(context.obj)] if was_typed or by_file else [])]
+    return [*called(root.info_name), *(["--data-dir", str(context.obj)] if was_typed or by_file else [])]
 
 
-def _called(name: str | None) -> list[str]:
+def called(name: str | None) -> list[str]:
     """Return the words that start this program from the current folder, as far as it is not another by now."""
     script = Path(sys.argv[0])
     if name == "icebox":
