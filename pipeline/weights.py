@@ -64,8 +64,6 @@ def resolve(
     UsageError
         If the seed is not a number, or the digest none.
     """
-    if not choice:
-        raise UsageError("--weights takes auto, imagenet, untrained, untrained:SEED, sha256:DIGEST or a file, found ''")
     if choice.startswith("sha256:"):
         return by_digest(choice, backbone, downloads, index).require()
     row = BACKBONES[backbone]
@@ -86,7 +84,7 @@ def anchored(choice: str) -> str:
 
 def is_path(choice: str) -> bool:
     """Return whether a choice of weights is a file's path."""
-    return choice not in ("", "auto", "imagenet", "untrained") and not choice.startswith(("untrained:", "sha256:"))
+    return choice not in ("auto", "imagenet", "untrained") and not choice.startswith(("untrained:", "sha256:"))
 
 
 def by_digest(choice: str, backbone: str, downloads: Path, index: Index) -> Weights:
