@@ -23,7 +23,7 @@ from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
-_SEED_DIGITS = 18
+_SEED_DIGITS = 18  # as many as a feature space's spec takes
 
 
 @dataclass(frozen=True)
