@@ -85,7 +85,12 @@ def main_options(
 ) -> None:
     """Options that stand before the command."""
     helped = not {"-h", "--help"}.isdisjoint(context.obj)  # which tells of the program, not of a file
-    named = None if helped else apply_config(context, config)
+    named = None
+    if not helped:
+        from pipeline.machine import limit_libraries
+
+        limit_libraries()  # before any of them is loaded
+        named = apply_config(context, config)
     default = str(context.get_parameter_source("data_dir")).endswith(".DEFAULT")
     context.obj = named if named is not None and default else data_dir
 

@@ -94,7 +94,9 @@ def _write_onnx(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
 def _load_onnx(path: Path) -> Answerer:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = machine.usable_cores()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda pixels: np.asarray(session.run(["probabilities"], {"pixels": pixels})[0])
 
 
@@ -129,7 +131,8 @@ def _load_openvino(path: Path) -> Answerer:
     import openvino
 
     # Left to itself OpenVINO computes in bfloat16 where the CPU has it.
-    model = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": machine.usable_cores()}
+    model = openvino.compile_model(path, "CPU", settings)
     return lambda pixels: np.asarray(model(pixels)[0])
 
 

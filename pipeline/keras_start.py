@@ -47,6 +47,8 @@ def _import_keras(hidden: Sequence[str]) -> Any:
     # A keras.json in somebody's home must not decide what a feature is.
     keras.config.set_floatx("float32")
     keras.config.set_image_data_format("channels_last")
+    if not tf.config.threading.get_intra_op_parallelism_threads():  # nobody has said how many
+        limit_threads(machine.usable_cores(), machine.usable_cores())
     for gpu in tf.config.list_physical_devices("GPU"):
         # Refused once the GPU is in use, which it can only be with the setting already made.
         if not tf.config.experimental.get_memory_growth(gpu):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import machine
 from pipeline.cache import storage
 from pipeline.errors import DatasetError, DoNotFitError, RunError
 from pipeline.heads.base import JSON_FILE, Data, Fitted, measure, not_numbers, stratified_folds
@@ -160,14 +161,13 @@ def _along(
     """Fit at each C of the ascending `path`, each time starting from where the last one ended."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
 
-    threads = 1 if train.size < _WORTH_THREADS else None
+    threads = 1 if train.size < _WORTH_THREADS else machine.usable_cores()
     weight = None if settings["class_weight"] == "none" else settings["class_weight"]
     moving: Any = LogisticRegression(max_iter=settings["max_iter"], class_weight=weight, warm_start=True)
     for c in path:
         moving.C = c
-        with warnings.catch_warnings(), threadpool_limits(threads):
+        with warnings.catch_warnings(), machine.computing_threads(threads):
             warnings.simplefilter("ignore", ConvergenceWarning)  # said below, in our own words
             warnings.simplefilter("ignore", UserWarning)  # that classes are many for so few images
             moving.fit(train, labels)
