@@ -223,6 +223,9 @@ def run_and_exit() -> NoReturn:
     extract = sys.modules.get("pipeline.extract")
     if extract is not None and any(thread.name == extract.LOADING for thread in threading.enumerate()):
         # All is said and done, and TensorFlow, which is being loaded for nothing, would take its time to see that.
+        from pipeline.native_stderr import drop
+
+        drop()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)

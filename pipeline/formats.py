@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import machine
-from pipeline.keras_start import KerasModel, import_keras, stderr_held_back
+from pipeline.keras_start import KerasModel, import_keras
+from pipeline.native_stderr import held_back
 from pipeline.network import Answerer
 
 CLASSES = "classes.json"  # what the class names are called, inside a model and beside it
@@ -109,7 +110,7 @@ def _write_litert(model: KerasModel, path: Path, classes: Sequence[str]) -> None
 def _load_litert(path: Path) -> Answerer:
     from ai_edge_litert.interpreter import Interpreter
 
-    with stderr_held_back():
+    with held_back("LiteRT"):
         interpreter = Interpreter(str(path), num_threads=machine.usable_cores())
         interpreter.allocate_tensors()
         signature = interpreter.get_signature_runner("serving_default")
