@@ -111,7 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
         import sqlite3
 
         from pipeline.errors import IceboxError, UsageError
+        from pipeline.imports import failed_import
 
+        if not stopped and (text := failed_import(error)):
+            return _fail(text, 1, arguments)
         if isinstance(error, sqlite3.Error):
             return _fail(f"the cache's index: {error}; {_index_hint(error)}", 1, arguments)
         if isinstance(error, (IceboxError, OSError)):

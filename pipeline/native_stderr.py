@@ -50,9 +50,9 @@ def held_back(loaded: str) -> Iterator[None]:
         holder.wait()
         raise
     finally:
+        drop()  # before the descriptor is led back, which it would take for the end of this process
         os.dup2(terminal, 2)
         os.close(terminal)
-        drop()
 
 
 def drop() -> None:
