@@ -139,9 +139,12 @@ def test_why_a_library_cannot_be_loaded(
 
 
 def test_faults_of_our_own_are_no_failed_imports() -> None:
-    for statement in ("from pipeline.machine import nothing", "import pipeline.nothing", "1 / 0"):
+    def lacking_name() -> None:
+        from pipeline.machine import nothing  # pyright: ignore  # noqa: F401
+
+    for faulty in (lacking_name, lambda: importlib.import_module("pipeline.nothing"), lambda: 1 / 0):
         with pytest.raises(Exception, match=r"\w") as caught:
-            exec(statement)
+            faulty()
         assert failed_import(caught.value) is None
 
 

@@ -22,6 +22,7 @@ from pipeline.errors import DatasetError, DoNotFitError, RunError
 from pipeline.heads.base import JSON_FILE, Data, Fitted, measure, not_numbers, stratified_folds
 from pipeline.imports import without
 from pipeline.loop import Watch
+from pipeline.progress import counted
 from pipeline.rows import Rows, StoredRows, in_order
 from pipeline.runs import write_json
 from pipeline.spec import HeadSpec
@@ -257,7 +258,8 @@ def _all(rows: Rows, where: str) -> np.ndarray:
 
 def _warn(best: _Fit, fits: list[_Fit], max_iter: int) -> None:
     if not best.converged:
-        logger.warning("the regression at C=%g did not converge in %d iterations: raise --max-iter", best.c, max_iter)
+        tried = counted(max_iter, "iteration")
+        logger.warning("the regression at C=%g did not converge in %s: raise --max-iter", best.c, tried)
     if len(fits) > 1 and best.c in (fits[0].c, fits[-1].c):
         logger.warning("the best C, %g, is the %s tried: try %s ones by --C", *_edge(best, fits))
 
