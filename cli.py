@@ -85,7 +85,12 @@ def main_options(
 ) -> None:
     """Options that stand before the command."""
     helped = not {"-h", "--help"}.isdisjoint(context.obj)  # which tells of the program, not of a file
-    named = None if helped else apply_config(context, config)
+    named = None
+    if not helped:
+        from pipeline.machine import limit_libraries
+
+        limit_libraries()  # before any of them is loaded
+        named = apply_config(context, config)
     default = str(context.get_parameter_source("data_dir")).endswith(".DEFAULT")
     context.obj = named if named is not None and default else data_dir
 
@@ -106,7 +111,10 @@ def main(arguments: list[str] | None = None) -> int:
         import sqlite3
 
         from pipeline.errors import IceboxError, UsageError
+        from pipeline.imports import failed_import
 
+        if not stopped and (text := failed_import(error)):
+            return _fail(text, 1, arguments)
         if isinstance(error, sqlite3.Error):
             return _fail(f"the cache's index: {error}; {_index_hint(error)}", 1, arguments)
         if isinstance(error, (IceboxError, OSError)):
@@ -218,6 +226,9 @@ def run_and_exit() -> NoReturn:
     extract = sys.modules.get("pipeline.extract")
     if extract is not None and any(thread.name == extract.LOADING for thread in threading.enumerate()):
         # All is said and done, and TensorFlow, which is being loaded for nothing, would take its time to see that.
+        from pipeline.native_stderr import drop
+
+        drop()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.checkup import Checkup
 from pipeline.gather import SPLITS
-from pipeline.progress import duration, size_text
+from pipeline.progress import counted, duration, size_text
 
 _FEW = 20  # images of a class to train on; fewer are hardly learned from, and more so hardly measured
 _UNEVEN = 10  # times as many images in the largest class as in the smallest
@@ -27,11 +27,11 @@ def advice(found: Checkup) -> list[str]:
 
 
 def _images(count: int) -> str:
-    return f"{count:,} image{'' if count == 1 else 's'}"
+    return counted(count, "image")
 
 
-def _groups(count: int) -> str:
-    return f"{count:,} group{'' if count == 1 else 's'}"
+def _groups_lie(count: int, of: str) -> str:
+    return counted(count, f"group of {of} lies", f"groups of {of} lie")
 
 
 def _wrong(found: Checkup) -> Iterator[str]:
@@ -42,22 +42,22 @@ def _wrong(found: Checkup) -> Iterator[str]:
             f"them by --max-bad {found.allowed_bad:g}"
         )
     if conflicting := sum(map(len, found.conflicting)):
-        yield f"{conflicting:,} images are copies under several labels; an answer can be right about one of them only"
+        yield f"{_images(conflicting)} are copies under several labels; an answer can be right about one of them only"
 
 
 def _sides(found: Checkup) -> Iterator[str]:
     if found.equal.crossing:
         yield (
-            f"{_groups(found.equal.crossing)} of exact copies lie on several sides of the split: the test then asks "
+            f"{_groups_lie(found.equal.crossing, 'exact copies')} on several sides of the split: the test then asks "
             "for what was seen in training; remove them, or leave the splits to Icebox, which keeps copies together"
         )
     if found.near.crossing:
         yield (
-            f"{_groups(found.near.crossing)} of nearly equal images lie on several sides of the split: accuracy will "
+            f"{_groups_lie(found.near.crossing, 'nearly equal images')} on several sides of the split: accuracy will "
             "look better than it is; name what belongs together in the `group` column of a manifest"
         )
     if found.split.crossing_groups:
-        yield f"{found.split.crossing_groups:,} groups of the manifest lie on several sides of the split"
+        yield f"{_groups_lie(found.split.crossing_groups, 'the manifest')} on several sides of the split"
     counts = found.counts
     for side, of_side in zip(SPLITS, counts.T, strict=True):
         if lacking := int((of_side == 0).sum()):
@@ -79,8 +79,8 @@ def _classes(found: Checkup) -> Iterator[str]:
     few = np.flatnonzero((of_train > 0) & (of_train < _FEW))
     if len(few):
         listed = ", ".join(names[i] for i in few[:3]) + (" and others" if len(few) > 3 else "")
-        counted = f"{len(few):,} ({listed})"
-        yield f"classes with fewer than {_FEW} images to train on: {counted}; --views 4 makes more of them"
+        those = f"{len(few):,} ({listed})"
+        yield f"classes with fewer than {_FEW} images to train on: {those}; --views 4 makes more of them"
     present = of_train[of_train > 0]
     if len(present) and present.max() >= _UNEVEN * present.min():
         yield (

@@ -22,6 +22,7 @@ from pipeline.network import compiled, probabilities
 from pipeline.pictures import draw_calibration, draw_confusion
 from pipeline.pixels import Pixels, decoding
 from pipeline.planning import Quarantined
+from pipeline.progress import counted
 from pipeline.rows import Wanted, open_rows
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
@@ -160,7 +161,7 @@ def _said_of_images(
 def _keep(run: TrainedRun, title: str, predictions: runs.Predictions, metrics: dict[str, Any]) -> Path:
     """Write everything into a folder of the run, replacing what an earlier evaluation of the same left there."""
     final = run.path / "evaluations" / runs.slug(title)
-    heading = f"{run.name}\non {title}: accuracy {metrics['accuracy']:.3f}, {metrics['images']:,} images"
+    heading = f"{run.name}\non {title}: accuracy {metrics['accuracy']:.3f}, {counted(metrics['images'], 'image')}"
     try:
         with runs.new_folder(final) as folder:
             runs.write_json(folder / "metrics.json", metrics)

@@ -17,6 +17,7 @@ from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.decoder import Loaded, Loader
 from pipeline.errors import MissingRowsError, SpecError
 from pipeline.extract import FeatureChoice, request_of, weights_of
+from pipeline.progress import counted
 from pipeline.spec import Augmentation
 from pipeline.workspace import Workspace
 
@@ -69,7 +70,8 @@ def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Da
     pixels = np.stack([each.pixels for each in drawn])
     batch_size = batch_of(space) or DEFAULT_BATCH_SIZE
     weights = weights_of(space, sources[0], workspace)
-    logger.info("loading TensorFlow and %s to compute %d rows of %s", space.spec.backbone, len(drawn), space.name)
+    rows = counted(len(drawn), "row")
+    logger.info("loading TensorFlow and %s to compute %s of %s", space.spec.backbone, rows, space.name)
     backbone = FrozenBackbone(space.spec, weights.path, batch_size)
     fresh = [backbone(pixels[at : at + batch_size])[0] for at in range(0, len(pixels), batch_size)]
     return _compare(space, drawn, np.concatenate(fresh))

@@ -164,6 +164,7 @@ def _interrupts_kept_here() -> Iterator[None]:
 
     The terminal sends it to all of them, but it is for us to end them.
     """
+    os.environ["PYTHONSAFEPATH"] = "1"  # of Python processes started from here: the current folder brings no modules
     resource_tracker.ensure_running()  # or it would be started inside, and let interrupts in
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -24,7 +24,7 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded
 from pipeline.errors import DecodeError
-from pipeline.progress import Advance, Progress, duration, size_text
+from pipeline.progress import Advance, Progress, counted, duration, size_text
 from pipeline.shard_task import (
     AT_ONCE,
     Met,
@@ -310,8 +310,8 @@ def refusal(name: str, reason: str, more: int = 0) -> DecodeError:
 def _announce(job: Job, row_seconds: float, row_bytes: float, count: int) -> None:
     """Say how long all will take and how large they get."""
     logger.info(
-        "%s images to compute: about %s, %s on disk (%s free)",
-        f"{count:,}",
+        "%s to compute: about %s, %s on disk (%s free)",
+        counted(count, "image"),
         duration(row_seconds * count),
         size_text(row_bytes * count),
         size_text(storage.free_bytes(job.space.path)),

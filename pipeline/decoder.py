@@ -31,8 +31,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _MOST_DECODERS = 16  # each takes some 60 MB, and a model on a CPU keeps fewer busy
-# -P: a folder we happen to stand in must not bring its own `json`.
-_COMMAND = (sys.executable, "-P", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+# -P: a folder we happen to stand in must not bring its own `json`. It decodes in one thread, and needs none for NumPy's
+# linear algebra, which would start one for each core.
+_COMMAND = (sys.executable, "-P", "-c", "import os, sys; os.environ['OPENBLAS_NUM_THREADS'] = '1'; "
+            "sys.path.insert(0, sys.argv.pop(1)); "
             "from pipeline.decode_process import main; main()", str(Path(__file__).parent.parent))  # fmt: skip
 # Who sends these ends a process for reasons of his own, as the kernel does when memory runs out.
 _STOPPED = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGXCPU}

@@ -29,6 +29,7 @@ from pipeline.formats import CLASSES, FORMATS, Format
 from pipeline.keras_start import KerasModel, import_keras
 from pipeline.network import Network
 from pipeline.predict import predict
+from pipeline.progress import counted
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
 
@@ -189,7 +190,7 @@ def _standard(layer: Any) -> Any:
 
 def _difference(form: Format, path: Path, pixels: np.ndarray, expected: np.ndarray, run: TrainedRun) -> float:
     """Load the model that was written and return how far its answers are from those expected."""
-    logger.info("loading it again, and comparing on %d images", len(pixels))
+    logger.info("loading it again, and comparing on %s", counted(len(pixels), "image"))
     said = form.load(path)(pixels)
     difference = float(np.abs(said - expected).max()) if said.shape == expected.shape else np.inf
     if not difference <= _MOST_DIFFERENCE:  # so that NaN counts as different

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,7 +140,12 @@ class _Early:
         index = self._cache.index
         if not any(index.has_any(space.name, keys.digests, some, 0) for space in self._cache.spaces()):
             # `cli.py` does not wait for it if it has come to an end without.
-            threading.Thread(target=import_keras, name=LOADING).start()
+            threading.Thread(target=_try_to_load, name=LOADING).start()
+
+
+def _try_to_load() -> None:
+    with suppress(Exception):  # whoever needs TensorFlow meets it again, and says it
+        import_keras()
 
 
 @dataclass(frozen=True)

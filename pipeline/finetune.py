@@ -32,7 +32,7 @@ from pipeline.origin import Origin, origin_of
 from pipeline.pixels import Pixels, decoding
 from pipeline.planning import Quarantined
 from pipeline.prepare import Prepared, check_sides, prepared_pixels, prepared_tensors
-from pipeline.progress import duration
+from pipeline.progress import counted, duration
 from pipeline.rows import Rows, StoredRows, select
 from pipeline.spec import FeatureSpec
 from pipeline.workspace import Workspace
@@ -160,7 +160,8 @@ def _train_and_write(
 ) -> dict[str, Any]:
     made, ready = setting.network, setting.ready
     parameters = made.trainable_parameters  # before the loop leaves the model at its best epoch
-    logger.info("%s parameters train, in %d layers: %s", f"{parameters:,}", len(made.trains), ", ".join(made.trains))
+    layers = counted(len(made.trains), "layer")
+    logger.info("%s parameters train, in %s: %s", f"{parameters:,}", layers, ", ".join(made.trains))
     if not Checkpoint(directory).path.exists():
         _announce(asked, setting)
     trained = _trained(directory, asked, setting, workspace)
@@ -300,7 +301,8 @@ def _announce(asked: FullAsked, setting: _Setting) -> None:
     train, val, test = (len(ready.rows[side]) for side in ("train", "val", "test"))
     there = settings["epochs"] * (train + val) + (2 - (asked.init is not None)) * train + val + test
     seconds = each * (there + settings["epochs"] * train * 2 * trains / work)
-    logger.info("%d epochs of %s images take about %s", settings["epochs"], f"{train:,}", duration(seconds))
+    epochs, images = counted(settings["epochs"], "epoch"), counted(train, "image")
+    logger.info("training takes about %s: %s of %s", duration(seconds), epochs, images)
 
 
 def _plain(ready: Prepared[Any]) -> Rows:

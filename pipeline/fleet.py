@@ -27,7 +27,7 @@ from pipeline.errors import IceboxError, InterruptedComputationError, UnfitWorke
 from pipeline.fleet_members import Hand, Worker
 from pipeline.fleet_worker import Requirements, run_task, vet
 from pipeline.link import Link, LostError
-from pipeline.progress import Advance
+from pipeline.progress import Advance, counted
 from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, There, nothing_there
 
 logger = logging.getLogger(__name__)
@@ -327,7 +327,7 @@ class Fleet:
         if not rates:
             return ""
         each = f"{rates[0]:.1f}/s" if len(rates) == 1 else f"{rates[0]:.1f} to {rates[-1]:.1f}/s each"
-        return f"{len(rates)} workers, {each}"
+        return f"{counted(len(rates), 'worker')}, {each}"
 
     def _report(self, worker: Worker) -> None:
         busy = time.monotonic() - worker.since

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import machine
-from pipeline.keras_start import KerasModel, import_keras, stderr_held_back
+from pipeline.keras_start import KerasModel, import_keras
+from pipeline.native_stderr import held_back
 from pipeline.network import Answerer
 
 CLASSES = "classes.json"  # what the class names are called, inside a model and beside it
@@ -94,7 +95,9 @@ def _write_onnx(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
 def _load_onnx(path: Path) -> Answerer:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = machine.usable_cores()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda pixels: np.asarray(session.run(["probabilities"], {"pixels": pixels})[0])
 
 
@@ -107,7 +110,7 @@ def _write_litert(model: KerasModel, path: Path, classes: Sequence[str]) -> None
 def _load_litert(path: Path) -> Answerer:
     from ai_edge_litert.interpreter import Interpreter
 
-    with stderr_held_back():
+    with held_back("LiteRT"):
         interpreter = Interpreter(str(path), num_threads=machine.usable_cores())
         interpreter.allocate_tensors()
         signature = interpreter.get_signature_runner("serving_default")
@@ -129,7 +132,8 @@ def _load_openvino(path: Path) -> Answerer:
     import openvino
 
     # Left to itself OpenVINO computes in bfloat16 where the CPU has it.
-    model = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": machine.usable_cores()}
+    model = openvino.compile_model(path, "CPU", settings)
     return lambda pixels: np.asarray(model(pixels)[0])
 
 

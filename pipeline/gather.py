@@ -15,6 +15,7 @@ from pipeline.dataset import Dataset, Split, assign, groups
 from pipeline.errors import DatasetError, MissingRowsError
 from pipeline.extract import FeatureChoice, find_space
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined
+from pipeline.progress import counted
 from pipeline.spec import PLAIN_VIEW, Views
 from pipeline.workspace import Workspace
 
@@ -153,15 +154,19 @@ def _missing(
     causes = Counter(planning.identities.unread.values()).most_common(3)
     unread = "".join(f"; {many:,} {cause}" for cause, many in causes)
     return MissingRowsError(
-        f"{count:,} of {images:,} images have no features{where}{in_views}{unread}; make them by: {features_command}"
+        f"{count:,} of {counted(images, 'image')} {'has' if count == 1 else 'have'} no features"
+        f"{where}{in_views}{unread}; make them by: {features_command}"
         " (`cache explain` tells why)"
     )
 
 
 def _report_leaks(split: Split) -> None:
     if split.crossing:
-        logger.warning("%d images have an identical copy on another side of the split", split.crossing)
+        some = counted(split.crossing, "image has", "images have")
+        logger.warning("%s an identical copy on another side of the split", some)
     if split.crossing_groups:
-        logger.warning("%d groups lie on more than one side of the split", split.crossing_groups)
+        some = counted(split.crossing_groups, "group lies", "groups lie")
+        logger.warning("%s on more than one side of the split", some)
     if split.conflicting:
-        logger.warning("%d images have an identical copy under another label", split.conflicting)
+        some = counted(split.conflicting, "image has", "images have")
+        logger.warning("%s an identical copy under another label", some)

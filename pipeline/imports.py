@@ -1,9 +1,11 @@
-"""Imports of large libraries without the further ones they would take along for other programs."""
+"""Imports of large libraries without the further ones they would take along, and why one cannot be loaded here."""
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
+import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -32,3 +34,44 @@ class _Hiding:
         """Leave it to the next finder. Raises ModuleNotFoundError for what is hidden."""
         if name in self._names and threading.get_ident() == self._thread:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+_OURS = {"pipeline", "cli", "__main__"}
+_UNIX = {"fcntl", "resource"}  # modules of Python that only Unix systems have
+_SYSTEM_LIBRARY = re.compile(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file")
+# Where OpenCV's wheels find what they need of the system.
+_PACKAGES = {"cv2": " (Debian, Ubuntu: apt install libgl1 libglib2.0-0; Fedora: dnf install mesa-libGL glib2)"}
+
+
+def failed_import(error: Exception) -> str | None:
+    """Return why a library cannot be loaded on this machine, and what helps; None if `error` is another matter."""
+    library = _being_imported(error)
+    if library is None or library in _OURS:
+        return None
+    if library in _UNIX:
+        return f"this system has no {library}, which Icebox needs: it runs on Linux and macOS, and on Windows in WSL"
+    if isinstance(error, ModuleNotFoundError) and error.name == library:
+        return f"the package {library} is not installed; install Icebox's packages anew, by make setup or by pip"
+    reason = _reason(error)
+    lacking = _SYSTEM_LIBRARY.search(reason)
+    install = f"install {lacking[1]}{_PACKAGES.get(library, '')}, or the package anew" if lacking else None
+    return f"{library} cannot be loaded on this machine ({reason}); {install or 'install the package anew'}"
+
+
+def _being_imported(error: Exception) -> str | None:
+    """Return the library that was being imported when `error` was raised; None if none was."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return error.name.partition(".")[0]
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>")
+    libraries = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+    named = error.name.partition(".")[0] if isinstance(error, ImportError) and error.name else None
+    return next((library for library in reversed(libraries) if library not in _OURS), named)
+
+
+def _reason(error: BaseException) -> str:
+    """Return the line of an error that tells most: some libraries put whole tracebacks and pages of advice there."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    told = [match[1] for line in lines if (match := re.fullmatch(r"\w*Error: (.+)", line))]
+    return f"{[*told, ' '.join(lines)][0]:.200}"

@@ -7,13 +7,13 @@ import gc
 import importlib
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pipeline import machine
 from pipeline.imports import without
+from pipeline.native_stderr import held_back
 
 KerasModel = Any  # keras.Model; its own type hints are wrong in too many places to be checked against
 _IMPORTING = threading.Lock()
@@ -38,7 +38,7 @@ def _import_keras(hidden: Sequence[str]) -> Any:
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or TensorFlow looks for one and reports a failure
     if "keras" not in sys.modules:
         # TensorFlow's libraries greet on stderr before any of their settings is read.
-        with stderr_held_back(), _uncollected() if hidden else contextlib.nullcontext(), without(*hidden):
+        with held_back("TensorFlow"), _uncollected() if hidden else contextlib.nullcontext(), without(*hidden):
             importlib.import_module("keras")
     import keras
     import tensorflow as tf
@@ -47,6 +47,8 @@ def _import_keras(hidden: Sequence[str]) -> Any:
     # A keras.json in somebody's home must not decide what a feature is.
     keras.config.set_floatx("float32")
     keras.config.set_image_data_format("channels_last")
+    if not tf.config.threading.get_intra_op_parallelism_threads():  # nobody has said how many
+        limit_threads(machine.usable_cores(), machine.usable_cores())
     for gpu in tf.config.list_physical_devices("GPU"):
         # Refused once the GPU is in use, which it can only be with the setting already made.
         if not tf.config.experimental.get_memory_growth(gpu):
@@ -77,24 +79,3 @@ def _uncollected() -> Iterator[None]:
         gc.freeze()
         if collects:
             gc.enable()
-
-
-@contextlib.contextmanager
-def stderr_held_back() -> Iterator[None]:
-    """Keep what native code prints off the terminal, unless what is done fails.
-
-    In other threads too; the program's own messages go there by a descriptor of their own, as `cli.py` has it.
-    """
-    sys.stderr.flush()
-    terminal = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except Exception:
-            held.seek(0)
-            os.write(terminal, held.read())
-            raise
-        finally:
-            os.dup2(terminal, 2)
-            os.close(terminal)

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.evaluate import wilson_interval
 from pipeline.pictures import draw_ranking
+from pipeline.progress import counted
 from pipeline.spec import HeadSpec
 
 SIGNIFICANCE = 0.05
@@ -69,6 +70,20 @@ def leaderboard(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """
     ranked = sorted(trials, key=lambda trial: trial.order)
     return [_row(rank, trial, ranked[0]) for rank, trial in enumerate(ranked, 1)]
+
+
+def noise_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return in words how many other trials may be as good as the best, by what `leaderboard` returned."""
+    others = [row["within_noise"] for row in rows if row["error"] is None][1:]
+    if not others:
+        return "no other setting to compare the best with"
+    near, count = sum(others), counted(len(others), "other setting")
+    if not near:
+        return f"the best is better than {'the' if len(others) == 1 else 'all'} {count}, beyond chance ({_TEST} < 0.05)"
+    return f"of {count}, {near:,} may be as good as the best on the validation split ({_TEST} ≥ 0.05)"
+
+
+_TEST = "p of McNemar's test"
 
 
 def _row(rank: int, trial: Trial, best: Trial) -> dict[str, Any]:

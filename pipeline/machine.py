@@ -1,20 +1,26 @@
-"""What this machine has, asked without TensorFlow."""
+"""What this machine has, and what this process may use of it, asked without TensorFlow."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import limits
 from pipeline.errors import UsageError
 
 # What decides a row's value, and how it is written.
 FEATURE_PACKAGES = ("icebox", "tensorflow", "keras", "opencv-python", "pillow", "h5py", "hdf5plugin")
+
+# By which NumPy's and SciPy's linear algebra, scikit-learn, Arrow and OpenCV are told how many threads to start.
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
 
 # Flags of /proc/cpuinfo under which oneDNN multiplies bfloat16 in hardware.
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -22,13 +28,15 @@ _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 @dataclass(frozen=True)
 class Machine:
-    """The hardware, as far as choices depend on it; memory in bytes."""
+    """The hardware as far as choices depend on it, and what this process may use of it; memory in bytes."""
 
     cpu: str
     cores: int
+    machine_cores: int
     bfloat16: bool
     gpus: int
     memory: int
+    machine_memory: int
     available_memory: int
 
 
@@ -36,39 +44,31 @@ def look() -> Machine:
     """Return what this machine has now."""
     import psutil
 
-    memory = psutil.virtual_memory()
     model, flags = _cpu()
     return Machine(
         cpu=model,
         cores=usable_cores(),
+        machine_cores=os.cpu_count() or 1,
         bfloat16=bool(flags & _BFLOAT16_FLAGS),
         gpus=gpu_count(),
-        memory=memory.total,
+        memory=total_memory(),
+        machine_memory=psutil.virtual_memory().total,
         available_memory=available_memory(),
     )
 
 
-def available_memory() -> int:
-    """Return the bytes this process may still take: what the system has left, or its control group if less."""
+def total_memory() -> int:
+    """Return the bytes this process may use at most: what the machine has, or a limit that is less."""
     import psutil
 
-    return min([psutil.virtual_memory().available, *_left_in_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+    return min([psutil.virtual_memory().total, *(limit.most for limit in limits.memory_limits())])
 
 
-def _left_in_groups(root: Path, membership: Path) -> list[int]:
-    """Return what each control group (version 2) that this process is in, or one above it, leaves under its limit."""
-    if not membership.exists():
-        return []
-    path = next((line[3:] for line in membership.read_text().splitlines() if line.startswith("0::")), "/")
-    group, left = root / path.lstrip("/"), []
-    for folder in (group, *group.parents):
-        if (folder / "memory.max").exists() and (most := (folder / "memory.max").read_text().strip()) != "max":
-            used = int((folder / "memory.current").read_text())
-            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            left.append(max(0, int(most) - used + int(counts.get("inactive_file", 0))))  # a file's cache is given back
-        if folder == root:
-            break
-    return left
+def available_memory() -> int:
+    """Return the bytes this process may still take: what the machine has left, or a limit leaves, if less."""
+    import psutil
+
+    return min([psutil.virtual_memory().available, *(limit.left for limit in limits.memory_limits())])
 
 
 def at_home(path: str) -> Path:
@@ -77,8 +77,39 @@ def at_home(path: str) -> Path:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may run on."""
+    """Return how many cores this process may keep busy.
+
+    Those it may run on, or as many as its control group gives it time for, if fewer; one that it has half of counts.
+    """
+    return max(1, min([_cores_to_run_on(), *map(math.ceil, limits.cpu_quotas())]))
+
+
+def _cores_to_run_on() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def limit_libraries() -> None:
+    """Have libraries that are loaded from now on start no more threads than `usable_cores`, unless a person said more.
+
+    They know which cores a process may run on, but not what share of their time its control group has.
+    """
+    if (cores := usable_cores()) < _cores_to_run_on():
+        for name in _THREADS:
+            os.environ.setdefault(name, str(cores))
+
+
+def reading_threads() -> int:
+    """Return how many threads read and hash files: a few more than cores, as files are waited for."""
+    return min(32, usable_cores() + 4)
+
+
+@contextmanager
+def computing_threads(most: int) -> Iterator[None]:
+    """Have the linear algebra of NumPy and SciPy compute in at most `most` threads, or fewer if it was told so."""
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    with threadpool_limits({each["prefix"]: min(most, each["num_threads"]) for each in threadpool_info()}):
+        yield
 
 
 def best_precision() -> str:

@@ -17,6 +17,7 @@ from pipeline.errors import DatasetError
 from pipeline.extract import warn_untrained
 from pipeline.gather import SPLITS, Material, Sorted
 from pipeline.pixels import Pixels, decoding
+from pipeline.progress import counted
 from pipeline.rows import Rows, StoredRows, Wanted, hold, select, stored_rows
 from pipeline.spec import HeadSpec
 from pipeline.workspace import Workspace
@@ -168,14 +169,16 @@ def _check_splits(dataset: Dataset, labels: Mapping[str, np.ndarray]) -> None:
         )
     if absent := sorted(set(range(len(dataset.classes))) - set(learnable.tolist())):
         names = ", ".join(dataset.classes[i] for i in absent[:5])
-        logger.warning("%d classes have no training image and cannot be learned: %s", len(absent), names)
+        some = counted(len(absent), "class has", "classes have")
+        logger.warning("%s no training image and cannot be learned: %s", some, names)
 
 
 def _warn_of_single_images(dataset: Dataset, labels: Mapping[str, np.ndarray]) -> None:
     counts = np.bincount(np.concatenate(list(labels.values())), minlength=len(dataset.classes))
     if single := np.flatnonzero(counts == 1).tolist():
         names = ", ".join(dataset.classes[i] for i in single[:5])
-        logger.warning("%d classes have one image only, to learn from or to measure by: %s", len(single), names)
+        some = counted(len(single), "class has", "classes have")
+        logger.warning("%s one image only, to learn from or to measure by: %s", some, names)
 
 
 _USES = {"train": "train on", "val": "validate on", "test": "test on"}

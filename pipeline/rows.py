@@ -136,10 +136,13 @@ def stored_rows(space: FeatureSpace, keys: Sequence[bytes], dataset: str, splits
     return found
 
 
-def room_for(stored: Sequence[StoredRows], *, memory: int | None = None, needed: int = 0) -> int | None:
+def room_for(
+    stored: Sequence[StoredRows], *, memory: int | None = None, needed: int = 0, available: int | None = None
+) -> int | None:
     """Return None if all rows fit into `memory` bytes, else how many bytes those that are streamed may take.
 
-    By default it is half of what is available beside the `needed` bytes. Which of the two it is, is said.
+    By default it is half of what is `available`, to this process if that is not given, beside the `needed` bytes.
+    Which of the two it is, is said.
 
     Raises
     ------
@@ -147,16 +150,20 @@ def room_for(stored: Sequence[StoredRows], *, memory: int | None = None, needed:
         If `memory` holds less than a few rows.
     """
     count, row_bytes = sum(map(len, stored)), stored[0].row_bytes
-    room = round(_SHARE_OF_MEMORY * max(0, machine.available_memory() - needed)) if memory is None else memory
-    fits = count * row_bytes <= room
-    if not fits and room < _AT_ONCE * row_bytes * 16:
+    if memory is None:
+        available = machine.available_memory() if available is None else available
+        memory = round(_SHARE_OF_MEMORY * max(0, available - needed))
+    fits = count * row_bytes <= memory
+    if not fits and memory < _AT_ONCE * row_bytes * 16:
         least = _AT_ONCE * 16
         raise UsageError(
-            f"--memory must hold {least} rows of {row_bytes:,} bytes, {least * row_bytes:,} in all; found {room:,}"
+            f"--memory must hold {least} rows of {row_bytes:,} bytes, {least * row_bytes:,} in all; found {memory:,}"
         )
     where = "read into memory" if fits else "streamed from disk"
-    logger.info("%s rows, %s, are %s (%s allowed)", f"{count:,}", size_text(count * row_bytes), where, size_text(room))
-    return None if fits else room
+    logger.info(
+        "%s rows, %s, are %s (%s allowed)", f"{count:,}", size_text(count * row_bytes), where, size_text(memory)
+    )
+    return None if fits else memory
 
 
 def held(rows: StoredRows, room: int | None) -> Rows:
@@ -164,9 +171,11 @@ def held(rows: StoredRows, room: int | None) -> Rows:
     return rows[np.arange(len(rows))] if room is None else rows.within(room)
 
 
-def hold(stored: Sequence[StoredRows], *, memory: int | None = None, needed: int = 0) -> list[Rows]:
+def hold(
+    stored: Sequence[StoredRows], *, memory: int | None = None, needed: int = 0, available: int | None = None
+) -> list[Rows]:
     """Return all rows in memory if they fit together, else streamed ones, as `room_for` says."""
-    room = room_for(stored, memory=memory, needed=needed)
+    room = room_for(stored, memory=memory, needed=needed, available=available)
     return [held(rows, room) for rows in stored]
 
 

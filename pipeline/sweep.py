@@ -36,6 +36,7 @@ from pipeline.leaderboard import Trial, draw_leaderboard, leaderboard, write_lea
 from pipeline.loop import NotFiniteError, OtherCheckpointError
 from pipeline.planning import Quarantined
 from pipeline.prepare import memory_needed, prepared
+from pipeline.progress import counted
 from pipeline.spec import PLAIN_VIEW, HeadSpec, Views
 from pipeline.train import write_run
 from pipeline.trial_tasks import submitted
@@ -127,13 +128,13 @@ def sweep(
         folders = {spec.identity: folder / "trials" / spec.identity for spec in asked.specs}
         reused = sum((path / _TRIAL).exists() for path in folders.values())
         if reused:
-            logger.info("%d of %d settings were tried before and are not tried again", reused, len(folders))
+            logger.info("%d of %s not tried again, as before", reused, counted(len(folders), "setting"))
         _try_all(material, workspace, asked, folders, cluster)
         trials = [_read(folders[spec.identity], spec) for spec in asked.specs]
         rows = leaderboard(trials)
         best = min(trials, key=lambda trial: trial.order)
         if best.error is not None:
-            raise RunError(f"none of {len(trials)} settings could be trained, the first: {best.error}")
+            raise RunError(f"none of {counted(len(trials), 'setting')} could be trained, the first: {best.error}")
         summary = _publish_best(workspace, material, asked, best.spec, folder)
         _write(folder, name, asked, material, rows, summary)
     return Sweep(name, workspace.sweeps / name, rows, summary, reused, material.quarantined)
@@ -175,7 +176,7 @@ def _try_all(
     steps = sum(heads.steps(spec) for spec in left)
     with (
         _crew(cluster, len(left)) as crew,
-        workspace.progress(f"trying {len(left)} settings", steps, "steps") as advance,
+        workspace.progress(f"trying {counted(len(left), 'setting')}", steps, "steps") as advance,
     ):
         for specs in _by_kind(left):
             with prepared(material, specs, asked.memory, sides=("train", "val"), held=crew is None) as ready:
@@ -371,5 +372,5 @@ def _write(
         storage.remove(path)  # the run has it
     runs.write_json(folder / "sweep.json", about)
     write_leaderboard(folder / "leaderboard.csv", rows)
-    draw_leaderboard(folder / "leaderboard.png", rows, f"{name}: {len(rows)} settings")
+    draw_leaderboard(folder / "leaderboard.png", rows, f"{name}: {counted(len(rows), 'setting')}")
     storage.remove(folder / _WINNER)

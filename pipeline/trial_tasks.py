@@ -5,13 +5,14 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import link
+from pipeline import link, machine
 from pipeline.cluster import Client, ClusterChoice
 from pipeline.errors import IceboxError, UsageError
 from pipeline.heads import Data
@@ -56,8 +57,11 @@ def submitted(
         token = f"{next(iter(tasks))}-{id(data)}"
         # As a task, not scattered: what a dead worker held of it, another then has the scheduler give it again.
         shared = client.submit(_same, data, pure=False)
+        together = _together(client)
         futures = {
-            client.submit(_task, work, spec, folder, shared, token, memory, needed, cluster.threads, pure=False): name
+            client.submit(
+                _task, work, spec, folder, shared, token, memory, needed, cluster.threads, together, pure=False
+            ): name
             for name, (spec, folder) in tasks.items()
         }
         done = queue.SimpleQueue[Any]()
@@ -73,6 +77,11 @@ def submitted(
         raise IceboxError(f"the worker of a trial died again and again ({error}); see its log") from error
     except (CancelledError, CommClosedError, TimeoutError) as error:
         raise IceboxError(f"the Dask scheduler of {cluster.name} is gone; start it again and resume") from error
+
+
+def _together(client: Client) -> int:
+    """Return how many workers there are at most on one machine."""
+    return max(Counter(address.rpartition(":")[0] for address in client.nthreads()).values(), default=1)
 
 
 def _has_workers(client: Client) -> bool:
@@ -116,25 +125,35 @@ def _task(
     memory: int | None,
     needed: int,
     threads: int | None,
+    together: int,
 ) -> None:
     from distributed import get_worker
 
     if not Path(folder).parent.is_dir():
         raise UsageError(f"a worker does not see {Path(folder).parent}; it needs the same files under the same paths")
-    with _ONE:
+    most = threads or get_worker().state.nthreads
+    with _ONE, machine.computing_threads(most):
         if spec.head != "logreg":
             import_keras()
-            most = threads or get_worker().state.nthreads
             limit_threads(most, most)
         if token not in _held:
             _held.clear()
-            _held[token] = _read(data, memory, needed)
+            _held[token] = _read(data, memory, needed, _available(together))
         work(spec, _held[token], Path(folder))
 
 
-def _read(data: Data, memory: int | None, needed: int) -> Data:
+def _available(together: int) -> int:
+    """Return the bytes that this worker, one of so many on its machine, may still take: its share, or its own limit."""
+    import psutil
+    from distributed import get_worker
+
+    share, limit = machine.available_memory() // together, get_worker().memory_manager.memory_limit
+    return min(share, max(0, limit - psutil.Process().memory_info().rss)) if limit else share
+
+
+def _read(data: Data, memory: int | None, needed: int, available: int) -> Data:
     stored: list[Any] = [data.train, data.val]
     if not all(isinstance(rows, StoredRows) for rows in stored):
         raise TypeError("rows that are not on disk")
-    train, val = hold(stored, memory=memory, needed=needed)
+    train, val = hold(stored, memory=memory, needed=needed, available=available)
     return replace(data, train=train, val=val)

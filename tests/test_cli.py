@@ -286,10 +286,11 @@ def test_doctor_tells_the_truth(data: Path) -> None:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     assert told["python"] == platform.python_version()
     assert told["tensorflow"] == importlib.metadata.version("tensorflow")
-    assert told["cores"] == len(os.sched_getaffinity(0))
+    assert 1 <= told["cores"] <= len(os.sched_getaffinity(0)) <= told["machine_cores"] == os.cpu_count()
     assert told["bfloat16"] == any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
     assert told["cache_rows"] == 300
-    assert told["memory"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert told["machine_memory"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert told["available_memory"] <= told["memory"] <= told["machine_memory"]
     if told["tensorflow_gpus"] == 0:
         assert told["precision_auto"] == ("bfloat16" if told["bfloat16"] else "float32")
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_picture
+from conftest import ROOT, write_picture
 from deployed import KINDS, Deployed
 
 import cli
 from pipeline.asked import Asked, FullAsked, stopped_run
 from pipeline.cache.space import Cache
+from pipeline.commands import config
 from pipeline.errors import IceboxError
 from pipeline.reproduce import options_like
 from pipeline.workspace import Workspace
@@ -112,6 +113,75 @@ def test_pyproject_of_the_current_folder_is_read(asked: Any, tmp_path: Path) -> 
     assert asked("--config", "mine.toml", "train-head").head.head == "gap", "one file, not two"
     assert asked("--config", "pyproject.toml", "train-head").images.limit == 30
     assert asked("--config", os.devnull, "train-head").images.limit is None, "all files put aside"
+
+
+IMPLIED = """
+[tool.icebox]
+data-dir = "theirs"
+limit = 30
+scheduler = "tcp://127.0.0.1:9"
+image-root = "/etc"
+weights = "theirs.h5"
+[tool.icebox.train-head]
+like = "theirs"
+epochs = 3
+[tool.icebox.cache.gc]
+yes = true
+unfinished = true
+dataset = ["digits"]
+[tool.icebox.serve]
+host = "0.0.0.0"
+top = 3
+"""
+
+
+def test_a_file_that_was_not_named_does_not_decide_what_reaches_beyond_the_folder(
+    asked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "pyproject.toml", IMPLIED)
+    found: Asked = asked("train-head")
+    assert (found.images.limit, found.head.settings["epochs"]) == (30, 3), "what is harmless is taken"
+    assert (found.images.image_root, found.features.weights) == (None, "auto")
+    assert asked.found[0][0].root != Path("theirs")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == (
+        "notice: not taken from pyproject.toml, as it was not named on the command line: data-dir, image-root, like, "
+        "weights; to take them, put --config pyproject.toml before the command"
+    )
+    assert len(said) == 2
+    with pytest.raises(IceboxError, match="no run named 'theirs'"):
+        cli._command()(["--config", "pyproject.toml", "train-head"], standalone_mode=False, obj=[])
+
+
+def test_a_file_that_was_not_named_removes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[Any] = []
+    monkeypatch.setattr("pipeline.commands.cache._keep", lambda *given: seen.append(given[1]) or 1 / 0)
+    write(tmp_path / "pyproject.toml", IMPLIED)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["--data-dir", "here", "cache", "gc"])
+    assert "dataset, image-root, unfinished, weights, yes" in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["--data-dir", "here", "--config", "pyproject.toml", "cache", "gc"])
+    assert capsys.readouterr().err == ""
+    assert seen == [[], ["digits"]]
+
+
+def test_every_option_that_names_a_file_needs_a_file_that_was_named() -> None:
+    """Also one that is added later."""
+    for name, command in config._commands(cli._command()):
+        for key, option in config._options(command).items():
+            if "path" in str(option.bare_type).lower() or "file" in str(option.metavar).lower():
+                assert key in config._ONLY_IF_NAMED, f"{name} --{key}"
+
+
+def test_every_option_that_needs_a_file_that_was_named_stands_in_the_docs() -> None:
+    page = (ROOT / "docs" / "security.md").read_text()
+    section = page.partition("## Options from a file that was not named")[2].partition("\n## ")[0]
+    for key in config._ONLY_IF_NAMED:
+        assert f"`{key}`" in section, key
 
 
 def test_keys_and_values_are_as_people_write_them(asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_what_is_missing_refuses_a_self_contained_file_and_is_nan_in_a_virtual_o
     write_picture(data.parent / "photos" / "train" / "cats" / "new.png", 99)
     refused = export(data)
     assert refused.code == 1
-    assert "1 of 25 images have no features" in refused.err
+    assert "1 of 25 images has no features" in refused.err
     assert not (data.parent / "out.h5").exists()
     done = export(data, "--virtual")
     assert (done.code, done.json["rows"], done.json["missing"]) == (0, 25, 1)

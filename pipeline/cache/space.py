@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import machine
 from pipeline.cache import storage
 from pipeline.cache.index import Index, Located, ShardRecord
 from pipeline.cache.keys import Keys
@@ -138,7 +139,7 @@ class FeatureSpace:
         if not names:
             return
         with (
-            ThreadPoolExecutor() as pool,
+            ThreadPoolExecutor(machine.reading_threads()) as pool,
             self.progress("checking shards the index does not know", len(names), "shards") as advance,
         ):
             for name, found in zip(names, pool.map(self._examined, names), strict=True):

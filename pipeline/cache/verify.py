@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline import machine
 from pipeline.cache import storage
 from pipeline.cache.index import ShardRecord
 from pipeline.cache.lock import exclusive
@@ -176,7 +177,10 @@ class _Space:
         names = sorted(sizes)
         to_read = set(random.sample(names, math.ceil(self._sample * len(names))))
         title = f"checking {self._space.name}"
-        with ThreadPoolExecutor() as pool, self._space.progress(title, len(names), "shards") as advance:
+        with (
+            ThreadPoolExecutor(machine.reading_threads()) as pool,
+            self._space.progress(title, len(names), "shards") as advance,
+        ):
             found = pool.map(lambda name: self._examined(name, name in to_read), names)
             for name, result in zip(names, found, strict=True):
                 self._one(name, result, known.get(name), sizes[name])

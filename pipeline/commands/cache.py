@@ -35,6 +35,7 @@ from pipeline.commands.shared import (
     open_dataset,
     opened,
 )
+from pipeline.progress import counted
 
 if TYPE_CHECKING:
     from pipeline.cache.gc import Keep
@@ -188,8 +189,8 @@ def _keep(
         if found.unread:
             first, reason = next(iter(found.unread.items()))
             raise DatasetError(
-                f"{len(found.unread):,} images of {name} cannot be read now, so it is not known which rows are theirs "
-                f"(the first: {images.names[first]} {reason}); nothing was removed"
+                f"{counted(len(found.unread), 'image')} of {name} cannot be read now, so it is not known which rows "
+                f"are theirs (the first: {images.names[first]} {reason}); nothing was removed"
             )
         keys.update(key for key in found.keys if key is not None)
     return Keep(keys if datasets else None, spaces)
@@ -200,7 +201,7 @@ def _ask(rows: int) -> None:
     import sys
 
     if rows and sys.stdin.isatty():
-        typer.confirm(f"{rows:,} rows of features will be removed; go on?", abort=True, err=True)
+        typer.confirm(f"{counted(rows, 'row')} of features will be removed; go on?", abort=True, err=True)
 
 
 @cache_app.command("export")

@@ -31,6 +31,7 @@ from pipeline.commands.shared import (
     opened,
     views_choice,
 )
+from pipeline.progress import counted
 
 if TYPE_CHECKING:
     from pipeline.cache.verify import Verification
@@ -130,7 +131,7 @@ def _show_problems(done: Verification, drifts: Sequence[Drift], as_json: bool) -
         return
     for problem in done.problems[:_LISTED]:
         mended = " (mended)" if problem.repaired else ""
-        rows = f", {problem.rows:,} rows" if problem.rows else ""
+        rows = f", {counted(problem.rows, 'row')}" if problem.rows else ""
         terminal.warn(f"{problem.path}: {problem.problem}{rows}{mended}")
     if len(done.problems) > _LISTED:
         terminal.warn(f"and {len(done.problems) - _LISTED:,} more; --json lists them all")

@@ -28,7 +28,7 @@ def _quiet(names: Callable[[typer.Context, str], list[str]]) -> Callable[[typer.
 
         try:
             return names(context, incomplete)
-        except (IceboxError, OSError, TypeError):  # the last where a data directory cannot be one
+        except (IceboxError, OSError, TypeError, ImportError):  # TypeError where a data directory cannot be one
             return []
 
     return of

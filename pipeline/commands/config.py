@@ -1,6 +1,7 @@
 """Options from a file: TOML named by --config, or [tool.icebox] of the pyproject.toml in the current folder.
 
-Keys are options as they are typed, without the dashes; a table is a command. What is typed wins.
+Keys are options as they are typed, without the dashes; a table is a command. What is typed wins. A file that was not
+named on the command line decides less.
 """
 
 from __future__ import annotations
@@ -15,12 +16,22 @@ import typer
 _PYPROJECT = Path("pyproject.toml")
 _NO_FILE = Path(os.devnull)
 _MOST_BYTES = 2**20
+_DATA_DIR = "data-dir"  # the one key that is no command's option
 # Keys above all tables reach the commands that make features and train on them. Elsewhere an option of the same name
 # may mean another thing: `cache gc --dataset` removes what is not of that dataset.
 _SHARING = {"features", "train-head", "freeze", "finetune", "sweep", "doctor", "cache explain", "cache export"}
 # Full models take them for what they do to images in each epoch, cached rows for what their views are like.
 _NOT_SHARED = {"freeze": {"augment"}, "finetune": {"augment", "views"}}
 _NOT_FROM_A_FILE = {"help", "json"}  # the second belongs to whoever reads stdout
+# A file that was not named on the command line came with the folder, perhaps from somebody else. It does not decide who
+# computes (the answers of a scheduler are unpickled), who may ask, which other files, runs and addresses are read or
+# written, nor what is removed or replaced. docs/security.md lists these options.
+_ONLY_IF_NAMED = {
+    "scheduler", "tls-ca", "tls-cert", "tls-key", "dashboard", "host", "port", "allow-host",
+    "data-dir", "archive", "image-root", "images", "weights", "out", "like", "init", "also", "resume",
+    "yes", "force", "repair", "damaged", "unfinished",
+}  # fmt: skip
+_ONLY_IF_NAMED_OF = {"cache gc": {"dataset", "space"}}  # which say what stays
 
 
 def apply_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -33,19 +44,31 @@ def apply_config(context: typer.Context, path: Path | None) -> Path | None:
     IceboxError
         If it cannot be read.
     """
-    file = path or _PYPROJECT
-    if not (values := _stated(file, path is None)):
+    file, implied = path or _PYPROJECT, path is None
+    if not (values := _stated(file, implied)):
         return None
     context.meta["config"] = str(file)
+    left_out = [_DATA_DIR] if implied and _DATA_DIR in values else []
     data = _data_dir(file, values)
-    context.default_map = _Config(file, context.command).defaults(values)
-    return data
+    config = _Config(file, context.command, implied)
+    context.default_map = config.defaults(values)
+    _say_left_out(file, [*left_out, *config.left_out(context.invoked_subcommand)])
+    return None if implied else data
 
 
 def data_dir_of(path: Path | None) -> Path | None:
     """Return the data directory that a file names, as `apply_config`, whatever else stands in it."""
-    file = path or _PYPROJECT
-    return _data_dir(file, _stated(file, path is None))
+    return None if path is None else _data_dir(path, _stated(path, implied=False))
+
+
+def _say_left_out(file: Path, keys: Sequence[str]) -> None:
+    if keys:
+        from pipeline import terminal
+
+        terminal.warn(
+            f"notice: not taken from {file}, as it was not named on the command line: {', '.join(keys)}; "
+            f"to take them, put --config {file} before the command"
+        )
 
 
 def _stated(file: Path, implied: bool) -> dict[str, Any]:
@@ -62,7 +85,7 @@ def _stated(file: Path, implied: bool) -> dict[str, Any]:
 
 
 def _data_dir(file: Path, values: dict[str, Any]) -> Path | None:
-    data = values.pop("data-dir", None)
+    data = values.pop(_DATA_DIR, None)
     if data is None:
         return None
     if not isinstance(data, str) or not data:
@@ -101,11 +124,18 @@ def _wrong(file: Path, what: str) -> Exception:
 
 
 class _Config:
-    """One file, held against the commands there are."""
+    """One file, named on the command line or `implied`, held against the commands there are."""
 
-    def __init__(self, file: Path, program: Any) -> None:
+    def __init__(self, file: Path, program: Any, implied: bool) -> None:
         self._file = file
         self._program = program
+        self._implied = implied
+        self._left_out: dict[str, list[str]] = {}  # command → the keys that it does not take from this file
+
+    def left_out(self, command: str | None) -> list[str]:
+        """Return the keys that a command, or the commands of a group, did not take: the file was not named."""
+        found = {key for name, keys in self._left_out.items() if name.split()[0] == command for key in keys}
+        return sorted(found)
 
     def defaults(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return command → option's parameter → value, groups of commands holding commands."""
@@ -113,7 +143,7 @@ class _Config:
         known = [command for name, command in _commands(self._program) if name in _SHARING]
         for key in shared:
             if not any(key in _options(command) for command in known):
-                names = {each for command in known for each in _options(command)} | {"data-dir"}
+                names = {each for command in known for each in _options(command)} | {_DATA_DIR}
                 raise self._unknown(key, "", names | set(self._program.commands), self._owners(key))
         return self._of_group(self._program, "", shared, tables)
 
@@ -147,6 +177,10 @@ class _Config:
                 raise self._unknown(key, f"[{name.replace(' ', '.')}]", options)
         shared = {key: value for key, value in shared.items() if key not in _NOT_SHARED.get(name, ())}
         given = {**{key: value for key, value in shared.items() if key in options}, **own}
+        if self._implied:
+            barred = _ONLY_IF_NAMED | _ONLY_IF_NAMED_OF.get(name, set())
+            self._left_out[name] = [key for key in given if key in barred]
+            given = {key: value for key, value in given.items() if key not in barred}
         return {options[key].name: self._typed(key, value, options[key]) for key, value in given.items()}
 
     def _typed(self, key: str, value: Any, option: Any) -> Any:

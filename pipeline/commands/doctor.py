@@ -33,6 +33,7 @@ from pipeline.commands.shared import (
     typed,
     views_choice,
 )
+from pipeline.progress import counted
 
 if TYPE_CHECKING:
     from pipeline.checkup import Checkup
@@ -107,12 +108,12 @@ def doctor(
 def _show(found: Checkup, about: dict[str, Any]) -> None:
     from pipeline import terminal
     from pipeline.checkup import MOST_MEMBERS
-    from pipeline.progress import duration, size_text
+    from pipeline.progress import counted, duration, size_text
 
     rows = [(name, *counts.values()) for name, counts in about["classes"].items()]
     terminal.table(rows[:_MOST_CLASSES], ("class", *next(iter(about["classes"].values()))))
     if len(rows) > _MOST_CLASSES:
-        terminal.say(f"and {len(rows) - _MOST_CLASSES:,} more classes; --json lists them all")
+        terminal.say(f"and {len(rows) - _MOST_CLASSES:,} more; --json lists them all")
     sizes = {name: f"{size[0]:,} x {size[1]:,}" for name, size in about["sizes"].items() if size}
     lines = {
         "images": f"{about['images']:,}",
@@ -127,7 +128,8 @@ def _show(found: Checkup, about: dict[str, Any]) -> None:
         + (f"; {found.plan.duplicates:,} more are copies" if found.plan.duplicates else ""),
     }
     if (cost := found.cost) is not None:
-        lines["to compute"] = f"{found.plan.missing:,} rows: {duration(cost.seconds)}, {size_text(cost.bytes)} on disk"
+        missing = counted(found.plan.missing, "row")
+        lines["to compute"] = f"{missing}: {duration(cost.seconds)}, {size_text(cost.bytes)} on disk"
         lines["measured"] = (
             f"{cost.images_per_second:,.1f} images/s, {cost.bytes_per_row:,} bytes a row, {size_text(cost.memory)} of "
             f"memory, with the weights {cost.weights}"
@@ -141,8 +143,7 @@ def _show(found: Checkup, about: dict[str, Any]) -> None:
             terminal.say(f"{title}: {named}{', …' if len(group) == MOST_MEMBERS else ''}")
 
 
-def _copies(counted: dict[str, int]) -> str:
-    if not counted["groups"]:
+def _copies(found: dict[str, int]) -> str:
+    if not found["groups"]:
         return "none"
-    groups = f"{counted['groups']:,} group{'' if counted['groups'] == 1 else 's'}"
-    return f"{counted['images']:,} images in {groups}, {counted['crossing']:,} across splits"
+    return f"{found['images']:,} images in {counted(found['groups'], 'group')}, {found['crossing']:,} across splits"

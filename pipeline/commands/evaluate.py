@@ -28,6 +28,7 @@ from pipeline.commands.shared import (
     open_chosen,
     opened,
 )
+from pipeline.progress import counted
 
 if TYPE_CHECKING:
     from pipeline.asked import DatasetChoice
@@ -127,7 +128,7 @@ def _list_classes(per_class: list[dict[str, Any]], note: str) -> None:
     terminal.say("")
     terminal.table([tuple(_cell(each[name]) for name in names) for each in listed], names)
     if hidden > 0:
-        terminal.say(f"and {hidden:,} more classes, with a higher f1")
+        terminal.say(f"and {counted(hidden, 'more class', 'more classes')}, with a higher f1")
     terminal.say(note)
 
 

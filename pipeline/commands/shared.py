@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.commands.completion import dataset_names, run_names, space_names, stopped_names
-from pipeline.progress import size_text
+from pipeline.progress import counted, size_text
 
 if TYPE_CHECKING:
     from pipeline.asked import Asked, DatasetChoice
@@ -389,10 +389,11 @@ def exit_for_bad(quarantined: list[Quarantined], images: int, max_bad: float) ->
         terminal.warn(f"quarantined {bad.path}: {bad.reason}")
     if len(quarantined) > 20:
         terminal.warn(f"and {len(quarantined) - 20:,} more; --json lists them all")
-    counted = list(causes(quarantined).items())
-    if 1 < len(quarantined) > len(counted):
-        told = ", ".join(f"{count:,} {reason}" for reason, count in counted[:_MOST_CAUSES])
-        others = f", and {len(counted) - _MOST_CAUSES:,} other causes" if len(counted) > _MOST_CAUSES else ""
+    found = list(causes(quarantined).items())
+    if 1 < len(quarantined) > len(found):
+        told = ", ".join(f"{count:,} {reason}" for reason, count in found[:_MOST_CAUSES])
+        further = len(found) - _MOST_CAUSES
+        others = f", and {counted(further, 'other cause')}" if further > 0 else ""
         terminal.warn(f"in all: {told}{others}")
     if len(quarantined) / images > max_bad:
         raise typer.Exit(3)

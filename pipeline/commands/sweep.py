@@ -155,7 +155,7 @@ def _resumed(context: typer.Context, name: str, root: Path) -> tuple[str, SweepA
 
 def _finish(done: Sweep, seconds: float, as_json: bool) -> None:
     from pipeline import terminal
-    from pipeline.leaderboard import varied
+    from pipeline.leaderboard import noise_sentence, varied
 
     if as_json:
         result = {"sweep": done.name, "runs": done.rows, "best": done.best, "reused": done.reused}
@@ -167,10 +167,7 @@ def _finish(done: Sweep, seconds: float, as_json: bool) -> None:
     terminal.table(rows[:_MOST_LISTED], headers)
     if len(rows) > _MOST_LISTED:
         terminal.say(f"and {len(rows) - _MOST_LISTED:,} more in {done.path / 'leaderboard.csv'}")
-    near = sum(bool(row["within_noise"]) for row in done.rows) - 1
-    terminal.say(
-        f"the validation split does not tell {near:,} of the others from the best (p of McNemar's test ≥ 0.05)"
-    )
+    terminal.say(noise_sentence(done.rows))
     low, high = done.best["accuracy_interval"]
     terminal.say(f"the best on the test split: accuracy {done.best['accuracy']:.4f} ({low:.4f} to {high:.4f})")
     terminal.say(f"kept as the run {done.best['run']}; the sweep, {seconds:,.0f} s, in {done.path}")

@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import machine
 from pipeline.cache import storage
 from pipeline.errors import DatasetError, DoNotFitError, RunError
 from pipeline.heads.base import JSON_FILE, Data, Fitted, measure, not_numbers, stratified_folds
 from pipeline.imports import without
 from pipeline.loop import Watch
+from pipeline.progress import counted
 from pipeline.rows import Rows, StoredRows, in_order
 from pipeline.runs import write_json
 from pipeline.spec import HeadSpec
@@ -160,14 +162,13 @@ def _along(
     """Fit at each C of the ascending `path`, each time starting from where the last one ended."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
 
-    threads = 1 if train.size < _WORTH_THREADS else None
+    threads = 1 if train.size < _WORTH_THREADS else machine.usable_cores()
     weight = None if settings["class_weight"] == "none" else settings["class_weight"]
     moving: Any = LogisticRegression(max_iter=settings["max_iter"], class_weight=weight, warm_start=True)
     for c in path:
         moving.C = c
-        with warnings.catch_warnings(), threadpool_limits(threads):
+        with warnings.catch_warnings(), machine.computing_threads(threads):
             warnings.simplefilter("ignore", ConvergenceWarning)  # said below, in our own words
             warnings.simplefilter("ignore", UserWarning)  # that classes are many for so few images
             moving.fit(train, labels)
@@ -257,7 +258,8 @@ def _all(rows: Rows, where: str) -> np.ndarray:
 
 def _warn(best: _Fit, fits: list[_Fit], max_iter: int) -> None:
     if not best.converged:
-        logger.warning("the regression at C=%g did not converge in %d iterations: raise --max-iter", best.c, max_iter)
+        tried = counted(max_iter, "iteration")
+        logger.warning("the regression at C=%g did not converge in %s: raise --max-iter", best.c, tried)
     if len(fits) > 1 and best.c in (fits[0].c, fits[-1].c):
         logger.warning("the best C, %g, is the %s tried: try %s ones by --C", *_edge(best, fits))
 

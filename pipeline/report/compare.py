@@ -12,6 +12,7 @@ from pipeline import runs, sweep
 from pipeline.cache import storage
 from pipeline.errors import RunError, did_you_mean
 from pipeline.leaderboard import varied
+from pipeline.progress import counted
 from pipeline.report import page
 from pipeline.report.single import publish
 from pipeline.workspace import Workspace
@@ -76,7 +77,7 @@ def _page_of_runs(about: Sequence[Mapping[str, Any]]) -> str:
     return page.render(
         "report_compare.html",
         _NO_IMAGES,
-        title="1 run compared" if len(about) == 1 else f"{len(about):,} runs compared",
+        title=counted(len(about), "run compared", "runs compared"),
         subtitle=", ".join(datasets),
         untrained=any(str(each["features"].get("weights", "")).startswith("untrained") for each in about),
         notes=[*several, note],
@@ -134,7 +135,7 @@ def _page_of_sweep(about: Mapping[str, Any]) -> str:
     return page.render(
         "report_compare.html",
         _NO_IMAGES,
-        title=f"{len(rows):,} settings tried",
+        title=counted(len(rows), "setting tried", "settings tried"),
         subtitle=f"{about['sweep']}, {about['dataset']['name']}",
         untrained=str(about["features"]["weights"]).startswith("untrained"),
         notes=[

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.cache import storage
 from pipeline.errors import RunError
+from pipeline.progress import counted
 from pipeline.report import page
 from pipeline.reproduce import commands
 from pipeline.trained import TrainedRun
@@ -128,12 +129,12 @@ def _cards(run: TrainedRun, about: Mapping[str, Any], metrics: Mapping[str, Any]
     """Return the headline: name, value, and what else is to be said."""
     test, val, summary, dataset = metrics["test"], metrics["val"], about["summary"], about["dataset"]
     low, high = map(_number, test["accuracy_interval"])
-    sure = f"95% interval {low:.1%} to {high:.1%}, {test['images']:,} test images"
+    sure = f"95% interval {low:.1%} to {high:.1%}, {counted(test['images'], 'test image')}"
     trained = _STAGES.get(summary.get("stage"), "a head on cached features")
     return [
         ("Accuracy", f"{test['accuracy']:.1%}", sure),
-        ("On validation", f"{val['accuracy']:.1%}", f"{val['images']:,} images"),
-        ("Dataset", str(dataset["name"]), f"{dataset['images']:,} images, {len(run.classes):,} classes"),
+        ("On validation", f"{val['accuracy']:.1%}", counted(val["images"], "image")),
+        ("Dataset", str(dataset["name"]), f"{counted(dataset['images'], 'image')}, {len(run.classes):,} classes"),
         ("Trained", run.kind, trained),
         ("Backbone", run.base.backbone, f"weights {run.weights}, {run.base.precision}"),
         ("Time spent", _minutes(float(summary["seconds"])), f"{summary.get('parameters') or 0:,} parameters"),
