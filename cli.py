@@ -20,6 +20,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("error: Icebox's packages are not here: `make setup`, then `source .venv/bin/activate`")
 
+from pipeline import environment
 from pipeline.commands.about import summary, weights_command
 from pipeline.commands.cache import cache_app
 from pipeline.commands.config import apply_config, origin
@@ -208,6 +209,7 @@ def run_and_exit() -> NoReturn:
     """Run the command line as a program of its own."""
     import threading
 
+    environment.isolate()
     _open_what_is_closed()
     # A descriptor of our own: what native libraries print on theirs is held back while they load.
     own, encoding = os.dup(2), sys.stderr.encoding

@@ -1,20 +1,77 @@
-"""Pictures of a training and of what a classifier says, by matplotlib. Knows no models."""
+"""Pictures of a training and of what a classifier says, by matplotlib. Knows no models.
+
+Whatever matplotlib is told from outside, by a `matplotlibrc` or the environment, has no say in them. One that cannot be
+drawn is a notice: its numbers are kept beside it.
+"""
 
 from __future__ import annotations
 
+import functools
+import io
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Concatenate, ParamSpec
 
 import numpy as np
 
+from pipeline.imports import import_matplotlib
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 Target = Path | IO[str]
+INK = "#010203"  # what is drawn in it takes the colour of the page's text
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+_CLEAR = ("figure.facecolor", "axes.facecolor", "legend.facecolor", "savefig.facecolor")
+_OF_PAGES = {
+    **dict.fromkeys(_INKED, INK),
+    **dict.fromkeys(_CLEAR, "none"),
+    **{"svg.fonttype": "none", "svg.hashsalt": "icebox", "font.family": "sans-serif"},
+}
 _MOST_NUMBERS = 20  # classes up to which a confusion matrix has its numbers written into it
 _MOST_NAMES = 60  # classes up to which they are named
 
 
-def draw_curves(path: Target, history: Sequence[Mapping[str, float]], x: str, title: str) -> None:
+def picture(build: Callable[P, Any]) -> Callable[Concatenate[Target, P], None]:
+    """Make a function that returns a figure one that takes where to write it first.
+
+    A path gets a PNG, a stream an SVG for pages. What cannot be drawn is a notice, and nothing is written; a file that
+    cannot be written raises OSError.
+    """
+
+    @functools.wraps(build)
+    def draw(target: Target, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        to_file = isinstance(target, Path)
+        try:
+            content = _rendered(functools.partial(build, *args, **kwargs), to_file)
+        except Exception as error:  # of whatever kind: what the picture shows is kept in numbers
+            named = target.name if to_file else "a picture of the page"
+            logger.warning("%s is left out, matplotlib cannot draw it (%s)", named, str(error) or type(error).__name__)
+            return
+        if to_file:
+            target.write_bytes(content)
+        else:
+            target.write(content.decode())
+
+    return draw
+
+
+def _rendered(build: Callable[[], Any], as_png: bool) -> bytes:
+    matplotlib = import_matplotlib()
+    options = {"format": "png", "dpi": 120} if as_png else {"format": "svg", "metadata": {"Date": None}}
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the box that is drawn tells
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({} if as_png else _OF_PAGES)
+        build().savefig(buffer, **options)
+    return buffer.getvalue()
+
+
+@picture
+def draw_curves(history: Sequence[Mapping[str, float]], x: str, title: str) -> Any:
     """Draw loss and accuracy of training and validation over `x`, a key of each entry of `history`."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
     from matplotlib.ticker import MaxNLocator
@@ -34,10 +91,11 @@ def draw_curves(path: Target, history: Sequence[Mapping[str, float]], x: str, ti
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(_plain(title), parse_math=False)
-    save(figure, path)
+    return figure
 
 
-def draw_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str) -> None:
+@picture
+def draw_confusion(confusion: np.ndarray, classes: Sequence[str], title: str) -> Any:
     """Draw a confusion matrix (k, k) of counts, rows being the true classes, coloured by the share of its row."""
     from matplotlib.figure import Figure
 
@@ -58,10 +116,11 @@ def draw_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
         axis.set_yticks(range(k), names, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true")
     axis.set_title(_plain(title), parse_math=False, fontsize=10)
-    save(figure, path)
+    return figure
 
 
-def draw_calibration(path: Target, bins: Sequence[Mapping[str, Any]], title: str) -> None:
+@picture
+def draw_calibration(bins: Sequence[Mapping[str, Any]], title: str) -> Any:
     """Draw how often a classifier is right beside how sure it says it is, over bins of `evaluate`'s "calibration"."""
     from matplotlib.figure import Figure
 
@@ -79,16 +138,7 @@ def draw_calibration(path: Target, bins: Sequence[Mapping[str, Any]], title: str
     lower.set(xlabel="probability of the predicted class", ylabel="images")
     lower.grid(alpha=0.3)
     figure.suptitle(_plain(title), parse_math=False, fontsize=10)
-    save(figure, path)
-
-
-def save(figure: Any, target: Target) -> None:
-    """Write a figure, to a path as PNG, to a stream as SVG without a date."""
-    to_file = isinstance(target, Path)
-    options = {"dpi": 120} if to_file else {"format": "svg", "metadata": {"Date": None}}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the box that is drawn tells
-        figure.savefig(target, **options)
+    return figure
 
 
 def _plain(text: str) -> str:
@@ -96,9 +146,10 @@ def _plain(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+@picture
 def draw_ranking(
-    path: Path, names: Sequence[str], spans: Sequence[tuple[float, float, float]], alike: Sequence[bool], title: str
-) -> None:
+    names: Sequence[str], spans: Sequence[tuple[float, float, float]], alike: Sequence[bool], title: str
+) -> Any:
     """Draw a value with its interval (low, value, high) for each name, the first on top; those `alike` stand out."""
     from matplotlib.figure import Figure
 
@@ -112,4 +163,4 @@ def draw_ranking(
     axis.set(xlabel="validation accuracy, 95% interval; blue: within noise of the best")
     axis.grid(alpha=0.3, axis="x")
     figure.suptitle(_plain(title), parse_math=False, fontsize=10)
-    save(figure, path)
+    return figure
