@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import itertools
 import os
 import signal
@@ -211,9 +213,12 @@ def run_and_exit() -> NoReturn:
 
     environment.isolate()
     _open_what_is_closed()
+    codecs.register_error(_SPELLING, _spelt)
     # A descriptor of our own: what native libraries print on theirs is held back while they load.
     own, encoding = os.dup(2), sys.stderr.encoding
-    sys.stderr = os.fdopen(own, "w", buffering=1, encoding=encoding, errors="backslashreplace")
+    sys.stderr = os.fdopen(own, "w", buffering=1, encoding=encoding, errors=_SPELLING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors=_SPELLING)
     code = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # what it came to is settled
@@ -224,6 +229,18 @@ def run_and_exit() -> NoReturn:
             stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+_SPELLING = "icebox-spelling"
+_IN_ASCII = {"…": "...", "→": "->", "·": "-", "≤": "<=", "≥": ">="}
+
+
+def _spelt(error: UnicodeError) -> tuple[str, int]:
+    """Return how characters are written that a terminal's encoding does not have, and where to go on."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    return "".join(_IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in missing), error.end
 
 
 def _open_what_is_closed() -> None:

@@ -194,5 +194,5 @@ def _devices() -> list[str]:
 def _say_dashboard(client: Client) -> None:
     services = client.scheduler_info()["services"]
     if "dashboard" in services:
-        plots = "" if importlib.util.find_spec("bokeh") else "; its plots need bokeh: make setup EXTRAS=dashboard"
+        plots = "" if importlib.util.find_spec("bokeh") else f"; its plots need bokeh: {machine.installs('dashboard')}"
         logger.info("dashboard of the scheduler: %s%s", client.dashboard_link, plots)

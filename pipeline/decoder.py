@@ -33,7 +33,7 @@ R = TypeVar("R")
 _MOST_DECODERS = 16  # each takes some 60 MB, and a model on a CPU keeps fewer busy
 # -P: a folder we happen to stand in must not bring its own `json`.
 _COMMAND = (sys.executable, "-P", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); "
-            "from pipeline import environment; environment.isolate(); "
+            "from pipeline import environment; environment.isolate(); environment.allow_pixels(int(sys.argv[3])); "
             "from pipeline.decode_process import main; main()", str(Path(__file__).parent.parent))  # fmt: skip
 # Who sends these ends a process for reasons of his own, as the kernel does when memory runs out.
 _STOPPED = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGXCPU}

@@ -50,6 +50,11 @@ def disregard(*libraries: str) -> None:
                 _taken.append(f"{name}={value}")
 
 
+def allow_pixels(most: int) -> None:
+    """Let OpenCV, not imported yet, decode images of so many pixels: what `--max-pixels` says is the limit."""
+    os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(max(2**30, most))  # by itself it takes 2**30
+
+
 def tell() -> None:
     """Say once what was taken away."""
     if _taken:

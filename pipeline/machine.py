@@ -7,6 +7,8 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,4 +150,14 @@ def _cpu() -> tuple[str, set[str]]:
 def require_packages(what: str, packages: Sequence[str], extra: str) -> None:
     """Raise UsageError, naming the `extra` to install, unless the packages that `what` needs are there."""
     if lacking := [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]:
-        raise UsageError(f"{what} needs {' and '.join(lacking)}: make setup EXTRAS={extra}")
+        raise UsageError(f"{what} needs {' and '.join(lacking)}: {installs(extra)}")
+
+
+def installs(extra: str) -> str:
+    """Return the command that installs an extra the way Icebox itself was installed."""
+    root = Path(__file__).parents[1]
+    if not (root / "pyproject.toml").is_file():
+        return f"pip install 'icebox[{extra}]'"
+    if Path(sys.prefix).resolve() == (root / ".venv").resolve():  # which `make setup` works on
+        return f"make setup EXTRAS={extra}"
+    return f"pip install --editable {shlex.quote(f'{root}[{extra}]')}"

@@ -59,10 +59,13 @@ def stopped(service: Service, by: int = signal.SIGINT) -> tuple[int, str]:
     return service.process.returncode, said
 
 
+ALLOWED = ("--allow-host", "Pictures.Example.org", "--allow-host", "b\u00fccher.example")
+
+
 @pytest.fixture(scope="module")
 def service(deployed: Deployed) -> Iterator[Service]:
     names = [deployed.name("logreg"), "--also", deployed.name("finetune")]
-    found = started(deployed, *names, "--max-bytes", f"{MOST}", "--max-pixels", "1000000")
+    found = started(deployed, *names, "--max-bytes", f"{MOST}", "--max-pixels", "1000000", *ALLOWED)
     yield found
     host, _, port = found.url.removeprefix("http://").rpartition(":")
     with socket.create_connection((host, int(port))) as half:  # an upload that is still coming
@@ -190,9 +193,22 @@ def test_without_a_length_the_limit_holds_too(service: Service) -> None:
 def test_a_name_from_elsewhere_does_not_lead_here(service: Service) -> None:
     """As a page does that has its own name resolve to this machine."""
     port = service.url.rpartition(":")[2]
-    for host, code in ((f"evil.example:{port}", 421), ("", 421), (f"localhost:{port}", 200), ("[::1]", 200)):
+    ours = f"localhost:{port}", "[::1]", "pictures.example.org", "PICTURES.example.org.:443", "xn--bcher-kva.example"
+    for host in ours:
+        assert httpx.get(f"{service.url}/about", headers={"host": host}, trust_env=False).status_code == 200, host
+    for host in (f"evil.example:{port}", "", "example.org", "pictures.example.org.evil.example"):
         response = httpx.get(f"{service.url}/about", headers={"host": host}, trust_env=False)
-        assert response.status_code == code, host
+        assert response.status_code == 421, host
+        assert "--allow-host" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("path", ["/", "/about", "/openapi.json", "/predict", "/nowhere"])
+def test_head_says_what_get_says_but_for_the_body(service: Service, path: str) -> None:
+    asked = httpx.get(f"{service.url}{path}", trust_env=False)
+    head = httpx.head(f"{service.url}{path}", trust_env=False)
+    assert head.status_code == asked.status_code == {"/predict": 405, "/nowhere": 404}.get(path, 200)
+    assert head.headers["content-length"] == asked.headers["content-length"] == f"{len(asked.content)}"
+    assert head.content == b""
 
 
 def test_an_upload_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +359,12 @@ def test_a_port_that_is_taken_is_told(deployed: Deployed) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [(("--host", ""), "--host takes an address or a name"), (("--max-bytes", "0"), "--max-bytes must be at least 1")],
+    [
+        (("--host", ""), "--host takes an address or a name"),
+        (("--max-bytes", "0"), "--max-bytes must be at least 1"),
+        (("--allow-host", "https://images.example.org"), "--allow-host takes the name of a host"),
+        (("--allow-host", "*.example.org"), "--allow-host takes the name of a host"),
+    ],
 )
 def test_wrong_use(deployed: Deployed, arguments: tuple[str, ...], text: str) -> None:
     done = icebox(deployed.data, "serve", deployed.name("logreg"), *arguments)
