@@ -88,6 +88,10 @@ def main_options(
 ) -> None:
     """Options that stand before the command."""
     helped = not {"-h", "--help"}.isdisjoint(context.obj)  # which tells of the program, not of a file
+    if not helped:
+        from pipeline.machine import require_room, usable_cores
+
+        require_room("NumPy", 700_000_000, 2 * usable_cores())  # with what else every command imports
     named = None if helped else apply_config(context, config)
     default = str(context.get_parameter_source("data_dir")).endswith(".DEFAULT")
     context.obj = named if named is not None and default else data_dir
@@ -108,8 +112,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         import sqlite3
 
-        from pipeline.errors import IceboxError, UsageError
+        from pipeline.errors import IceboxError, UsageError, exhausted
 
+        if not stopped and (text := exhausted(error)):
+            return _fail(text, 1, arguments)
         if isinstance(error, sqlite3.Error):
             return _fail(f"the cache's index: {error}; {_index_hint(error)}", 1, arguments)
         if isinstance(error, (IceboxError, OSError)):

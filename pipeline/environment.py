@@ -23,7 +23,7 @@ _DECIDING = {
         r"|(TF2|ONEDNN|DNNL|MLIR)_\w+|TENSORFLOW_USE_CUSTOM_CONTRACTION_KERNEL|XLA_FLAGS"
         r"|NVIDIA_TF32_OVERRIDE|CUBLAS(LT)?_WORKSPACE_\w+|KERAS_(?!HOME|BACKEND)\w+"
     ),
-    "opencv": re.compile(r"OPENCV_(?!LOG_|TEMP_PATH)\w+"),
+    "opencv": re.compile(r"OPENCV_(?!LOG_|TEMP_PATH|FOR_THREADS_NUM)\w+"),
     "numpy": re.compile(r"NPY_\w+|SCIPY_ARRAY_API|SKLEARN_\w+"),
     "hdf5": re.compile(r"HDF5_(DRIVER|DRIVER_CONFIG|TEST_DRIVER|VOL_CONNECTOR|VDS_PREFIX|EXTFILE_PREFIX)|BLOSC_\w+"),
 }

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 KerasModel = Any  # keras.Model; its own type hints are wrong in too many places to be checked against
 _IMPORTING = threading.Lock()
+_ADDRESS_SPACE = 2_500_000_000  # bytes: measured were 1.7 GB for Keras imported, and 0.4 GB for its first operation
 
 # What Keras imports if it is there, for wrappers, plots and tables that nothing here uses: a third of its start.
 _OPTIONAL = ("matplotlib", "pandas", "sklearn")
@@ -40,6 +41,7 @@ def _import_keras(hidden: Sequence[str]) -> Any:
     if "tensorflow" not in sys.modules:
         environment.disregard("tensorflow")
         environment.tell()
+        machine.require_room("TensorFlow", _ADDRESS_SPACE, 4 * machine.usable_cores() + 8)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["KERAS_BACKEND"] = "tensorflow"
     if not machine.driver_gpus():

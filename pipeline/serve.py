@@ -8,6 +8,7 @@ import logging
 import queue
 import re
 import socket
+import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -140,6 +141,7 @@ def serve(
     """
     machine.require_packages("serve", ["fastapi", "uvicorn", "python-multipart"], "serve")
     further = [_host_name(name) for name in allowed]
+    tempfile.gettempdir()  # where uploads wait; raises FileNotFoundError
     import uvicorn
 
     from pipeline import patience, web

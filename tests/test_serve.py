@@ -382,6 +382,15 @@ def test_missing_packages_are_named_with_their_extra(deployed: Deployed, monkeyp
         serve.serve([], workspace, host="127.0.0.1", port=0, top=1, max_bytes=1, max_pixels=1)
 
 
+def test_without_a_folder_for_uploads_it_does_not_begin(deployed: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(serve.tempfile, "gettempdir", none)
+    with deployed.workspace() as workspace, pytest.raises(FileNotFoundError, match="usable temporary directory"):
+        serve.serve([], workspace, host="127.0.0.1", port=0, top=1, max_bytes=1, max_pixels=1)
+
+
 def test_the_page_in_a_browser(deployed: Deployed, service: Service, tmp_path: Path) -> None:
     """Images dropped by hand, chosen and bad ones; nothing is fetched from elsewhere, and nothing complains."""
     if not CHROMIUM.exists():
