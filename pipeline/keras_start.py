@@ -56,7 +56,7 @@ def _import_keras(hidden: Sequence[str]) -> Any:
     import tensorflow as tf
 
     tf.get_logger().setLevel("ERROR")  # several small models in one process make it warn of retracing
-    _set_defaults(keras)
+    _set_defaults(keras, tf)
     for gpu in tf.config.list_physical_devices("GPU"):
         # Refused once the GPU is in use, which it can only be with the setting already made.
         if not tf.config.experimental.get_memory_growth(gpu):
@@ -74,14 +74,17 @@ def _find_keras() -> None:
         raise IceboxError(f"Keras does not start ({error}): correct or remove its settings in {path}") from error
 
 
-def _set_defaults(keras: Any) -> None:
-    """Have Keras compute as it does by itself: neither a keras.json nor the program around decides what a head is."""
+def _set_defaults(keras: Any, tf: Any) -> None:
+    """Have both compute as they do by themselves: neither a keras.json nor the program around decides a number."""
     keras.config.set_floatx("float32")
     keras.config.set_epsilon(1e-7)
     keras.config.set_image_data_format("channels_last")
     if (policy := keras.config.dtype_policy().name) != "float32":
         logger.warning("the dtype policy of Keras was %s; Icebox computes in float32, and has set it to that", policy)
         keras.config.set_dtype_policy("float32")
+    if not tf.config.experimental.tensor_float_32_execution_enabled():
+        logger.warning("TensorFloat-32 was off; Icebox computes float32 on GPUs with it, and has turned it on")
+        tf.config.experimental.enable_tensor_float_32_execution(True)
 
 
 def limit_threads(of_a_layer: int, layers: int) -> None:

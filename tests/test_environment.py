@@ -123,12 +123,14 @@ def test_a_keras_json_decides_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         "print(keras.config.epsilon(), keras.config.floatx(), keras.config.image_data_format(),"
         " keras.config.backend(), keras.config.dtype_policy().name, keras.layers.Dense(1).dtype_policy.name)\n"
         # The program around may have its own; that it has no longer is said.
+        "import tensorflow as tf\n"
         "keras.config.set_dtype_policy('mixed_float16')\n"
+        "tf.config.experimental.enable_tensor_float_32_execution(False)\n"
         "import logging; logging.disable()\n"
         "import_keras()\n"
-        "print(keras.config.dtype_policy().name)"
+        "print(keras.config.dtype_policy().name, tf.config.experimental.tensor_float_32_execution_enabled())"
     )
-    assert python(script) == "1e-07 float32 channels_last tensorflow float32 float32\nfloat32"
+    assert python(script) == "1e-07 float32 channels_last tensorflow float32 float32\nfloat32 True"
 
 
 def test_a_keras_json_that_makes_no_sense_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
