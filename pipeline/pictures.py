@@ -10,7 +10,9 @@ import functools
 import io
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Concatenate, ParamSpec
 
@@ -37,20 +39,20 @@ _MOST_NAMES = 60  # classes up to which they are named
 def picture(build: Callable[P, Any]) -> Callable[Concatenate[Target, P], None]:
     """Make a function that returns a figure one that takes where to write it first.
 
-    A path gets a PNG, a stream an SVG for pages. What cannot be drawn is a notice, and nothing is written; a file that
-    cannot be written raises OSError.
+    A path gets a PNG, a stream an SVG for pages. What matplotlib cannot draw is a notice, and nothing is written. What
+    `build` raises of its values, and OSError of a file that cannot be written, are passed on.
     """
 
     @functools.wraps(build)
     def draw(target: Target, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        to_file = isinstance(target, Path)
         try:
-            content = _rendered(functools.partial(build, *args, **kwargs), to_file)
-        except Exception as error:  # of whatever kind: what the picture shows is kept in numbers
-            named = target.name if to_file else "a picture of the page"
-            logger.warning("%s is left out, matplotlib cannot draw it (%s)", named, str(error) or type(error).__name__)
+            with _style({} if isinstance(target, Path) else _OF_PAGES):
+                content = _rendered(build(*args, **kwargs), isinstance(target, Path))
+        except _UndrawnError as error:
+            named = target.name if isinstance(target, Path) else "a picture of the page"
+            logger.warning("%s is left out, matplotlib cannot draw it (%s)", named, error)
             return
-        if to_file:
+        if isinstance(target, Path):
             target.write_bytes(content)
         else:
             target.write(content.decode())
@@ -58,15 +60,42 @@ def picture(build: Callable[P, Any]) -> Callable[Concatenate[Target, P], None]:
     return draw
 
 
-def _rendered(build: Callable[[], Any], as_png: bool) -> bytes:
-    matplotlib = import_matplotlib()
+class _UndrawnError(Exception):
+    """What matplotlib said when it could not draw, of whatever kind: what the picture shows is kept in numbers."""
+
+
+@contextmanager
+def _style(more: Mapping[Any, Any]) -> Iterator[None]:
+    """Have matplotlib draw by its own defaults and `more`, and afterwards again as it did."""
+    matplotlib, why_not = _matplotlib()
+    if matplotlib is None:
+        raise _UndrawnError(why_not)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(more)
+        yield
+
+
+@functools.cache
+def _matplotlib() -> tuple[Any, str]:
+    """Return matplotlib, or None and why it cannot be imported: it looks for fonts first, each time."""
+    try:
+        matplotlib = import_matplotlib()
+        import_module("matplotlib.figure")
+    except Exception as error:
+        return None, str(error) or type(error).__name__
+    return matplotlib, ""
+
+
+def _rendered(figure: Any, as_png: bool) -> bytes:
     options = {"format": "png", "dpi": 120} if as_png else {"format": "svg", "metadata": {"Date": None}}
     buffer = io.BytesIO()
-    with matplotlib.rc_context(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the box that is drawn tells
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({} if as_png else _OF_PAGES)
-        build().savefig(buffer, **options)
+        try:
+            figure.savefig(buffer, **options)
+        except Exception as error:
+            raise _UndrawnError(str(error) or type(error).__name__) from error
     return buffer.getvalue()
 
 

@@ -43,11 +43,30 @@ def test_what_cannot_be_drawn_is_a_notice(
         raise ValueError("no such backend")
 
     monkeypatch.setattr(pictures, "import_matplotlib", import_matplotlib)
+    monkeypatch.setattr(pictures, "_matplotlib", pictures._matplotlib.__wrapped__)  # which remembers that it is there
     draw_curves(tmp_path / "curves.png", HISTORY, "epoch", "a title")
     assert list(tmp_path.iterdir()) == []
     assert "curves.png is left out, matplotlib cannot draw it (no such backend)" in caplog.text
     assert page.curves(HISTORY, "epoch") == ""
     assert "a picture of the page is left out" in caplog.text
+
+
+def test_a_figure_that_cannot_be_saved_is_a_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def savefig(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("latex was not able to process the following string")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    draw_curves(tmp_path / "curves.png", HISTORY, "epoch", "a title")
+    assert list(tmp_path.iterdir()) == []
+    assert "curves.png is left out, matplotlib cannot draw it (latex was not able" in caplog.text
+
+
+def test_values_that_are_none_are_an_error(tmp_path: Path) -> None:
+    """Whoever reads them from a file says so of that file."""
+    with pytest.raises(KeyError):
+        draw_curves(tmp_path / "curves.png", [{"epoch": 1, "loss": 1.0}, {"epoch": 2}], "epoch", "a title")
 
 
 def test_a_folder_that_takes_no_file_is_an_error(tmp_path: Path) -> None:
