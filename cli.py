@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import itertools
 import os
 import signal
@@ -20,6 +22,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("error: Icebox's packages are not here: `make setup`, then `source .venv/bin/activate`")
 
+from pipeline import environment
 from pipeline.commands.about import summary, weights_command
 from pipeline.commands.cache import cache_app
 from pipeline.commands.config import apply_config, origin
@@ -87,9 +90,10 @@ def main_options(
     helped = not {"-h", "--help"}.isdisjoint(context.obj)  # which tells of the program, not of a file
     named = None
     if not helped:
-        from pipeline.machine import limit_libraries
+        from pipeline.machine import limit_libraries, require_room, usable_cores
 
         limit_libraries()  # before any of them is loaded
+        require_room("NumPy", 700_000_000, 2 * usable_cores())  # with what else every command imports
         named = apply_config(context, config)
     default = str(context.get_parameter_source("data_dir")).endswith(".DEFAULT")
     context.obj = named if named is not None and default else data_dir
@@ -110,10 +114,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         import sqlite3
 
-        from pipeline.errors import IceboxError, UsageError
+        from pipeline.errors import IceboxError, UsageError, exhausted
         from pipeline.imports import failed_import
 
-        if not stopped and (text := failed_import(error)):
+        if not stopped and (text := exhausted(error) or failed_import(error)):
             return _fail(text, 1, arguments)
         if isinstance(error, sqlite3.Error):
             return _fail(f"the cache's index: {error}; {_index_hint(error)}", 1, arguments)
@@ -216,10 +220,14 @@ def run_and_exit() -> NoReturn:
     """Run the command line as a program of its own."""
     import threading
 
+    environment.isolate()
     _open_what_is_closed()
+    codecs.register_error(_SPELLING, _spelt)
     # A descriptor of our own: what native libraries print on theirs is held back while they load.
     own, encoding = os.dup(2), sys.stderr.encoding
-    sys.stderr = os.fdopen(own, "w", buffering=1, encoding=encoding, errors="backslashreplace")
+    sys.stderr = os.fdopen(own, "w", buffering=1, encoding=encoding, errors=_SPELLING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors=_SPELLING)
     code = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # what it came to is settled
@@ -233,6 +241,18 @@ def run_and_exit() -> NoReturn:
             stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+_SPELLING = "icebox-spelling"
+_IN_ASCII = {"…": "...", "→": "->", "·": "-", "≤": "<=", "≥": ">="}
+
+
+def _spelt(error: UnicodeError) -> tuple[str, int]:
+    """Return how characters are written that a terminal's encoding does not have, and where to go on."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    return "".join(_IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in missing), error.end
 
 
 def _open_what_is_closed() -> None:

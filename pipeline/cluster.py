@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import machine
-from pipeline.errors import UsageError
+from pipeline.errors import IceboxError, UsageError, exhausted
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,8 @@ def _started(count: int, dashboard: str | None) -> Any:
     ------
     UsageError
         If they cannot be started, as when the dashboard's address is not to be had.
+    IceboxError
+        If a limit of this process leaves them too little.
     """
     from distributed import Nanny, Scheduler, SpecCluster
 
@@ -154,6 +156,8 @@ def _started(count: int, dashboard: str | None) -> Any:
             )
         except (RuntimeError, OSError, UserWarning) as error:
             cause = error.__cause__ or error
+            if text := exhausted(cause):
+                raise IceboxError(f"workers cannot be started: {text}") from error
             where = f" with the dashboard at {dashboard}" if dashboard else ""
             raise UsageError(f"workers cannot be started{where}: {' '.join(str(cause).split()):.200}") from error
 
@@ -195,5 +199,5 @@ def _devices() -> list[str]:
 def _say_dashboard(client: Client) -> None:
     services = client.scheduler_info()["services"]
     if "dashboard" in services:
-        plots = "" if importlib.util.find_spec("bokeh") else "; its plots need bokeh: make setup EXTRAS=dashboard"
+        plots = "" if importlib.util.find_spec("bokeh") else f"; its plots need bokeh: {machine.installs('dashboard')}"
         logger.info("dashboard of the scheduler: %s%s", client.dashboard_link, plots)

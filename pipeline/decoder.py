@@ -35,6 +35,7 @@ _MOST_DECODERS = 16  # each takes some 60 MB, and a model on a CPU keeps fewer b
 # linear algebra, which would start one for each core.
 _COMMAND = (sys.executable, "-P", "-c", "import os, sys; os.environ['OPENBLAS_NUM_THREADS'] = '1'; "
             "sys.path.insert(0, sys.argv.pop(1)); "
+            "from pipeline import environment; environment.isolate(); environment.allow_pixels(int(sys.argv[3])); "
             "from pipeline.decode_process import main; main()", str(Path(__file__).parent.parent))  # fmt: skip
 # Who sends these ends a process for reasons of his own, as the kernel does when memory runs out.
 _STOPPED = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGXCPU}

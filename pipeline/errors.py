@@ -4,6 +4,7 @@ Every message says what was expected, what was found and what to do; the command
 """
 
 import difflib
+import errno
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,6 +14,32 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     lower = {each.lower(): each for each in names}
     near = difflib.get_close_matches(name.lower(), lower, n=1)
     return f"; did you mean {lower[near[0]]}?" if near else ""
+
+
+def exhausted(error: BaseException) -> str | None:
+    """Return what ran out and what to do, if an error of Python or of a library says that; None if it is another."""
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, FileNotFoundError) and "usable temporary directory" in text:
+        return "no folder takes temporary files: set TMPDIR to one that can be written, with room in it"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"no more files may be opened ({text}): raise the limit (ulimit -n)"
+    if (number == errno.EAGAIN and "lock" not in text) or (
+        isinstance(error, RuntimeError) and "can't start new thread" in text
+    ):
+        return f"no more threads or processes may be started ({text}): {MORE_THREADS}"
+    unmapped = isinstance(error, ImportError) and ("failed to map segment" in text or "allocate memory" in text)
+    if isinstance(error, ImportError) and not unmapped and isinstance(error.__cause__, ImportError | MemoryError):
+        return exhausted(error.__cause__)  # some libraries put pages of advice before it
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or unmapped:
+        return f"there is no more memory ({text}): {MORE_MEMORY}"
+    if type(error).__name__ == "ResourceExhaustedError":  # TensorFlow's, which is not imported for this
+        return f"there is no more memory for TensorFlow ({text}): a smaller --batch-size takes less; {MORE_MEMORY}"
+    return None
+
+
+MORE_MEMORY = "end other programs, or raise the limit of this one (ulimit -v, or its container's)"
+MORE_THREADS = "end other programs of this user, or raise the limit (ulimit -u, or its container's)"
 
 
 class IceboxError(Exception):

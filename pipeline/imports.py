@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
 import traceback
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 
 @contextmanager
@@ -22,6 +24,24 @@ def without(*names: str) -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
+
+
+def import_matplotlib() -> Any:
+    """Import matplotlib, which refuses to be imported where MPLBACKEND names a backend that is not installed.
+
+    Every notebook's shell has that. The backend is set as matplotlib itself sets it, for programs that draw on it too.
+    """
+    is_first = "matplotlib" not in sys.modules
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if is_first and backend:
+        with suppress(ValueError):  # how matplotlib says that it does not have it
+            matplotlib.rcParams["backend"] = backend
+    return matplotlib
 
 
 class _Hiding:

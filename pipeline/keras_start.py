@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import logging
 import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from pipeline import machine
-from pipeline.imports import without
+from pipeline import environment, machine
+from pipeline.errors import IceboxError
+from pipeline.imports import import_matplotlib, without
 from pipeline.native_stderr import held_back
+
+logger = logging.getLogger(__name__)
 
 KerasModel = Any  # keras.Model; its own type hints are wrong in too many places to be checked against
 _IMPORTING = threading.Lock()
+_ADDRESS_SPACE = 2_500_000_000  # bytes: measured were 1.7 GB for Keras imported, and 0.4 GB for its first operation
 
 # What Keras imports if it is there, for wrappers, plots and tables that nothing here uses: a third of its start.
 _OPTIONAL = ("matplotlib", "pandas", "sklearn")
@@ -32,21 +38,25 @@ def import_keras(*, whole: bool = False) -> Any:
 
 
 def _import_keras(hidden: Sequence[str]) -> Any:
+    if "tensorflow" not in sys.modules:
+        environment.disregard("tensorflow")
+        environment.tell()
+        machine.require_room("TensorFlow", _ADDRESS_SPACE, 4 * machine.usable_cores() + 8)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["KERAS_BACKEND"] = "tensorflow"
     if not machine.driver_gpus():
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or TensorFlow looks for one and reports a failure
+    if not hidden:
+        import_matplotlib()  # as Keras does, without what ends it
     if "keras" not in sys.modules:
         # TensorFlow's libraries greet on stderr before any of their settings is read.
         with held_back("TensorFlow"), _uncollected() if hidden else contextlib.nullcontext(), without(*hidden):
-            importlib.import_module("keras")
+            _find_keras()
     import keras
     import tensorflow as tf
 
     tf.get_logger().setLevel("ERROR")  # several small models in one process make it warn of retracing
-    # A keras.json in somebody's home must not decide what a feature is.
-    keras.config.set_floatx("float32")
-    keras.config.set_image_data_format("channels_last")
+    _set_defaults(keras, tf)
     if not tf.config.threading.get_intra_op_parallelism_threads():  # nobody has said how many
         limit_threads(machine.usable_cores(), machine.usable_cores())
     for gpu in tf.config.list_physical_devices("GPU"):
@@ -54,6 +64,29 @@ def _import_keras(hidden: Sequence[str]) -> Any:
         if not tf.config.experimental.get_memory_growth(gpu):
             tf.config.experimental.set_memory_growth(gpu, True)
     return keras
+
+
+def _find_keras() -> None:
+    try:
+        importlib.import_module("keras")
+    except (ValueError, AttributeError, TypeError, OSError) as error:  # as it takes a file that makes no sense
+        path = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "keras.json"
+        if not path.exists() or (isinstance(error, OSError) and error.filename != str(path)):
+            raise
+        raise IceboxError(f"Keras does not start ({error}): correct or remove its settings in {path}") from error
+
+
+def _set_defaults(keras: Any, tf: Any) -> None:
+    """Have both compute as they do by themselves: neither a keras.json nor the program around decides a number."""
+    keras.config.set_floatx("float32")
+    keras.config.set_epsilon(1e-7)
+    keras.config.set_image_data_format("channels_last")
+    if (policy := keras.config.dtype_policy().name) != "float32":
+        logger.warning("the dtype policy of Keras was %s; Icebox computes in float32, and has set it to that", policy)
+        keras.config.set_dtype_policy("float32")
+    if not tf.config.experimental.tensor_float_32_execution_enabled():
+        logger.warning("TensorFloat-32 was off; Icebox computes float32 on GPUs with it, and has turned it on")
+        tf.config.experimental.enable_tensor_float_32_execution(True)
 
 
 def limit_threads(of_a_layer: int, layers: int) -> None:

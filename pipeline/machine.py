@@ -8,13 +8,17 @@ import importlib.util
 import math
 import os
 import platform
+import shlex
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import limits
-from pipeline.errors import UsageError
+from pipeline.errors import MORE_MEMORY, MORE_THREADS, IceboxError, UsageError
+from pipeline.progress import size_text
 
 # What decides a row's value, and how it is written.
 FEATURE_PACKAGES = ("icebox", "tensorflow", "keras", "opencv-python", "pillow", "h5py", "hdf5plugin")
@@ -179,4 +183,50 @@ def _cpu() -> tuple[str, set[str]]:
 def require_packages(what: str, packages: Sequence[str], extra: str) -> None:
     """Raise UsageError, naming the `extra` to install, unless the packages that `what` needs are there."""
     if lacking := [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]:
-        raise UsageError(f"{what} needs {' and '.join(lacking)}: make setup EXTRAS={extra}")
+        raise UsageError(f"{what} needs {' and '.join(lacking)}: {installs(extra)}")
+
+
+def require_room(what: str, address_space: int, threads: int) -> None:
+    """Raise IceboxError where limits leave less address space (bytes) or fewer threads than `what` takes.
+
+    TensorFlow would crash, and NumPy's linear algebra end the process by a signal that looks like Ctrl-C.
+    """
+    import resource
+
+    import psutil
+
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most == resource.RLIM_INFINITY:
+        _require_threads(what, threads)  # which take address space for as long as the process lives
+    elif (left := most - psutil.Process().memory_info().vms) < address_space:
+        raise IceboxError(
+            f"{what} takes {size_text(address_space)} of address space, and {size_text(max(0, left))} are left of the "
+            f"{size_text(most)} that this process may have: {MORE_MEMORY}"
+        )
+
+
+def _require_threads(what: str, count: int) -> None:
+    enough, started = threading.Event(), list[threading.Thread]()
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=enough.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        raise IceboxError(
+            f"{what} starts threads, and of {count} only {len(started)} may be: {MORE_THREADS}"
+        ) from error
+    finally:
+        enough.set()
+        for thread in started:
+            thread.join()
+
+
+def installs(extra: str) -> str:
+    """Return the command that installs an extra the way Icebox itself was installed."""
+    root = Path(__file__).parents[1]
+    if not (root / "pyproject.toml").is_file():
+        return f"pip install 'icebox[{extra}]'"
+    if Path(sys.prefix).resolve() == (root / ".venv").resolve():  # which `make setup` works on
+        return f"make setup EXTRAS={extra}"
+    return f"pip install --editable {shlex.quote(f'{root}[{extra}]')}"

@@ -1,20 +1,106 @@
-"""Pictures of a training and of what a classifier says, by matplotlib. Knows no models."""
+"""Pictures of a training and of what a classifier says, by matplotlib. Knows no models.
+
+Whatever matplotlib is told from outside, by a `matplotlibrc` or the environment, has no say in them. One that cannot be
+drawn is a notice: its numbers are kept beside it.
+"""
 
 from __future__ import annotations
 
+import functools
+import io
+import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Concatenate, ParamSpec
 
 import numpy as np
 
+from pipeline.imports import import_matplotlib
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 Target = Path | IO[str]
+INK = "#010203"  # what is drawn in it takes the colour of the page's text
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+_CLEAR = ("figure.facecolor", "axes.facecolor", "legend.facecolor", "savefig.facecolor")
+_OF_PAGES = {
+    **dict.fromkeys(_INKED, INK),
+    **dict.fromkeys(_CLEAR, "none"),
+    **{"svg.fonttype": "none", "svg.hashsalt": "icebox", "font.family": "sans-serif"},
+}
 _MOST_NUMBERS = 20  # classes up to which a confusion matrix has its numbers written into it
 _MOST_NAMES = 60  # classes up to which they are named
 
 
-def draw_curves(path: Target, history: Sequence[Mapping[str, float]], x: str, title: str) -> None:
+def picture(build: Callable[P, Any]) -> Callable[Concatenate[Target, P], None]:
+    """Make a function that returns a figure one that takes where to write it first.
+
+    A path gets a PNG, a stream an SVG for pages. What matplotlib cannot draw is a notice, and nothing is written. What
+    `build` raises of its values, and OSError of a file that cannot be written, are passed on.
+    """
+
+    @functools.wraps(build)
+    def draw(target: Target, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            with _style({} if isinstance(target, Path) else _OF_PAGES):
+                content = _rendered(build(*args, **kwargs), isinstance(target, Path))
+        except _UndrawnError as error:
+            named = target.name if isinstance(target, Path) else "a picture of the page"
+            logger.warning("%s is left out, matplotlib cannot draw it (%s)", named, error)
+            return
+        if isinstance(target, Path):
+            target.write_bytes(content)
+        else:
+            target.write(content.decode())
+
+    return draw
+
+
+class _UndrawnError(Exception):
+    """What matplotlib said when it could not draw, of whatever kind: what the picture shows is kept in numbers."""
+
+
+@contextmanager
+def _style(more: Mapping[Any, Any]) -> Iterator[None]:
+    """Have matplotlib draw by its own defaults and `more`, and afterwards again as it did."""
+    matplotlib, why_not = _matplotlib()
+    if matplotlib is None:
+        raise _UndrawnError(why_not)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(more)
+        yield
+
+
+@functools.cache
+def _matplotlib() -> tuple[Any, str]:
+    """Return matplotlib, or None and why it cannot be imported: it looks for fonts first, each time."""
+    try:
+        matplotlib = import_matplotlib()
+        import_module("matplotlib.figure")
+    except Exception as error:
+        return None, str(error) or type(error).__name__
+    return matplotlib, ""
+
+
+def _rendered(figure: Any, as_png: bool) -> bytes:
+    options = {"format": "png", "dpi": 120} if as_png else {"format": "svg", "metadata": {"Date": None}}
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the box that is drawn tells
+        try:
+            figure.savefig(buffer, **options)
+        except Exception as error:
+            raise _UndrawnError(str(error) or type(error).__name__) from error
+    return buffer.getvalue()
+
+
+@picture
+def draw_curves(history: Sequence[Mapping[str, float]], x: str, title: str) -> Any:
     """Draw loss and accuracy of training and validation over `x`, a key of each entry of `history`."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
     from matplotlib.ticker import MaxNLocator
@@ -34,10 +120,11 @@ def draw_curves(path: Target, history: Sequence[Mapping[str, float]], x: str, ti
         axis.grid(alpha=0.3)
         axis.legend()
     figure.suptitle(_plain(title), parse_math=False)
-    save(figure, path)
+    return figure
 
 
-def draw_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str) -> None:
+@picture
+def draw_confusion(confusion: np.ndarray, classes: Sequence[str], title: str) -> Any:
     """Draw a confusion matrix (k, k) of counts, rows being the true classes, coloured by the share of its row."""
     from matplotlib.figure import Figure
 
@@ -58,10 +145,11 @@ def draw_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
         axis.set_yticks(range(k), names, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true")
     axis.set_title(_plain(title), parse_math=False, fontsize=10)
-    save(figure, path)
+    return figure
 
 
-def draw_calibration(path: Target, bins: Sequence[Mapping[str, Any]], title: str) -> None:
+@picture
+def draw_calibration(bins: Sequence[Mapping[str, Any]], title: str) -> Any:
     """Draw how often a classifier is right beside how sure it says it is, over bins of `evaluate`'s "calibration"."""
     from matplotlib.figure import Figure
 
@@ -79,16 +167,7 @@ def draw_calibration(path: Target, bins: Sequence[Mapping[str, Any]], title: str
     lower.set(xlabel="probability of the predicted class", ylabel="images")
     lower.grid(alpha=0.3)
     figure.suptitle(_plain(title), parse_math=False, fontsize=10)
-    save(figure, path)
-
-
-def save(figure: Any, target: Target) -> None:
-    """Write a figure, to a path as PNG, to a stream as SVG without a date."""
-    to_file = isinstance(target, Path)
-    options = {"dpi": 120} if to_file else {"format": "svg", "metadata": {"Date": None}}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the box that is drawn tells
-        figure.savefig(target, **options)
+    return figure
 
 
 def _plain(text: str) -> str:
@@ -96,9 +175,10 @@ def _plain(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+@picture
 def draw_ranking(
-    path: Path, names: Sequence[str], spans: Sequence[tuple[float, float, float]], alike: Sequence[bool], title: str
-) -> None:
+    names: Sequence[str], spans: Sequence[tuple[float, float, float]], alike: Sequence[bool], title: str
+) -> Any:
     """Draw a value with its interval (low, value, high) for each name, the first on top; those `alike` stand out."""
     from matplotlib.figure import Figure
 
@@ -112,4 +192,4 @@ def draw_ranking(
     axis.set(xlabel="validation accuracy, 95% interval; blue: within noise of the best")
     axis.grid(alpha=0.3, axis="x")
     figure.suptitle(_plain(title), parse_math=False, fontsize=10)
-    save(figure, path)
+    return figure

@@ -6,7 +6,9 @@ import asyncio
 import ipaddress
 import logging
 import queue
+import re
 import socket
+import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -121,19 +123,25 @@ def serve(
     top: int,
     max_bytes: int,
     max_pixels: int,
+    allowed: Sequence[str] = (),
     weights: str | None = None,
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Answer at `host` and `port` (0 for a free one) until Ctrl-C; `ready(url)` is called when it does.
 
+    It answers to the names of the loopback address if it listens there, else to any; if others are `allowed`, as a
+    proxy in front of it passes them on, to its own and those.
+
     Raises
     ------
     UsageError
-        If the packages are missing.
+        If the packages are missing, or what is allowed is not the name of a host.
     IceboxError
         If the port cannot be had.
     """
     machine.require_packages("serve", ["fastapi", "uvicorn", "python-multipart"], "serve")
+    further = [_host_name(name) for name in allowed]
+    tempfile.gettempdir()  # where uploads wait; raises FileNotFoundError
     import uvicorn
 
     from pipeline import patience, web
@@ -148,7 +156,7 @@ def serve(
         )
         address, port = listener.getsockname()[:2]
         local = ipaddress.ip_address(address).is_loopback
-        names = (host.lower(), address, *_LOOPBACK) if local else None
+        names = (host.lower(), address, *_LOOPBACK, *further) if local or further else None
         with _Answering(answer, classes, top) as answering:
             config = uvicorn.Config(
                 web.make_app(about, answering, names),
@@ -208,6 +216,17 @@ def _no_stopped_uploads(record: logging.LogRecord) -> bool:
 def _spelt_out(name: str) -> str:
     """Return a name as text that can be sent: one from a file system may hold bytes that are none."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _host_name(text: str) -> str:
+    """Return a host's name as browsers send it. Raises UsageError if it is none."""
+    try:
+        name = text.rstrip(".").encode("idna").decode().lower()
+    except UnicodeError:
+        name = ""
+    if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", name):
+        raise UsageError(f"--allow-host takes the name of a host, as images.example.org, found {text!r:.80}")
+    return name
 
 
 @contextmanager

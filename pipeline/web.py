@@ -134,7 +134,8 @@ def _too_large(most: int) -> HTTPException:
 class _Guard:
     """Turns away requests that are too large, too slow, or meant for another host.
 
-    A web page elsewhere may have a name of its own lead here.
+    A web page elsewhere may have a name of its own lead here. What answers GET answers HEAD too, whose body the server
+    leaves out.
     """
 
     def __init__(self, app: ASGIApp, most: int, names: Sequence[str] | None) -> None:
@@ -148,8 +149,11 @@ class _Guard:
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         if self._names is not None and _host(headers.get(b"host", "")) not in self._names:
-            await JSONResponse({"detail": "this host name does not lead here"}, 421)(scope, receive, send)
+            detail = "this host name does not lead here; `serve --allow-host NAME` lets it"
+            await JSONResponse({"detail": detail}, 421)(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
         until, seen = asyncio.get_running_loop().time() + _PATIENCE_S, 0
 
         async def guarded() -> Message:
@@ -168,7 +172,8 @@ class _Guard:
 
 
 def _host(header: str) -> str | None:
+    """Return the name in a Host header, or None if there is none; `icebox.example.` is `icebox.example`."""
     try:
-        return urlsplit(f"//{header}").hostname
+        return (urlsplit(f"//{header}").hostname or "").rstrip(".") or None
     except ValueError:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -187,7 +188,9 @@ def mark(path: Path, ending: bytes) -> Path:
 
 
 def pytest_configure() -> None:
-    """Give each test process its share of the cores, so that what it starts does not compute on those of another."""
+    """Have children obey Ctrl-C, and give each test process its share of the cores for what it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it has in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     worker, workers = (os.environ.get(f"PYTEST_XDIST_WORKER{end}", "") for end in ("", "_COUNT"))
     if worker and hasattr(os, "sched_setaffinity"):
         cores, number, of = sorted(os.sched_getaffinity(0)), int(worker.removeprefix("gw")), int(workers)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -179,3 +180,12 @@ def test_a_module_imports_only_from_those_above_it() -> None:
             there = floor(imported)
             assert there is not None, f"{module} imports {imported}, which is not in the table"
             assert there <= here, f"{module} imports {imported}, which stands below it in the table"
+
+
+def test_what_builds_it_can_read_how_the_license_is_written() -> None:
+    """As an expression, which ends the build by setuptools before 77."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert project["project"]["license"] == "MIT"
+    (required,) = project["build-system"]["requires"]
+    assert required.startswith("setuptools>=")
+    assert int(required.partition(">=")[2]) >= 77

@@ -383,7 +383,6 @@ def start_and_wait_for_a_shard(data: Path, folder: Path) -> subprocess.Popen[str
         text=True,
         env=environment(),
         cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     deadline = time.monotonic() + 120
     while not list(data.glob("cache/*/shards/[!.]*.h5")):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from deployed import Deployed
 
 CHROMIUM = Path("/usr/bin/chromium")
+PATIENCE_MS = 300_000.0  # a busy machine takes its time
 UNTRAINED = ("--weights", "untrained", "--precision", "float32")
 STRANGE = "<script>window.broken=1<\N{DIVISION SLASH}script>"
 CLASSES = (STRANGE, "\"quotes\" & 'more'", "😀 الفئة ‮right-to-left")
@@ -38,6 +39,7 @@ class Looked:
 
     def __init__(self, browser: Any, path: Path, **context: Any) -> None:
         self.context = browser.new_context(**context)
+        self.context.set_default_timeout(PATIENCE_MS)
         self.page = self.context.new_page()
         self.asked, self.said = list[str](), list[str]()
         self.page.on("request", lambda request: self.asked.append(request.url))
@@ -64,7 +66,7 @@ def browser() -> Iterator[Any]:
 
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags, timeout=PATIENCE_MS)
         yield browser
         browser.close()
 

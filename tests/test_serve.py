@@ -26,6 +26,8 @@ from pipeline import patience, serve, web
 from pipeline.serve import Batcher, Pixels
 
 CHROMIUM = Path("/usr/bin/chromium")
+PATIENCE_S = 300.0  # a busy machine takes its time
+ASK: Any = {"timeout": PATIENCE_S, "trust_env": False}
 MOST = 1_000_000
 
 
@@ -41,7 +43,7 @@ class Service:
         return self.said["url"]
 
     def predict(self, data: bytes, name: str = "image.png", **more: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/predict", files={"image": (name, data)}, timeout=60, trust_env=False, **more)
+        return httpx.post(f"{self.url}/predict", files={"image": (name, data)}, **ASK, **more)
 
 
 def started(place: Deployed, *arguments: str) -> Service:
@@ -55,14 +57,17 @@ def started(place: Deployed, *arguments: str) -> Service:
 
 def stopped(service: Service, by: int = signal.SIGINT) -> tuple[int, str]:
     service.process.send_signal(by)
-    _, said = service.process.communicate(timeout=60)
+    _, said = service.process.communicate(timeout=PATIENCE_S)
     return service.process.returncode, said
+
+
+ALLOWED = ("--allow-host", "Pictures.Example.org", "--allow-host", "b\u00fccher.example")
 
 
 @pytest.fixture(scope="module")
 def service(deployed: Deployed) -> Iterator[Service]:
     names = [deployed.name("logreg"), "--also", deployed.name("finetune")]
-    found = started(deployed, *names, "--max-bytes", f"{MOST}", "--max-pixels", "1000000")
+    found = started(deployed, *names, "--max-bytes", f"{MOST}", "--max-pixels", "1000000", *ALLOWED)
     yield found
     host, _, port = found.url.removeprefix("http://").rpartition(":")
     with socket.create_connection((host, int(port))) as half:  # an upload that is still coming
@@ -101,7 +106,7 @@ def test_many_at_once_are_each_given_their_own_answer(deployed: Deployed, servic
 
 
 def test_it_describes_itself(deployed: Deployed, service: Service) -> None:
-    about = httpx.get(f"{service.url}/about", trust_env=False).json()
+    about = httpx.get(f"{service.url}/about", **ASK).json()
     assert about == {
         "runs": [deployed.name("logreg"), deployed.name("finetune")],
         "classes": ["cats", "dogs"],
@@ -109,11 +114,11 @@ def test_it_describes_itself(deployed: Deployed, service: Service) -> None:
         "max_bytes": MOST,
     }
     assert service.said == {"url": service.url, "runs": about["runs"], "classes": about["classes"]}
-    described = httpx.get(f"{service.url}/openapi.json", trust_env=False).json()
+    described = httpx.get(f"{service.url}/openapi.json", **ASK).json()
     answers = described["paths"]["/predict"]["post"]["responses"]
     assert set(answers) == {"200", "408", "413", "422", "503"}
     assert answers["413"]["content"]["application/json"]["schema"]["$ref"].endswith("Refusal")
-    assert httpx.get(f"{service.url}/docs", trust_env=False).status_code == 404  # which would fetch from elsewhere
+    assert httpx.get(f"{service.url}/docs", **ASK).status_code == 404  # which would fetch from elsewhere
 
 
 def jpeg() -> bytes:
@@ -167,7 +172,7 @@ def test_a_bad_upload_is_told_why(service: Service, kind: str) -> None:
     ],
 )
 def test_what_is_no_upload_is_told_what_is_expected(service: Service, request_: dict[str, Any]) -> None:
-    response = httpx.post(f"{service.url}/predict", trust_env=False, **request_)
+    response = httpx.post(f"{service.url}/predict", **ASK, **request_)
     assert 400 <= response.status_code < 500
     assert isinstance(response.json()["detail"], str)
 
@@ -180,7 +185,7 @@ def test_without_a_length_the_limit_holds_too(service: Service) -> None:
 
     kind = {"content-type": "multipart/form-data; boundary=x"}
     try:
-        response = httpx.post(f"{service.url}/predict", content=endless(), headers=kind, trust_env=False)
+        response = httpx.post(f"{service.url}/predict", content=endless(), headers=kind, **ASK)
         assert response.status_code == 413
     except httpx.TransportError:  # closed while we were still sending
         pass
@@ -190,9 +195,22 @@ def test_without_a_length_the_limit_holds_too(service: Service) -> None:
 def test_a_name_from_elsewhere_does_not_lead_here(service: Service) -> None:
     """As a page does that has its own name resolve to this machine."""
     port = service.url.rpartition(":")[2]
-    for host, code in ((f"evil.example:{port}", 421), ("", 421), (f"localhost:{port}", 200), ("[::1]", 200)):
-        response = httpx.get(f"{service.url}/about", headers={"host": host}, trust_env=False)
-        assert response.status_code == code, host
+    ours = f"localhost:{port}", "[::1]", "pictures.example.org", "PICTURES.example.org.:443", "xn--bcher-kva.example"
+    for host in ours:
+        assert httpx.get(f"{service.url}/about", headers={"host": host}, **ASK).status_code == 200, host
+    for host in (f"evil.example:{port}", "", "example.org", "pictures.example.org.evil.example"):
+        response = httpx.get(f"{service.url}/about", headers={"host": host}, **ASK)
+        assert response.status_code == 421, host
+        assert "--allow-host" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("path", ["/", "/about", "/openapi.json", "/predict", "/nowhere"])
+def test_head_says_what_get_says_but_for_the_body(service: Service, path: str) -> None:
+    asked = httpx.get(f"{service.url}{path}", **ASK)
+    head = httpx.head(f"{service.url}{path}", **ASK)
+    assert head.status_code == asked.status_code == {"/predict": 405, "/nowhere": 404}.get(path, 200)
+    assert head.headers["content-length"] == asked.headers["content-length"] == f"{len(asked.content)}"
+    assert head.content == b""
 
 
 def test_an_upload_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,27 +285,35 @@ def test_a_connection_over_which_nothing_is_asked_is_closed(monkeypatch: pytest.
     """With half a header, too; one that waits for its answer is not."""
     import uvicorn
 
-    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
+    class Watched(patience.PatientProtocol):
+        latest: Any = None
+
+        def connection_made(self, transport: Any) -> None:
+            Watched.latest = self
+            super().connection_made(transport)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await asyncio.sleep(1.5)
+        for _ in range(5):  # the time that passes until an answer is there
+            Watched.latest._look()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
-    config = uvicorn.Config(app, http=patience.PatientProtocol, log_config=None, lifespan="off")
+    config = uvicorn.Config(app, http=Watched, log_config=None, lifespan="off")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         address = listener.getsockname()
+        monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
         with socket.create_connection(address) as silent, socket.create_connection(address) as half:
             half.sendall(b"GET / HTTP/1.1\r\nHo")
             for connection in (silent, half):
-                connection.settimeout(10)
+                connection.settimeout(PATIENCE_S)
                 assert connection.recv(100) == b""
-        assert httpx.get(f"http://127.0.0.1:{address[1]}", trust_env=False, timeout=10).text == "ok"
+        monkeypatch.setattr(patience, "PATIENCE_S", PATIENCE_S)
+        assert httpx.get(f"http://127.0.0.1:{address[1]}", **ASK).text == "ok"
         server.should_exit = True
-        thread.join(10)
+        thread.join(PATIENCE_S)
 
 
 def test_names_that_are_no_text_are_spelt_out() -> None:
@@ -343,7 +369,12 @@ def test_a_port_that_is_taken_is_told(deployed: Deployed) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
-    [(("--host", ""), "--host takes an address or a name"), (("--max-bytes", "0"), "--max-bytes must be at least 1")],
+    [
+        (("--host", ""), "--host takes an address or a name"),
+        (("--max-bytes", "0"), "--max-bytes must be at least 1"),
+        (("--allow-host", "https://images.example.org"), "--allow-host takes the name of a host"),
+        (("--allow-host", "*.example.org"), "--allow-host takes the name of a host"),
+    ],
 )
 def test_wrong_use(deployed: Deployed, arguments: tuple[str, ...], text: str) -> None:
     done = icebox(deployed.data, "serve", deployed.name("logreg"), *arguments)
@@ -361,6 +392,15 @@ def test_missing_packages_are_named_with_their_extra(deployed: Deployed, monkeyp
         serve.serve([], workspace, host="127.0.0.1", port=0, top=1, max_bytes=1, max_pixels=1)
 
 
+def test_without_a_folder_for_uploads_it_does_not_begin(deployed: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(serve.tempfile, "gettempdir", none)
+    with deployed.workspace() as workspace, pytest.raises(FileNotFoundError, match="usable temporary directory"):
+        serve.serve([], workspace, host="127.0.0.1", port=0, top=1, max_bytes=1, max_pixels=1)
+
+
 def test_the_page_in_a_browser(deployed: Deployed, service: Service, tmp_path: Path) -> None:
     """Images dropped by hand, chosen and bad ones; nothing is fetched from elsewhere, and nothing complains."""
     if not CHROMIUM.exists():
@@ -370,8 +410,10 @@ def test_the_page_in_a_browser(deployed: Deployed, service: Service, tmp_path: P
     (bad := tmp_path / "x.jpg").write_text("no image")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+        most = 1000 * PATIENCE_S
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags, timeout=most)
         page = browser.new_page()
+        page.set_default_timeout(most)
         asked, said = list[str](), list[str]()
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: said.append(message.text))

@@ -13,9 +13,10 @@ import termios
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, icebox
+from conftest import ROOT, command_line, environment, icebox, write_picture
 from deployed import Deployed
 
+import cli
 from pipeline import terminal
 from pipeline.progress import size_text
 
@@ -94,6 +95,32 @@ def test_quiet_leaves_warnings(deployed: Deployed) -> None:
     assert both.err == ""
     wrong = icebox(deployed.data, "report", "nothing", "-q")
     assert wrong.err.startswith("error: no run named 'nothing'")
+
+
+@pytest.mark.parametrize("encoding", ["cp437", "ascii"])
+def test_what_an_encoding_lacks_is_spelt(tmp_path: Path, deployed: Deployed, encoding: str) -> None:
+    """In help, tables and notices alike, on both streams."""
+
+    def said(*words: str | Path) -> str:
+        line = command_line(deployed.data, *words)
+        env = environment(PYTHONIOENCODING=encoding)
+        done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, check=True)
+        assert b"Traceback" not in done.stderr
+        return (done.stdout + done.stderr).decode(encoding)
+
+    assert re.search(r"NAME=VALUE,\.\.\.", said("train-head", "--help"))
+    assert re.search(r"0\.\d{3} \.\.\. [01]\.\d{3}", said("runs", "ls")), "the interval"
+    for i, name in enumerate(("caf\u00e9", "\u732b")):
+        write_picture(tmp_path / name / f"{i}.png", seed=i)
+    shown = said("doctor", tmp_path, "--json") + said("doctor", tmp_path)
+    assert '"\\u732b"' in shown, "in JSON"
+    assert re.search(r"^\\u732b +[01] ", shown, re.MULTILINE), "in the table"
+    assert ("caf\\xe9 " if encoding == "ascii" else "caf\u00e9 ") in shown
+
+
+def test_odd_bytes_of_names_are_spelt_too() -> None:
+    error = UnicodeEncodeError("cp437", "a\udcff\u2026\u2192\u2265", 1, 5, "character maps to <undefined>")
+    assert cli._spelt(error) == ("\\udcff...->>=", 5)
 
 
 def complete(line: str, shell: str = "bash") -> list[str]:

@@ -85,6 +85,10 @@ def serve(
     also: AlsoOption = None,
     host: Annotated[str, typer.Option(help="The address to answer at; 0.0.0.0 lets other machines ask.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another host name to answer to, as of a proxy in front. May be repeated."),
+    ] = None,
     top: Annotated[int, typer.Option(help="How many classes to name, the likeliest first.", min=1)] = 5,
     max_bytes: Annotated[str, typer.Option(metavar="SIZE", help="Refuse uploads larger than this.")] = "20MB",
     weights: RunWeightsOption = None,
@@ -113,6 +117,7 @@ def serve(
             workspace,
             host=host,
             port=port,
+            allowed=allow_host or (),
             top=top,
             max_bytes=most,
             max_pixels=max_pixels,

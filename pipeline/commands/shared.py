@@ -184,11 +184,12 @@ def opened(context: typer.Context) -> Iterator[Workspace]:
     StoppedError
         If the command is interrupted.
     """
-    from pipeline import terminal
+    from pipeline import environment, terminal
     from pipeline.errors import StoppedError
     from pipeline.workspace import open_workspace
 
     terminal.begin(quiet=context.params["quiet"])
+    environment.tell()
     try:
         with open_workspace(context.obj, terminal.progress, program(context)) as workspace:
             yield workspace

@@ -7,15 +7,12 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import IO, Any
 
-from pipeline.pictures import draw_calibration, draw_curves, save
+from pipeline.pictures import INK, draw_calibration, draw_curves, picture
 
-_INK = "#010203"  # what is drawn in it takes the colour of the page's text
-_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-_CLEAR = ("figure.facecolor", "axes.facecolor", "legend.facecolor", "savefig.facecolor")
 _PAGES = resources.files("pipeline") / "pages"
 
 
@@ -71,36 +68,33 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> str:
 
 def scatter(names: Sequence[str], minutes: Sequence[float], spans: Sequence[tuple[float, float, float]], y: str) -> str:
     """Return accuracies with their intervals (low, value, high) over minutes as SVG, each point named."""
+    return _svg(lambda path: _draw_scatter(path, names, minutes, spans, y))
+
+
+@picture
+def _draw_scatter(
+    names: Sequence[str], minutes: Sequence[float], spans: Sequence[tuple[float, float, float]], y: str
+) -> Any:
     from matplotlib.figure import Figure
 
-    def draw(path: Any) -> None:
-        figure = Figure(figsize=(6.4, 4), layout="constrained")
-        axis = figure.subplots()
-        for name, minute, (low, value, high) in zip(names, minutes, spans, strict=True):
-            axis.errorbar(minute, value, yerr=[[value - low], [high - value]], fmt="o", capsize=3)
-            axis.annotate(
-                name, (minute, value), textcoords="offset points", xytext=(6, 4), fontsize=8, parse_math=False
-            )
-        if len(minutes) > 1 and max(minutes) > 20 * max(1e-9, min(minutes)):
-            axis.set_xscale("log")
-        axis.set(xlabel="minutes", ylabel=y)
-        axis.grid(alpha=0.3)
-        save(figure, path)
-
-    return _svg(draw)
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, minute, (low, value, high) in zip(names, minutes, spans, strict=True):
+        axis.errorbar(minute, value, yerr=[[value - low], [high - value]], fmt="o", capsize=3)
+        axis.annotate(name, (minute, value), textcoords="offset points", xytext=(6, 4), fontsize=8, parse_math=False)
+    if len(minutes) > 1 and max(minutes) > 20 * max(1e-9, min(minutes)):
+        axis.set_xscale("log")
+    axis.set(xlabel="minutes", ylabel=y)
+    axis.grid(alpha=0.3)
+    return figure
 
 
-def _svg(draw: Any) -> str:
-    """Return what `draw` saves as SVG without its prologue, in the colours of the page."""
-    import matplotlib as mpl
-
-    style: dict[Any, Any] = dict.fromkeys(_INKED, _INK) | dict.fromkeys(_CLEAR, "none")
-    style |= {"svg.fonttype": "none", "svg.hashsalt": "icebox", "font.family": "sans-serif"}
+def _svg(draw: Callable[[IO[str]], None]) -> str:
+    """Return what `draw` writes as SVG without its prologue, in the colours of the page; "" if nothing."""
     buffer = io.StringIO()
-    with mpl.rc_context(style):
-        draw(buffer)
+    draw(buffer)
     text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text[max(0, text.find("<svg")) :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     return re.sub(
         r'<svg [^>]*viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" role="img" aria-hidden="true">', text, count=1
