@@ -47,7 +47,8 @@ FORMAT = "icebox-sweep"
 VERSION = 1
 COMMAND = "sweep"
 _TRIAL = "trial.json"
-_WINNER = "winner.json"  # the name of the run that the best setting became
+_ABOUT = "sweep.json"
+_MOST_BYTES = 2**26  # of a JSON file in an unfinished sweep
 
 
 @dataclass(frozen=True)
@@ -281,15 +282,15 @@ def _fitted(spec: HeadSpec, data: heads.Data, folder: Path, advance: Callable[[f
         return fit_head(spec, data, folder, advance)
 
 
-def _outcome(folder: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / _TRIAL).read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{folder / _TRIAL} cannot be read ({error}); remove its folder and resume the sweep") from error
+        return dict(json.loads(storage.read_small(path, _MOST_BYTES)))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} cannot be read ({error}); remove it and resume the sweep") from error
 
 
 def _read(folder: Path, spec: HeadSpec) -> Trial:
-    found = _outcome(folder)
+    found = _read_json(folder / _TRIAL)
     if found["error"] is not None:
         return Trial(spec, np.zeros(0, bool), float("inf"), found["seconds"], 0, 0, found["error"])
     bits = np.frombuffer(bytes.fromhex(found["right"]), np.uint8)
@@ -327,13 +328,11 @@ def _publish_best(
     workspace: Workspace, material: Material, asked: SweepAsked, spec: HeadSpec, folder: Path
 ) -> dict[str, Any]:
     """Measure the best head on the test split, once, and publish it as a run; return its summary."""
-    note = folder / _WINNER
-    if note.exists():  # this far came one that was killed
-        known = json.loads(note.read_text())["run"]
-        if (workspace.runs / known / "run.json").exists():
-            return runs.read_run(workspace.runs / known)["summary"]
+    known = _winner(folder)
+    if known is not None and (workspace.runs / known / "run.json").exists():
+        return runs.read_run(workspace.runs / known)["summary"]
     trial = folder / "trials" / spec.identity
-    found = _outcome(trial)
+    found = _read_json(trial / _TRIAL)
     with (
         prepared(material, [spec], asked.memory, sides=("val", "test")) as ready,
         runs.new_run(workspace.runs, f"{material.dataset.name}-{spec.head}", workspace.command("train-head")) as (
@@ -341,12 +340,21 @@ def _publish_best(
             directory,
         ),
     ):
-        runs.write_json(note, {"run": name})
+        runs.write_json(folder / runs.WINNER, {"run": name})  # first: published, the run is known to be the winner
         head = heads.load(trial)
         fitted = heads.Fitted(head, found["history"], found["x"], found["seconds_per_epoch"], found["facts"])
         said = (answers(head, ready.rows[side], side) for side in ("val", "test"))
         outcome = Outcome(fitted, ready.members["val"], *said)
         return write_run(directory, name, ready, asked.head(spec), outcome, found["seconds"])
+
+
+def _winner(folder: Path) -> str | None:
+    """Return the name of the run that the best setting became, or was to become, before the sweep was stopped."""
+    if (folder / runs.WINNER).exists():
+        return str(_read_json(folder / runs.WINNER)["run"])
+    if (folder / _ABOUT).exists():  # earlier versions removed their note before the sweep was published
+        return str(_read_json(folder / _ABOUT)["best"]["run"])
+    return None
 
 
 def _write(
@@ -367,9 +375,6 @@ def _write(
         "runs": rows,
         "best": summary,
     }
-    for path in (folder / "trials").glob("*/head.*"):
-        storage.remove(path)  # the run has it
-    runs.write_json(folder / "sweep.json", about)
+    runs.write_json(folder / _ABOUT, about)
     write_leaderboard(folder / "leaderboard.csv", rows)
     draw_leaderboard(folder / "leaderboard.png", rows, f"{name}: {len(rows)} settings")
-    storage.remove(folder / _WINNER)
