@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pipeline import link
 from pipeline.cluster import Client, ClusterChoice
@@ -53,7 +54,7 @@ def submitted(
     try:
         if not _has_workers(client):
             raise UsageError(f"the Dask scheduler at {cluster.name} has no workers; start some: dask worker ADDRESS")
-        token = f"{next(iter(tasks))}-{id(data)}"
+        token = uuid4().hex  # not made of an id(), which other rows have later, or in another program
         # As a task, not scattered: what a dead worker held of it, another then has the scheduler give it again.
         shared = client.submit(_same, data, pure=False)
         futures = {

@@ -20,17 +20,19 @@ import pytest
 from cached import CLASSES, SPEC, fill, listed, row_of, write_images
 from clusters import by_hand
 from conftest import command_line, environment, icebox
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
 
 import pipeline.link
 import pipeline.sweep
-from pipeline import heads, images, runs
+from pipeline import heads, images, runs, trial_tasks
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache
 from pipeline.checkpoint import Checkpoint
 from pipeline.cluster import ClusterChoice
 from pipeline.errors import IceboxError, RunError, UsageError
 from pipeline.extract import FeatureChoice
+from pipeline.gather import gather
+from pipeline.prepare import prepared
 from pipeline.spec import HeadSpec
 from pipeline.sweep import Sweep, SweepAsked, run_trial, sweep
 from pipeline.train import train_head
@@ -243,6 +245,31 @@ def test_workers_find_what_is_found_here(workspace: Workspace, photos: Path, cap
     assert caplog.text.count("dashboard of the scheduler") == 1, "whatever rows they read, workers are started once"
 
 
+def keep_rows(spec: HeadSpec, data: heads.Data, folder: Path) -> None:
+    np.save(folder, np.asarray(data.train))
+
+
+def test_workers_read_the_rows_of_each_sweep_anew(workspace: Workspace, photos: Path, tmp_path: Path) -> None:
+    """Though it tries the same setting first, with rows at the same place in the memory of the program."""
+    fill(workspace, listed(photos))
+    material = gather(listed(photos), workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, "features")
+    cluster, spec = ClusterChoice(workers=1), HeadSpec.make("logreg")
+    with (
+        prepared(material, [spec], None, sides=("train", "val"), held=False) as ready,
+        LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as started,
+        Client(started, set_as_default=False) as client,
+    ):
+        data, found = ready.data(), list[np.ndarray]()
+        for name in ("one", "two"):
+            tasks = {"a setting": (spec, str(tmp_path / name))}
+            assert list(trial_tasks.submitted(client, cluster, keep_rows, tasks, data, None, 0)) == ["a setting"]
+            found.append(np.load(tmp_path / f"{name}.npy"))
+            object.__setattr__(data, "train", data.val)  # other rows in the same object
+        assert np.array_equal(found[0], np.asarray(ready.rows["train"][np.arange(len(found[0]))]))
+        assert np.array_equal(found[1], np.asarray(ready.rows["val"][np.arange(len(found[1]))]))
+        assert len(found[0]) != len(found[1])
+
+
 def test_a_worker_that_dies_costs_its_trial_a_second_try(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
     specs = tuple(HeadSpec.make("gap", epochs=150, batch_size=4, seed=seed) for seed in range(4))
@@ -375,6 +402,8 @@ def test_a_killed_command_is_listed_and_resumed(workspace: Workspace, photos: Pa
     [
         (("--head", "resnet"), "no head named 'resnet'"),
         (("--head", "logreg", "--set", "dropout=0.5"), "the logreg head has no dropout"),
+        (("--head", "gap", "--set", "head=gap"), "the gap head has no head"),
+        (("--head", "gap", "--set", "cls=1"), "the gap head has no cls"),
         (("--seed", "3"), "--seed is of the draw"),
         (("--random", "0"), "Invalid value"),
     ],
