@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.cache import storage
 from pipeline.cache.lock import abandoned, held_if_abandoned, new_folder_held
-from pipeline.errors import RunError, did_you_mean
+from pipeline.errors import CheckpointError, RunError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ REQUEST = "request.json"  # what was asked, in an unfinished run's folder
 WINNER = "winner.json"  # the name of the run that the best setting of a sweep became, in an unfinished sweep's folder
 CHECKSUMS = "SHA256SUMS"  # of all files of a published run, as `sha256sum --check` reads it
 _CHECKPOINT = "checkpoint.npz"
-_KEPT = (_CHECKPOINT, "head.json", "trial.json")
+_KEPT = (f"**/{_CHECKPOINT}", "fold-*/head.json", "trials/*/trial.json")  # what is not done again on going on
 _VOUCHING = ("run.json", "network.json", "head.json", "fold-*/head.json")  # the last three hold the weights' digests
 _LONGEST_SLUG = 120  # file systems take names of 255 bytes; time, number and prefix are added
 
@@ -123,7 +123,7 @@ def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
             shutil.rmtree(partial, ignore_errors=True)
         elif isinstance(error, KeyboardInterrupt):
             error.add_note(f"what was trained so far is kept; go on by: {command} --resume {final.name}")
-        else:
+        elif not isinstance(error, CheckpointError):
             logger.warning("what was trained so far is kept; go on by: %s --resume %s", command, final.name)
         raise
     for path in _of_unfinished(final):  # only now: killed before, it can still be gone on with
@@ -284,7 +284,7 @@ def _partial(root: Path, name: str) -> Path:
 
 def _can_resume(folder: Path) -> bool:
     """Return whether work would be lost with the folder: a checkpoint, or a whole head of several."""
-    return (folder / REQUEST).exists() and any(True for name in _KEPT for _ in folder.rglob(name))
+    return (folder / REQUEST).exists() and any(True for pattern in _KEPT for _ in folder.glob(pattern))
 
 
 def _not_resumable(root: Path, name: str) -> str:

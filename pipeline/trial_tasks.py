@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pipeline import link
+from pipeline import link, machine
 from pipeline.cluster import Client, ClusterChoice
 from pipeline.errors import IceboxError, UsageError
 from pipeline.heads import Data
 from pipeline.keras_start import import_keras, limit_threads
+from pipeline.progress import size_text
 from pipeline.rows import StoredRows, hold
 from pipeline.spec import HeadSpec
+from pipeline.worker_health import WorkerHealth
 
+_SHARE_OF_LIMIT = 0.8  # of a worker's memory; with more in use Dask gives it nothing to do
 _ONE = threading.Lock()  # a process trains one head at a time, however many threads its worker has
 _held: dict[str, Data] = {}  # in a worker: the rows of the trials at hand, so that they are read once
 
@@ -52,7 +55,8 @@ def submitted(
     from distributed.comm import CommClosedError
 
     try:
-        if not _has_workers(client):
+        watch = _Watch(client, cluster)
+        if not _registered(client):
             raise UsageError(f"the Dask scheduler at {cluster.name} has no workers; start some: dask worker ADDRESS")
         token = uuid4().hex  # not made of an id(), which other rows have later, or in another program
         # As a task, not scattered: what a dead worker held of it, another then has the scheduler give it again.
@@ -65,43 +69,71 @@ def submitted(
         for future in futures:
             future.add_done_callback(done.put)
         for _ in futures:
-            future = _next(done, client, cluster)
+            future = _next(done, watch)
+            watch.worked()
             if future.status in ("cancelled", "lost"):
                 raise CancelledError("it knows nothing of what it was given")
             future.result()
             yield futures[future]
     except KilledWorker as error:
-        raise IceboxError(f"the worker of a trial died again and again ({error}); see its log") from error
+        limit = getattr(error.last_worker, "memory_limit", 0)
+        why = f"; its memory limit is {size_text(limit)}" if limit else ""
+        raise IceboxError(f"the worker of a trial died again and again ({error}){why}; see its log") from error
     except (CancelledError, CommClosedError, TimeoutError) as error:
-        raise IceboxError(f"the Dask scheduler of {cluster.name} is gone; start it again and resume") from error
+        raise IceboxError(f"the Dask scheduler of {cluster.name} is gone; start it again") from error
 
 
-def _has_workers(client: Client) -> bool:
-    """Return whether the scheduler has workers. Raises CommClosedError if it is lost."""
+def _registered(client: Client) -> dict[str, Any]:
+    """Return address → what is known of each worker. Raises CommClosedError if the scheduler is lost."""
     from distributed.comm import CommClosedError
 
     try:
         if client.status == "running":
-            return bool(client.nthreads())
+            return client.scheduler_info(n_workers=-1)["workers"]
     except OSError as error:
         raise CommClosedError(str(error)) from error
     raise CommClosedError("the connection was lost")
 
 
-def _next(done: queue.SimpleQueue[Any], client: Client, cluster: ClusterChoice) -> Any:
-    """Return what is done next. Raises IceboxError if there is no worker for a while, CommClosedError if it is lost."""
-    lonely_since = time.monotonic()
+class _Watch:
+    """The workers, looked at while they work."""
+
+    def __init__(self, client: Client, cluster: ClusterChoice) -> None:
+        self._client = client
+        self._name = cluster.name
+        self._there: dict[str, Any] = {}
+        self.worked()
+
+    def worked(self) -> None:
+        """Begin anew, as something was done."""
+        self._lonely_since = time.monotonic()
+        self._health = WorkerHealth()
+        self._health.listen(self._client)
+
+    def look(self) -> None:
+        """Raise IceboxError if no worker is worth waiting for, CommClosedError if the scheduler is lost."""
+        before, self._there = self._there, _registered(self._client)
+        for address in before.keys() - self._there.keys():
+            self._health.lost(address, before[address])
+        problems = {at: self._health.problem(at, about) for at, about in self._there.items()}
+        if problems and all(problems.values()):
+            reasons = "; ".join(f"{self._there[at]['name']} {problem}" for at, problem in list(problems.items())[:5])
+            raise IceboxError(f"no worker of {self._name} can do the work: {reasons}")
+        now = time.monotonic()
+        if self._there:
+            self._lonely_since = now
+        elif now - self._lonely_since > link.PATIENCE_S:
+            raise IceboxError(
+                f"{self._name} has had no worker for {link.PATIENCE_S:.0f} s; start some by `dask worker ADDRESS`"
+            )
+
+
+def _next(done: queue.SimpleQueue[Any], watch: _Watch) -> Any:
+    """Return what is done next. Raises what `look` does."""
     while True:
         with suppress(queue.Empty):
             return done.get(timeout=link.LOOK_EVERY_S)
-        now = time.monotonic()
-        if _has_workers(client):
-            lonely_since = now
-        elif now - lonely_since > link.PATIENCE_S:
-            raise IceboxError(
-                f"{cluster.name} has had no worker for {link.PATIENCE_S:.0f} s; start some by `dask worker ADDRESS` "
-                "and resume: what was trained is kept"
-            )
+        watch.look()
 
 
 def _same(data: Data) -> Data:
@@ -137,5 +169,17 @@ def _read(data: Data, memory: int | None, needed: int) -> Data:
     stored: list[Any] = [data.train, data.val]
     if not all(isinstance(rows, StoredRows) for rows in stored):
         raise TypeError("rows that are not on disk")
-    train, val = hold(stored, memory=memory, needed=needed)
+    train, val = hold(stored, memory=_allowed(memory, needed), needed=needed)
     return replace(data, train=train, val=val)
+
+
+def _allowed(memory: int | None, needed: int) -> int | None:
+    """Return what rows may take: `memory`, or half of what the limit of this worker leaves; None without a limit."""
+    import psutil
+    from distributed import get_worker
+
+    limit = get_worker().memory_manager.memory_limit
+    if memory is not None or not limit:
+        return memory
+    left = _SHARE_OF_LIMIT * limit - psutil.Process().memory_info().rss
+    return max(0, round(min(left, machine.available_memory()) - needed) // 2)

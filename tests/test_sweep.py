@@ -322,7 +322,7 @@ def test_a_scheduler_lost_between_rows_of_two_kinds_is_told(
             return prepared(*arguments, **more)
 
         monkeypatch.setattr(pipeline.sweep, "prepared", prepared_without)
-        with pytest.raises(IceboxError, match="is gone; start it again and resume"):
+        with pytest.raises(IceboxError, match=r"is gone; start it again$"):
             run(workspace, photos, cluster=ClusterChoice(scheduler=cluster.address))
 
 
@@ -341,7 +341,7 @@ def test_if_all_workers_are_gone_others_are_waited_for_and_then_it_is_told(
             os.killpg(cluster.processes[-1].pid, signal.SIGKILL)
 
         threading.Thread(target=kill, daemon=True).start()
-        with pytest.raises(IceboxError, match=r"has had no worker for 2 s; start some by .* and resume"):
+        with pytest.raises(IceboxError, match=r"has had no worker for 2 s; start some by `dask worker ADDRESS`$"):
             run(workspace, photos, specs, cluster=ClusterChoice(scheduler=cluster.address))
 
 
