@@ -76,9 +76,11 @@ def submitted(
             future.result()
             yield futures[future]
     except KilledWorker as error:
-        limit = getattr(error.last_worker, "memory_limit", 0)
-        why = f"; its memory limit is {size_text(limit)}" if limit else ""
-        raise IceboxError(f"the worker of a trial died again and again ({error}){why}; see its log") from error
+        last = error.last_worker
+        why = f", whose memory limit is {size_text(last.memory_limit)}" if last.memory_limit else ""
+        raise IceboxError(
+            f"the worker of a trial died again and again, the last one {last.address}{why}; see its log"
+        ) from error
     except (CancelledError, CommClosedError, TimeoutError) as error:
         raise IceboxError(f"the Dask scheduler of {cluster.name} is gone; start it again") from error
 

@@ -55,12 +55,13 @@ class WorkerHealth:
 
     def problem(self, address: str, about: About) -> str | None:
         """Return why a worker is not to be given work, as what follows its name in a sentence; None if it may be."""
+        limit = f"its memory limit of {size_text(about.get('memory_limit') or 0)}"
         if (count := self._losses[_nanny(address, about)]) >= MOST_LOSSES:
             if _nanny(address, about) in self._full:
-                return f"was ended {count} times as it came near {_limit(about)}; {_MORE}"
-            return f"was lost {count} times with nothing done; see its log, and whether that is enough: {_limit(about)}"
+                return f"was ended {count} times as it came near {limit}; {_MORE}"
+            return f"was lost {count} times before it had done anything ({_memory(about)}); see its log"
         if self._is_stuck(address, about):
-            return f"is paused and does nothing, as it came near {_limit(about)}; {_MORE}"
+            return f"is paused and does nothing, as it came near {limit}; {_MORE}"
         return None
 
     def _is_stuck(self, address: str, about: About) -> bool:
@@ -75,12 +76,12 @@ class WorkerHealth:
 _MORE = "start it with more by `dask worker --memory-limit`"
 
 
-def _limit(about: About) -> str:
+def _memory(about: About) -> str:
     if limit := about.get("memory_limit"):
-        return f"its memory limit of {size_text(limit)}"
+        return f"its memory limit is {size_text(limit)}"
     if about.get("host") == LOOPBACK:
-        return f"{size_text(machine.available_memory())} are left on this machine"
-    return "it has no limit of its own"
+        return f"{size_text(machine.available_memory())} of memory are left on this machine"
+    return "it has no memory limit"
 
 
 def _nanny(address: str, about: About) -> str:

@@ -298,6 +298,33 @@ def test_every_call_of_a_sweep_may_be_the_last(
         check_sweep(swept, data, capsys, f"killed at call {number}: {watcher.calls[number - 1]}")
 
 
+@pytest.mark.parametrize(("act", "for_good"), [(io_error, False), (disk_full, True)])
+def test_every_call_of_a_sweep_may_fail(
+    swept: Scenario,
+    act: Callable[[str, Path], None],
+    for_good: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    data, among = tmp_path / "data", frozenset(WRITES if act is disk_full else ())
+    within = (data / "runs", data / "sweeps")
+    with watched(Watcher(among=among, within=within)) as watcher:
+        assert call(swept.fresh(data), *swept.command) == 0
+    numbers = range(1, len(watcher.calls) + 1)
+    if not request.config.getoption("every_call"):
+        numbers = telling_calls_of_sweep(watcher.calls)
+    for number in numbers:
+        swept.fresh(data)
+        capsys.readouterr()
+        with watched(Watcher(number, act, for_good, among, within)) as failing:
+            code = call(data, *swept.command)
+        said = capsys.readouterr().err
+        where = f"{act.__name__} at call {number}, {failing.calls[number - 1]}: {said}"
+        assert len(re.findall("^error: ", said, re.MULTILINE)) == code, where
+        check_sweep(swept, data, capsys, where)
+
+
 def telling_calls_of_sweep(calls: list[tuple[str, Path]]) -> list[int]:
     """Return the numbers of the calls that give a file its name or take it away, and of one of each other kind."""
     named = {(kind, path.name): n for n, (kind, path) in enumerate(calls, 1) if kind in ("rename", "remove")}

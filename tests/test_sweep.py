@@ -24,6 +24,7 @@ from distributed import Client, LocalCluster
 
 import pipeline.link
 import pipeline.sweep
+import pipeline.worker_health
 from pipeline import heads, images, runs, trial_tasks
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache
@@ -279,6 +280,32 @@ def test_a_worker_that_dies_costs_its_trial_a_second_try(workspace: Workspace, p
         with subprocess.Popen(["python3", "-c", script]):
             done = run(workspace, photos, specs, cluster=ClusterChoice(scheduler=started.scheduler_address))
     assert [row["error"] for row in done.rows] == [None] * 4
+
+
+def end_worker(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_started_here_that_are_killed_again_and_again_are_given_up(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(workspace, listed(photos))
+    monkeypatch.setattr(pipeline.sweep, "run_trial", end_worker)
+    with pytest.raises(IceboxError, match=r"was lost \d times before it had done anything|died again and again"):
+        run(workspace, photos, GRID[-1:], cluster=ClusterChoice(workers=1))
+    assert runs.unfinished(workspace.sweeps) == []
+
+
+def test_a_worker_whose_memory_limit_is_too_small_is_given_up_and_the_limit_named(
+    workspace: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.worker_health, "PAUSED_S", 2.0)
+    fill(workspace, listed(photos))
+    with by_hand(tmp_path / "cluster", workers=0) as cluster:
+        cluster.start_worker(memory_limit="100MB")
+        cluster.wait_for_workers(1)
+        with pytest.raises(IceboxError, match=r"its memory limit (of|is) 100 MB"):
+            run(workspace, photos, GRID[-1:], cluster=ClusterChoice(scheduler=cluster.address))
 
 
 def test_a_scheduler_that_is_not_there_is_told(workspace: Workspace, photos: Path) -> None:
