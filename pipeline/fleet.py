@@ -172,6 +172,8 @@ class Fleet:
             how = f"{how}, before it could say what it has: does its environment have Icebox? See its log"
         if full or worker.vetting is not None:
             self._link.health.lost(worker.address, worker.about)
+        elif worker.hands:
+            self._link.health.lost(worker.address, worker.about, at_work=True)
         if worker.fit is not False:
             redone = "; what it had in hand is computed again" if worker.hands else ""
             logger.warning("the worker %s %s%s", worker.name, how, redone)

@@ -328,9 +328,8 @@ def _publish_best(
     workspace: Workspace, material: Material, asked: SweepAsked, spec: HeadSpec, folder: Path
 ) -> dict[str, Any]:
     """Measure the best head on the test split, once, and publish it as a run; return its summary."""
-    known = _winner(folder)
-    if known is not None and (workspace.runs / known / "run.json").exists():
-        return runs.read_run(workspace.runs / known)["summary"]
+    if (known := _winner(workspace, folder)) is not None:
+        return runs.read_run(known)["summary"]
     trial = folder / "trials" / spec.identity
     found = _read_json(trial / _TRIAL)
     with (
@@ -348,13 +347,15 @@ def _publish_best(
         return write_run(directory, name, ready, asked.head(spec), outcome, found["seconds"])
 
 
-def _winner(folder: Path) -> str | None:
-    """Return the name of the run that the best setting became, or was to become, before the sweep was stopped."""
+def _winner(workspace: Workspace, folder: Path) -> Path | None:
+    """Return the folder of the run that the best setting became before the sweep was stopped, None if it did not."""
+    noted = list[Any]()
     if (folder / runs.WINNER).exists():
-        return str(_read_json(folder / runs.WINNER)["run"])
+        noted.append(_read_json(folder / runs.WINNER)["run"])
     if (folder / _ABOUT).exists():  # earlier versions removed their note before the sweep was published
-        return str(_read_json(folder / _ABOUT)["best"]["run"])
-    return None
+        noted.append(_read_json(folder / _ABOUT)["best"]["run"])
+    found = (workspace.runs / str(name) for name in noted)
+    return next((run for run in found if (run / "run.json").exists()), None)
 
 
 def _write(

@@ -11,7 +11,8 @@ from pipeline import machine
 from pipeline.cluster import LOOPBACK, Client
 from pipeline.progress import size_text
 
-MOST_LOSSES = 3  # of a worker with nothing done in between, before it is given up
+MOST_LOSSES = 3  # of a worker that had not begun, or came near its memory limit, with nothing done in between
+MOST_AT_WORK = 20  # of one that had work in hand: an image may be what ends it, and then its task is halved
 PAUSED_S = 30.0  # without a task, until a paused worker is given up
 _ENDED = "worker-restart-memory"  # where nannies tell of workers that they ended
 
@@ -27,6 +28,7 @@ class WorkerHealth:
 
     def __init__(self) -> None:
         self._losses = Counter[str]()
+        self._at_work = Counter[str]()
         self._ended = set[str]()  # addresses of those that were ended for the memory they took
         self._full = set[str]()  # nannies of such
         self._paused: dict[str, float] = {}  # address → since when
@@ -42,15 +44,16 @@ class WorkerHealth:
         """Return whether a worker was ended as it came near its memory limit."""
         return address in self._ended
 
-    def lost(self, address: str, about: About) -> None:
-        """Count the loss of a worker that had done nothing yet."""
-        self._losses[_nanny(address, about)] += 1
+    def lost(self, address: str, about: About, *, at_work: bool = False) -> None:
+        """Count the loss of a worker; `at_work` if what it had in hand may be why."""
+        (self._at_work if at_work else self._losses)[_nanny(address, about)] += 1
         if self.ended_for_memory(address):
             self._full.add(_nanny(address, about))
 
     def worked(self, address: str, about: About) -> None:
         """Forget its losses, as it has done something."""
-        self._losses.pop(_nanny(address, about), None)
+        for losses in (self._losses, self._at_work):
+            losses.pop(_nanny(address, about), None)
         self._full.discard(_nanny(address, about))
 
     def problem(self, address: str, about: About) -> str | None:
@@ -60,6 +63,8 @@ class WorkerHealth:
             if _nanny(address, about) in self._full:
                 return f"was ended {count} times as it came near {limit}; {_MORE}"
             return f"was lost {count} times before it had done anything ({_memory(about)}); see its log"
+        if (count := self._at_work[_nanny(address, about)]) >= MOST_AT_WORK:
+            return f"was lost {count} times at work with nothing done in between ({_memory(about)}); see its log"
         if self._is_stuck(address, about):
             return f"is paused and does nothing, as it came near {limit}; {_MORE}"
         return None

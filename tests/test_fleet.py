@@ -130,12 +130,25 @@ def end_worker(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def shape_of_a_row(requirements: Requirements) -> tuple[int, ...]:
+    return (8, 8, 2048)
+
+
+@pytest.mark.parametrize(
+    ("vet", "run_task", "when"),
+    [
+        (end_worker, fleet_worker.run_task, "before it had done anything"),
+        (shape_of_a_row, end_worker, "at work with nothing done in between"),
+    ],
+)
 def test_workers_started_here_that_are_killed_again_and_again_are_given_up(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vet: Any, run_task: Any, when: str
 ) -> None:
     """As where the system has no memory left for them."""
-    monkeypatch.setattr(pipeline.fleet, "vet", end_worker)
-    reason = r"0 on 127\.0\.0\.1 was lost \d times before it had done anything \(\S+ [GM]B of memory are left"
+    monkeypatch.setattr(pipeline.fleet, "vet", vet)
+    monkeypatch.setattr(pipeline.fleet, "run_task", run_task)
+    monkeypatch.setattr(pipeline.worker_health, "MOST_AT_WORK", 3)
+    reason = rf"0 on 127\.0\.0\.1 was lost \d times {when} \(\S+ [GM]B of memory are left"
     with pytest.raises(IceboxError, match=f"no worker of this machine can do the work: {reason}"):
         run(tmp_path, images, ClusterChoice(workers=1))
 

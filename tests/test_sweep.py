@@ -201,6 +201,24 @@ def test_killed_after_the_winner_was_published_there_is_no_second_one(
     assert visible(workspace.runs) == [published]
 
 
+def test_a_sweep_that_an_earlier_version_left_without_its_note_and_heads_is_finished(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which it removed before the sweep was published; trying to go on, it noted a run that never came to be."""
+    fill(workspace, listed(photos))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.sweep.draw_leaderboard", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(workspace, photos, GRID[-1:])
+    (name,), (published,) = runs.unfinished(workspace.sweeps), visible(workspace.runs)
+    for path in workspace.sweeps.rglob("head.*"):
+        path.unlink()
+    (note,) = workspace.sweeps.rglob("winner.json")
+    note.write_text('{"run": "a-run-that-never-came-to-be"}')
+    done = run(workspace, photos, GRID[-1:], resume=name)
+    assert (done.best["run"], visible(workspace.runs)) == (published, [published])
+
+
 def test_a_sweep_whose_images_changed_is_not_gone_on_with(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

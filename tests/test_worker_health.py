@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import pipeline.worker_health
-from pipeline.worker_health import MOST_LOSSES, WorkerHealth
+from pipeline.worker_health import MOST_AT_WORK, MOST_LOSSES, WorkerHealth
 
 LIMITED = {"nanny": "tcp://10.0.0.1:9", "host": "10.0.0.1", "memory_limit": 200_000_000, "status": "running"}
 
@@ -59,6 +59,19 @@ def test_one_that_has_done_something_in_between_is_not_given_up() -> None:
     for _ in range(5):
         assert lost(health, LIMITED, MOST_LOSSES - 1, for_memory=True) is None
         health.worked("tcp://10.0.0.1:99", LIMITED)
+
+
+def test_one_that_is_lost_at_work_may_be_so_more_often() -> None:
+    """An image may be the cause; tasks are halved until it is found."""
+    health, address = WorkerHealth(), "tcp://10.0.0.1:1"
+    for number in range(MOST_AT_WORK):
+        assert health.problem(address, LIMITED) is None, number
+        health.lost(address, LIMITED, at_work=True)
+    assert "was lost 20 times at work with nothing done in between (its memory limit is 200 MB)" in str(
+        health.problem(address, LIMITED)
+    )
+    health.worked(address, LIMITED)
+    assert health.problem(address, LIMITED) is None
 
 
 def test_others_are_not_held_to_account_for_it() -> None:
