@@ -20,6 +20,7 @@ from pipeline import runs
 from pipeline.answering import grouped
 from pipeline.backbone import scale
 from pipeline.cache import storage
+from pipeline.cache.lock import remove_abandoned
 from pipeline.dataset import Dataset, limit
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, IceboxError, RunError, UsageError
@@ -202,7 +203,7 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove what exports that were killed left behind."""
     for name in storage.folders(folder):
         if storage.is_partial(name) and name.endswith(_PARTIAL):
-            runs.remove_abandoned(folder / name)
+            remove_abandoned(folder / name)
 
 
 def _require_free(final: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import storage
-from pipeline.cache.lock import abandoned, held_if_abandoned, new_folder_held
+from pipeline.cache.lock import abandoned, held_if_abandoned, new_folder_held, remove_abandoned
 from pipeline.errors import CheckpointError, RunError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,10 @@ def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
             logger.warning("what was trained so far is kept; go on by: %s --resume %s", command, final.name)
         raise
     for path in _of_unfinished(final):  # only now: killed before, it can still be gone on with
-        storage.remove(path)
+        try:
+            storage.remove(path)
+        except OSError as error:  # what was made is whole
+            logger.warning("%s cannot be removed (%s) and is of no use any more; `cache gc` removes it", path, error)
 
 
 def _of_unfinished(folder: Path) -> list[Path]:
@@ -194,14 +197,6 @@ def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> t
         for path in spent:
             storage.remove(path)
     return list(sizes), sum(sizes.values())
-
-
-def remove_abandoned(folder: Path) -> bool:
-    """Remove a folder unless somebody works on it; return whether it was removed."""
-    with held_if_abandoned(folder) as held:
-        if held:
-            storage.remove_folder(folder)
-        return held
 
 
 def find_run(root: Path, name: str) -> Path:

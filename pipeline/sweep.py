@@ -134,6 +134,7 @@ def sweep(
         rows = leaderboard(trials)
         best = min(trials, key=lambda trial: trial.order)
         if best.error is not None:
+            storage.remove_folder(folder / "trials")  # going on with them would end as this does
             raise RunError(f"none of {len(trials)} settings could be trained, the first: {best.error}")
         summary = _publish_best(workspace, material, asked, best.spec, folder)
         _write(folder, name, asked, material, rows, summary)

@@ -139,6 +139,18 @@ def test_a_regression_that_does_not_fit_memory_is_ranked_last(workspace: Workspa
     assert "logreg needs all rows in memory" in done.rows[1]["error"]
 
 
+def test_a_sweep_none_of_whose_settings_could_be_trained_is_not_to_be_gone_on_with(
+    workspace: Workspace, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which would end in the same way."""
+    fill(workspace, listed(photos))
+    asked = SweepAsked(DatasetChoice(str(photos)), FeatureChoice(), GRID[3:], images.DEFAULT_MAX_PIXELS, memory=2_000)
+    with pytest.raises(RunError, match="none of 1 settings could be trained, the first: logreg needs all rows"):
+        sweep(listed(photos), workspace, asked, "features")
+    assert "--resume" not in caplog.text
+    assert list(workspace.sweeps.iterdir()) == []
+
+
 def test_what_was_killed_goes_on_and_tries_nothing_twice(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,14 @@ def abandoned(folder: Path) -> bool:
         return _is_free(folder, stack)
 
 
+def remove_abandoned(folder: Path) -> bool:
+    """Remove a folder unless somebody works on it; return whether it was removed."""
+    with held_if_abandoned(folder) as held:
+        if held:
+            storage.remove_folder(folder)
+        return held
+
+
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Be the only process that begins, takes up or looks at work in `folder`; others wait for the instant it takes.
