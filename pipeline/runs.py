@@ -180,12 +180,14 @@ def unfinished(root: Path) -> list[str]:
 
 
 def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> tuple[list[Path], int]:
-    """Remove the folders of killed runs, of `resumable` ones only if so asked, and what published ones no longer need.
+    """Remove the folders of killed runs and evaluations, and what published ones no longer need.
 
-    Returns what is removed and its bytes.
+    Those of `resumable` runs are removed only if so asked. Returns what is removed and its bytes.
     """
     folders = [root / name for name in storage.folders(root)]
-    killed = [folder for folder in folders if storage.is_partial(folder.name) and abandoned(folder)]
+    unnamed = [folder for folder in folders if storage.is_partial(folder.name)]
+    unnamed += sorted(root.glob(f"[!.]*/evaluations/{storage.PARTIAL_PREFIX}*"))
+    killed = [folder for folder in unnamed if abandoned(folder)]
     dead = [folder for folder in killed if resumable or not _can_resume(folder)]
     spent = [path for folder in folders if not storage.is_partial(folder.name) for path in _of_unfinished(folder)]
     sizes = {folder: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in dead}
