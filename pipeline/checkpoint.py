@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import storage
-from pipeline.errors import RunError
+from pipeline.errors import CheckpointError, RunError
 
 FILE = "checkpoint.npz"
 _STATE = "state.json"
@@ -34,7 +34,7 @@ class Checkpoint:
 
         Raises
         ------
-        RunError
+        CheckpointError
             If the file is not one that `save` wrote.
         """
         if not self.path.exists():
@@ -47,13 +47,14 @@ class Checkpoint:
                 }
         except (*_UNREADABLE, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             # Without the text: NumPy's advises to load such a file unsafely.
-            raise RunError(f"{self.path} is not a checkpoint; delete it and train from the start") from error
+            raise CheckpointError(f"{self.path} is not a checkpoint; delete it and train from the start") from error
         return groups, state
 
     def save(self, groups: Mapping[str, Sequence[Any]], state: Mapping[str, Any]) -> None:
         """Write groups of arrays and a JSON state, unless the last time was too short ago for what it costs.
 
-        The arrays may be variables: each becomes an array only when it is its turn to be written.
+        The arrays may be variables: each becomes an array only when it is its turn to be written. Raises RunError if
+        the file cannot be written; what was saved before stays.
         """
         start = time.monotonic()
         if start - self._since < self._cost / _SHARE:
@@ -67,7 +68,7 @@ class Checkpoint:
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                         np.lib.format.write_array(entry, np.asarray(each), allow_pickle=False)
         except OSError as error:
-            raise RunError(f"{self.path} cannot be written ({error}); make room and resume the run") from error
+            raise RunError(f"{self.path} cannot be written ({error}); make room") from error
         self._since = time.monotonic()
         self._cost = self._since - start
 

@@ -129,6 +129,10 @@ class RunError(IceboxError, OSError):
     """A run directory that cannot be written or read."""
 
 
+class CheckpointError(RunError):
+    """What a stopped training left cannot be gone on with."""
+
+
 class InterruptedComputationError(IceboxError):
     """Whoever gave work out was lost, with nothing that was published. `recover` finds another, or raises why not."""
 

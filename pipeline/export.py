@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pipeline import runs
 from pipeline.answering import grouped
 from pipeline.backbone import scale
 from pipeline.cache import storage
-from pipeline.cache.lock import abandoned
+from pipeline.cache.lock import remove_abandoned
 from pipeline.dataset import Dataset, limit
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, IceboxError, RunError, UsageError
@@ -204,8 +203,8 @@ def _difference(form: Format, path: Path, pixels: np.ndarray, expected: np.ndarr
 def _remove_leftovers(folder: Path) -> None:
     """Remove what exports that were killed left behind."""
     for name in storage.folders(folder):
-        if storage.is_partial(name) and name.endswith(_PARTIAL) and abandoned(folder / name):
-            shutil.rmtree(folder / name)
+        if storage.is_partial(name) and name.endswith(_PARTIAL):
+            remove_abandoned(folder / name)
 
 
 def _require_free(final: Path) -> None:

@@ -27,7 +27,7 @@ from pipeline.errors import IceboxError, InterruptedComputationError, UnfitWorke
 from pipeline.fleet_members import Hand, Worker
 from pipeline.fleet_worker import Requirements, run_task, vet
 from pipeline.link import Link, LostError
-from pipeline.progress import Advance, counted
+from pipeline.progress import Advance, counted, size_text
 from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, There, nothing_there
 
 logger = logging.getLogger(__name__)
@@ -149,25 +149,37 @@ class Fleet:
             self._lose(self._workers[address], "is gone" if address not in there else "does not answer any more")
         for address in alive - self._workers.keys():
             self._meet(address, there[address])
+        for worker in self._workers.values():
+            problem = self._link.health.problem(worker.address, there[worker.address])
+            if problem is not None and worker.fit is not False:
+                self._dismiss(worker, problem)
 
     def _meet(self, address: str, about: dict[str, Any]) -> None:
         host = address.split("://")[-1].rsplit(":", 1)[0]
         name = str(about["name"])
-        worker = Worker(address, f"{name} on {host}" if host not in name else name, "GPU" in about["resources"])
+        worker = Worker(address, f"{name} on {host}" if host not in name else name, "GPU" in about["resources"], about)
         self._workers[address] = worker
-        worker.vetting = self._link.submit(address, vet, self._requirements)
+        if self._link.health.problem(address, about) is None:
+            worker.vetting = self._link.submit(address, vet, self._requirements)
 
     def _lose(self, worker: Worker, how: str) -> None:
         """Take back what a worker had in hand."""
         del self._workers[worker.address]
-        if worker.vetting is not None:
+        full = self._link.health.ended_for_memory(worker.address)
+        if full:
+            how = f"came near its memory limit of {size_text(worker.about['memory_limit'])} and was ended"
+        elif worker.vetting is not None:
             how = f"{how}, before it could say what it has: does its environment have Icebox? See its log"
+        if full or worker.vetting is not None:
+            self._link.health.lost(worker.address, worker.about)
+        elif worker.hands:
+            self._link.health.lost(worker.address, worker.about, at_work=True)
         if worker.fit is not False:
             redone = "; what it had in hand is computed again" if worker.hands else ""
             logger.warning("the worker %s %s%s", worker.name, how, redone)
         if worker.vetting is not None:
             worker.vetting.cancel(force=True)
-        self._take_back(worker, lost=True)
+        self._take_back(worker, lost=not full)  # its limit is no fault of the images
         if worker.rows:
             self._report(worker)
 
@@ -195,6 +207,9 @@ class Fleet:
     def _dismiss(self, worker: Worker, reason: str) -> None:
         """Give a worker nothing more to do."""
         logger.warning("the worker %s is not used: it %s", worker.name, reason)
+        if worker.vetting is not None:
+            worker.vetting.cancel(force=True)
+            worker.vetting = None
         worker.fit, worker.reason = False, reason
         self._take_back(worker, lost=False)
 
@@ -270,6 +285,7 @@ class Fleet:
             worker.fit, worker.since, self._row_shape = True, time.monotonic(), shape
         elif isinstance(error, LostError):
             worker.fit, worker.reason = False, "was lost"  # the next look will tell
+            self._link.health.lost(worker.address, worker.about)
         elif isinstance(error, IceboxError) and not isinstance(error, UnfitWorkerError):
             raise error
         elif "deserialization of the task graph" in str(error):
@@ -308,6 +324,7 @@ class Fleet:
             self._again.append(replace(task.part(rows), losses=task.losses + 1))
             self._advance(-len(rows))
             done = replace(done, met=[met for met in done.met if met.i not in images])
+        self._link.health.worked(worker.address, worker.about)
         worker.rows += done.rows
         worker.model_seconds += done.model_seconds
         self._settle(task, done)

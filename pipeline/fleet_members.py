@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ class Worker:
     address: str
     name: str
     gpu: bool
+    about: Mapping[str, Any]  # what the scheduler knows of it
     fit: bool | None = None
     vetting: Any = None
     reason: str = ""

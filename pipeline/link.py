@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.cluster import Client, ClusterChoice, connected
 from pipeline.errors import IceboxError, InterruptedComputationError, UsageError
+from pipeline.worker_health import WorkerHealth
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,14 @@ class Link:
         self._topic = topic
         self._stack = ExitStack()
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self.health = WorkerHealth()
         self._heartbeats: dict[str, tuple[float, float]] = {}  # address → what the scheduler saw last, since when
 
     def open(self) -> None:
         """Connect. Raises UsageError if no scheduler answers."""
         self._client: Client = self._stack.enter_context(connected(self._choice))
         self._client.subscribe_topic(self._topic, self._heard)
+        self.health.listen(self._client)
 
     def close(self) -> None:
         """End the connection, and the workers if they were started for it."""

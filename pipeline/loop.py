@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import RunError
+from pipeline.errors import CheckpointError, RunError
 from pipeline.keras_start import KerasModel, import_keras
 
 Entry = dict[str, float]
@@ -20,7 +20,7 @@ class NotFiniteError(RunError):
     """The loss is not a number any more."""
 
 
-class OtherCheckpointError(RunError):
+class OtherCheckpointError(CheckpointError):
     """A checkpoint is not of the model that is to go on with it."""
 
 

@@ -11,7 +11,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache import storage
-from pipeline.cache.lock import abandoned, alive
-from pipeline.errors import RunError, did_you_mean
+from pipeline.cache.lock import abandoned, held_if_abandoned, new_folder_held, remove_abandoned
+from pipeline.errors import CheckpointError, RunError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +30,10 @@ VERSION = 1
 _SUMMARY = {"run", "head", "accuracy", "accuracy_interval", "val_accuracy", "seconds", "weights"}  # what is listed
 _MOST_BYTES = 2**26  # of a run.json: it lists quarantined images, a few at most
 REQUEST = "request.json"  # what was asked, in an unfinished run's folder
+WINNER = "winner.json"  # the name of the run that the best setting of a sweep became, in an unfinished sweep's folder
 CHECKSUMS = "SHA256SUMS"  # of all files of a published run, as `sha256sum --check` reads it
 _CHECKPOINT = "checkpoint.npz"
-_KEPT = (_CHECKPOINT, "head.json", "trial.json")
+_KEPT = (f"**/{_CHECKPOINT}", "fold-*/head.json", "trials/*/trial.json")  # what is not done again on going on
 _VOUCHING = ("run.json", "network.json", "head.json", "fold-*/head.json")  # the last three hold the weights' digests
 _LONGEST_SLUG = 120  # file systems take names of 255 bytes; time, number and prefix are added
 
@@ -49,13 +50,14 @@ def new_run(root: Path, title: str, command: str = "train-head") -> Iterator[tup
     RunError
         If `root` cannot be written.
     """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        name, partial = _reserve(root, f"{datetime.now():%Y%m%d-%H%M%S}-{slug(title)}")
-    except OSError as error:
-        raise RunError(f"no run can be written to {root}: {error}") from error
-    with alive(partial), _published(partial, root / name, command):
-        yield name, partial
+    with ExitStack() as held:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            name, partial = _reserve(root, f"{datetime.now():%Y%m%d-%H%M%S}-{slug(title)}", held)
+        except OSError as error:
+            raise RunError(f"no run can be written to {root}: {error}") from error
+        with _published(partial, root / name, command):
+            yield name, partial
 
 
 @contextmanager
@@ -66,8 +68,8 @@ def new_folder(final: Path, ending: str = "") -> Iterator[Path]:
     """
     partial, former = (storage.partial_name(final.parent, ending) for _ in range(2))
     try:
-        partial.mkdir(parents=True)
-        with alive(partial):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder_held(partial):
             yield partial
             for path in partial.rglob("*"):
                 storage.fsync(path)
@@ -96,10 +98,15 @@ def reopened(root: Path, name: str, command: str = "train-head") -> Iterator[tup
     partial = _partial(root, name)
     if not partial.is_dir():
         raise RunError(_not_resumable(root, name))
-    if not abandoned(partial):
-        raise RunError(f"the run {name} is being worked on by another process")
-    with alive(partial), _published(partial, root / name, command):
-        yield name, partial
+    with held_if_abandoned(partial) as held:
+        if not partial.is_dir():  # whoever worked on it has just published it
+            raise RunError(_not_resumable(root, name))
+        if not held:
+            raise RunError(f"the run {name} is being worked on by another process")
+        for path in partial.rglob(f"{storage.PARTIAL_PREFIX}*"):  # what was being written when it was killed
+            storage.remove(path)
+        with _published(partial, root / name, command):
+            yield name, partial
 
 
 @contextmanager
@@ -116,16 +123,20 @@ def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
             shutil.rmtree(partial, ignore_errors=True)
         elif isinstance(error, KeyboardInterrupt):
             error.add_note(f"what was trained so far is kept; go on by: {command} --resume {final.name}")
-        else:
+        elif not isinstance(error, CheckpointError):
             logger.warning("what was trained so far is kept; go on by: %s --resume %s", command, final.name)
         raise
     for path in _of_unfinished(final):  # only now: killed before, it can still be gone on with
-        storage.remove(path)
+        try:
+            storage.remove(path)
+        except OSError as error:  # what was made is whole
+            logger.warning("%s cannot be removed (%s) and is of no use any more; `cache gc` removes it", path, error)
 
 
 def _of_unfinished(folder: Path) -> list[Path]:
     """Return the files that only an unfinished run needs; a published one has some if it was killed right after."""
-    return [path for path in (folder / REQUEST, *folder.rglob(_CHECKPOINT)) if path.exists()]
+    spent = (folder / REQUEST, folder / WINNER, *folder.rglob(_CHECKPOINT), *folder.glob("trials/*/head.*"))
+    return [path for path in spent if path.exists()]
 
 
 def write_request(folder: Path, asked: Mapping[str, Any], material: str, space: str | None) -> None:
@@ -169,19 +180,25 @@ def unfinished(root: Path) -> list[str]:
 
 
 def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> tuple[list[Path], int]:
-    """Remove the folders of killed runs, of `resumable` ones only if so asked, and what published ones no longer need.
+    """Remove the folders of killed runs and evaluations, and what published ones no longer need.
 
-    Returns what is removed and its bytes.
+    Those of `resumable` runs are removed only if so asked. Returns what is removed and its bytes.
     """
     folders = [root / name for name in storage.folders(root)]
-    killed = [folder for folder in folders if storage.is_partial(folder.name) and abandoned(folder)]
+    unnamed = [folder for folder in folders if storage.is_partial(folder.name)]
+    unnamed += sorted(root.glob(f"[!.]*/evaluations/{storage.PARTIAL_PREFIX}*"))
+    killed = [folder for folder in unnamed if abandoned(folder)]
     dead = [folder for folder in killed if resumable or not _can_resume(folder)]
     spent = [path for folder in folders if not storage.is_partial(folder.name) for path in _of_unfinished(folder)]
-    size = sum(path.stat().st_size for folder in dead for path in folder.rglob("*") if path.is_file())
-    size += sum(path.stat().st_size for path in spent)
-    for path in () if dry_run else (*dead, *spent):
-        storage.remove(path) if path in spent else shutil.rmtree(path)
-    return [*dead, *spent], size
+    sizes = {folder: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in dead}
+    sizes |= {path: path.stat().st_size for path in spent}
+    if not dry_run:
+        for folder in dead:
+            if not remove_abandoned(folder):  # somebody has just taken it up
+                del sizes[folder]
+        for path in spent:
+            storage.remove(path)
+    return list(sizes), sum(sizes.values())
 
 
 def find_run(root: Path, name: str) -> Path:
@@ -264,7 +281,7 @@ def _partial(root: Path, name: str) -> Path:
 
 def _can_resume(folder: Path) -> bool:
     """Return whether work would be lost with the folder: a checkpoint, or a whole head of several."""
-    return (folder / REQUEST).exists() and any(True for name in _KEPT for _ in folder.rglob(name))
+    return (folder / REQUEST).exists() and any(True for pattern in _KEPT for _ in folder.glob(pattern))
 
 
 def _not_resumable(root: Path, name: str) -> str:
@@ -359,16 +376,17 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:_LONGEST_SLUG] or "run"
 
 
-def _reserve(root: Path, wanted: str) -> tuple[str, Path]:
-    """Return a free name and its hidden folder, made now: only who made that folder may take the name."""
+def _reserve(root: Path, wanted: str, held: ExitStack) -> tuple[str, Path]:
+    """Return a free name and its hidden folder, made and `held` now: only who made that folder may take the name."""
     for number in itertools.count(1):
         name = wanted if number == 1 else f"{wanted}-{number}"
         partial = root / f"{storage.PARTIAL_PREFIX}{name}"
         try:
-            partial.mkdir()
+            held.enter_context(new_folder_held(partial))
         except FileExistsError:
             continue
         if not (root / name).exists():
             return name, partial
         partial.rmdir()
+        held.close()
     raise AssertionError("there is always a next number")

@@ -168,6 +168,8 @@ class Augmentation:
             name = name.replace("-", "_")
             if name not in defaults:
                 raise UsageError(f"--augment has no {part!r:.60}; it takes NAME=VALUE,… of {', '.join(defaults)}")
+            if name in stated:
+                raise UsageError(f"--augment has {name} twice; state it once")
             stated[name] = _like(defaults[name], value)
         return cls(**stated)
 
@@ -300,7 +302,7 @@ class HeadSpec:
     settings: Mapping[str, Any]
 
     @classmethod
-    def make(cls, head: str, **given: Any) -> Self:
+    def make(cls, head: str, /, **given: Any) -> Self:
         """Return the spec of `head` with `given` over its defaults; None means 'not given'.
 
         A value may be what `to_dict` gives or the text of it as on the command line: "256,128", "1e-3".

@@ -48,7 +48,8 @@ FORMAT = "icebox-sweep"
 VERSION = 1
 COMMAND = "sweep"
 _TRIAL = "trial.json"
-_WINNER = "winner.json"  # the name of the run that the best setting became
+_ABOUT = "sweep.json"
+_MOST_BYTES = 2**26  # of a JSON file in an unfinished sweep
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def sweep(
         rows = leaderboard(trials)
         best = min(trials, key=lambda trial: trial.order)
         if best.error is not None:
+            storage.remove_folder(folder / "trials")  # going on with them would end as this does
             raise RunError(f"none of {counted(len(trials), 'setting')} could be trained, the first: {best.error}")
         summary = _publish_best(workspace, material, asked, best.spec, folder)
         _write(folder, name, asked, material, rows, summary)
@@ -282,15 +284,15 @@ def _fitted(spec: HeadSpec, data: heads.Data, folder: Path, advance: Callable[[f
         return fit_head(spec, data, folder, advance)
 
 
-def _outcome(folder: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / _TRIAL).read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{folder / _TRIAL} cannot be read ({error}); remove its folder and resume the sweep") from error
+        return dict(json.loads(storage.read_small(path, _MOST_BYTES)))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{path} cannot be read ({error}); remove it and resume the sweep") from error
 
 
 def _read(folder: Path, spec: HeadSpec) -> Trial:
-    found = _outcome(folder)
+    found = _read_json(folder / _TRIAL)
     if found["error"] is not None:
         return Trial(spec, np.zeros(0, bool), float("inf"), found["seconds"], 0, 0, found["error"])
     bits = np.frombuffer(bytes.fromhex(found["right"]), np.uint8)
@@ -328,13 +330,10 @@ def _publish_best(
     workspace: Workspace, material: Material, asked: SweepAsked, spec: HeadSpec, folder: Path
 ) -> dict[str, Any]:
     """Measure the best head on the test split, once, and publish it as a run; return its summary."""
-    note = folder / _WINNER
-    if note.exists():  # this far came one that was killed
-        known = json.loads(note.read_text())["run"]
-        if (workspace.runs / known / "run.json").exists():
-            return runs.read_run(workspace.runs / known)["summary"]
+    if (known := _winner(workspace, folder)) is not None:
+        return runs.read_run(known)["summary"]
     trial = folder / "trials" / spec.identity
-    found = _outcome(trial)
+    found = _read_json(trial / _TRIAL)
     with (
         prepared(material, [spec], asked.memory, sides=("val", "test")) as ready,
         runs.new_run(workspace.runs, f"{material.dataset.name}-{spec.head}", workspace.command("train-head")) as (
@@ -342,12 +341,23 @@ def _publish_best(
             directory,
         ),
     ):
-        runs.write_json(note, {"run": name})
+        runs.write_json(folder / runs.WINNER, {"run": name})  # first: published, the run is known to be the winner
         head = heads.load(trial)
         fitted = heads.Fitted(head, found["history"], found["x"], found["seconds_per_epoch"], found["facts"])
         said = (answers(head, ready.rows[side], side) for side in ("val", "test"))
         outcome = Outcome(fitted, ready.members["val"], *said)
         return write_run(directory, name, ready, asked.head(spec), outcome, found["seconds"])
+
+
+def _winner(workspace: Workspace, folder: Path) -> Path | None:
+    """Return the folder of the run that the best setting became before the sweep was stopped, None if it did not."""
+    noted = list[Any]()
+    if (folder / runs.WINNER).exists():
+        noted.append(_read_json(folder / runs.WINNER)["run"])
+    if (folder / _ABOUT).exists():  # earlier versions removed their note before the sweep was published
+        noted.append(_read_json(folder / _ABOUT)["best"]["run"])
+    found = (workspace.runs / str(name) for name in noted)
+    return next((run for run in found if (run / "run.json").exists()), None)
 
 
 def _write(
@@ -368,9 +378,6 @@ def _write(
         "runs": rows,
         "best": summary,
     }
-    for path in (folder / "trials").glob("*/head.*"):
-        storage.remove(path)  # the run has it
-    runs.write_json(folder / "sweep.json", about)
+    runs.write_json(folder / _ABOUT, about)
     write_leaderboard(folder / "leaderboard.csv", rows)
     draw_leaderboard(folder / "leaderboard.png", rows, f"{name}: {counted(len(rows), 'setting')}")
-    storage.remove(folder / _WINNER)

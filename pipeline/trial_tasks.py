@@ -11,15 +11,19 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pipeline import link, machine
 from pipeline.cluster import Client, ClusterChoice
 from pipeline.errors import IceboxError, UsageError
 from pipeline.heads import Data
 from pipeline.keras_start import import_keras, limit_threads
+from pipeline.progress import size_text
 from pipeline.rows import StoredRows, hold
 from pipeline.spec import HeadSpec
+from pipeline.worker_health import WorkerHealth
 
+_SHARE_OF_LIMIT = 0.8  # of a worker's memory; with more in use Dask gives it nothing to do
 _ONE = threading.Lock()  # a process trains one head at a time, however many threads its worker has
 _held: dict[str, Data] = {}  # in a worker: the rows of the trials at hand, so that they are read once
 
@@ -52,9 +56,10 @@ def submitted(
     from distributed.comm import CommClosedError
 
     try:
-        if not _has_workers(client):
+        watch = _Watch(client, cluster)
+        if not _registered(client):
             raise UsageError(f"the Dask scheduler at {cluster.name} has no workers; start some: dask worker ADDRESS")
-        token = f"{next(iter(tasks))}-{id(data)}"
+        token = uuid4().hex  # not made of an id(), which other rows have later, or in another program
         # As a task, not scattered: what a dead worker held of it, another then has the scheduler give it again.
         shared = client.submit(_same, data, pure=False)
         together = _together(client)
@@ -68,15 +73,20 @@ def submitted(
         for future in futures:
             future.add_done_callback(done.put)
         for _ in futures:
-            future = _next(done, client, cluster)
+            future = _next(done, watch)
+            watch.worked()
             if future.status in ("cancelled", "lost"):
                 raise CancelledError("it knows nothing of what it was given")
             future.result()
             yield futures[future]
     except KilledWorker as error:
-        raise IceboxError(f"the worker of a trial died again and again ({error}); see its log") from error
+        last = error.last_worker
+        why = f", whose memory limit is {size_text(last.memory_limit)}" if last.memory_limit else ""
+        raise IceboxError(
+            f"the worker of a trial died again and again, the last one {last.address}{why}; see its log"
+        ) from error
     except (CancelledError, CommClosedError, TimeoutError) as error:
-        raise IceboxError(f"the Dask scheduler of {cluster.name} is gone; start it again and resume") from error
+        raise IceboxError(f"the Dask scheduler of {cluster.name} is gone; start it again") from error
 
 
 def _together(client: Client) -> int:
@@ -84,32 +94,57 @@ def _together(client: Client) -> int:
     return max(Counter(address.rpartition(":")[0] for address in client.nthreads()).values(), default=1)
 
 
-def _has_workers(client: Client) -> bool:
-    """Return whether the scheduler has workers. Raises CommClosedError if it is lost."""
+def _registered(client: Client) -> dict[str, Any]:
+    """Return address → what is known of each worker. Raises CommClosedError if the scheduler is lost."""
     from distributed.comm import CommClosedError
 
     try:
         if client.status == "running":
-            return bool(client.nthreads())
+            return client.scheduler_info(n_workers=-1)["workers"]
     except OSError as error:
         raise CommClosedError(str(error)) from error
     raise CommClosedError("the connection was lost")
 
 
-def _next(done: queue.SimpleQueue[Any], client: Client, cluster: ClusterChoice) -> Any:
-    """Return what is done next. Raises IceboxError if there is no worker for a while, CommClosedError if it is lost."""
-    lonely_since = time.monotonic()
+class _Watch:
+    """The workers, looked at while they work."""
+
+    def __init__(self, client: Client, cluster: ClusterChoice) -> None:
+        self._client = client
+        self._name = cluster.name
+        self._there: dict[str, Any] = {}
+        self.worked()
+
+    def worked(self) -> None:
+        """Begin anew, as something was done."""
+        self._lonely_since = time.monotonic()
+        self._health = WorkerHealth()
+        self._health.listen(self._client)
+
+    def look(self) -> None:
+        """Raise IceboxError if no worker is worth waiting for, CommClosedError if the scheduler is lost."""
+        before, self._there = self._there, _registered(self._client)
+        for address in before.keys() - self._there.keys():
+            self._health.lost(address, before[address])
+        problems = {at: self._health.problem(at, about) for at, about in self._there.items()}
+        if problems and all(problems.values()):
+            reasons = "; ".join(f"{self._there[at]['name']} {problem}" for at, problem in list(problems.items())[:5])
+            raise IceboxError(f"no worker of {self._name} can do the work: {reasons}")
+        now = time.monotonic()
+        if self._there:
+            self._lonely_since = now
+        elif now - self._lonely_since > link.PATIENCE_S:
+            raise IceboxError(
+                f"{self._name} has had no worker for {link.PATIENCE_S:.0f} s; start some by `dask worker ADDRESS`"
+            )
+
+
+def _next(done: queue.SimpleQueue[Any], watch: _Watch) -> Any:
+    """Return what is done next. Raises what `look` does."""
     while True:
         with suppress(queue.Empty):
             return done.get(timeout=link.LOOK_EVERY_S)
-        now = time.monotonic()
-        if _has_workers(client):
-            lonely_since = now
-        elif now - lonely_since > link.PATIENCE_S:
-            raise IceboxError(
-                f"{cluster.name} has had no worker for {link.PATIENCE_S:.0f} s; start some by `dask worker ADDRESS` "
-                "and resume: what was trained is kept"
-            )
+        watch.look()
 
 
 def _same(data: Data) -> Data:
@@ -148,7 +183,9 @@ def _available(together: int) -> int:
     from distributed import get_worker
 
     share, limit = machine.available_memory() // together, get_worker().memory_manager.memory_limit
-    return min(share, max(0, limit - psutil.Process().memory_info().rss)) if limit else share
+    if not limit:
+        return share
+    return min(share, max(0, round(_SHARE_OF_LIMIT * limit) - psutil.Process().memory_info().rss))
 
 
 def _read(data: Data, memory: int | None, needed: int, available: int) -> Data:

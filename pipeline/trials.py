@@ -57,8 +57,9 @@ def make_trials(heads: Sequence[str], stated: Sequence[str], draws: int | None, 
     heads
         Names of heads.
     stated
-        Texts like "learning_rate=1e-4,1e-3" for every head, or "gap.hidden=64,[128,64]" for one. A setting that is
-        not stated keeps its default; a head of which none is stated has `DEFAULTS` tried.
+        Texts like "learning_rate=1e-4,1e-3" for every head, or "gap.hidden=64,[128,64]" for one, for which it counts
+        before what is for every head. A setting that is not stated keeps its default; a head of which none is stated
+        has `DEFAULTS` tried.
     draws
         How many to draw at random; None for every combination. A range "1e-4..1e-2" can only be drawn from.
     seed
@@ -116,18 +117,20 @@ def _different(specs: Any) -> list[HeadSpec]:
 
 def _stated_for(head: str, heads: Sequence[str], stated: Sequence[str]) -> dict[str, Values]:
     """Return setting → values of one head, each value checked."""
-    mine: dict[str, Values] = {}
+    of_all, of_one = dict[str, Values](), dict[str, Values]()
     for text in stated:
         owner, name, values = _parsed(text)
         if owner is not None and owner not in heads:
             raise UsageError(f"{text!r} is for a head that is not tried; name it by --head {owner}")
-        if owner in (None, head):
-            mine[name] = _values(head, name, values)
-    if not mine:
-        for text in DEFAULTS[head]:
-            _, name, values = _parsed(text)
-            mine[name] = _values(head, name, values)
-    return mine
+        if owner not in (None, head):
+            continue
+        table = of_all if owner is None else of_one
+        if name in table:
+            raise UsageError(f"{text!r}: {name} was stated before; list all its values in one --set")
+        table[name] = _values(head, name, values)
+    if not of_all and not of_one:
+        return _stated_for(head, heads, DEFAULTS[head])
+    return {**of_all, **of_one}
 
 
 def _parsed(text: str) -> tuple[str | None, str, str]:

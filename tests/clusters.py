@@ -36,8 +36,16 @@ class Cluster:
         port = self.address.rsplit(":", 1)[1]
         return self._start("dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard", "--no-show")
 
-    def start_worker(self, **env: str) -> subprocess.Popen[bytes]:
-        more = "--nthreads", "2", "--memory-limit", "0", "--local-directory", str(self.scratch), "--no-dashboard"
+    def start_worker(self, memory_limit: str = "0", **env: str) -> subprocess.Popen[bytes]:
+        more = (
+            "--nthreads",
+            "2",
+            "--memory-limit",
+            memory_limit,
+            "--local-directory",
+            str(self.scratch),
+            "--no-dashboard",
+        )
         return self._start("dask_worker", self.address, *more, **env)
 
     def _start(self, program: str, *arguments: str, **env: str) -> subprocess.Popen[bytes]:

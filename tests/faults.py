@@ -34,11 +34,14 @@ class Watcher:
     act: Callable[[str, Path], None] = lambda call, path: None
     for_good: bool = False
     among: frozenset[str] = frozenset()  # kinds of calls that count; empty: all
+    within: tuple[Path, ...] = ()  # the folders in which calls count; empty: all
     calls: list[tuple[str, Path]] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, call: str, path: Path) -> None:
         if self.among and call not in self.among:
+            return
+        if self.within and not any(path.is_relative_to(folder) for folder in self.within):
             return
         with self._lock:
             self.calls.append((call, path))
@@ -72,6 +75,14 @@ def disk_full(call: str, path: Path) -> None:
 
 def die(call: str, path: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def call_and_die(number: int, within: tuple[Path, ...], arguments: list[str]) -> None:
+    """Run `cli.py` with these arguments in a process made for it, and kill it at a call within these folders."""
+    import cli
+
+    with watched(Watcher(number, die, within=within)):
+        sys.exit(cli.main(arguments))
 
 
 def main() -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
+import multiprocessing
 import random
 import re
 import shutil
@@ -24,8 +26,9 @@ import h5py
 import hdf5plugin  # noqa: F401  registers the filter
 import made
 import pytest
+from cached import fill, listed, write_images
 from conftest import ROOT, command_line, environment, icebox
-from faults import WRITES, Watcher, disk_full, io_error, watched
+from faults import WRITES, Watcher, call_and_die, disk_full, io_error, watched
 
 import cli
 import pipeline.extract
@@ -33,6 +36,8 @@ import pipeline.shard_task
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache import storage
 from pipeline.cache.space import Cache
+from pipeline.runs import published_names, read_run, unfinished
+from pipeline.workspace import Workspace
 
 FEATURES = (
     "features", "--dataset", "digits", "--limit", "6", "--batch-size", "2", "--shard-rows", "2",
@@ -233,6 +238,98 @@ def first_of_each_kind(calls: list[tuple[str, Path]]) -> list[int]:
     kinds = {calls[number - 1][0]: number for number in reversed(of_shard)}
     commits = [number for number, (kind, _) in enumerate(calls, 1) if kind == "commit" and number > of_shard[0]]
     return sorted({*kinds.values(), commits[0], len(calls)})
+
+
+# A sweep, from its beginning to its end
+
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported what a sweep needs, and no more
+FORKS.set_forkserver_preload(["cli", "pipeline.sweep", "pipeline.heads.logreg", "sklearn.linear_model"])
+SWEEP = ("sweep", "--head", "logreg", "--set", "C=0.01,1", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
+    """A small sweep over rows that are there."""
+    folder = tmp_path_factory.mktemp("swept")
+    write_images(folder / "photos", 20)
+    with closing(Cache(folder / "data" / "cache")) as cache:
+        fill(Workspace(folder / "data", cache), listed(folder / "photos"))
+    return Scenario("sweep", folder / "data", *SWEEP, "--dataset", str(folder / "photos"))
+
+
+def check_sweep(scenario: Scenario, data: Path, capsys: pytest.CaptureFixture[str], where: str) -> None:
+    """Gone on with, if anything of it is left, it is one sweep and one run, and nothing else is left of it."""
+    stopped = unfinished(data / "sweeps")
+    tried = len(list(data.glob("sweeps/.partial-*/trials/*/trial.json")))
+    assert stopped or not tried, where
+    if not published_names(data / "sweeps", "sweep.json"):
+        capsys.readouterr()
+        again = ("sweep", "--resume", *stopped) if stopped else scenario.command
+        assert call(data, *again, "--json") == 0, where
+        assert json.loads(capsys.readouterr().out)["reused"] == tried, where
+    (sweep,), (run,) = published_names(data / "sweeps", "sweep.json"), published_names(data / "runs")
+    about = json.loads((data / "sweeps" / sweep / "sweep.json").read_text())
+    assert about["best"] == read_run(data / "runs" / run)["summary"], where
+    assert [row["val_accuracy"] for row in about["runs"]] == [1.0, 1.0], where
+    assert call(data, "cache", "gc") == 0, where
+    assert leftovers(data) == [], where
+    kept = {"sweep.json", "leaderboard.csv", "leaderboard.png", "trial.json", ".lock"}
+    assert {path.name for path in (data / "sweeps" / sweep).rglob("*") if path.is_file()} == kept, where
+
+
+def test_every_call_of_a_sweep_may_be_the_last(
+    swept: Scenario, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    """Killed between any two of its calls, while it publishes its winner and itself too."""
+    data = swept.fresh(tmp_path / "data")
+    with watched(Watcher(within=(data / "runs", data / "sweeps"))) as watcher:
+        assert call(data, *swept.command) == 0
+    check_sweep(swept, data, capsys, "undisturbed")
+    numbers = range(1, len(watcher.calls) + 1)
+    if not request.config.getoption("every_call"):
+        numbers = telling_calls_of_sweep(watcher.calls)
+    for number in numbers:
+        swept.fresh(data)
+        line = ["--data-dir", str(data), *swept.command]
+        process = FORKS.Process(target=call_and_die, args=(number, watcher.within, line))
+        process.start()
+        process.join(300)
+        assert process.exitcode == -signal.SIGKILL
+        check_sweep(swept, data, capsys, f"killed at call {number}: {watcher.calls[number - 1]}")
+
+
+@pytest.mark.parametrize(("act", "for_good"), [(io_error, False), (disk_full, True)])
+def test_every_call_of_a_sweep_may_fail(
+    swept: Scenario,
+    act: Callable[[str, Path], None],
+    for_good: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    data, among = tmp_path / "data", frozenset(WRITES if act is disk_full else ())
+    within = (data / "runs", data / "sweeps")
+    with watched(Watcher(among=among, within=within)) as watcher:
+        assert call(swept.fresh(data), *swept.command) == 0
+    numbers = range(1, len(watcher.calls) + 1)
+    if not request.config.getoption("every_call"):
+        numbers = telling_calls_of_sweep(watcher.calls)
+    for number in numbers:
+        swept.fresh(data)
+        capsys.readouterr()
+        with watched(Watcher(number, act, for_good, among, within)) as failing:
+            code = call(data, *swept.command)
+        said = capsys.readouterr().err
+        where = f"{act.__name__} at call {number}, {failing.calls[number - 1]}: {said}"
+        assert len(re.findall("^error: ", said, re.MULTILINE)) == code, where
+        check_sweep(swept, data, capsys, where)
+
+
+def telling_calls_of_sweep(calls: list[tuple[str, Path]]) -> list[int]:
+    """Return the numbers of the calls that give a file its name or take it away, and of one of each other kind."""
+    named = {(kind, path.name): n for n, (kind, path) in enumerate(calls, 1) if kind in ("rename", "remove")}
+    others = {kind: n for n, (kind, _) in enumerate(calls, 1)}
+    return sorted({*named.values(), *others.values()})
 
 
 def test_two_at_once_killed_at_random_moments(undisturbed: Path, tmp_path: Path) -> None:

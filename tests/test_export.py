@@ -16,7 +16,7 @@ from deployed import MOST, Deployed
 
 from pipeline import export
 from pipeline.answering import grouped
-from pipeline.cache.lock import alive
+from pipeline.cache.lock import new_folder_held
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, RunError, UsageError
 from pipeline.export import Exported, deployable, export_run
@@ -149,9 +149,9 @@ def test_somebodys_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_killed_exports_left_is_removed_by_the_next(tmp_path: Path) -> None:
     names = (".partial-dead-export", ".partial-living-export", ".partial-of-a-run", "run-keras")
     dead, living, other, done = (tmp_path / name for name in names)
-    for folder in (dead, living, other, done):
+    for folder in (dead, other, done):
         folder.mkdir()
-    with alive(living):
+    with new_folder_held(living):
         export._remove_leftovers(tmp_path)
         assert sorted(tmp_path.iterdir()) == [living, other, done]
     export._remove_leftovers(tmp_path / "nothing yet")

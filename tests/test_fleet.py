@@ -25,6 +25,7 @@ from test_extract import stored
 
 import pipeline.fleet
 import pipeline.link
+import pipeline.worker_health
 from pipeline import cluster as clusters
 from pipeline import fleet_worker, machine
 from pipeline.cache.space import Cache
@@ -111,6 +112,46 @@ def test_images_in_memory_travel_with_their_tasks(cluster: Cluster, tmp_path: Pa
     done = run(tmp_path / "there", digits, ClusterChoice(scheduler=cluster.address))
     assert done.computed == 10
     assert same_rows(tmp_path / "there", stored(tmp_path / "here"))
+
+
+def test_a_worker_whose_memory_limit_is_too_small_is_given_up_and_the_limit_named(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its nanny would end it and start it anew for ever, or Dask give it nothing to do."""
+    monkeypatch.setattr(pipeline.worker_health, "PAUSED_S", 2.0)
+    with by_hand(tmp_path / "cluster", workers=0) as cluster:
+        cluster.start_worker(memory_limit="100MB")
+        cluster.wait_for_workers(1)
+        with pytest.raises(IceboxError, match=r"as it came near its memory limit of 100 MB; start it with more"):
+            run(tmp_path / "data", images, ClusterChoice(scheduler=cluster.address))
+    assert "does its environment have Icebox" not in caplog.text
+
+
+def end_worker(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def shape_of_a_row(requirements: Requirements) -> tuple[int, ...]:
+    return (8, 8, 2048)
+
+
+@pytest.mark.parametrize(
+    ("vet", "run_task", "when"),
+    [
+        (end_worker, fleet_worker.run_task, "before it had done anything"),
+        (shape_of_a_row, end_worker, "at work with nothing done in between"),
+    ],
+)
+def test_workers_started_here_that_are_killed_again_and_again_are_given_up(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vet: Any, run_task: Any, when: str
+) -> None:
+    """As where the system has no memory left for them."""
+    monkeypatch.setattr(pipeline.fleet, "vet", vet)
+    monkeypatch.setattr(pipeline.fleet, "run_task", run_task)
+    monkeypatch.setattr(pipeline.worker_health, "MOST_AT_WORK", 3)
+    reason = rf"0 on 127\.0\.0\.1 was lost \d times {when} \(\S+ [GM]B of memory are left"
+    with pytest.raises(IceboxError, match=f"no worker of this machine can do the work: {reason}"):
+        run(tmp_path, images, ClusterChoice(workers=1))
 
 
 def test_a_bad_image_is_quarantined_as_it_is_here(images: Path, cluster: Cluster, tmp_path: Path) -> None:

@@ -197,6 +197,46 @@ def test_one_that_somebody_works_on_is_left_to_them(
         go_on(workspace, photos, name)
 
 
+def test_where_nothing_is_there_to_go_on_with_nobody_is_told_to(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No checkpoint could be written, or there is but a head that is fitted anew each time."""
+    real = storage.new_file
+
+    def full(path: Path) -> Any:
+        if path.name == "checkpoint.npz":
+            raise OSError(28, "No space left on device")
+        return real(path)
+
+    monkeypatch.setattr(storage, "new_file", full)
+    with pytest.raises(RunError, match=r"checkpoint\.npz cannot be written \(.*\); make room$"):
+        train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
+    monkeypatch.setattr("pipeline.train._check_saved", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_head(listed(photos), workspace, asked(photos, HeadSpec.make("logreg", C=1.0)), "features")
+    assert "--resume" not in caplog.text
+    assert list(workspace.runs.iterdir()) == []
+
+
+def test_where_a_checkpoint_was_written_before_the_disk_was_full_it_is_told_how_to_go_on(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, written = storage.new_file, list[Path]()
+
+    def full(path: Path) -> Any:
+        written.extend([path] if path.name == "checkpoint.npz" else [])
+        if len(written) > 1:
+            raise OSError(28, "No space left on device")
+        return real(path)
+
+    monkeypatch.setattr(storage, "new_file", full)
+    monkeypatch.setattr("pipeline.checkpoint._SHARE", 1e9)  # worth it after each epoch
+    with pytest.raises(RunError, match=r"make room$"):
+        train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
+    (name,) = runs.unfinished(workspace.runs)
+    assert f"train-head --resume {name}" in caplog.text
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
@@ -210,13 +250,19 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_checkpoint_that_is_none_is_refused(
-    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    workspace: Workspace,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    damage: str,
 ) -> None:
     name = stop(workspace, photos, asked(photos, SPECS["gap"]), monkeypatch)
     DAMAGE[damage](workspace.runs / f".partial-{name}" / "checkpoint.npz")
+    caplog.clear()
     with pytest.raises(RunError, match=r"checkpoint") as caught:
         go_on(workspace, photos, name)
     assert "unsafe" not in str(caught.value)
+    assert "--resume" not in caplog.text, "which would end as this did"
 
 
 def test_the_command_is_killed_listed_and_resumed(workspace: Workspace, photos: Path) -> None:

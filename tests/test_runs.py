@@ -14,7 +14,15 @@ from PIL import Image
 
 from pipeline.errors import RunError
 from pipeline.pictures import draw_curves
-from pipeline.runs import Predictions, list_runs, new_run, write_json, write_predictions
+from pipeline.runs import (
+    Predictions,
+    list_runs,
+    new_folder,
+    new_run,
+    remove_leftovers,
+    write_json,
+    write_predictions,
+)
 
 ODD_NAMES = ["a,b.png", 'quo"te.png', "two\nlines.png", "carriage\rreturn.png", "\udcff\udc80.png", "=1+1", "é漢.png"]
 
@@ -120,6 +128,17 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 def test_json_with_odd_names_reads_back_the_same(tmp_path: Path, value: object) -> None:
     write_json(tmp_path / "names.json", value)
     assert json.loads((tmp_path / "names.json").read_text(encoding="utf-8")) == value
+
+
+def test_what_killed_evaluations_left_is_removed(tmp_path: Path) -> None:
+    name = make_run(tmp_path, "a")
+    folder = tmp_path / name / "evaluations"
+    (folder / ".partial-killed").mkdir(parents=True)
+    (folder / ".partial-killed" / "metrics.json").write_text("{}")
+    with new_folder(folder / "photos-test") as partial:
+        assert remove_leftovers(tmp_path, resumable=False) == ([folder / ".partial-killed"], 2)
+        assert partial.is_dir()
+    assert [path.name for path in folder.iterdir()] == ["photos-test"]
 
 
 def read_csv(path: Path) -> list[list[str]]:

@@ -20,17 +20,20 @@ import pytest
 from cached import CLASSES, SPEC, fill, listed, row_of, write_images
 from clusters import by_hand
 from conftest import command_line, environment, icebox
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
 
 import pipeline.link
 import pipeline.sweep
-from pipeline import heads, images, runs
+import pipeline.worker_health
+from pipeline import heads, images, runs, trial_tasks
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache
 from pipeline.checkpoint import Checkpoint
 from pipeline.cluster import ClusterChoice
 from pipeline.errors import IceboxError, RunError, UsageError
 from pipeline.extract import FeatureChoice
+from pipeline.gather import gather
+from pipeline.prepare import prepared
 from pipeline.spec import HeadSpec
 from pipeline.sweep import Sweep, SweepAsked, run_trial, sweep
 from pipeline.train import train_head
@@ -136,6 +139,18 @@ def test_a_regression_that_does_not_fit_memory_is_ranked_last(workspace: Workspa
     assert "logreg needs all rows in memory" in done.rows[1]["error"]
 
 
+def test_a_sweep_none_of_whose_settings_could_be_trained_is_not_to_be_gone_on_with(
+    workspace: Workspace, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which would end in the same way."""
+    fill(workspace, listed(photos))
+    asked = SweepAsked(DatasetChoice(str(photos)), FeatureChoice(), GRID[3:], images.DEFAULT_MAX_PIXELS, memory=2_000)
+    with pytest.raises(RunError, match="none of 1 settings could be trained, the first: logreg needs all rows"):
+        sweep(listed(photos), workspace, asked, "features")
+    assert "--resume" not in caplog.text
+    assert list(workspace.sweeps.iterdir()) == []
+
+
 def test_what_was_killed_goes_on_and_tries_nothing_twice(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +213,24 @@ def test_killed_after_the_winner_was_published_there_is_no_second_one(
     assert visible(workspace.runs) == [published]
 
 
+def test_a_sweep_that_an_earlier_version_left_without_its_note_and_heads_is_finished(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which it removed before the sweep was published; trying to go on, it noted a run that never came to be."""
+    fill(workspace, listed(photos))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.sweep.draw_leaderboard", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(workspace, photos, GRID[-1:])
+    (name,), (published,) = runs.unfinished(workspace.sweeps), visible(workspace.runs)
+    for path in workspace.sweeps.rglob("head.*"):
+        path.unlink()
+    (note,) = workspace.sweeps.rglob("winner.json")
+    note.write_text('{"run": "a-run-that-never-came-to-be"}')
+    done = run(workspace, photos, GRID[-1:], resume=name)
+    assert (done.best["run"], visible(workspace.runs)) == (published, [published])
+
+
 def test_a_sweep_whose_images_changed_is_not_gone_on_with(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +276,31 @@ def test_workers_find_what_is_found_here(workspace: Workspace, photos: Path, cap
     assert caplog.text.count("dashboard of the scheduler") == 1, "whatever rows they read, workers are started once"
 
 
+def keep_rows(spec: HeadSpec, data: heads.Data, folder: Path) -> None:
+    np.save(folder, np.asarray(data.train))
+
+
+def test_workers_read_the_rows_of_each_sweep_anew(workspace: Workspace, photos: Path, tmp_path: Path) -> None:
+    """Though it tries the same setting first, with rows at the same place in the memory of the program."""
+    fill(workspace, listed(photos))
+    material = gather(listed(photos), workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, "features")
+    cluster, spec = ClusterChoice(workers=1), HeadSpec.make("logreg")
+    with (
+        prepared(material, [spec], None, sides=("train", "val"), held=False) as ready,
+        LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as started,
+        Client(started, set_as_default=False) as client,
+    ):
+        data, found = ready.data(), list[np.ndarray]()
+        for name in ("one", "two"):
+            tasks = {"a setting": (spec, str(tmp_path / name))}
+            assert list(trial_tasks.submitted(client, cluster, keep_rows, tasks, data, None, 0)) == ["a setting"]
+            found.append(np.load(tmp_path / f"{name}.npy"))
+            object.__setattr__(data, "train", data.val)  # other rows in the same object
+        assert np.array_equal(found[0], np.asarray(ready.rows["train"][np.arange(len(found[0]))]))
+        assert np.array_equal(found[1], np.asarray(ready.rows["val"][np.arange(len(found[1]))]))
+        assert len(found[0]) != len(found[1])
+
+
 def test_a_worker_that_dies_costs_its_trial_a_second_try(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
     specs = tuple(HeadSpec.make("gap", epochs=150, batch_size=4, seed=seed) for seed in range(4))
@@ -252,6 +310,32 @@ def test_a_worker_that_dies_costs_its_trial_a_second_try(workspace: Workspace, p
         with subprocess.Popen(["python3", "-c", script]):
             done = run(workspace, photos, specs, cluster=ClusterChoice(scheduler=started.scheduler_address))
     assert [row["error"] for row in done.rows] == [None] * 4
+
+
+def end_worker(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_started_here_that_are_killed_again_and_again_are_given_up(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(workspace, listed(photos))
+    monkeypatch.setattr(pipeline.sweep, "run_trial", end_worker)
+    with pytest.raises(IceboxError, match=r"was lost \d times before it had done anything|died again and again"):
+        run(workspace, photos, GRID[-1:], cluster=ClusterChoice(workers=1))
+    assert runs.unfinished(workspace.sweeps) == []
+
+
+def test_a_worker_whose_memory_limit_is_too_small_is_given_up_and_the_limit_named(
+    workspace: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.worker_health, "PAUSED_S", 2.0)
+    fill(workspace, listed(photos))
+    with by_hand(tmp_path / "cluster", workers=0) as cluster:
+        cluster.start_worker(memory_limit="100MB")
+        cluster.wait_for_workers(1)
+        with pytest.raises(IceboxError, match=r"its memory limit (of|is) 100 MB"):
+            run(workspace, photos, GRID[-1:], cluster=ClusterChoice(scheduler=cluster.address))
 
 
 def test_a_scheduler_that_is_not_there_is_told(workspace: Workspace, photos: Path) -> None:
@@ -295,7 +379,7 @@ def test_a_scheduler_lost_between_rows_of_two_kinds_is_told(
             return prepared(*arguments, **more)
 
         monkeypatch.setattr(pipeline.sweep, "prepared", prepared_without)
-        with pytest.raises(IceboxError, match="is gone; start it again and resume"):
+        with pytest.raises(IceboxError, match=r"is gone; start it again$"):
             run(workspace, photos, cluster=ClusterChoice(scheduler=cluster.address))
 
 
@@ -314,7 +398,7 @@ def test_if_all_workers_are_gone_others_are_waited_for_and_then_it_is_told(
             os.killpg(cluster.processes[-1].pid, signal.SIGKILL)
 
         threading.Thread(target=kill, daemon=True).start()
-        with pytest.raises(IceboxError, match=r"has had no worker for 2 s; start some by .* and resume"):
+        with pytest.raises(IceboxError, match=r"has had no worker for 2 s; start some by `dask worker ADDRESS`$"):
             run(workspace, photos, specs, cluster=ClusterChoice(scheduler=cluster.address))
 
 
@@ -375,6 +459,8 @@ def test_a_killed_command_is_listed_and_resumed(workspace: Workspace, photos: Pa
     [
         (("--head", "resnet"), "no head named 'resnet'"),
         (("--head", "logreg", "--set", "dropout=0.5"), "the logreg head has no dropout"),
+        (("--head", "gap", "--set", "head=gap"), "the gap head has no head"),
+        (("--head", "gap", "--set", "cls=1"), "the gap head has no cls"),
         (("--seed", "3"), "--seed is of the draw"),
         (("--random", "0"), "Invalid value"),
     ],

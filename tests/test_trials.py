@@ -34,6 +34,12 @@ def test_a_head_of_which_nothing_is_stated_has_its_small_grid() -> None:
     assert DEFAULTS.keys() == set(HEADS)
 
 
+def test_what_is_stated_for_one_head_counts_before_what_is_for_all() -> None:
+    for stated in (["seed=0", "gap.seed=1"], ["gap.seed=1", "seed=0"]):
+        specs = make_trials(["gap", "flatten"], stated, None, 0)
+        assert {spec.head: spec.settings["seed"] for spec in specs} == {"gap": 1, "flatten": 0}
+
+
 def test_equal_settings_are_tried_once() -> None:
     assert len(make_trials(["gap", "gap"], ["learning_rate=0.001,1e-3"], None, 0)) == 1
 
@@ -69,6 +75,12 @@ def test_a_draw_ends_when_there_is_no_more(caplog: pytest.LogCaptureFixture) -> 
         (["gpa"], [], "no head named 'gpa'; there are flatten, gap, logreg"),
         (["gap"], ["C=1,10"], "the gap head has no C; its settings are epochs"),
         (["gap", "logreg"], ["learning_rate=1e-3"], "the logreg head has no learning_rate"),
+        (["gap"], ["head=flatten"], "the gap head has no head; its settings are epochs"),
+        (["gap"], ["cls=1"], "the gap head has no cls; its settings are epochs"),
+        (["gap"], ["gap.self=1"], "the gap head has no self; its settings are epochs"),
+        (["gap"], ["given=0..1"], "the gap head has no given; its settings are epochs"),
+        (["gap"], ["seed=0,1", "seed=2"], "'seed=2': seed was stated before; list all its values in one --set"),
+        (["gap"], ["gap.seed=0", "gap.seed=2"], "'gap.seed=2': seed was stated before"),
         (["gap"], ["flatten.dropout=0.1"], "'flatten.dropout=0.1' is for a head that is not tried"),
         (["gap"], ["dropout"], "--set takes NAME=VALUE"),
         (["gap"], ["dropout="], "--set takes NAME=VALUE"),

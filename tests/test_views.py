@@ -56,6 +56,7 @@ def test_a_recipe_is_read_from_a_text_and_written_as_one() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("zoom=0.1,fill=wrap,zoom=0.2", r"--augment has zoom twice"),
         ("rotate=3", r"--augment has no 'rotate=3'; it takes NAME=VALUE,… of rotation, width_shift"),
         ("rotation", r"rotation must be a number in 0 … 180, found ''"),
         ("rotation=-1", r"rotation must be a number in 0 … 180, found '-1.0'"),

@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pipeline.cache import storage
@@ -89,26 +89,78 @@ def shared(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def alive(folder: Path) -> Iterator[None]:
-    """Hold `folder` as being worked on, as far as its file system has locks for folders."""
-    handle = os.open(folder, os.O_RDONLY)
+def new_folder_held(folder: Path) -> Iterator[None]:
+    """Make `folder` and hold it as being worked on, as far as its file system has locks for folders.
+
+    Raises
+    ------
+    FileExistsError
+        If something of that name is there.
+    """
+    with _alone_in(folder.parent):  # made and held in one: in between, another process would find it abandoned
+        storage.about_to("make folder", folder)
+        folder.mkdir()
+        handle = os.open(folder, os.O_RDONLY)
+        _lock_at_once(handle)  # NFS has no locks for folders: `abandoned` then says no, and the folder is left alone
     try:
-        with suppress(OSError):  # NFS has none: `abandoned` then says no, and the folder is left alone
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)
 
 
+@contextmanager
+def held_if_abandoned(folder: Path) -> Iterator[bool]:
+    """Hold `folder` as being worked on, if nobody does; give whether it is held. A folder that is gone is not."""
+    with ExitStack() as stack:
+        with _alone_in(folder.parent):
+            held = _is_free(folder, stack)
+        yield held
+
+
 def abandoned(folder: Path) -> bool:
-    """Return whether nobody holds `folder` by `alive` any more."""
+    """Return whether nobody works on `folder` any more."""
+    with _alone_in(folder.parent), ExitStack() as stack:
+        return _is_free(folder, stack)
+
+
+def remove_abandoned(folder: Path) -> bool:
+    """Remove a folder unless somebody works on it; return whether it was removed."""
+    with held_if_abandoned(folder) as held:
+        if held:
+            storage.remove_folder(folder)
+        return held
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Be the only process that begins, takes up or looks at work in `folder`; others wait for the instant it takes.
+
+    Without it, a look at a lock, which is to take it for a moment, would keep the owner of the work from locking it.
+    """
     handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # where folders have no locks, none is found abandoned
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _is_free(folder: Path, stack: ExitStack) -> bool:
+    """Return whether `folder` could be locked; the lock is held until `stack` is closed."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # published or removed meanwhile, or another user's
+        return False
+    stack.callback(os.close, handle)
+    return _lock_at_once(handle) and folder.is_dir()  # its owner may have published it between opening and locking
+
+
+def _lock_at_once(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
-    finally:
-        os.close(handle)
     return True
 
 

@@ -209,6 +209,12 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all in it."""
+    about_to("remove", path)
+    shutil.rmtree(path)
+
+
 def move(path: Path, target: Path) -> None:
     """Give a file another name on the same file system, durably."""
     about_to("rename", target)

@@ -1,0 +1,93 @@
+"""Which Dask workers are not worth giving work to: lost again and again, or paused for the memory they take."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline import machine
+from pipeline.cluster import LOOPBACK, Client
+from pipeline.progress import size_text
+
+MOST_LOSSES = 3  # of a worker that had not begun, or came near its memory limit, with nothing done in between
+MOST_AT_WORK = 20  # of one that had work in hand: an image may be what ends it, and then its task is halved
+PAUSED_S = 30.0  # without a task, until a paused worker is given up
+_ENDED = "worker-restart-memory"  # where nannies tell of workers that they ended
+
+About = Mapping[str, Any]  # what a scheduler knows of a worker
+
+
+class WorkerHealth:
+    """What is noticed of workers as they come and go; `about` is what the scheduler knows of one.
+
+    A worker that was lost is started anew by its nanny, the process beside it, under another address; so losses are
+    counted by nanny.
+    """
+
+    def __init__(self) -> None:
+        self._losses = Counter[str]()
+        self._at_work = Counter[str]()
+        self._ended = set[str]()  # addresses of those that were ended for the memory they took
+        self._full = set[str]()  # nannies of such
+        self._paused: dict[str, float] = {}  # address → since when
+
+    def listen(self, client: Client) -> None:
+        """Have nannies tell which workers they end for the memory they take."""
+        client.subscribe_topic(_ENDED, self._heard)
+
+    def _heard(self, event: tuple[float, Any]) -> None:
+        self._ended.add(event[1]["worker"])
+
+    def ended_for_memory(self, address: str) -> bool:
+        """Return whether a worker was ended as it came near its memory limit."""
+        return address in self._ended
+
+    def lost(self, address: str, about: About, *, at_work: bool = False) -> None:
+        """Count the loss of a worker; `at_work` if what it had in hand may be why."""
+        (self._at_work if at_work else self._losses)[_nanny(address, about)] += 1
+        if self.ended_for_memory(address):
+            self._full.add(_nanny(address, about))
+
+    def worked(self, address: str, about: About) -> None:
+        """Forget its losses, as it has done something."""
+        for losses in (self._losses, self._at_work):
+            losses.pop(_nanny(address, about), None)
+        self._full.discard(_nanny(address, about))
+
+    def problem(self, address: str, about: About) -> str | None:
+        """Return why a worker is not to be given work, as what follows its name in a sentence; None if it may be."""
+        limit = f"its memory limit of {size_text(about.get('memory_limit') or 0)}"
+        if (count := self._losses[_nanny(address, about)]) >= MOST_LOSSES:
+            if _nanny(address, about) in self._full:
+                return f"was ended {count} times as it came near {limit}; {_MORE}"
+            return f"was lost {count} times before it had done anything ({_memory(about)}); see its log"
+        if (count := self._at_work[_nanny(address, about)]) >= MOST_AT_WORK:
+            return f"was lost {count} times at work with nothing done in between ({_memory(about)}); see its log"
+        if self._is_stuck(address, about):
+            return f"is paused and does nothing, as it came near {limit}; {_MORE}"
+        return None
+
+    def _is_stuck(self, address: str, about: About) -> bool:
+        """Return whether a worker has been paused for a while, with no task whose end would give memory back."""
+        tasks = about.get("metrics", {}).get("task_counts", {})
+        if about.get("status") != "paused" or tasks.get("executing", 0):
+            self._paused.pop(address, None)
+            return False
+        return time.monotonic() - self._paused.setdefault(address, time.monotonic()) > PAUSED_S
+
+
+_MORE = "start it with more by `dask worker --memory-limit`"
+
+
+def _memory(about: About) -> str:
+    if limit := about.get("memory_limit"):
+        return f"its memory limit is {size_text(limit)}"
+    if about.get("host") == LOOPBACK:
+        return f"{size_text(machine.available_memory())} of memory are left on this machine"
+    return "it has no memory limit"
+
+
+def _nanny(address: str, about: About) -> str:
+    return about.get("nanny") or address
