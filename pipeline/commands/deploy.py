@@ -17,6 +17,7 @@ from pipeline.commands.shared import (
     RunArgument,
     RunWeightsOption,
     finish,
+    notice_listing,
     open_chosen,
     open_runs,
     opened,
@@ -68,7 +69,9 @@ def _images(run: TrainedRun, workspace: Workspace, named: list[str] | None, imag
     from pipeline.errors import IceboxError, RunError, UsageError
 
     if named:
-        return open_images(named, image_root)
+        found = open_images(named, image_root)
+        notice_listing(found)
+        return found
     if image_root is not None:
         raise UsageError("--image-root goes with a manifest given by --images")
     if run.asked is None:

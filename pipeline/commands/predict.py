@@ -32,7 +32,7 @@ from pipeline.commands.shared import (
     causes,
     exit_for_bad,
     finish,
-    notice_ignored,
+    notice_listing,
     open_runs,
     opened,
 )
@@ -81,7 +81,7 @@ def predict(
         trained = open_runs(workspace, run, also)
         classes = trained[0].classes
         images = open_images(paths, image_root)
-        notice_ignored(images)
+        notice_listing(images)
         with workspace.progress("predicting", len(images)) as advance:
             said = answers_of(trained, images, workspace, max_pixels=max_pixels, weights=weights, advance=advance)
             answers = tally.counting(said)

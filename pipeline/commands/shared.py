@@ -210,19 +210,19 @@ def open_dataset(workspace: Workspace, context: typer.Context) -> Dataset:
 
 
 def open_chosen(workspace: Workspace, choice: DatasetChoice) -> Dataset:
-    """Open a dataset; files that are passed over are said."""
+    """Open a dataset; what stands out in its listing is said."""
     found = choice.open(workspace)
-    notice_ignored(found)
+    notice_listing(found)
     return found
 
 
-def notice_ignored(dataset: Dataset) -> None:
-    """Say which files of a dataset were passed over."""
+def notice_listing(dataset: Dataset) -> None:
+    """Say which files of a dataset were passed over, which folders hold no images and which classes look alike."""
     from pipeline import terminal
+    from pipeline.dataset import notices
 
-    if dataset.ignored:
-        listed = ", ".join(f"{ending or 'no ending'} {n:,}" for ending, n in sorted(dataset.ignored.items()))
-        terminal.warn(f"notice: passed over, as their endings are not of images: {listed}")
+    for text in notices(dataset):
+        terminal.warn(f"notice: {text}")
 
 
 def open_runs(workspace: Workspace, run: str, also: Sequence[str] | None) -> list[TrainedRun]:

@@ -6,12 +6,13 @@ import itertools
 from pathlib import Path
 
 from pipeline import machine
-from pipeline.dataset.base import Dataset, Source, limit, of_files
+from pipeline.dataset.base import Dataset, Source, alike, limit, of_files
 from pipeline.dataset.cifar import CIFAR10, CIFAR100, open_cifar
 from pipeline.dataset.digits import open_digits
 from pipeline.dataset.folder import open_folder
 from pipeline.dataset.manifest import MANIFEST_ENDINGS, open_manifest
-from pipeline.dataset.split import Split, assign, groups
+from pipeline.dataset.notices import notices
+from pipeline.dataset.split import Split, assign, few_groups, groups
 from pipeline.dataset.unlabelled import open_images
 from pipeline.errors import DatasetError, UsageError, did_you_mean
 from pipeline.progress import Progress, silent
@@ -20,10 +21,13 @@ __all__ = [
     "Dataset",
     "Source",
     "Split",
+    "alike",
     "assign",
+    "few_groups",
     "groups",
     "is_known",
     "limit",
+    "notices",
     "of_files",
     "open_dataset",
     "open_images",
