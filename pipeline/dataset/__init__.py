@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from pathlib import Path
 
 from pipeline import machine
@@ -16,6 +17,8 @@ from pipeline.dataset.split import Split, assign, few_groups, groups
 from pipeline.dataset.unlabelled import open_images
 from pipeline.errors import DatasetError, UsageError, did_you_mean
 from pipeline.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "Dataset",
@@ -54,7 +57,7 @@ def open_dataset(
 ) -> Dataset:
     """List the dataset called `name`; no image file is read.
 
-    A known name wins over a folder of the same name, which can be given as "./digits".
+    A known name wins over a folder of the same name, which can be given as "./digits"; a notice says so.
 
     Parameters
     ----------
@@ -76,7 +79,9 @@ def open_dataset(
     UsageError
         If `archive` is given with a dataset that has none, or `image_root` with one that is no manifest.
     """
-    known = name in (*_ARCHIVES, "digits")
+    known = is_known(name)
+    if known and Path(name).is_dir():
+        logger.warning("%s is the published dataset; the folder of that name here is ./%s", name, name)
     if image_root is not None and (known or Path(name).suffix.lower() not in MANIFEST_ENDINGS):
         raise UsageError(f"--image-root goes with a manifest only, found it with {name!r}")
     if name in _ARCHIVES:

@@ -60,13 +60,12 @@ def missing_file(root: Path, names: Iterable[str]) -> str | None:
         if number < _FIRST:
             ways |= {f"{name}{ending}": "the path lacks its ending" for ending in _ENDINGS}
             ways[os.path.join("..", name)] = f"paths start from {root.parent}: give --image-root"  # noqa: PTH118
-        if not ways or _is_file(root, name):
+        if not ways:
             continue
-        for other, cause in ways.items():
-            if _is_file(root, other):
-                return f"no file '{name}', but '{other}' is there: {cause}"
-        tried += 1
-        if tried == _TRIED:
+        there = next((other for other in ways if _is_file(root, other)), None) if not _is_file(root, name) else None
+        if there is not None:
+            return f"no file '{name}', but '{there}' is there: {ways[there]}"
+        if (tried := tried + 1) == _TRIED:
             break
     return None
 

@@ -42,9 +42,7 @@ _OTHER = "no image endings"
 
 def folder_ignored_as(name: str) -> str | None:
     """Return the name that a folder is counted under, with "/", if it is hidden or another program's; else None."""
-    if name[0] == ".":
-        return f"{_ending(name)}/"
-    return f"{name}/" if name.lower() in _FOREIGN_FOLDERS else None
+    return f"{name}/" if name[0] == "." or name.lower() in _FOREIGN_FOLDERS else None
 
 
 def file_ignored_as(name: str) -> str | None:

@@ -92,12 +92,13 @@ def groups(dataset: Dataset, keys: Sequence[bytes | None]) -> np.ndarray:
 
 
 def few_groups(dataset: Dataset) -> str | None:
-    """Return how many groups a drawn split could share out, in words; None if no group holds several images.
+    """Return in words how many groups a draw has to share out: the likely cause where a side is left without an image.
 
-    It is the likely cause where a side is left without an image.
+    None if nothing is drawn, or no group has several images.
     """
     sizes = Counter(group for group in dataset.groups or () if group)
-    if dataset.splits is not None or max(sizes.values(), default=0) < 2:
+    brought = set(dataset.splits or ("train",))
+    if "train" not in brought or {"val", "test"} <= brought or max(sizes.values(), default=0) < 2:
         return None
     return (
         f"{sizes.total():,} of {len(dataset):,} images belong to {len(sizes):,} group{'s' * (len(sizes) > 1)}, each of "
