@@ -629,6 +629,7 @@ def test_a_pointer_in_place_of_a_parquet_manifest_is_named(tmp_path: Path) -> No
         (r" cats\1.jpg", "cats/1.jpg", "the path has backslashes in place of /, and blanks around it"),
         ("caf\u00e9/1.jpg", "cafe\u0301/1.jpg", "the file's name has Unicode form NFD"),
         ("cafe\u0301/1.jpg", "caf\u00e9/1.jpg", "the file's name has Unicode form NFC"),
+        (r"C:\photos\cats\1.jpg", "cats/1.jpg", "the path starts from a drive of Windows"),
         ("cats/1", "cats/1.jpg", "the path lacks its ending"),
         ("sub/cats/1.jpg", "cats/1.jpg", "paths start from {above}: give --image-root"),
     ],

@@ -17,8 +17,6 @@ from pipeline.commands.shared import (
     RunArgument,
     RunWeightsOption,
     finish,
-    notice_listing,
-    open_chosen,
     open_runs,
     opened,
     size_in_bytes,
@@ -69,15 +67,13 @@ def _images(run: TrainedRun, workspace: Workspace, named: list[str] | None, imag
     from pipeline.errors import IceboxError, RunError, UsageError
 
     if named:
-        found = open_images(named, image_root)
-        notice_listing(found)
-        return found
+        return open_images(named, image_root)
     if image_root is not None:
         raise UsageError("--image-root goes with a manifest given by --images")
     if run.asked is None:
         raise RunError(f"the run {run.name} does not say what it was trained on; name some images by --images")
     try:
-        return open_chosen(workspace, run.asked.images)
+        return run.asked.images.open(workspace)
     except IceboxError as error:
         raise RunError(f"the images of {run.name} are not to be had ({error}); name some by --images") from error
 

@@ -206,23 +206,7 @@ def dataset_choice(context: typer.Context) -> DatasetChoice:
 
 def open_dataset(workspace: Workspace, context: typer.Context) -> Dataset:
     """Open what `--dataset`, `--archive`, `--image-root` and `--limit` of a command say."""
-    return open_chosen(workspace, dataset_choice(context))
-
-
-def open_chosen(workspace: Workspace, choice: DatasetChoice) -> Dataset:
-    """Open a dataset; what stands out in its listing is said."""
-    found = choice.open(workspace)
-    notice_listing(found)
-    return found
-
-
-def notice_listing(dataset: Dataset) -> None:
-    """Say which files of a dataset were passed over, which folders hold no images and which classes look alike."""
-    from pipeline import terminal
-    from pipeline.dataset import notices
-
-    for text in notices(dataset):
-        terminal.warn(f"notice: {text}")
+    return dataset_choice(context).open(workspace)
 
 
 def open_runs(workspace: Workspace, run: str, also: Sequence[str] | None) -> list[TrainedRun]:

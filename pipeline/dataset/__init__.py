@@ -55,7 +55,7 @@ def open_dataset(
     image_root: Path | None = None,
     progress: Progress = silent,
 ) -> Dataset:
-    """List the dataset called `name`; no image file is read.
+    """List the dataset called `name`; no image file is read. What stands out in it (see `notices`) is logged.
 
     A known name wins over a folder of the same name, which can be given as "./digits"; a notice says so.
 
@@ -79,6 +79,13 @@ def open_dataset(
     UsageError
         If `archive` is given with a dataset that has none, or `image_root` with one that is no manifest.
     """
+    found = _open(name, downloads, archive, image_root, progress)
+    for text in notices(found):
+        logger.warning("%s", text)
+    return found
+
+
+def _open(name: str, downloads: Path, archive: Path | None, image_root: Path | None, progress: Progress) -> Dataset:
     known = is_known(name)
     if known and Path(name).is_dir():
         logger.warning("%s is the published dataset; the folder of that name here is ./%s", name, name)

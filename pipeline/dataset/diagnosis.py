@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from itertools import filterfalse, islice
+from pathlib import Path, PureWindowsPath
+
+from pipeline.dataset import remote
 
 _HEAD = 512  # bytes of a file that tell what it is
 _ENDINGS = (".jpg", ".jpeg", ".png")
@@ -49,37 +52,43 @@ def line_that_is_not_utf8(path: Path) -> int:
     return 0
 
 
-def missing_file(root: Path, names: Iterable[str]) -> str | None:
+def missing_file(root: Path, names: Sequence[str]) -> str | None:
     """Return which of these paths is no file, and the likely cause: written otherwise it is one. None if there is none.
 
     Only some are tried: the first few, and a hundred of those with backslashes, blanks or letters beyond ASCII.
     """
-    tried = 0
-    for number, name in enumerate(names):
-        ways = dict(_written_otherwise(name))
-        if number < _FIRST:
-            ways |= {f"{name}{ending}": "the path lacks its ending" for ending in _ENDINGS}
-            ways[os.path.join("..", name)] = f"paths start from {root.parent}: give --image-root"  # noqa: PTH118
-        if not ways:
-            continue
-        there = next((other for other in ways if _is_file(root, other)), None) if not _is_file(root, name) else None
-        if there is not None:
-            return f"no file '{name}', but '{there}' is there: {ways[there]}"
-        if (tried := tried + 1) == _TRIED:
-            break
+    some = [(name, _more_complete(root, name)) for name in names[:_FIRST]]
+    some += [(name, _written_otherwise(name)) for name in islice(filterfalse(_is_plain, names), _TRIED)]
+    for name, ways in some:
+        if not remote.is_url(name) and not _is_file(root, name):
+            for other, cause in ways.items():
+                if _is_file(root, other):
+                    return f"no file '{name}', but '{other}' is there: {cause}"
     return None
+
+
+def _is_plain(name: str) -> bool:
+    return name.isascii() and "\\" not in name and name == name.strip()
+
+
+def _more_complete(root: Path, name: str) -> Mapping[str, str]:
+    """Return other paths that this one may be the abbreviation of, each with what is wrong."""
+    lacking = dict.fromkeys((f"{name}{ending}" for ending in _ENDINGS), "the path lacks its ending")
+    above = os.path.join("..", name)  # noqa: PTH118
+    return {**lacking, above: f"paths start from {root.parent}: give --image-root"}
 
 
 def _written_otherwise(name: str) -> Mapping[str, str]:
     """Return other ways to write a path, each with what is wrong with this one."""
-    if name.isascii() and "\\" not in name and name == name.strip():
-        return {}
     plain = name.strip().replace("\\", "/")
+    drive, *parts = PureWindowsPath(plain).parts or (plain,)
+    from_drive = ["/".join(parts[at:]) for at in range(len(parts))] if ":" in drive else []
     ways = [
         (name.strip(), "there are blanks around the path"),
         (name.replace("\\", "/"), "the path has backslashes in place of /"),
         (plain, "the path has backslashes in place of /, and blanks around it"),
         *((unicodedata.normalize(form, plain), f"the file's name has Unicode form {form}") for form in ("NFC", "NFD")),
+        *((other, "the path starts from a drive of Windows") for other in from_drive),
     ]
     return {other: cause for other, cause in reversed(ways) if other != name}
 

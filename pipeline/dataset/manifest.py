@@ -81,7 +81,7 @@ def manifest_images(path: Path, image_root: Path | None = None) -> tuple[Path, l
 def _look_at_paths(path: Path, root: Path, names: Sequence[str]) -> None:
     """Check that packages for addresses are there, and say why files are likely to be missing."""
     remote.require(name for name in names if remote.is_url(name))
-    if found := missing_file(root, (name for name in names if not remote.is_url(name))):
+    if found := missing_file(root, names):
         logger.warning("%s: %s", path, found)
 
 
