@@ -386,7 +386,7 @@ def test_classes_that_look_alike_are_told(tmp_path: Path) -> None:
     groups = [["Cat", "cat", "cat "], ["hot  dog", "hot dog"], ["kite", "k\u200bite"]]
     assert [sorted(group) for group in alike(dataset.classes)] == groups
     (told,) = notices(dataset)
-    assert "count as different ones: 'Cat' and 'cat' and 'cat ', " in told and r"'k\u200bite'" in told
+    assert "are kept apart: 'Cat' and 'cat' and 'cat ', " in told and r"'k\u200bite'" in told
 
 
 @pytest.mark.parametrize("names", [["1.png"], ["cat/1.png", "2.png"], ["train/cat/1.png", "test/2.png"]])

@@ -119,7 +119,7 @@ def test_what_is_left_out_of_a_list_is_counted(photos: Path, tmp_path: Path) -> 
     assert said.count("bad: cats/broken") == 10 and "and 4 more bad images; --json lists more" in said
     assert "notice: passed over: .heic 1 (HEIC; convert to JPEG or PNG)" in said
     assert "notice: 1 folder holds no images: emus" in said
-    assert "notice: classes that look alike count as different ones: 'Cats' and 'cats'" in said
+    assert "notice: classes that look alike are kept apart: 'Cats' and 'cats'" in said
     told = icebox(tmp_path / "data", "doctor", photos, *UNTRAINED, "--json").json
     assert len(told["quarantined_images"]) == 14
     assert (told["folders_without_images"], told["classes_alike"]) == (["emus"], [["Cats", "cats"]])

@@ -21,4 +21,4 @@ def notices(dataset: Dataset) -> Iterator[str]:
     if groups := alike(dataset.classes):
         listed = ", ".join(" and ".join(map(repr, group)) for group in groups[:_NAMED])
         others = f" and {len(groups) - _NAMED:,} more" if len(groups) > _NAMED else ""
-        yield f"classes that look alike count as different ones: {listed}{others}; give equal ones one name"
+        yield f"classes that look alike are kept apart: {listed}{others}; rename them if they are one class"
