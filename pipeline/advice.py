@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.checkup import Checkup
+from pipeline.dataset import few_groups
 from pipeline.gather import SPLITS
 from pipeline.progress import counted, duration, size_text
 
@@ -61,7 +62,8 @@ def _sides(found: Checkup) -> Iterator[str]:
     counts = found.counts
     for side, of_side in zip(SPLITS, counts.T, strict=True):
         if lacking := int((of_side == 0).sum()):
-            yield f"classes without an image in {side}: {lacking:,} of {len(counts):,}; {_MISSING[side]}"
+            cause = few_groups(found.dataset) if not of_side.any() else None
+            yield f"classes without an image in {side}: {lacking:,} of {len(counts):,}; {cause or _MISSING[side]}"
 
 
 _MISSING = {

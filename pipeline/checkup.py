@@ -12,7 +12,7 @@ from pipeline import cost, machine, near
 from pipeline.cache import storage
 from pipeline.cache.digests import identify
 from pipeline.cost import Cost
-from pipeline.dataset import Dataset, Split, assign
+from pipeline.dataset import Dataset, Split, alike, assign
 from pipeline.extract import FeatureChoice, find_space
 from pipeline.gather import SPLITS
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined
@@ -145,6 +145,8 @@ def told(found: Checkup) -> dict[str, Any]:
         "quarantined": len(found.quarantined),
         "quarantined_images": [asdict(bad) for bad in found.quarantined],
         "ignored": dict(dataset.ignored),
+        "folders_without_images": list(dataset.without_images),
+        "classes_alike": alike(dataset.classes),
         "copies": _counted(found.equal),
         "copies_listed": _named(found, found.equal.groups),
         "conflicting": _named(found, found.conflicting),

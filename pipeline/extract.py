@@ -32,7 +32,6 @@ from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
-_OFFLINE_DATASETS = ("digits",)  # for these `--weights auto` never touches the network
 _DEFAULT_STORAGE = "float16"
 
 
@@ -342,9 +341,10 @@ def new_spec(choice: FeatureChoice, weights: Weights) -> FeatureSpec:
 def weights_of(space: FeatureSpace | None, dataset: Dataset, workspace: Workspace) -> Weights:
     """Return the weights for computing when none were stated: those of the space, or what `auto` means."""
     if space is None:
-        offline = dataset.name in _OFFLINE_DATASETS
         index, progress = workspace.cache.index, workspace.progress
-        return resolve("auto", DEFAULT_BACKBONE, workspace.downloads, index, offline=offline, progress=progress)
+        return resolve(
+            "auto", DEFAULT_BACKBONE, workspace.downloads, index, offline=dataset.embedded, progress=progress
+        )
     label = space.provenance.get("weights", "weights")
     return require_by_identity(space.spec.weights, label, f"the space {space.name}", space.spec.backbone, workspace)
 

@@ -15,6 +15,7 @@ import numpy as np
 from pipeline import images
 from pipeline.asked import DatasetChoice
 from pipeline.batches import Shuffled
+from pipeline.dataset import few_groups
 from pipeline.errors import DatasetError, UsageError
 from pipeline.extract import FeatureChoice, warn_untrained
 from pipeline.gather import SPLITS, Material, gather
@@ -171,7 +172,9 @@ class Features:
         if split not in SPLITS:
             raise UsageError(f"split must be one of {', '.join(SPLITS)}, found {split!r:.60}")
         if split not in self._wanted:
-            raise DatasetError(f"no images in the {split} split of {self._material.dataset.name}")
+            images = self._material.dataset
+            cause = few_groups(images)
+            raise DatasetError(f"no images in the {split} split of {images.name}{f'; {cause}' if cause else ''}")
         return self._wanted[split]
 
     def _open(self, split: SplitName) -> tuple[Rows, np.ndarray]:

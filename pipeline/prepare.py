@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline import heads, runs
 from pipeline.cache.digests import identify
-from pipeline.dataset import Dataset, assign
+from pipeline.dataset import Dataset, assign, few_groups
 from pipeline.errors import DatasetError
 from pipeline.extract import warn_untrained
 from pipeline.gather import SPLITS, Material, Sorted
@@ -158,9 +158,8 @@ def _check_splits(dataset: Dataset, labels: Mapping[str, np.ndarray]) -> None:
     counts = {side: len(some) for side, some in labels.items()}
     if empty := [side for side, count in counts.items() if count == 0]:
         found = ", ".join(f"{side} {count}" for side, count in counts.items())
-        raise DatasetError(
-            f"no images to {' or '.join(_USES[side] for side in empty)} ({found}); add images, or bring your own split"
-        )
+        way_out = few_groups(dataset) or "add images, or bring your own split"
+        raise DatasetError(f"no images to {' or '.join(_USES[side] for side in empty)} ({found}); {way_out}")
     _warn_of_single_images(dataset, labels)
     learnable = np.unique(labels["train"])
     if len(learnable) < 2:

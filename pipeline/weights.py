@@ -179,5 +179,5 @@ def describe(choice: str | None, workspace: Workspace) -> dict[str, str | None]:
         "imagenet_file": str(at_hand) if at_hand else "not downloaded; `weights --weights imagenet` does it",
         "untrained": f"drawn from a seed by the recipe {UNTRAINED_RECIPE}: --weights untrained or untrained:SEED",
         "file": "any Keras weights of InceptionV3 without top: --weights FILE (.weights.h5 or .h5)",
-        "auto": "imagenet; for `digits`, which needs no network, untrained unless ImageNet's file is there",
+        "auto": "imagenet; for the embedded `digits`, without a download, untrained unless ImageNet's file is there",
     }

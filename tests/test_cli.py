@@ -179,6 +179,31 @@ def test_files_passed_over_are_said(tmp_path: Path) -> None:
     assert ".txt 1" in done.err
 
 
+NEITHER = (
+    ("features",), ("train-head", "--head", "logreg"), ("freeze",), ("finetune",), ("sweep",), ("doctor",),
+    ("cache", "explain"), ("cache", "export", "a.h5"), ("cache", "gc", "--dry-run"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", NEITHER, ids=" ".join)
+def test_splits_beside_classes_are_refused_by_every_command(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train/a/1.png", "train/b/2.png", "test/a/3.png", "test/b/4.png", "more/5.png"):
+        write_picture(tmp_path / "mixed" / name, seed=1)
+    monkeypatch.chdir(tmp_path)
+    dataset = ["mixed"] if command == ("doctor",) else ["--dataset", "mixed"]
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert cli.main(["--data-dir", "data", *command, *dataset]) == 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "found both: test/, train/ with class folders, beside more/ with" in line
+    assert "manifest" in line and not (tmp_path / "data" / "runs").exists()
+
+
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     heavy = ("tensorflow", "keras", "sklearn", "cv2", "h5py", "numpy", "matplotlib", "dask")
     script = f"import sys, cli; cli.main(['--help']); print([n for n in {heavy} if n in sys.modules])"

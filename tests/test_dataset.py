@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipeline.dataset.folder
-from pipeline.dataset import Dataset, limit, open_dataset
+from pipeline.dataset import Dataset, alike, limit, notices, open_dataset, open_images
+from pipeline.dataset.base import SPLIT_NAMES
 from pipeline.dataset.cifar import CIFAR10, CIFAR100, Published, open_cifar
 from pipeline.dataset.folder import images_below
 from pipeline.errors import DatasetError, UsageError
@@ -90,6 +91,20 @@ def test_digits_are_grey_levels_with_their_labels(tmp_path: Path) -> None:
     assert isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (8, 8)
     np.testing.assert_allclose(image, bunch.images[17] * 255 / 16, atol=0.5)
     assert max(np.max(digits.read(i)) for i in range(100)) == 255
+
+
+def test_a_folder_called_like_a_known_dataset_is_not_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "digits", "cat/1.png")
+    monkeypatch.chdir(tmp_path)
+    for name in ("./digits", str(tmp_path / "digits")):
+        own = open_dataset(name, downloads=tmp_path)
+        assert (own.name, own.classes, own.embedded) == ("digits", ("cat",), False)
+    assert not caplog.messages
+    known = open_dataset("digits", downloads=tmp_path)
+    assert len(known) == 1797 and known.embedded and limit(known, 3).embedded
+    assert caplog.messages == ["digits is the published dataset; the folder of that name here is ./digits"]
 
 
 # ---- take, limit, pickling
@@ -175,13 +190,55 @@ def test_class_folders_are_listed_in_order_at_any_depth(tmp_path: Path) -> None:
 
 def test_what_is_no_image_is_counted_not_listed(tmp_path: Path) -> None:
     write(tmp_path, "cat/a.jpg", "cat/b.txt", "cat/c.TXT", "notes", ".DS_Store", "cat/._a.jpg", ".git/x.png")
-    (tmp_path / "empty").mkdir()
     dataset = listed(tmp_path)
-    assert rows(dataset) == [("cat/a.jpg", "cat")]  # a folder without images is no class
-    assert dataset.ignored == {".txt": 2, "": 1, ".ds_store": 1, ".jpg": 1, ".git/": 1}
+    assert rows(dataset) == [("cat/a.jpg", "cat")]
+    assert dataset.ignored == {".txt": 2, "": 1, "hidden": 2, ".git/": 1}
 
 
-@pytest.mark.parametrize("val", ["val", "valid", "validation", "Val"])
+FOREIGN = ["@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", ".Trash", "System Volume Information", "lost+found"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_folders_of_other_programs_are_passed_over_and_counted(name: str, tmp_path: Path) -> None:
+    inside = (f"{name}/dog/1.png", f"{name}/2.png", f"cat/{name}/1.png/small.jpg", f"dog/{name}/3.png")
+    dataset = listed(write(tmp_path, "cat/1.png", "dog/1.png", *inside))
+    assert rows(dataset) == [("cat/1.png", "cat"), ("dog/1.png", "dog")]
+    assert dataset.ignored == {f"{name}/": 3} and not dataset.without_images
+
+
+def test_a_folder_of_other_programs_can_be_asked_for(tmp_path: Path) -> None:
+    assert listed(write(tmp_path, "#recycle/cat/1.png") / "#recycle").classes == ("cat",)
+
+
+def test_folders_without_images_are_told(tmp_path: Path) -> None:
+    write(tmp_path, "cat/1.png", "dog/1.heic", "fox/notes.txt", "emu/.1.png", ".git/x", "ox/@eaDir/1.png")
+    (tmp_path / "ant").mkdir()
+    dataset = listed(tmp_path)
+    assert dataset.classes == ("cat",) and dataset.without_images == ("ant", "dog", "emu", "fox", "ox")
+    assert "5 folders hold no images: ant, dog, emu, fox, ox" in list(notices(dataset))
+
+
+def test_folders_without_images_are_told_of_splits_and_of_classes_in_them(tmp_path: Path) -> None:
+    write(tmp_path, "train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/dog/1.svg", "notes/a.txt")
+    (tmp_path / "val").mkdir()
+    dataset = listed(tmp_path)
+    assert dataset.without_images == ("notes", "val", "test/dog") and dataset.classes == ("cat", "dog")
+
+
+def test_what_was_passed_over_is_named_with_what_helps(tmp_path: Path) -> None:
+    others = ("1.heic", "2.AVIF", "3.jxl", "4.svg", "5.CR2", "6.nef", "7.mov", "8.zip", "9.txt", "README", "._1.jpg")
+    dataset = listed(write(tmp_path, "cat/1.png", "__MACOSX/1.png", ".x/1.png", *(f"cat/{name}" for name in others)))
+    (told,) = notices(dataset)
+    assert told == (
+        "passed over: no ending 1, .txt 1 (no image endings); .avif 1 (AVIF; convert to JPEG or PNG); "
+        ".cr2 1, .nef 1 (camera raw; develop to JPEG or TIFF); .heic 1 (HEIC; convert to JPEG or PNG); "
+        ".jxl 1 (JPEG XL; convert to JPEG or PNG); .mov 1 (videos; extract frames); "
+        ".svg 1 (vector drawings; render to PNG); .x/ 1, hidden 1; .zip 1 (archives; unpack); "
+        "__MACOSX/ 1 (of other programs)"
+    )
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "Val", "eval", "DEV"])
 def test_split_folders_are_splits(val: str, tmp_path: Path) -> None:
     dataset = listed(write(tmp_path, "train/cat/1.png", "train/dog/1.png", f"{val}/dog/2.png", "test/cat/a/1.png"))
     assert dataset.classes == ("cat", "dog")
@@ -199,20 +256,137 @@ def test_a_class_of_one_split_only_is_a_class(tmp_path: Path) -> None:
     assert dataset.classes == ("ant", "cat") and dataset.ignored == {".txt": 1}
 
 
-@pytest.mark.parametrize("other", ["car/1.png", "trains/1.png"])
-def test_folders_that_are_not_all_splits_are_classes(other: str, tmp_path: Path) -> None:
-    dataset = listed(write(tmp_path, "train/a/1.png", "test/1.png", other))
-    assert dataset.classes == tuple(sorted(["train", "test", other.split("/")[0]])) and dataset.splits is None
+SPLIT = ("{train}/cat/1.png", "{train}/dog/1.png", "{test}/cat/2.png", "{test}/dog/2.png")
 
 
-def test_val_folders_alone_are_classes(tmp_path: Path) -> None:
-    assert listed(write(tmp_path, "val/a/1.png", "valid/a/1.png")).classes == ("val", "valid")
+def split_folders(train: str = "train", test: str = "test") -> list[str]:
+    """Two classes of an image each, in two splits."""
+    return [name.format(train=train, test=test) for name in SPLIT]
 
 
-def test_a_train_folder_alone_brings_no_split(tmp_path: Path) -> None:
-    write(tmp_path, "train/cat/1.png", ".cache/x")
+@pytest.mark.parametrize(("train", "test"), [("train", "test"), ("Training", "Testing"), ("TRAIN", "testing")])
+def test_splits_are_known_in_their_usual_spellings(train: str, test: str, tmp_path: Path) -> None:
+    dataset = listed(write(tmp_path, *split_folders(train, test)))
+    assert dataset.classes == ("cat", "dog")
+    assert dict(zip(dataset.names, dataset.splits or (), strict=True)) == {
+        name: "train" if name.startswith(f"{train}/") else "test" for name in split_folders(train, test)
+    }
+
+
+@pytest.mark.parametrize(
+    "beside", ["__MACOSX/train/cat/._1.png", "notes/a.txt", "more/.1.png", ".old/cat/1.png", "raw/1.heic"]
+)
+def test_folders_without_images_do_not_count_beside_splits(beside: str, tmp_path: Path) -> None:
+    dataset = listed(write(tmp_path, *split_folders(), beside))
+    assert dataset.classes == ("cat", "dog") and dataset.splits == ["test", "test", "train", "train"]
+
+
+@pytest.mark.parametrize("name", ["train", "Testing", "valid", "eval", "dev"])
+def test_a_class_may_be_called_as_a_split(name: str, tmp_path: Path) -> None:
+    dataset = listed(write(tmp_path, f"{name}/1.png", "bus/1.png", "cat/more/1.png"))
+    assert dataset.classes == tuple(sorted([name, "bus", "cat"])) and dataset.splits is None
+
+
+@pytest.mark.parametrize(
+    "other", ["car/1.png", "trains/1.png", "extra/cat/1.png", "test1/1.png", "train_more/cat/1.png"]
+)
+@pytest.mark.parametrize("names", [split_folders(), ["train/a/1.png", "test/1.png"], ["dev/a/1.png", "dev/2.png"]])
+def test_splits_beside_other_folders_with_images_are_refused(names: list[str], other: str, tmp_path: Path) -> None:
+    splits = ", ".join(sorted({f"{name.split('/')[0]}/" for name in names if name.count("/") == 2}))
+    found = rf"found both: {splits} with class folders, beside .*{other.split('/')[0]}/.* with images; .* manifest"
+    with pytest.raises(DatasetError, match=f"expected splits or classes, {found}"):
+        listed(write(tmp_path, *names, other))
+
+
+@pytest.mark.parametrize("same", [("train", "Training"), ("val", "valid"), ("dev", "eval"), ("test", "testing")])
+def test_two_folders_for_one_split_are_refused(same: tuple[str, str], tmp_path: Path) -> None:
+    names = [f"{name}/cat/1.png" for name in (*same, "train", "test")]
+    with pytest.raises(DatasetError, match=rf"one folder for the split {SPLIT_NAMES[same[0]]}, found .*{same[1]}/"):
+        listed(write(tmp_path, *names))
+
+
+@pytest.mark.parametrize("above", ["dataset", "data/images"])
+@pytest.mark.parametrize("names", [split_folders(), split_folders("Training"), ["val/cat/1.png", "val/dog/1.png"]])
+def test_splits_one_folder_deeper_are_refused_naming_the_folder_to_give(
+    names: list[str], above: str, tmp_path: Path
+) -> None:
+    write(tmp_path / above, *names)
+    with pytest.raises(DatasetError, match=f"found {above}/.*; give {tmp_path / above}$"):
+        listed(tmp_path)
+    assert listed(tmp_path / above).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["cat/train/1.png", "cat/test/2.png", "dog/train/1.png"], "found cat/test/, cat/train/; put splits above"),
+        (["cat/train/1.png", "cat/val/2.png", "cat/3.png", "dog/1.png"], "found cat/train/, cat/val/; put splits"),
+        (["set/train/cat/1.png", "more/cat/2.png"], "found set/train/; put splits above classes"),
+        (
+            [f"train/{name}" for name in split_folders()],
+            "expected classes below train/, found train/test/, train/train/",
+        ),
+        ([*split_folders(), "val/val/1.png"], "expected classes below val/, found val/val/"),
+        (split_folders("training_set", "test_set"), "found test_set/, training_set/; if these are splits, call them"),
+        ([*split_folders("trainset", "Test-2"), "one/1.png"], "found Test-2/, trainset/; if these are splits"),
+        (["train_images/1.png", "test_images/1.png"], "found test_images/, train_images/; if these are splits"),
+    ],
+)
+def test_splits_where_none_are_expected_are_refused(names: list[str], found: str, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=found):
+        listed(write(tmp_path, *names))
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["test tube/a/1.png", "train station/b/1.png", "cup/1.png"], ("cup", "test tube", "train station")),
+        (["train station/1.png", "train track/1.png"], ("train station", "train track")),
+        (["vehicles/train/1.png", "vehicles/bus/1.png", "cats/1.png"], ("cats", "vehicles")),
+        (["train/train/1.png", "train/bus/1.png", "test/bus/1.png", "test/train/1.png"], ("bus", "train")),
+        (["cat/train/1.png", "dog/train/1.png"], ("cat", "dog")),
+    ],
+)
+def test_what_only_sounds_like_splits_is_classes(names: list[str], classes: tuple[str, ...], tmp_path: Path) -> None:
+    assert listed(write(tmp_path, *names)).classes == classes
+
+
+@pytest.mark.parametrize("name", ["test", "val", "Testing", "dev"])
+def test_one_split_alone_is_that_split(name: str, tmp_path: Path) -> None:
+    dataset = listed(write(tmp_path, f"{name}/cat/1.png", f"{name}/dog/1.png"))
+    assert dataset.classes == ("cat", "dog") and dataset.splits == [SPLIT_NAMES[name.lower()]] * 2
+
+
+@pytest.mark.parametrize("name", ["train", "Train", "training"])
+def test_a_train_folder_alone_brings_no_split(name: str, tmp_path: Path) -> None:
+    write(tmp_path, f"{name}/cat/1.png", ".cache/x")
     dataset = listed(tmp_path)
-    assert dataset.splits is None and rows(dataset) == [("train/cat/1.png", "cat")]
+    assert dataset.splits is None and rows(dataset) == [(f"{name}/cat/1.png", "cat")]
+
+
+def test_classes_one_folder_deeper_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert listed(write(tmp_path, "photos/cat/1.png", "photos/dog/1.png")).classes == ("photos",)
+    assert "has one class, 'photos', with images in 2 folders, as 'cat'" in caplog.text
+    caplog.clear()
+    assert listed(write(tmp_path, "birds/1.png", "birds/more/2.png")).classes == ("birds", "photos")
+    assert not caplog.text
+
+
+def test_folders_in_two_unicode_forms_are_one_class(tmp_path: Path) -> None:
+    dataset = listed(write(tmp_path, "caf\u00e9/1.png", "cafe\u0301/2.png", "bar/3.png"))
+    assert dataset.classes == ("bar", "caf\u00e9") and sorted(dataset.labels.tolist()) == [0, 1, 1]
+    assert dataset.labels[list(dataset.names).index("cafe\u0301/2.png")] == 1
+    assert not list(notices(dataset))
+
+
+def test_classes_that_look_alike_are_told(tmp_path: Path) -> None:
+    classes = ["Cat", "cat", "cat ", "hot dog", "hot  dog", "k\u200bite", "kite", "owl"]
+    dataset = listed(write(tmp_path, *(f"{name}/1.png" for name in classes)))
+    assert sorted(dataset.classes) == sorted(classes)
+    groups = [["Cat", "cat", "cat "], ["hot  dog", "hot dog"], ["kite", "k\u200bite"]]
+    assert [sorted(group) for group in alike(dataset.classes)] == groups
+    (told,) = notices(dataset)
+    assert "are kept apart: 'Cat' and 'cat' and 'cat ', " in told and r"'k\u200bite'" in told
 
 
 @pytest.mark.parametrize("names", [["1.png"], ["cat/1.png", "2.png"], ["train/cat/1.png", "test/2.png"]])
@@ -222,7 +396,7 @@ def test_images_outside_a_class_folder_are_refused(names: list[str], tmp_path: P
 
 
 def test_a_folder_without_images_is_refused_naming_what_was_passed_over(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"found no images \(passed over: 2 \.npy\)"):
+    with pytest.raises(DatasetError, match=r"found no images \(passed over: \.npy 2 \(no image endings\)\)"):
         listed(write(tmp_path, "cat/1.npy", "dog/1.npy"))
 
 
@@ -272,7 +446,9 @@ def one_after_the_other(folder: Path, prefix: str = "", above: tuple[Path, ...] 
             below, others = one_after_the_other(path, f"{prefix}{path.name}/", (*above, folder.resolve()))
             names += below
             passed += others
-        elif path.name[0] != "." and ending in (".png", ".jpg"):
+        elif path.name[0] == ".":
+            passed["hidden"] += 1
+        elif ending in (".png", ".jpg"):
             names.append(prefix + path.name)
         else:
             passed[ending] += 1
@@ -374,7 +550,7 @@ def test_a_text_manifest_is_listed_in_its_order(start: bytes, ending: str, betwe
 
 def test_a_manifest_brings_splits_and_groups(tmp_path: Path) -> None:
     table = tmp_path / "a.csv"
-    table.write_text('group,split,label,path\ng,Train,x,"a,b.png"\n,valid,y,b.png\n,TEST,x,b.png\n')
+    table.write_text('group,split,label,path\ng,Train,x,"a,b.png"\n,dev,y,b.png\n,TESTING,x,b.png\n')
     dataset = listed(table)
     assert dataset.splits == ["train", "val", "test"] and dataset.groups == ["g", "", ""]
     assert rows(dataset) == [("a,b.png", "x"), ("b.png", "y"), ("b.png", "x")]
@@ -403,7 +579,7 @@ MALFORMED = {
     "path,label\na,b\nc\n": "line 3: expected 2 values, found 1",
     "path,label\na,b,c\n": "line 2: expected 2 values, found 3",
     'path,label\n"a,b\nc,d\n': "after line 1: unexpected end of data",
-    "path,label,split\na,b,train\nc,d,dev\n": "line 3: expected the split to be train,.*, found 'dev'",
+    "path,label,split\na,b,train\nc,d,other\n": "line 3: expected the split to be train,.*, found 'other'",
     "path,label,split\na,b,train\nc,d,\n": "line 3: expected a split, as the rows above",
     "path,label,split\na,b,\nc,d,test\n": "line 3: expected no split, as above, found 'test'",
     "path,label\nfile:///a/b.png,x\n": "line 2: expected the path of a file, or an address by one of .*, found 'file:///a/b",
@@ -419,10 +595,78 @@ def test_a_malformed_manifest_is_refused_naming_the_line(text: str, tmp_path: Pa
         listed(tmp_path / "a.csv")
 
 
-def test_a_manifest_in_another_encoding_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes("path,label\na,dög\n".encode("latin1"))
-    with pytest.raises(DatasetError, match="expected UTF-8 text"):
+MANIFEST = "path,label\na,cat\nb,d\u00f6g\n"
+FOREIGN_MANIFESTS = {
+    "latin1": (MANIFEST.encode("latin1"), "line 3: expected UTF-8 text, found another encoding, likely Windows-1252"),
+    "utf-16": (MANIFEST.encode("utf-16"), r"expected UTF-8 text in columns, found UTF-16 text; save it as UTF-8"),
+    "utf-16 without a mark": (MANIFEST.encode("utf-16-be"), "found UTF-16 text; save it as UTF-8"),
+    "utf-32": (MANIFEST.encode("utf-32"), "found UTF-32 text; save it as UTF-8"),
+    "workbook": (b"PK\x03\x04" + bytes(40), "found a spreadsheet or ZIP file; save it as CSV UTF-8"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "found a Git LFS pointer; .*`git lfs pull`"),
+    "semicolons": (b"path;label\na;b\n", "found 0 in 'path;label'; columns are separated by ',', found ';'"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_MANIFESTS)
+def test_a_manifest_in_another_format_is_refused_naming_it(case: str, tmp_path: Path) -> None:
+    content, text = FOREIGN_MANIFESTS[case]
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DatasetError, match=text):
         listed(tmp_path / "a.csv")
+
+
+def test_a_pointer_in_place_of_a_parquet_manifest_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(FOREIGN_MANIFESTS["pointer"][0])
+    with pytest.raises(DatasetError, match="expected a Parquet file, found a Git LFS pointer"):
+        listed(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("written", "file", "cause"),
+    [
+        (r"cats\1.jpg", "cats/1.jpg", "the path has backslashes in place of /"),
+        ("cats/1.jpg ", "cats/1.jpg", "there are blanks around the path"),
+        (r" cats\1.jpg", "cats/1.jpg", "the path has backslashes in place of /, and blanks around it"),
+        ("caf\u00e9/1.jpg", "cafe\u0301/1.jpg", "the file's name has Unicode form NFD"),
+        ("cafe\u0301/1.jpg", "caf\u00e9/1.jpg", "the file's name has Unicode form NFC"),
+        (r"C:\photos\cats\1.jpg", "cats/1.jpg", "the path starts from a drive of Windows"),
+        ("cats/1", "cats/1.jpg", "the path lacks its ending"),
+        ("sub/cats/1.jpg", "cats/1.jpg", "paths start from {above}: give --image-root"),
+    ],
+)
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_path_written_otherwise_than_its_file_is_told_once(
+    written: str, file: str, cause: str, form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "sub", file, "cats/2.jpg")
+    paths, table = ["cats/2.jpg", written, written.replace("1", "3")], tmp_path / "sub" / f"a.{form}"
+    if form == "csv":
+        table.write_text("path,label\n" + "".join(f'"{path}",x\n' for path in paths))
+    else:
+        parquet(table, path=paths, label=["x"] * 3)
+    for listing in (listed, lambda path: open_images([str(path)])):
+        caplog.clear()
+        assert listing(table).names == paths
+        (told,) = caplog.messages
+        assert f"no file '{written}', but '" in told and told.endswith(cause.format(above=tmp_path))
+
+
+def test_few_paths_of_a_manifest_are_looked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, "d\u00f6g 150.jpg", "150.jpg")
+    lines = "".join(f"d\u00f6g {i}.jpg,x\n" for i in range(150)) + "do\u0308g 150.jpg,x\n"
+    (tmp_path / "a.csv").write_text(f"path,label\n{lines}")
+    assert len(listed(tmp_path / "a.csv")) == 151
+    assert not caplog.messages
+
+
+def test_whole_numbers_of_a_parquet_manifest_are_sorted_as_numbers(tmp_path: Path) -> None:
+    numbers = [10, 9, -1, 100, 0, 9]
+    names = [f"{i}.png" for i in range(len(numbers))]
+    for label in (numbers, pa.array(numbers).dictionary_encode(), pa.array(numbers, pa.int8())):
+        dataset = listed(parquet(tmp_path / "a.parquet", path=names, Label=label))
+        assert dataset.classes == ("-1", "0", "9", "10", "100") and dataset.labels.tolist() == [3, 2, 0, 4, 1, 2]
+    dataset = listed(parquet(tmp_path / "a.parquet", path=names, label=[str(number) for number in numbers]))
+    assert dataset.classes == ("-1", "0", "10", "100", "9")
 
 
 def parquet(file: Path, **columns: Any) -> Path:
@@ -440,7 +684,7 @@ def test_a_parquet_manifest_is_listed(ending: str, tmp_path: Path) -> None:
         group=["g", None, "h"],
     )
     dataset = listed(table)
-    assert dataset.classes == ("10", "9") and dataset.splits is None and dataset.groups == ["g", "", "h"]
+    assert dataset.classes == ("9", "10") and dataset.splits is None and dataset.groups == ["g", "", "h"]
     assert rows(dataset) == [("a.png", "10"), ("b.png", "9"), ("a.png", "10")]
 
 

@@ -54,6 +54,7 @@ def test_counts_formats_and_sizes(told: dict[str, Any]) -> None:
     assert told["sizes"]["largest"] == [300, 120]
     assert (told["turned_by_exif"], told["deeper_than_8_bits"], told["with_alpha"]) == (1, 1, 1)
     assert told["ignored"] == {".txt": 1}
+    assert (told["folders_without_images"], told["classes_alike"]) == ([], [])
 
 
 def test_copies_and_what_is_wrong(told: dict[str, Any]) -> None:
@@ -105,6 +106,30 @@ def test_on_the_terminal_and_once_it_is_cached(photos: Path, tmp_path: Path) -> 
     assert "near copies" in done.err
     told = icebox(data, "doctor", photos, "--json").json
     assert (told["estimate"], told["rows"]["missing"]) == (None, 0)
+
+
+def test_what_is_left_out_of_a_list_is_counted(photos: Path, tmp_path: Path) -> None:
+    for i in range(14):
+        (photos / "cats" / f"broken {i}.png").write_bytes(f"{i}".encode())
+    (photos / "Cats").mkdir()
+    shutil.copy(photos / "cats" / "1.png", photos / "Cats")
+    (photos / "emus").mkdir()
+    (photos / "emus" / "1.heic").write_bytes(b"x")
+    said = icebox(tmp_path / "data", "doctor", photos, *UNTRAINED).err
+    assert said.count("bad: cats/broken") == 10 and "and 4 more bad images; --json lists more" in said
+    assert "notice: passed over: .heic 1 (HEIC; convert to JPEG or PNG)" in said
+    assert "notice: 1 folder holds no images: emus" in said
+    assert "notice: classes that look alike are kept apart: 'Cats' and 'cats'" in said
+    told = icebox(tmp_path / "data", "doctor", photos, *UNTRAINED, "--json").json
+    assert len(told["quarantined_images"]) == 14
+    assert (told["folders_without_images"], told["classes_alike"]) == (["emus"], [["Cats", "cats"]])
+
+
+def test_groups_that_leave_no_image_to_test_on_are_named(photos: Path, tmp_path: Path) -> None:
+    lines = [f"{path.relative_to(photos)},{path.parent.name},one" for path in sorted(photos.glob("*/*"))]
+    (photos / "list.csv").write_text("\n".join(["path,label,group", *lines]))
+    advice = "\n".join(icebox(tmp_path / "data", "doctor", photos / "list.csv", *UNTRAINED, "--json").json["advice"])
+    assert "2 of 2; 12 of 12 images belong to 1 group, each of which stays on one side" in advice
 
 
 def test_the_command_it_ends_with_does_what_it_says(photos: Path, tmp_path: Path) -> None:

@@ -333,8 +333,9 @@ def test_auto_weights_that_cannot_be_had_name_the_ways_out(
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+    own = photos.rename(tmp_path / "digits")  # whatever a folder is called
     with pytest.raises(WeightsError, match=r"--weights FILE.*--weights untrained"):
-        run(photos, FeatureChoice())
+        run(own, FeatureChoice())
     assert not list((tmp_path / "data").glob("cache/*/space.json"))
 
 

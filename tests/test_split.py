@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.dataset import Dataset, Split, assign
+from pipeline.dataset import Dataset, Split, assign, few_groups
 from pipeline.dataset.base import FileSource
 
 
@@ -95,6 +95,14 @@ def test_groups_that_share_an_image_become_one_through_any_chain() -> None:
         expected = [drawn(key("w")) if texts[i] == "w" else drawn(key("g1")) for i in order]
         assert split.sides.tolist() == expected
         assert counts(split) == (0, 0, 0)
+
+
+def test_groups_are_named_as_the_cause_of_an_empty_side() -> None:
+    few = dataset(20, groups=["g"] * 12 + ["h"] * 7 + [""])
+    assert (few_groups(few) or "").startswith("19 of 20 images belong to 2 groups, each of which stays on one side")
+    assert few_groups(dataset(20, groups=["g"] * 20, splits=["train"] * 15 + ["test"] * 5))  # val is drawn from train
+    assert few_groups(dataset(20, groups=["g"] * 20, splits=["val"] * 15 + ["test"] * 5)) is None
+    assert few_groups(dataset(20)) is None and few_groups(dataset(2, groups=["a", "b"])) is None
 
 
 def test_random_groups_and_copies_never_cross() -> None:

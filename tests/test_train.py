@@ -346,6 +346,17 @@ def test_an_empty_side_is_an_error_that_counts(tmp_path: Path, workspace: Worksp
     assert not workspace.runs.exists()
 
 
+def test_groups_are_named_where_they_leave_a_side_empty(tmp_path: Path, workspace: Workspace) -> None:
+    write_images(tmp_path / "photos", 20)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "photos").glob("*/*"))
+    lines = [f"{name},{name.split('/')[1]},{'one' if i % 4 else 'two'}" for i, name in enumerate(names)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,group", *lines]))
+    dataset = listed(tmp_path / "list.csv")
+    fill(workspace, dataset)
+    with pytest.raises(DatasetError, match=r"no images to .*; 60 of 60 images belong to 2 groups, each of which stays"):
+        train(workspace, dataset)
+
+
 def test_one_class_only_is_an_error_that_names_it(tmp_path: Path, workspace: Workspace) -> None:
     write_images(tmp_path / "photos", 60, ("ant",))
     dataset = listed(tmp_path / "photos")

@@ -81,8 +81,20 @@ def test_what_is_not_there_is_said_before_anything_is_done(folder: Path, path: s
 
 def test_a_folder_without_images_is_told(folder: Path) -> None:
     (folder / "empty").mkdir()
-    with pytest.raises(DatasetError, match=r"some/empty: expected images in this folder or below, found none"):
+    with pytest.raises(DatasetError, match=r"some/empty: expected images .* found none \(passed over: nothing\)"):
         open_images(["some/empty"])
+    for name in ("1.HEIC", "._2.jpg"):
+        (folder / "empty" / name).write_bytes(b"x")
+    with pytest.raises(DatasetError, match=r"passed over: \.heic 1 \(HEIC; convert to JPEG or PNG\); hidden 1\)"):
+        open_images(["some", "some/empty"])
+
+
+def test_what_other_programs_leave_is_passed_over(folder: Path) -> None:
+    for name in ("@eaDir/1.png", "a/@eaDir/one.JPG/thumb.jpg", "b/$RECYCLE.BIN/2.png", "a/._one.JPG"):
+        write_picture(folder / f"{name}.png", seed=1)
+    found = open_images(["some/a", "some/b", "some/zero.png"])
+    assert list(found.names) == ["some/a/one.JPG", "some/b/two.png", "some/zero.png"]
+    assert found.ignored == {"@eaDir/": 1, "$RECYCLE.BIN/": 1, "hidden": 1}
 
 
 def test_a_manifest_without_paths_or_rows_is_told(folder: Path) -> None:

@@ -31,7 +31,6 @@ from pipeline.commands.shared import (
     feature_choice,
     features_command,
     finish,
-    open_chosen,
     open_dataset,
     opened,
 )
@@ -183,7 +182,7 @@ def _keep(
         workspace.cache.open(name, sync=False)  # a name mistyped must not cost a space
     keys: set[bytes] = set()
     for name in datasets:
-        images = open_chosen(workspace, DatasetChoice(name, archive and str(archive), root and str(root)))
+        images = DatasetChoice(name, archive and str(archive), root and str(root)).open(workspace)
         with workspace.progress(f"identifying images of {images.name}", len(images)) as advance:
             found = identify(images, workspace.cache.index, advance)
         if found.unread:

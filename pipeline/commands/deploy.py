@@ -17,7 +17,6 @@ from pipeline.commands.shared import (
     RunArgument,
     RunWeightsOption,
     finish,
-    open_chosen,
     open_runs,
     opened,
     size_in_bytes,
@@ -74,7 +73,7 @@ def _images(run: TrainedRun, workspace: Workspace, named: list[str] | None, imag
     if run.asked is None:
         raise RunError(f"the run {run.name} does not say what it was trained on; name some images by --images")
     try:
-        return open_chosen(workspace, run.asked.images)
+        return run.asked.images.open(workspace)
     except IceboxError as error:
         raise RunError(f"the images of {run.name} are not to be had ({error}); name some by --images") from error
 

@@ -137,10 +137,20 @@ def _show(found: Checkup, about: dict[str, Any]) -> None:
     terminal.pairs({name: value for name, value in lines.items() if value})
     for bad in found.quarantined[:_LISTED]:
         terminal.warn(f"bad: {bad.path}: {bad.reason}")
-    for title, groups in (("two labels", about["conflicting"]), ("nearly alike", about["near_copies_listed"])):
-        for group in groups[:_LISTED]:
+    _say_others(len(found.quarantined), "bad images")
+    for title, key in (("two labels", "conflicting"), ("nearly alike", "near_copies_listed")):
+        for group in about[key][:_LISTED]:
             named = ", ".join(f"{each['path']} ({each['split']}, {each['label']})" for each in group)
             terminal.say(f"{title}: {named}{', …' if len(group) == MOST_MEMBERS else ''}")
+    _say_others(len(found.conflicting), "groups with two labels")
+    _say_others(len(found.near.groups), "groups that are nearly alike")
+
+
+def _say_others(count: int, things: str) -> None:
+    from pipeline import terminal
+
+    if count > _LISTED:
+        terminal.say(f"and {count - _LISTED:,} more {things}; --json lists more")
 
 
 def _copies(found: dict[str, int]) -> str:

@@ -25,7 +25,6 @@ from pipeline.commands.shared import (
     features_line,
     finish,
     memory_bytes,
-    open_chosen,
     opened,
 )
 from pipeline.progress import counted
@@ -74,7 +73,7 @@ def evaluate(
     with opened(context) as workspace:
         trained = open_run(workspace.runs, run)
         chosen, own = _images(context, trained)
-        images = open_chosen(workspace, chosen)
+        images = chosen.open(workspace)
         command = features_line(context, {**asdict(chosen), "space": trained.spec.directory, "max_pixels": max_pixels})
         done = evaluate_run(
             trained,

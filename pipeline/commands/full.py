@@ -31,7 +31,6 @@ from pipeline.commands.shared import (
     exit_for_bad,
     finish,
     memory_bytes,
-    open_chosen,
     opened,
     refuse_beside_resume,
     typed,
@@ -201,7 +200,7 @@ def _run(stage: str, context: typer.Context) -> None:
         else:
             resume, request = stopped_run(workspace, resume, stage)
             asked = FullAsked.from_dict(request.get("asked", {}))
-        images = open_chosen(workspace, asked.images)
+        images = asked.images.open(workspace)
         run = train_full(images, workspace, asked, resume=resume)
     finish(run.summary, given["as_json"], _SHOWN, note=f"kept in {run.path}")
     exit_for_bad(run.quarantined, len(images), given["max_bad"])

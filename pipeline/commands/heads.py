@@ -34,7 +34,6 @@ from pipeline.commands.shared import (
     features_command,
     finish,
     memory_bytes,
-    open_chosen,
     opened,
     refuse_beside_resume,
     typed,
@@ -142,7 +141,7 @@ def train_head(
             command, chosen = asked_features_line(context, asked), asked.images
         else:
             command, chosen = features_command(context), dataset_choice(context)
-        images = open_chosen(workspace, chosen)
+        images = chosen.open(workspace)
         run = train(images, workspace, asked, command, resume=resume)
     finish(run.summary, as_json, _SHOWN, note=f"kept in {run.path}")
     exit_for_bad(run.quarantined, len(images), max_bad)

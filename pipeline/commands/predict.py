@@ -32,7 +32,6 @@ from pipeline.commands.shared import (
     causes,
     exit_for_bad,
     finish,
-    notice_ignored,
     open_runs,
     opened,
 )
@@ -81,7 +80,6 @@ def predict(
         trained = open_runs(workspace, run, also)
         classes = trained[0].classes
         images = open_images(paths, image_root)
-        notice_ignored(images)
         with workspace.progress("predicting", len(images)) as advance:
             said = answers_of(trained, images, workspace, max_pixels=max_pixels, weights=weights, advance=advance)
             answers = tally.counting(said)

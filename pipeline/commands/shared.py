@@ -207,23 +207,7 @@ def dataset_choice(context: typer.Context) -> DatasetChoice:
 
 def open_dataset(workspace: Workspace, context: typer.Context) -> Dataset:
     """Open what `--dataset`, `--archive`, `--image-root` and `--limit` of a command say."""
-    return open_chosen(workspace, dataset_choice(context))
-
-
-def open_chosen(workspace: Workspace, choice: DatasetChoice) -> Dataset:
-    """Open a dataset; files that are passed over are said."""
-    found = choice.open(workspace)
-    notice_ignored(found)
-    return found
-
-
-def notice_ignored(dataset: Dataset) -> None:
-    """Say which files of a dataset were passed over."""
-    from pipeline import terminal
-
-    if dataset.ignored:
-        listed = ", ".join(f"{ending or 'no ending'} {n:,}" for ending, n in sorted(dataset.ignored.items()))
-        terminal.warn(f"notice: passed over, as their endings are not of images: {listed}")
+    return dataset_choice(context).open(workspace)
 
 
 def open_runs(workspace: Workspace, run: str, also: Sequence[str] | None) -> list[TrainedRun]:

@@ -42,7 +42,6 @@ from pipeline.commands.shared import (
     feature_choice,
     features_command,
     memory_bytes,
-    open_chosen,
     opened,
     refuse_beside_resume,
     typed,
@@ -119,7 +118,7 @@ def sweep(
             command, chosen = asked_features_line(context, asked), asked.images
         else:
             command, chosen = features_command(context), dataset_choice(context)
-        images = open_chosen(workspace, chosen)
+        images = chosen.open(workspace)
         done = run_sweep(images, workspace, asked, command, resume=resume, cluster=cluster)
     _finish(done, round(time.perf_counter() - start, 3), as_json)
     exit_for_bad(done.quarantined, len(images), max_bad)

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from pathlib import Path
 
 from pipeline import machine
-from pipeline.dataset.base import Dataset, Source, limit, of_files
+from pipeline.dataset.base import Dataset, Source, alike, limit, of_files
 from pipeline.dataset.cifar import CIFAR10, CIFAR100, open_cifar
 from pipeline.dataset.digits import open_digits
 from pipeline.dataset.folder import open_folder
 from pipeline.dataset.manifest import MANIFEST_ENDINGS, open_manifest
-from pipeline.dataset.split import Split, assign, groups
+from pipeline.dataset.notices import notices
+from pipeline.dataset.split import Split, assign, few_groups, groups
 from pipeline.dataset.unlabelled import open_images
 from pipeline.errors import DatasetError, UsageError, did_you_mean
 from pipeline.progress import Progress, silent
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "Dataset",
     "Source",
     "Split",
+    "alike",
     "assign",
+    "few_groups",
     "groups",
     "is_known",
     "limit",
+    "notices",
     "of_files",
     "open_dataset",
     "open_images",
@@ -48,9 +55,9 @@ def open_dataset(
     image_root: Path | None = None,
     progress: Progress = silent,
 ) -> Dataset:
-    """List the dataset called `name`; no image file is read.
+    """List the dataset called `name`; no image file is read. What stands out in it (see `notices`) is logged.
 
-    A known name wins over a folder of the same name, which can be given as "./digits".
+    A known name wins over a folder of the same name, which can be given as "./digits"; a notice says so.
 
     Parameters
     ----------
@@ -72,7 +79,16 @@ def open_dataset(
     UsageError
         If `archive` is given with a dataset that has none, or `image_root` with one that is no manifest.
     """
-    known = name in (*_ARCHIVES, "digits")
+    found = _open(name, downloads, archive, image_root, progress)
+    for text in notices(found):
+        logger.warning("%s", text)
+    return found
+
+
+def _open(name: str, downloads: Path, archive: Path | None, image_root: Path | None, progress: Progress) -> Dataset:
+    known = is_known(name)
+    if known and Path(name).is_dir():
+        logger.warning("%s is the published dataset; the folder of that name here is ./%s", name, name)
     if image_root is not None and (known or Path(name).suffix.lower() not in MANIFEST_ENDINGS):
         raise UsageError(f"--image-root goes with a manifest only, found it with {name!r}")
     if name in _ARCHIVES:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,10 +19,14 @@ from pipeline.errors import DatasetError, UsageError
 # What people call the three sides, in lower case, and what we call them.
 SPLIT_NAMES: Mapping[str, str] = {
     "train": "train",
+    "training": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "eval": "val",
+    "dev": "val",
     "test": "test",
+    "testing": "test",
 }
 
 
@@ -112,7 +117,7 @@ class Dataset:
     name
         "digits", "cifar10", or the name of the folder or manifest.
     classes
-        The class names, sorted.
+        The class names in Unicode form NFC, sorted.
     names
         (n,) what a person calls image i: a path with "/", or such as "digits/17". May repeat in a manifest.
     labels
@@ -124,7 +129,12 @@ class Dataset:
     source
         Reads image i.
     ignored
-        How many files were passed over, by ending (lower case, "" for none; a hidden folder ends in "/").
+        How many files were passed over, by ending (lower case, "" for none), or as "hidden"; folders of other programs
+        and hidden ones by name, which ends in "/".
+    without_images
+        The folders of splits and classes that hold no image, as "dogs" or "test/dogs".
+    embedded
+        Whether it comes with an installed library and never needs a network.
     """
 
     name: str
@@ -135,6 +145,8 @@ class Dataset:
     groups: Sequence[str] | None
     source: Source
     ignored: Mapping[str, int] = field(default_factory=dict)
+    without_images: Sequence[str] = ()
+    embedded: bool = False
 
     def __post_init__(self) -> None:
         for column in ("labels", "splits", "groups"):
@@ -200,12 +212,26 @@ def _pick(values: Sequence[Any], rows: np.ndarray) -> list[Any]:
     return [values[i] for i in rows.tolist()]
 
 
-def index_labels(texts: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the sorted distinct `texts`, and for each text its index among them, (n,) int32."""
+def index_labels(texts: Iterable[str], order: Callable[[str], Any] | None = None) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the sorted distinct `texts` in Unicode form NFC, and for each text its index among them, (n,) int32.
+
+    They are sorted as text, or by what `order` returns for them.
+    """
     seen: dict[str, int] = {}
     codes = np.fromiter((seen.setdefault(text, len(seen)) for text in texts), dtype=np.int32)
-    classes = tuple(sorted(seen))
-    return classes, remap([seen[name] for name in classes], codes)
+    names = [unicodedata.normalize("NFC", text) for text in seen]
+    classes = tuple(sorted(set(names), key=order))
+    place = {name: i for i, name in enumerate(classes)}
+    return classes, np.array([place[name] for name in names], np.int32)[codes]
+
+
+def alike(classes: Sequence[str]) -> list[list[str]]:
+    """Return groups of class names that look alike: they differ in case, in blanks or in Unicode's compatible forms."""
+    groups: dict[str, list[str]] = {}
+    for name in classes:
+        visible = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+        groups.setdefault(" ".join(visible.casefold().split()), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def remap(order: Sequence[int], codes: np.ndarray) -> np.ndarray:

@@ -23,4 +23,5 @@ def open_digits() -> Dataset:
         splits=None,
         groups=None,
         source=ArraySource(pixels),
+        embedded=True,
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.dataset.base import SPLIT_NAMES, Dataset, FileSource, brought, index_labels
+from pipeline.dataset.ignored import file_ignored_as, folder_ignored_as, ignored_text
+from pipeline.dataset.layout import class_depth
 from pipeline.errors import DatasetError
 
-IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"})
+logger = logging.getLogger(__name__)
 
 _LAYOUT = "expected <class>/<image>, or train/<class>/<image> with test/ and perhaps val/ beside it"
 _LOOP = "(link loop)"
@@ -20,27 +23,29 @@ _LISTED_AT_ONCE = 16  # folders: a file system far away answers many at once, ea
 
 
 def open_folder(root: Path) -> Dataset:
-    """List the images under `root`, sorted by name; the folders below it are the classes.
+    """List the images under `root`, sorted by name; the folders below it are the classes, or splits with those below.
 
-    If all of them are called train, val (valid, validation) or test, and train or test is there, they are the
-    splits and the folders below those are the classes. A class is a folder with images, at any depth. Links
-    are followed; hidden files, hidden folders and other files are counted in `ignored`.
+    Which of the two is decided by `layout`. A class is a folder with images, at any depth. Links are followed; hidden
+    files, folders of other programs and files that are no images are counted in `ignored`.
 
     Raises
     ------
     DatasetError
-        If there are no images, an image lies outside a class folder, or a folder cannot be listed.
+        If there are no images, an image lies outside a class folder, the folders are neither all splits nor all
+        classes, or one cannot be listed.
     """
     root = root.absolute()  # a worker elsewhere may run in another folder
     ignored: Counter[str] = Counter()
     names = sorted(images_below(root, ignored))
-    depth = 1 if _has_splits(root) else 0  # which part of a name is the class
     if not names:
-        passed = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in ignored.items())
-        raise DatasetError(f"{root}: {_LAYOUT}, found no images (passed over: {passed or 'nothing'})")
+        raise DatasetError(f"{root}: {_LAYOUT}, found no images (passed over: {ignored_text(ignored) or 'nothing'})")
+    folders = {name.rpartition("/")[0] for name in names}
+    depth = 0 if "" in folders else class_depth(root, folders)  # which part of a name is the class
     if stray := [name for name in names if name.count("/") <= depth]:
         raise DatasetError(f"{root}: {_LAYOUT}, found {len(stray)} outside a class folder, as {stray[0]!r}")
     classes, labels = index_labels(name.split("/", depth + 1)[depth] for name in names)
+    if len(classes) == 1:
+        _warn_of_one_class(root, classes[0], {part[0] for each in folders if (part := each.split("/")[depth + 1 :])})
     return Dataset(
         name=root.resolve().name or str(root),
         classes=classes,
@@ -50,12 +55,31 @@ def open_folder(root: Path) -> Dataset:
         groups=None,
         source=FileSource(root, names),
         ignored=dict(ignored),
+        without_images=tuple(_without_images(root, depth, folders)),
     )
 
 
-def _has_splits(root: Path) -> bool:
-    names = [entry.name.lower() for entry in _entries(root) if entry.name[0] != "." and _is_folder(entry)]
-    return all(name in SPLIT_NAMES for name in names) and ("train" in names or "test" in names)
+def _warn_of_one_class(root: Path, name: str, below: set[str]) -> None:
+    if len(below) > 1:
+        logger.warning(
+            "%s has one class, %r, with images in %d folders, as %r; if these are the classes, leave out the folder "
+            "above them",
+            *(root, name, len(below), min(below)),
+        )
+
+
+def _without_images(root: Path, depth: int, folders: set[str]) -> Iterator[str]:
+    """Yield the folders of splits and classes that hold no image, relative to `root`, sorted."""
+    filled = {"/".join(folder.split("/")[: level + 1]) for folder in folders for level in range(depth + 1)}
+    inside = [""] if depth == 0 else ["", *(f"{split}/" for split in sorted(filled) if "/" not in split)]
+    for prefix in inside:
+        found = (f"{prefix}{name}" for name in _folders(root / prefix))
+        yield from (name for name in found if name not in filled)
+
+
+def _folders(folder: Path) -> Sequence[str]:
+    """Return the names of the folders in a folder that may hold images, sorted."""
+    return sorted(entry.name for entry in _entries(folder) if _is_folder(entry) and not folder_ignored_as(entry.name))
 
 
 @dataclass(frozen=True)
@@ -88,16 +112,14 @@ def _listed(folder: _Folder) -> tuple[list[str], list[_Folder], Counter[str]]:
     if here in folder.above:  # a link back to a folder we are in: it would never end
         return [], [], Counter({_LOOP: 1})
     for entry in entries:
-        ending = _ending(entry.name)
-        if _is_folder(entry):
-            if entry.name[0] == ".":
-                ignored[f"{ending}/"] += 1
-            else:
-                folders.append(_Folder(Path(entry.path), f"{folder.prefix}{entry.name}/", folder.above | {here}))
-        elif entry.name[0] != "." and ending in IMAGE_ENDINGS:  # a pipe too: its reading fails, and is listed
+        is_folder = _is_folder(entry)
+        ignored_as = folder_ignored_as(entry.name) if is_folder else file_ignored_as(entry.name)
+        if ignored_as is not None:
+            ignored[ignored_as] += 1
+        elif is_folder:
+            folders.append(_Folder(Path(entry.path), f"{folder.prefix}{entry.name}/", folder.above | {here}))
+        else:  # a pipe too: its reading fails, and is listed
             names.append(folder.prefix + entry.name)
-        else:
-            ignored[ending] += 1
     return names, folders, ignored
 
 
@@ -115,12 +137,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError as error:
         raise DatasetError(f"cannot list the folder {folder}: {error.strerror}") from error
-
-
-def _ending(name: str) -> str:
-    """Return the ending in lower case: ".jpg" of "a.JPG", ".ds_store" of ".DS_Store", "" of "README"."""
-    dot = name.rfind(".")
-    return name[dot:].lower() if dot >= 0 else ""
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

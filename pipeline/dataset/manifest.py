@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,10 @@ from typing import Any
 
 from pipeline.dataset import remote
 from pipeline.dataset.base import SPLIT_NAMES, Dataset, FileSource, brought, index_labels
+from pipeline.dataset.diagnosis import foreign_format, line_that_is_not_utf8, missing_file
 from pipeline.errors import DatasetError
+
+logger = logging.getLogger(__name__)
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MANIFEST_ENDINGS = (*_DELIMITERS, ".parquet", ".pq")
@@ -28,8 +32,9 @@ def open_manifest(path: Path, image_root: Path | None = None) -> Dataset:
     somebody else, and what it names is read. Absolute ones must lie in there too. Links are followed. Addresses, such
     as `https://…` and `s3://…`, are read as `remote` says.
 
-    The text is UTF-8, with or without a byte order mark; labels and groups may be whole numbers in Parquet.
-    Other columns are passed over. No image file is looked at.
+    The text is UTF-8, with or without a byte order mark; labels and groups may be whole numbers in Parquet, and such
+    labels are sorted as numbers. Other columns are passed over. No image file is read; where some are not there
+    because of how their paths are written, a notice says so.
 
     Raises
     ------
@@ -44,8 +49,8 @@ def open_manifest(path: Path, image_root: Path | None = None) -> Dataset:
         rows.add(where, *values)
     if not rows.names:
         raise DatasetError(_no_rows(path))
-    remote.require(name for name in rows.names if remote.is_url(name))
-    classes, labels = index_labels(rows.labels)
+    _look_at_paths(path, root, rows.names)
+    classes, labels = index_labels(rows.labels, int if _has_whole_numbers(path) else None)
     return Dataset(
         name=path.name,
         classes=classes,
@@ -69,8 +74,15 @@ def manifest_images(path: Path, image_root: Path | None = None) -> tuple[Path, l
         names.append(name)
     if not names:
         raise DatasetError(_no_rows(path))
-    remote.require(name for name in names if remote.is_url(name))
+    _look_at_paths(path, root, names)
     return root, names
+
+
+def _look_at_paths(path: Path, root: Path, names: Sequence[str]) -> None:
+    """Check that packages for addresses are there, and say why files are likely to be missing."""
+    remote.require(name for name in names if remote.is_url(name))
+    if found := missing_file(root, names):
+        logger.warning("%s: %s", path, found)
 
 
 def _no_rows(path: Path) -> str:
@@ -160,13 +172,23 @@ def _columns(path: Path, header: Sequence[str], required: Sequence[str]) -> list
             shape = "path" if required == ("path",) else "path,label[,split][,group]"
             raise DatasetError(
                 f"{path}: line 1: expected one column {name!r} (of {shape}), found {found} in {','.join(header)!r:.200}"
+                f"{_other_delimiter(path, header)}"
             )
     return [names.index(name) if name in names else None for name in _COLUMNS]
+
+
+def _other_delimiter(path: Path, header: Sequence[str]) -> str:
+    """Say so if the columns of a text are separated by something else than its ending says."""
+    expected = _DELIMITERS.get(path.suffix.lower())
+    others = [each for each in ",;\t|" if each != expected and len(header) == 1 and each in header[0]]
+    return f"; columns are separated by {expected!r}, found {others[0]!r}" if expected and others else ""
 
 
 def _text_rows(path: Path, delimiter: str, required: Sequence[str]) -> Iterator[_Row]:
     number = 0
     try:
+        if what := foreign_format(path):
+            raise DatasetError(f"{path}: expected UTF-8 text in columns, found {what}")
         with path.open(encoding="utf-8-sig", newline="") as file:
             # Strict: an unclosed quote is an error, where it would swallow the rest of the file as one field.
             reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
@@ -177,8 +199,13 @@ def _text_rows(path: Path, delimiter: str, required: Sequence[str]) -> Iterator[
                 if fields:
                     _check_width(f"{path}: line {number}", header, fields)
                     yield number, ["" if c is None else fields[c] for c in columns]
-    except (csv.Error, UnicodeDecodeError) as error:
+    except csv.Error as error:
         raise DatasetError(f"{path}: expected UTF-8 text in columns, after line {number}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{path}: line {line_that_is_not_utf8(path)}: expected UTF-8 text, found another encoding, likely "
+            "Windows-1252 or Latin-1; save it as UTF-8"
+        ) from error
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -196,6 +223,8 @@ def _parquet_rows(path: Path, required: Sequence[str]) -> Iterator[_Row]:
 
     number = 0
     try:
+        if what := foreign_format(path):
+            raise DatasetError(f"{path}: expected a Parquet file, found {what}")
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             columns = [None if c is None else schema.field(c) for c in _columns(path, schema.names, required)]
@@ -211,6 +240,24 @@ def _parquet_rows(path: Path, required: Sequence[str]) -> Iterator[_Row]:
         raise DatasetError(f"{path}: expected a Parquet file, found: {error}") from error
 
 
+def _has_whole_numbers(path: Path) -> bool:
+    """Return whether the labels of a manifest that could be read are a Parquet column of whole numbers."""
+    if path.suffix.lower() in _DELIMITERS:
+        return False
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (label,) = (field for field in pq.read_schema(path) if field.name.strip().lower() == "label")
+    return pa.types.is_integer(_value_type(label.type))
+
+
+def _value_type(kind: Any) -> Any:
+    """Return the type of a column's values, of a dictionary's too."""
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
 def _check_types(path: Path, columns: Sequence[Any]) -> None:
     """Refuse columns whose text would be a guess: only text, and whole numbers where no path is meant."""
     import pyarrow as pa
@@ -218,7 +265,7 @@ def _check_types(path: Path, columns: Sequence[Any]) -> None:
     for name, column in zip(_COLUMNS, columns, strict=True):
         if column is None:
             continue
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        kind = _value_type(column.type)
         text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
         if not (text or pa.types.is_null(kind) or (name in ("label", "group") and pa.types.is_integer(kind))):
             raise DatasetError(f"{path}: expected text in the column {name!r}, found {column.type}")

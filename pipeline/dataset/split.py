@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -88,6 +89,21 @@ def groups(dataset: Dataset, keys: Sequence[bytes | None]) -> np.ndarray:
     """
     image_key, distinct = _distinct(dataset, keys)
     return _number(_roots(dataset.groups, image_key, distinct))[0][image_key]
+
+
+def few_groups(dataset: Dataset) -> str | None:
+    """Return in words how many groups a draw has to share out: the likely cause where a side is left without an image.
+
+    None if nothing is drawn, or no group has several images.
+    """
+    sizes = Counter(group for group in dataset.groups or () if group)
+    brought = set(dataset.splits or ("train",))
+    if "train" not in brought or {"val", "test"} <= brought or max(sizes.values(), default=0) < 2:
+        return None
+    return (
+        f"{sizes.total():,} of {len(dataset):,} images belong to {len(sizes):,} group{'s' * (len(sizes) > 1)}, each of "
+        "which stays on one side: name smaller groups, or the split of each image in a column `split`"
+    )
 
 
 def _distinct(dataset: Dataset, keys: Sequence[bytes | None]) -> tuple[np.ndarray, list[bytes]]:

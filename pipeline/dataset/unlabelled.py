@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +11,19 @@ from pipeline import machine
 from pipeline.dataset import remote
 from pipeline.dataset.base import Dataset, of_files
 from pipeline.dataset.folder import images_below
+from pipeline.dataset.ignored import ignored_text
 from pipeline.dataset.manifest import MANIFEST_ENDINGS, manifest_images
+from pipeline.dataset.notices import notices
 from pipeline.errors import DatasetError, UsageError
+
+logger = logging.getLogger(__name__)
 
 
 def open_images(paths: Sequence[str], image_root: Path | None = None) -> Dataset:
-    """List images whose class is not known, all as class "unknown"; none is read.
+    """List images whose class is not known, all as class "unknown"; none is read. What is passed over is logged.
 
-    A folder stands for the images anywhere below it, sorted; hidden ones and other files are counted in `ignored`.
+    A folder stands for the images anywhere below it, sorted; hidden ones, folders of
+    other programs and other files are counted in `ignored`.
     A manifest stands for those in its column `path`, which start from `image_root` or its own folder. An address
     (`https://…`, see `remote`) stands for one image. Any other file is taken for an image, whatever its ending.
 
@@ -38,9 +44,14 @@ def open_images(paths: Sequence[str], image_root: Path | None = None) -> Dataset
             continue
         path = machine.at_home(text)
         if _is_folder(path, text):
-            found = [str(path / name) for name in sorted(images_below(path, ignored))]
+            passed: Counter[str] = Counter()
+            found = [str(path / name) for name in sorted(images_below(path, passed))]
             if not found:
-                raise DatasetError(f"{text}: expected images in this folder or below, found none")
+                raise DatasetError(
+                    f"{text}: expected images in this folder or below, found none "
+                    f"(passed over: {ignored_text(passed) or 'nothing'})"
+                )
+            ignored += passed
             names += found
             files += (str(Path(name).absolute()) for name in found)
         elif path.suffix.lower() in MANIFEST_ENDINGS:
@@ -55,7 +66,10 @@ def open_images(paths: Sequence[str], image_root: Path | None = None) -> Dataset
             files.append(str(path.absolute()))  # nothing is folded: what follows a link may be elsewhere
     if image_root is not None and not manifests:
         raise UsageError("--image-root goes with a manifest only, found it with images and folders")
-    return of_files("images", files, names, ignored)
+    listed = of_files("images", files, names, ignored)
+    for text in notices(listed):
+        logger.warning("%s", text)
+    return listed
 
 
 def _resolved(url: str) -> str:

@@ -1,0 +1,97 @@
+"""The likely cause when a manifest cannot be read, or when the files that it names are not there."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
+from itertools import filterfalse, islice
+from pathlib import Path, PureWindowsPath
+
+from pipeline.dataset import remote
+
+_HEAD = 512  # bytes of a file that tell what it is
+_ENDINGS = (".jpg", ".jpeg", ".png")
+_TRIED = 100  # paths that could be written otherwise; a manifest may have millions
+_FIRST = 3  # paths of a manifest that are looked at however they are written
+_UTF_16 = "UTF-16 text; save it as UTF-8 (in spreadsheets: CSV UTF-8)"
+
+# What a file begins with, what it is then, and what helps.
+_BEGINNINGS: tuple[tuple[bytes, str], ...] = (
+    (b"\xff\xfe\0\0", "UTF-32 text; save it as UTF-8"),
+    (b"\0\0\xfe\xff", "UTF-32 text; save it as UTF-8"),
+    (b"\xff\xfe", _UTF_16),
+    (b"\xfe\xff", _UTF_16),
+    (b"PK\x03\x04", "a spreadsheet or ZIP file; save it as CSV UTF-8"),
+    (b"\xd0\xcf\x11\xe0", "an Excel file; save it as CSV UTF-8"),
+    (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself by `git lfs pull`"),
+)
+
+
+def foreign_format(path: Path) -> str | None:
+    """Return what a file is that is neither UTF-8 text nor Parquet, and what helps; None if its beginning is neither.
+
+    Raises OSError if it cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    for beginning, what in _BEGINNINGS:
+        if head.startswith(beginning):
+            return what
+    return _UTF_16 if not head.startswith(b"PAR1") and head.count(0) > len(head) / 4 else None
+
+
+def line_that_is_not_utf8(path: Path) -> int:
+    """Return the number of the first line that is not UTF-8, counted from 1; 0 if all are. Raises OSError."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 0
+
+
+def missing_file(root: Path, names: Sequence[str]) -> str | None:
+    """Return which of these paths is no file, and the likely cause: written otherwise it is one. None if there is none.
+
+    Only some are tried: the first few, and a hundred of those with backslashes, blanks or letters beyond ASCII.
+    """
+    some = [(name, _more_complete(root, name)) for name in names[:_FIRST]]
+    some += [(name, _written_otherwise(name)) for name in islice(filterfalse(_is_plain, names), _TRIED)]
+    for name, ways in some:
+        if not remote.is_url(name) and not _is_file(root, name):
+            for other, cause in ways.items():
+                if _is_file(root, other):
+                    return f"no file '{name}', but '{other}' is there: {cause}"
+    return None
+
+
+def _is_plain(name: str) -> bool:
+    return name.isascii() and "\\" not in name and name == name.strip()
+
+
+def _more_complete(root: Path, name: str) -> Mapping[str, str]:
+    """Return other paths that this one may be the abbreviation of, each with what is wrong."""
+    lacking = dict.fromkeys((f"{name}{ending}" for ending in _ENDINGS), "the path lacks its ending")
+    above = os.path.join("..", name)  # noqa: PTH118
+    return {**lacking, above: f"paths start from {root.parent}: give --image-root"}
+
+
+def _written_otherwise(name: str) -> Mapping[str, str]:
+    """Return other ways to write a path, each with what is wrong with this one."""
+    plain = name.strip().replace("\\", "/")
+    drive, *parts = PureWindowsPath(plain).parts or (plain,)
+    from_drive = ["/".join(parts[at:]) for at in range(len(parts))] if ":" in drive else []
+    ways = [
+        (name.strip(), "there are blanks around the path"),
+        (name.replace("\\", "/"), "the path has backslashes in place of /"),
+        (plain, "the path has backslashes in place of /, and blanks around it"),
+        *((unicodedata.normalize(form, plain), f"the file's name has Unicode form {form}") for form in ("NFC", "NFD")),
+        *((other, "the path starts from a drive of Windows") for other in from_drive),
+    ]
+    return {other: cause for other, cause in reversed(ways) if other != name}
+
+
+def _is_file(root: Path, name: str) -> bool:
+    return os.path.isfile(os.path.join(root, name))  # noqa: PTH113, PTH118  unlike Path's, False for a name too long
