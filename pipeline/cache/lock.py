@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.cache import storage
 from pipeline.errors import CacheError
@@ -59,6 +60,26 @@ def exclusive(path: Path, on_wait: Callable[[str], None], *, needed: bool = Fals
         yield
     finally:
         file.close()
+
+
+def hold_alone(file: BinaryIO, path: Path) -> None:
+    """Hold an open file until it is closed, unless locks are `done_without`.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process holds it.
+    CacheError
+        If its file system has no locks.
+    """
+    if done_without():
+        return
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise _no_locks(path, error) from error
 
 
 @contextmanager

@@ -254,6 +254,7 @@ def cache_export(
         "path": str(out),
         "rows": done.rows,
         "missing": done.missing,
+        "shards": done.shards,
         "bytes": done.bytes,
         "space": done.space,
         "what": what,
@@ -262,6 +263,11 @@ def cache_export(
         "quarantined_images": [asdict(bad) for bad in done.quarantined],
         "seconds": round(time.perf_counter() - start, 3),
     }
-    note = "it refers to the shards as they are now: after `cache gc`, export it again" if virtual else None
+    note = (
+        f"it refers to the shards as they are now: after `cache gc`, export it again. To read all of it {done.shards:,} "
+        "files must be open at once (`ulimit -n`), or rows read as NaN"
+        if virtual
+        else None
+    )
     finish(result, as_json, ("path", "rows", "missing", "bytes", "space", "seconds"), note=note)
     exit_for_bad(done.quarantined, len(images), max_bad)
