@@ -131,7 +131,7 @@ def test_a_virtual_export_of_more_shards_than_files_may_be_open_is_refused(
     data: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """HDF5 keeps each one open, and reads NaN of those that it cannot open."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_export, "_OTHER_FILES", soft - 4)  # room for four, and there are five
         assert export_here(data, "--virtual") == 1

@@ -264,8 +264,8 @@ def cache_export(
         "seconds": round(time.perf_counter() - start, 3),
     }
     note = (
-        f"it refers to the shards as they are now: after `cache gc`, export it again. To read all of it {done.shards:,} "
-        "files must be open at once (`ulimit -n`), or rows read as NaN"
+        "it refers to the shards as they are now: after `cache gc`, export it again. To read all of it "
+        f"{done.shards:,} files must be open at once (`ulimit -n`), or rows read as NaN"
         if virtual
         else None
     )
