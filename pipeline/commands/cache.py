@@ -196,11 +196,19 @@ def _keep(
 
 
 def _ask(rows: int) -> None:
-    """Ask before features are removed, where there is somebody to answer."""
+    """Ask before features are removed. Raises UsageError where there is nobody to answer."""
     import sys
 
-    if rows and sys.stdin.isatty():
-        typer.confirm(f"{rows:,} rows of features will be removed; go on?", abort=True, err=True)
+    from pipeline.errors import UsageError
+
+    if not rows:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(
+            f"{rows:,} rows of features would be removed, and there is no terminal to ask at; nothing was removed. "
+            "--dry-run tells which shards they are in, --yes removes them"
+        )
+    typer.confirm(f"{rows:,} rows of features will be removed; go on?", abort=True, err=True)
 
 
 @cache_app.command("export")
