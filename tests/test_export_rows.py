@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -350,6 +352,29 @@ def test_two_exports_to_one_file_do_not_mix(data: Path) -> None:
     assert done.code == 1
     assert "another process is writing" in done.err
     assert (data.parent / ".partial-out.h5").exists(), "it is not ours"
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_an_export_where_there_are_no_locks(
+    virtual: bool, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--virtual"] if virtual else []
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(shard_export.FeatureSpace, "reading", lambda space: contextlib.nullcontext())
+    assert export_here(data, *options) == 1
+    assert "cannot be locked (its server's lock service does not answer" in capfd.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setenv("ICEBOX_LOCKS", "off")
+    (data.parent / ".partial-out.h5").write_text("another export's, who has no lock on it either")
+    assert export_here(data, *options) == 0
+    with h5py.File(data.parent / "out.h5") as file:
+        assert np.isfinite(column(file, "features")).all()
+    assert [path.name for path in data.parent.glob(".partial-*")] == [".partial-out.h5"]
 
 
 def test_an_export_into_the_cache_is_refused(data: Path) -> None:

@@ -20,6 +20,12 @@ def done_without() -> bool:
     return os.environ.get("ICEBOX_LOCKS", "").lower() in ("off", "0", "no", "false")
 
 
+def spare_hdf5() -> None:
+    """Have HDF5, Keras' included, lock no file where locks are `done_without`. It looks once, while it is loaded."""
+    if done_without():
+        os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
+
+
 @contextmanager
 def exclusive(path: Path, on_wait: Callable[[str], None], *, needed: bool = False) -> Iterator[None]:
     """Hold the lock file `path`; if another holds it, call `on_wait(holder)` once and wait.
