@@ -1295,7 +1295,10 @@ def test_the_second_member_of_a_group_adds_rows(shared_cache: Path) -> None:
     [
         ("cache.db", r"the index .*cache.db cannot be written .*so nothing is computed; .* chmod g\+w"),
         ("", r"the index .*cache.db cannot be written .*so nothing is computed; .* chmod g\+w"),
-        (f"{SPEC.directory}/shards", r"nothing can be written to .*shards \(Permission denied\), so nothing is computed"),
+        (
+            f"{SPEC.directory}/shards",
+            r"nothing can be written to .*shards \(Permission denied\), so nothing is computed",
+        ),
         (f"{SPEC.directory}/.lock", r"\.lock cannot be written \(Permission denied\), so nothing is added"),
     ],
 )
