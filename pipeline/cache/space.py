@@ -185,7 +185,7 @@ class FeatureSpace:
 
     @contextmanager
     def lock(self, on_wait: Callable[[str], None]) -> Iterator[None]:
-        """Be the only writer of this space; on entry what others wrote is known. Raises CacheError if none can write."""
+        """Be the only writer of this space, knowing what others wrote. Raises CacheError if it cannot be written."""
         with exclusive(self.path / ".lock", on_wait):
             storage.make_folder(self.shards)  # what copies a cache may leave empty folders out
             storage.require_writable(self.shards)
