@@ -6,7 +6,13 @@ imports only from those below it (docs/architecture.md has the list).
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+if "ICEBOX_LOCKS" in os.environ:  # before anything loads HDF5
+    from pipeline.cache.lock import spare_hdf5
+
+    spare_hdf5()
 
 if TYPE_CHECKING:
     from pipeline.features import Features, Items, open_features

@@ -7,7 +7,6 @@ import math
 import re
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -137,10 +136,9 @@ def load_weights(model: KerasModel, identity: str, path: Path | None) -> None:
     try:
         if path is None:
             raise ValueError(f"no file is known for {identity}")
-        with warnings.catch_warnings(), weights_file.named_for_keras(path) as named:
-            # Keras only warns where a file lacks layers, and leaves those at random values.
-            warnings.simplefilter("error", UserWarning)
-            model.load_weights(named)
+        weights_file.load(model, path)
+    except WeightsError:
+        raise
     except (UserWarning, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # Keras raises whichever of these its reader stumbles into.
         reason = str(error).strip().split("\n")[0][:200]

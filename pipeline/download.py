@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -32,7 +34,18 @@ def fetch(url: str, known_hash: str, folder: Path, progress: Progress) -> Path:
         logger.info("downloading %s, once", url)
     bar = _Bar(f"downloading {name}", progress)
     downloader: Any = pooch.HTTPDownloader(timeout=_TIMEOUT_S, progressbar=cast(Any, bar))
-    return Path(pooch.retrieve(url, known_hash, fname=name, path=folder, downloader=downloader))
+    path = Path(pooch.retrieve(url, known_hash, fname=name, path=folder, downloader=downloader))
+    if bar.began:
+        _open_to_others(path)
+    return path
+
+
+def _open_to_others(path: Path) -> None:
+    """Give a file the permissions that the umask leaves: pooch's temporary ones are their owner's alone."""
+    usual = path.with_name(f".{path.name}-{os.getpid()}")
+    usual.touch()
+    path.chmod(stat.S_IMODE(usual.stat().st_mode))
+    usual.unlink()
 
 
 def cause(error: Exception) -> str:
@@ -53,8 +66,10 @@ class _Bar:
         self._phase = None
         self._advance: Callable[[int], None] = lambda n: None
         self._done = 0
+        self.began = False
 
     def update(self, n: int) -> None:
+        self.began = True
         if self._phase is None:
             self._phase = self._progress(self._title, self.total, "bytes")
             self._advance = self._phase.__enter__()

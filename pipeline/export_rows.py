@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.cache.export import Columns, What, export
 from pipeline.dataset import Dataset
 from pipeline.extract import FeatureChoice
@@ -19,6 +21,7 @@ class Exported:
 
     rows: int
     missing: int  # of these, rows that are not in the cache: NaN in a virtual file, none in a self-contained one
+    shards: int  # that hold the rows: a virtual file is read from as many open files
     bytes: int
     space: str
     quarantined: list[Quarantined]
@@ -55,5 +58,6 @@ def export_dataset(
         dataset.classes,
     )
     size = export(material.space, columns, out, what, virtual=virtual)
-    missing = int((~material.space.locate(material.keys).found).sum())
-    return Exported(len(images), missing, size, material.space.name, material.quarantined)
+    located = material.space.locate(material.keys)
+    missing, shards = int((~located.found).sum()), len(np.unique(located.shards[located.found]))
+    return Exported(len(images), missing, shards, size, material.space.name, material.quarantined)

@@ -167,6 +167,8 @@ def _compute_missing(
     spec = space.spec if space else new_spec(source.choice, weights)
     if space is None and spec.directory in cache.names():  # made for other images, or by a run killed early
         space = cache.open(spec.directory)
+    if space is None:
+        cache.index.require_writable()  # before TensorFlow and weights are loaded for nothing
     warn_untrained(spec)
     setup = _setup(source, spec, weights, space, cache.root)
     with ExitStack() as stack:

@@ -117,7 +117,7 @@ class Network:
 
     def save(self, directory: Path) -> str:
         """Write backbone, head and our JSON; return the identity of the backbone's weights, as a spec names them."""
-        self.whole.save_weights(directory / WEIGHTS_FILE)
+        weights_file.save(self.whole, directory / WEIGHTS_FILE)
         digest = storage.sha256_file(directory / WEIGHTS_FILE)
         self.head.save(directory)
         about = {"backbone": self.spec.backbone, "layer": self.spec.layer, "precision": self.spec.precision}

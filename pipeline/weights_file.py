@@ -1,4 +1,4 @@
-"""Is a file what Keras weights are? Looked at before Keras reads it, as it may come from anywhere.
+"""Keras weights files: written and read by Keras, and looked at before, as they may come from anywhere.
 
 Keras weights are HDF5: numbers under names. HDF5 can do more, such as pointing into other files or claiming sizes that
 nothing stands behind, and files that Keras saved whole may hold code; weights need none of that.
@@ -6,7 +6,9 @@ nothing stands behind, and files that Keras saved whole may hold code; weights n
 
 from __future__ import annotations
 
+import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import h5py
 
 from pipeline.errors import WeightsError
+from pipeline.keras_start import KerasModel
 
 _MOST_BYTES = 2**31  # unpacked; InceptionV3 has 87 MB, with an optimizer's state three times that
 _MOST_OBJECTS = 100_000
@@ -40,6 +43,40 @@ def check(path: Path) -> None:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py's, at a damaged file
         raise WeightsError(f"{path} cannot be read as HDF5: {' '.join(str(error).split())[:200]}") from error
+
+
+def save(model: KerasModel, path: Path) -> None:
+    """Have Keras write the weights of `model`. Raises WeightsError if the file cannot be locked."""
+    with _locks_explained(path):
+        model.save_weights(path)
+
+
+def load(model: KerasModel, path: Path) -> None:
+    """Have Keras fill `model` from a weights file, whatever it is called.
+
+    Raises
+    ------
+    WeightsError
+        If the file cannot be locked.
+    UserWarning
+        If it lacks layers, which Keras would leave at random values, or has others.
+    """
+    with _locks_explained(path), warnings.catch_warnings(), named_for_keras(path) as named:
+        warnings.simplefilter("error", UserWarning)
+        model.load_weights(named)
+
+
+@contextmanager
+def _locks_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if "unable to lock file" not in str(error):
+            raise
+        raise WeightsError(
+            f"{path} cannot be locked ({os.strerror(error.errno or 0)}): another program has it open, or its file "
+            "system has no locks; ICEBOX_LOCKS=off goes on without"
+        ) from error
 
 
 @contextmanager

@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -1219,3 +1220,95 @@ def test_where_locks_are_done_without_rows_are_added_but_nothing_is_removed(
     assert partial.exists()
     with pytest.raises(CacheError, match="needs locks; unset ICEBOX_LOCKS"), space.removing(print):
         pass
+
+
+# Folders that a group shares
+
+
+@contextmanager
+def as_member(group: int) -> Iterator[None]:
+    """Be another user of a group for a while, who may do no more than permissions say."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user: NOT TESTED that a second member of a group can add rows")
+    groups = os.getgroups()
+    os.setgroups([group])
+    os.setegid(group)
+    os.seteuid(54321)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+
+
+_GROUP = 54322
+
+
+@pytest.fixture
+def shared_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The path of a cache that its owner keeps for a group, with umask 002, with some rows in it."""
+    monkeypatch.delenv("ICEBOX_INDEX", raising=False)
+    for folder in (tmp_path, *tmp_path.parents[:-2]):  # pytest's own are closed to others
+        folder.chmod(folder.stat().st_mode | 0o011)
+    root = tmp_path / "cache"
+    root.mkdir()
+    if os.geteuid() == 0:
+        os.chown(root, 0, _GROUP)
+    root.chmod(0o2775)
+    before = os.umask(0o002)
+    try:
+        with closing(Cache(root)) as cache, (space := cache.create(SPEC, {})).lock(print):
+            add(space, [1, 2])
+        yield root
+    finally:
+        os.umask(before)
+
+
+def test_files_get_the_permissions_that_the_umask_leaves(shared_cache: Path) -> None:
+    with closing(Cache(shared_cache)) as cache:
+        with cache.open(SPEC.directory).reading():
+            pass
+        with cache.index._changing() as db:
+            db.execute("DELETE FROM files")
+            journals = [path for path in shared_cache.iterdir() if path.name != "cache.db" and path.is_file()]
+    found = {path: path.stat().st_mode & 0o777 for path in (*journals, *shared_cache.rglob("*")) if path.exists()}
+    assert {mode for path, mode in found.items() if path.is_file()} == {0o664}, found
+    assert {mode for path, mode in found.items() if path.is_dir()} == {0o775}, found
+    assert {".lock", ".reading", "space.json", "cache.db"} <= {path.name for path in found}
+
+
+def test_the_second_member_of_a_group_adds_rows(shared_cache: Path) -> None:
+    with as_member(_GROUP), closing(Cache(shared_cache)) as cache:
+        space = cache.open(SPEC.directory)
+        with space.lock(print):
+            add(space, [3])
+        other = cache.create(replace(SPEC, layer="mixed8"), {})
+        add(other, [4])
+    with closing(Cache(shared_cache)) as cache:
+        assert cache.open(SPEC.directory).totals().rows == 3
+        assert cache.open(other.name).totals().rows == 1
+
+
+@pytest.mark.parametrize(
+    ("closed", "told"),
+    [
+        ("cache.db", r"the index .*cache.db cannot be written .*so nothing is computed; .* chmod g\+w"),
+        ("", r"the index .*cache.db cannot be written .*so nothing is computed; .* chmod g\+w"),
+        (
+            f"{SPEC.directory}/shards",
+            r"nothing can be written to .*shards \(Permission denied\), so nothing is computed",
+        ),
+        (f"{SPEC.directory}/.lock", r"\.lock cannot be written \(Permission denied\), so nothing is added"),
+    ],
+)
+def test_what_a_member_cannot_write_is_told_before_anything_is_computed(
+    shared_cache: Path, closed: str, told: str
+) -> None:
+    (shared_cache / closed).chmod(0o755 if (shared_cache / closed).is_dir() else 0o644)
+    with as_member(_GROUP), closing(Cache(shared_cache)) as cache:
+        space = cache.open(SPEC.directory)
+        assert bits(space.read([key(1)], "features")) == bits(made([1]).features), "what is there can be read"
+        with pytest.raises(CacheError, match=told), space.lock(print):
+            pass
+    assert not list(shared_cache.rglob(".partial-*"))

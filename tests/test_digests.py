@@ -312,10 +312,84 @@ def test_a_fresh_file_is_not_remembered(tmp_path: Path, index: Index) -> None:
 
 
 @folder("future")
-def test_a_file_from_the_future_is_not_remembered(settled: Path, index: Index) -> None:
-    keys_of(files(settled, NAMES), index)
-    known = index.file_digests([settled / name for name in NAMES])
-    assert [each is None for each in known] == [True, False, False]
+def test_a_file_dated_in_the_future_is_remembered(settled: Path, index: Index) -> None:
+    """Whoever changes it gives it a ctime of that moment, so that its mtime, an hour ahead, says nothing."""
+    assert identified(settled, index).opened == NAMES
+    assert identified(settled, index).opened == []
+    path = settled / "a.png"
+    stamp = path.stat()
+    path.write_bytes(content("A.png"))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    found = identified(settled, index)
+    assert (found.keys[0], found.opened) == (sha256(content("A.png")), ["a.png"])
+
+
+def test_a_fresh_file_dated_in_the_future_is_not_remembered(tmp_path: Path, index: Index) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"x")
+    later = time.time() + 3600
+    os.utime(path, (later, later))
+    assert keys_of(files(tmp_path, ["a.png"]), index).keys == [sha256(b"x")]
+    assert index.file_digests([path]) == [None]
+
+
+@dataclass
+class SlowClock:
+    """A clock an hour behind that of the file system; what happens while one waits is `meanwhile`."""
+
+    meanwhile: Callable[[], object] = lambda: None
+    waited: float = 0.0
+
+    def time_ns(self) -> int:
+        return time.time_ns() - 3600 * 10**9
+
+    def sleep(self, seconds: float) -> None:
+        self.waited += seconds
+        self.meanwhile()
+
+
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> SlowClock:
+    clock = SlowClock()
+    monkeypatch.setattr(pipeline.cache.digests, "time", clock)
+    return clock
+
+
+def test_files_of_a_clock_ahead_are_remembered_once_they_have_lain_still(
+    tmp_path: Path, index: Index, slow_clock: SlowClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NAMES:
+        (tmp_path / name).write_bytes(content(name))
+    expected = [sha256(content(name)) for name in NAMES]
+    assert keys_of(files(tmp_path, NAMES), index).keys == expected
+    assert slow_clock.waited == GRAIN_S, "once for all"
+    monkeypatch.setattr(hashlib, "file_digest", None)  # nothing is hashed any more
+    assert keys_of(files(tmp_path, NAMES), index).keys == expected
+    assert slow_clock.waited == GRAIN_S
+
+
+def test_what_does_not_lie_still_is_not_remembered(tmp_path: Path, index: Index, slow_clock: SlowClock) -> None:
+    for name in NAMES:
+        (tmp_path / name).write_bytes(content(name))
+
+    def meanwhile() -> None:
+        (tmp_path / "a.png").write_bytes(b"new")
+        (tmp_path / "b.png").unlink()
+
+    slow_clock.meanwhile = meanwhile
+    found = keys_of(files(tmp_path, NAMES), index)
+    assert found.keys == [sha256(b"new"), None, sha256(content("c.png"))]
+    assert found.unread == {1: "cannot be read: No such file or directory"}
+    assert [each is None for each in index.file_digests([tmp_path / name for name in NAMES])] == [True, True, False]
+
+
+def test_one_file_of_a_clock_ahead_is_remembered(tmp_path: Path, index: Index, slow_clock: SlowClock) -> None:
+    path = tmp_path / "a.h5"
+    path.write_bytes(b"x")
+    for _ in range(2):
+        assert remembered_digest(path, index) == sha256(b"x")
+    assert slow_clock.waited == GRAIN_S
+    assert index.file_digests([path]) == [(file_stamp(path), sha256(b"x"))]
 
 
 # What cannot be read

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 from contextlib import closing
@@ -13,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import hdf5plugin  # noqa: F401  registers the filter
+import hdf5plugin
 import numpy as np
 import pytest
 from conftest import ROOT, SPEC, icebox, write_picture
 from made import flip, key, made, spoil
 
-from pipeline.cache import storage
+from pipeline.cache import export as shard_export
+from pipeline.cache import shard, storage
 from pipeline.cache.digests import digest
 from pipeline.cache.shard import Rows
 from pipeline.cache.space import Cache
@@ -48,6 +52,26 @@ def data(tmp_path: Path) -> Path:
 def export(data: Path, *options: str, out: str = "out.h5") -> Any:
     folder = data.parent / "photos"
     return icebox(data, "cache", "export", data.parent / out, "--dataset", folder, *SPACE, *options, "--json")
+
+
+def export_here(data: Path, *options: str) -> int:
+    """The same in this process, so that what lies below can be made to fail; the answer is the exit code."""
+    import cli
+
+    arguments = ["cache", "export", str(data.parent / "out.h5"), "--dataset", str(data.parent / "photos"), *SPACE]
+    return cli.main(["--data-dir", str(data), *arguments, *options])
+
+
+def packed_by_blosc2(data: Path, path: Path) -> None:
+    """Write a shard anew with the filter of early versions."""
+    earlier = dict(hdf5plugin.Blosc2(cname="zstd", clevel=1, filters=hdf5plugin.Blosc2.NOFILTER))
+    with closing(Cache(data / "cache")) as cache, pytest.MonkeyPatch.context() as patch:
+        space = cache.open(SPEC.directory)
+        filters = shard.row_filters
+        patch.setattr(shard, "row_filters", lambda *row: filters(*row) | earlier)
+        space.register(space.write(shard.read_whole(path, np.arange(len(shard.read_info(path, SPEC).keys)))))
+        space.index.forget_shards(space.name, [path.stem])
+    path.unlink()
 
 
 def shards(data: Path) -> list[Path]:
@@ -79,6 +103,88 @@ def test_every_row_stands_beside_its_image(what: str, virtual: bool, data: Path)
         assert column(file, "present").all()
         spec: Any = file.attrs["spec"]
         assert json.loads(spec) == SPEC.to_dict()
+
+
+@pytest.mark.parametrize("what", ["features", "pooled"])
+@pytest.mark.parametrize("earlier", [slice(1), slice(2, None), slice(None)])
+def test_rows_packed_by_an_earlier_filter_are_exported_with_the_present_one(
+    what: str, earlier: slice, data: Path
+) -> None:
+    for path in shards(data)[earlier]:
+        packed_by_blosc2(data, path)
+    assert export_here(data, "--what", what) == 0
+    expected = getattr(made(list(range(N))), what)
+    with h5py.File(data.parent / "out.h5") as file:
+        numbers = [int(Path(name).stem[1:]) for name in column(file, "path")]
+        assert np.array_equal(column(file, what), expected[numbers])
+        stored: Any = file[what]
+        assert "32015" in stored._filters
+
+
+@pytest.mark.parametrize("name", ["50%", "a%b", "100%%", "%d"])
+def test_a_virtual_export_finds_shards_in_a_folder_with_a_percent_sign(name: str, data: Path) -> None:
+    moved = data.rename(data.with_name(name))
+    assert export_here(moved, "--virtual") == 0
+    with h5py.File(data.parent / "out.h5") as file:
+        assert not np.isnan(column(file, "features")).any()
+
+
+def test_a_virtual_export_of_more_shards_than_files_may_be_open_is_refused(
+    data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """HDF5 keeps each one open, and reads NaN of those that it cannot open."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_export, "_OTHER_FILES", soft - 4)  # room for four, and there are five
+        assert export_here(data, "--virtual") == 1
+        told = capfd.readouterr().err
+        assert "would refer to 5 shards" in told
+        assert "leave out --virtual, or raise the limit (`ulimit -n" in told
+        assert list(data.parent.glob("*.h5")) == list(data.parent.glob(".partial-*")) == []
+        patch.setattr(shard_export, "_OTHER_FILES", soft - 5)
+        assert export_here(data, "--virtual") == 0
+        assert "To read all of it 5 files must be open" in capfd.readouterr().err
+
+
+def test_more_shards_than_files_may_be_open_are_never_exported_as_nan(data: Path) -> None:
+    """Where the limit was not foreseen, what reads back as NaN is noticed."""
+    script = (
+        "import os, resource, sys, cli; from pipeline.cache import export; "
+        "export._Export.check_open_files = lambda *_: None; written = export._Export._written_rows\n"
+        "def limited(self, path, places):\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) + 2,) * 2)\n"
+        "    return written(self, path, places)\n"
+        "export._Export._written_rows = limited\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    arguments = ["cache", "export", str(data.parent / "out.h5"), "--dataset", str(data.parent / "photos"), *SPACE]
+    command = [sys.executable, "-c", script, "--data-dir", str(data), *arguments, "--virtual"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "does not read back as the rows in the shards" in done.stderr
+    assert list(data.parent.glob("*.h5")) == []
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_an_export_that_reads_back_otherwise_is_not_published(
+    virtual: bool, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As that of chunks under another pipeline was: whatever goes wrong while it is written, it is noticed."""
+    options = ["--virtual"] if virtual else []
+    assert export_here(data, *options) == 0
+    out = data.parent / "out.h5"
+    before = out.read_bytes()
+    job = shard_export._Export
+    if virtual:
+        monkeypatch.setattr(job, "_name", staticmethod(lambda path: "elsewhere.h5"))
+    else:
+        monkeypatch.setattr(shard_export, "_packed_alike", lambda *_: True)
+        for path in shards(data)[:2]:
+            packed_by_blosc2(data, path)
+    assert export_here(data, "--force", *options) == 1
+    assert "read back" in capfd.readouterr().err
+    assert out.read_bytes() == before
+    assert list(data.parent.glob(".partial-*")) == []
 
 
 def test_a_self_contained_file_needs_no_icebox(data: Path) -> None:
@@ -172,9 +278,9 @@ def test_a_disk_that_fills_meanwhile_leaves_nothing(data: Path) -> None:
         "from pipeline.cache import export\n"
         "export._MARGIN = 0.0\n"
         "written = export._written\n"
-        "def limited(path):\n"
+        "def limited(*file):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "    return written(path)\n"
+        "    return written(*file)\n"
         "export._written = limited\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
@@ -200,9 +306,9 @@ def test_wherever_the_disk_is_full_the_process_ends_in_order(share: float, virtu
         "from pipeline.cache import export\n"
         "export._MARGIN = 0.0\n"
         "written = export._written\n"
-        "def limited(path):\n"
+        "def limited(*file):\n"
         f"    resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
-        "    return written(path)\n"
+        "    return written(*file)\n"
         "export._written = limited\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
@@ -246,6 +352,29 @@ def test_two_exports_to_one_file_do_not_mix(data: Path) -> None:
     assert done.code == 1
     assert "another process is writing" in done.err
     assert (data.parent / ".partial-out.h5").exists(), "it is not ours"
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_an_export_where_there_are_no_locks(
+    virtual: bool, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--virtual"] if virtual else []
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(shard_export.FeatureSpace, "reading", lambda space: contextlib.nullcontext())
+    assert export_here(data, *options) == 1
+    assert "cannot be locked (its server's lock service does not answer" in capfd.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setenv("ICEBOX_LOCKS", "off")
+    (data.parent / ".partial-out.h5").write_text("another export's, who has no lock on it either")
+    assert export_here(data, *options) == 0
+    with h5py.File(data.parent / "out.h5") as file:
+        assert np.isfinite(column(file, "features")).all()
+    assert [path.name for path in data.parent.glob(".partial-*")] == [".partial-out.h5"]
 
 
 def test_an_export_into_the_cache_is_refused(data: Path) -> None:

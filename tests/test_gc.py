@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import pty
 import sqlite3
+import subprocess
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import icebox, write_picture
+from conftest import ROOT, command_line, environment, icebox, write_picture
 from faults import Watcher, disk_full, watched
 from made import SPEC, add, key, made, shard_file, spoil
 
@@ -187,11 +189,43 @@ def test_the_command_keeps_what_it_is_told_to(data: Path) -> None:
     told = icebox(data, "cache", "gc", "--dataset", kept, "--dry-run", "--json").json
     assert (told["rows_removed"], told["dry_run"]) == (3, True)
     assert len(told["removed"]) == 1
-    done = icebox(data, "cache", "gc", "--dataset", kept, "--json")
+    done = icebox(data, "cache", "gc", "--dataset", kept, "--yes", "--json")
     assert (done.code, done.json["rows_removed"], done.json["shards_removed"]) == (0, 3, 1)
     assert done.json["bytes_freed"] == told["bytes_freed"]
     assert icebox(data, "cache", "ls", "--json").json["rows"] == 3
     assert icebox(data, "cache", "explain", "--dataset", kept, "--space", SPEC.directory, "--json").code in (0, 1)
+
+
+@pytest.mark.parametrize("named", ["--dataset", "--space"])
+def test_without_a_terminal_no_row_is_removed_unasked(named: str, data: Path) -> None:
+    kept = str(data.parent / "kept") if named == "--dataset" else SPEC.directory
+    with closing(Cache(data / "cache")) as cache:
+        add(cache.create(replace(SPEC, layer="mixed8"), {}), [100])
+    removed, stay = (4, 3) if named == "--dataset" else (1, 6)
+    done = icebox(data, "cache", "gc", named, kept, "--json")
+    assert done.code == 2
+    assert f"{removed} rows of features would be removed" in done.json["error"]
+    assert "--yes removes them" in done.json["error"]
+    assert icebox(data, "cache", "ls", "--json").json["rows"] == 7
+    assert icebox(data, "cache", "gc", named, kept, "--yes", "--json").json["rows_removed"] == removed
+    again = icebox(data, "cache", "gc", named, kept, "--json")
+    assert (again.code, again.json["rows_removed"]) == (0, 0), "where none is left to remove it does the rest"
+    assert icebox(data, "cache", "ls", "--json").json["rows"] == stay
+
+
+@pytest.mark.parametrize(("answer", "code", "left"), [("n", 1, 6), ("y", 0, 3)])
+def test_at_a_terminal_it_asks(answer: str, code: int, left: int, data: Path) -> None:
+    ours, its = pty.openpty()
+    os.write(ours, f"{answer}\n".encode())
+    command = command_line(data, "cache", "gc", "--dataset", data.parent / "kept")
+    done = subprocess.run(
+        command, stdin=its, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=60, check=False
+    )
+    os.close(ours)
+    os.close(its)
+    assert done.returncode == code, done.stderr
+    assert "3 rows of features will be removed; go on?" in done.stderr
+    assert icebox(data, "cache", "ls", "--json").json["rows"] == left
 
 
 def test_a_mistyped_name_removes_nothing(data: Path) -> None:

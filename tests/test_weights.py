@@ -362,3 +362,15 @@ def test_describe_says_where_weights_come_from(place: Place, tmp_path: Path) -> 
             "path": str(path),
         }
         assert describe("untrained:3", workspace)["path"] is None
+
+
+def test_a_downloaded_file_gets_the_permissions_that_the_umask_leaves(place: Place, server: Server) -> None:
+    """pooch writes it to a temporary file, which is its owner's alone: others of the group could not read it."""
+    before = os.umask(0o002)
+    try:
+        path = place.resolve("imagenet").path
+    finally:
+        os.umask(before)
+    assert path is not None
+    assert path.stat().st_mode & 0o777 == 0o664
+    assert [each.name for each in path.parent.iterdir()] == [path.name]

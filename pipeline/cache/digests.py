@@ -110,7 +110,8 @@ def _identify_block(
     known = index.file_digests(paths)
     together = max(1, min(_TOGETHER, -(-len(paths) // _THREADS)))
     parts = [slice(start, start + together) for start in range(0, len(paths), together)]
-    results = chain.from_iterable(pool.map(lambda part: list(map(_identify_file, paths[part], known[part])), parts))
+    parted = pool.map(lambda part: list(map(_identify_file, paths[part], known[part])), parts)
+    results = _looked_at_again(paths, list(chain.from_iterable(parted)), pool)
     fresh: dict[Path, tuple[FileStamp, bytes]] = {}
     for (i, path), result in zip(files.items(), results, strict=True):
         if isinstance(result, str):
@@ -193,8 +194,26 @@ def _read(url: str) -> tuple[str | None, bytes] | OSError:
     return fetched if isinstance(fetched, OSError) else (fetched.validator, digest(fetched.data))
 
 
-def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> tuple[FileStamp, bytes, bool] | str:
-    """Return (stamp, key, whether to remember it), or why the file cannot be read."""
+_Identified = tuple[FileStamp, bytes, bool]  # stamp, key, and whether to remember it
+
+
+def _looked_at_again(
+    paths: list[Path], results: list[_Identified | FileStamp | str], pool: ThreadPoolExecutor
+) -> list[_Identified | str]:
+    """Return the results, the files that were dated in the future being hashed once they have lain still."""
+    dated = {at: result for at, result in enumerate(results) if isinstance(result, FileStamp)}
+    if dated:
+        time.sleep(_GRAIN_NS / 1e9)
+    again = dict(zip(dated, pool.map(lambda at: _identify_dated(paths[at], dated[at]), dated), strict=True))
+    return [again[at] if isinstance(result, FileStamp) else result for at, result in enumerate(results)]
+
+
+def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> _Identified | FileStamp | str:
+    """Return stamp, key and whether to remember it, or why the file cannot be read.
+
+    Of a file whose ctime lies in the future, as by the clock of a server, return the stamp alone: `_identify_dated`
+    goes on with it when the clock's grain has passed.
+    """
     try:
         found = path.stat()
         stamp = _stamp(found)
@@ -203,12 +222,28 @@ def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> tuple[F
         if not stat.S_ISREG(found.st_mode):
             return "cannot be read: not a regular file"  # a pipe would be waited for, a device read for ever
         now = time.time_ns()
-        with path.open("rb") as file:
-            key = hashlib.file_digest(file, "sha256").digest()
-        settled = now - max(stamp.mtime, stamp.ctime) > _GRAIN_NS and file_stamp(path) == stamp
+        if stamp.ctime > now:
+            return stamp
+        # Whoever changes the file sets its ctime to the present; an mtime that is yet to come says nothing of that.
+        touched = stamp.ctime if stamp.mtime > now else max(stamp.mtime, stamp.ctime)
+        return _hashed(path, stamp, now - touched > _GRAIN_NS)
     except OSError as error:
         return unreadable(error)
-    return stamp, key, settled
+
+
+def _identify_dated(path: Path, before: FileStamp) -> _Identified | str:
+    """Return the same of a file that looked like `before` a grain of the clock ago."""
+    try:
+        stamp = file_stamp(path)
+        return _hashed(path, stamp, stamp == before)
+    except OSError as error:
+        return unreadable(error)
+
+
+def _hashed(path: Path, stamp: FileStamp, lay_still: bool) -> _Identified:
+    with path.open("rb") as file:
+        key = hashlib.file_digest(file, "sha256").digest()
+    return stamp, key, lay_still and file_stamp(path) == stamp
 
 
 def file_stamp(path: Path) -> FileStamp:
@@ -233,6 +268,9 @@ def remembered_digest(path: Path, index: Index) -> bytes:
     path = path.absolute()
     known = index.file_digests([path])[0]
     result = _identify_file(path, known)
+    if isinstance(result, FileStamp):
+        time.sleep(_GRAIN_NS / 1e9)
+        result = _identify_dated(path, result)
     if isinstance(result, str):
         raise CacheError(f"{path} {result}")
     stamp, key, remember = result

@@ -4,27 +4,30 @@
     label    (n,) int32, indices into class_names (k,)
     path, split (n,) text; key (n, 32) uint8, sha256 of the image's bytes; present (n,) bool
 
-Self-contained, or virtual: then the rows stay in the shards, and what is missing there reads as NaN.
+Self-contained, or virtual: then the rows stay in the shards, and what is missing there reads as NaN. HDF5 keeps every
+shard open that a virtual dataset was read from, nested ones too; one that it cannot open reads as NaN without an error.
 """
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import math
 import os
+import resource
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import h5py
 import numpy as np
 
 from pipeline.cache import storage
 from pipeline.cache.index import Located
+from pipeline.cache.lock import done_without, hold_alone
 from pipeline.cache.shard import check_bytes, damage_named, h5_in, opened, row_filters, row_layout
 from pipeline.cache.space import FeatureSpace
 from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError
@@ -35,6 +38,8 @@ VERSION = 1
 What = Literal["features", "pooled"]
 _MARGIN = 1.05  # HDF5's own bookkeeping on top of the rows
 _VIRTUAL_ROW_BYTES = 200  # about what key, name, label and split of an image take
+_BLOCK_BYTES = 2**26  # of rows in memory at a time
+_OTHER_FILES = 64  # that a process may have open beside the shards of a virtual file
 
 
 @dataclass(frozen=True)
@@ -70,15 +75,21 @@ def export(space: FeatureSpace, columns: Columns, out: Path, what: What, *, virt
             raise MissingRowsError(f"none of the rows is in {space.name}; run `features`")
         job = _Export(space, columns, located, what)
         partial = out.with_name(f"{storage.PARTIAL_PREFIX}{out.name}")
+        if done_without():  # nothing keeps two exports from writing to one name
+            partial = storage.partial_name(out.parent, ".h5")
         try:
             job.check_room(out, virtual)
-            with _written(partial) as (file, sink):
-                job.write_columns(file)
-                if virtual:
-                    job.write_virtual(file)
-                else:
-                    job.write_rows(file, sink)
-            storage.publish(partial, out)
+            if virtual:
+                job.check_open_files(out)
+            with _locked(partial) as raw:
+                with _written(raw, partial) as (file, sink):
+                    job.write_columns(file)
+                    if virtual:
+                        job.write_virtual(file)
+                    else:
+                        job.write_rows(file, sink)
+                job.read_back(partial, virtual)
+                storage.publish(partial, out)
         except BlockingIOError as error:
             raise CacheError(f"another process is writing {out}; wait for it, or name another file") from error
         except OSError as error:
@@ -101,6 +112,7 @@ class _Export:
         self._located = located
         self._what = what
         self._names = {record.id: name for name, record in space.index.shards(space.name).items()}
+        self._reader = space.reader(what)
         first = self._path(int(located.shards[located.found][0]))
         self._shape, self._dtype = row_layout(first, what)  # of one row
 
@@ -116,6 +128,21 @@ class _Export:
         if needed > free:
             raise CacheError(f"{out} needs about {size_text(needed)}, {size_text(free)} are free; make room")
 
+    def check_open_files(self, out: Path) -> None:
+        """Refuse a virtual file of more shards than this process may open, as HDF5 would read NaN of the others."""
+        shards, may = len(self._shards), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if may != resource.RLIM_INFINITY and shards > may - _OTHER_FILES:
+            raise CacheError(
+                f"{out} would refer to {shards:,} shards, but only {may:,} files may be open at once here, and rows of "
+                f"the others would read as NaN; leave out --virtual, or raise the limit (`ulimit -n "
+                f"{shards + 2 * _OTHER_FILES}`) here and wherever the file is read"
+            )
+
+    @property
+    def _shards(self) -> np.ndarray:
+        """Return the ids of the shards that hold the rows, (s,) int64."""
+        return np.unique(self._located.shards[self._located.found])
+
     def write_columns(self, file: h5py.File) -> None:
         columns, text = self._columns, h5py.string_dtype()
         file.attrs.update({"format": FORMAT, "version": VERSION, "dataset": columns.dataset})
@@ -128,21 +155,69 @@ class _Export:
             file.create_dataset(name, data=np.array(readable, object), dtype=text)
 
     def write_rows(self, file: h5py.File, sink: _Sink) -> None:
-        """Copy the rows. Chunks of features are taken as they lie in the shards, without unpacking them."""
+        """Copy the rows. Chunks of features are taken as they lie in the shards, if those are packed alike."""
         n = len(self._columns.keys)
         filters = row_filters(self._what, (n, *self._shape), self._dtype)
         target: Any = file.create_dataset(self._what, (n, *self._shape), self._dtype, **filters)
-        copy = _copy_chunks if self._what == "features" else _copy_values
         with self._space.progress("exporting", n, "rows") as advance:
             for shard, at in self._by_shard():
                 path = self._path(shard)
                 check_bytes(path)  # an unpacked chunk would tell of damage; these are passed on unseen
                 with opened(path) as source:
                     self._check_keys(source, shard, at)
-                    copy(source[self._what], self._located.positions[at], target, at)
+                    raw = self._what == "features" and _packed_alike(source[self._what], target)
+                    if raw:
+                        _copy_chunks(source[self._what], self._located.positions[at], target, at)
+                if not raw:
+                    self._copy_values(target, at)
                 if sink.error is not None:  # the rest would be written to nowhere
                     return
                 advance(len(at))
+
+    def _copy_values(self, target: Any, at: np.ndarray) -> None:
+        """Unpack rows and pack them as `target` is; `at` are those of one shard, in its order."""
+        for some in self._blocks(at):
+            rows, order = self._reader.read(self._located.take(some)), np.argsort(some)
+            target[some[order]] = rows[order]  # HDF5 takes ascending places only
+
+    def _blocks(self, at: np.ndarray) -> list[np.ndarray]:
+        """Cut the indices of rows into parts that fit into memory."""
+        most = max(1, _BLOCK_BYTES // (math.prod(self._shape) * self._dtype.itemsize))
+        return np.split(at, range(most, len(at), most))
+
+    def read_back(self, path: Path, virtual: bool) -> None:
+        """Compare every row of the written file, or of a virtual one a row of each shard, with those of the shards.
+
+        Raises
+        ------
+        CacheError
+            If they are not the same, or cannot be read.
+        """
+        places = np.arange(len(self._columns.keys))
+        if virtual:
+            shards, first = np.unique(self._located.shards, return_index=True)
+            places = np.sort(first[shards >= 0])
+        in_shards = places[np.lexsort((self._located.positions[places], self._located.shards[places]))]
+        expected = np.zeros(len(self._columns.keys), np.uint32)
+        with self._space.progress("reading back", 2 * len(places), "rows") as advance:
+            for some in self._blocks(in_shards):
+                expected[some] = _checksums(self._reader.read(self._located.take(some)))
+                advance(len(some))
+            for some, found in zip(self._blocks(places), self._written_rows(path, places), strict=True):
+                if not np.array_equal(_checksums(found), expected[some]):
+                    raise CacheError(f"{path.name} does not read back as the rows in the shards; export them again")
+                advance(len(some))
+
+    def _written_rows(self, path: Path, places: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the rows at ascending `places` of the written file, a block at a time."""
+        try:
+            with h5py.File(path, "r", locking=False) as file:
+                written: Any = file[self._what]
+                for some in self._blocks(places):
+                    side_by_side = some[-1] - some[0] + 1 == len(some)
+                    yield written[int(some[0]) : int(some[-1]) + 1] if side_by_side else written[some]
+        except (OSError, RuntimeError, KeyError) as error:
+            raise CacheError(f"{path.name} cannot be read back ({error}); export the rows again") from error
 
     def _by_shard(self) -> Iterator[tuple[int, np.ndarray]]:
         shards = self._located.shards
@@ -154,7 +229,7 @@ class _Export:
         stored: Any = source["key"]
         keys, positions = stored[:], self._located.positions[at]
         row: Any = source[self._what]
-        alike = row.shape[1:] == self._shape and positions.max() < len(keys)
+        alike = row.shape[1:] == self._shape and row.dtype == self._dtype and positions.max() < len(keys)
         if not alike or not np.array_equal(keys[positions], self._located.keys[at]):
             raise ShardDamagedError(self._path(shard), "holds other rows than the index says")
 
@@ -177,7 +252,19 @@ class _Export:
         with damage_named(path), opened(path) as file:
             self._check_keys(file, shard, at)
             found: Any = file[self._what]
-            return h5py.VirtualSource(str(path.absolute()), self._what, found.shape, found.dtype)
+            return h5py.VirtualSource(self._name(path), self._what, found.shape, found.dtype)
+
+    @staticmethod
+    def _name(path: Path) -> str:
+        """Return what a virtual dataset calls a file: HDF5 takes names for patterns, as of printf."""
+        return str(path.absolute()).replace("%", "%%")
+
+
+def _packed_alike(source: Any, target: Any) -> bool:
+    """Return whether a chunk of one dataset can stand in the other as it is."""
+    made = [dataset.id.get_create_plist() for dataset in (source, target)]
+    pipelines = [[plist.get_filter(i)[:3] for i in range(plist.get_nfilters())] for plist in made]
+    return source.chunks == target.chunks and source.dtype == target.dtype and pipelines[0] == pipelines[1]
 
 
 def _copy_chunks(source: Any, positions: np.ndarray, target: Any, at: np.ndarray) -> None:
@@ -187,26 +274,31 @@ def _copy_chunks(source: Any, positions: np.ndarray, target: Any, at: np.ndarray
         target.id.write_direct_chunk((place, *zeros), chunk, mask)
 
 
-def _copy_values(source: Any, positions: np.ndarray, target: Any, at: np.ndarray) -> None:
-    rows, order = source[:][positions], np.argsort(at)
-    target[at[order]] = rows[order]  # HDF5 takes ascending places only
+def _checksums(rows: np.ndarray) -> list[int]:
+    return [zlib.crc32(row) for row in np.ascontiguousarray(rows)]
 
 
 @contextmanager
-def _written(path: Path) -> Iterator[tuple[h5py.File, _Sink]]:
-    """Give a new HDF5 file whose disk may fill up: HDF5 would crash the process at its end, so it is not told.
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """Give the file to be written, held for this process alone; what a killed one left is begun anew.
 
-    Raises BlockingIOError if another process is writing it; what a killed one left is begun anew.
+    Raises BlockingIOError if another process is writing it.
     """
     storage.about_to("create", path)
     with storage.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW) as raw:
-        fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hold_alone(raw, path)
         raw.truncate(0)
-        sink = _Sink(raw.fileno(), lambda: storage.about_to("write", path))
-        with h5_in(sink) as file:
-            yield file, sink
-        if sink.error is not None:
-            raise sink.error
+        yield raw
+
+
+@contextmanager
+def _written(raw: BinaryIO, path: Path) -> Iterator[tuple[h5py.File, _Sink]]:
+    """Give a new HDF5 file in `raw`. Its disk may fill up: HDF5 would crash the process at its end, so is not told."""
+    sink = _Sink(raw.fileno(), lambda: storage.about_to("write", path))
+    with h5_in(sink) as file:
+        yield file, sink
+    if sink.error is not None:
+        raise sink.error
 
 
 class _Sink(io.RawIOBase):

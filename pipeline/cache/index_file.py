@@ -48,6 +48,7 @@ ALTER TABLE quarantine ADD COLUMN since TEXT;
 # What a file of ours holds: anything more, a trigger say, is somebody else's.
 _OLD_OBJECTS = {"shards", "rows", "rows_by_key", "files", "quarantine"}
 _OBJECTS = {0: set[str](), 1: _OLD_OBJECTS, 2: _OLD_OBJECTS, VERSION: {*_OLD_OBJECTS, "urls"}}
+_NOT_WRITABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -134,6 +135,22 @@ class IndexFile:
         found = self._all("PRAGMA integrity_check(1)")
         if found != [("ok",)]:
             raise IndexDamagedError(self.path, str(found[0][0]) if found else "no answer")
+
+    def require_writable(self) -> None:
+        """Raise CacheError unless the index can be written: what is computed could not be noted in it."""
+        try:
+            with self._reading() as db:
+                db.execute("BEGIN IMMEDIATE")
+                db.execute(f"PRAGMA user_version = {VERSION}")  # as it is; the first change makes the journal, too
+                db.rollback()
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _NOT_WRITABLE:
+                raise
+            raise CacheError(
+                f"the index {self.path} cannot be written ({error}), so nothing is computed; see the permissions of it "
+                "and of its folder (shared by a group: chmod g+w), or put an index of your own elsewhere by "
+                "ICEBOX_INDEX=FILE"
+            ) from error
 
     def renew(self, damage: IndexDamagedError) -> None:
         """Set the damaged file aside and begin an empty one, to be filled from the shards."""
@@ -235,6 +252,8 @@ def _sound(path: Path) -> bool:
 
 def connect(path: Path) -> sqlite3.Connection:
     """Open the index at `path`, made or brought up to date if need be. Raises IndexDamagedError and CacheError."""
+    if not storage.exists(path):
+        storage.make_file(path)  # SQLite's own are closed to the group, whatever the umask says; its journals follow
     storage.about_to("open index", path)
     db = sqlite3.connect(path, timeout=60)
     try:

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from pipeline.cache import storage
 from pipeline.errors import CacheError
@@ -17,6 +18,12 @@ from pipeline.errors import CacheError
 def done_without() -> bool:
     """Return whether a person said that the cache lies where there are no locks: ICEBOX_LOCKS=off."""
     return os.environ.get("ICEBOX_LOCKS", "").lower() in ("off", "0", "no", "false")
+
+
+def spare_hdf5() -> None:
+    """Have HDF5, Keras' included, lock no file where locks are `done_without`. It looks once, while it is loaded."""
+    if done_without():
+        os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
 
 
 @contextmanager
@@ -59,6 +66,26 @@ def exclusive(path: Path, on_wait: Callable[[str], None], *, needed: bool = Fals
         yield
     finally:
         file.close()
+
+
+def hold_alone(file: BinaryIO, path: Path) -> None:
+    """Hold an open file until it is closed, unless locks are `done_without`.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process holds it.
+    CacheError
+        If its file system has no locks.
+    """
+    if done_without():
+        return
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise _no_locks(path, error) from error
 
 
 @contextmanager

@@ -186,9 +186,11 @@ class FeatureSpace:
 
     @contextmanager
     def lock(self, on_wait: Callable[[str], None]) -> Iterator[None]:
-        """Be the only writer of this space; on entry what others wrote meanwhile is known."""
+        """Be the only writer of this space, knowing what others wrote. Raises CacheError if it cannot be written."""
         with exclusive(self.path / ".lock", on_wait):
             storage.make_folder(self.shards)  # what copies a cache may leave empty folders out
+            storage.require_writable(self.shards)
+            self.index.require_writable()
             self.sync()
             yield
 

@@ -16,7 +16,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -58,6 +58,26 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         while rest:
             about_to("write", path)
             rest = rest[file.write(rest[:_BLOCK]) :]
+
+
+def make_file(path: Path) -> None:
+    """Make an empty file with the permissions that the umask leaves, unless there is one."""
+    about_to("create", path)
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+
+
+def require_writable(directory: Path) -> None:
+    """Raise CacheError unless files can be made in `directory`: known before anything is computed for it."""
+    probe = partial_name(directory)
+    try:
+        write_file(probe, b"")
+        remove(probe)
+    except OSError as error:
+        raise CacheError(
+            f"nothing can be written to {directory} ({error.strerror or error}), so nothing is computed; see its "
+            "permissions, and the room on its disk"
+        ) from error
 
 
 def publish(partial: Path, final: Path) -> None:

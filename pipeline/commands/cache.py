@@ -196,11 +196,19 @@ def _keep(
 
 
 def _ask(rows: int) -> None:
-    """Ask before features are removed, where there is somebody to answer."""
+    """Ask before features are removed. Raises UsageError where there is nobody to answer."""
     import sys
 
-    if rows and sys.stdin.isatty():
-        typer.confirm(f"{counted(rows, 'row')} of features will be removed; go on?", abort=True, err=True)
+    from pipeline.errors import UsageError
+
+    if not rows:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(
+            f"{counted(rows, 'row')} of features would be removed, and there is no terminal to ask at; nothing was "
+            "removed. --dry-run tells which shards they are in, --yes removes them"
+        )
+    typer.confirm(f"{counted(rows, 'row')} of features will be removed; go on?", abort=True, err=True)
 
 
 @cache_app.command("export")
@@ -254,6 +262,7 @@ def cache_export(
         "path": str(out),
         "rows": done.rows,
         "missing": done.missing,
+        "shards": done.shards,
         "bytes": done.bytes,
         "space": done.space,
         "what": what,
@@ -262,6 +271,11 @@ def cache_export(
         "quarantined_images": [asdict(bad) for bad in done.quarantined],
         "seconds": round(time.perf_counter() - start, 3),
     }
-    note = "it refers to the shards as they are now: after `cache gc`, export it again" if virtual else None
+    note = (
+        "it refers to the shards as they are now: after `cache gc`, export it again. To read all of it "
+        f"{done.shards:,} files must be open at once (`ulimit -n`), or rows read as NaN"
+        if virtual
+        else None
+    )
     finish(result, as_json, ("path", "rows", "missing", "bytes", "space", "seconds"), note=note)
     exit_for_bad(done.quarantined, len(images), max_bad)

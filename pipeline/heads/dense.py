@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline import machine
+from pipeline import machine, weights_file
 from pipeline.batches import Shuffled
 from pipeline.cache import storage
 from pipeline.errors import DatasetError, RunError
@@ -48,7 +47,7 @@ class DenseHead:
 
     def save(self, directory: Path) -> None:
         """Write Keras weights and our JSON."""
-        self.model.save_weights(directory / _WEIGHTS_FILE)
+        weights_file.save(self.model, directory / _WEIGHTS_FILE)
         about = self.spec.to_dict()
         made = {
             "head": about.pop("head"),
@@ -66,9 +65,7 @@ class DenseHead:
             raise RunError(f"{_WEIGHTS_FILE} is not the file that was saved")
         spec = HeadSpec.make(made["head"], **made["settings"])
         model = build(spec, tuple(made["input_shape"]), made["classes"])
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # Keras only warns where a file lacks or adds layers
-            model.load_weights(directory / _WEIGHTS_FILE)
+        weights_file.load(model, directory / _WEIGHTS_FILE)
         return cls(model, spec)
 
     @property

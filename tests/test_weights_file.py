@@ -1,0 +1,65 @@
+"""Keras weights files are read and written where there are no locks, whatever HDF5 is told of that from outside."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+from conftest import ROOT, Finished, environment
+
+
+def python(script: str, *arguments: str | Path, **env: str) -> Finished:
+    command = [sys.executable, "-c", f"import sys\nfrom pathlib import Path\n{script}", *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment(**env), timeout=300, check=False
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def test_without_locks_hdf5_locks_nothing_whatever_its_own_setting_says(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["x"] = np.arange(3)
+    script = "import pipeline, h5py\nprint(h5py.File(sys.argv[1])['x'][2], h5py.File(sys.argv[1], locking=False).mode)"
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # HDF5 meets what it meets where there are no locks: it is not given one
+        assert "unable to lock file" in python(script, path).err
+        for own in ("TRUE", "FALSE", "BEST_EFFORT"):
+            done = python(script, path, ICEBOX_LOCKS="off", HDF5_USE_FILE_LOCKING=own)
+            assert (done.code, done.out) == (0, "2 r\n"), done.err
+        assert python(script, path, ICEBOX_LOCKS="on").code == 1
+
+
+_HEAD = """
+sys.path.insert(0, "tests")
+from pipeline import heads
+from pipeline.errors import IceboxError
+from pipeline.heads.dense import DenseHead, build
+from pipeline.spec import HeadSpec
+folder = Path(sys.argv[1])
+try:
+    if not (folder / "head.json").exists():
+        spec = HeadSpec.make("gap", hidden="none")
+        DenseHead(build(spec, (8,), 3), spec).save(folder)
+    again = heads.load(folder)
+    again.save(folder)
+    print(again.parameters)
+except IceboxError as error:
+    print(error)
+"""
+
+
+def test_a_head_is_read_and_written_where_there_are_no_locks(tmp_path: Path) -> None:
+    assert python(_HEAD, tmp_path).out == "27\n"
+    path = tmp_path / "head.weights.h5"
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused = python(_HEAD, tmp_path)
+        assert f"{path} cannot be locked (Resource temporarily unavailable)" in refused.out
+        assert "ICEBOX_LOCKS=off goes on without" in refused.out
+        done = python(_HEAD, tmp_path, ICEBOX_LOCKS="off")
+        assert (done.code, done.out) == (0, "27\n"), done.err
