@@ -104,7 +104,9 @@ def evaluate_run(
         said = _said_of_images(run, material, members, max_pixels, workspace)
     predictions = runs.Predictions(side, material.names(members), material.labels(members), said)
     metrics = evaluate(predictions.labels, predictions.probabilities, run.classes)
-    title = side if own or material.content == run.content else f"{dataset.name}-{side}-{material.digest()[:8]}"  # names may be alike, images not
+    title = (
+        side if own or material.content == run.content else f"{dataset.name}-{side}-{material.digest()[:8]}"
+    )  # names may be alike, images not
     title += "-trained-included" * (include_trained and bool(chosen.trained_on))
     path = _keep(run, title, predictions, metrics, out)
     return Evaluation(

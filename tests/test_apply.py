@@ -124,7 +124,7 @@ def test_a_split_it_was_trained_on_is_said(
     workspace: Workspace, photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluated(workspace, trained(workspace, photos), photos, split="train")
-    assert "was trained on images of this split" in caplog.text
+    assert "97 of these 97 images were trained on: new ones will be harder" in caplog.text
 
 
 def tampered(workspace: Workspace, name: str, *keys: str, to: Any) -> None:

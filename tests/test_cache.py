@@ -604,7 +604,7 @@ def test_two_caches_do_not_share_an_index(
     opener().close()
     opener().close()
     with pytest.raises(CacheError, match=r"named\.db, the index of another cache than .*other"):
-        Cache(tmp_path / "other")
+        _ = Cache(tmp_path / "other").index
     assert opener().open(space.name).locate([key(1)]).found.all(), "whose it is it stays"
 
 

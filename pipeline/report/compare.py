@@ -13,7 +13,7 @@ from pipeline.cache import storage
 from pipeline.errors import RunError, did_you_mean
 from pipeline.leaderboard import varied
 from pipeline.report import page
-from pipeline.report.single import publish, trained_on
+from pipeline.report.single import publish, require_target, trained_on
 from pipeline.run_dataset import RunDataset, distinct, told_apart
 from pipeline.workspace import Workspace
 
@@ -55,6 +55,7 @@ def compare(names: Sequence[str], workspace: Workspace, out: Path) -> dict[str, 
         best = chosen[0].about["summary"]["run"]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"a run does not say what it should ({error!r}); `runs ls` lists them") from error
+    require_target(out)
     publish(out, text)
     return {"page": str(out), "bytes": out.stat().st_size, "runs": len(chosen), "best": best}
 
@@ -137,6 +138,7 @@ def of_sweep(folder: Path, out: Path) -> dict[str, Any]:
         told = {"sweep": str(about["sweep"]), "runs": len(about["runs"]), "best": str(about["best"]["run"])}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{folder / 'sweep.json'} cannot be read ({error!r}); sweep anew") from error
+    require_target(out)
     publish(out, text)
     return {"page": str(out), "bytes": out.stat().st_size, **told}
 
