@@ -67,7 +67,7 @@ class Sorted:
 
         Of the test split these are copies of images of other splits, and what the initial model was trained on.
         """
-        if not self.split.crossing and self.initial is None and self.split.drawn:
+        if not self.split.crossing and self.initial is None:
             return self.sides(members) != "test"
         return self.run_images().contains([self.keys[i] for i in members.tolist()], *SEEN)
 

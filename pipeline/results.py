@@ -65,7 +65,7 @@ def write(
         "dataset": {
             "name": dataset.name,
             "path": path,
-            "image_root": image_root,
+            **({"image_root": image_root} if image_root else {}),
             "images": len(dataset),
             "split": images.split.origin,
             "content": images.content,

@@ -9,16 +9,17 @@ False if that is not known. It is read by `numpy.load(allow_pickle=False)`.
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 
 from pipeline.cache import storage
-from pipeline.cache.keys import KEY_BYTES, comparable, raw
+from pipeline.cache.keys import KEY_BYTES, Keys, comparable, in_order, raw
 from pipeline.checksums import not_published, read_checksums
 from pipeline.errors import RunError
 
@@ -43,11 +44,10 @@ class RunImages:
     @classmethod
     def of(cls, keys: Mapping[str, Sequence[bytes]], initial: Self | None = None) -> Self:
         """Return the images with these keys, by the split; `initial` is what the run began with."""
-        parts = {split: np.unique(_comparable(raw(keys.get(split, ())))) for split in _OWN}
-        parts["initial"] = np.unique(initial.among(*SEEN)) if initial else _comparable(raw(()))
-        digests = np.concatenate([_digests(part) for part in parts.values()])
-        numbers = np.repeat(np.arange(len(parts), dtype=np.uint8), [len(part) for part in parts.values()])
-        return cls(digests, numbers, initial is None or initial.complete)
+        parts = [_distinct(raw(keys.get(split, ()))) for split in _OWN]
+        parts.append(_distinct(initial.among(*SEEN) if initial else raw(())))
+        numbers = np.repeat(np.arange(len(parts), dtype=np.uint8), [len(part) for part in parts])
+        return cls(np.concatenate(parts), numbers, initial is None or initial.complete)
 
     @classmethod
     def unknown(cls) -> Self:
@@ -55,17 +55,28 @@ class RunImages:
         return cls(raw(()), np.zeros(0, np.uint8), complete=False)
 
     def among(self, *splits: str) -> np.ndarray:
-        """Return the images in any of these splits, (m,) keys that NumPy compares as wholes; some may stand twice."""
-        return _comparable(self.digests[np.isin(self.splits, [SPLITS.index(split) for split in splits])])
+        """Return the keys of the images in any of these splits, (m, 32) uint8; some may stand there twice."""
+        return self.digests[np.isin(self.splits, [SPLITS.index(split) for split in splits])]
 
     def contains(self, keys: Sequence[bytes], *splits: str) -> np.ndarray:
         """Return which of the images with these keys are in any of these splits, (n,) bool."""
-        return np.isin(_comparable(raw(keys)), self.among(*splits))
+        known, wanted = self.among(*splits), raw(keys)
+        if not len(known):
+            return np.zeros(len(wanted), bool)
+        order = in_order(known)
+        begins, starts = _beginnings(known)[order], _beginnings(wanted)
+        at = np.minimum(np.searchsorted(begins, starts), len(order) - 1)
+        found = (known[order[at]] == wanted).all(axis=1)
+        doubtful = (begins[at] == starts) & ~found  # somebody made keys that begin alike
+        found[doubtful] = np.isin(comparable(wanted[doubtful]), comparable(known)) if doubtful.any() else False
+        return found
 
     def shares_most(self, other: Self) -> bool:
         """Return whether these are images of the same dataset: most of those of the smaller one are in the other."""
-        mine, theirs = (np.unique(each.among(*_OWN)) for each in (self, other))
-        return 2 * np.isin(mine, theirs).sum() > min(len(mine), len(theirs))
+        mine, theirs = sorted((_distinct(each.among(*_OWN)) for each in (self, other)), key=len)
+        begins, starts = _beginnings(theirs), _beginnings(mine)
+        found = begins[np.minimum(np.searchsorted(begins, starts), len(begins) - 1)] == starts if len(mine) else starts
+        return 2 * int(found.sum()) > len(mine)
 
     def write(self, folder: Path) -> None:
         """Write the file into a run's folder."""
@@ -88,16 +99,16 @@ class RunImages:
             with storage.open_regular(path, 0) as file:
                 if known and hashlib.file_digest(file, "sha256").hexdigest() != known.get(FILE):  # pyright: ignore[reportArgumentType]
                     raise not_published(path)
-                file.seek(0)
+                _check_size(file)
                 with np.load(file, allow_pickle=False) as stored:
                     found = cls(stored["key"], stored["split"], bool(stored["complete"]))
                     names = stored["splits"].tolist()
-            found.check(names)
+            found._check(names)
         except (OSError, ValueError, LookupError, EOFError, MemoryError, zipfile.BadZipFile) as error:
             raise RunError(f"{path} cannot be read ({error}); restore it, or train anew") from error
         return found
 
-    def check(self, names: Sequence[str]) -> None:
+    def _check(self, names: Sequence[str]) -> None:
         """Raise ValueError unless the arrays are of the shapes and values they must be."""
         whole = self.digests.shape == (len(self.splits), KEY_BYTES) and self.splits.shape == (len(self.splits),)
         types = self.digests.dtype == np.uint8 and self.splits.dtype == np.uint8
@@ -105,9 +116,19 @@ class RunImages:
             raise ValueError("not the keys of images and their splits")
 
 
-def _comparable(digests: np.ndarray) -> np.ndarray:
-    return comparable(digests) if len(digests) else np.zeros(0, f"S{KEY_BYTES}")
+def _check_size(file: BinaryIO) -> None:
+    """Raise ValueError if the file would unpack to more than it has bytes: nothing in ours is packed."""
+    with zipfile.ZipFile(file) as stored:
+        unpacked = sum(part.file_size for part in stored.infolist())
+    if unpacked > file.seek(0, os.SEEK_END):
+        raise ValueError(f"it would unpack to {unpacked:,} bytes")
+    file.seek(0)
 
 
-def _digests(keys: np.ndarray) -> np.ndarray:
-    return np.frombuffer(keys.tobytes(), np.uint8).reshape(-1, KEY_BYTES)
+def _distinct(digests: np.ndarray) -> np.ndarray:
+    return digests[Keys(digests, np.ones(len(digests), bool)).grouped().first]
+
+
+def _beginnings(digests: np.ndarray) -> np.ndarray:
+    """Return the first eight bytes of each key as a number, (n,) uint64, in the order of the keys."""
+    return np.ascontiguousarray(digests[:, :8]).view(">u8").ravel().astype(np.uint64)

@@ -19,7 +19,9 @@ CAFE = "cafe\N{COMBINING ACUTE ACCENT}", "caf\N{LATIN SMALL LETTER E WITH ACUTE}
 def of(tmp_path: Path) -> Any:
     """Make the dataset of a run on a folder, with these images."""
 
-    def make(asked: str, numbers: range | None = None, classes: tuple[str, ...] = ("a", "b"), **more: Any) -> RunDataset:
+    def make(
+        asked: str, numbers: range | None = None, classes: tuple[str, ...] = ("a", "b"), **more: Any
+    ) -> RunDataset:
         folder = tmp_path / "runs" / str(len(list(tmp_path.glob("runs/*"))))
         folder.mkdir(parents=True)
         if numbers is not None:

@@ -50,6 +50,12 @@ def test_what_the_initial_model_has_seen_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04nothing", b"\x80\x04N."], ids=["empty", "no zip", "a pickle"])
+def test_keys_that_begin_alike_are_told_apart() -> None:
+    alike = [bytes(8) + key(n)[8:] for n in range(4)]
+    images = RunImages.of({"train": alike[:3]})
+    assert images.contains([*alike, key(0)], *SEEN).tolist() == [True, True, True, False, False]
+
+
 def test_a_file_that_was_changed_is_refused(tmp_path: Path, content: bytes) -> None:
     kept(tmp_path, RunImages.of(KEYS))
     (tmp_path / FILE).write_bytes(content)
@@ -68,6 +74,15 @@ def test_arrays_that_are_no_keys_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / FILE, key=np.zeros((2, 31), np.uint8), split=np.zeros(2, np.uint8), splits=names, complete=True)
     write_checksums(tmp_path, ())
     with pytest.raises(RunError, match="not the keys of images and their splits"):
+        RunImages.read(tmp_path)
+
+
+def test_a_file_that_would_unpack_to_more_is_refused(tmp_path: Path) -> None:
+    names = np.array(["train", "val", "test", "initial"])
+    keys, splits = np.zeros((10_000, 32), np.uint8), np.zeros(10_000, np.uint8)
+    np.savez_compressed(tmp_path / FILE, key=keys, split=splits, splits=names, complete=True)
+    write_checksums(tmp_path, ())
+    with pytest.raises(RunError, match=r"it would unpack to 33\d,\d+ bytes"):
         RunImages.read(tmp_path)
 
 
