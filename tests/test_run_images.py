@@ -49,13 +49,13 @@ def test_what_the_initial_model_has_seen_counts(tmp_path: Path) -> None:
     assert unknown is not None and not unknown.complete
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04nothing", b"\x80\x04N."], ids=["empty", "no zip", "a pickle"])
 def test_keys_that_begin_alike_are_told_apart() -> None:
     alike = [bytes(8) + key(n)[8:] for n in range(4)]
     images = RunImages.of({"train": alike[:3]})
     assert images.contains([*alike, key(0)], *SEEN).tolist() == [True, True, True, False, False]
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04nothing", b"\x80\x04N."], ids=["empty", "no zip", "a pickle"])
 def test_a_file_that_was_changed_is_refused(tmp_path: Path, content: bytes) -> None:
     kept(tmp_path, RunImages.of(KEYS))
     (tmp_path / FILE).write_bytes(content)
