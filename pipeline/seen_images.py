@@ -43,12 +43,14 @@ def seen_images(run: TrainedRun, workspace: Workspace, at_hand: Sorted | None = 
 
 
 def initial_images(init: Path, workspace: Workspace, depth: int = _MOST_INITIAL) -> RunImages:
-    """Return the images of the run in the folder `init`, with which another one begins."""
+    """Return the images of the run in the folder `init`, with which another one begins; if nobody knows, that is said."""
     try:
         found = _seen(open_run(workspace.runs, str(init)), workspace, None, depth - 1) if depth else None
     except RunError as error:
         logger.warning("%s", error)
         found = None
+    if found is None:
+        logger.warning("nobody knows which images %s was trained on: what begins with it may be measured on them", init)
     return found or RunImages.unknown()
 
 

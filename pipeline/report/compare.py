@@ -69,7 +69,7 @@ def _chosen(names: Sequence[str], workspace: Workspace) -> list[RunDataset]:
     return [each for each in runs.list_datasets(workspace.runs) if each.is_same(latest)]
 
 
-def _notes(chosen: Sequence[RunDataset]) -> list[str]:
+def notes_of(chosen: Sequence[RunDataset]) -> list[str]:
     """Return what is to be known of the accuracies beside each other: what each was measured on."""
     notes, datasets = list[str](), distinct(chosen)
     if len(datasets) > 1:
@@ -93,7 +93,7 @@ def _page_of_runs(chosen: Sequence[RunDataset]) -> str:
         title="1 run compared" if len(about) == 1 else f"{len(about):,} runs compared",
         subtitle=", ".join(names),
         untrained=any(str(each["features"].get("weights", "")).startswith("untrained") for each in about),
-        notes=[*_notes(chosen), note],
+        notes=[*notes_of(chosen), note],
         caption="Accuracy on the test split.",
         scatter=page.scatter(
             [_means(summary) for summary in drawn],
