@@ -43,7 +43,7 @@ def seen_images(run: TrainedRun, workspace: Workspace, at_hand: Sorted | None = 
 
 
 def initial_images(init: Path, workspace: Workspace, depth: int = _MOST_INITIAL) -> RunImages:
-    """Return the images of the run in the folder `init`, with which another one begins; if nobody knows, that is said."""
+    """Return the images of the run in the folder `init`, with which another begins; if nobody knows, that is said."""
     try:
         found = _seen(open_run(workspace.runs, str(init)), workspace, None, depth - 1) if depth else None
     except RunError as error:
