@@ -57,6 +57,7 @@ def opener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Opener]:
 
     def open_cache() -> Cache:
         opened.append(Cache(tmp_path / "cache"))
+        assert opened[-1].index is not None  # opened, which it is when it is first needed
         return opened[-1]
 
     yield open_cache

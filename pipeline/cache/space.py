@@ -282,21 +282,18 @@ class Cache:
     def __init__(self, root: Path, progress: Progress = silent) -> None:
         self.root = root
         self.progress = progress
+        self._named_index = os.environ.get("ICEBOX_INDEX")
 
     @cached_property
     def index(self) -> Index:
         """The index, opened, or made, when it is first needed: a command that only lists leaves no cache behind."""
-        named = os.environ.get("ICEBOX_INDEX")
-        return Index(Path(named), self.root) if named else Index(self._own_index)
+        named = self._named_index
+        return Index(Path(named), self.root) if named else Index(self.root / "cache.db")
 
     @property
     def has_index(self) -> bool:
         """Whether there is an index to be opened."""
-        return storage.exists(Path(os.environ.get("ICEBOX_INDEX") or self._own_index))
-
-    @property
-    def _own_index(self) -> Path:
-        return self.root / "cache.db"
+        return storage.exists(Path(self._named_index or self.root / "cache.db"))
 
     def close(self) -> None:
         """Close the index."""
