@@ -99,7 +99,7 @@ def grouped(runs: Sequence[TrainedRun], workspace: Workspace, weights: str | Non
     """
     found: dict[object, list[TrainedRun]] = {}
     for run in runs:
-        run.require_classes(runs[0].classes)
+        run.require_same_classes(runs[0])
         _require_same_reading(run)
         warn_untrained(run.base)
         found.setdefault(run.path if run.full else run.spec, []).append(run)

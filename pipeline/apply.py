@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +25,15 @@ from pipeline.pixels import Pixels, decoding
 from pipeline.planning import Quarantined
 from pipeline.progress import counted
 from pipeline.rows import Wanted, open_rows
+from pipeline.run_images import SEEN, RunImages
+from pipeline.seen_images import seen_images
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 Side = Literal["train", "val", "test", "all"]
+_FILES = {"metrics.json", "predictions.csv", "confusion.png", "calibration.png"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Evaluation:
     metrics: dict[str, Any]
     path: Path
     quarantined: list[Quarantined]
+    trained_on: int | None  # how many of the images asked for the run was trained or selected on; None if not known
+    left_out: int  # how many of these were not measured
 
 
 def evaluate_run(
@@ -53,50 +59,106 @@ def evaluate_run(
     max_pixels: int,
     split: Side | None = None,
     space: str | None = None,
-    own: bool = True,
+    own: bool = False,
     memory: int | None = None,
+    include_trained: bool = False,
+    out: Path | None = None,
 ) -> Evaluation:
     """Measure `run` on `dataset` and keep metrics, predictions and pictures in the run's folder.
 
-    A head reads cached rows, a full model images.
+    A head reads cached rows, a full model images. The classes of `dataset` are matched to the run's by name. Images
+    that the run was trained or selected on are known by their content and left out, unless they are asked for.
 
     Parameters
     ----------
     split
-        Which images; by default the test split, of a dataset not its own and without splits all of them.
+        Which images; by default the test split, of a dataset not its own and without splits all of them. "train" and
+        "all" ask for images it was trained on, too; "val" asks for those it was selected on.
     space
         A feature space by name, instead of the run's own.
     own
-        Whether `dataset` is the one it was trained on.
+        Whether `dataset` is the one it was trained on, so that by default its test split is meant.
+    include_trained
+        Measure images that the run was trained on, too.
+    out
+        The folder to make, instead of one in the run's folder.
 
     Raises
     ------
     SpecError
         If the space is not the one it was trained in.
     UsageError
-        If a space is named for a full model.
+        If a space is named for a full model, or `out` holds something else.
     DatasetError
-        If the classes differ, or the split is empty.
+        If the run does not know a class, or no image is left to measure.
     MissingRowsError
         If an image that can be decoded has no row; the text names `features_command`.
     """
-    run.require_classes(dataset.classes)
+    dataset = run.matched(dataset)
+    _require_writable(run, out)
     material = _gathered(run, dataset, workspace, features_command, max_pixels, space, memory)
-    side: Side = split or ("test" if own or not material.split.drawn else "all")
-    if own and (side in ("train", "all") or (side == "val" and run.saw_validation)):
-        logger.warning("the run %s was trained on images of this split: new ones will be harder", run.name)
-    members = np.arange(len(material.keys)) if side == "all" else material.members(side)
-    if not len(members):
-        raise DatasetError(f"no images in the {side} split of {dataset.name}; name another by --split")
+    chosen = _choose(run, material, seen_images(run, workspace, material), split, own, include_trained)
+    side, members = chosen.side, chosen.members
     if isinstance(material, Material):
         said = _said_of_rows(run, material, members, side, memory)
     else:
         said = _said_of_images(run, material, members, max_pixels, workspace)
     predictions = runs.Predictions(side, material.names(members), material.labels(members), said)
     metrics = evaluate(predictions.labels, predictions.probabilities, run.classes)
-    title = side if own else f"{dataset.name}-{side}-{material.digest()[:8]}"  # names may be alike, images not
-    path = _keep(run, title, predictions, metrics)
-    return Evaluation(run.name, dataset.name, side, metrics, path, material.quarantined)
+    title = (
+        side if own or material.content == run.content else f"{dataset.name}-{side}-{material.digest()[:8]}"
+    )  # names may be alike, images not
+    title += "-trained-included" * (include_trained and bool(chosen.trained_on))
+    path = _keep(run, title, predictions, metrics, out)
+    return Evaluation(
+        run.name, dataset.name, side, metrics, path, material.quarantined, chosen.trained_on, chosen.left_out
+    )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Which images are measured, (n,) positions, and what is told of those that were asked for: see `Evaluation`."""
+
+    side: Side
+    members: np.ndarray
+    trained_on: int | None
+    left_out: int
+
+
+def _choose(
+    run: TrainedRun, images: Sorted, known: RunImages | None, split: Side | None, own: bool, include_trained: bool
+) -> _Chosen:
+    """Choose the images to measure; what the run has seen of them is said. Raises DatasetError if none is left."""
+    side: Side = split or ("test" if own or not images.split.drawn else "all")
+    members = np.arange(len(images.keys)) if side == "all" else images.members(side)
+    if not len(members):
+        raise DatasetError(f"no images in the {side} split of {images.dataset.name}; name another by --split")
+    if known is None:
+        return _Chosen(side, members, None, 0)
+    keys = [images.keys[i] for i in members.tolist()]
+    seen = known.contains(keys, *SEEN)
+    if split == "val":  # which asks for images that it was selected on
+        seen, selected = known.contains(keys, "train", "initial"), seen
+        _tell(f"{_count(selected)} were trained on or decided which model was kept: new ones will be harder", selected)
+    if include_trained or split in ("train", "all"):
+        _tell(f"{_count(seen)} were trained on: new ones will be harder", seen)
+        return _Chosen(side, members, int(seen.sum()), 0)
+    if seen.all():
+        raise DatasetError(f"{_count(seen)} were trained on by {run.name}: none is left; --include-trained takes them")
+    _tell(f"{_count(seen)} were trained on and are left out; --include-trained takes them too", seen)
+    members = members[~seen]
+    if split is None and np.array_equal(members, images.members("test")):  # as of its own dataset under another name
+        side = "test"
+    return _Chosen(side, members, int(seen.sum()), int(seen.sum()))
+
+
+def _count(some: np.ndarray) -> str:
+    return f"{int(some.sum()):,} of these {len(some):,} images"
+
+
+def _tell(text: str, some: np.ndarray) -> None:
+    if some.any():
+        logger.warning("%s", text)
 
 
 def _gathered(
@@ -158,9 +220,31 @@ def _said_of_images(
         return probabilities(answer, pixels, DEFAULT_BATCH_SIZE, advance)
 
 
-def _keep(run: TrainedRun, title: str, predictions: runs.Predictions, metrics: dict[str, Any]) -> Path:
-    """Write everything into a folder of the run, replacing what an earlier evaluation of the same left there."""
-    final = run.path / "evaluations" / runs.slug(title)
+def _require_writable(run: TrainedRun, out: Path | None) -> None:
+    """Raise, before anything is measured, if nothing can be kept in `out`, or in the run's folder if that is None.
+
+    Raises
+    ------
+    UsageError
+        If `out` is anything but an empty folder or an earlier evaluation, which is replaced.
+    RunError
+        If it cannot be written to.
+    """
+    if out is not None and out.exists():
+        here = out.resolve() == Path.cwd()
+        if here or not out.is_dir() or {path.name for path in out.iterdir()} - _FILES:
+            raise UsageError(f"{out} exists and is no earlier evaluation; name another folder by --out")
+    folder = (out or run.path).resolve()
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not os.access(there, os.W_OK):
+        raise RunError(f"the evaluation cannot be written to {folder}: {there} is read-only; name a folder by --out")
+
+
+def _keep(
+    run: TrainedRun, title: str, predictions: runs.Predictions, metrics: dict[str, Any], out: Path | None
+) -> Path:
+    """Write everything into a folder of the run, or `out`, replacing what an earlier evaluation of the same left."""
+    final = run.path / "evaluations" / runs.slug(title) if out is None else out.resolve()
     heading = f"{run.name}\non {title}: accuracy {metrics['accuracy']:.3f}, {counted(metrics['images'], 'image')}"
     try:
         with runs.new_folder(final) as folder:
@@ -169,5 +253,6 @@ def _keep(run: TrainedRun, title: str, predictions: runs.Predictions, metrics: d
             draw_confusion(folder / "confusion.png", np.array(metrics["confusion"]), run.classes, heading)
             draw_calibration(folder / "calibration.png", metrics["calibration"], heading)
     except OSError as error:
-        raise RunError(f"the evaluation cannot be written to {final}: {error.strerror or error}") from error
+        why = error.strerror or error
+        raise RunError(f"the evaluation cannot be written to {final}: {why}; name a folder by --out") from error
     return final

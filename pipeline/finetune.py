@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -34,10 +34,13 @@ from pipeline.planning import Quarantined
 from pipeline.prepare import Prepared, check_sides, prepared_pixels, prepared_tensors
 from pipeline.progress import counted, duration
 from pipeline.rows import Rows, StoredRows, select
+from pipeline.seen_images import initial_images
 from pipeline.spec import FeatureSpec
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
+
+S = TypeVar("S", bound=Sorted)
 
 _COLLAPSE = 0.1  # of accuracy on the training images, between training mode and inference mode
 _TIMED = 32  # images
@@ -73,6 +76,7 @@ def train_full(dataset: Dataset, workspace: Workspace, asked: FullAsked, *, resu
     if asked.tensorboard:
         tracking.require_tensorboard()
     origin = origin_of(asked, dataset, workspace)
+    dataset = origin.matched(dataset)
     warn_untrained(origin.base)
     check_sides(dataset, workspace)  # before anything is computed
     opened = _from_cache if asked.from_cache else _from_images
@@ -104,7 +108,7 @@ class _Setting:
 @contextmanager
 def _from_images(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin: Origin) -> Iterator[_Setting]:
     spec = origin.base
-    images = gather_images(dataset, workspace, asked.max_pixels, spec.fit)
+    images = _with_initial(gather_images(dataset, workspace, asked.max_pixels, spec.fit), asked, workspace)
     with prepared_pixels(images, spec.input_size, spec.fit, asked.max_pixels) as ready:
         made, until = _network(origin, spec, asked, ready.classes)
         yield _Setting(origin, made, made.on_pixels(), made.features_of_pixels(), ready, until)
@@ -117,6 +121,7 @@ def _from_cache(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin
     done = extract(dataset, workspace, origin.choice, options, views=asked.views)
     choice = FeatureChoice(space=done.space.name) if done.space else origin.choice
     material = gather(dataset, workspace, choice, asked.max_pixels, "features", views=asked.views)
+    material = _with_initial(material, asked, workspace)
     spec = replace(material.space.spec, layer=origin.base.layer)
     made, until = _network(origin, spec, asked, len(dataset.classes))
     model = made.after(origin.cut)
@@ -124,6 +129,13 @@ def _from_cache(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin
     needed = dense.TENSORFLOW + 4 * (_COPIES * model.count_params() + kept)  # kept for the way back
     with prepared_tensors(material, asked.memory, needed) as ready:
         yield _Setting(origin, made, model, made.features_after(origin.cut), ready, until, done.computed)
+
+
+def _with_initial(images: S, asked: FullAsked, workspace: Workspace) -> S:
+    """Return the images with those that the run was trained on with which the model begins."""
+    if asked.init is None:
+        return images
+    return replace(images, initial=initial_images(Path(asked.init), workspace))
 
 
 def _network(origin: Origin, spec: FeatureSpec, asked: FullAsked, classes: int) -> tuple[Network, int]:

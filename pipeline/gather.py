@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from pipeline.errors import DatasetError, MissingRowsError
 from pipeline.extract import FeatureChoice, find_space
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined
 from pipeline.progress import counted
+from pipeline.run_images import SEEN, RunImages
 from pipeline.spec import PLAIN_VIEW, Views
 from pipeline.workspace import Workspace
 
@@ -34,6 +35,7 @@ class Sorted:
     split: Split
     quarantined: list[Quarantined]
     groups: np.ndarray  # (m,) int64, alike for images that must stay together
+    initial: RunImages | None = field(default=None, kw_only=True)  # of the run that a model begins with
 
     def members(self, side: str) -> np.ndarray:
         """Return positions in `keys` of the images on one side."""
@@ -50,6 +52,25 @@ class Sorted:
     def names(self, members: np.ndarray) -> list[str]:
         """Return what people call the images at these positions in `keys`."""
         return [self.dataset.names[int(i)] for i in self.usable[members]]
+
+    def run_images(self, *, joined: bool = False) -> RunImages:
+        """Return which images a run on these is trained on, selected on and tested on.
+
+        `joined` says that it is trained on those of the validation split too, as by cross-validation.
+        """
+        keys = {side: [self.keys[i] for i in self.members(side).tolist()] for side in SPLITS}
+        if joined:
+            keys |= {"train": [*keys["train"], *keys["val"]], "val": []}
+        return RunImages.of(keys, self.initial)
+
+    def trained_on(self, members: np.ndarray) -> np.ndarray:
+        """Return which of the images at these positions a run on these is trained or selected on, (n,) bool.
+
+        Of the test split these are copies of images of other splits, and what the initial model was trained on.
+        """
+        if not self.split.crossing and self.initial is None:
+            return self.sides(members) != "test"
+        return self.run_images().contains([self.keys[i] for i in members.tolist()], *SEEN)
 
     @property
     def content(self) -> str:
@@ -110,7 +131,9 @@ def gather(
     lacking = {key for i in plan.todo.distinct.tolist() if (key := identities.keys[i]) is not None}
     if space is None or (plan.todo and not partly):
         raise _missing(planning, lacking, space, features_command)
-    return Material(*_sorted(dataset, identities, plan), space, views)
+    found = Material(*_sorted(dataset, identities, plan), space, views)
+    _report_leaks(found.split)
+    return found
 
 
 def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: str) -> Sorted:
@@ -131,7 +154,17 @@ def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: 
     plan = planning.plan(None)
     if not plan.todo:
         raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")
-    return Sorted(*_sorted(dataset, identities, plan))
+    found = Sorted(*_sorted(dataset, identities, plan))
+    _report_leaks(found.split)
+    return found
+
+
+def list_images(dataset: Dataset, workspace: Workspace, max_pixels: int) -> Sorted:
+    """Return the images of `dataset`, as far as is known which can be decoded: none is decoded, none is fetched."""
+    index = workspace.cache.index
+    with workspace.progress("identifying images", len(dataset)) as advance:
+        identities = identify(dataset, index, advance, read_unseen=False)
+    return Sorted(*_sorted(dataset, identities, Planning(dataset, identities, index, max_pixels).plan(None)))
 
 
 def _sorted(
@@ -139,7 +172,6 @@ def _sorted(
 ) -> tuple[Dataset, list[bytes], np.ndarray, Split, list[Quarantined], np.ndarray]:
     usable = np.delete(np.arange(len(dataset)), list(plan.quarantined))
     split = assign(dataset, identities.keys)
-    _report_leaks(split)
     keys = [key for i in usable.tolist() if (key := identities.keys[i]) is not None]
     return dataset, keys, usable, split, name_quarantined(dataset, plan), groups(dataset, identities.keys)[usable]
 

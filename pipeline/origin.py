@@ -12,6 +12,7 @@ from pipeline import heads, network
 from pipeline.asked import FullAsked
 from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, build, cut_layers
 from pipeline.cache.digests import identify
+from pipeline.class_names import missing, with_classes
 from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError, RunError, SpecError
 from pipeline.extract import FeatureChoice, find_space, new_spec, weights_of
@@ -63,6 +64,10 @@ class Origin:
             found = network.stitched(heads.load(self.begun.path), row_shape, classes)
         shape = {name: found.spec.settings[name] for name in SHAPE}
         return DenseHead(found.model, HeadSpec.make(found.spec.head, **{**asked.settings, **shape}))
+
+    def matched(self, dataset: Dataset) -> Dataset:
+        """Return the dataset with the classes in the order of the run that the model begins with, if there is one."""
+        return with_classes(dataset, self.begun.path.name, self.begun.about["classes"]) if self.begun else dataset
 
     def unchanged_until(self, names: Sequence[str], cuts: Sequence[str]) -> str:
         """Return the last of `cuts` up to which the base weights are what they were, "" if there is none.
@@ -129,7 +134,7 @@ def _begun(path: Path, dataset: Dataset) -> Begun:
         raise RunError(f"{path / 'run.json'} is not that of a trained model ({error})") from error
     if isinstance(heads.load(path), heads.Ensemble):
         raise SpecError(f"{path.name} is an ensemble of heads; take a run that was trained without --folds")
-    if classes != list(dataset.classes):
+    if missing(classes, dataset.classes) or missing(dataset.classes, classes):
         raise DatasetError(f"{path.name} knows other classes than {dataset.name}: {', '.join(classes)[:200]}")
     return begun
 

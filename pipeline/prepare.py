@@ -136,6 +136,8 @@ def on_sides(images: Sorted, *, folds: int = 0) -> tuple[dict[str, np.ndarray], 
     members = {name: np.sort(np.concatenate([images.members(side) for side in some])) for name, some in joined.items()}
     labels = {name: images.labels(at) for name, at in members.items()}
     _check_splits(images.dataset, labels)
+    members["test"] = _unseen(images, members["test"])
+    labels["test"] = images.labels(members["test"])
     if isinstance(images, Material):
         warn_untrained(images.space.spec)
     return members, labels
@@ -144,6 +146,16 @@ def on_sides(images: Sorted, *, folds: int = 0) -> tuple[dict[str, np.ndarray], 
 def memory_needed(specs: Sequence[HeadSpec], row_shape: tuple[int, ...], classes: int) -> int:
     """Return about how many bytes training the largest of these heads takes beside the rows."""
     return max(heads.memory_needed(spec, row_shape, classes) for spec in specs)
+
+
+def _unseen(images: Sorted, tested: np.ndarray) -> np.ndarray:
+    """Return those of the test images that the model is not trained or selected on too; all if there are none."""
+    seen = images.trained_on(tested)
+    if not seen.any():
+        return tested
+    fate = "measured on all the same, as there are no others" if seen.all() else "left out of its accuracy"
+    logger.warning("%d of these %d test images were trained on; they are %s", seen.sum(), len(tested), fate)
+    return tested if seen.all() else tested[~seen]
 
 
 def check_sides(dataset: Dataset, workspace: Workspace) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline import runs
+from pipeline.checksums import CHECKSUMS
 from pipeline.evaluate import evaluate
 from pipeline.gather import Sorted
 from pipeline.loop import Entry
 from pipeline.pictures import draw_curves
+from pipeline.run_dataset import resolved
 
 Metrics = dict[str, dict[str, Any]]
 
@@ -25,6 +26,8 @@ def measured(predictions: Sequence[runs.Predictions], classes: Sequence[str]) ->
 def summary_of(metrics: Metrics, images: Sorted) -> dict[str, Any]:
     """Return what every summary says of accuracies and images."""
     val, test = metrics["val"], metrics["test"]
+    tested = images.members("test")
+    left_out = len(tested) - test["images"]
     return {
         "accuracy": test["accuracy"],
         "accuracy_interval": test["accuracy_interval"],
@@ -32,6 +35,8 @@ def summary_of(metrics: Metrics, images: Sorted) -> dict[str, Any]:
         "val_accuracy_interval": val["accuracy_interval"],
         "val_rows": val["images"],
         "test_rows": test["images"],
+        "test_rows_left_out": left_out,
+        "test_rows_trained_on": int(images.trained_on(tested).sum()) - left_out,
         "classes": len(images.dataset.classes),
         "copies_across_splits": images.split.crossing,
         "groups_across_splits": images.split.crossing_groups,
@@ -51,13 +56,16 @@ def write(
 ) -> None:
     """Write all but the model into a run's folder; `about` is what run.json says beside what it says of every run."""
     dataset = images.dataset
+    path, image_root = resolved(about["asked"]["images"]) or (None, None)
     common = {
         "format": runs.FORMAT,
         "version": runs.VERSION,
-        "checksums": runs.CHECKSUMS,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "checksums": CHECKSUMS,
+        "created": runs.now(),
         "dataset": {
             "name": dataset.name,
+            "path": path,
+            **({"image_root": image_root} if image_root else {}),
             "images": len(dataset),
             "split": images.split.origin,
             "content": images.content,
@@ -65,6 +73,7 @@ def write(
         "classes": list(dataset.classes),
     }
     runs.write_json(directory / "run.json", {**common, **about})
+    images.run_images(joined=bool(about["asked"].get("folds"))).write(directory)
     runs.write_json(directory / "metrics.json", metrics)
     runs.write_json(directory / "history.json", history)
     runs.write_history(directory / "history.csv", history)

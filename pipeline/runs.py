@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import itertools
 import json
 import logging
@@ -13,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,20 @@ import numpy as np
 
 from pipeline.cache import storage
 from pipeline.cache.lock import abandoned, held_if_abandoned, new_folder_held, remove_abandoned
+from pipeline.checksums import MOST_BYTES, check_files, write_checksums
 from pipeline.errors import CheckpointError, RunError, did_you_mean
+from pipeline.run_dataset import RunDataset
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "icebox-run"
 VERSION = 1
 _SUMMARY = {"run", "head", "accuracy", "accuracy_interval", "val_accuracy", "seconds", "weights"}  # what is listed
-_MOST_BYTES = 2**26  # of a run.json: it lists quarantined images, a few at most
 REQUEST = "request.json"  # what was asked, in an unfinished run's folder
 WINNER = "winner.json"  # the name of the run that the best setting of a sweep became, in an unfinished sweep's folder
-CHECKSUMS = "SHA256SUMS"  # of all files of a published run, as `sha256sum --check` reads it
 _CHECKPOINT = "checkpoint.npz"
+_SPENT = (REQUEST, _CHECKPOINT)  # what only an unfinished run needs
 _KEPT = (f"**/{_CHECKPOINT}", "fold-*/head.json", "trials/*/trial.json")  # what is not done again on going on
-_VOUCHING = ("run.json", "network.json", "head.json", "fold-*/head.json")  # the last three hold the weights' digests
 _LONGEST_SLUG = 120  # file systems take names of 255 bytes; time, number and prefix are added
 
 
@@ -114,7 +113,7 @@ def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
     try:
         yield
         if (partial / "run.json").exists():  # a sweep has none
-            _write_checksums(partial)
+            write_checksums(partial, _SPENT)
         for path in partial.rglob("*"):
             storage.fsync(path)
         storage.publish(partial, final)
@@ -141,14 +140,33 @@ def _of_unfinished(folder: Path) -> list[Path]:
 
 def write_request(folder: Path, asked: Mapping[str, Any], material: str, space: str | None) -> None:
     """Note in an unfinished run's folder what was asked for, the digest of its rows or images, and their space."""
-    write_json(folder / REQUEST, {"asked": dict(asked), "material": material, "space": space})
+    request = {"asked": dict(asked), "material": material, "space": space, "created": now()}
+    write_json(folder / REQUEST, request)
+
+
+def now() -> str:
+    """Return this instant as `created` says it: ISO 8601, UTC. Names have local time, which may go back."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _in_order(described: Mapping[str, Path]) -> list[str]:
+    """Return names by when their descriptions say that they were `created`, the oldest first."""
+    return sorted(described, key=lambda name: (_created(described[name]), name))
+
+
+def _created(path: Path) -> float:
+    """Return the instant, in POSIX seconds; of a file that does not say it when the file was written."""
+    try:
+        return datetime.fromisoformat(json.loads(storage.read_small(path, MOST_BYTES))["created"]).timestamp()
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # whoever reads it says what is wrong
+        return path.stat().st_mtime if path.exists() else 0.0
 
 
 def read_request(root: Path, name: str) -> dict[str, Any]:
     """Return what was asked of the unfinished run `name`. Raises RunError."""
     path = _partial(root, name) / REQUEST
     try:
-        request = json.loads(storage.read_small(path, _MOST_BYTES))
+        request = json.loads(storage.read_small(path, MOST_BYTES))
         if not isinstance(request, dict):
             raise ValueError("not an object")
     except FileNotFoundError:
@@ -176,7 +194,8 @@ def latest_of(names: Sequence[str], root: Path) -> str:
 def unfinished(root: Path) -> list[str]:
     """Return the names of the runs that were stopped and can be resumed, the oldest first."""
     found = [name.removeprefix(storage.PARTIAL_PREFIX) for name in storage.folders(root) if storage.is_partial(name)]
-    return [name for name in found if _can_resume(_partial(root, name)) and abandoned(_partial(root, name))]
+    some = [name for name in found if _can_resume(_partial(root, name)) and abandoned(_partial(root, name))]
+    return _in_order({name: _partial(root, name) / REQUEST for name in some})
 
 
 def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> tuple[list[Path], int]:
@@ -204,13 +223,14 @@ def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> t
 def find_run(root: Path, name: str) -> Path:
     """Return the folder of the run `name`: a name in `runs ls`, a path, "latest", or "best".
 
-    The best one has the highest validation accuracy, of those on the dataset of the latest. Raises RunError.
+    The best one has the highest validation accuracy, of those on the dataset and the classes of the latest. Raises
+    RunError.
     """
     if name in ("latest", "best"):
         names = published_names(root)
         if not names:
             raise RunError(f"there are no runs in {root}; `train-head` makes them")
-        return root / (names[-1] if name == "latest" else _best(root, names))
+        return root / names[-1] if name == "latest" else _best(root)
     for folder in (root / name, Path(name).resolve()):  # resolved, it has a name even if it is "."
         if name and (folder / "run.json").exists():
             return folder
@@ -220,15 +240,16 @@ def find_run(root: Path, name: str) -> Path:
 
 def published_names(root: Path, description: str = "run.json") -> list[str]:
     """Return the names of the folders of published runs, or of what else has a `description`, the oldest first."""
-    return sorted(path.parent.name for path in root.glob(f"[!.]*/{description}"))
+    return _in_order({path.parent.name: path for path in root.glob(f"[!.]*/{description}")})
 
 
-def _best(root: Path, names: Sequence[str]) -> str:
-    found = [about for about in list_runs(root) if about["summary"]["run"] in names]  # it may come from elsewhere
+def _best(root: Path) -> Path:
+    found = list_datasets(root)
     if not found:
         raise RunError(f"no run in {root} can be read")
-    same = [about["summary"] for about in found if about["dataset"]["name"] == found[-1]["dataset"]["name"]]
-    return max(same, key=lambda summary: summary["val_accuracy"])["run"]
+    latest = found[-1]
+    same = [each for each in found if each.classes == latest.classes and each.is_same(latest)]
+    return max(same, key=lambda each: each.about["summary"]["val_accuracy"]).folder
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -240,37 +261,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         If it cannot be read, or the run's files are not those that were published.
     """
     about = _read_about(folder / "run.json")
-    _check_files(folder, about.get("checksums"))
+    check_files(folder, about.get("checksums"))
     return about
-
-
-def _write_checksums(folder: Path) -> None:
-    spent = (CHECKSUMS, REQUEST, _CHECKPOINT)
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in spent]
-    lines = [f"{storage.sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
-    storage.write_whole(folder / CHECKSUMS, "".join(lines).encode("utf-8", "surrogateescape"))
-
-
-def _check_files(folder: Path, named: object) -> None:
-    """Raise RunError unless the files that vouch for the others are as they were published.
-
-    A run of 0.1.0 names no checksums and has none; then there is nothing to compare with.
-    """
-    path = folder / CHECKSUMS
-    if named is None and not path.exists():
-        return
-    try:
-        lines = storage.read_small(path, _MOST_BYTES).decode("utf-8", "surrogateescape").splitlines()
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error}), so nobody knows whether the run is whole") from error
-    known = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    for found in [each for pattern in _VOUCHING for each in sorted(folder.glob(pattern))]:
-        name = found.relative_to(folder).as_posix()
-        if known.get(name) != hashlib.sha256(_content(found)).hexdigest():
-            raise RunError(
-                f"{found} is not the file that was published, as {CHECKSUMS} has another digest; restore it, "
-                "or train anew"
-            )
 
 
 def _partial(root: Path, name: str) -> Path:
@@ -290,22 +282,20 @@ def _not_resumable(root: Path, name: str) -> str:
     return f"nothing named {name!r} can be resumed in {root}; there are: {', '.join(unfinished(root)) or 'none'}"
 
 
-def _content(path: Path) -> bytes:
-    try:
-        return storage.read_small(path, _MOST_BYTES)
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error}); restore it, or train anew") from error
-
-
 def list_runs(root: Path) -> list[dict[str, Any]]:
-    """Return the content of run.json of every run under `root`, by name, so the oldest first.
+    """Return the content of run.json of every run under `root`, the oldest first.
 
     A run that cannot be read is passed over, and it is said why.
     """
+    return [dict(each.about) for each in list_datasets(root)]
+
+
+def list_datasets(root: Path) -> list[RunDataset]:
+    """Return the datasets of the same runs, one for each."""
     found = []
     for name in published_names(root):
         try:
-            found.append(read_run(root / name))
+            found.append(RunDataset(root / name, read_run(root / name)))
         except RunError as error:
             logger.warning("%s", error)
     return found
@@ -313,7 +303,7 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
 
 def _read_about(path: Path) -> dict[str, Any]:
     try:
-        about = json.loads(storage.read_small(path, _MOST_BYTES))
+        about = json.loads(storage.read_small(path, MOST_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error}); move its folder out of the runs") from error
     if not _whole(about):

@@ -372,6 +372,7 @@ def _write(
         "format": FORMAT,
         "version": VERSION,
         "sweep": name,
+        "created": runs.now(),
         "dataset": {"name": material.dataset.name, "split": material.split.origin},
         "features": material.space.spec.to_dict(),
         "asked": asked.to_dict(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +12,14 @@ import numpy as np
 
 from pipeline import heads, runs
 from pipeline.asked import Asked, FullAsked
-from pipeline.errors import DatasetError, RunError, SpecError
+from pipeline.class_names import listed, missing, normalised, other_classes, with_classes
+from pipeline.dataset import Dataset
+from pipeline.errors import RunError, SpecError
 from pipeline.network import Network
 from pipeline.rows import Rows
 from pipeline.spec import FeatureSpec
 
-_MOST_NAMED = 5  # classes in an error's text
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,21 +85,27 @@ class TrainedRun:
             listed = ", ".join(f"{name} {mine[name]}, not {other[name]}" for name in differing)
             raise SpecError(f"the run {self.name} was trained in another feature space: {listed}")
 
-    def require_classes(self, classes: Sequence[str]) -> None:
-        """Raise DatasetError, naming the difference, unless these are the run's classes."""
-        if list(classes) == self.classes:
-            return
-        lacking = [name for name in self.classes if name not in set(classes)]
-        strange = [name for name in classes if name not in set(self.classes)]
-        parts = [_some("it has no", lacking), _some("the run does not know", strange)]
-        raise DatasetError(
-            f"the classes are not those of the run {self.name}: {' and '.join(filter(None, parts)) or 'another order'}"
-        )
+    def matched(self, dataset: Dataset) -> Dataset:
+        """Return the dataset with the classes of the run, in the run's order; labels become indices into them.
 
+        Classes are matched by name in any order and Unicode form. The dataset may have some of them only.
 
-def _some(what: str, names: Sequence[str]) -> str:
-    listed = ", ".join(names[:_MOST_NAMED])
-    return f"{what} {listed}{f' and {len(names) - _MOST_NAMED:,} more' * (len(names) > _MOST_NAMED)}" if names else ""
+        Raises
+        ------
+        DatasetError
+            If it has one that the run does not know.
+        """
+        found = with_classes(dataset, self.name, self.classes)
+        if absent := missing(self.classes, dataset.classes):
+            count = f"{len(absent):,} of the {len(self.classes):,} classes"
+            logger.warning("%s has no image of %s of the run %s: %s", dataset.name, count, self.name, listed(absent))
+        return found
+
+    def require_same_classes(self, other: TrainedRun) -> None:
+        """Raise DatasetError, naming the difference, unless both runs have the same classes in the same order."""
+        mine, theirs = (list(map(normalised, run.classes)) for run in (self, other))
+        if mine != theirs:
+            raise other_classes(self.name, self.classes, other.classes)
 
 
 def open_run(root: Path, name: str) -> TrainedRun:

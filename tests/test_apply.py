@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from sklearn.metrics import accuracy_score, log_loss
 from pipeline import images, runs
 from pipeline.apply import Evaluation, evaluate_run
 from pipeline.asked import Asked, DatasetChoice
-from pipeline.errors import DatasetError, MissingRowsError, RunError, SpecError
+from pipeline.cache.digests import digest
+from pipeline.dataset import limit
+from pipeline.errors import DatasetError, MissingRowsError, RunError, SpecError, UsageError
 from pipeline.extract import FeatureChoice
+from pipeline.run_images import FILE, RunImages
 from pipeline.spec import HeadSpec
 from pipeline.train import train_head
 from pipeline.trained import open_run
@@ -124,7 +128,7 @@ def test_a_split_it_was_trained_on_is_said(
     workspace: Workspace, photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     evaluated(workspace, trained(workspace, photos), photos, split="train")
-    assert "was trained on images of this split" in caplog.text
+    assert "97 of these 97 images were trained on: new ones will be harder" in caplog.text
 
 
 def tampered(workspace: Workspace, name: str, *keys: str, to: Any) -> None:
@@ -175,3 +179,180 @@ def test_the_latest_run_is_the_last_by_name(workspace: Workspace, photos: Path) 
     assert runs.find_run(workspace.runs, "latest").name == max(names)
     with pytest.raises(RunError, match="no run named 'nothing'"):
         open_run(workspace.runs, "nothing")
+
+
+# What it was trained on
+
+
+def copied(photos: Path, to: Path, only: Callable[[str], bool] = lambda name: True) -> Path:
+    """The images of a folder under other names."""
+    for label in sorted(path.name for path in photos.iterdir()):
+        (to / label).mkdir(parents=True)
+        for path in sorted((photos / label).iterdir()):
+            if only(f"{label}/{path.name}"):
+                (to / label / f"copy of {path.name}").write_bytes(path.read_bytes())
+    return to
+
+
+def metrics_of(workspace: Workspace, name: str) -> dict[str, Any]:
+    return json.loads((workspace.runs / name / "metrics.json").read_text())["test"]
+
+
+def before_images_were_kept(workspace: Workspace, name: str) -> None:
+    unseal(workspace.runs / name)
+    (workspace.runs / name / FILE).unlink()
+
+
+@pytest.mark.parametrize("spelling", ["dots", "link", "copy"])
+@pytest.mark.parametrize("record", ["kept", "derived"])
+def test_its_own_images_by_another_name_are_left_out_as_far_as_it_was_trained_on_them(
+    workspace: Workspace, photos: Path, tmp_path: Path, spelling: str, record: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = trained(workspace, photos)
+    if record == "derived":
+        before_images_were_kept(workspace, name)
+    (tmp_path / "link").symlink_to("photos")
+    folder = {"dots": tmp_path / "photos" / ".." / "photos", "link": tmp_path / "link", "copy": tmp_path / "copy"}
+    copied(photos, tmp_path / "copy")
+    done = evaluated(workspace, name, folder[spelling])
+    before = metrics_of(workspace, name)
+    assert done.split == "test"
+    assert (done.metrics["images"], done.metrics["accuracy"]) == (before["images"], before["accuracy"])
+    assert done.trained_on == done.left_out == 120 - before["images"]
+    assert f"{done.left_out} of these 120 images were trained on and are left out" in caplog.text
+
+
+def test_a_part_of_its_own_images_is_measured_where_it_is_new(workspace: Workspace, photos: Path) -> None:
+    name = trained(workspace, photos)
+    run = open_run(workspace.runs, name)
+    some = limit(listed(photos), 60)
+    done = evaluate_run(run, some, workspace, "features", max_pixels=images.DEFAULT_MAX_PIXELS)
+    known = RunImages.read(run.path)
+    assert known is not None
+    new = known.contains([digest(some.read(i)) for i in range(60)], "test").sum()
+    assert (done.metrics["images"], done.left_out) == (new, 60 - new)
+
+
+def test_images_it_was_trained_on_are_measured_where_they_are_asked_for(
+    workspace: Workspace, photos: Path, tmp_path: Path
+) -> None:
+    name = trained(workspace, photos)
+    copied(photos, tmp_path / "copy")
+    for more in ({"include_trained": True}, {"split": "all"}):
+        done = evaluated(workspace, name, tmp_path / "copy", **more)
+        assert (done.metrics["images"], done.left_out) == (120, 0)
+        assert done.trained_on == 120 - metrics_of(workspace, name)["images"]
+
+
+def test_new_images_beside_old_ones_are_measured(workspace: Workspace, photos: Path, tmp_path: Path) -> None:
+    name = trained(workspace, photos)
+    write_images(tmp_path / "new", 5)
+    both = copied(photos, tmp_path / "both")
+    for label in ("ant", "bee", "cow"):
+        for path in (tmp_path / "new" / label).iterdir():
+            (both / label / path.name).write_bytes(path.read_bytes())
+    fill(workspace, listed(tmp_path / "new"))
+    done = evaluated(workspace, name, both)
+    assert (done.split, done.metrics["images"]) == ("all", 15 + metrics_of(workspace, name)["images"])
+
+
+def test_nothing_but_what_it_was_trained_on_is_no_measure(workspace: Workspace, photos: Path, tmp_path: Path) -> None:
+    name = trained(workspace, photos)
+    known = RunImages.read(workspace.runs / name)
+    assert known is not None
+
+    def seen(image: str) -> bool:
+        return bool(known.contains([digest((photos / image).read_bytes())], "train")[0])
+
+    copied(photos, tmp_path / "copy", seen)
+    with pytest.raises(DatasetError, match=r"(\d+) of these \1 images were trained on .*: none is left"):
+        evaluated(workspace, name, tmp_path / "copy")
+    assert evaluated(workspace, name, tmp_path / "copy", include_trained=True).left_out == 0
+
+
+def test_the_validation_split_is_measured_when_named_unless_it_was_trained_on(
+    workspace: Workspace, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone, folds = (trained(workspace, photos, kind) for kind in ("logreg", "folds"))
+    done = evaluated(workspace, alone, photos, split="val")
+    assert (done.left_out, done.trained_on) == (0, 0)
+    assert "decided which model was kept" in caplog.text
+    with pytest.raises(DatasetError, match="none is left; --include-trained"):
+        evaluated(workspace, folds, photos, split="val")
+
+
+def test_of_an_older_run_whose_images_changed_it_is_said_that_nobody_knows(
+    workspace: Workspace, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = trained(workspace, photos)
+    before_images_were_kept(workspace, name)
+    copied(photos, tmp_path / "copy", lambda image: image != "ant/001.png")
+    (photos / "ant" / "000.png").unlink()
+    done = evaluated(workspace, name, tmp_path / "copy")
+    assert (done.trained_on, done.left_out, done.metrics["images"]) == (None, 0, 119)
+    assert f"nobody knows which images the run {name} was trained on" in caplog.text
+
+
+# Classes
+
+
+def test_some_of_its_classes_are_measured_and_the_others_named(
+    workspace: Workspace, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = trained(workspace, photos)
+    write_images(tmp_path / "some", 6, ("ant", "cow"))
+    of_three = replace(listed(tmp_path / "some"), labels=listed(tmp_path / "some").labels * 2)
+    fill(workspace, of_three)
+    done = evaluated(workspace, name, tmp_path / "some")
+    assert done.metrics["accuracy"] > 0.8
+    assert [each["support"] for each in done.metrics["per_class"]] == [6, 0, 6]
+    assert "has no image of 1 of the 3 classes of the run" in caplog.text
+
+
+def test_a_run_keeps_its_classes_whatever_their_order_and_unicode_form_by_now(
+    workspace: Workspace, photos: Path
+) -> None:
+    name = trained(workspace, photos)
+    path = workspace.runs / name / "run.json"
+    run = open_run(workspace.runs, name)
+    again = replace(listed(photos), classes=("cow", "bee", "ant"), labels=2 - listed(photos).labels)
+    done = evaluate_run(run, again, workspace, "features", max_pixels=images.DEFAULT_MAX_PIXELS)
+    assert (done.metrics["accuracy"], done.left_out) == (
+        metrics_of(workspace, name)["accuracy"],
+        120 - done.metrics["images"],
+    )
+    unseal(path.parent)
+    path.write_text(path.read_text().replace('"cow"', '"co\\u0308w"'))
+    run = open_run(workspace.runs, name)
+    modern = replace(listed(photos), classes=("ant", "bee", "c\N{LATIN SMALL LETTER O WITH DIAERESIS}w"))
+    assert run.classes[2] == "co\N{COMBINING DIAERESIS}w"
+    done = evaluate_run(run, modern, workspace, "features", max_pixels=images.DEFAULT_MAX_PIXELS)
+    assert done.metrics["accuracy"] == metrics_of(workspace, name)["accuracy"]
+    twice = replace(run, classes=[*run.classes, modern.classes[2]])
+    with pytest.raises(DatasetError, match="tells 2 classes apart that are called"):
+        twice.matched(modern)
+
+
+# Where it is kept
+
+
+def test_an_evaluation_is_kept_where_it_is_asked_for(workspace: Workspace, photos: Path, tmp_path: Path) -> None:
+    name, out = trained(workspace, photos), tmp_path / "somewhere" / "else"
+    for _ in range(2):
+        assert evaluated(workspace, name, photos, out=out).path == out
+    assert json.loads((out / "metrics.json").read_text())["images"] == metrics_of(workspace, name)["images"]
+    assert not (workspace.runs / name / "evaluations").exists()
+    (out / "notes.txt").write_text("of somebody")
+    for folder in (out, photos, Path.cwd()):
+        with pytest.raises(UsageError, match="is no earlier evaluation; name another folder by --out"):
+            evaluated(workspace, name, photos, out=folder)
+
+
+def test_a_run_that_cannot_be_written_to_is_said_before_anything_is_measured(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = trained(workspace, photos)
+    folder = workspace.runs / name
+    monkeypatch.setattr("os.access", lambda path, mode: path != folder)
+    with pytest.raises(RunError, match=r"is read-only; name a folder by --out"):
+        evaluated(workspace, name, photos)

@@ -58,6 +58,7 @@ def opener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Opener]:
 
     def open_cache() -> Cache:
         opened.append(Cache(tmp_path / "cache"))
+        assert opened[-1].index is not None  # opened, which it is when it is first needed
         return opened[-1]
 
     yield open_cache
@@ -605,7 +606,7 @@ def test_two_caches_do_not_share_an_index(
     opener().close()
     opener().close()
     with pytest.raises(CacheError, match=r"named\.db, the index of another cache than .*other"):
-        Cache(tmp_path / "other")
+        _ = Cache(tmp_path / "other").index
     assert opener().open(space.name).locate([key(1)]).found.all(), "whose it is it stays"
 
 

@@ -230,6 +230,39 @@ def test_summaries_are_for_people(data: Path) -> None:
     assert explained[-1].split() == ["cached", "300"], "no empty table of images that lack rows"
 
 
+def test_what_only_lists_makes_no_cache(tmp_path: Path) -> None:
+    for arguments in (("runs", "ls"), ("cache", "ls"), ("cache", "quarantine"), ("report", "--compare")):
+        icebox(tmp_path, *arguments)
+        assert list(tmp_path.iterdir()) == [], arguments
+
+
+def test_runs_of_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for number, (folder, classes) in enumerate((("pets", ("cat", "dog")), ("pond", ("frog", "toad")))):
+        for label in classes:
+            for i in range(20):
+                write_picture(tmp_path / folder / "images" / label / f"{i}.png", seed=1000 * number + i)
+    data, names = tmp_path / "data", list[str]()
+    for folder in ("pond", "pets"):
+        images = tmp_path / folder / "images"
+        assert icebox(data, "features", "--dataset", images, "--weights", "untrained").code == 0
+        names.append(icebox(data, "train-head", "--dataset", images, "--head", "logreg", "--json").json["run"])
+    table = icebox(data, "runs", "ls").err.splitlines()
+    assert [line.split()[2] for line in table] == ["dataset", "pond/images", "pets/images"]
+    listed = icebox(data, "runs", "ls", "--json").json["runs"]
+    assert [(each["run"], each["dataset"]) for each in listed] == [(name, "images") for name in names]
+    assert [each["dataset_path"] for each in listed] == [str(tmp_path / f / "images") for f in ("pond", "pets")]
+    told = icebox(data, "predict", "best", tmp_path / "pets" / "images" / "cat" / "0.png", "--json").json
+    assert (told["runs"], told["classes"]) == ([names[1]], ["cat", "dog"])
+    assert icebox(data, "report", "--compare", "--json").json["runs"] == 1
+    (tmp_path / "link").symlink_to("pets")
+    out = tmp_path / "kept" / "here"
+    again = icebox(data, "evaluate", "latest", "--dataset", tmp_path / "link" / "images", "--out", out, "--json")
+    own = icebox(data, "evaluate", "latest", "--json").json
+    assert (again.json["split"], again.json["images"], again.json["path"]) == ("test", own["images"], str(out))
+    assert again.json["left_out"] == 40 - own["images"]
+    assert f"{again.json['left_out']} of these 40 images were trained on and are left out" in again.err
+
+
 def test_wrong_usage_is_told_with_what_was_found(tmp_path: Path) -> None:
     assert_one_line(icebox(tmp_path, "features", "--data-dir", "x"), 2, "--data-dir stands before the command")
     assert_one_line(icebox(tmp_path, "--limit", "3", "features"), 2, "options of a command stand behind it")

@@ -20,6 +20,7 @@ from conftest import command_line, environment, icebox, unseal, write_picture
 from pipeline import backbone, images, network, runs
 from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked, command_of
+from pipeline.cache.keys import split
 from pipeline.cache.space import Cache
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, open_dataset
@@ -31,6 +32,7 @@ from pipeline.network import Network
 from pipeline.origin import origin_of
 from pipeline.pixels import Pixels
 from pipeline.prepare import prepared_pixels
+from pipeline.run_images import RunImages
 from pipeline.spec import Augmentation, HeadSpec, Views
 from pipeline.train import train_head
 from pipeline.trained import open_run
@@ -213,6 +215,10 @@ def test_a_regression_goes_on_from_what_it_knows(place: Place, logreg: str) -> N
     run = place.train(from_cache=True, init=logreg, features=FeatureChoice(), settings=still)
     assert run.summary["accuracy"] == before["accuracy"]
     assert run.summary["init"] == Path(logreg).name
+    first, second = (RunImages.read(path) for path in (Path(logreg), run.path))
+    assert first is not None and second is not None and second.complete
+    initial, seen = second.among("initial"), first.among("train", "val")
+    assert set(split(initial)) == set(split(seen))
     assert run.summary["trains"][-1] == "probabilities"
     expected = (Path(logreg) / "predictions.csv").read_text().splitlines()[1:]
     assert np.allclose(predictions(run), [[float(p) for p in line.split(",")[5:]] for line in expected], atol=1e-3)

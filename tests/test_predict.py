@@ -25,6 +25,7 @@ from pipeline import backbone, heads, predict, runs
 from pipeline.cache import storage
 from pipeline.cache.digests import digest
 from pipeline.cache.space import Cache
+from pipeline.checksums import CHECKSUMS
 from pipeline.dataset import open_images
 from pipeline.errors import DatasetError, RunError, SpecError, WeightsError
 from pipeline.predict import Answer, likeliest
@@ -412,7 +413,7 @@ def test_the_head_of_another_run_is_noticed(copied: Deployed) -> None:
 
 def test_checksums_that_are_gone_are_missed(copied: Deployed) -> None:
     run = copied.data / "runs" / copied.name("gap")
-    (run / runs.CHECKSUMS).unlink()
+    (run / CHECKSUMS).unlink()
     done = command(copied, copied.files[0], kind="gap")
     assert (done.code, "nobody knows whether the run is whole" in done.err) == (1, True)
 
@@ -426,6 +427,6 @@ def test_the_checksums_are_those_of_coreutils(deployed: Deployed) -> None:
     import subprocess
 
     run = deployed.data / "runs" / deployed.name("folds")
-    done = subprocess.run(["sha256sum", "--check", "--strict", runs.CHECKSUMS], cwd=run, capture_output=True, text=True)
+    done = subprocess.run(["sha256sum", "--check", "--strict", CHECKSUMS], cwd=run, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "run.json: OK" in done.stdout

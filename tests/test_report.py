@@ -21,7 +21,10 @@ from pipeline import near, reproduce
 from pipeline.asked import FullAsked
 from pipeline.progress import silent
 from pipeline.report import findings, page
+from pipeline.report.compare import notes_of
+from pipeline.report.single import trained_on
 from pipeline.report.tiles import Tiles
+from pipeline.run_dataset import RunDataset
 from pipeline.trained import open_run
 
 if TYPE_CHECKING:
@@ -467,3 +470,39 @@ def test_near_copies_are_found_by_picture_or_by_features() -> None:
     components[20] = components[5]
     pairs = findings.near_pairs(components, replace(some, fingerprints=marks, thumbs=thumbs))
     assert pairs.tolist() == [[3, 30], [4, 31]]
+
+
+# What the accuracies were measured on
+
+
+@pytest.mark.parametrize(
+    ("summary", "expected"),
+    [
+        ({"test_rows_left_out": 0, "test_rows_trained_on": 0, "copies_across_splits": 0}, None),
+        ({"test_rows_left_out": 3, "test_rows_trained_on": 0}, "3 test images were trained on and are left out"),
+        ({"test_rows_left_out": 0, "test_rows_trained_on": 5, "test_rows": 5}, "5 of these 5 test images were trained"),
+        ({"copies_across_splits": 0, "init": None}, None),
+        ({"copies_across_splits": 2}, "2 images have a copy in another split; `evaluate` leaves out"),
+        ({"copies_across_splits": 0, "init": "a"}, "in another split or were in its initial model's training"),
+    ],
+)
+def test_test_images_that_were_trained_on_are_told(summary: dict[str, Any], expected: str | None) -> None:
+    notes = trained_on({"summary": summary})
+    assert [expected in note for note in notes if expected] == ([True] if expected else [])
+    assert bool(notes) == bool(expected)
+
+
+def test_runs_side_by_side_say_what_they_were_measured_on(tmp_path: Path) -> None:
+    def of(path: str, content: str, left_out: int = 0) -> RunDataset:
+        summary = {"run": f"run on {path}", "test_rows_left_out": left_out, "test_rows_trained_on": 0}
+        asked = {"images": {"dataset": path}}
+        return RunDataset(
+            tmp_path, {"dataset": {"name": "images", "content": content}, "asked": asked, "summary": summary}
+        )
+
+    assert notes_of([of("/a/images", "1"), of("/a/images", "1")]) == []
+    (changed,) = notes_of([of("/a/images", "1"), of("/a/images", "2")])
+    assert changed == "The dataset changed between these runs: they were tested on different images."
+    several, left_out = notes_of([of("/a/images", "1"), of("/b/images", "2", left_out=3)])
+    assert several == "These runs are of several datasets: a/images, b/images."
+    assert left_out == "run on /b/images: 3 test images were trained on and are left out of the accuracy."

@@ -3,25 +3,35 @@
 import csv
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.checksums import write_checksums
 from pipeline.errors import RunError
 from pipeline.pictures import draw_curves
 from pipeline.runs import (
     Predictions,
+    find_run,
+    latest_of,
     list_runs,
     new_folder,
     new_run,
+    now,
+    published_names,
     remove_leftovers,
+    unfinished,
     write_json,
     write_predictions,
+    write_request,
 )
 
 ODD_NAMES = ["a,b.png", 'quo"te.png', "two\nlines.png", "carriage\rreturn.png", "\udcff\udc80.png", "=1+1", "é漢.png"]
@@ -192,22 +202,84 @@ def test_curves_take_any_dataset_name_as_plain_text(tmp_path: Path, title: str) 
     assert (tmp_path / "curves.png").stat().st_size > 5_000
 
 
-def make_run(root: Path, title: str) -> str:
+def make_run(root: Path, title: str, **more: Any) -> str:
     with new_run(root, title) as (name, directory):
         numbers = {"accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "val_accuracy": 0.5, "seconds": 1.0}
         summary = {"run": name, "head": "gap", "weights": "untrained", **numbers}
-        about = {"format": "icebox-run", "version": 1, "dataset": {"name": "x"}, "summary": summary}
+        about = {"format": "icebox-run", "version": 1, "dataset": {"name": "x"}, "summary": summary, **more}
         write_json(directory / "run.json", about)
     return name
 
 
-def test_runs_are_listed_by_name_without_half_written_ones(tmp_path: Path) -> None:
+def test_runs_are_listed_the_oldest_first_without_half_written_ones(tmp_path: Path) -> None:
     assert list_runs(tmp_path / "none yet") == []
     names = [make_run(tmp_path, title) for title in ("b", "a", "\udcff")]
     (tmp_path / "a note.txt").write_text("not a run")
     with new_run(tmp_path, "unfinished") as (_, directory):
         (directory / "run.json").write_text("{}")
-        assert [about["summary"]["run"] for about in list_runs(tmp_path)] == sorted(names)
+        assert [about["summary"]["run"] for about in list_runs(tmp_path)] == names
+
+
+OCTOBER = [  # when the clocks go back: an hour of names comes twice, and a day is over elsewhere
+    ("20261025-023000-first", "2026-10-25T00:30:00+00:00"),
+    ("20261025-021500-second", "2026-10-25T01:15:00+00:00"),
+    ("20261024-193000-third-in-new-york", "2026-10-24T19:30:00-06:00"),
+    ("20261025-025959-fourth", "2026-10-25T01:59:59.500+00:00"),
+]
+
+
+def renamed(root: Path, name: str, to: str) -> None:
+    (root / name).rename(root / to)
+
+
+def test_the_latest_run_is_the_last_that_was_made_whatever_clocks_said(tmp_path: Path) -> None:
+    for name, created in reversed(OCTOBER):
+        renamed(tmp_path, make_run(tmp_path, "x", created=created), name)
+    assert published_names(tmp_path) == [name for name, _ in OCTOBER]
+    assert find_run(tmp_path, "latest").name == OCTOBER[-1][0]
+    (tmp_path / OCTOBER[-1][0]).rename(tmp_path / "00000000-000000-renamed")
+    assert find_run(tmp_path, "latest").name == "00000000-000000-renamed"
+
+
+def test_a_run_that_does_not_say_when_it_was_made_goes_by_its_file(tmp_path: Path) -> None:
+    old, said = make_run(tmp_path, "b"), make_run(tmp_path, "a", created="2020-01-01T00:00:00+00:00")
+    assert published_names(tmp_path) == [said, old]
+    os.utime(tmp_path / old / "run.json", (0, 0))
+    assert published_names(tmp_path) == [old, said]
+
+
+def test_the_last_stopped_run_is_the_last_that_was_begun(tmp_path: Path) -> None:
+    for name, created in reversed(OCTOBER):
+        folder = tmp_path / f".partial-{name}"
+        folder.mkdir()
+        (folder / "checkpoint.npz").touch()
+        write_request(folder, {}, "material", None)
+        request = json.loads((folder / "request.json").read_text())
+        assert datetime.now(UTC) - datetime.fromisoformat(request["created"]) < timedelta(hours=1)
+        write_json(folder / "request.json", {**request, "created": created})
+    assert unfinished(tmp_path) == [name for name, _ in OCTOBER]
+    assert latest_of(unfinished(tmp_path), tmp_path) == OCTOBER[-1][0]
+
+
+def test_the_best_run_is_of_the_dataset_and_the_classes_of_the_latest(tmp_path: Path) -> None:
+    """Two folders called images are two datasets, a class more is another task."""
+
+    def make(path: str, classes: str, val_accuracy: float) -> str:
+        about: dict[str, Any] = {"asked": {"images": {"dataset": path}}, "classes": [*classes], "created": now()}
+        name = make_run(tmp_path, "images", **about)
+        described = json.loads((tmp_path / name / "run.json").read_text())
+        described["summary"]["val_accuracy"] = val_accuracy
+        write_json(tmp_path / name / "run.json", described)
+        write_checksums(tmp_path / name, ())
+        return name
+
+    make("/b/images", "xy", 0.99)
+    make("/a/images", "xyz", 0.98)
+    best = make("/a/images", "xy", 0.9)
+    assert find_run(tmp_path, "best").name == best
+    latest = make("/a/../a/images", "yx", 0.8)
+    assert find_run(tmp_path, "latest").name == latest
+    assert find_run(tmp_path, "best").name == best
 
 
 def test_a_run_whose_description_was_changed_is_not_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

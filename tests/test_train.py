@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ from pipeline.cache.space import Cache
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.errors import CacheError, DatasetError, MissingRowsError, RunError, SpecError, UsageError
 from pipeline.extract import FeatureChoice
+from pipeline.gather import gather
+from pipeline.prepare import on_sides
+from pipeline.run_images import RunImages
 from pipeline.spec import FeatureSpec, HeadSpec
 from pipeline.train import HeadRun, train_head
 from pipeline.workspace import Workspace
@@ -183,6 +186,7 @@ def test_a_run_holds_everything(made: tuple[HeadRun, Dataset]) -> None:
         "predictions.csv",
         "curves.png",
         "quarantined.json",
+        "images.npz",
         "SHA256SUMS",
     }
     assert set(visible(run.path)) == files | {"head.json", model}
@@ -210,7 +214,12 @@ def test_run_json_says_what_was_asked_and_of_which_features(made: tuple[HeadRun,
     assert about["head"] == SPECS[run.summary["head"]].to_dict()
     assert about["classes"] == list(CLASSES)
     assert len(about["dataset"].pop("content")) == 64
-    assert about["dataset"] == {"name": "photos", "images": len(dataset), "split": "80/10/10 by content hash"}
+    assert about["dataset"] == {
+        "name": "photos",
+        "path": str(Path("photos").resolve()),
+        "images": len(dataset),
+        "split": "80/10/10 by content hash",
+    }
     assert about["summary"]["accuracy"] == run.summary["accuracy"]
 
 
@@ -335,6 +344,43 @@ def test_a_copy_across_sides_is_reported(sided: Path, workspace: Workspace, capl
     fill(workspace, dataset)
     train(workspace, dataset)
     assert "2 images have an identical copy on another side of the split" in caplog.text
+
+
+def test_a_test_image_that_was_trained_on_is_left_out_of_the_accuracy(
+    sided: Path, workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    (sided / "test" / "ant" / "copy.png").write_bytes((sided / "train" / "ant" / "000.png").read_bytes())
+    dataset = listed(sided)
+    fill(workspace, dataset)
+    run = train(workspace, dataset)
+    assert (run.summary["test_rows"], run.summary["test_rows_left_out"]) == (15, 1)
+    assert run.summary["test_rows_trained_on"] == 0
+    assert "1 of these 16 test images were trained on; they are left out of its accuracy" in caplog.text
+    assert "test/ant/copy.png" not in {row["image"] for row in predictions(run)}
+
+
+def test_where_every_test_image_was_trained_on_that_is_said_and_kept(
+    sided: Path, workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    for label in CLASSES:
+        for path in (sided / "test" / label).iterdir():
+            path.write_bytes((sided / "train" / label / path.name).read_bytes())
+    dataset = listed(sided)
+    fill(workspace, dataset)
+    summary = train(workspace, dataset).summary
+    assert [summary[f"test_rows{end}"] for end in ("", "_left_out", "_trained_on")] == [15, 0, 15]
+    assert "15 of these 15 test images were trained on; they are measured on all the same" in caplog.text
+
+
+def test_what_the_initial_model_was_trained_on_is_no_test(sided: Path, workspace: Workspace) -> None:
+    dataset = listed(sided)
+    fill(workspace, dataset)
+    images_of_it = gather(dataset, workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, COMMAND)
+    tested = images_of_it.members("test")
+    before = RunImages.of({"train": [images_of_it.keys[i] for i in tested[:4].tolist()]})
+    members, labels = on_sides(replace(images_of_it, initial=before))
+    assert members["test"].tolist() == tested[4:].tolist()
+    assert len(labels["test"]) == len(tested) - 4
 
 
 def test_an_empty_side_is_an_error_that_counts(tmp_path: Path, workspace: Workspace) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -284,12 +285,23 @@ class Cache:
     def __init__(self, root: Path, progress: Progress = silent) -> None:
         self.root = root
         self.progress = progress
-        named = os.environ.get("ICEBOX_INDEX")
-        self.index = Index(Path(named), root) if named else Index(root / "cache.db")
+        self._named_index = os.environ.get("ICEBOX_INDEX")
+
+    @cached_property
+    def index(self) -> Index:
+        """The index, opened, or made, when it is first needed: a command that only lists leaves no cache behind."""
+        named = self._named_index
+        return Index(Path(named), self.root) if named else Index(self.root / "cache.db")
+
+    @property
+    def has_index(self) -> bool:
+        """Whether there is an index to be opened."""
+        return storage.exists(Path(self._named_index or self.root / "cache.db"))
 
     def close(self) -> None:
         """Close the index."""
-        self.index.close()
+        if "index" in vars(self):
+            self.index.close()
 
     def names(self) -> list[str]:
         """Return the names of the spaces on disk, sorted."""

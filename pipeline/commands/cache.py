@@ -51,7 +51,7 @@ def cache_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOp
 
     with opened(context) as workspace:
         spaces = [describe(space) for space in workspace.cache.spaces()]
-        quarantined = len(workspace.cache.index.all_quarantined())
+        quarantined = len(workspace.cache.index.all_quarantined()) if workspace.cache.has_index else 0
     totals = {key: sum(space[key] for space in spaces) for key in ("shards", "rows", "bytes")}
     result = {"spaces": spaces, **totals, "quarantined": quarantined}
     if as_json:
@@ -91,7 +91,7 @@ def cache_quarantine(context: typer.Context, as_json: JsonOption = False, quiet:
     from pipeline import terminal
 
     with opened(context) as workspace:
-        index = workspace.cache.index
+        cache = workspace.cache
         found = [
             {
                 "key": bad.key.hex(),
@@ -99,9 +99,9 @@ def cache_quarantine(context: typer.Context, as_json: JsonOption = False, quiet:
                 "since": bad.since,
                 "decoder": bad.decoder,
                 "max_pixels": bad.max_pixels,
-                "paths": [str(path) for path in index.files_with_digest(bad.key)],
+                "paths": [str(path) for path in cache.index.files_with_digest(bad.key)],
             }
-            for bad in index.all_quarantined()
+            for bad in (cache.index.all_quarantined() if cache.has_index else ())
         ]
     if as_json:
         terminal.emit_json({"quarantined": len(found), "contents": found})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from pipeline.trained import TrainedRun
 
 _SHOWN = (
-    "run", "dataset", "split", "images", "accuracy", "accuracy_interval", "top5_accuracy", "balanced_accuracy",
-    "macro_f1", "log_loss", "roc_auc", "expected_calibration_error",
+    "run", "dataset", "split", "images", "left_out", "accuracy", "accuracy_interval", "top5_accuracy",
+    "balanced_accuracy", "macro_f1", "log_loss", "roc_auc", "expected_calibration_error",
 )  # fmt: skip
 _MOST_CLASSES = 20  # listed for people: those with the lowest F1
 
@@ -45,17 +46,28 @@ def evaluate(
     run: RunArgument,
     split: Annotated[
         Literal["train", "val", "test", "all"] | None,
-        typer.Option(help="Which images.  [default: test; of another dataset without splits: all]"),
+        typer.Option(
+            help="Which images; train and all include those it was trained on.  "
+            "[default: test; of another dataset without splits: all]"
+        ),
     ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Another dataset with the same classes.  [default: the run's own]", autocompletion=dataset_names
+            help="Another dataset, of classes that the run knows.  [default: the run's own]",
+            autocompletion=dataset_names,
         ),
     ] = None,
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,
     limit: LimitOption = None,
+    include_trained: Annotated[
+        bool, typer.Option("--include-trained", help="Measure images that the run was trained on, too.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The folder to make.  [default: in the run's]", file_okay=False),
+    ] = None,
     space: SpaceOption = None,
     memory: MemoryOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
@@ -65,7 +77,7 @@ def evaluate(
 ) -> None:
     """Measure a trained run, with pictures.
 
-    A head is measured on cached rows, a full model on images.
+    A head is measured on cached rows, a full model on images. Images it was trained on are left out.
     """
     from pipeline.apply import evaluate_run
     from pipeline.trained import open_run
@@ -85,12 +97,16 @@ def evaluate(
             space=space,
             own=own,
             memory=memory_bytes(memory),
+            include_trained=include_trained,
+            out=out,
         )
     result = {
         "run": done.run,
         "dataset": done.dataset,
         "split": done.split,
         **done.metrics,
+        "trained_on": done.trained_on,
+        "left_out": done.left_out,
         "path": str(done.path),
         "features_computed": 0,
         "quarantined": len(done.quarantined),

@@ -82,7 +82,6 @@ def report(
 
             folder = pages.find_sweep(chosen, workspace.sweeps) if sweep else None
             target = out or reports / f"{folder.name if folder else 'compare'}.html"
-            require_target(target)
             result = pages.of_sweep(folder, target) if folder else pages.compare(names or [], workspace, target)
         else:
             from pipeline.report.single import write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -20,31 +21,37 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
     """List the trained heads and their accuracies, the oldest first."""
     from pipeline import runs, terminal
     from pipeline.asked import resume_commands
+    from pipeline.run_dataset import told_apart
 
     with opened(context) as workspace:
         again = workspace.command
-        found, stopped = runs.list_runs(workspace.runs), runs.unfinished(workspace.runs)
+        found, stopped = runs.list_datasets(workspace.runs), runs.unfinished(workspace.runs)
         commands = resume_commands(workspace.runs, stopped)
         sweeps = runs.unfinished(workspace.sweeps)
     if as_json:
-        listed = [{"dataset": about["dataset"]["name"], **about["summary"]} for about in found]
+        listed = [
+            {"dataset": each.name, "dataset_path": each.path, **each.about["summary"], "created": each.created}
+            for each in found
+        ]
         terminal.emit_json({"runs": listed, "unfinished": stopped, "unfinished_sweeps": sweeps})
         return
     if not found:
         terminal.say("there are no runs; `train-head` makes them")
     else:
-        rows = [_run_row(about["summary"]) for about in found]
-        terminal.table(rows, ("run", "head", "accuracy", "95% interval", "val", "seconds", "weights"))
+        datasets = told_apart([each.path or each.name for each in found])
+        rows = [_run_row(each.about["summary"], name) for each, name in zip(found, datasets, strict=True)]
+        terminal.table(rows, ("run", "head", "dataset", "accuracy", "95% interval", "val", "seconds", "weights"))
     for name, command in (*commands.items(), *((name, "sweep") for name in sweeps)):
         terminal.warn(f"stopped, go on by: {again(command)} --resume {name}")
 
 
-def _run_row(summary: dict[str, Any]) -> tuple[object, ...]:
+def _run_row(summary: Mapping[str, Any], dataset: str) -> tuple[object, ...]:
     from pipeline import terminal
 
     return (
         summary["run"],
         summary["head"] if summary.get("stage", "head") == "head" else f"{summary['head']}, {summary['stage']}",
+        dataset,
         f"{summary['accuracy']:.3f}",
         terminal.interval(summary["accuracy_interval"]),
         f"{summary['val_accuracy']:.3f}",

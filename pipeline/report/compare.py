@@ -14,7 +14,8 @@ from pipeline.errors import RunError, did_you_mean
 from pipeline.leaderboard import varied
 from pipeline.progress import counted
 from pipeline.report import page
-from pipeline.report.single import publish
+from pipeline.report.single import publish, require_target, trained_on
+from pipeline.run_dataset import RunDataset, distinct, told_apart
 from pipeline.workspace import Workspace
 
 _MOST_JSON = 2**26  # bytes of a sweep.json
@@ -48,28 +49,41 @@ def compare(names: Sequence[str], workspace: Workspace, out: Path) -> dict[str, 
     RunError
         If there are none, or one cannot be read.
     """
-    about = _chosen(names, workspace)
+    chosen = _chosen(names, workspace)
     try:
-        about.sort(key=lambda each: -each["summary"]["accuracy"])
-        text = _page_of_runs(about)
-        best = about[0]["summary"]["run"]
+        chosen.sort(key=lambda each: -each.about["summary"]["accuracy"])
+        text = _page_of_runs(chosen)
+        best = chosen[0].about["summary"]["run"]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"a run does not say what it should ({error!r}); `runs ls` lists them") from error
+    require_target(out)
     publish(out, text)
-    return {"page": str(out), "bytes": out.stat().st_size, "runs": len(about), "best": best}
+    return {"page": str(out), "bytes": out.stat().st_size, "runs": len(chosen), "best": best}
 
 
-def _chosen(names: Sequence[str], workspace: Workspace) -> list[dict[str, Any]]:
+def _chosen(names: Sequence[str], workspace: Workspace) -> list[RunDataset]:
     if names:
         folders = dict.fromkeys(runs.find_run(workspace.runs, name).resolve() for name in names)
-        return [runs.read_run(folder) for folder in folders]
-    dataset = runs.read_run(runs.find_run(workspace.runs, "latest"))["dataset"]["name"]
-    return [each for each in runs.list_runs(workspace.runs) if each["dataset"]["name"] == dataset]
+        return [RunDataset(folder, runs.read_run(folder)) for folder in folders]
+    folder = runs.find_run(workspace.runs, "latest")
+    latest = RunDataset(folder, runs.read_run(folder))
+    return [each for each in runs.list_datasets(workspace.runs) if each.is_same(latest)]
 
 
-def _page_of_runs(about: Sequence[Mapping[str, Any]]) -> str:
-    datasets = sorted({str(each["dataset"]["name"]) for each in about})
-    several = [] if len(datasets) == 1 else [f"These runs are of several datasets: {', '.join(datasets)}."]
+def notes_of(chosen: Sequence[RunDataset]) -> list[str]:
+    """Return what is to be known of the accuracies beside each other: what each was measured on."""
+    notes, datasets = list[str](), distinct(chosen)
+    if len(datasets) > 1:
+        paths = told_apart(sorted({each.path or each.name for each in datasets}))
+        notes.append(f"These runs are of several datasets: {', '.join(paths)}.")
+    elif len({each.about["dataset"].get("content") for each in chosen}) > 1:
+        notes.append("The dataset changed between these runs: they were tested on different images.")
+    return [*notes, *(f"{each.about['summary']['run']}: {note}" for each in chosen for note in trained_on(each.about))]
+
+
+def _page_of_runs(chosen: Sequence[RunDataset]) -> str:
+    about = [each.about for each in chosen]
+    names = sorted({each.name for each in chosen})
     note = (
         "Accuracies are of the test split, with 95% intervals; minutes are those of the run, without cached features."
     )
@@ -78,9 +92,9 @@ def _page_of_runs(about: Sequence[Mapping[str, Any]]) -> str:
         "report_compare.html",
         _NO_IMAGES,
         title=counted(len(about), "run compared", "runs compared"),
-        subtitle=", ".join(datasets),
+        subtitle=", ".join(names),
         untrained=any(str(each["features"].get("weights", "")).startswith("untrained") for each in about),
-        notes=[*several, note],
+        notes=[*notes_of(chosen), note],
         caption="Accuracy on the test split.",
         scatter=page.scatter(
             [_means(summary) for summary in drawn],
@@ -125,6 +139,7 @@ def of_sweep(folder: Path, out: Path) -> dict[str, Any]:
         told = {"sweep": str(about["sweep"]), "runs": len(about["runs"]), "best": str(about["best"]["run"])}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{folder / 'sweep.json'} cannot be read ({error!r}); sweep anew") from error
+    require_target(out)
     publish(out, text)
     return {"page": str(out), "bytes": out.stat().st_size, **told}
 

@@ -96,8 +96,7 @@ def _images(run: TrainedRun, workspace: Workspace, max_pixels: int, notes: list[
         notes.append("The run does not say what it was trained on, so that its images are not shown.")
         return None
     try:
-        dataset = run.asked.images.open(workspace)
-        run.require_classes(dataset.classes)
+        dataset = run.matched(run.asked.images.open(workspace))
         if run.base.directory in workspace.cache.names():
             try:
                 return gather(dataset, workspace, FeatureChoice(space=run.base.directory), max_pixels, "features")

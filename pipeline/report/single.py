@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from pipeline.cache import storage
 from pipeline.errors import RunError
 from pipeline.report import kept, page
 from pipeline.report.shown import Shown, crossing, gather_shown, named, script_data
+from pipeline.runs import read_run
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
 
@@ -32,7 +33,7 @@ def write(
     RunError
         If the run's own files cannot be read, or `out` cannot be written.
     """
-    told, notes = kept.read(run, program), list[str]()
+    told, notes = kept.read(run, program), trained_on(read_run(run.path))
     shown = gather_shown(run, told.said, workspace, max_pixels, method, notes)
     data = {"classes": page.printable(run.classes), "confusion": told.confusion, "images": None}
     sheets = shown.tiles.sheets if shown else []
@@ -60,6 +61,24 @@ def write(
         **(named(shown, shown.found) if shown and shown.found else {}),
         "left_out": notes,
     }
+
+
+def trained_on(about: Mapping[str, Any]) -> list[str]:
+    """Return what is to be said of a run's test images that it was trained on; `about` is its run.json."""
+    summary = about["summary"]
+    left_out, measured, crossing = (
+        value if isinstance(value := summary.get(name), int) else 0
+        for name in ("test_rows_left_out", "test_rows_trained_on", "copies_across_splits")
+    )
+    if "test_rows_left_out" not in summary and (crossing or summary.get("init") is not None):
+        initial = " or were in its initial model's training" * (summary.get("init") is not None)
+        return [
+            f"It was made before test images that were trained on were left out: {crossing:,} images have a copy in "
+            f"another split{initial}; `evaluate` leaves out what was trained on."
+        ]
+    if measured:
+        return [f"{measured:,} of these {summary['test_rows']} test images were trained on: there are no others."]
+    return [f"{left_out:,} test images were trained on and are left out of the accuracy."] if left_out else []
 
 
 def _looked(shown: Shown | None) -> dict[str, Any]:

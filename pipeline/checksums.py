@@ -1,0 +1,73 @@
+"""The checksums of a run's files: written when it is published, compared when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.cache import storage
+from pipeline.errors import RunError
+
+CHECKSUMS = "SHA256SUMS"  # of all files of a published run, as `sha256sum --check` reads it
+MOST_BYTES = 2**26  # of a run.json: it lists quarantined images, a few at most
+_VOUCHING = ("run.json", "network.json", "head.json", "fold-*/head.json")  # the last three hold the weights' digests
+
+
+def write_checksums(folder: Path, but: Sequence[str]) -> None:
+    """Write the checksums of all files in a run's folder, but of those with these names."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (CHECKSUMS, *but)]
+    lines = [f"{storage.sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
+    storage.write_whole(folder / CHECKSUMS, "".join(lines).encode("utf-8", "surrogateescape"))
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """Return file name → sha256, 64 hex digits, of a run's files; nothing of a run that has no checksums.
+
+    Raises
+    ------
+    RunError
+        If they cannot be read.
+    """
+    path = folder / CHECKSUMS
+    if not path.exists():
+        return {}
+    try:
+        lines = storage.read_small(path, MOST_BYTES).decode("utf-8", "surrogateescape").splitlines()
+    except OSError as error:
+        raise _unknown(path, error) from error
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def check_files(folder: Path, named: object) -> None:
+    """Raise RunError unless the files that vouch for the others are as they were published.
+
+    A run of 0.1.0 names no checksums and has none; then there is nothing to compare with.
+    """
+    path = folder / CHECKSUMS
+    if named is None and not path.exists():
+        return
+    if not path.exists():
+        raise _unknown(path, FileNotFoundError(2, "No such file or directory"))
+    known = read_checksums(folder)
+    for found in [each for pattern in _VOUCHING for each in sorted(folder.glob(pattern))]:
+        if known.get(found.relative_to(folder).as_posix()) != hashlib.sha256(_content(found)).hexdigest():
+            raise not_published(found)
+
+
+def not_published(path: Path) -> RunError:
+    """Return the error for a file of a run that was changed."""
+    return RunError(
+        f"{path} is not the file that was published, as {CHECKSUMS} has another digest; restore it, or train anew"
+    )
+
+
+def _unknown(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path} cannot be read ({error}), so nobody knows whether the run is whole")
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return storage.read_small(path, MOST_BYTES)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error}); restore it, or train anew") from error

@@ -1,0 +1,131 @@
+"""Which published runs are of one dataset: by the path that was asked for, or by the images themselves."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline import machine
+from pipeline.class_names import normalised
+from pipeline.dataset import is_known
+from pipeline.errors import RunError
+from pipeline.run_images import RunImages
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class RunDataset:
+    """The dataset of the run in `folder`; `about` is the run's run.json."""
+
+    folder: Path
+    about: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What the dataset is called: the last part of its path, as a rule."""
+        return str(self.about["dataset"]["name"])
+
+    @property
+    def source(self) -> tuple[str, str | None] | None:
+        """The path that was asked for, resolved, or a known name, and the folder of the images if another was named.
+
+        None of a run of 0.1.0, which did not keep it.
+        """
+        asked = self.about.get("asked")
+        if not isinstance(asked, Mapping):
+            return None
+        then = self.about["dataset"]  # where links led when the run was made
+        now = resolved(asked.get("images"))
+        return (str(then["path"]), then.get("image_root")) if isinstance(then.get("path"), str) else now
+
+    @property
+    def created(self) -> str | None:
+        """When the run was made, ISO 8601, UTC; None if it does not say."""
+        found = self.about.get("created")
+        return found if isinstance(found, str) else None
+
+    @property
+    def path(self) -> str | None:
+        """The resolved path, or the known name; None if the run does not say."""
+        return self.source[0] if self.source else None
+
+    @property
+    def classes(self) -> frozenset[str]:
+        """The names of the classes, in one Unicode form."""
+        found = self.about.get("classes")
+        return frozenset(normalised(str(name)) for name in found) if isinstance(found, list) else frozenset()
+
+    @cached_property
+    def images(self) -> RunImages | None:
+        """The images of the run; None if they are not known."""
+        try:
+            return RunImages.read(self.folder)
+        except RunError as error:
+            logger.warning("%s", error)
+            return None
+
+    def is_same(self, other: RunDataset) -> bool:
+        """Return whether two runs are of one dataset.
+
+        They are if the path asked for and the classes are the same, or if they share most of their images, so that a
+        folder that was moved or has grown keeps its runs. The same images under other classes are another dataset.
+        """
+        if self.classes == other.classes and self._same_source(other):
+            return True
+        if not (self.classes <= other.classes or other.classes <= self.classes):
+            return False
+        content = self.about["dataset"].get("content")
+        if content is not None and content == other.about["dataset"].get("content"):
+            return True
+        return bool(self.images and other.images and self.images.shares_most(other.images))
+
+    def _same_source(self, other: RunDataset) -> bool:
+        if self.source is None or other.source is None:  # of 0.1.0: there is nothing but the name
+            return self.name == other.name
+        return self.source == other.source
+
+
+def resolved(images: object) -> tuple[str, str | None] | None:
+    """Return the dataset that `images` of a run.json name, and the folder of its images if one was named.
+
+    Links and ".." are followed, so that one folder has one path; a known dataset stays its name.
+    """
+    if not isinstance(images, Mapping) or not isinstance(name := images.get("dataset"), str):
+        return None
+    root = images.get("image_root")
+    path = name if is_known(name) else _real(name)
+    return path, _real(root) if isinstance(root, str) else None
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(machine.at_home(path.replace("\0", "")))
+
+
+def distinct(datasets: Sequence[RunDataset]) -> list[RunDataset]:
+    """Return one run of each dataset."""
+    found = list[RunDataset]()
+    for each in datasets:
+        if not any(each.is_same(other) for other in found):
+            found.append(each)
+    return found
+
+
+def told_apart(paths: Sequence[str]) -> list[str]:
+    """Return for each path as many of its last parts as tell it from the others."""
+    parts = {path: Path(path).parts for path in paths}
+    shortest = {path: _shortest(path, parts) for path in parts}
+    return [shortest[path] for path in paths]
+
+
+def _shortest(path: str, parts: Mapping[str, tuple[str, ...]]) -> str:
+    mine = parts[path]
+    for count in range(1, len(mine) + 1):
+        if all(other[-count:] != mine[-count:] for name, other in parts.items() if name != path):
+            return os.path.join(*mine[-count:])  # noqa: PTH118  parts of a path, as it is shown
+    return path

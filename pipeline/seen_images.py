@@ -1,0 +1,79 @@
+"""Which images a run has seen: its own record, or, of a run made before there was one, what its dataset says."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.asked import FullAsked
+from pipeline.class_names import with_classes
+from pipeline.errors import IceboxError, RunError
+from pipeline.gather import Sorted, list_images
+from pipeline.run_images import RunImages
+from pipeline.trained import TrainedRun, open_run
+from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+_MOST_INITIAL = 20  # runs of which each began with the one before
+
+
+def seen_images(run: TrainedRun, workspace: Workspace, at_hand: Sorted | None = None) -> RunImages | None:
+    """Return which images `run` was trained, selected and tested on; None if nobody knows, which is then said.
+
+    A run that was made before runs kept it is known if its dataset is unchanged. `at_hand` are images that may be its
+    own, so that they need not be listed again.
+
+    Raises
+    ------
+    RunError
+        If the record of the run is damaged.
+    """
+    found = _seen(run, workspace, at_hand)
+    if found is None:
+        logger.warning(
+            "nobody knows which images the run %s was trained on, as it was made before runs kept that, and its "
+            "dataset is not at hand as it was: what is measured may be too good",
+            run.name,
+        )
+    elif not found.complete:
+        logger.warning("nobody knows which images the model was trained on that the run %s began with", run.name)
+    return found
+
+
+def initial_images(init: Path, workspace: Workspace, depth: int = _MOST_INITIAL) -> RunImages:
+    """Return the images of the run in the folder `init`, with which another begins; if nobody knows, that is said."""
+    try:
+        found = _seen(open_run(workspace.runs, str(init)), workspace, None, depth - 1) if depth else None
+    except RunError as error:
+        logger.warning("%s", error)
+        found = None
+    if found is None:
+        logger.warning("nobody knows which images %s was trained on: what begins with it may be measured on them", init)
+    return found or RunImages.unknown()
+
+
+def _seen(
+    run: TrainedRun, workspace: Workspace, at_hand: Sorted | None, depth: int = _MOST_INITIAL
+) -> RunImages | None:
+    if (kept := RunImages.read(run.path)) is not None:
+        return kept
+    unchanged = at_hand is not None and at_hand.content == run.content
+    images = at_hand if unchanged else _unchanged(run, workspace)
+    if images is not None and isinstance(run.asked, FullAsked) and run.asked.init is not None:
+        images = replace(images, initial=initial_images(Path(run.asked.init), workspace, depth))
+    return images and images.run_images(joined=run.saw_validation)
+
+
+def _unchanged(run: TrainedRun, workspace: Workspace) -> Sorted | None:
+    """Return the images of a run's dataset if they, their labels and splits are what they were."""
+    if run.asked is None or run.content is None:
+        return None
+    try:
+        found = run.asked.images.open(workspace)
+        found = list_images(with_classes(found, run.name, run.classes), workspace, run.asked.max_pixels)
+    except IceboxError as error:
+        logger.warning("the dataset of the run %s cannot be looked at: %s", run.name, error)
+        return None
+    return found if found.content == run.content else None
