@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -88,9 +88,9 @@ class Planning:
         grouped = identities.keys.grouped(but=unseen)
         first = grouped.first
         lacking = self._lacking(space, first)
-        groups = np.flatnonzero(lacking.any(axis=1))
-        is_refused, reasons = self._refused(first[groups])
-        refused, groups = groups[is_refused], groups[~is_refused]
+        lacks = np.asarray(lacking.any(axis=1))
+        is_refused, reasons = self._refused(first, lacks)
+        refused, groups = np.flatnonzero(is_refused), np.flatnonzero(lacks & ~is_refused)
         quarantined = {i: why for some, why in zip(grouped.members(refused), reasons, strict=True) for i in some}
         copies = len(grouped.images) - len(first) - (len(quarantined) - len(refused)) + len(unseen) - len(to_read)
         unknown = ~identities.keys.known
@@ -111,18 +111,29 @@ class Planning:
                 lacking[:, column] = ~space.has_rows(self.identities.keys.digests, first, view)
         return lacking
 
-    def _refused(self, some: np.ndarray) -> tuple[np.ndarray, list[tuple[str, str | None]]]:
-        """Return which of these images are known to be undecodable, (m,) bool, and of each of those why, since when."""
-        is_refused = np.zeros(len(some), bool)
-        known = self.index.refused(images.decoder_version(), self.max_pixels) if len(some) else {}
+    def _refused(self, some: np.ndarray, lacks: np.ndarray) -> tuple[np.ndarray, list[tuple[str, str | None]]]:
+        """Return which of these images are known to be undecodable, (m,) bool, and of each of those why, since when.
+
+        Only of images that lack rows, (m,) bool, is it asked, but for those whose rows are condemned.
+        """
+        known = self.index.refused(images.decoder_version(), self.max_pixels) if lacks.any() else {}
+        condemned = self.index.condemned()
+        is_refused = self._among(some, condemned)
+        is_refused[lacks] |= self._among(some[lacks], known)
+        found = split(self.identities.keys.digests[some[is_refused]])
+        reasons = [condemned.get(key) or known[key] for key in found]
+        return is_refused, [(each.reason, each.since) for each in reasons]
+
+    def _among(self, some: np.ndarray, known: Collection[bytes]) -> np.ndarray:
+        """Return which of these images have a key that is `known`, (m,) bool."""
+        found = np.zeros(len(some), bool)
         if known:
             names = comparable(b"".join(sorted(known)))
             for start in range(0, len(some), _BLOCK):
                 keys = comparable(self.identities.keys.digests[some[start : start + _BLOCK]])
                 near = np.minimum(np.searchsorted(names, keys), len(names) - 1)
-                is_refused[start : start + _BLOCK] = names[near] == keys
-        found = split(self.identities.keys.digests[some[is_refused]])
-        return is_refused, [(known[key].reason, known[key].since) for key in found]
+                found[start : start + _BLOCK] = names[near] == keys
+        return found
 
     def _todo(self, some: np.ndarray, lacking: np.ndarray) -> Todo:
         """Return the rows of (m,) images, of the views where `lacking`, (m, v) bool, is true."""

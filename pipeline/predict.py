@@ -124,7 +124,8 @@ class _Speaker:
     def answers(self, window: _Window, advance: Callable[[float], None]) -> _Said:
         """Return what is said of a window's images; an answer belongs to the very bytes that were decoded."""
         keys, unread = window.identities.keys, window.identities.unread
-        said = self._from_cache(list({key for key in keys if key is not None}))
+        condemned = self._index.condemned()
+        said = self._from_cache(list({key for key in keys if key is not None and key not in condemned}))
         cached, computed = set(said), 0
         refused = self._refused([key for key in keys if key is not None and key not in said])
         # Once is enough, unless a file changes after it was hashed: its former copies then lack an answer.
@@ -191,7 +192,7 @@ class _Speaker:
             if image.pixels is not None:
                 was_unseen = image.i in window.identities.unseen
                 note_key(image, window.images, window.identities, self._index)
-                if was_unseen and image.key and (rows := self._from_cache([image.key])):
+                if was_unseen and image.key and (rows := self._from_cache([image.key])):  # it can be decoded
                     said.update(rows)
                     found.update(rows)
                     advance(1)

@@ -52,7 +52,7 @@ def palette(colours: int = 32, pixels: np.ndarray = RGB) -> Image.Image:
 
 def full(data: bytes) -> np.ndarray:
     """Decode without resizing: what the program sees before it fits the picture to the network."""
-    return images._decode_file(data, DEFAULT_MAX_PIXELS)
+    return images._decode_file(data, DEFAULT_MAX_PIXELS)[0]
 
 
 def seen(data: bytes) -> np.ndarray:
@@ -600,7 +600,7 @@ def test_an_unknown_fit_is_named() -> None:
 
 
 def test_the_version_names_both_libraries() -> None:
-    assert decoder_version() == f"opencv {cv2.__version__} pillow {PIL.__version__}"
+    assert decoder_version() == f"opencv {cv2.__version__} pillow {PIL.__version__} checks 2"
 
 
 def test_headers_agree_with_pillow() -> None:

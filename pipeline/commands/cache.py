@@ -98,7 +98,7 @@ def cache_quarantine(context: typer.Context, as_json: JsonOption = False, quiet:
                 "reason": bad.reason,
                 "since": bad.since,
                 "decoder": bad.decoder,
-                "max_pixels": bad.max_pixels,
+                "max_pixels": bad.max_pixels or None,  # none of those whose rows are condemned
                 "paths": [str(path) for path in index.files_with_digest(bad.key)],
             }
             for bad in index.all_quarantined()
@@ -111,7 +111,7 @@ def cache_quarantine(context: typer.Context, as_json: JsonOption = False, quiet:
         return
     rows = [(terminal.age(bad["since"]), bad["reason"], ", ".join(bad["paths"]) or bad["key"][:16]) for bad in found]
     terminal.table(rows, ("since", "reason", "file"))
-    terminal.say("`features --retry-failed` tries them again")
+    terminal.say("`features --retry-failed` tries them again, `cache verify --images DATASET` those that have rows")
 
 
 @cache_app.command("gc")
