@@ -14,7 +14,8 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset, Split, assign, groups
 from pipeline.errors import DatasetError, MissingRowsError
 from pipeline.extract import FeatureChoice, find_space
-from pipeline.planning import Plan, Planning, Quarantined, name_quarantined
+from pipeline.images import FULL_DEPTH
+from pipeline.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.spec import PLAIN_VIEW, Views
 from pipeline.workspace import Workspace
 
@@ -112,7 +113,7 @@ def gather(
     return Material(*_sorted(dataset, identities, plan), space, views)
 
 
-def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: str) -> Sorted:
+def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: str, depth: int = FULL_DEPTH) -> Sorted:
     """Find the images of `dataset` that can be decoded, for whoever reads pixels instead of rows.
 
     All are decoded once, so that a bad one is known before a long training meets it.
@@ -126,7 +127,7 @@ def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: 
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, cache.index, advance, read_unseen=False)
     planning = Planning(dataset, identities, cache.index, max_pixels)
-    planning.try_to_decode(planning.plan(None).todo.distinct.tolist(), fit, workspace.progress)
+    warn_dark(planning.try_to_decode(planning.plan(None).todo.distinct.tolist(), fit, workspace.progress), depth)
     plan = planning.plan(None)
     if not plan.todo:
         raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")

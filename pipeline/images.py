@@ -58,6 +58,21 @@ def depth_of(policy: str) -> int:
     return DECODE_POLICIES[policy]
 
 
+def depth_advice(peak: int, depth: int) -> str:
+    """Return what to do about 16-bit images taken for `depth` bits, `peak` being their largest value; "" if nothing."""
+    bits = peak.bit_length()
+    if not peak or bits == depth:
+        return ""
+    if bits > depth:
+        return (
+            f"values up to {peak:,} are above the {2**depth - 1:,} of --depth {depth}, and white; take --depth {bits}"
+        )
+    return (
+        f"no value is above {peak:,} of {2**depth - 1:,}, so that they come out dark; if their camera gives no more, "
+        f"take --depth {max(bits, DEPTHS[0])}"
+    )
+
+
 def decode(
     data: bytes | np.ndarray,
     *,

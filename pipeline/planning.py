@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -19,6 +20,8 @@ from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded, Loader, decoding_pool
 from pipeline.progress import Progress
 from pipeline.spec import PLAIN_VIEW, Views
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_FIT = "squash"
 _CHECKED_AHEAD = 64  # images
@@ -168,9 +171,12 @@ class Planning:
         # What nobody had read may turn out to be an old acquaintance.
         return not was_unseen or bool(self._lacking(space, np.array([image.i])).any())
 
-    def try_to_decode(self, some: Iterable[int], fit: str, progress: Progress) -> None:
-        """Decode these images, to know which of them cannot be, and who those are that nobody had read."""
-        some = list(some)
+    def try_to_decode(self, some: Iterable[int], fit: str, progress: Progress) -> int:
+        """Decode these images, to know which of them cannot be, and who those are that nobody had read.
+
+        Returns the largest value of those with 16 bits a channel.
+        """
+        some, peak = list(some), 0
         size = BACKBONES[DEFAULT_BACKBONE].input_size
         with (
             Loader(self.dataset, size, fit, self.max_pixels) as loader,
@@ -182,8 +188,10 @@ class Planning:
                     self._note_bad(image)
                 else:
                     note_key(image, self.dataset, self.identities, self.index)
+                    peak = max(peak, image.peak)
                 advance(1)
         self.identities.remember_fetched(self.index)
+        return peak
 
     def _note_bad(self, bad: Loaded) -> None:
         note_bad(bad, self.dataset, self.identities, self.index, self.max_pixels)
@@ -199,6 +207,12 @@ class Quarantined:
     path: str
     reason: str
     since: str | None = None
+
+
+def warn_dark(peak: int, depth: int) -> None:
+    """Say what to do about 16-bit images taken for `depth` bits, if their largest value, `peak`, shows other bits."""
+    if advice := images.depth_advice(peak, depth):
+        logger.warning("of the images with 16 bits a channel that were decoded now %s", advice)
 
 
 def name_quarantined(dataset: Dataset, plan: Plan) -> list[Quarantined]:

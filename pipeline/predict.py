@@ -62,7 +62,7 @@ def predict(
     """
     groups = grouped(runs, workspace, weights)
     with ExitStack() as stack:
-        loaders = [Loader(images, group.spec.input_size, group.spec.fit, max_pixels) for group in groups]
+        loaders = [_loader(images, group, max_pixels) for group in groups]
         for load in loaders:
             stack.enter_context(load)
         pool = stack.enter_context(decoding_pool())  # whose threads end before the decoders do
@@ -82,6 +82,11 @@ def predict(
                     yield Answer(name, None, reasons[i])
                 else:
                     yield Answer(name, mean[i], cached=bool(cached[i]))
+
+
+def _loader(images: Dataset, group: Group, max_pixels: int) -> Loader:
+    spec = group.spec
+    return Loader(images, spec.input_size, spec.fit, max_pixels, depth=decoding_policy.depth_of(spec.decode))
 
 
 def likeliest(probabilities: np.ndarray | None, classes: list[str], count: int) -> list[tuple[str, float]]:

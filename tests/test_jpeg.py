@@ -20,7 +20,7 @@ from pipeline.errors import DecodeError
 from pipeline.images import DEFAULT_MAX_PIXELS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from damaged_jpegs import DAMAGES, ENCODERS, WARNED, damaged_files  # type: ignore[import-not-found]  # noqa: E402
+from damaged_jpegs import DAMAGES, ENCODERS, WARNED, damaged_files  # type: ignore[import-not-found]
 
 
 def detailed(seed: int = 0, height: int = 240, width: int = 320) -> np.ndarray:
@@ -127,30 +127,32 @@ def test_a_decoding_process_hears_of_one_image_what_is_about_it(tmp_path: Path) 
     assert np.array_equal(found[0].pixels, found[2].pixels)  # type: ignore[arg-type]
 
 
-def test_rows_of_damaged_images_stay_until_they_are_looked_for(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_damaged_images_stay_until_they_are_looked_for(photos: Path, tmp_path: Path) -> None:
     data, place = encoded(), photos / "cats" / "broken.jpg"
     place.write_bytes(data[: len(data) // 2] + b"\xff\xd9")
     (tmp_path / "deaf").mkdir()  # as an earlier version was
-    (tmp_path / "deaf" / "sitecustomize.py").write_text("import pipeline.jpeg as j; j.damage = lambda *all: ''")
-    made = icebox(tmp_path / "data", *FEATURES, photos, PYTHONPATH=f"{tmp_path / 'deaf'}:{ROOT}")
+    (tmp_path / "deaf" / "sitecustomize.py").write_text(DEAF)
+    deaf = f"{tmp_path / 'deaf'}:{ROOT}"
+    made = icebox(tmp_path / "data", *FEATURES, photos, PYTHONPATH=deaf)
     assert (made.code, made.json["rows"]) == (0, 13)
-    kept = icebox(tmp_path / "data", *FEATURES, photos)
-    assert (kept.code, kept.json["rows"], kept.json["computed"]) == (0, 13, 0)
     verify = ("cache", "verify", "--images", photos, "--json")
     for _ in range(2):
         found = icebox(tmp_path / "data", *verify)
         assert (found.code, found.json["images"]["images"]) == (1, 13)
         (bad,) = found.json["images"]["quarantined"]
         assert (bad["path"], bad["reason"][:20]) == ("cats/broken.jpg", "JPEG damaged inside:")
-    for more in ((), ("--retry-failed",), ("--max-pixels", "1000000")):
-        after = icebox(tmp_path / "data", *FEATURES, photos, *more)
-        assert (after.code, after.json["rows"], after.json["quarantined"]) == (3, 12, 1)
+    after = icebox(tmp_path / "data", *FEATURES, photos, "--retry-failed", "--max-pixels", "1000000")
+    assert (after.code, after.json["rows"], after.json["quarantined"]) == (3, 12, 1)
     # A decoder that finds nothing wrong with it releases it.
-    released = icebox(tmp_path / "data", *verify, PYTHONPATH=f"{tmp_path / 'deaf'}:{ROOT}")
+    released = icebox(tmp_path / "data", *verify, PYTHONPATH=deaf)
     assert (released.code, released.json["images"]["released"]) == (0, 1)
     assert icebox(tmp_path / "data", *FEATURES, photos).json["rows"] == 13
 
 
+DEAF = """
+import sys
+if any("decode_process" in argument for argument in sys.orig_argv):
+    import pipeline.jpeg
+    pipeline.jpeg.damage = lambda *all: ""
+"""
 FEATURES = ("features", "--weights", "untrained", "--precision", "float32", "--json", "--dataset")

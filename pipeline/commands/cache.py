@@ -11,6 +11,7 @@ import typer
 
 from pipeline.commands.cache_checks import cache_explain, cache_verify
 from pipeline.commands.completion import dataset_names, space_names
+from pipeline.commands.depth import DepthOption
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
@@ -224,6 +225,7 @@ def cache_export(
     storage: StorageOption = "auto",
     space: SpaceOption = None,
     fit: FitOption = None,
+    depth: DepthOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.commands.completion import run_names
+from pipeline.commands.depth import DepthOption
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
@@ -111,6 +112,7 @@ def freeze(
     layer: LayerOption = None,
     precision: PrecisionOption = "auto",
     fit: FitOption = None,
+    depth: DepthOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
@@ -173,6 +175,7 @@ def finetune(
     precision: PrecisionOption = "auto",
     storage: StorageOption = "auto",
     fit: FitOption = None,
+    depth: DepthOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
@@ -243,6 +246,7 @@ def _asked(stage: str, context: typer.Context, root: Path) -> FullAsked:
             weights=given["weights"],
             layer=given["layer"],
             fit=given["fit"],
+            depth=given["depth"],
             precision=given["precision"],
             storage=given.get("storage", "auto"),
         ).anchored(),
