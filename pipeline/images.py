@@ -16,8 +16,10 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from pipeline import jpeg
 from pipeline.containers import Header, one_line, read_header
 from pipeline.errors import DecodeError, SpecError, UsageError
+from pipeline.foreign import CONVERT
 
 Fit = Literal["squash", "crop", "pad"]
 FITS: tuple[str, ...] = get_args(Fit)
@@ -205,8 +207,8 @@ def _peak(pixels: np.ndarray) -> int:
 def _decode_pixels(data: bytes, header: Header) -> np.ndarray:
     # IMREAD_UNCHANGED alone keeps alpha and 16 bits (IMREAD_ANYDEPTH spoils 16-bit colour TIFFs in 5.0), but it
     # leaves pictures unturned, save TIFFs, which OpenCV always turns. So none is turned here, and _upright does it.
-    jpeg = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    flags = jpeg if header.kind == "JPEG" else cv2.IMREAD_UNCHANGED
+    upright = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = upright if header.kind == "JPEG" else cv2.IMREAD_UNCHANGED
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
@@ -216,6 +218,8 @@ def _decode_pixels(data: bytes, header: Header) -> np.ndarray:
             raise DecodeError(f"{header.kind} that OpenCV cannot decode ({one_line(error.err)})") from error
         limit = "OPENCV_IO_MAX_IMAGE_PIXELS, _WIDTH or _HEIGHT"
         raise DecodeError(f"{header.width} x {header.height} pixels, over OpenCV's limit ({limit})") from error
+    if pixels is None and header.kind == "JPEG" and (rare := jpeg.rarity(data)):
+        raise DecodeError(f"{rare}: not supported; {CONVERT}")
     if pixels is None:
         raise DecodeError(f"{header.kind} that OpenCV cannot decode: cut short, damaged or of a rare kind")
     return pixels

@@ -30,6 +30,9 @@ _START, _END, _SCAN, _TABLES, _QUANTISATION, _INTERVAL = 0xD8, 0xD9, 0xDA, 0xC4,
 _FRAMES = {*range(0xC0, 0xD0)} - {_TABLES, 0xC8, 0xCC}
 _SEQUENTIAL = {0xC0, 0xC1}  # Huffman-coded frames without progression, the ones that can be followed here
 _NEEDED = {*_FRAMES, _TABLES, 0xCC, _QUANTISATION, _INTERVAL, _SCAN}
+_LS = 0xF7
+_RARE = {0xC3: "lossless JPEG", **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG"),
+         **dict.fromkeys((0xC9, 0xCA, 0xCB), "arithmetic-coded JPEG")}  # fmt: skip
 _MOST_DC = 2048  # twice what a block's mean brightness comes to, as editing without decoding may overshoot
 _MOST_DC_BITS = 11
 _ZEROS = bytes(32)  # as where a block of a disk was lost; a sound scan has them in empty blocks only
@@ -42,6 +45,18 @@ class _Segment:
     marker: int
     body: bytes
     parts: Sequence[bytes] = ()
+
+
+def rarity(data: bytes) -> str:
+    """Return how a JPEG is coded if few programs can decode it, however sound; "" if as usual."""
+    frame = next((each for each in _segments(data) if each.marker in _FRAMES or each.marker == _LS), None)
+    if frame is None:
+        return ""
+    if frame.marker == _LS:
+        return "JPEG-LS"
+    if frame.body[:1] not in (b"", b"\x08"):
+        return f"JPEG with {frame.body[0]} bits a sample"
+    return _RARE.get(frame.marker, "")
 
 
 def is_suspect(data: bytes) -> bool:

@@ -27,7 +27,6 @@ from pipeline.commands.shared import (
     StorageOption,
     ViewsOption,
     WeightsOption,
-    dataset_choice,
     feature_choice,
     finish,
     open_chosen,
@@ -127,12 +126,11 @@ def _recomputed(workspace: Workspace, context: typer.Context, space: str | None,
 
 
 def _rechecked(workspace: Workspace, context: typer.Context, name: str, space: str | None) -> Rechecked:
-    from dataclasses import replace
-
+    from pipeline.asked import DatasetChoice
     from pipeline.recheck import recheck
 
-    dataset = open_chosen(workspace, replace(dataset_choice(context), dataset=name))
-    return recheck(dataset, workspace, space)
+    archive, root = (each and str(each) for each in (context.params["archive"], context.params["image_root"]))
+    return recheck(open_chosen(workspace, DatasetChoice(name, archive, root)), workspace, space)
 
 
 def _damaged(rechecked: Rechecked | None) -> str | None:
