@@ -74,6 +74,10 @@ def commands(given: argparse.Namespace, data: str) -> dict[str, tuple[str, list[
     every = {name: (name, options) for name, options in of_one.items()}
     if given.photos:
         photos = [str(given.photos.resolve()), *extraction, "--requalities", "--images", "400", "--float32", "0"]
+        every["damaged_jpegs"] = (
+            "damaged_jpegs",
+            ["--photos", str(given.photos.resolve()), *runs, "--count", "100" if few else "1000"],
+        )
         every["photos"] = ("extraction", photos + (brief if few else ["--of-thingsvision", "200"]))
     return every
 

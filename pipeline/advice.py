@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.checkup import Checkup
 from pipeline.dataset import few_groups
 from pipeline.gather import SPLITS
+from pipeline.images import FULL_DEPTH, depth_advice
 from pipeline.progress import counted, duration, size_text
 
 _FEW = 20  # images of a class to train on; fewer are hardly learned from, and more so hardly measured
@@ -107,7 +108,9 @@ def _pictures(found: Checkup) -> Iterator[str]:
             "default, which squeezes them"
         )
     if deep := int(seen["deep"].sum()):
-        yield f"{_images(deep)} with 16 bits a channel; their upper 8 are used"
+        advice = depth_advice(int(seen["peak"].max()), found.depth)
+        used = "their upper 8 are used" if found.depth == FULL_DEPTH else f"taken for {found.depth} (--depth)"
+        yield f"{_images(deep)} with 16 bits a channel; {advice or used}"
     if alpha := int(seen["alpha"].sum()):
         yield f"{_images(alpha)} with transparency; white is put behind"
 

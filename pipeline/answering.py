@@ -111,7 +111,7 @@ def _require_same_reading(run: TrainedRun) -> None:
     row = BACKBONES[DEFAULT_BACKBONE]
     ours = {
         "backbone": [row.name],
-        "decode": [images.DECODE_POLICY],
+        "decode": list(images.DECODE_POLICIES),
         "resize": [images.RESIZE_POLICY],
         "input_size": [row.input_size],
         "scaling": [row.scaling],

@@ -19,6 +19,7 @@ from pipeline.evaluate import evaluate
 from pipeline.extract import FeatureChoice, warn_untrained
 from pipeline.fitting import answers
 from pipeline.gather import Material, Sorted, gather, gather_images
+from pipeline.images import depth_of
 from pipeline.network import compiled, probabilities
 from pipeline.pictures import draw_calibration, draw_confusion
 from pipeline.pixels import Pixels, decoding
@@ -174,7 +175,7 @@ def _gathered(
         for name, value in (("space", space), ("memory", memory)):
             if value is not None:
                 raise UsageError(f"the run {run.name} is a full model, which reads images; leave out --{name}")
-        images = gather_images(dataset, workspace, max_pixels, run.spec.fit)
+        images = gather_images(dataset, workspace, max_pixels, run.spec.fit, depth_of(run.spec.decode))
         warn_untrained(run.base)
         return images
     material = gather(dataset, workspace, _choice(run, workspace, space), max_pixels, features_command)
@@ -195,7 +196,7 @@ def _choice(run: TrainedRun, workspace: Workspace, space: str | None) -> Feature
         raise MissingRowsError(
             f"the feature space {run.spec.directory} of the run {run.name} is not in the cache; make it by `features`"
             f" with --layer {run.spec.layer} --precision {run.spec.precision} --storage {run.spec.storage}"
-            f" --fit {run.spec.fit} and the same weights ({run.spec.weights})"
+            f" --fit {run.spec.fit} --depth {depth_of(run.spec.decode)} and the same weights ({run.spec.weights})"
         )
     return FeatureChoice(space=run.spec.directory)
 
@@ -212,8 +213,9 @@ def _said_of_images(
     run: TrainedRun, images: Sorted, members: np.ndarray, max_pixels: int, workspace: Workspace
 ) -> np.ndarray:
     answer, spec = compiled(run.network()), run.spec
+    how = spec.input_size, spec.fit, max_pixels, depth_of(spec.decode)
     with (
-        decoding(images.dataset, images.keys, images.usable, spec.input_size, spec.fit, max_pixels) as source,
+        decoding(images.dataset, images.keys, images.usable, *how) as source,
         workspace.progress("measuring", len(members)) as advance,
     ):
         pixels = Pixels(source, members)

@@ -108,7 +108,8 @@ def _draw(space: FeatureSpace, count: int, sources: list[Dataset], workspace: Wo
             if has_row
         ]
         random.shuffle(rows)
-        with Loader(dataset, space.spec.input_size, space.spec.fit, images.DEFAULT_MAX_PIXELS) as loader:
+        how = space.spec.input_size, space.spec.fit, images.DEFAULT_MAX_PIXELS
+        with Loader(dataset, *how, depth=images.depth_of(space.spec.decode)) as loader:
             for key, view in rows:
                 if len(found) >= count:
                     break

@@ -15,6 +15,7 @@ from pipeline.cost import Cost
 from pipeline.dataset import Dataset, Split, alike, assign
 from pipeline.extract import FeatureChoice, find_space
 from pipeline.gather import SPLITS
+from pipeline.images import FULL_DEPTH, depth_of
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined
 from pipeline.spec import PLAIN_VIEW, Views
 from pipeline.survey import survey
@@ -56,6 +57,7 @@ class Checkup:
     cost: Cost | None  # None where nothing is missing
     free_bytes: int
     available_memory: int
+    depth: int  # that 16-bit channels are taken for
 
     @property
     def allowed_bad(self) -> float:
@@ -89,7 +91,8 @@ def check(
         identities = identify(dataset, index, advance, read_unseen=False)
     space, _ = find_space(workspace, choice, identities, views)
     planning = Planning(dataset, identities, index, max_pixels, views)
-    looks = survey(planning, workspace.progress)
+    depth = depth_of(space.spec.decode) if space else choice.depth or FULL_DEPTH
+    looks = survey(planning, workspace.progress, depth)
     plan = planning.plan(space)
     split = assign(dataset, identities.keys)
     grouped = identities.keys.grouped()
@@ -108,6 +111,7 @@ def check(
         cost.measure(planning, plan, space, choice, workspace) if plan.missing else None,
         storage.free_bytes(workspace.root),
         machine.available_memory(),
+        depth,
     )
 
 
@@ -141,6 +145,7 @@ def told(found: Checkup) -> dict[str, Any]:
         "sizes": _sizes(seen),
         "turned_by_exif": int(seen["turned"].sum()),
         "deeper_than_8_bits": int(seen["deep"].sum()),
+        "largest_16_bit_value": int(seen["peak"].max(initial=0)) or None,
         "with_alpha": int(seen["alpha"].sum()),
         "quarantined": len(found.quarantined),
         "quarantined_images": [asdict(bad) for bad in found.quarantined],

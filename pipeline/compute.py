@@ -86,6 +86,7 @@ class Effort:
     worker_seconds: float = 0.0
     model_seconds: float = 0.0
     lost: int = 0
+    peak: int = 0  # the largest value of images with 16 bits a channel
     workers: list[dict[str, Any]] = field(default_factory=list)  # of a cluster: what each did
 
     @property
@@ -266,6 +267,7 @@ def _note(job: Job, task: ShardTask, done: ShardDone) -> None:
         job.space.register(done.shard)
     job.effort.model_seconds += done.model_seconds
     for met in done.met:
+        job.effort.peak = max(job.effort.peak, met.peak)
         image = replace(met, i=int(task.origin[met.i]))
         if not met.reason:
             note_key(image, job.dataset, job.identities, job.index)

@@ -17,7 +17,9 @@ from typing import Any
 from PIL import BmpImagePlugin, JpegImagePlugin
 from PIL import TiffImagePlugin as Tiff
 
+from pipeline import jpeg
 from pipeline.errors import DecodeError
+from pipeline.foreign import CONVERT, RAW, foreign
 
 # These tell of odd metadata (a damaged EXIF block, say), once per file; no pixel depends on it.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.(Jpeg|Tiff|Bmp)ImagePlugin")
@@ -30,6 +32,8 @@ _PNG_CHECKED = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf"})
 _PNG_WANTED = frozenset({b"IHDR", b"tRNS", b"eXIf"})
 
 _TIFF_ORIENTATION = 274
+_SUBFILE, _SUBFILES, _DNG = 254, 330, 50706  # tags of raw photos
+_CLASSIC = 42  # in its third byte, or fourth
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ def read_header(data: bytes) -> Header:
         raise DecodeError("empty file")
     kind, read = next((entry[1:] for entry in _FORMATS if data.startswith(entry[0])), ("", None))
     if read is None or (kind == "WebP" and data[8:12] != b"WEBP"):
-        raise DecodeError("not an image in a supported format (JPEG, PNG, WebP, BMP, TIFF, GIF)")
+        raise DecodeError(foreign(data) or "not an image in a supported format (JPEG, PNG, WebP, BMP, TIFF, GIF)")
     try:
         return read(data)
     except DecodeError:
@@ -82,7 +86,12 @@ def one_line(message: object) -> str:
 
 
 def _read_jpeg(data: bytes) -> Header:
-    image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    try:
+        image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+    except (SyntaxError, OSError) as error:
+        if rare := jpeg.rarity(data):
+            raise DecodeError(f"{rare}: not supported; {CONVERT}") from error
+        raise
     check_jpeg(data)
     return Header("JPEG", *image.size, exif=image.info.get("exif", b""))
 
@@ -180,12 +189,17 @@ def _read_bmp(data: bytes) -> Header:
 
 
 def _read_tiff(data: bytes) -> Header:
-    image = Tiff.TiffImageFile(io.BytesIO(data))
+    try:
+        image = Tiff.TiffImageFile(io.BytesIO(data))
+    except SyntaxError as error:  # Pillow has no mode for it, which is no damage if the tags can be read
+        raise _unsupported_tiff(data, error) from error
     tags = image.tag_v2
     bits: tuple[int, ...] = tags.get(Tiff.BITSPERSAMPLE, (1,))
     extra: tuple[int, ...] = tags.get(Tiff.EXTRASAMPLES, ())
+    if data[8:10] == b"CR" or _DNG in tags or (tags.get(_SUBFILE, 0) & 1 and _SUBFILES in tags):
+        raise DecodeError(RAW)  # its first picture is a small preview
     if fault := _tiff_fault(tags, bits):
-        raise DecodeError(f"TIFF with {fault}: not supported")
+        raise DecodeError(f"TIFF with {fault}: not supported; save it with 8 or 16 bits a channel")
     return Header(
         "TIFF",
         *image.size,
@@ -196,6 +210,18 @@ def _read_tiff(data: bytes) -> Header:
         deep=bits[0] > 8,
         alpha=image.mode == "RGBA",
     )
+
+
+def _unsupported_tiff(data: bytes, error: SyntaxError) -> DecodeError | SyntaxError:
+    """Return what to raise for a TIFF that Pillow cannot take."""
+    tags = Tiff.ImageFileDirectory_v2(data[:8] if _CLASSIC in data[2:4] else data[:16])
+    file = io.BytesIO(data)
+    file.seek(tags.next)
+    tags.load(file)
+    if Tiff.BITSPERSAMPLE not in tags:
+        return error
+    fault = _tiff_fault(tags, tags[Tiff.BITSPERSAMPLE]) or "a combination of channels and bits"
+    return DecodeError(f"TIFF with {fault}: not supported; save it with 8 or 16 bits a channel")
 
 
 def _tiff_fault(tags: Mapping[int, Any], bits: tuple[int, ...]) -> str:

@@ -17,6 +17,7 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.compute import batch_of, default_batch
 from pipeline.decoder import Loader
 from pipeline.extract import FeatureChoice, new_spec
+from pipeline.images import depth_of
 from pipeline.planning import Plan, Planning
 from pipeline.weights import Weights, find_by_identity, find_imagenet, resolve
 from pipeline.workspace import Workspace
@@ -49,7 +50,8 @@ def measure(
     weights = _at_hand(space, choice, workspace)
     spec = replace(space.spec if space else new_spec(choice, weights), weights=weights.identity)
     batch = batch_of(space) or default_batch()
-    with Loader(planning.dataset, spec.input_size, spec.fit, planning.max_pixels) as loader:
+    how = spec.input_size, spec.fit, planning.max_pixels
+    with Loader(planning.dataset, *how, depth=depth_of(spec.decode)) as loader:
         loaded = map(loader, plan.todo.distinct.tolist())
         pixels = list(islice((image.pixels for image in loaded if image.pixels is not None), batch))
     if not pixels:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -31,6 +32,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _MOST_DECODERS = 16  # each takes some 60 MB, and a model on a CPU keeps fewer busy
+SECONDS = 120.0  # for one image of at most DEFAULT_MAX_PIXELS; the largest take some seconds, ten times that where busy
+_WAITS = 12
 # -P: a folder we happen to stand in must not bring its own `json`. It decodes in one thread, and needs none for NumPy's
 # linear algebra, which would start one for each core.
 _COMMAND = (sys.executable, "-P", "-c", "import os, sys; os.environ['OPENBLAS_NUM_THREADS'] = '1'; "
@@ -55,6 +58,7 @@ class Loaded:
     view: int = 0  # the number of the view that the pixels show; 0 is the plain image
     validator: str | None = None  # what the server said of an image behind an address
     header: Header | None = None  # of what could be decoded, where it was asked for
+    peak: int = 0  # the largest value of a file with 16 bits a channel
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ class Decoders:
     Leaving the context ends the processes; no thread may be decoding then.
     """
 
-    def __init__(self, size: int, fit: str, max_pixels: int) -> None:
-        self._asked = size, fit, max_pixels
+    def __init__(self, size: int, fit: str, max_pixels: int, depth: int = images.FULL_DEPTH) -> None:
+        self._asked = size, fit, max_pixels, depth
         self._mine = threading.local()
         self._all: list[_Decoder] = []
 
@@ -86,12 +90,16 @@ class Decoders:
             decoder.stop()
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Return pixels (size, size, 3) uint8 RGB.
+        """Return pixels (size, size, 3) uint8 RGB. Raises what `with_peak` does."""
+        return self.with_peak(data)[0]
+
+    def with_peak(self, data: bytes) -> tuple[np.ndarray, int]:
+        """Return pixels (size, size, 3) uint8 RGB, and the largest value of a file with 16 bits a channel, else 0.
 
         Raises
         ------
         DecodeError
-            If `data` is not one whole image, or crashes the decoder.
+            If `data` is not one whole image, or crashes the decoder, or the decoder does not come to an end.
         MemoryError
             If there is no room to decode it, or somebody ended the process.
         """
@@ -117,8 +125,9 @@ class Loader:
         max_pixels: int,
         decoders: Decoders | None = None,
         headers: bool = False,
+        depth: int = images.FULL_DEPTH,
     ) -> None:
-        """Load images of `dataset`, with their `headers` or not.
+        """Load images of `dataset`, with their `headers` or not, 16-bit channels taken for `depth` bits.
 
         `decoders` of the same settings, if they are given, are not ended with the context.
         """
@@ -127,7 +136,7 @@ class Loader:
         self._fit: images.Fit = cast(images.Fit, fit)
         self._max_pixels = max_pixels
         self._headers = headers
-        self._own = Decoders(size, fit, max_pixels)
+        self._own = Decoders(size, fit, max_pixels, depth)
         self._decoders = decoders or self._own
         self._from_afar = next(dataset.urls(), None) is not None
 
@@ -199,8 +208,8 @@ class Loader:
             return Loaded(i, None, None, unreadable(read.error or OSError("no data")))
         key = digest(data)
         try:
-            pixels = self._pixels(data)
-            return Loaded(i, key, pixels, validator=read.validator, header=self._header(data))
+            pixels, peak = self._pixels(data)
+            return Loaded(i, key, pixels, validator=read.validator, header=self._header(data), peak=peak)
         except DecodeError as error:
             return Loaded(i, key, None, str(error), validator=read.validator)
         except MemoryError as error:
@@ -212,28 +221,29 @@ class Loader:
             return None
         return Header("pixels", *data.shape[1::-1]) if isinstance(data, np.ndarray) else read_header(data)
 
-    def _pixels(self, data: bytes | np.ndarray) -> np.ndarray:
+    def _pixels(self, data: bytes | np.ndarray) -> tuple[np.ndarray, int]:
         if isinstance(data, np.ndarray):
-            return images.decode(data, size=self._size, fit=self._fit, max_pixels=self._max_pixels)
-        return self._decoders(data)
+            return images.decode(data, size=self._size, fit=self._fit, max_pixels=self._max_pixels), 0
+        return self._decoders.with_peak(data)
 
 
 class _Decoder:
     """A process that decodes, started when first needed and again after a crash."""
 
-    def __init__(self, size: int, fit: str, max_pixels: int) -> None:
+    def __init__(self, size: int, fit: str, max_pixels: int, depth: int) -> None:
         self._shape = (size, size, 3)
-        self._command = [*_COMMAND, str(size), fit, str(max_pixels)]
+        self._command = [*_COMMAND, str(size), fit, str(max_pixels), str(depth)]
+        self._limit = SECONDS * max(1.0, max_pixels / images.DEFAULT_MAX_PIXELS)
         self._running: tuple[subprocess.Popen[bytes], Connection] | None = None
 
-    def decode(self, data: bytes) -> np.ndarray:
-        """Return the pixels of an image file.
+    def decode(self, data: bytes) -> tuple[np.ndarray, int]:
+        """Return the pixels of an image file, and the largest value of 16-bit channels.
 
         Raises
         ------
         DecodeError
-            If it is not one whole image, or decoding it crashes the process twice: an earlier image may have
-            prepared the first crash.
+            If it is not one whole image, or decoding it takes longer than any image should, or crashes the process
+            twice: an earlier image may have prepared the first crash.
         MemoryError
             If there is no room to decode it, or somebody ended the process.
         """
@@ -242,6 +252,9 @@ class _Decoder:
             process, connection = self._running = self._running or self._start()
             try:
                 return self._ask(connection, data)
+            except _Hangs as error:
+                self.stop()
+                raise DecodeError(f"keeps the decoder busy for more than {self._limit:,.0f} s") from error
             except (EOFError, ConnectionError):
                 code = process.wait()
                 self.stop()
@@ -263,23 +276,46 @@ class _Decoder:
 
     def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
         ours, theirs = socket.socketpair()
+        # The system ends a wait that takes too long, which costs no call for each image, as asking beforehand does.
+        wait = struct.pack("@ll", *divmod(int(self._limit * 1e6 / _WAITS), 1_000_000))
+        for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, way, wait)
         with theirs:
             # What libraries print must not tear the progress display; what matters is in the answers.
             nowhere = subprocess.DEVNULL
             process = subprocess.Popen(self._command, stdin=theirs.fileno(), stdout=nowhere, stderr=nowhere)
         return process, Connection(ours.detach())
 
-    def _ask(self, connection: Connection, data: bytes) -> np.ndarray:
-        connection.send_bytes(data)
-        kind = connection.recv_bytes()
-        if kind == PIXELS:
-            pixels = np.empty(self._shape, np.uint8)
-            connection.recv_bytes_into(pixels.data.cast("B"))
-            return pixels
-        text = connection.recv_bytes().decode()
+    def _ask(self, connection: Connection, data: bytes) -> tuple[np.ndarray, int]:
+        try:
+            connection.send_bytes(data)
+            kind = _first(connection)
+            if kind[:1] == PIXELS:
+                pixels = np.empty(self._shape, np.uint8)
+                connection.recv_bytes_into(pixels.data.cast("B"))
+                return pixels, int.from_bytes(kind[1:], "big")
+            text = connection.recv_bytes().decode()
+        except BlockingIOError as error:
+            raise _Hangs from error
         if kind == BUG:
             raise RuntimeError(f"decoding failed: {text}")
         raise (MemoryError if kind == NO_MEMORY else DecodeError)(text)
+
+
+class _Hangs(Exception):
+    """The decoding process takes too long."""
+
+
+def _first(connection: Connection) -> bytes:
+    """Return the first message of an answer. Raises BlockingIOError if none comes.
+
+    It is waited for several times, each for a part of the limit: a program that is stopped by Ctrl-Z and goes on an
+    hour later has used up one of them.
+    """
+    for _ in range(_WAITS - 1):
+        with suppress(BlockingIOError):
+            return connection.recv_bytes()
+    return connection.recv_bytes()
 
 
 def _signal_name(number: int) -> str:

@@ -25,6 +25,7 @@ from pipeline.dataset import Dataset, limit
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, IceboxError, RunError, UsageError
 from pipeline.formats import CLASSES, FORMATS, Format
+from pipeline.images import depth_of
 from pipeline.keras_start import KerasModel, import_keras
 from pipeline.network import Network
 from pipeline.predict import predict
@@ -129,7 +130,7 @@ def _some(images: Dataset, run: TrainedRun, max_pixels: int) -> tuple[Dataset, n
     """Return a few images of all classes that can be decoded, and their pixels (n, size, size, 3) uint8."""
     spec, good, pixels = run.spec, list[int](), list[np.ndarray]()
     some = limit(images, 4 * _COMPARED)
-    with Loader(some, spec.input_size, spec.fit, max_pixels) as load:
+    with Loader(some, spec.input_size, spec.fit, max_pixels, depth=depth_of(spec.decode)) as load:
         for i in range(len(some)):
             loaded = load(i)
             if loaded.pixels is not None:

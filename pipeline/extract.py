@@ -24,7 +24,7 @@ from pipeline.compute import ComputeOptions, Crew, Effort, Here, Job, batch_of, 
 from pipeline.dataset import Dataset, remote
 from pipeline.errors import InterruptedComputationError, SpecError
 from pipeline.keras_start import import_keras
-from pipeline.planning import DEFAULT_FIT, Plan, Planning, Quarantined, name_quarantined
+from pipeline.planning import DEFAULT_FIT, Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.shard_task import Setup, ShardWorker, check_room
 from pipeline.spec import PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
 from pipeline.weights import Weights, anchored, by_digest, require_by_identity, resolve
@@ -45,6 +45,7 @@ class FeatureChoice:
     precision: str = "auto"
     storage: str = "auto"
     space: str | None = None
+    depth: int | None = None  # bits of 16-bit channels; None: 16, or that of the space that is named
 
     def anchored(self) -> Self:
         """Return the same with an absolute path of the weights, so that it means the same from anywhere."""
@@ -114,6 +115,7 @@ def extract(
             raise
     if space is not None:
         warn_untrained(space.spec)
+        warn_dark(effort.peak, images.depth_of(space.spec.decode))
     failed = name_quarantined(dataset, plan)
     return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, effort, space)
 
@@ -298,12 +300,13 @@ def warn_untrained(spec: FeatureSpec) -> None:
 def request_of(choice: FeatureChoice, weights: Weights | None) -> FeatureRequest:
     """Return the fields of a spec that were stated."""
     named = choice.space is not None  # a space named outright need agree only with what was said beside it
+    any_depth = named and choice.depth is None
     row = BACKBONES[DEFAULT_BACKBONE]
     return FeatureRequest(
         backbone=row.name,
         layer=choice.layer if named else _layer(choice),
         fit=choice.fit if named else _fit(choice),
-        decode=images.DECODE_POLICY,
+        decode=tuple(images.DECODE_POLICIES) if any_depth else images.decode_policy(choice.depth),
         resize=images.RESIZE_POLICY,
         input_size=row.input_size,
         scaling=row.scaling,
@@ -330,7 +333,7 @@ def new_spec(choice: FeatureChoice, weights: Weights) -> FeatureSpec:
         weights=weights.identity,
         layer=_layer(choice),
         input_size=row.input_size,
-        decode=images.DECODE_POLICY,
+        decode=images.decode_policy(choice.depth),
         resize=images.RESIZE_POLICY,
         fit=_fit(choice),
         scaling=row.scaling,

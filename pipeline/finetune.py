@@ -25,6 +25,7 @@ from pipeline.extract import FeatureChoice, extract, warn_untrained
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.heads import dense
 from pipeline.heads.base import class_weights, measure, require_numbers
+from pipeline.images import depth_of
 from pipeline.keras_start import KerasModel
 from pipeline.loop import Entry, NotFiniteError, Trained, Watch, train
 from pipeline.network import Network
@@ -108,8 +109,10 @@ class _Setting:
 @contextmanager
 def _from_images(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin: Origin) -> Iterator[_Setting]:
     spec = origin.base
-    images = _with_initial(gather_images(dataset, workspace, asked.max_pixels, spec.fit), asked, workspace)
-    with prepared_pixels(images, spec.input_size, spec.fit, asked.max_pixels) as ready:
+    depth = depth_of(spec.decode)
+    images = gather_images(dataset, workspace, asked.max_pixels, spec.fit, depth)
+    images = _with_initial(images, asked, workspace)
+    with prepared_pixels(images, spec.input_size, spec.fit, asked.max_pixels, depth) as ready:
         made, until = _network(origin, spec, asked, ready.classes)
         yield _Setting(origin, made, made.on_pixels(), made.features_of_pixels(), ready, until)
 
@@ -339,7 +342,8 @@ def _check_saved(directory: Path, asked: FullAsked, setting: _Setting, test: np.
     ready, spec = setting.ready, setting.network.spec
     images, members = ready.material, ready.members["test"][:_CHECKED]
     saved = network.compiled(Network.load(directory, spec))
-    with decoding(images.dataset, images.keys, images.usable, spec.input_size, spec.fit, asked.max_pixels) as source:
+    how = spec.input_size, spec.fit, asked.max_pixels, depth_of(spec.decode)
+    with decoding(images.dataset, images.keys, images.usable, *how) as source:
         said = network.probabilities(saved, Pixels(source, members), _CHECKED)
     difference = float(np.abs(said - test[: len(members)]).max())
     if not difference <= _MOST_DIFFERENCE[spec.precision]:

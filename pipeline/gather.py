@@ -14,7 +14,8 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset, Split, assign, groups
 from pipeline.errors import DatasetError, MissingRowsError
 from pipeline.extract import FeatureChoice, find_space
-from pipeline.planning import Plan, Planning, Quarantined, name_quarantined
+from pipeline.images import FULL_DEPTH
+from pipeline.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.progress import counted
 from pipeline.run_images import SEEN, RunImages
 from pipeline.spec import PLAIN_VIEW, Views
@@ -136,7 +137,7 @@ def gather(
     return found
 
 
-def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: str) -> Sorted:
+def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: str, depth: int = FULL_DEPTH) -> Sorted:
     """Find the images of `dataset` that can be decoded, for whoever reads pixels instead of rows.
 
     All are decoded once, so that a bad one is known before a long training meets it.
@@ -150,7 +151,7 @@ def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: 
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, cache.index, advance, read_unseen=False)
     planning = Planning(dataset, identities, cache.index, max_pixels)
-    planning.try_to_decode(planning.plan(None).todo.distinct.tolist(), fit, workspace.progress)
+    warn_dark(planning.try_to_decode(planning.plan(None).todo.distinct.tolist(), fit, workspace.progress), depth)
     plan = planning.plan(None)
     if not plan.todo:
         raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")

@@ -3,6 +3,9 @@
 Headers are read before any pixel is decoded, so that a file of a few KB cannot ask for gigabytes; OpenCV then
 decodes. What comes out is what a person sees: turned upright, 8 bits a channel, over white where transparent,
 the first frame of an animation. A file that is not there whole is refused, never filled.
+
+16 bits a channel may hold fewer: a camera of 12 bits leaves values up to 4,095, which are nearly black among 65,535.
+The file does not say so; a person does, by the depth.
 """
 
 import os
@@ -13,8 +16,10 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from pipeline import jpeg
 from pipeline.containers import Header, one_line, read_header
-from pipeline.errors import DecodeError, UsageError
+from pipeline.errors import DecodeError, SpecError, UsageError
+from pipeline.foreign import CONVERT
 
 Fit = Literal["squash", "crop", "pad"]
 FITS: tuple[str, ...] = get_args(Fit)
@@ -23,8 +28,11 @@ FITS: tuple[str, ...] = get_args(Fit)
 DECODE_POLICY = "rgb8-exif-over_white-1"
 RESIZE_POLICY = "opencv-area_down-linear_up-1"
 
+FULL_DEPTH = 16
+DEPTHS = range(9, FULL_DEPTH + 1)  # bits that a channel of 16 may really hold
 DEFAULT_MAX_PIXELS = 180_000_000
 
+_CHECKS = 2  # what is accepted, and why what is not is refused: count on when that changes
 _NO_MEMORY = -4  # cv2.Error.StsNoMem
 _MAX_SIDE = 1_000_000  # libpng's limit; OpenCV's own is 2**20 for all formats
 _PAD_GREY = 127  # about 0 after x / 127.5 - 1
@@ -35,8 +43,45 @@ if "OPENCV_LOG_LEVEL" not in os.environ:
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
+def decode_policy(depth: int | None) -> str:
+    """Return the name of the policy that takes 16-bit channels for `depth` bits; None means 16. Raises UsageError."""
+    if depth not in (None, *DEPTHS):
+        raise UsageError(f"--depth must be a whole number in {DEPTHS[0]} … {DEPTHS[-1]}, found {depth}")
+    return DECODE_POLICY if depth in (None, FULL_DEPTH) else f"{DECODE_POLICY}-depth_{depth}"
+
+
+DECODE_POLICIES = {decode_policy(depth): depth for depth in DEPTHS}
+
+
+def depth_of(policy: str) -> int:
+    """Return how many bits a decode policy takes 16-bit channels for. Raises SpecError if it is not one of ours."""
+    if policy not in DECODE_POLICIES:
+        raise SpecError(f"images decoded as {policy!r:.60} cannot be decoded by this version of Icebox")
+    return DECODE_POLICIES[policy]
+
+
+def depth_advice(peak: int, depth: int) -> str:
+    """Return what to do about 16-bit images taken for `depth` bits, `peak` being their largest value; "" if nothing."""
+    bits = peak.bit_length()
+    if not peak or bits == depth:
+        return ""
+    if bits > depth:
+        return (
+            f"values up to {peak:,} are above the {2**depth - 1:,} of --depth {depth}, and white; take --depth {bits}"
+        )
+    return (
+        f"no value is above {peak:,} of {2**depth - 1:,}, so that they come out dark; if their camera gives no more, "
+        f"take --depth {max(bits, DEPTHS[0])}"
+    )
+
+
 def decode(
-    data: bytes | np.ndarray, *, size: int = 299, fit: Fit = "squash", max_pixels: int = DEFAULT_MAX_PIXELS
+    data: bytes | np.ndarray,
+    *,
+    size: int = 299,
+    fit: Fit = "squash",
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+    depth: int = FULL_DEPTH,
 ) -> np.ndarray:
     """Decode one image and bring it to `size` x `size`.
 
@@ -50,6 +95,8 @@ def decode(
         `squash` ignores the aspect ratio, `crop` takes the largest central square, `pad` adds grey.
     max_pixels
         Refuse, before decoding, an image with more.
+    depth
+        How many bits a file's 16-bit channels really hold; greater values are white.
 
     Returns
     -------
@@ -63,8 +110,17 @@ def decode(
     MemoryError
         If the machine has no room for the decoded image.
     """
-    pixels = _check_pixels(data, max_pixels) if isinstance(data, np.ndarray) else _decode_file(data, max_pixels)
-    return resize(pixels, size, fit)
+    return decode_with_peak(data, size, fit, max_pixels, depth)[0]
+
+
+def decode_with_peak(
+    data: bytes | np.ndarray, size: int, fit: Fit, max_pixels: int, depth: int
+) -> tuple[np.ndarray, int]:
+    """Do the same, and return beside it the largest value of a file with 16 bits a channel; 0 of others."""
+    if isinstance(data, np.ndarray):
+        return resize(_check_pixels(data, max_pixels), size, fit), 0
+    pixels, peak = _decode_file(data, max_pixels, depth)
+    return resize(pixels, size, fit), peak
 
 
 def resize(pixels: np.ndarray, size: int, fit: Fit) -> np.ndarray:
@@ -85,8 +141,8 @@ def resize(pixels: np.ndarray, size: int, fit: Fit) -> np.ndarray:
 
 
 def decoder_version() -> str:
-    """Name the libraries that decode: a remembered failure holds for this version only."""
-    return f"opencv {cv2.__version__} pillow {PIL.__version__}"
+    """Name what decodes: a remembered failure holds for this version only."""
+    return f"opencv {cv2.__version__} pillow {PIL.__version__} checks {_CHECKS}"
 
 
 def _scaled(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -127,7 +183,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise DecodeError(f"{width} x {height} pixels, and the decoder takes at most {_MAX_SIDE:,} on a side")
 
 
-def _decode_file(data: bytes, max_pixels: int) -> np.ndarray:
+def _decode_file(data: bytes, max_pixels: int, depth: int = FULL_DEPTH) -> tuple[np.ndarray, int]:
     data = bytes(data)  # no copy if it is bytes
     header = read_header(data)
     _check_size(header.width, header.height, max_pixels)
@@ -135,16 +191,24 @@ def _decode_file(data: bytes, max_pixels: int) -> np.ndarray:
     # TIFF headers give the size of the picture upright, the others the size as stored.
     if {*pixels.shape[:2]} != {header.width, header.height}:
         raise DecodeError(f"{header.kind} damaged: the header and the pixels disagree about the size")
+    peak = _peak(pixels)
     if header.kind != "JPEG":
-        pixels = _to_rgb8(pixels, header)
-    return _upright(pixels, orientation(header.exif))
+        pixels = _to_rgb8(pixels, header, depth)
+    return _upright(pixels, orientation(header.exif)), peak
+
+
+def _peak(pixels: np.ndarray) -> int:
+    """Return the largest value of 16-bit colours, of whatever alpha; 0 of 8 bits."""
+    if pixels.dtype != np.uint16:
+        return 0
+    return int(pixels.max() if pixels.ndim == 2 else pixels[..., :3].max())
 
 
 def _decode_pixels(data: bytes, header: Header) -> np.ndarray:
     # IMREAD_UNCHANGED alone keeps alpha and 16 bits (IMREAD_ANYDEPTH spoils 16-bit colour TIFFs in 5.0), but it
     # leaves pictures unturned, save TIFFs, which OpenCV always turns. So none is turned here, and _upright does it.
-    jpeg = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    flags = jpeg if header.kind == "JPEG" else cv2.IMREAD_UNCHANGED
+    upright = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = upright if header.kind == "JPEG" else cv2.IMREAD_UNCHANGED
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
@@ -154,20 +218,22 @@ def _decode_pixels(data: bytes, header: Header) -> np.ndarray:
             raise DecodeError(f"{header.kind} that OpenCV cannot decode ({one_line(error.err)})") from error
         limit = "OPENCV_IO_MAX_IMAGE_PIXELS, _WIDTH or _HEIGHT"
         raise DecodeError(f"{header.width} x {header.height} pixels, over OpenCV's limit ({limit})") from error
+    if pixels is None and header.kind == "JPEG" and (rare := jpeg.rarity(data)):
+        raise DecodeError(f"{rare}: not supported; {CONVERT}")
     if pixels is None:
         raise DecodeError(f"{header.kind} that OpenCV cannot decode: cut short, damaged or of a rare kind")
     return pixels
 
 
-def _to_rgb8(pixels: np.ndarray, header: Header) -> np.ndarray:
+def _to_rgb8(pixels: np.ndarray, header: Header, depth: int) -> np.ndarray:
     if pixels.dtype not in (np.uint8, np.uint16):
         raise DecodeError(f"{header.kind} with pixels of {pixels.dtype}, which have no defined range")
     if header.clear is not None and pixels.ndim == 2:
         pixels[pixels == header.clear] = np.iinfo(pixels.dtype).max
+    if pixels.dtype == np.uint16:
+        pixels = cv2.convertScaleAbs(pixels, alpha=255 / (2**depth - 1))  # rounds: 65535 is 255, 0 is 0
     if header.inverted:
         pixels = cv2.bitwise_not(pixels)
-    if pixels.dtype == np.uint16:
-        pixels = cv2.convertScaleAbs(pixels, alpha=1 / 257)  # rounds: 65535 is 255, 0 is 0
     if header.five_bits:
         pixels |= pixels >> 5  # 248 is the most that OpenCV returns, and was white
     if pixels.ndim == 2:

@@ -18,6 +18,7 @@ from pipeline.errors import DatasetError, RunError, SpecError
 from pipeline.extract import FeatureChoice, find_space, new_spec, weights_of
 from pipeline.heads.dense import DenseHead
 from pipeline.heads.dense import build as build_head
+from pipeline.images import depth_of
 from pipeline.runs import read_run
 from pipeline.spec import SHAPE, FeatureSpec, HeadSpec
 from pipeline.weights import Weights, find_by_identity, require_by_identity, resolve
@@ -150,6 +151,9 @@ def _from_run(begun: Begun, asked: FullAsked, cut: str, names: Sequence[str], wo
             raise SpecError(f"{begun.path.name} began with other weights than {stated.weights}; leave out --weights")
     if stated.fit not in (None, begun.spec.fit):
         raise SpecError(f"{begun.path.name} was trained on images made square by {begun.spec.fit}, not {stated.fit}")
+    depth = depth_of(begun.spec.decode)
+    if stated.depth not in (None, depth):
+        raise SpecError(f"{begun.path.name} was trained on images of --depth {depth}, not {stated.depth}")
     own = network.saved_weights(begun.path) if begun.full else None
     label = str(begun.about["summary"]["weights"])
     weights = (
@@ -163,6 +167,7 @@ def _from_run(begun: Begun, asked: FullAsked, cut: str, names: Sequence[str], wo
         fit=begun.spec.fit,
         precision=begun.spec.precision if stated.precision == "auto" else stated.precision,
         storage=begun.spec.storage if stated.storage == "auto" else stated.storage,
+        depth=depth,
     )
     spec = replace(new_spec(choice, rows), layer=begun.spec.layer, weights=begun.base.weights)
     return Origin(spec, weights, label, choice, cut, begun)

@@ -12,6 +12,7 @@ from pipeline import augment
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded, Loader, decoding_pool
 from pipeline.errors import DatasetError
+from pipeline.images import FULL_DEPTH
 from pipeline.spec import Augmentation
 
 
@@ -29,10 +30,16 @@ class Decoding:
 
 @contextmanager
 def decoding(
-    dataset: Dataset, keys: Sequence[bytes], usable: np.ndarray, size: int, fit: str, max_pixels: int
+    dataset: Dataset,
+    keys: Sequence[bytes],
+    usable: np.ndarray,
+    size: int,
+    fit: str,
+    max_pixels: int,
+    depth: int = FULL_DEPTH,
 ) -> Iterator[Decoding]:
     """Give what decodes the images `usable` of a dataset; on leaving, its threads and processes end."""
-    with Loader(dataset, size, fit, max_pixels) as loader:
+    with Loader(dataset, size, fit, max_pixels, depth=depth) as loader:
         found = Decoding(dataset, keys, usable, loader, size)
         try:
             yield found

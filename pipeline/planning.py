@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,6 +20,8 @@ from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded, Loader, decoding_pool
 from pipeline.progress import Progress
 from pipeline.spec import PLAIN_VIEW, Views
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_FIT = "squash"
 _CHECKED_AHEAD = 64  # images
@@ -88,9 +91,9 @@ class Planning:
         grouped = identities.keys.grouped(but=unseen)
         first = grouped.first
         lacking = self._lacking(space, first)
-        groups = np.flatnonzero(lacking.any(axis=1))
-        is_refused, reasons = self._refused(first[groups])
-        refused, groups = groups[is_refused], groups[~is_refused]
+        lacks = np.asarray(lacking.any(axis=1))
+        is_refused, reasons = self._refused(first, lacks)
+        refused, groups = np.flatnonzero(is_refused), np.flatnonzero(lacks & ~is_refused)
         quarantined = {i: why for some, why in zip(grouped.members(refused), reasons, strict=True) for i in some}
         copies = len(grouped.images) - len(first) - (len(quarantined) - len(refused)) + len(unseen) - len(to_read)
         unknown = ~identities.keys.known
@@ -111,18 +114,29 @@ class Planning:
                 lacking[:, column] = ~space.has_rows(self.identities.keys.digests, first, view)
         return lacking
 
-    def _refused(self, some: np.ndarray) -> tuple[np.ndarray, list[tuple[str, str | None]]]:
-        """Return which of these images are known to be undecodable, (m,) bool, and of each of those why, since when."""
-        is_refused = np.zeros(len(some), bool)
-        known = self.index.refused(images.decoder_version(), self.max_pixels) if len(some) else {}
+    def _refused(self, some: np.ndarray, lacks: np.ndarray) -> tuple[np.ndarray, list[tuple[str, str | None]]]:
+        """Return which of these images are known to be undecodable, (m,) bool, and of each of those why, since when.
+
+        Only of images that lack rows, (m,) bool, is it asked, but for those whose rows are condemned.
+        """
+        known = self.index.refused(images.decoder_version(), self.max_pixels) if lacks.any() else {}
+        condemned = self.index.condemned()
+        is_refused = self._among(some, condemned)
+        is_refused[lacks] |= self._among(some[lacks], known)
+        found = split(self.identities.keys.digests[some[is_refused]])
+        reasons = [condemned.get(key) or known[key] for key in found]
+        return is_refused, [(each.reason, each.since) for each in reasons]
+
+    def _among(self, some: np.ndarray, known: Collection[bytes]) -> np.ndarray:
+        """Return which of these images have a key that is `known`, (m,) bool."""
+        found = np.zeros(len(some), bool)
         if known:
             names = comparable(b"".join(sorted(known)))
             for start in range(0, len(some), _BLOCK):
                 keys = comparable(self.identities.keys.digests[some[start : start + _BLOCK]])
                 near = np.minimum(np.searchsorted(names, keys), len(names) - 1)
-                is_refused[start : start + _BLOCK] = names[near] == keys
-        found = split(self.identities.keys.digests[some[is_refused]])
-        return is_refused, [(known[key].reason, known[key].since) for key in found]
+                found[start : start + _BLOCK] = names[near] == keys
+        return found
 
     def _todo(self, some: np.ndarray, lacking: np.ndarray) -> Todo:
         """Return the rows of (m,) images, of the views where `lacking`, (m, v) bool, is true."""
@@ -157,9 +171,12 @@ class Planning:
         # What nobody had read may turn out to be an old acquaintance.
         return not was_unseen or bool(self._lacking(space, np.array([image.i])).any())
 
-    def try_to_decode(self, some: Iterable[int], fit: str, progress: Progress) -> None:
-        """Decode these images, to know which of them cannot be, and who those are that nobody had read."""
-        some = list(some)
+    def try_to_decode(self, some: Iterable[int], fit: str, progress: Progress) -> int:
+        """Decode these images, to know which of them cannot be, and who those are that nobody had read.
+
+        Returns the largest value of those with 16 bits a channel.
+        """
+        some, peak = list(some), 0
         size = BACKBONES[DEFAULT_BACKBONE].input_size
         with (
             Loader(self.dataset, size, fit, self.max_pixels) as loader,
@@ -171,8 +188,10 @@ class Planning:
                     self._note_bad(image)
                 else:
                     note_key(image, self.dataset, self.identities, self.index)
+                    peak = max(peak, image.peak)
                 advance(1)
         self.identities.remember_fetched(self.index)
+        return peak
 
     def _note_bad(self, bad: Loaded) -> None:
         note_bad(bad, self.dataset, self.identities, self.index, self.max_pixels)
@@ -188,6 +207,12 @@ class Quarantined:
     path: str
     reason: str
     since: str | None = None
+
+
+def warn_dark(peak: int, depth: int) -> None:
+    """Say what to do about 16-bit images taken for `depth` bits, if their largest value, `peak`, shows other bits."""
+    if advice := images.depth_advice(peak, depth):
+        logger.warning("of the images with 16 bits a channel that were decoded now %s", advice)
 
 
 def name_quarantined(dataset: Dataset, plan: Plan) -> list[Quarantined]:

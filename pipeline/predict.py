@@ -62,7 +62,7 @@ def predict(
     """
     groups = grouped(runs, workspace, weights)
     with ExitStack() as stack:
-        loaders = [Loader(images, group.spec.input_size, group.spec.fit, max_pixels) for group in groups]
+        loaders = [_loader(images, group, max_pixels) for group in groups]
         for load in loaders:
             stack.enter_context(load)
         pool = stack.enter_context(decoding_pool())  # whose threads end before the decoders do
@@ -82,6 +82,11 @@ def predict(
                     yield Answer(name, None, reasons[i])
                 else:
                     yield Answer(name, mean[i], cached=bool(cached[i]))
+
+
+def _loader(images: Dataset, group: Group, max_pixels: int) -> Loader:
+    spec = group.spec
+    return Loader(images, spec.input_size, spec.fit, max_pixels, depth=decoding_policy.depth_of(spec.decode))
 
 
 def likeliest(probabilities: np.ndarray | None, classes: list[str], count: int) -> list[tuple[str, float]]:
@@ -124,7 +129,8 @@ class _Speaker:
     def answers(self, window: _Window, advance: Callable[[float], None]) -> _Said:
         """Return what is said of a window's images; an answer belongs to the very bytes that were decoded."""
         keys, unread = window.identities.keys, window.identities.unread
-        said = self._from_cache(list({key for key in keys if key is not None}))
+        condemned = self._index.condemned()
+        said = self._from_cache(list({key for key in keys if key is not None and key not in condemned}))
         cached, computed = set(said), 0
         refused = self._refused([key for key in keys if key is not None and key not in said])
         # Once is enough, unless a file changes after it was hashed: its former copies then lack an answer.
@@ -191,7 +197,7 @@ class _Speaker:
             if image.pixels is not None:
                 was_unseen = image.i in window.identities.unseen
                 note_key(image, window.images, window.identities, self._index)
-                if was_unseen and image.key and (rows := self._from_cache([image.key])):
+                if was_unseen and image.key and (rows := self._from_cache([image.key])):  # it can be decoded
                     said.update(rows)
                     found.update(rows)
                     advance(1)

@@ -16,6 +16,7 @@ from pipeline.dataset import Dataset, assign, few_groups
 from pipeline.errors import DatasetError
 from pipeline.extract import warn_untrained
 from pipeline.gather import SPLITS, Material, Sorted
+from pipeline.images import FULL_DEPTH
 from pipeline.pixels import Pixels, decoding
 from pipeline.progress import counted
 from pipeline.rows import Rows, StoredRows, Wanted, hold, select, stored_rows
@@ -109,10 +110,12 @@ def prepared_tensors(material: Material, memory: int | None, needed: int) -> Ite
 
 
 @contextmanager
-def prepared_pixels(images: Sorted, size: int, fit: str, max_pixels: int) -> Iterator[Prepared[Sorted]]:
+def prepared_pixels(
+    images: Sorted, size: int, fit: str, max_pixels: int, depth: int = FULL_DEPTH
+) -> Iterator[Prepared[Sorted]]:
     """Do the same for a model that reads images."""
     members, labels = on_sides(images)
-    with decoding(images.dataset, images.keys, images.usable, size, fit, max_pixels) as source:
+    with decoding(images.dataset, images.keys, images.usable, size, fit, max_pixels, depth) as source:
         yield Prepared(images, members, labels, {side: Pixels(source, at) for side, at in members.items()})
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from pipeline.asked import Asked, FullAsked
 from pipeline.errors import UsageError
-from pipeline.images import DEFAULT_MAX_PIXELS
+from pipeline.images import DEFAULT_MAX_PIXELS, FULL_DEPTH, depth_of
 from pipeline.spec import SHAPE, HeadSpec
 from pipeline.trained import TrainedRun
 from pipeline.weights import is_path
 
 Option = tuple[str, Any]  # its name and value: None leaves it out, True makes it a flag
-_SPACE = ("--weights", "--layer", "--precision", "--fit", "--storage")
+_SPACE = ("--weights", "--layer", "--precision", "--fit", "--depth", "--storage")
 
 
 def commands(run: TrainedRun, program: Sequence[str], bad: float) -> list[str]:
@@ -82,8 +82,10 @@ def _of_space(run: TrainedRun, asked: Asked | FullAsked, *, storage: bool) -> li
     if weights == "auto":
         _, _, seed = base.weights.rpartition(":")
         weights = f"untrained:{seed}" if base.untrained else "imagenet" if run.weights == "imagenet" else base.weights
-    found = [("--weights", weights), ("--layer", base.layer)]
+    found: list[Option] = [("--weights", weights), ("--layer", base.layer)]
+    depth = depth_of(base.decode)
     found += [("--precision", base.precision), ("--fit", base.fit)]
+    found.append(("--depth", depth if depth != FULL_DEPTH else None))
     return [*found, ("--storage", base.storage)] if storage else found
 
 

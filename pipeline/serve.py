@@ -17,9 +17,10 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 
 from pipeline import machine
-from pipeline.answering import grouped
+from pipeline.answering import Group, grouped
 from pipeline.decoder import Decoders, decoding_pool
 from pipeline.errors import IceboxError, UsageError
+from pipeline.images import depth_of
 from pipeline.network import compiled
 from pipeline.predict import likeliest
 from pipeline.trained import TrainedRun
@@ -34,7 +35,8 @@ _MOST_CONNECTIONS = 512  # each may hold an upload
 _LAST_ANSWERS_S = 5  # when it is ended
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
-Pixels = Mapping[str, np.ndarray]  # how an image was made square → (size, size, 3) uint8 RGB
+Way = tuple[str, int]  # how an image is made square, and how many bits 16-bit channels hold
+Pixels = Mapping[Way, np.ndarray]  # → (size, size, 3) uint8 RGB
 _Asked = tuple[Pixels, Future[np.ndarray]]
 
 
@@ -98,20 +100,24 @@ def service(
     groups = grouped(runs, workspace, weights)
     logger.info("loading %s", ", ".join(run.name for run in runs))
     size = groups[0].spec.input_size
-    answerers = [(group.spec.fit, group.share, compiled(group.network())) for group in groups]
+    answerers = [(_seen_by(group), group.share, compiled(group.network())) for group in groups]
 
     def answer(batch: Sequence[Pixels]) -> np.ndarray:
-        parts = [share * run(np.stack([pixels[fit] for pixels in batch])) for fit, share, run in answerers]
+        parts = [share * run(np.stack([pixels[way] for pixels in batch])) for way, share, run in answerers]
         return np.stack(parts).sum(axis=0)
 
-    fits = {fit for fit, _, _ in answerers}
-    blank = dict.fromkeys(fits, np.zeros((size, size, 3), np.uint8))
+    ways = {way for way, _, _ in answerers}
+    blank = dict.fromkeys(ways, np.zeros((size, size, 3), np.uint8))
     for count in (1, _BATCH):
         answer([blank] * count)
     with ExitStack() as stack:
-        decoders = {fit: stack.enter_context(Decoders(size, fit, max_pixels)) for fit in fits}
+        decoders = {(fit, depth): stack.enter_context(Decoders(size, fit, max_pixels, depth)) for fit, depth in ways}
         batcher = stack.enter_context(Batcher(answer))
-        yield lambda data: batcher({fit: decode(data) for fit, decode in decoders.items()})
+        yield lambda data: batcher({way: decode(data) for way, decode in decoders.items()})
+
+
+def _seen_by(group: Group) -> Way:
+    return group.spec.fit, depth_of(group.spec.decode)
 
 
 def serve(

@@ -120,6 +120,7 @@ class Met:
     key: bytes | None
     reason: str
     validator: str | None = None  # what the server said of an image behind an address
+    peak: int = 0  # the largest value of a file with 16 bits a channel
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ class ShardWorker:
         self.setup = setup
         remote.limit_connections(setup.connections)
         self._model = FrozenBackbone(setup.spec, setup.weights, setup.batch_size, threads)
-        self._decoders = Decoders(setup.spec.input_size, setup.spec.fit, setup.max_pixels)
+        depth = images.depth_of(setup.spec.decode)
+        self._decoders = Decoders(setup.spec.input_size, setup.spec.fit, setup.max_pixels, depth)
         self._pool = decoding_pool(threads)
         self._streams = streams(threads)
         self._models = ThreadPoolExecutor(self._streams, "model")
@@ -250,7 +252,7 @@ class ShardWorker:
                 if stopped():
                     return
                 image = views[0]
-                met.append(Met(image.i, image.key, image.reason, image.validator))
+                met.append(Met(image.i, image.key, image.reason, image.validator, image.peak))
                 if image.pixels is not None:
                     lacking = [each for each in views if each.key and not there(each.key, each.view)]
                     yield from lacking

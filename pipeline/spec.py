@@ -99,7 +99,7 @@ class FeatureRequest:
     backbone: str
     layer: str | None
     fit: str | None
-    decode: str
+    decode: str | tuple[str, ...]  # or any of several
     resize: str
     input_size: int
     scaling: str

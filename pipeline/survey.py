@@ -8,7 +8,7 @@ from pipeline import near
 from pipeline.cache.keys import Grouped
 from pipeline.compute import note_bad, note_key
 from pipeline.decoder import Loaded, Loader, decoding_pool
-from pipeline.images import orientation
+from pipeline.images import FULL_DEPTH, orientation
 from pipeline.planning import DEFAULT_FIT, Planning
 from pipeline.progress import Progress
 
@@ -19,6 +19,7 @@ LOOK = np.dtype(
         ("width", np.int32),
         ("height", np.int32),
         ("deep", np.bool_),  # more than 8 bits a channel
+        ("peak", np.uint16),  # the largest value, if it has 16 bits a channel
         ("alpha", np.bool_),  # may be transparent in places
         ("turned", np.bool_),  # EXIF says that it is to be turned
         ("fingerprint", np.uint64),
@@ -29,8 +30,8 @@ _SIZE = 299  # of the pixels that fingerprints are made of
 _AHEAD = 64  # images
 
 
-def survey(planning: Planning, progress: Progress) -> np.ndarray:
-    """Look at every image of a dataset once; return what they are, (n,) of `LOOK`.
+def survey(planning: Planning, progress: Progress, depth: int = FULL_DEPTH) -> np.ndarray:
+    """Look at every image of a dataset once, 16-bit channels taken for `depth` bits; return what they are, (n,) `LOOK`.
 
     What cannot be decoded is noted in the index, as `features` would.
     """
@@ -40,7 +41,7 @@ def survey(planning: Planning, progress: Progress) -> np.ndarray:
     some = np.union1d(np.setdiff1d(known, refused), np.array(identities.to_read, np.int64)).tolist()
     looks = np.zeros(len(dataset), LOOK)
     with (
-        Loader(dataset, _SIZE, DEFAULT_FIT, planning.max_pixels, headers=True) as loader,
+        Loader(dataset, _SIZE, DEFAULT_FIT, planning.max_pixels, headers=True, depth=depth) as loader,
         decoding_pool() as pool,
         progress("looking at images", len(some)) as advance,
     ):
@@ -77,6 +78,7 @@ def _look(image: Loaded) -> tuple | None:
         header.width,
         header.height,
         header.deep,
+        image.peak,
         header.alpha,
         turned,
         *near.fingerprint(image.pixels),

@@ -86,6 +86,44 @@ def test_an_image_is_given_a_second_process_before_it_is_blamed(
     assert loaded.pixels is not None
 
 
+def test_an_image_that_never_ends_is_named_and_the_next_is_decoded(
+    tmp_path: Path, dangerous: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.decoder.SECONDS", 3.0)
+    paths = [write_picture(tmp_path / f"{i}.png", i) for i in range(3)]
+    mark(paths[1], b"HANG")
+    with Loader(of_files("some", paths), 299, "squash", 10**6) as loader:
+        first = loader(0)
+        (hanging,) = _decoding(psutil.Process())
+        bad, last = loader(1), loader(2)
+        assert not hanging.is_running()
+        assert len(_decoding(psutil.Process())) == 1
+    assert bad.key == digest(paths[1].read_bytes())
+    assert bad.reason == "keeps the decoder busy for more than 3 s"
+    for each, path in ((first, paths[0]), (last, paths[2])):
+        assert np.array_equal(each.pixels, images.decode(path.read_bytes()))  # type: ignore[arg-type]
+
+
+def test_the_time_an_image_may_take_grows_with_what_may_be_large(
+    tmp_path: Path, dangerous: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.decoder.SECONDS", 1.0)
+    path = mark(write_picture(tmp_path / "a.png", 1), b"HANG")
+    (bad,) = load([path], max_pixels=2 * images.DEFAULT_MAX_PIXELS)
+    assert bad.reason == "keeps the decoder busy for more than 2 s"
+
+
+def test_a_decoder_that_does_not_even_listen_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deaf").mkdir()
+    (tmp_path / "deaf" / "sitecustomize.py").write_text("import signal\nsignal.pause()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "deaf"))
+    monkeypatch.setattr("pipeline.decoder.SECONDS", 1.0)
+    large = tmp_path / "large.bmp"  # more than goes into the socket unread
+    write_picture(large, 1, height=1000, width=1000)
+    (bad,) = load([large], max_pixels=10**7)
+    assert "keeps the decoder busy" in bad.reason
+
+
 @pytest.mark.parametrize("ending", [b"KILL", b"XCPU"])
 def test_a_decoder_that_was_killed_from_outside_blames_no_image(ending: bytes, tmp_path: Path, dangerous: Path) -> None:
     (loaded,) = load([mark(write_picture(tmp_path / "a.png", 1), ending)])
@@ -143,14 +181,17 @@ def test_a_killed_run_leaves_no_decoder_behind(tmp_path: Path) -> None:
     assert alive == []
 
 
+def _decoding(parent: psutil.Process) -> list[psutil.Process]:
+    return [each for each in parent.children(recursive=True) if "decode_process" in " ".join(each.cmdline())]
+
+
 def _decoders_of(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Wait until the program has decoders, and return them."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert program.poll() is None
-        found = psutil.Process(program.pid).children(recursive=True)
         with suppress(psutil.Error):  # one that ended meanwhile
-            if decoders := [each for each in found if "decode_process" in " ".join(each.cmdline())]:
+            if decoders := _decoding(psutil.Process(program.pid)):
                 return decoders
         time.sleep(0.02)
     pytest.fail("no decoder was ever started")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline import images
 from pipeline.containers import read_header
-from pipeline.errors import DecodeError, UsageError
+from pipeline.errors import DecodeError, SpecError, UsageError
 from pipeline.images import DEFAULT_MAX_PIXELS, FITS, decode, decoder_version, resize
 
 # pytest undoes the filter that the program installs.
@@ -52,7 +52,7 @@ def palette(colours: int = 32, pixels: np.ndarray = RGB) -> Image.Image:
 
 def full(data: bytes) -> np.ndarray:
     """Decode without resizing: what the program sees before it fits the picture to the network."""
-    return images._decode_file(data, DEFAULT_MAX_PIXELS)
+    return images._decode_file(data, DEFAULT_MAX_PIXELS)[0]
 
 
 def seen(data: bytes) -> np.ndarray:
@@ -407,7 +407,6 @@ def test_fill_bytes_between_segments_do_not_matter() -> None:
         (b"", "empty file"),
         (b"a list of things to do\n", "not an image in a supported format"),
         (b"RIFF\x10\0\0\0WAVEfmt and so on", "not an image in a supported format"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image in a supported format"),
         (b"\xff\xd8\xff", "JPEG with a damaged header"),
         (RENDERED["jpeg"][:300], "JPEG"),
         (RENDERED["jpeg"][:-1], "JPEG cut short: no end marker"),
@@ -438,7 +437,7 @@ def test_a_damaged_png_is_reported_without_noise(capfd: pytest.CaptureFixture[st
     [
         (save(GREY.astype(np.float32), "TIFF"), "signed or floating-point samples"),
         (save(GREY.astype(np.int32), "TIFF"), "signed or floating-point samples"),
-        (cv2.imencode(".tif", RGB.astype(np.float32))[1].tobytes(), "damaged header (unknown pixel mode)"),
+        (cv2.imencode(".tif", RGB.astype(np.float32))[1].tobytes(), "signed or floating-point samples"),
         (save(LA, "TIFF"), "alpha in a grey or palette image"),
         (tiff(RGB16, 2, planar=2), "16-bit colours in separate planes"),
         (tiff(RGBA16, 5), "16-bit colours that are not RGB"),
@@ -600,10 +599,126 @@ def test_an_unknown_fit_is_named() -> None:
 
 
 def test_the_version_names_both_libraries() -> None:
-    assert decoder_version() == f"opencv {cv2.__version__} pillow {PIL.__version__}"
+    assert decoder_version() == f"opencv {cv2.__version__} pillow {PIL.__version__} checks 2"
 
 
 def test_headers_agree_with_pillow() -> None:
     for name, data in RENDERED.items():
         header = read_header(data)
         assert (header.width, header.height) == Image.open(io.BytesIO(data)).size, name
+
+
+# --- what a file is that is no image, or none that can be decoded ------------------------------------------------
+
+
+def jpeg_of(marker: int, precision: int = 8) -> bytes:
+    """A JPEG whose frame is coded in another way, as far as its header goes."""
+    data = bytearray(RENDERED["jpeg-grey"])
+    at = data.index(b"\xff\xc0")
+    data[at + 1], data[at + 4] = marker, precision
+    return bytes(data)
+
+
+def brand(*names: bytes) -> bytes:
+    body = names[0] + bytes(4) + b"".join(names)
+    return struct.pack(">I", len(body) + 8) + b"ftyp" + body + b"\0\0\0\x08meta"
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (brand(b"heic", b"mif1"), "HEIC: not supported; convert it to JPEG or PNG"),
+        (brand(b"mif1", b"heic"), "HEIC: not supported"),
+        (brand(b"avif", b"mif1", b"miaf"), "AVIF: not supported; convert"),
+        (brand(b"mif1", b"avif"), "AVIF: not supported"),
+        (brand(b"crx ", b"isom"), "raw photo of a camera: not supported; develop it"),
+        (brand(b"isom", b"mp42"), "video, not an image"),
+        (b"\xff\x0a\xfa\x1f", "JPEG XL: not supported"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n\0\0\0\x14ftyp", "JPEG XL: not supported"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000: not supported"),
+        (b"FUJIFILMCCD-RAW 0201", "raw photo of a camera"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG drawing: not supported; render it to PNG"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- a -->\n<svg/>", "SVG drawing: not supported"),
+        (b"\n<!DOCTYPE html><title>404</title>", "HTML page, not an image; download the image itself"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML text, not an image"),
+        (b'{"error": "rate limit"}', "JSON text, not an image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer, not the image; fetch"),
+        (bytes(5000), "nothing but zeros"),
+        (jpeg_of(0xF7), "JPEG-LS: not supported"),
+        (jpeg_of(0xC1, 12), "JPEG with 12 bits a sample: not supported"),
+        (jpeg_of(0xC5), "hierarchical JPEG: not supported"),
+        (tiff(GREY.astype(np.float64), 1), "TIFF with 64 bits a sample: not supported; save it"),
+        (cv2.imencode(".tif", RGB.astype(np.float64))[1].tobytes(), "TIFF with signed or floating-point samples: not"),
+        (tiff(RGB, 2)[:8] + b"CR\2\0" + tiff(RGB, 2)[12:], "raw photo of a camera"),
+    ],
+)
+def test_what_is_no_image_here_is_called_by_its_name(data: bytes, text: str) -> None:
+    assert reason(data).startswith(text)
+    assert "damaged" not in reason(data)
+
+
+def test_a_raw_photo_is_not_taken_for_its_preview() -> None:
+    for tags in ([(50706, "I", [1])], [(254, "I", [1]), (330, "I", [8])]):
+        plain: list[tuple[int, str, list[int]]] = [
+            (256, "I", [W]),
+            (257, "I", [H]),
+            (258, "H", [8] * 3),
+            (259, "H", [1]),
+        ]
+        plain += [(262, "H", [2]), (273, "I", [8]), (277, "H", [3]), (278, "I", [H]), (279, "I", [RGB.size])]
+        assert np.array_equal(full(tiff_bytes(plain, RGB.tobytes())), RGB)
+        assert reason(tiff_bytes(sorted([*plain, *tags]), RGB.tobytes())).startswith("raw photo of a camera")
+
+
+# --- 16 bits that hold fewer ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "tiff white is 0", "rgb", "rgba"])
+@pytest.mark.parametrize("depth", images.DEPTHS)
+def test_a_depth_spreads_values_over_the_whole_range(kind: str, depth: int) -> None:
+    most = 2**depth - 1
+    levels = np.linspace(0, most, 256).round().astype(np.uint16).reshape(16, 16)
+    colours = np.dstack([levels] * 3)
+    data = {
+        "png": lambda: png_of_rows(levels, 16, 0),
+        "tiff": lambda: tiff(levels, 1),
+        "tiff white is 0": lambda: tiff(levels, 0),
+        "rgb": lambda: png_of_rows(colours, 16, 2),
+        "rgba": lambda: png_of_rows(np.dstack([colours, np.full((16, 16), 65535, np.uint16)]), 16, 6),
+    }[kind]()
+    pixels, peak = images._decode_file(data, DEFAULT_MAX_PIXELS, depth)
+    shown = np.round(levels / most * 255)
+    assert np.array_equal(pixels[..., 0], 255 - shown if kind == "tiff white is 0" else shown)
+    assert peak == most
+
+
+def test_values_above_the_depth_are_white() -> None:
+    levels = np.array([[0, 4095, 4096, 65535]], np.uint16)
+    assert images._decode_file(png_of_rows(levels, 16, 0), 100, 12)[0][0, :, 0].tolist() == [0, 255, 255, 255]
+
+
+def test_pictures_of_8_bits_have_no_depth() -> None:
+    for name in ("jpeg", "png", "gif", "tiff", "png-rgba"):
+        pixels, peak = images._decode_file(RENDERED[name], DEFAULT_MAX_PIXELS, 12)
+        assert np.array_equal(pixels, full(RENDERED[name])) and peak == 0
+
+
+def test_each_depth_is_a_policy_of_its_own_and_16_bits_that_of_before() -> None:
+    assert images.decode_policy(None) == images.decode_policy(16) == images.DECODE_POLICY == "rgb8-exif-over_white-1"
+    assert images.decode_policy(12) == "rgb8-exif-over_white-1-depth_12"
+    assert [images.depth_of(images.decode_policy(depth)) for depth in images.DEPTHS] == list(images.DEPTHS)
+    for depth in (8, 17):
+        with pytest.raises(UsageError, match="9 … 16"):
+            images.decode_policy(depth)
+    with pytest.raises(SpecError):
+        images.depth_of("rgb8-of-another-version")
+
+
+@pytest.mark.parametrize(
+    ("peak", "depth", "text"),
+    [(0, 16, ""), (40_000, 16, ""), (4095, 12, ""), (3000, 12, ""), (4095, 16, "take --depth 12"),
+     (300, 16, "take --depth 9"), (100, 16, "take --depth 9"), (16_000, 12, "white; take --depth 14")],
+)  # fmt: skip
+def test_the_largest_value_of_all_tells_the_depth(peak: int, depth: int, text: str) -> None:
+    assert images.depth_advice(peak, depth).endswith(text)
+    assert bool(images.depth_advice(peak, depth)) == bool(text)

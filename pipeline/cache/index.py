@@ -55,6 +55,9 @@ class ShardRecord:
     problem: str | None
 
 
+CONDEMNED = 0  # as `max_pixels`: whatever the limit, and though it has a row
+
+
 @dataclass(frozen=True)
 class Quarantine:
     """A content that a decoder refused."""
@@ -358,9 +361,9 @@ class Index(IndexFile):
     def quarantined(self, keys: Sequence[bytes], decoder: str, max_pixels: int) -> dict[bytes, Quarantine]:
         """Return key → what is remembered, for those of `keys` that this decoder is known to refuse."""
         query = """SELECT q.key, q.decoder, q.max_pixels, q.reason, q.since FROM wanted w
-            JOIN quarantine q ON q.key = w.key WHERE q.decoder = ? AND q.max_pixels = ?"""
+            JOIN quarantine q ON q.key = w.key WHERE q.decoder = ? AND q.max_pixels = ? OR q.max_pixels = ?"""
         with self._wanted(keys) as db:
-            found = db.execute(query, (decoder, max_pixels)).fetchall()
+            found = db.execute(query, (decoder, max_pixels, CONDEMNED)).fetchall()
         self._check(found, _QUARANTINE)
         return {row[0]: Quarantine(*row) for row in found}
 
@@ -371,6 +374,11 @@ class Index(IndexFile):
         if any(len(row[0]) != KEY_BYTES for row in found):
             raise IndexDamagedError(self.path, "it has keys of another length in its quarantine", certain=True)
         return {row[0]: Quarantine(*row) for row in found}
+
+    def condemned(self) -> dict[bytes, Quarantine]:
+        """Return key → what is remembered, of what was refused although it has a row."""
+        query = "SELECT key, decoder, max_pixels, reason, since FROM quarantine WHERE max_pixels = ?"
+        return {row[0]: Quarantine(*row) for row in self._all(query, (CONDEMNED,), *_QUARANTINE)}
 
     def all_quarantined(self) -> list[Quarantine]:
         """Return everything that is remembered, the latest first."""
@@ -383,7 +391,8 @@ class Index(IndexFile):
         rows = [(key, decoder, max_pixels, reason, now) for key, reason in reasons.items()]
         self._remember("INSERT OR REPLACE INTO quarantine VALUES (?, ?, ?, ?, ?)", rows)
 
-    def forget_quarantined(self, keys: Iterable[bytes]) -> None:
-        """Forget what was remembered of these contents, by whatever decoder."""
+    def forget_quarantined(self, keys: Iterable[bytes], *, condemned: bool = False) -> None:
+        """Forget what was remembered of these contents, by whatever decoder: that they are `condemned`, or the rest."""
         with self._changing() as db:
-            db.executemany("DELETE FROM quarantine WHERE key = ?", ((key,) for key in keys))
+            rows = ((key, CONDEMNED, condemned) for key in keys)
+            db.executemany("DELETE FROM quarantine WHERE key = ? AND (max_pixels = ?) = ?", rows)

@@ -11,6 +11,7 @@ import typer
 
 from pipeline.commands.cache_checks import cache_explain, cache_verify
 from pipeline.commands.completion import dataset_names, space_names
+from pipeline.commands.depth import DepthOption
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
@@ -98,7 +99,7 @@ def cache_quarantine(context: typer.Context, as_json: JsonOption = False, quiet:
                 "reason": bad.reason,
                 "since": bad.since,
                 "decoder": bad.decoder,
-                "max_pixels": bad.max_pixels,
+                "max_pixels": bad.max_pixels or None,  # none of those whose rows are condemned
                 "paths": [str(path) for path in cache.index.files_with_digest(bad.key)],
             }
             for bad in (cache.index.all_quarantined() if cache.has_index else ())
@@ -111,7 +112,7 @@ def cache_quarantine(context: typer.Context, as_json: JsonOption = False, quiet:
         return
     rows = [(terminal.age(bad["since"]), bad["reason"], ", ".join(bad["paths"]) or bad["key"][:16]) for bad in found]
     terminal.table(rows, ("since", "reason", "file"))
-    terminal.say("`features --retry-failed` tries them again")
+    terminal.say("`features --retry-failed` tries them again, `cache verify --images DATASET` those that have rows")
 
 
 @cache_app.command("gc")
@@ -232,6 +233,7 @@ def cache_export(
     storage: StorageOption = "auto",
     space: SpaceOption = None,
     fit: FitOption = None,
+    depth: DepthOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,

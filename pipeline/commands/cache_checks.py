@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.commands.completion import dataset_names
+from pipeline.commands.depth import DepthOption
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
@@ -27,6 +29,7 @@ from pipeline.commands.shared import (
     WeightsOption,
     feature_choice,
     finish,
+    open_chosen,
     open_dataset,
     opened,
     views_choice,
@@ -36,6 +39,7 @@ from pipeline.progress import counted
 if TYPE_CHECKING:
     from pipeline.cache.verify import Verification
     from pipeline.canary import Drift
+    from pipeline.recheck import Rechecked
     from pipeline.workspace import Workspace
 
 _LISTED = 20  # lines of what may be thousands; --json has them all
@@ -55,6 +59,14 @@ def cache_verify(
     dataset: Annotated[
         str | None, typer.Option(help="Where --recompute finds the images.  [default: files seen before, digits]")
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATASET",
+            help="Decode the images of this dataset that have rows again; quarantine those that are damaged.",
+            autocompletion=dataset_names,
+        ),
+    ] = None,
     archive: ArchiveOption = None,
     image_root: ImageRootOption = None,
     as_json: JsonOption = False,
@@ -68,20 +80,27 @@ def cache_verify(
 
     if read_data and sample is not None:
         raise UsageError("--read-data reads all, --sample a share: give one of the two")
-    if not recompute and any(given is not None for given in (dataset, archive, image_root)):
-        raise UsageError("--dataset, --archive and --image-root go with --recompute N only")
+    of_images = (dataset,) if images is not None else (dataset, archive, image_root)
+    if not recompute and any(given is not None for given in of_images):
+        raise UsageError(
+            "--dataset, --archive and --image-root go with --recompute N only, or the latter with --images"
+        )
     start = time.perf_counter()
     with opened(context) as workspace:
         done = verify(workspace.cache, space=space, sample=1.0 if read_data else sample or 0.0, repair=repair)
         drifts = _recomputed(workspace, context, space, recompute) if recompute and done.sound else []
+        rechecked = _rechecked(workspace, context, images, space) if images is not None and done.sound else None
     result = {
         **{name: getattr(done, name) for name in ("spaces", "shards", "rows", "bytes", "bytes_read")},
         "problems": [{**asdict(problem), "path": str(problem.path)} for problem in done.problems],
         "recomputed": [asdict(drift) for drift in drifts],
+        "images": asdict(rechecked) if rechecked else None,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    error = _verdict(done, drifts, repair)
+    error = _verdict(done, drifts, repair) or _damaged(rechecked)
     _show_problems(done, drifts, as_json)
+    if rechecked is not None and not as_json:
+        _show_images(rechecked)
     finish(result | ({"error": error} if error else {}), as_json, ("spaces", "shards", "rows", "bytes", "bytes_read"))
     _conclude(error, as_json, "" if done.problems else "nothing is wrong")
 
@@ -105,6 +124,36 @@ def _recomputed(workspace: Workspace, context: typer.Context, space: str | None,
     for error in skipped:
         terminal.warn(f"notice: {error}")
     return compared
+
+
+def _rechecked(workspace: Workspace, context: typer.Context, name: str, space: str | None) -> Rechecked:
+    from pipeline.asked import DatasetChoice
+    from pipeline.recheck import recheck
+
+    archive, root = (each and str(each) for each in (context.params["archive"], context.params["image_root"]))
+    return recheck(open_chosen(workspace, DatasetChoice(name, archive, root)), workspace, space)
+
+
+def _damaged(rechecked: Rechecked | None) -> str | None:
+    if rechecked is None or not rechecked.quarantined:
+        return None
+    first, count = rechecked.quarantined[0], len(rechecked.quarantined)
+    return (
+        f"{count:,} of {rechecked.images:,} images that have rows cannot be decoded whole, the first: {first.path}: "
+        f"{first.reason}; they are quarantined now, and their rows not used"
+    )
+
+
+def _show_images(rechecked: Rechecked) -> None:
+    from pipeline import terminal
+
+    for bad in rechecked.quarantined[:_LISTED]:
+        terminal.warn(f"quarantined {bad.path}: {bad.reason}")
+    if len(rechecked.quarantined) > _LISTED:
+        terminal.warn(f"and {len(rechecked.quarantined) - _LISTED:,} more; --json lists them all")
+    if rechecked.released:
+        terminal.say(f"{rechecked.released:,} images can be decoded by now, and their rows are used again")
+    terminal.say(f"{rechecked.images:,} images that have rows were decoded again")
 
 
 def _verdict(done: Verification, drifts: Sequence[Drift], repair: bool) -> str | None:
@@ -169,6 +218,7 @@ def cache_explain(
     storage: StorageOption = "auto",
     space: SpaceOption = None,
     fit: FitOption = None,
+    depth: DepthOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

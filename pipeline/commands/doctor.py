@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.commands.completion import dataset_names
+from pipeline.commands.depth import DepthOption
 from pipeline.commands.shared import (
     CONNECTIONS,
     MAX_PIXELS,
@@ -61,6 +62,7 @@ def doctor(
     storage: StorageOption = "auto",
     space: SpaceOption = None,
     fit: FitOption = None,
+    depth: DepthOption = None,
     views: ViewsOption = 1,
     augment: AugmentOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from pipeline.commands.depth import DepthOption
 from pipeline.commands.shared import (
     CONNECTIONS,
     MAX_PIXELS,
@@ -61,6 +62,7 @@ def features(
     storage: StorageOption = "auto",
     space: SpaceOption = None,
     fit: FitOption = None,
+    depth: DepthOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     views: ViewsOption = 1,
     augment: AugmentOption = None,
@@ -135,6 +137,7 @@ def _told(done: Extraction) -> dict[str, Any]:
         "bytes_per_row": round(totals.bytes / totals.rows) if totals and totals.rows else None,
         "weights": done.space.provenance.get("weights") if done.space else None,
         "precision": done.space.spec.precision if done.space else None,
+        "largest_16_bit_value": done.effort.peak or None,
     }
 
 

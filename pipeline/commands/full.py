@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.commands.completion import run_names
+from pipeline.commands.depth import DepthOption
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
@@ -110,6 +111,7 @@ def freeze(
     layer: LayerOption = None,
     precision: PrecisionOption = "auto",
     fit: FitOption = None,
+    depth: DepthOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
@@ -172,6 +174,7 @@ def finetune(
     precision: PrecisionOption = "auto",
     storage: StorageOption = "auto",
     fit: FitOption = None,
+    depth: DepthOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,
@@ -242,6 +245,7 @@ def _asked(stage: str, context: typer.Context, root: Path) -> FullAsked:
             weights=given["weights"],
             layer=given["layer"],
             fit=given["fit"],
+            depth=given["depth"],
             precision=given["precision"],
             storage=given.get("storage", "auto"),
         ).anchored(),

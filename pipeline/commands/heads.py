@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from pipeline.commands.depth import DepthOption
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
@@ -126,6 +127,7 @@ def train_head(
     storage: StorageOption = "auto",
     space: SpaceOption = None,
     fit: FitOption = None,
+    depth: DepthOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,

@@ -217,7 +217,7 @@ def open_runs(workspace: Workspace, run: str, also: Sequence[str] | None) -> lis
     return [open_run(workspace.runs, name) for name in (run, *(also or ()))]
 
 
-_CHOICE_OPTIONS = ("weights", "layer", "precision", "storage", "space", "fit")
+_CHOICE_OPTIONS = ("weights", "layer", "precision", "storage", "space", "fit", "depth")
 _FEATURE_OPTIONS = ("dataset", "archive", "image_root", "limit", *_CHOICE_OPTIONS, "max_pixels", "views", "augment")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.commands.completion import stopped_names
+from pipeline.commands.depth import DepthOption
 from pipeline.commands.shared import (
     CLUSTER_OPTIONS,
     MAX_PIXELS,
@@ -102,6 +103,7 @@ def sweep(
     storage: StorageOption = "auto",
     space: SpaceOption = None,
     fit: FitOption = None,
+    depth: DepthOption = None,
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     max_bad: MaxBadOption = 0.0,
     as_json: JsonOption = False,

@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.errors import IceboxError, MissingRowsError
 from pipeline.extract import FeatureChoice
 from pipeline.gather import SPLITS, Material, Sorted, gather, gather_images
+from pipeline.images import depth_of
 from pipeline.report import findings, page
 from pipeline.report.findings import Findings
 from pipeline.report.kept import Answers
@@ -72,7 +73,13 @@ def gather_shown(
         notes.append(f"{MOST_IMAGES:,} of {len(positions):,} images are on this page, those first that were tested.")
         some = _most_telling(images, positions, predicted)
         positions, predicted, confidence = positions[some], predicted[some], confidence[some]
-    small = tiles(images.dataset, images.usable[positions].tolist(), max_pixels, workspace.progress)
+    small = tiles(
+        images.dataset,
+        images.usable[positions].tolist(),
+        max_pixels,
+        workspace.progress,
+        depth_of(run.base.decode),
+    )
     if unseen := int((~small.seen).sum()):
         notes.append(
             f"{unseen:,} of {len(positions):,} images cannot be read now: they are grey, and without near copies."
@@ -104,7 +111,7 @@ def _images(run: TrainedRun, workspace: Workspace, max_pixels: int, notes: list[
                 notes.append(f"Features are missing, so that {_NO_FEATURES}: {error}")
         else:
             notes.append(f"The features of its backbone are not in the cache: {_NO_FEATURES}.")
-        return gather_images(dataset, workspace, max_pixels, run.base.fit)
+        return gather_images(dataset, workspace, max_pixels, run.base.fit, depth_of(run.base.decode))
     except IceboxError as error:
         notes.append(f"Its images cannot be shown: {error}")
         return None

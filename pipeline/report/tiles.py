@@ -12,6 +12,7 @@ import numpy as np
 from pipeline import near
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded, Loader, decoding_pool
+from pipeline.images import FULL_DEPTH
 from pipeline.progress import Progress
 
 _COLUMNS = 16
@@ -41,7 +42,7 @@ class Tiles:
     columns: int = _COLUMNS
 
 
-def tiles(dataset: Dataset, some: Sequence[int], max_pixels: int, progress: Progress) -> Tiles:
+def tiles(dataset: Dataset, some: Sequence[int], max_pixels: int, progress: Progress, depth: int = FULL_DEPTH) -> Tiles:
     """Return small pictures of these images of `dataset`, in this order."""
     largest = _SIDES[len(some) > _MANY]
     pictures = np.full((len(some), largest, largest, 3), _MISSING, np.uint8)
@@ -49,7 +50,7 @@ def tiles(dataset: Dataset, some: Sequence[int], max_pixels: int, progress: Prog
     thumbs = np.zeros((len(some), near.THUMB, near.THUMB), np.uint8)
     place = {i: at for at, i in enumerate(some)}
     with (
-        Loader(dataset, _SIZE, _FIT, max_pixels) as loader,
+        Loader(dataset, _SIZE, _FIT, max_pixels, depth=depth) as loader,
         decoding_pool() as pool,
         progress("making thumbnails", len(some)) as advance,
     ):

@@ -1,0 +1,80 @@
+"""Images that have rows, decoded again: an earlier version may have accepted what this one knows to be damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline import images
+from pipeline.cache.digests import Identities, identify
+from pipeline.cache.index import CONDEMNED
+from pipeline.cache.space import FeatureSpace
+from pipeline.dataset import Dataset
+from pipeline.decoder import Loader, decoding_pool
+from pipeline.planning import DEFAULT_FIT, Quarantined
+from pipeline.workspace import Workspace
+
+_SMALL = 32  # pixels on a side, as nobody looks at them
+_ANY_SIZE = 2**40  # pixels: each was decoded before, within a limit that nobody remembers
+_AHEAD = 64  # images
+
+
+@dataclass(frozen=True)
+class Rechecked:
+    """How many images were decoded again, which of them could not be, and how many can be by now that could not."""
+
+    images: int
+    quarantined: list[Quarantined]
+    released: int
+
+
+def recheck(dataset: Dataset, workspace: Workspace, space: str | None = None) -> Rechecked:
+    """Decode the images of `dataset` that have rows, in `space` or in any; quarantine those that cannot be.
+
+    Their rows stay on disk, but are not used any more. Images that were quarantined so before and can be decoded by
+    now are released.
+
+    Raises
+    ------
+    SpecError
+        If there is no such space.
+    """
+    index = workspace.cache.index
+    with workspace.progress("identifying images", len(dataset)) as advance:
+        identities = identify(dataset, index, advance, read_unseen=False)
+    spaces = [workspace.cache.open(space)] if space else workspace.cache.spaces()
+    condemned = index.condemned()
+    some = _with_rows(identities, spaces, set(condemned))
+    reasons, sound = dict[bytes, str](), set[bytes]()
+    with (
+        Loader(dataset, _SMALL, DEFAULT_FIT, _ANY_SIZE) as loader,
+        decoding_pool() as pool,
+        workspace.progress("decoding again", len(some)) as advance,
+    ):
+        for image in loader.stream(pool, some, lambda image: image, ahead=_AHEAD):
+            if image.key is not None and image.pixels is None:
+                reasons[image.key] = image.reason
+            elif image.key is not None:
+                sound.add(image.key)
+            advance(1)
+    index.remember_quarantined(reasons, images.decoder_version(), CONDEMNED)
+    released = sound & set(condemned)
+    index.forget_quarantined(released, condemned=True)
+    since = index.condemned()
+    bad = [
+        Quarantined(dataset.names[i], reasons[key], since[key].since)
+        for i, key in enumerate(identities.keys)
+        if key in reasons and key is not None
+    ]
+    return Rechecked(len(some), bad, len(released))
+
+
+def _with_rows(identities: Identities, spaces: Sequence[FeatureSpace], condemned: set[bytes]) -> list[int]:
+    """Return the first image of each content that has a row, or is quarantined although it had one."""
+    first = identities.keys.grouped(but=sorted(identities.unseen)).first
+    has_row = np.array([identities.keys[int(i)] in condemned for i in first], bool)
+    for space in spaces:
+        has_row |= space.has_rows(identities.keys.digests, first, 0)
+    return first[has_row].tolist()

@@ -1,0 +1,143 @@
+"""16-bit pictures that hold fewer bits: noticed, and right in a space of their own, wherever they are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import picture
+
+from pipeline import images
+from pipeline.asked import Asked, DatasetChoice
+from pipeline.cache.space import Cache
+from pipeline.checkup import check, told
+from pipeline.compute import ComputeOptions
+from pipeline.dataset import Dataset, of_files, open_dataset
+from pipeline.errors import SpecError
+from pipeline.extract import Extraction, FeatureChoice, extract
+from pipeline.gather import gather, gather_images
+from pipeline.predict import predict
+from pipeline.reproduce import commands, options_like
+from pipeline.serve import service
+from pipeline.spec import HeadSpec
+from pipeline.train import train_head
+from pipeline.trained import TrainedRun, open_run
+from pipeline.workspace import Workspace
+
+MOST = images.DEFAULT_MAX_PIXELS
+FULL = FeatureChoice(weights="untrained", precision="float32", storage="float32")
+TWELVE = replace(FULL, depth=12)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The same pictures with 12 bits in 16 and with 8 bits, a workspace, and what was made in it of the former."""
+
+    workspace: Workspace
+    deep: Dataset
+    shallow: Dataset
+    first: Extraction
+    twelve: Extraction
+
+
+def pictures(folder: Path, deep: bool) -> Dataset:
+    for i in range(24):
+        pixels = cv2.normalize(picture(i), None, 0, 255, cv2.NORM_MINMAX)  # type: ignore[call-overload]
+        values = np.round(pixels.astype(float) * 4095 / 255).astype(np.uint16) if deep else pixels
+        path = folder / ("train", "train", "val", "test")[i // 2 % 4] / ("cats" if i % 2 else "dogs") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(path), values)
+    return open_dataset(str(folder), downloads=folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    root = tmp_path_factory.mktemp("depth")
+    deep, shallow = pictures(root / "deep", True), pictures(root / "shallow", False)
+    with closing(Cache(root / "data" / "cache")) as cache:
+        workspace = Workspace(root / "data", cache)
+        first, twelve = (extract(deep, workspace, choice, ComputeOptions()) for choice in (FULL, TWELVE))
+        extract(shallow, workspace, FULL, ComputeOptions())
+        yield Place(workspace, deep, shallow, first, twelve)
+
+
+@pytest.fixture(scope="module")
+def run(place: Place) -> TrainedRun:
+    chosen = DatasetChoice(str(place.workspace.root.parent / "deep"))
+    asked = Asked(chosen, TWELVE, HeadSpec.make("logreg", C="0.01"), MOST)
+    done = train_head(place.deep, place.workspace, asked, "features")
+    return open_run(place.workspace.runs, done.name)
+
+
+def pooled(dataset: Dataset, place: Place, choice: FeatureChoice) -> np.ndarray:
+    material = gather(dataset, place.workspace, choice, MOST, "features")
+    with material.space.reading():
+        return material.space.reader("pooled").read(material.space.locate(material.keys))
+
+
+def test_another_depth_is_another_space_and_its_rows_are_those_of_the_whole_range(place: Place) -> None:
+    assert place.first.space and place.twelve.space
+    assert place.first.space.spec.decode == images.DECODE_POLICY
+    assert place.twelve.space.spec.decode == f"{images.DECODE_POLICY}-depth_12"
+    assert (place.first.effort.peak, place.twelve.effort.peak, place.twelve.computed) == (4095, 4095, 24)
+    right = pooled(place.shallow, place, FULL)
+    assert np.allclose(pooled(place.deep, place, TWELVE), right, atol=1e-4)
+    assert not np.allclose(pooled(place.deep, place, FULL), right, atol=0.1)
+
+
+def test_dark_pictures_are_told_of_and_those_of_the_right_depth_are_not(
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    notice = "no value is above 4,095 of 65,535, so that they come out dark"
+    gather_images(place.deep, place.workspace, MOST, "squash")
+    assert notice in caplog.text and "take --depth 12" in caplog.text
+    caplog.clear()
+    gather_images(place.deep, place.workspace, MOST, "squash", 12)
+    gather_images(place.shallow, place.workspace, MOST, "squash")
+    assert caplog.text == ""
+    found = check(place.deep, place.workspace, FULL, MOST)
+    assert (found.depth, told(found)["largest_16_bit_value"]) == (16, 4095)
+    assert check(place.deep, place.workspace, TWELVE, MOST).depth == 12
+    assert told(check(place.shallow, place.workspace, FULL, MOST))["largest_16_bit_value"] is None
+
+
+def test_a_space_is_chosen_by_the_depth_and_a_named_one_brings_its_own(place: Place) -> None:
+    assert place.first.space and place.twelve.space
+
+    def space(choice: FeatureChoice) -> str:
+        return gather(place.deep, place.workspace, choice, MOST, "features").space.name
+
+    assert space(FeatureChoice()) == place.first.space.name
+    assert space(FeatureChoice(depth=16)) == place.first.space.name
+    assert space(FeatureChoice(depth=12)) == place.twelve.space.name
+    assert space(FeatureChoice(space=place.twelve.space.name)) == place.twelve.space.name
+    with pytest.raises(SpecError, match="decode is rgb8"):
+        space(FeatureChoice(space=place.twelve.space.name, depth=14))
+
+
+def test_a_run_decodes_new_images_as_those_it_was_trained_on(place: Place, run: TrainedRun, tmp_path: Path) -> None:
+    deep = cv2.imread(str(place.deep.path(0)), cv2.IMREAD_UNCHANGED)
+    assert deep is not None
+    files = [tmp_path / "deep.tif", tmp_path / "shallow.tif"]  # other bytes than those that have rows
+    cv2.imwrite(str(files[0]), deep)
+    cv2.imwrite(str(files[1]), np.round(deep / 4095 * 255).astype(np.uint8))
+    known, new = place.deep.take(np.array([0])), of_files("new", files)
+    (row,) = predict([run], known, place.workspace, max_pixels=MOST)
+    answers = [*predict([run], new, place.workspace, max_pixels=MOST)]
+    assert row.cached and not answers[0].cached
+    for answer in answers:
+        assert np.allclose(answer.probabilities, row.probabilities, atol=1e-3)  # type: ignore[arg-type]
+    with service([run], place.workspace, max_pixels=MOST) as answer:
+        assert np.allclose(answer(files[0].read_bytes()).result(), row.probabilities, atol=1e-3)  # type: ignore[arg-type]
+
+
+def test_a_run_tells_the_depth_to_whoever_repeats_it(run: TrainedRun) -> None:
+    assert run.asked is not None and run.asked.features.depth == 12
+    features, train = commands(run, ["python", "cli.py"], 0)
+    assert "--depth 12" in features and "--depth" not in train  # which names the space
+    assert options_like(run, "train-head")["depth"] == 12
