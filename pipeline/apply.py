@@ -14,7 +14,7 @@ from pipeline.backbone import ENGINE
 from pipeline.compute import DEFAULT_BATCH_SIZE
 from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError, MissingRowsError, RunError, UsageError
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import confusion_cells, evaluate
 from pipeline.extract import FeatureChoice, warn_untrained
 from pipeline.fitting import answers
 from pipeline.gather import Material, Sorted, gather, gather_images
@@ -22,6 +22,7 @@ from pipeline.network import compiled, probabilities
 from pipeline.pictures import draw_calibration, draw_confusion
 from pipeline.pixels import Pixels, decoding
 from pipeline.planning import Quarantined
+from pipeline.predictions import Predictions, write_predictions
 from pipeline.rows import Wanted, open_rows
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
@@ -91,7 +92,7 @@ def evaluate_run(
         said = _said_of_rows(run, material, members, side, memory)
     else:
         said = _said_of_images(run, material, members, max_pixels, workspace)
-    predictions = runs.Predictions(side, material.names(members), material.labels(members), said)
+    predictions = Predictions(side, material.names(members), material.labels(members), said)
     metrics = evaluate(predictions.labels, predictions.probabilities, run.classes)
     title = side if own else f"{dataset.name}-{side}-{material.digest()[:8]}"  # names may be alike, images not
     path = _keep(run, title, predictions, metrics)
@@ -157,15 +158,17 @@ def _said_of_images(
         return probabilities(answer, pixels, DEFAULT_BATCH_SIZE, advance)
 
 
-def _keep(run: TrainedRun, title: str, predictions: runs.Predictions, metrics: dict[str, Any]) -> Path:
+def _keep(run: TrainedRun, title: str, predictions: Predictions, metrics: dict[str, Any]) -> Path:
     """Write everything into a folder of the run, replacing what an earlier evaluation of the same left there."""
     final = run.path / "evaluations" / runs.slug(title)
     heading = f"{run.name}\non {title}: accuracy {metrics['accuracy']:.3f}, {metrics['images']:,} images"
     try:
         with runs.new_folder(final) as folder:
             runs.write_json(folder / "metrics.json", metrics)
-            runs.write_predictions(folder / "predictions.csv", [predictions], run.classes)
-            draw_confusion(folder / "confusion.png", np.array(metrics["confusion"]), run.classes, heading)
+            write_predictions(folder / "predictions.csv", [predictions], run.classes)
+            draw_confusion(
+                folder / "confusion.png", confusion_cells(metrics["confusion"], len(run.classes)), run.classes, heading
+            )
             draw_calibration(folder / "calibration.png", metrics["calibration"], heading)
     except OSError as error:
         raise RunError(f"the evaluation cannot be written to {final}: {error.strerror or error}") from error

@@ -9,9 +9,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from pipeline.evaluate import MOST_DENSE
+
 Target = Path | IO[str]
 _MOST_NUMBERS = 20  # classes up to which a confusion matrix has its numbers written into it
 _MOST_NAMES = 60  # classes up to which they are named
+_MOST_MISTAKES = 30  # that are drawn instead
 
 
 def draw_curves(path: Target, history: Sequence[Mapping[str, float]], x: str, title: str) -> None:
@@ -37,11 +40,20 @@ def draw_curves(path: Target, history: Sequence[Mapping[str, float]], x: str, ti
     save(figure, path)
 
 
-def draw_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str) -> None:
-    """Draw a confusion matrix (k, k) of counts, rows being the true classes, coloured by the share of its row."""
+def draw_confusion(path: Path, cells: np.ndarray, classes: Sequence[str], title: str) -> None:
+    """Draw a confusion matrix from its cells (m, 3): true class, answer, how many images.
+
+    It is coloured by the share of the true class. Of more than 200 classes, whose cells would be smaller than dots, the
+    most frequent mistakes are drawn instead.
+    """
     from matplotlib.figure import Figure
 
+    if len(classes) > MOST_DENSE:
+        _draw_mistakes(path, cells, classes, title)
+        return
     k = len(classes)
+    confusion = np.zeros((k, k), np.int64)
+    confusion[cells[:, 0], cells[:, 1]] = cells[:, 2]
     shares = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
     size = 3.4 + 0.32 * min(k, _MOST_NAMES)
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
@@ -49,15 +61,32 @@ def draw_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
     if k <= _MOST_NUMBERS:
-        for row, column in zip(*np.nonzero(confusion), strict=True):
+        for row, column, count in cells.tolist():
             colour = "white" if shares[row, column] > 0.5 else "black"
-            axis.text(column, row, f"{confusion[row, column]:,}", ha="center", va="center", color=colour, fontsize=8)
+            axis.text(column, row, f"{count:,}", ha="center", va="center", color=colour, fontsize=8)
     if k <= _MOST_NAMES:
-        names = [_plain(name) if len(name) <= 24 else _plain(name[:23]) + "…" for name in classes]
+        names = [_shortened(name) for name in classes]
         axis.set_xticks(range(k), names, rotation=90, parse_math=False)
         axis.set_yticks(range(k), names, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true")
     axis.set_title(_plain(title), parse_math=False, fontsize=10)
+    save(figure, path)
+
+
+def _draw_mistakes(path: Path, cells: np.ndarray, classes: Sequence[str], title: str) -> None:
+    from matplotlib.figure import Figure
+
+    wrong = cells[cells[:, 0] != cells[:, 1]]
+    largest = wrong[np.argsort(-wrong[:, 2], kind="stable")][:_MOST_MISTAKES]
+    figure = Figure(figsize=(9, 1.8 + 0.26 * len(largest)), layout="constrained")
+    axis = figure.subplots()
+    axis.barh(range(len(largest)), largest[:, 2])
+    names = [f"{_shortened(classes[int(true)])}: {_shortened(classes[int(said)])}" for true, said in largest[:, :2]]
+    axis.set_yticks(range(len(largest)), names, fontsize=8, parse_math=False)
+    axis.invert_yaxis()
+    axis.set(xlabel="images", ylabel="true: predicted")
+    told = f"{len(largest):,} of {len(wrong):,} kinds of mistakes, of {len(classes):,} classes"
+    axis.set_title(f"{_plain(title)}\n{told}, the most frequent", parse_math=False, fontsize=10)
     save(figure, path)
 
 
@@ -89,6 +118,10 @@ def save(figure: Any, target: Target) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the box that is drawn tells
         figure.savefig(target, **options)
+
+
+def _shortened(name: str) -> str:
+    return _plain(name) if len(name) <= 24 else _plain(name[:23]) + "…"
 
 
 def _plain(text: str) -> str:

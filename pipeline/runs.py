@@ -12,12 +12,9 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from pipeline.cache import storage
 from pipeline.cache.lock import abandoned, alive
@@ -28,7 +25,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "icebox-run"
 VERSION = 1
 _SUMMARY = {"run", "head", "accuracy", "accuracy_interval", "val_accuracy", "seconds", "weights"}  # what is listed
-_MOST_BYTES = 2**26  # of a run.json: it lists quarantined images, a few at most
+MOST_BYTES = 2**28  # of each JSON file of a run: what lists images or classes is written and read up to this
 REQUEST = "request.json"  # what was asked, in an unfinished run's folder
 CHECKSUMS = "SHA256SUMS"  # of all files of a published run, as `sha256sum --check` reads it
 _CHECKPOINT = "checkpoint.npz"
@@ -137,7 +134,7 @@ def read_request(root: Path, name: str) -> dict[str, Any]:
     """Return what was asked of the unfinished run `name`. Raises RunError."""
     path = _partial(root, name) / REQUEST
     try:
-        request = json.loads(storage.read_small(path, _MOST_BYTES))
+        request = json.loads(storage.read_small(path, MOST_BYTES))
         if not isinstance(request, dict):
             raise ValueError("not an object")
     except FileNotFoundError:
@@ -243,7 +240,7 @@ def _check_files(folder: Path, named: object) -> None:
     if named is None and not path.exists():
         return
     try:
-        lines = storage.read_small(path, _MOST_BYTES).decode("utf-8", "surrogateescape").splitlines()
+        lines = storage.read_small(path, MOST_BYTES).decode("utf-8", "surrogateescape").splitlines()
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error}), so nobody knows whether the run is whole") from error
     known = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -275,7 +272,7 @@ def _not_resumable(root: Path, name: str) -> str:
 
 def _content(path: Path) -> bytes:
     try:
-        return storage.read_small(path, _MOST_BYTES)
+        return storage.read_small(path, MOST_BYTES)
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error}); restore it, or train anew") from error
 
@@ -296,7 +293,7 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
 
 def _read_about(path: Path) -> dict[str, Any]:
     try:
-        about = json.loads(storage.read_small(path, _MOST_BYTES))
+        about = json.loads(storage.read_small(path, MOST_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error}); move its folder out of the runs") from error
     if not _whole(about):
@@ -319,31 +316,12 @@ def _whole(about: Any) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON, the whole file or none."""
+    """Write readable JSON, the whole file or none. Raises RunError if nobody would read so large a file."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    storage.write_whole(path, text.encode("utf-8", "backslashreplace"))  # a file name's odd byte, as JSON spells it
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a model said of the images of one split."""
-
-    split: str
-    names: Sequence[str]
-    labels: np.ndarray  # (n,) int
-    probabilities: np.ndarray  # (n, k) float32
-
-
-def write_predictions(path: Path, parts: Sequence[Predictions], classes: Sequence[str]) -> None:
-    """Write a CSV with one row an image: name, split, label, predicted, probability, and p:<class> for each."""
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "split", "label", "predicted", "probability", *(f"p:{name}" for name in classes)])
-        for part in parts:
-            best = part.probabilities.argmax(axis=1)
-            for name, label, guess, row in zip(part.names, part.labels, best, part.probabilities, strict=True):
-                shares = [f"{p:.6g}" for p in row]
-                writer.writerow([name, part.split, classes[label], classes[guess], shares[guess], *shares])
+    content = text.encode("utf-8", "backslashreplace")  # a file name's odd byte, as JSON spells it
+    if len(content) > MOST_BYTES:
+        raise RunError(f"{path.name} would have {len(content):,} bytes; {MOST_BYTES:,} are read at most")
+    storage.write_whole(path, content)
 
 
 def write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:

@@ -19,9 +19,10 @@ from conftest import Finished, icebox, picture, write_picture
 
 from pipeline import near, reproduce
 from pipeline.asked import FullAsked
+from pipeline.evaluate import confusion_cells
 from pipeline.progress import silent
 from pipeline.report import findings, page
-from pipeline.report.tiles import Tiles
+from pipeline.report.tiles import Looks
 from pipeline.trained import open_run
 
 if TYPE_CHECKING:
@@ -226,9 +227,9 @@ def test_more_classes_than_a_matrix_can_show(tmp_path: Path, browser: Any) -> No
         "title": "many", "subtitle": "", "untrained": False, "notes": [], "cards": [], "curves": [], "reliability": "",
         "calibration_error": 0.1, "measures": tuple(rows), "per_class": [{"class": name, **rows} for name in classes],
         "quarantined": [], "provenance": {}, "commands": [], "looked_at": 0, "method": None, "suspects": None,
-        "near": None, "crossing": None, "told_apart": None,
+        "near": None, "crossing": None, "told_apart": None, "classes": count, "listed": 200,
     }  # fmt: skip
-    data = {"classes": classes, "confusion": confusion.tolist(), "images": None}
+    data = {"classes": classes, "confusion": confusion_cells(confusion, count).tolist(), "images": None}
     out.write_text(page.render("report_run.html", data, **told))
     look = Looked(browser, out)
     body = look.page.locator("#confusion tbody tr")
@@ -416,30 +417,32 @@ def test_planted_labels_are_found() -> None:
     wrong = rng.choice(240, 8, replace=False)
     given = labels.copy()
     given[wrong] = (labels[wrong] + 1) % 4
-    found = findings.find(pooled, given, np.arange(240), pictures(240), 4, "pca", silent)
+    found = findings.find(pooled, given, np.arange(240), pictures(240), 4, silent)
     assert len(set(found.likely_wrong) & set(wrong)) >= 6
     assert len(set(found.likely_wrong) - set(wrong)) <= 1
     assert (found.suggested[wrong] == labels[wrong]).mean() > 0.8
-    assert found.places.min() == 0
-    assert found.places.max() == 1
+    places, _ = findings.placed(found.components, "pca")
+    assert (places.min(), places.max()) == (0, 1)
     assert found.accuracy > 0.9
     assert len(found.near) == 0
 
 
-def pictures(count: int) -> Tiles:
-    """What `near` makes of so many different pictures."""
+def pictures(count: int) -> Looks:
+    """What so many different pictures look like."""
     made = [near.fingerprint(picture(seed, 299, 299)) for seed in range(count)]
     marks, thumbs = zip(*made, strict=True)
-    return Tiles(32, [], np.array(marks, np.uint64), np.array(thumbs), np.ones(count, bool))
+    empty = np.zeros((count, 0, 0, 3), np.uint8)
+    return Looks(empty, np.array(marks, np.uint64), np.array(thumbs), np.ones(count, bool), np.arange(count))
 
 
 @pytest.mark.parametrize("each", [1, 2, 4])
 def test_few_images_of_each_class_are_looked_at_all_the_same(each: int) -> None:
     pooled = np.random.default_rng(0).normal(size=(3 * each, 64)).astype(np.float32)
     labels = np.repeat(np.arange(3), each)
-    found = findings.find(pooled, labels, np.arange(3 * each), pictures(3 * each), 3, None, silent)
-    assert found.places.shape == (3 * each, 2)
-    assert np.isfinite(found.places).all()
+    found = findings.find(pooled, labels, np.arange(3 * each), pictures(3 * each), 3, silent)
+    places, _ = findings.placed(found.components, None)
+    assert places.shape == (3 * each, 2)
+    assert np.isfinite(places).all()
 
 
 def test_hard_images_are_not_doubted() -> None:
@@ -447,7 +450,7 @@ def test_hard_images_are_not_doubted() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 60)
     found = findings.find(
-        rng.normal(size=(240, 64)).astype(np.float32), labels, np.arange(240), pictures(240), 4, "pca", silent
+        rng.normal(size=(240, 64)).astype(np.float32), labels, np.arange(240), pictures(240), 4, silent
     )
     assert found.accuracy < 0.5
     assert len(found.likely_wrong) < 24

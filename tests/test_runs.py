@@ -14,7 +14,8 @@ from PIL import Image
 
 from pipeline.errors import RunError
 from pipeline.pictures import draw_curves
-from pipeline.runs import Predictions, list_runs, new_run, write_json, write_predictions
+from pipeline.predictions import Predictions, write_predictions
+from pipeline.runs import list_runs, new_run, write_json
 
 ODD_NAMES = ["a,b.png", 'quo"te.png', "two\nlines.png", "carriage\rreturn.png", "\udcff\udc80.png", "=1+1", "é漢.png"]
 

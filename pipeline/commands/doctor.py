@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pipeline.checkup import Checkup
 
 _MOST_CLASSES = 20  # lines of the table
-_LISTED = 10  # groups of copies, and bad images
+_LISTED = 10  # groups of copies and members of each, and bad images
 
 
 def doctor(
@@ -106,7 +106,6 @@ def doctor(
 
 def _show(found: Checkup, about: dict[str, Any]) -> None:
     from pipeline import terminal
-    from pipeline.checkup import MOST_MEMBERS
     from pipeline.progress import duration, size_text
 
     rows = [(name, *counts.values()) for name, counts in about["classes"].items()]
@@ -137,8 +136,10 @@ def _show(found: Checkup, about: dict[str, Any]) -> None:
         terminal.warn(f"bad: {bad.path}: {bad.reason}")
     for title, groups in (("two labels", about["conflicting"]), ("nearly alike", about["near_copies_listed"])):
         for group in groups[:_LISTED]:
-            named = ", ".join(f"{each['path']} ({each['split']}, {each['label']})" for each in group)
-            terminal.say(f"{title}: {named}{', …' if len(group) == MOST_MEMBERS else ''}")
+            named = ", ".join(f"{each['path']} ({each['split']}, {each['label']})" for each in group[:_LISTED])
+            terminal.say(f"{title}: {named}{f', and {len(group) - _LISTED:,} more' if len(group) > _LISTED else ''}")
+        if len(groups) > _LISTED:
+            terminal.say(f"{title}: and {len(groups) - _LISTED:,} more groups; --json lists them all")
 
 
 def _copies(counted: dict[str, int]) -> str:
