@@ -10,6 +10,7 @@ from typing import IO, Any
 import numpy as np
 
 from pipeline.evaluate import MOST_DENSE
+from pipeline.spelling import spelt
 
 Target = Path | IO[str]
 _MOST_NUMBERS = 20  # classes up to which a confusion matrix has its numbers written into it
@@ -36,7 +37,7 @@ def draw_curves(path: Target, history: Sequence[Mapping[str, float]], x: str, ti
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(_plain(title), parse_math=False)
+    figure.suptitle(spelt(title), parse_math=False)
     save(figure, path)
 
 
@@ -69,7 +70,7 @@ def draw_confusion(path: Path, cells: np.ndarray, classes: Sequence[str], title:
         axis.set_xticks(range(k), names, rotation=90, parse_math=False)
         axis.set_yticks(range(k), names, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true")
-    axis.set_title(_plain(title), parse_math=False, fontsize=10)
+    axis.set_title(spelt(title), parse_math=False, fontsize=10)
     save(figure, path)
 
 
@@ -86,7 +87,7 @@ def _draw_mistakes(path: Path, cells: np.ndarray, classes: Sequence[str], title:
     axis.invert_yaxis()
     axis.set(xlabel="images", ylabel="true: predicted")
     told = f"{len(largest):,} of {len(wrong):,} kinds of mistakes, of {len(classes):,} classes"
-    axis.set_title(f"{_plain(title)}\n{told}, the most frequent", parse_math=False, fontsize=10)
+    axis.set_title(f"{spelt(title)}\n{told}, the most frequent", parse_math=False, fontsize=10)
     save(figure, path)
 
 
@@ -107,7 +108,7 @@ def draw_calibration(path: Target, bins: Sequence[Mapping[str, Any]], title: str
     lower.bar(middles, [each["images"] for each in bins], width=0.9 / len(bins))
     lower.set(xlabel="probability of the predicted class", ylabel="images")
     lower.grid(alpha=0.3)
-    figure.suptitle(_plain(title), parse_math=False, fontsize=10)
+    figure.suptitle(spelt(title), parse_math=False, fontsize=10)
     save(figure, path)
 
 
@@ -121,12 +122,7 @@ def save(figure: Any, target: Target) -> None:
 
 
 def _shortened(name: str) -> str:
-    return _plain(name) if len(name) <= 24 else _plain(name[:23]) + "…"
-
-
-def _plain(text: str) -> str:
-    """Return a text as fonts can show it: a file name's odd byte is spelt out."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return spelt(name) if len(name) <= 24 else spelt(name[:23]) + "…"
 
 
 def draw_ranking(
@@ -140,9 +136,9 @@ def draw_ranking(
     for place, ((low, value, high), near) in enumerate(zip(spans, alike, strict=True)):
         colour = "tab:blue" if near else "tab:grey"
         axis.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3)
-    axis.set_yticks(range(len(names)), [_plain(name) for name in names], fontsize=8, parse_math=False)
+    axis.set_yticks(range(len(names)), [spelt(name) for name in names], fontsize=8, parse_math=False)
     axis.invert_yaxis()
     axis.set(xlabel="validation accuracy, 95% interval; blue: within noise of the best")
     axis.grid(alpha=0.3, axis="x")
-    figure.suptitle(_plain(title), parse_math=False, fontsize=10)
+    figure.suptitle(spelt(title), parse_math=False, fontsize=10)
     save(figure, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.evaluate import MOST_DENSE
+from pipeline.spelling import spelt
 
 _TOP = 10  # classes whose probabilities are kept of each image where there are more than MOST_DENSE
-_LOOKS_SPELT = re.compile(r"\\(?=udc[89a-f][0-9a-f]|x5c)")
 
 Answers = dict[tuple[str, str], list[tuple[int, int, float]]]
 
@@ -28,15 +27,6 @@ class Predictions:
     names: Sequence[str]
     labels: np.ndarray  # (n,) int
     probabilities: np.ndarray  # (n, k) float32
-
-
-def spelt(name: str) -> str:
-    r"""Return a name such as UTF-8 can carry it, no two names alike.
-
-    An odd byte of a file's name is spelt out, as ``\udcff``; a backslash that stood before such letters already
-    becomes ``\x5c``.
-    """
-    return _LOOKS_SPELT.sub(r"\\x5c", name).encode("utf-8", "backslashreplace").decode()
 
 
 def write_predictions(path: Path, parts: Sequence[Predictions], classes: Sequence[str]) -> None:

@@ -10,11 +10,12 @@ import numpy as np
 from pipeline.errors import IceboxError, MissingRowsError
 from pipeline.extract import FeatureChoice
 from pipeline.gather import SPLITS, Material, Sorted, gather, gather_images
-from pipeline.predictions import Answers, spelt
+from pipeline.predictions import Answers
 from pipeline.report import findings, page
 from pipeline.report.findings import Findings
 from pipeline.report.tiles import Looks, Tiles, look, packed
 from pipeline.rows import Wanted, open_rows
+from pipeline.spelling import spelt
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
 
