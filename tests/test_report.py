@@ -502,6 +502,12 @@ def reported(workspace: Workspace, name: str, out: Path) -> tuple[dict[str, Any]
     return told, json.loads(found[1])
 
 
+def seen_at(path: Path) -> np.ndarray:
+    image = cv2.imread(str(path))
+    assert image is not None
+    return image
+
+
 def test_what_is_found_is_about_all_images_whatever_is_shown(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -512,8 +518,8 @@ def test_what_is_found_is_about_all_images_whatever_is_shown(
             for i in range(count):
                 write_picture(photos / side / name / f"{i}.png", seed=1000 * number + 100 * len(side) + i)
     shutil.copy(photos / "train/ant/3.png", photos / "train/ant/4.png")
-    cv2.imwrite(str(photos / "train/bee/5.png"), cv2.flip(cv2.imread(str(photos / "test/bee/1.png")), 1))
-    near = cv2.convertScaleAbs(cv2.imread(str(photos / "train/cow/6.png")), alpha=0.9, beta=12)
+    cv2.imwrite(str(photos / "train/bee/5.png"), cv2.flip(seen_at(photos / "test/bee/1.png"), 1))
+    near = cv2.convertScaleAbs(seen_at(photos / "train/cow/6.png"), alpha=0.9, beta=12)
     cv2.imwrite(str(photos / "val/cow/2.png"), near)
     wrong = [listed(photos).names.index(f"train/cow/{i}.png") for i in (7, 8, 9, 10)]
 
