@@ -127,8 +127,12 @@ def _dealt(labels: np.ndarray, groups: np.ndarray, count: int, state: int) -> np
 def measure(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Return the cross-entropy in nats and the accuracy."""
     truth = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    loss = -np.log(np.maximum(truth, np.finfo(np.float32).eps)).mean()
-    return abs(float(loss)), float((probabilities.argmax(axis=1) == labels).mean())
+    return cross_entropy(truth), float((probabilities.argmax(axis=1) == labels).mean())
+
+
+def cross_entropy(truth: np.ndarray) -> float:
+    """Return the mean loss in nats by the probabilities (n,) that were given to the true classes."""
+    return abs(float(-np.log(np.maximum(truth, np.finfo(np.float32).eps)).mean()))
 
 
 def not_numbers(where: str) -> str:
