@@ -119,7 +119,7 @@ class _Export:
 
     def write_columns(self, file: h5py.File) -> None:
         columns, text = self._columns, h5py.string_dtype()
-        file.attrs.update({"format": FORMAT, "version": VERSION, "dataset": columns.dataset})
+        file.attrs.update({"format": FORMAT, "version": VERSION, "dataset": spelt(columns.dataset)})
         file.attrs["spec"] = json.dumps(self._space.spec.to_dict())
         file["label"] = columns.labels.astype(np.int32)
         file["key"] = self._located.keys

@@ -18,7 +18,6 @@ from pipeline.progress import Progress
 from pipeline.report.tiles import Looks
 from pipeline.rows import Rows, in_order
 
-MAPS = ("tsne", "pca")
 _MOST_TSNE = 5_000  # images; beyond, t-SNE takes minutes
 _SAMPLE = 10_000  # images that components, and what is to be chosen, are learned from
 _COMPONENTS = 128  # that features are reduced to before anything else: what is left out is mostly noise
