@@ -379,7 +379,8 @@ def test_a_stop_that_native_code_turns_into_an_error_is_a_stop(
 
 
 ANY_NAMES = (
-    "odd\udcff", "odd\\udcff", "two\nlines", "tab\t", "quo\"te's", "a,b", "=1+1", "Case", "case", "x" * 251, "-dash", " lead",
+    "odd\udcff", "odd\\udcff", "two\nlines", "tab\t", "quo\"te's", "a,b", "=1+1", "Case", "case", "x" * 251,
+    "-dash", " lead",
 )  # fmt: skip
 
 
