@@ -15,7 +15,7 @@ from pipeline.backbone import ENGINE
 from pipeline.compute import DEFAULT_BATCH_SIZE
 from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError, MissingRowsError, RunError, UsageError
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import confusion_cells, evaluate
 from pipeline.extract import FeatureChoice, warn_untrained
 from pipeline.fitting import answers
 from pipeline.gather import Material, Sorted, gather, gather_images
@@ -24,6 +24,7 @@ from pipeline.network import compiled, probabilities
 from pipeline.pictures import draw_calibration, draw_confusion
 from pipeline.pixels import Pixels, decoding
 from pipeline.planning import Quarantined
+from pipeline.predictions import Predictions, write_predictions
 from pipeline.progress import counted
 from pipeline.rows import Wanted, open_rows
 from pipeline.run_images import SEEN, RunImages
@@ -104,7 +105,7 @@ def evaluate_run(
         said = _said_of_rows(run, material, members, side, memory)
     else:
         said = _said_of_images(run, material, members, max_pixels, workspace)
-    predictions = runs.Predictions(side, material.names(members), material.labels(members), said)
+    predictions = Predictions(side, material.names(members), material.labels(members), said)
     metrics = evaluate(predictions.labels, predictions.probabilities, run.classes)
     title = (
         side if own or material.content == run.content else f"{dataset.name}-{side}-{material.digest()[:8]}"
@@ -242,17 +243,17 @@ def _require_writable(run: TrainedRun, out: Path | None) -> None:
         raise RunError(f"the evaluation cannot be written to {folder}: {there} is read-only; name a folder by --out")
 
 
-def _keep(
-    run: TrainedRun, title: str, predictions: runs.Predictions, metrics: dict[str, Any], out: Path | None
-) -> Path:
+def _keep(run: TrainedRun, title: str, predictions: Predictions, metrics: dict[str, Any], out: Path | None) -> Path:
     """Write everything into a folder of the run, or `out`, replacing what an earlier evaluation of the same left."""
     final = run.path / "evaluations" / runs.slug(title) if out is None else out.resolve()
     heading = f"{run.name}\non {title}: accuracy {metrics['accuracy']:.3f}, {counted(metrics['images'], 'image')}"
     try:
         with runs.new_folder(final) as folder:
             runs.write_json(folder / "metrics.json", metrics)
-            runs.write_predictions(folder / "predictions.csv", [predictions], run.classes)
-            draw_confusion(folder / "confusion.png", np.array(metrics["confusion"]), run.classes, heading)
+            write_predictions(folder / "predictions.csv", [predictions], run.classes)
+            draw_confusion(
+                folder / "confusion.png", confusion_cells(metrics["confusion"], len(run.classes)), run.classes, heading
+            )
             draw_calibration(folder / "calibration.png", metrics["calibration"], heading)
     except OSError as error:
         why = error.strerror or error

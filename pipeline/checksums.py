@@ -10,7 +10,7 @@ from pipeline.cache import storage
 from pipeline.errors import RunError
 
 CHECKSUMS = "SHA256SUMS"  # of all files of a published run, as `sha256sum --check` reads it
-MOST_BYTES = 2**26  # of a run.json: it lists quarantined images, a few at most
+MOST_BYTES = 2**28  # of each JSON file of a run: what lists images or classes is written and read up to this
 _VOUCHING = ("run.json", "network.json", "head.json", "fold-*/head.json")  # the last three hold the weights' digests
 
 

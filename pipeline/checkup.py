@@ -21,9 +21,6 @@ from pipeline.spec import PLAIN_VIEW, Views
 from pipeline.survey import survey
 from pipeline.workspace import Workspace
 
-_MOST_NAMED = 50  # groups of copies, in the JSON
-MOST_MEMBERS = 10  # of a group that are named
-
 
 @dataclass(frozen=True)
 class Copies:
@@ -185,4 +182,4 @@ def _named(found: Checkup, groups: list[list[int]]) -> list[list[dict[str, str]]
     def about(i: int) -> dict[str, str]:
         return {"path": dataset.names[i], "label": dataset.classes[dataset.labels[i]], "split": str(sides[i])}
 
-    return [[about(i) for i in group[:MOST_MEMBERS]] for group in groups[:_MOST_NAMED]]
+    return [[about(i) for i in group] for group in groups]

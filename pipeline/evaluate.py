@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 
+MOST_DENSE = 200  # classes up to which a confusion matrix is kept whole, and each image's probability of every class
+_MOST_CELLS = 1_000_000  # of a larger matrix that are kept, the largest first
 _BINS = 15  # of the calibration
+_TOP = 5
+_BLOCK = 1 << 22  # probabilities that are looked at together: 32 MB as float64
 
 
 def evaluate(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """Return the metrics of a classifier on one split.
+    """Return the metrics of a classifier on one split, taking little memory beside the probabilities.
 
     Parameters
     ----------
@@ -25,13 +29,13 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[st
     dict with `accuracy` and its 95% Wilson interval, `top5_accuracy` (None for five classes or fewer),
     `balanced_accuracy`, `macro_f1`, `log_loss` (nats), `roc_auc` (each class against the rest, their mean; None if
     no class can be told from the rest), `expected_calibration_error` and its bins `calibration`, `per_class`
-    (precision, recall, f1, roc_auc, support) and `confusion` (k, k), rows being the true classes.
+    (precision, recall, f1, roc_auc, support) and `confusion`: (k, k), rows being the true classes, or, of more than 200
+    classes, a list of [true, predicted, count] (and, where a million of them do not suffice, `confusion_left_out`: the
+    number of images in the others).
     """
     from sklearn import metrics
 
-    probabilities = probabilities.astype(np.float64)
-    probabilities /= probabilities.sum(axis=1, keepdims=True)  # float32 sums to 1 within 1e-7, not within 1e-15
-    predicted = probabilities.argmax(axis=1)
+    predicted, confidence, own, sums, in_top = _by_image(labels, probabilities)
     indices = np.arange(len(classes))
     scores: Any = metrics.precision_recall_fscore_support(
         labels,
@@ -42,22 +46,23 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[st
     _, recall, f1, support = scores
     present = support > 0
     hits = int((predicted == labels).sum())
-    areas = [_roc_auc(labels == i, probabilities[:, i]) for i in indices]
+    areas = _roc_areas(labels, probabilities, sums)
     known = [area for area in areas if area is not None]
-    bins = calibration(probabilities.max(axis=1), predicted == labels)
+    bins = calibration(confidence, predicted == labels)
+    least = np.finfo(own.dtype).eps
     return {
         "images": len(labels),
         "accuracy": hits / len(labels),
         "accuracy_interval": list(wilson_interval(hits, len(labels))),
-        "top5_accuracy": _top_accuracy(labels, probabilities, 5),
+        "top5_accuracy": float(in_top.mean()) if len(classes) > _TOP else None,
         "balanced_accuracy": float(recall[present].mean()),
         "macro_f1": float(f1[present].mean()),
-        "log_loss": float(metrics.log_loss(labels, probabilities, labels=indices)),
+        "log_loss": float(-np.log(np.clip(own, least, 1 - least)).mean()),
         "roc_auc": float(np.mean(known)) if known else None,
         "expected_calibration_error": _calibration_error(bins),
         "calibration": bins,
         "per_class": [_of_class(*each) for each in zip(classes, *scores, areas, strict=True)],
-        "confusion": metrics.confusion_matrix(labels, predicted, labels=indices).tolist(),
+        **_confusion(labels, predicted, len(classes)),
     }
 
 
@@ -68,20 +73,73 @@ def _of_class(
     return {"class": name, **measured, "support": int(support)}
 
 
-def _top_accuracy(labels: np.ndarray, probabilities: np.ndarray, k: int) -> float | None:
-    from sklearn.metrics import top_k_accuracy_score
+def _by_image(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return for each image the answer, its probability, the truth's, the row's sum, and whether the truth is near.
 
-    classes = probabilities.shape[1]
-    if classes <= k:
-        return None
-    return float(top_k_accuracy_score(labels, probabilities, k=k, labels=np.arange(classes)))
+    Each is (n,). Near are the five likeliest classes, of equal ones the last, as in scikit-learn's
+    `top_k_accuracy_score`.
+    """
+    n, k = probabilities.shape
+    predicted, in_top = np.zeros(n, np.int64), np.zeros(n, bool)
+    confidence, own, sums = np.zeros((3, n))
+    for start in range(0, n, rows := max(1, _BLOCK // k)):
+        part = slice(start, start + rows)
+        shares = probabilities[part].astype(np.float64)
+        sums[part] = shares.sum(axis=1)
+        shares /= sums[part, None]  # float32 sums to 1 within 1e-7, not within 1e-15
+        truth = labels[part, None]
+        of_truth = np.take_along_axis(shares, truth, axis=1)
+        before = (shares > of_truth) | ((shares == of_truth) & (np.arange(k) > truth))
+        predicted[part], confidence[part], own[part] = shares.argmax(axis=1), shares.max(axis=1), of_truth[:, 0]
+        in_top[part] = before.sum(axis=1) < _TOP
+    return predicted, confidence, own, sums, in_top
 
 
-def _roc_auc(positive: np.ndarray, score: np.ndarray) -> float | None:
-    """Return the area under the ROC curve of one class against the rest; None if either is absent."""
-    from sklearn.metrics import roc_auc_score
+def _roc_areas(labels: np.ndarray, probabilities: np.ndarray, sums: np.ndarray) -> list[float | None]:
+    """Return the area under the ROC curve of each class against the rest; None if either is absent."""
+    n, k = probabilities.shape
+    areas: list[float | None] = []
+    for start in range(0, k, columns := max(1, _BLOCK // n)):
+        shares = probabilities[:, start : start + columns].T / sums  # float64
+        for i, share in enumerate(shares, start):
+            positive = labels == i
+            areas.append(_area(share[positive], np.sort(share)) if positive.any() and not positive.all() else None)
+    return areas
 
-    return float(roc_auc_score(positive, score)) if positive.any() and not positive.all() else None
+
+def _area(positive: np.ndarray, ordered: np.ndarray) -> float:
+    """Return how often a positive's score is above a negative's, of all pairs; ties count half. `ordered` has both."""
+    p, n = len(positive), len(ordered)
+    below = (np.searchsorted(ordered, positive, "left") + np.searchsorted(ordered, positive, "right")).sum() / 2
+    return float((below - p * p / 2) / (p * (n - p)))  # among themselves the positives win half
+
+
+def _confusion(labels: np.ndarray, predicted: np.ndarray, k: int) -> dict[str, Any]:
+    cells, counts = np.unique(labels.astype(np.int64) * k + predicted, return_counts=True)
+    if k <= MOST_DENSE:
+        return {"confusion": np.bincount(cells, counts, k * k).astype(int).reshape(k, k).tolist()}
+    kept = np.sort(np.argsort(-counts, kind="stable")[:_MOST_CELLS])
+    left_out = int(counts.sum() - counts[kept].sum())
+    triples = np.stack([cells // k, cells % k, counts], axis=1)[kept].tolist()
+    return {"confusion": triples, **({"confusion_left_out": left_out} if left_out else {})}
+
+
+def confusion_cells(confusion: Any, k: int) -> np.ndarray:
+    """Return the cells (m, 3) int64 of a confusion matrix in either form: true class, answer, how many images (not 0).
+
+    Raises
+    ------
+    ValueError
+        If it is neither (k, k) counts nor a list of triples within k classes.
+    """
+    found = np.array(confusion)
+    if found.dtype.kind == "i" and found.shape == (k, k):  # once the only form, however many classes
+        return np.column_stack([*np.nonzero(found), found[np.nonzero(found)]])
+    if k <= MOST_DENSE or found.dtype.kind != "i" or found.shape[1:] != (3,) or not (found[:, :2] >= 0).all():
+        raise ValueError(f"a confusion matrix of another shape or kind, {found.shape} {found.dtype}")
+    if not (found[:, :2] < k).all() or not (found[:, 2] > 0).all():
+        raise ValueError("a confusion matrix of other classes")
+    return found
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, Any]]:

@@ -18,7 +18,9 @@ from typing import IO, Any, Concatenate, ParamSpec
 
 import numpy as np
 
+from pipeline.evaluate import MOST_DENSE
 from pipeline.imports import import_matplotlib
+from pipeline.spelling import spelt
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ _OF_PAGES = {
 }
 _MOST_NUMBERS = 20  # classes up to which a confusion matrix has its numbers written into it
 _MOST_NAMES = 60  # classes up to which they are named
+_MOST_MISTAKES = 30  # that are drawn instead
 
 
 def picture(build: Callable[P, Any]) -> Callable[Concatenate[Target, P], None]:
@@ -119,16 +122,24 @@ def draw_curves(history: Sequence[Mapping[str, float]], x: str, title: str) -> A
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(_plain(title), parse_math=False)
+    figure.suptitle(spelt(title), parse_math=False)
     return figure
 
 
 @picture
-def draw_confusion(confusion: np.ndarray, classes: Sequence[str], title: str) -> Any:
-    """Draw a confusion matrix (k, k) of counts, rows being the true classes, coloured by the share of its row."""
+def draw_confusion(cells: np.ndarray, classes: Sequence[str], title: str) -> Any:
+    """Draw a confusion matrix from its cells (m, 3): true class, answer, how many images.
+
+    It is coloured by the share of the true class. Of more than 200 classes, whose cells would be smaller than dots, the
+    most frequent mistakes are drawn instead.
+    """
     from matplotlib.figure import Figure
 
+    if len(classes) > MOST_DENSE:
+        return _draw_mistakes(cells, classes, title)
     k = len(classes)
+    confusion = np.zeros((k, k), np.int64)
+    confusion[cells[:, 0], cells[:, 1]] = cells[:, 2]
     shares = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
     size = 3.4 + 0.32 * min(k, _MOST_NAMES)
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
@@ -136,15 +147,32 @@ def draw_confusion(confusion: np.ndarray, classes: Sequence[str], title: str) ->
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
     if k <= _MOST_NUMBERS:
-        for row, column in zip(*np.nonzero(confusion), strict=True):
+        for row, column, count in cells.tolist():
             colour = "white" if shares[row, column] > 0.5 else "black"
-            axis.text(column, row, f"{confusion[row, column]:,}", ha="center", va="center", color=colour, fontsize=8)
+            axis.text(column, row, f"{count:,}", ha="center", va="center", color=colour, fontsize=8)
     if k <= _MOST_NAMES:
-        names = [_plain(name) if len(name) <= 24 else _plain(name[:23]) + "…" for name in classes]
+        names = [_shortened(name) for name in classes]
         axis.set_xticks(range(k), names, rotation=90, parse_math=False)
         axis.set_yticks(range(k), names, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true")
-    axis.set_title(_plain(title), parse_math=False, fontsize=10)
+    axis.set_title(spelt(title), parse_math=False, fontsize=10)
+    return figure
+
+
+def _draw_mistakes(cells: np.ndarray, classes: Sequence[str], title: str) -> Any:
+    from matplotlib.figure import Figure
+
+    wrong = cells[cells[:, 0] != cells[:, 1]]
+    largest = wrong[np.argsort(-wrong[:, 2], kind="stable")][:_MOST_MISTAKES]
+    figure = Figure(figsize=(9, 1.8 + 0.26 * len(largest)), layout="constrained")
+    axis = figure.subplots()
+    axis.barh(range(len(largest)), largest[:, 2])
+    names = [f"{_shortened(classes[int(true)])}: {_shortened(classes[int(said)])}" for true, said in largest[:, :2]]
+    axis.set_yticks(range(len(largest)), names, fontsize=8, parse_math=False)
+    axis.invert_yaxis()
+    axis.set(xlabel="images", ylabel="true: predicted")
+    told = f"{len(largest):,} of {len(wrong):,} kinds of mistakes, of {len(classes):,} classes"
+    axis.set_title(f"{spelt(title)}\n{told}, the most frequent", parse_math=False, fontsize=10)
     return figure
 
 
@@ -166,13 +194,12 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], title: str) -> Any:
     lower.bar(middles, [each["images"] for each in bins], width=0.9 / len(bins))
     lower.set(xlabel="probability of the predicted class", ylabel="images")
     lower.grid(alpha=0.3)
-    figure.suptitle(_plain(title), parse_math=False, fontsize=10)
+    figure.suptitle(spelt(title), parse_math=False, fontsize=10)
     return figure
 
 
-def _plain(text: str) -> str:
-    """Return a text as fonts can show it: a file name's odd byte is spelt out."""
-    return text.encode("utf-8", "backslashreplace").decode()
+def _shortened(name: str) -> str:
+    return spelt(name) if len(name) <= 24 else spelt(name[:23]) + "…"
 
 
 @picture
@@ -187,9 +214,9 @@ def draw_ranking(
     for place, ((low, value, high), near) in enumerate(zip(spans, alike, strict=True)):
         colour = "tab:blue" if near else "tab:grey"
         axis.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3)
-    axis.set_yticks(range(len(names)), [_plain(name) for name in names], fontsize=8, parse_math=False)
+    axis.set_yticks(range(len(names)), [spelt(name) for name in names], fontsize=8, parse_math=False)
     axis.invert_yaxis()
     axis.set(xlabel="validation accuracy, 95% interval; blue: within noise of the best")
     axis.grid(alpha=0.3, axis="x")
-    figure.suptitle(_plain(title), parse_math=False, fontsize=10)
+    figure.suptitle(spelt(title), parse_math=False, fontsize=10)
     return figure

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from pipeline import heads, runs
+from pipeline import heads
 from pipeline.cache.digests import identify
 from pipeline.dataset import Dataset, assign, few_groups
 from pipeline.errors import DatasetError
@@ -18,6 +18,7 @@ from pipeline.extract import warn_untrained
 from pipeline.gather import SPLITS, Material, Sorted
 from pipeline.images import FULL_DEPTH
 from pipeline.pixels import Pixels, decoding
+from pipeline.predictions import Predictions
 from pipeline.progress import counted
 from pipeline.rows import Rows, StoredRows, Wanted, hold, select, stored_rows
 from pipeline.spec import HeadSpec
@@ -65,9 +66,9 @@ class Prepared(Generic[S]):
         """Which training images must stay together: alike numbers, (n,) int64."""
         return self.material.groups[self.members["train"]]
 
-    def predictions(self, side: str, members: np.ndarray, probabilities: np.ndarray) -> runs.Predictions:
+    def predictions(self, side: str, members: np.ndarray, probabilities: np.ndarray) -> Predictions:
         """Return what was said of `members`, with their names and labels."""
-        return runs.Predictions(side, self.material.names(members), self.material.labels(members), probabilities)
+        return Predictions(side, self.material.names(members), self.material.labels(members), probabilities)
 
 
 @contextmanager

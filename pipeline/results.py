@@ -13,12 +13,13 @@ from pipeline.evaluate import evaluate
 from pipeline.gather import Sorted
 from pipeline.loop import Entry
 from pipeline.pictures import draw_curves
+from pipeline.predictions import Predictions, write_predictions
 from pipeline.run_dataset import resolved
 
 Metrics = dict[str, dict[str, Any]]
 
 
-def measured(predictions: Sequence[runs.Predictions], classes: Sequence[str]) -> Metrics:
+def measured(predictions: Sequence[Predictions], classes: Sequence[str]) -> Metrics:
     """Return the metrics of each split."""
     return {part.split: evaluate(part.labels, part.probabilities, classes) for part in predictions}
 
@@ -52,7 +53,7 @@ def write(
     metrics: Metrics,
     history: Sequence[Entry],
     x: str,
-    predictions: Sequence[runs.Predictions],
+    predictions: Sequence[Predictions],
 ) -> None:
     """Write all but the model into a run's folder; `about` is what run.json says beside what it says of every run."""
     dataset = images.dataset
@@ -78,5 +79,5 @@ def write(
     runs.write_json(directory / "history.json", history)
     runs.write_history(directory / "history.csv", history)
     runs.write_json(directory / "quarantined.json", [asdict(bad) for bad in images.quarantined])
-    runs.write_predictions(directory / "predictions.csv", predictions, dataset.classes)
+    write_predictions(directory / "predictions.csv", predictions, dataset.classes)
     draw_curves(directory / "curves.png", history, x, f"{about['summary']['head']} on {dataset.name}")

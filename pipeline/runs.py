@@ -11,12 +11,9 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from pipeline.cache import storage
 from pipeline.cache.lock import abandoned, held_if_abandoned, new_folder_held, remove_abandoned
@@ -326,31 +323,12 @@ def _whole(about: Any) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write readable JSON, the whole file or none."""
+    """Write readable JSON, the whole file or none. Raises RunError if nobody would read so large a file."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    storage.write_whole(path, text.encode("utf-8", "backslashreplace"))  # a file name's odd byte, as JSON spells it
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a model said of the images of one split."""
-
-    split: str
-    names: Sequence[str]
-    labels: np.ndarray  # (n,) int
-    probabilities: np.ndarray  # (n, k) float32
-
-
-def write_predictions(path: Path, parts: Sequence[Predictions], classes: Sequence[str]) -> None:
-    """Write a CSV with one row an image: name, split, label, predicted, probability, and p:<class> for each."""
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "split", "label", "predicted", "probability", *(f"p:{name}" for name in classes)])
-        for part in parts:
-            best = part.probabilities.argmax(axis=1)
-            for name, label, guess, row in zip(part.names, part.labels, best, part.probabilities, strict=True):
-                shares = [f"{p:.6g}" for p in row]
-                writer.writerow([name, part.split, classes[label], classes[guess], shares[guess], *shares])
+    content = text.encode("utf-8", "backslashreplace")  # a file name's odd byte, as JSON spells it
+    if len(content) > MOST_BYTES:
+        raise RunError(f"{path.name} would have {len(content):,} bytes; {MOST_BYTES:,} are read at most")
+    storage.write_whole(path, content)
 
 
 def write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:

@@ -23,6 +23,7 @@ from pipeline.errors import IceboxError, UsageError
 from pipeline.images import depth_of
 from pipeline.network import compiled
 from pipeline.predict import likeliest
+from pipeline.spelling import spelt
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
 
@@ -153,9 +154,9 @@ def serve(
     from pipeline import patience, web
 
     with _listening(host, port) as listener, service(runs, workspace, max_pixels=max_pixels, weights=weights) as answer:
-        classes = [_spelt_out(name) for name in runs[0].classes]
+        classes = [spelt(name) for name in runs[0].classes]
         about = web.About(
-            runs=[_spelt_out(run.name) for run in runs],
+            runs=[spelt(run.name) for run in runs],
             classes=classes,
             untrained=any(run.base.untrained for run in runs),
             max_bytes=max_bytes,
@@ -217,11 +218,6 @@ class _Answering:
 def _no_stopped_uploads(record: logging.LogRecord) -> bool:
     """Return whether a line of uvicorn's log is to be shown: not that an upload was still coming when it ended."""
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
-
-
-def _spelt_out(name: str) -> str:
-    """Return a name as text that can be sent: one from a file system may hold bytes that are none."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _host_name(text: str) -> str:

@@ -79,6 +79,19 @@ def test_folds_leave_none_empty_and_two_classes_to_learn() -> None:
         stratified_folds(np.array([0] * 12 + [1]), np.arange(13), 3)
 
 
+def test_folds_of_many_groups_and_classes_are_dealt_out_without_counting_each_in_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeline.heads.base._MOST_COUNTED", 0)
+    labels = np.repeat(np.arange(40), 10)
+    groups = np.arange(400) // 2  # pairs, each of one class
+    folds = stratified_folds(labels, groups, 5)
+    assert sorted(np.concatenate([held for _, held in folds]).tolist()) == list(range(400))
+    for some, held in folds:
+        assert np.bincount(labels[held]).tolist() == [2] * 40
+        assert not set(groups[some]) & set(groups[held])
+
+
 def data(labels: list[int], val: list[int]) -> Data:
     rng = np.random.default_rng(0)
     some, other = (rng.random((len(each), 8), np.float32) for each in (labels, val))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import os
 import re
 import shlex
 import signal
@@ -11,15 +14,20 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import cv2
+import h5py
 import numpy as np
 import pytest
+from cached import fill, listed, write_images
 from conftest import ROOT, Finished, command_line, environment, icebox, picture, write_picture
 from PIL import Image
 
 import cli
 from pipeline.commands.shared import called
+from pipeline.spelling import spelt
+from pipeline.workspace import Workspace
 
 FEATURE_KEYS = {
     "rows", "computed", "reused", "duplicates", "quarantined", "seconds", "images_per_second", "space",
@@ -427,3 +435,42 @@ def test_a_stop_that_native_code_turns_into_an_error_is_a_stop(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert capsys.readouterr().err == "error: stopped; to go on, run the same command again\n"
+
+
+ANY_NAMES = (
+    "odd\udcff", "odd\\udcff", "two\nlines", "tab\t", "quo\"te's", "a,b", "=1+1", "Case", "case", "x" * 251,
+    "-dash", " lead",
+)  # fmt: skip
+
+
+def test_any_name_that_a_file_system_takes_goes_through_every_command(workspace: Workspace, tmp_path: Path) -> None:
+    """Of folder, classes and files; by rows that are in the cache."""
+    photos = tmp_path / "odd\udcfe, 'photos'\n"
+    write_images(photos, 9, ANY_NAMES[:8])
+    for label in ANY_NAMES[:8]:
+        for name, path in zip(ANY_NAMES, sorted((photos / label).iterdir()), strict=False):
+            path.rename(path.with_name(f"{name}.png"))
+    fill(workspace, listed(photos))
+    data = workspace.root
+    trained = icebox(data, "train-head", "--dataset", photos, "--head", "logreg", "--C", "0.1", "--json")
+    assert trained.code == 0, trained.err
+    for command in (
+        ("evaluate", "latest", "--dataset", photos, "--split", "all", "--json"),
+        ("sweep", "--dataset", photos, "--head", "logreg", "--set", "C=0.01,0.1"),
+        ("report", trained.json["run"]),
+        ("doctor", photos),
+    ):
+        done = icebox(data, *command)
+        assert done.code == 0, (command, done.err)
+        assert "Traceback" not in done.err
+    paths = {os.fsencode(path) for path in photos.rglob("*.png")}
+    line = command_line(data, "predict", trained.json["run"], str(photos), "--csv")
+    said = subprocess.run(line, capture_output=True, check=True, env=environment(), cwd=ROOT).stdout
+    rows = list(csv.DictReader(io.StringIO(said.decode("utf-8", "surrogateescape"), newline="")))
+    assert {os.fsencode(row["path"]) for row in rows} == paths
+    assert {row["label"] for row in rows} <= set(ANY_NAMES[:8])
+    exported = icebox(data, "cache", "export", tmp_path / "rows.h5", "--dataset", photos)
+    assert exported.code == 0, exported.err
+    with h5py.File(tmp_path / "rows.h5") as file:
+        names: Any = file["class_names"]
+        assert names.asstr()[:].tolist() == [spelt(name) for name in sorted(ANY_NAMES[:8])]

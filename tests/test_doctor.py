@@ -12,8 +12,11 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from cached import fill, listed, write_images
 from conftest import ROOT, environment, icebox, picture, write_picture
 from PIL import Image
+
+from pipeline.workspace import Workspace
 
 UNTRAINED = ("--weights", "untrained", "--precision", "float32")
 
@@ -159,3 +162,20 @@ def test_digits_are_no_files(tmp_path: Path) -> None:
     told = icebox(tmp_path, "doctor", "digits", "--limit", "40", *UNTRAINED, "--json").json
     assert told["formats"] == {"pixels": 40}
     assert told["quarantined"] == 0
+
+
+def test_json_lists_every_group_whole(workspace: Workspace, tmp_path: Path) -> None:
+    """And people are told how many more there are than they see."""
+    root = tmp_path / "photos"
+    write_images(root, 60, ("ant",))
+    write_images(root, 1, ("bee",))
+    for i in range(60):
+        shutil.copy(root / f"ant/{i:03}.png", root / f"ant/copy {i}.png")
+    fill(workspace, listed(root))
+    done = icebox(workspace.root, "doctor", root, "--json")
+    assert done.code == 0, done.err
+    assert done.json["copies"]["groups"] == len(done.json["copies_listed"]) == 60
+    assert [len(group) for group in done.json["near_copies_listed"]] == [61], "all show the same"
+    told = icebox(workspace.root, "doctor", root)
+    assert told.err.count("nearly alike: ") == 1
+    assert "and 51 more" in told.err

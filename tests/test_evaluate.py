@@ -5,8 +5,9 @@ import warnings
 
 import numpy as np
 import pytest
+from sklearn import metrics as metrics_of_sklearn
 
-from pipeline.evaluate import evaluate, wilson_interval
+from pipeline.evaluate import confusion_cells, evaluate, wilson_interval
 
 CLASSES = ("ant", "bee", "cow", "dog")
 
@@ -114,3 +115,49 @@ def test_top_five_counts_only_where_there_are_more_classes(metrics: dict) -> Non
     found = evaluate(np.array([0, 4, 5, 5]), probabilities, list("abcdef"))
     assert found["top5_accuracy"] == 0.5
     assert found["accuracy"] == 0.25
+
+
+def many(count: int = 201) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, count, 700).astype(np.int32)
+    shares = rng.random((700, count)).round(2) + 0.001  # with ties
+    shares[np.arange(700), labels] += rng.choice([0, 1], 700)
+    return labels, (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32), [str(i) for i in range(count)]
+
+
+def test_of_many_classes_the_confusion_is_kept_as_its_cells() -> None:
+    labels, shares, classes = many()
+    found = evaluate(labels, shares, classes)["confusion"]
+    whole = metrics_of_sklearn.confusion_matrix(labels, shares.argmax(axis=1), labels=range(201))
+    assert found == [[truth, said, whole[truth, said]] for truth, said in np.argwhere(whole).tolist()]
+    assert confusion_cells(found, 201).tolist() == confusion_cells(whole.tolist(), 201).tolist() == found
+
+
+def test_the_rarest_cells_are_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.evaluate._MOST_CELLS", 3)
+    shares = np.zeros((7, 201), np.float32)
+    shares[np.arange(7), [1, 1, 5, 1, 2, 2, 9]] = 1
+    found = evaluate(np.array([1, 1, 5, 1, 4, 4, 9]), shares, [str(i) for i in range(201)])
+    assert found["confusion"] == [[1, 1, 3], [4, 2, 2], [5, 5, 1]]
+    assert found["confusion_left_out"] == 1
+
+
+@pytest.mark.parametrize("value", [[[1, 2, 0]], [[1, -2, 3]], [[1, 201, 3]], [1, 2], [[1.5, 2, 3]], []])
+def test_what_is_no_confusion_of_many_classes_is_refused(value: list) -> None:
+    with pytest.raises(ValueError, match=r"a confusion matrix of (another shape|other classes)"):
+        confusion_cells(value, 201)
+
+
+@pytest.mark.parametrize("count", [2, 6, 201])
+def test_measures_are_those_of_scikit_learn(count: int) -> None:
+    """Which are worked out without its (n, k) tables."""
+    labels, shares, classes = many(count)
+    found, wide = evaluate(labels, shares, classes), shares.astype(np.float64)
+    wide /= wide.sum(axis=1, keepdims=True)
+    assert found["log_loss"] == pytest.approx(metrics_of_sklearn.log_loss(labels, wide, labels=range(count)), rel=1e-12)
+    for i, each in enumerate(found["per_class"]):
+        area = metrics_of_sklearn.roc_auc_score(labels == i, wide[:, i]) if (labels == i).any() else None
+        assert each["roc_auc"] == pytest.approx(area, abs=1e-12)
+    if count > 5:
+        five = metrics_of_sklearn.top_k_accuracy_score(labels, wide, k=5, labels=range(count))
+        assert found["top5_accuracy"] == five

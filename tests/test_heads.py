@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from pipeline import heads, machine
 from pipeline.batches import Shuffled
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import RunError
+from pipeline.errors import DoNotFitError, RunError
 from pipeline.heads import READS, Data, Fitted, Watch, dense, fit, load, parts
 from pipeline.heads.dense import DenseHead, build, channel_statistics, normalise
 from pipeline.heads.parts import gradients_in_bfloat16
@@ -619,3 +619,11 @@ def test_adam_in_one_kernel_is_adam(decay: float) -> None:
         weights.append(model.get_weights())
     for ours, keras_own, first in zip(*weights, before, strict=True):
         assert np.abs(ours - keras_own).max() < 1e-5 < np.abs(ours - first).max()
+
+
+def test_a_regression_whose_tables_do_not_fit_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.machine.available_memory", lambda: 1_339)
+    rows, labels = np.zeros((40, 8), np.float32), np.arange(40) % 3
+    data = Data(rows, labels, rows, labels, 3)
+    with pytest.raises(DoNotFitError, match=r"logreg of 40 rows and 3 classes takes 1.44 kB of memory, and 1.34 kB"):
+        fit(make("logreg"), data, Watch())

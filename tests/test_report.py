@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +17,27 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 import pytest
-from conftest import Finished, icebox, picture, write_picture
+from cached import CLASSES as CACHED_CLASSES
+from cached import fill, listed, write_images
+from conftest import Finished, icebox, picture, unseal, write_picture
 
 from pipeline import near, reproduce
-from pipeline.asked import FullAsked
+from pipeline.apply import evaluate_run
+from pipeline.asked import Asked, DatasetChoice, FullAsked
+from pipeline.dataset import Dataset
+from pipeline.evaluate import confusion_cells
+from pipeline.extract import FeatureChoice
+from pipeline.images import DEFAULT_MAX_PIXELS
 from pipeline.progress import silent
-from pipeline.report import findings, page
+from pipeline.report import findings, page, shown, single
 from pipeline.report.compare import notes_of
 from pipeline.report.single import trained_on
-from pipeline.report.tiles import Tiles
+from pipeline.report.tiles import Looks
 from pipeline.run_dataset import RunDataset
+from pipeline.spec import HeadSpec
+from pipeline.train import train_head
 from pipeline.trained import open_run
+from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
     from deployed import Deployed
@@ -231,9 +243,9 @@ def test_more_classes_than_a_matrix_can_show(tmp_path: Path, browser: Any) -> No
         "title": "many", "subtitle": "", "untrained": False, "notes": [], "cards": [], "curves": [], "reliability": "",
         "calibration_error": 0.1, "measures": tuple(rows), "per_class": [{"class": name, **rows} for name in classes],
         "quarantined": [], "provenance": {}, "commands": [], "looked_at": 0, "method": None, "suspects": None,
-        "near": None, "crossing": None, "told_apart": None,
+        "near": None, "crossing": None, "told_apart": None, "classes": count, "listed": 200,
     }  # fmt: skip
-    data = {"classes": classes, "confusion": confusion.tolist(), "images": None}
+    data = {"classes": classes, "confusion": confusion_cells(confusion, count).tolist(), "images": None}
     out.write_text(page.render("report_run.html", data, **told))
     look = Looked(browser, out)
     body = look.page.locator("#confusion tbody tr")
@@ -421,30 +433,32 @@ def test_planted_labels_are_found() -> None:
     wrong = rng.choice(240, 8, replace=False)
     given = labels.copy()
     given[wrong] = (labels[wrong] + 1) % 4
-    found = findings.find(pooled, given, np.arange(240), pictures(240), 4, "pca", silent)
+    found = findings.find(pooled, given, np.arange(240), pictures(240), 4, silent)
     assert len(set(found.likely_wrong) & set(wrong)) >= 6
     assert len(set(found.likely_wrong) - set(wrong)) <= 1
     assert (found.suggested[wrong] == labels[wrong]).mean() > 0.8
-    assert found.places.min() == 0
-    assert found.places.max() == 1
+    places, _ = findings.placed(found.components, "pca")
+    assert (places.min(), places.max()) == (0, 1)
     assert found.accuracy > 0.9
     assert len(found.near) == 0
 
 
-def pictures(count: int) -> Tiles:
-    """What `near` makes of so many different pictures."""
+def pictures(count: int) -> Looks:
+    """What so many different pictures look like."""
     made = [near.fingerprint(picture(seed, 299, 299)) for seed in range(count)]
     marks, thumbs = zip(*made, strict=True)
-    return Tiles(32, [], np.array(marks, np.uint64), np.array(thumbs), np.ones(count, bool))
+    empty = np.zeros((count, 0, 0, 3), np.uint8)
+    return Looks(empty, np.array(marks, np.uint64), np.array(thumbs), np.ones(count, bool), np.arange(count))
 
 
 @pytest.mark.parametrize("each", [1, 2, 4])
 def test_few_images_of_each_class_are_looked_at_all_the_same(each: int) -> None:
     pooled = np.random.default_rng(0).normal(size=(3 * each, 64)).astype(np.float32)
     labels = np.repeat(np.arange(3), each)
-    found = findings.find(pooled, labels, np.arange(3 * each), pictures(3 * each), 3, None, silent)
-    assert found.places.shape == (3 * each, 2)
-    assert np.isfinite(found.places).all()
+    found = findings.find(pooled, labels, np.arange(3 * each), pictures(3 * each), 3, silent)
+    places, _ = findings.placed(found.components, None)
+    assert places.shape == (3 * each, 2)
+    assert np.isfinite(places).all()
 
 
 def test_hard_images_are_not_doubted() -> None:
@@ -452,7 +466,7 @@ def test_hard_images_are_not_doubted() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 60)
     found = findings.find(
-        rng.normal(size=(240, 64)).astype(np.float32), labels, np.arange(240), pictures(240), 4, "pca", silent
+        rng.normal(size=(240, 64)).astype(np.float32), labels, np.arange(240), pictures(240), 4, silent
     )
     assert found.accuracy < 0.5
     assert len(found.likely_wrong) < 24
@@ -506,3 +520,202 @@ def test_runs_side_by_side_say_what_they_were_measured_on(tmp_path: Path) -> Non
     several, left_out = notes_of([of("/a/images", "1"), of("/b/images", "2", left_out=3)])
     assert several == "These runs are of several datasets: a/images, b/images."
     assert left_out == "run on /b/images: 3 test images were trained on and are left out of the accuracy."
+
+
+# What is found is about every image, what is shown about some
+
+
+def published(
+    workspace: Workspace, photos: Path, labels: Callable[[Dataset], Dataset] = lambda dataset: dataset
+) -> str:
+    """A logistic regression on rows that were made up; `labels` may give them other classes than their folders."""
+    fill(workspace, labels(listed(photos)))
+    asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), HeadSpec.make("logreg", C="0.1"), DEFAULT_MAX_PIXELS)
+    return train_head(listed(photos), workspace, asked, "features").name
+
+
+def reported(workspace: Workspace, name: str, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is told of a report, and what its page has for its script."""
+    run = open_run(workspace.runs, name)
+    told = single.write(run, workspace, out, ["icebox"], max_pixels=DEFAULT_MAX_PIXELS, method="pca")
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', out.read_text())
+    assert found
+    return told, json.loads(found[1])
+
+
+def seen_at(path: Path) -> np.ndarray:
+    image = cv2.imread(str(path))
+    assert image is not None
+    return image
+
+
+def test_what_is_found_is_about_all_images_whatever_is_shown(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near copies, copies and doubtful labels of the training split, where 12 of 84 images are on the page."""
+    photos = tmp_path / "photos"
+    for side, count in (("train", 20), ("val", 4), ("test", 4)):
+        for number, name in enumerate(CACHED_CLASSES):
+            for i in range(count):
+                write_picture(photos / side / name / f"{i}.png", seed=1000 * number + 100 * len(side) + i)
+    shutil.copy(photos / "train/ant/3.png", photos / "train/ant/4.png")
+    cv2.imwrite(str(photos / "train/bee/5.png"), cv2.flip(seen_at(photos / "test/bee/1.png"), 1))
+    near = cv2.convertScaleAbs(seen_at(photos / "train/cow/6.png"), alpha=0.9, beta=12)
+    cv2.imwrite(str(photos / "val/cow/2.png"), near)
+    wrong = [listed(photos).names.index(f"train/cow/{i}.png") for i in (7, 8, 9, 10)]
+
+    def relabelled(dataset: Dataset) -> Dataset:
+        labels = dataset.labels.copy()
+        labels[wrong] = 0
+        return replace(dataset, labels=labels)
+
+    def alike(i: int, row: np.ndarray) -> np.ndarray:
+        return rows_of_first.setdefault(pairs.get(names[i], names[i]), row)
+
+    names, rows_of_first = listed(photos).names, dict[str, np.ndarray]()
+    pairs = {"train/bee/5.png": "test/bee/1.png"}
+    fill(workspace, relabelled(listed(photos)), rewrite=alike)
+    asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), HeadSpec.make("logreg", C="0.1"), DEFAULT_MAX_PIXELS)
+    name = train_head(listed(photos), workspace, asked, "features").name
+    whole, _ = reported(workspace, name, tmp_path / "whole.html")
+    monkeypatch.setattr(shown, "MOST_IMAGES", 12)
+    told, data = reported(workspace, name, tmp_path / "some.html")
+    assert {tuple(each["images"]): each["crossing"] for each in told["near"]} == {
+        ("test/bee/1.png", "train/bee/5.png"): True,
+        ("val/cow/2.png", "train/cow/6.png"): True,
+        ("train/ant/3.png", "train/ant/4.png"): False,
+    }
+    doubted = [each["image"] for each in told["likely_wrong"]]
+    assert doubted
+    assert set(doubted) <= {names[i] for i in wrong}
+    differing = {key for key in told if told[key] != whole[key]}
+    assert differing <= {"page", "bytes", "images_shown", "left_out"}
+    assert (told["images"], told["images_shown"], whole["images_shown"]) == (84, 12, 84)
+    assert "12 of 84 images are on this page" in told["left_out"][0]
+    on_page = data["images"]["name"]
+    assert [[on_page[i] for i in pair] for pair in data["near"]] == [each["images"] for each in told["near"]]
+    assert [on_page[each["i"]] for each in data["suspects"]] == doubted
+    assert len(data["images"]["x"]) == len(on_page) == 12
+
+
+def test_a_class_with_one_image_is_not_doubted_and_nothing_is_said_by_others(
+    capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.append(np.repeat(np.arange(3), 20), [3, 4])
+    rows = rng.normal(size=(62, 16)).astype(np.float32)
+    rows[np.arange(62), labels] += 8
+    found = findings.find(rows, labels, np.arange(62), pictures(62), 5, silent)
+    assert not {60, 61} & set(found.likely_wrong)
+    assert found.suggested[[60, 61]].tolist() == [-1, -1]
+    assert [str(warning.message) for warning in recwarn] == []
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_too_many_classes_for_a_regression_are_judged_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same way as few: what was planted is found."""
+    monkeypatch.setattr(findings, "_MOST_ITERATED", 0)
+    test_planted_labels_are_found()
+    test_hard_images_are_not_doubted()
+
+
+def test_copies_do_not_hide_what_is_nearly_the_same() -> None:
+    """Of one picture there are five copies, whose features are closest to each other, and a mirrored one."""
+    some, rng = pictures(12), np.random.default_rng(0)
+    marks, thumbs = some.fingerprints.copy(), some.thumbs.copy()
+    marks[1:5], thumbs[1:5] = marks[0], thumbs[0]
+    marks[9], thumbs[9] = near.fingerprint(picture(0, 299, 299)[:, ::-1].copy())
+    components = rng.normal(size=(12, 16)).astype(np.float32)
+    components[1:5], components[9] = components[0], components[0] + 0.1
+    copy_of = np.array([0, 0, 0, 0, 0, *range(5, 12)])
+    looks = replace(some, fingerprints=marks, thumbs=thumbs, copy_of=copy_of)
+    pairs = findings.near_pairs(components, looks)
+    assert near.clusters(pairs, 12) == [[0, 1, 2, 3, 4, 9]]
+
+
+# Many classes, and names of every kind
+
+
+MANY = tuple(f"class {i:03}" for i in range(201))
+
+
+def by_eight(dataset: Dataset) -> Dataset:
+    """The same with labels that `fill` has channels for."""
+    return replace(dataset, labels=dataset.labels % 8)
+
+
+@pytest.fixture
+def many(workspace: Workspace, tmp_path: Path) -> tuple[str, Path]:
+    """A run of more classes than are kept whole, and the folder of its images."""
+    write_images(tmp_path / "many", 20, MANY)
+    return published(workspace, tmp_path / "many", by_eight), tmp_path / "many"
+
+
+def test_a_run_of_many_classes_is_kept_small_and_read_again(
+    workspace: Workspace, many: tuple[str, Path], tmp_path: Path
+) -> None:
+    name, photos = many
+    folder = workspace.runs / name
+    test = json.loads((folder / "metrics.json").read_text())["test"]
+    assert {len(cell) for cell in test["confusion"]} == {3}
+    assert sum(count for _, _, count in test["confusion"]) == test["images"]
+    assert sum(count for truth, said, count in test["confusion"] if truth == said) == round(
+        test["accuracy"] * test["images"]
+    )
+    with (folder / "predictions.csv").open(newline="") as file:
+        header, first, *_ = csv.reader(file)
+    assert header[:7] == ["image", "split", "label", "predicted", "probability", "label_2", "probability_2"]
+    assert len(header) == len(first) == 5 + 2 * 9
+    shares = list(map(float, first[4::2]))
+    assert shares == sorted(shares, reverse=True)
+    told, data = reported(workspace, name, tmp_path / "page.html")
+    assert data["confusion"] == test["confusion"]
+    assert told["left_out"] == []
+    done = evaluate_run(open_run(workspace.runs, name), listed(photos), workspace, "features", max_pixels=2**30)
+    assert done.metrics["confusion"] == test["confusion"]
+    assert (done.path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_of_many_classes_made_before_is_read(
+    workspace: Workspace, many: tuple[str, Path], tmp_path: Path
+) -> None:
+    """Its confusion matrix is whole, and each image has a probability of every class."""
+    name, _ = many
+    folder = workspace.runs / name
+    _, data = reported(workspace, name, tmp_path / "page.html")
+    unseal(folder)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for measured in metrics.values():
+        whole = np.zeros((201, 201), int)
+        for truth, said, count in measured["confusion"]:
+            whole[truth, said] = count
+        measured["confusion"] = whole.tolist()
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    lines = list(csv.reader((folder / "predictions.csv").read_text().splitlines()))
+    with (folder / "predictions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*lines[0][:5], *(f"p:{each}" for each in MANY)])
+        writer.writerows([*line[:5], *["0.1"] * 201] for line in lines[1:])
+    _, again = reported(workspace, name, tmp_path / "again.html")
+    assert again == data
+
+
+def test_names_that_are_not_utf8_are_not_taken_for_others(workspace: Workspace, tmp_path: Path) -> None:
+    r"""An odd byte is written as \udcff, which another class and another image are called."""
+    classes = ("odd\udcff", "odd\\udcff", "odd\\x5cudcff", "two\nlines", '=1+"1",\t')
+    photos = tmp_path / "photos"
+    write_images(photos, 12, classes)
+    for name in classes:
+        for side in ("train", "val", "test"):
+            for at, path in enumerate(sorted((photos / name).glob("0*.png"))[:4]):
+                names = ("a\udcff.png", "a\\udcff.png", "a\\x5cudcff.png", "b\n\t',\".png")
+                (photos / side / name).mkdir(parents=True, exist_ok=True)
+                path.rename(photos / side / name / names[at])
+        (photos / name).rmdir()
+    run = published(workspace, photos)
+    told, data = reported(workspace, run, tmp_path / "page.html")
+    assert told["left_out"] == []
+    test = json.loads((workspace.runs / run / "metrics.json").read_text())["test"]
+    at = [i for i, side in enumerate(data["images"]["split"]) if side == 2]
+    cells = Counter((data["images"]["label"][i], data["images"]["predicted"][i]) for i in at)
+    assert cells == {(truth, said): n for truth, row in enumerate(test["confusion"]) for said, n in enumerate(row) if n}

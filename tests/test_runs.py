@@ -1,6 +1,5 @@
 """A run directory appears whole or not at all, under a name of its own; what it holds can be read back."""
 
-import csv
 import json
 import logging
 import os
@@ -19,7 +18,6 @@ from pipeline.checksums import write_checksums
 from pipeline.errors import RunError
 from pipeline.pictures import draw_curves
 from pipeline.runs import (
-    Predictions,
     find_run,
     latest_of,
     list_runs,
@@ -30,7 +28,6 @@ from pipeline.runs import (
     remove_leftovers,
     unfinished,
     write_json,
-    write_predictions,
     write_request,
 )
 
@@ -134,6 +131,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_json_that_nobody_would_read_again_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.runs.MOST_BYTES", 100)
+    write_json(tmp_path / "small.json", ["x" * 50])
+    with pytest.raises(RunError, match=r"large\.json would have 109 bytes; 100 are read at most"):
+        write_json(tmp_path / "large.json", ["x" * 101])
+    assert [path.name for path in tmp_path.iterdir()] == ["small.json"]
+
+
 @pytest.mark.parametrize("value", [ODD_NAMES, dict.fromkeys(ODD_NAMES, "reason")])
 def test_json_with_odd_names_reads_back_the_same(tmp_path: Path, value: object) -> None:
     write_json(tmp_path / "names.json", value)
@@ -149,33 +154,6 @@ def test_what_killed_evaluations_left_is_removed(tmp_path: Path) -> None:
         assert remove_leftovers(tmp_path, resumable=False) == ([folder / ".partial-killed"], 2)
         assert partial.is_dir()
     assert [path.name for path in folder.iterdir()] == ["photos-test"]
-
-
-def read_csv(path: Path) -> list[list[str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.reader(file))
-
-
-def test_predictions_have_a_row_for_each_image(tmp_path: Path) -> None:
-    val = Predictions("val", ["a.png"], np.array([1]), np.array([[0.25, 0.75]], np.float32))
-    test = Predictions("test", ["b.png"], np.array([1]), np.array([[0.9, 0.1]], np.float32))
-    write_predictions(tmp_path / "predictions.csv", [val, test], ["cat", "dog"])
-    assert read_csv(tmp_path / "predictions.csv") == [
-        ["image", "split", "label", "predicted", "probability", "p:cat", "p:dog"],
-        ["a.png", "val", "dog", "dog", "0.75", "0.25", "0.75"],
-        ["b.png", "test", "dog", "cat", "0.9", "0.9", "0.1"],
-    ]
-
-
-def test_predictions_of_oddly_named_files_are_written_whole(tmp_path: Path) -> None:
-    n = len(ODD_NAMES)
-    part = Predictions("test", ODD_NAMES, np.zeros(n, np.int32), np.full((n, 2), 0.5, np.float32))
-    write_predictions(tmp_path / "predictions.csv", [part], ["a,\n\udcff", "b"])
-    header, *rows = read_csv(tmp_path / "predictions.csv")
-    expected = [name.encode("utf-8", "backslashreplace").decode() for name in ODD_NAMES]
-    assert [row[0] for row in rows] == expected
-    assert {len(row) for row in rows} == {len(header)} == {7}
-    assert header[5] == "p:a,\n\\udcff"
 
 
 DENSE = [{"epoch": i, "loss": 1 / i, "accuracy": 0.5, "val_loss": 1.0, "val_accuracy": 0.4} for i in range(1, 4)]

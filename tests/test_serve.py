@@ -317,7 +317,7 @@ def test_a_connection_over_which_nothing_is_asked_is_closed(monkeypatch: pytest.
 
 
 def test_names_that_are_no_text_are_spelt_out() -> None:
-    assert serve._spelt_out("caf\udce9, 猫") == "caf\\udce9, 猫"
+    assert serve.spelt("caf\udce9, 猫") == "caf\\udce9, 猫"
 
 
 # Batches

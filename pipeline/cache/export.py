@@ -32,6 +32,7 @@ from pipeline.cache.shard import check_bytes, damage_named, h5_in, opened, row_f
 from pipeline.cache.space import FeatureSpace
 from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError
 from pipeline.progress import size_text
+from pipeline.spelling import spelt
 
 FORMAT = "icebox-export"
 VERSION = 1
@@ -145,14 +146,13 @@ class _Export:
 
     def write_columns(self, file: h5py.File) -> None:
         columns, text = self._columns, h5py.string_dtype()
-        file.attrs.update({"format": FORMAT, "version": VERSION, "dataset": columns.dataset})
+        file.attrs.update({"format": FORMAT, "version": VERSION, "dataset": spelt(columns.dataset)})
         file.attrs["spec"] = json.dumps(self._space.spec.to_dict())
         file["label"] = columns.labels.astype(np.int32)
         file["key"] = self._located.keys
         file["present"] = self._located.found
         for name, values in (("path", columns.names), ("split", columns.splits), ("class_names", columns.classes)):
-            readable = [value.encode("utf-8", "backslashreplace") for value in values]  # a file name's odd byte
-            file.create_dataset(name, data=np.array(readable, object), dtype=text)
+            file.create_dataset(name, data=np.array([spelt(value).encode() for value in values], object), dtype=text)
 
     def write_rows(self, file: h5py.File, sink: _Sink) -> None:
         """Copy the rows. Chunks of features are taken as they lie in the shards, if those are packed alike."""

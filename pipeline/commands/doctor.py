@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pipeline.checkup import Checkup
 
 _MOST_CLASSES = 20  # lines of the table
-_LISTED = 10  # groups of copies, and bad images
+_LISTED = 10  # groups of copies and members of each, and bad images
 
 
 def doctor(
@@ -109,7 +109,6 @@ def doctor(
 
 def _show(found: Checkup, about: dict[str, Any]) -> None:
     from pipeline import terminal
-    from pipeline.checkup import MOST_MEMBERS
     from pipeline.progress import counted, duration, size_text
 
     rows = [(name, *counts.values()) for name, counts in about["classes"].items()]
@@ -140,10 +139,10 @@ def _show(found: Checkup, about: dict[str, Any]) -> None:
     for bad in found.quarantined[:_LISTED]:
         terminal.warn(f"bad: {bad.path}: {bad.reason}")
     _say_others(len(found.quarantined), "bad images")
-    for title, key in (("two labels", "conflicting"), ("nearly alike", "near_copies_listed")):
-        for group in about[key][:_LISTED]:
-            named = ", ".join(f"{each['path']} ({each['split']}, {each['label']})" for each in group)
-            terminal.say(f"{title}: {named}{', …' if len(group) == MOST_MEMBERS else ''}")
+    for title, groups in (("two labels", about["conflicting"]), ("nearly alike", about["near_copies_listed"])):
+        for group in groups[:_LISTED]:
+            named = ", ".join(f"{each['path']} ({each['split']}, {each['label']})" for each in group[:_LISTED])
+            terminal.say(f"{title}: {named}{f', and {len(group) - _LISTED:,} more' if len(group) > _LISTED else ''}")
     _say_others(len(found.conflicting), "groups with two labels")
     _say_others(len(found.near.groups), "groups that are nearly alike")
 
@@ -152,7 +151,7 @@ def _say_others(count: int, things: str) -> None:
     from pipeline import terminal
 
     if count > _LISTED:
-        terminal.say(f"and {count - _LISTED:,} more {things}; --json lists more")
+        terminal.say(f"and {count - _LISTED:,} more {things}; --json lists them all")
 
 
 def _copies(found: dict[str, int]) -> str:

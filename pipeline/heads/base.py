@@ -15,6 +15,9 @@ from pipeline.rows import Rows, in_order
 
 JSON_FILE = "head.json"
 _TRIES = 10  # to find folds
+_MOST_COUNTED = (
+    1 << 25
+)  # groups times classes up to which scikit-learn finds the folds: it counts each in each, 8 bytes
 
 
 class Predicts(Protocol):
@@ -89,24 +92,47 @@ def stratified_folds(labels: np.ndarray, groups: np.ndarray, count: int) -> list
     DatasetError
         If that cannot be done such that something is held out and two classes are left to learn.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
-
     if np.unique(groups).size >= count <= np.unique(labels, return_counts=True)[1].max():
         for state in range(_TRIES):  # some leave a fold empty where groups are large
-            folds = StratifiedGroupKFold(count, shuffle=True, random_state=state)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # a class of fewer images lacks in some folds
-                found = list(folds.split(labels, labels, groups))
+            found = deal_folds(labels, groups, count, state)
             if all(len(held) and np.unique(labels[some]).size > 1 for some, held in found):
                 return found
     raise DatasetError(f"{len(labels)} images to train on are too few, or too much alike, for {count} folds")
 
 
+def deal_folds(labels: np.ndarray, groups: np.ndarray, count: int, state: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return (train, held out) indices of each fold: classes spread as evenly as it goes, a group's rows together.
+
+    Some may be empty, or of one class.
+    """
+    from sklearn.model_selection import PredefinedSplit, StratifiedGroupKFold
+
+    if np.unique(groups).size * np.unique(labels).size > _MOST_COUNTED:
+        return list(PredefinedSplit(_dealt(labels, groups, count, state)).split())
+    folds = StratifiedGroupKFold(count, shuffle=True, random_state=state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a class of fewer images lacks in some folds
+        return list(folds.split(labels, labels, groups))
+
+
+def _dealt(labels: np.ndarray, groups: np.ndarray, count: int, state: int) -> np.ndarray:
+    """Return the fold of each row, groups being dealt out like cards, class by class."""
+    _, first, of = np.unique(groups, return_index=True, return_inverse=True)
+    chance = np.random.default_rng(state).random(len(first))
+    fold = np.empty(len(first), np.int64)
+    fold[np.lexsort((chance, labels[first]))] = np.arange(len(first)) % count
+    return fold[of]
+
+
 def measure(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Return the cross-entropy in nats and the accuracy."""
     truth = probabilities[np.arange(len(labels)), labels].astype(np.float64)
-    loss = -np.log(np.maximum(truth, np.finfo(np.float32).eps)).mean()
-    return abs(float(loss)), float((probabilities.argmax(axis=1) == labels).mean())
+    return cross_entropy(truth), float((probabilities.argmax(axis=1) == labels).mean())
+
+
+def cross_entropy(truth: np.ndarray) -> float:
+    """Return the mean loss in nats by the probabilities (n,) that were given to the true classes."""
+    return abs(float(-np.log(np.maximum(truth, np.finfo(np.float32).eps)).mean()))
 
 
 def not_numbers(where: str) -> str:

@@ -19,10 +19,10 @@ import numpy as np
 from pipeline import machine
 from pipeline.cache import storage
 from pipeline.errors import DatasetError, DoNotFitError, RunError
-from pipeline.heads.base import JSON_FILE, Data, Fitted, measure, not_numbers, stratified_folds
+from pipeline.heads.base import JSON_FILE, Data, Fitted, cross_entropy, not_numbers, stratified_folds
 from pipeline.imports import without
 from pipeline.loop import Watch
-from pipeline.progress import counted
+from pipeline.progress import counted, size_text
 from pipeline.rows import Rows, StoredRows, in_order
 from pipeline.runs import write_json
 from pipeline.spec import HeadSpec
@@ -34,6 +34,8 @@ _FOLDS = 5
 _WORSE = 2  # larger C in a row that are worse than the best so far: then no more are tried
 _WORTH_THREADS = 2**24  # numbers: below, threads of the linear algebra wait for each other longer than they work
 _TEMPERATURES = (0.05, 20.0)
+_AT_ONCE = 1 << 23  # probabilities: 64 MB
+_TABLES = 3  # of a float32 for each row and class that the solver has in memory at a time
 
 
 def _skops() -> Any:
@@ -123,6 +125,7 @@ def fit_logreg(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
 
     settings = spec.settings
     train, val = _all(data.train, "the training split"), _all(data.val, "the validation split")
+    _require_room(len(train), data.classes)
     scaler: Any = StandardScaler().fit(train)
     train, val = scaler.transform(train), scaler.transform(val)
     path = settings["C"]
@@ -176,9 +179,8 @@ def _along(
         fixed: Any = LogisticRegression(C=c, max_iter=settings["max_iter"], class_weight=weight)
         fixed.classes_, fixed.n_iter_, fixed.n_features_in_ = moving.classes_, moving.n_iter_, moving.n_features_in_
         fixed.coef_, fixed.intercept_ = moving.coef_ / temperature, moving.intercept_ / temperature
-        said = _probabilities(fixed, val, max(val_labels.max(), labels.max()) + 1)
         converged = bool(max(moving.n_iter_) < settings["max_iter"])
-        yield _Fit(c, fixed, temperature, converged, *measure(said, val_labels))
+        yield _Fit(c, fixed, temperature, converged, *_measured(fixed, val, val_labels))
 
 
 def _temperature(regression: Any, val: np.ndarray, labels: np.ndarray) -> float:
@@ -189,14 +191,18 @@ def _temperature(regression: Any, val: np.ndarray, labels: np.ndarray) -> float:
     known = np.isin(labels, regression.classes_)
     if not known.any():
         return 1.0
-    logits = regression.decision_function(val[known]).astype(np.float64)
+    truth = np.searchsorted(regression.classes_, labels[known])
+    logits = regression.decision_function(val[known])
     if logits.ndim == 1:  # of two classes there is one logit, the other's being 0
         logits = np.column_stack([np.zeros_like(logits), logits])
-    truth = np.searchsorted(regression.classes_, labels[known])
+
+    def losses(some: np.ndarray, temperature: float) -> np.ndarray:
+        scaled = logits[some].astype(np.float64) / temperature
+        return logsumexp(scaled, axis=1) - scaled[np.arange(len(some)), truth[some]]
 
     def loss(log_temperature: float) -> float:
-        scaled = logits / np.exp(log_temperature)
-        return float((logsumexp(scaled, axis=1) - scaled[np.arange(len(truth)), truth]).mean())
+        found = [losses(some, np.exp(log_temperature)) for some in _blocks(*logits.shape)]
+        return float(np.concatenate(found).mean())
 
     found: Any = minimize_scalar(loss, bounds=tuple(np.log(_TEMPERATURES)), method="bounded")
     return float(np.exp(found.x))
@@ -222,8 +228,7 @@ def _losses_by_folds(
 
 
 def _entry(fit: _Fit, train: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    said = _probabilities(fit.regression, train, labels.max() + 1)
-    loss, accuracy = measure(said, labels)
+    loss, accuracy = _measured(fit.regression, train, labels)
     return {
         "C": fit.c,
         "loss": loss,
@@ -236,10 +241,30 @@ def _entry(fit: _Fit, train: np.ndarray, labels: np.ndarray) -> dict[str, float]
     }
 
 
-def _probabilities(regression: Any, rows: np.ndarray, classes: int) -> np.ndarray:
-    said = np.zeros((len(rows), classes))
-    said[:, regression.classes_] = regression.predict_proba(rows)
-    return said
+def _measured(regression: Any, rows: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Return loss and accuracy as `measure` has them, with the probabilities of some rows at a time in memory."""
+    classes = int(max(labels.max(), regression.classes_.max())) + 1
+    truth, right = np.zeros(len(rows)), np.zeros(len(rows), bool)
+    for some in _blocks(len(rows), classes):
+        said = np.zeros((len(some), classes))
+        said[:, regression.classes_] = regression.predict_proba(rows[some])
+        truth[some], right[some] = said[np.arange(len(some)), labels[some]], said.argmax(axis=1) == labels[some]
+    return cross_entropy(truth), float(right.mean())
+
+
+def _blocks(rows: int, columns: int) -> Iterator[np.ndarray]:
+    size = max(1, _AT_ONCE // columns)
+    return (np.arange(start, min(start + size, rows)) for start in range(0, rows, size))
+
+
+def _require_room(rows: int, classes: int) -> None:
+    """Raise DoNotFitError if the solver's tables, of every row and class, do not fit into memory."""
+    needed, available = _TABLES * rows * classes * 4, machine.available_memory()
+    if needed > available:
+        raise DoNotFitError(
+            f"logreg of {rows:,} rows and {classes:,} classes takes {size_text(needed)} of memory, and "
+            f"{size_text(available)} are available: train the same model streamed, by --head gap --hidden none"
+        )
 
 
 def _all(rows: Rows, where: str) -> np.ndarray:

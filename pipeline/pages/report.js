@@ -111,10 +111,11 @@ function fillFindings() {
   }
 }
 
-// What is taken for what: a matrix, or, where it would be too large to be looked at, its largest mistakes.
+// What is taken for what, from the cells that are not 0: a matrix, or, where it would be too large to be looked at, its largest mistakes.
 function fillConfusion() {
   const table = document.getElementById("confusion");
-  const sums = data.confusion.map((row) => row.reduce((a, b) => a + b, 0));
+  const sums = classes.map(() => 0);
+  for (const [truth, , count] of data.confusion) sums[truth] += count;
   if (classes.length <= MOST_CLASSES) fillMatrix(table, sums);
   else fillMistaken(table, sums);
 }
@@ -124,25 +125,21 @@ function fillMatrix(table, sums) {
   head.append(made("td"));
   for (const name of classes) head.append(headed("col", name));
   const body = table.createTBody();
-  data.confusion.forEach((row, truth) => {
+  for (const name of classes) {
     const line = body.insertRow();
-    line.append(headed("row", classes[truth]));
-    row.forEach((count, guess) => {
-      const cell = line.insertCell();
-      if (!count) return;
-      const shown = counted(truth, guess, count), strong = Math.round(100 * Math.max(0.08, count / sums[truth]));
-      shown.style.background = `color-mix(in srgb, ${truth === guess ? "#1f5fbf" : "#b3261e"} ${strong}%, var(--soft))`;
-      if (strong > 45) shown.style.color = "#fff";
-      cell.append(shown);
-    });
-  });
+    line.append(headed("row", name));
+    for (let i = 0; i < classes.length; i++) line.insertCell();
+  }
+  for (const [truth, guess, count] of data.confusion) {
+    const shown = counted(truth, guess, count), strong = Math.round(100 * Math.max(0.08, count / sums[truth]));
+    shown.style.background = `color-mix(in srgb, ${truth === guess ? "#1f5fbf" : "#b3261e"} ${strong}%, var(--soft))`;
+    if (strong > 45) shown.style.color = "#fff";
+    body.rows[truth].cells[guess + 1].append(shown);
+  }
 }
 
 function fillMistaken(table, sums) {
-  const found = [];
-  data.confusion.forEach((row, truth) => row.forEach((count, guess) => {
-    if (count && truth !== guess) found.push([truth, guess, count]);
-  }));
+  const found = data.confusion.filter(([truth, guess]) => truth !== guess);
   table.className = "sortable";
   const head = table.createTHead().insertRow();
   for (const name of ["is", "taken for", "images", "share"]) head.append(headed("col", name));

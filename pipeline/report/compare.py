@@ -18,7 +18,6 @@ from pipeline.report.single import publish, require_target, trained_on
 from pipeline.run_dataset import RunDataset, distinct, told_apart
 from pipeline.workspace import Workspace
 
-_MOST_JSON = 2**26  # bytes of a sweep.json
 _MOST_DRAWN = 60  # points
 _NO_IMAGES = {"classes": [], "images": None, "confusion": None}  # for the page's script
 
@@ -132,7 +131,7 @@ def _interval(low: float | None, high: float | None) -> str:
 def of_sweep(folder: Path, out: Path) -> dict[str, Any]:
     """Write a page about the sweep in a folder: all settings that were tried, ranked. Raises RunError."""
     try:
-        about = json.loads(storage.read_small(folder / "sweep.json", _MOST_JSON))
+        about = json.loads(storage.read_small(folder / "sweep.json", runs.MOST_BYTES))
         if (about["format"], about["version"]) != (sweep.FORMAT, sweep.VERSION):
             raise ValueError("another format")
         text = _page_of_sweep(about)

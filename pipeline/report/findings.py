@@ -1,25 +1,35 @@
-"""What a dataset's own features say of it: a map, labels that are likely wrong, images that are nearly the same."""
+"""What a dataset's own features say of it: a map, labels that are likely wrong, images that are nearly the same.
+
+All of it is about every image, in memory that grows by about a kilobyte an image, whatever the number of classes.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pipeline import near
+from pipeline.heads.base import deal_folds
 from pipeline.progress import Progress
-from pipeline.report.tiles import Tiles
+from pipeline.report.tiles import Looks
+from pipeline.rows import Rows, in_order
 
-MAPS = ("tsne", "pca")
 _MOST_TSNE = 5_000  # images; beyond, t-SNE takes minutes
+_SAMPLE = 10_000  # images that components, and what is to be chosen, are learned from
 _COMPONENTS = 128  # that features are reduced to before anything else: what is left out is mostly noise
 _FOLDS = 5
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse penalties of the logistic regression
+_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)  # of the discriminant analysis
+_MOST_ITERATED = 1 << 23  # images times classes up to which a regression is fitted: beyond, it takes hours
+_BLOCK = 1 << 22  # probabilities that are in memory together: 32 MB
 _UNLIKELY = 0.5  # times chance: how likely a label is at most to be called doubtful
 _NEIGHBOURS = 3  # by features, of each image, that are looked at for being nearly the same
+
+Fold = tuple[Any, np.ndarray, float]  # a fitted model, the images held out, what to divide logits by
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +38,12 @@ class Findings:
 
     Parameters
     ----------
-    places
-        (n, 2) float: where each lies on the map, 0 to 1.
-    method
-        How the map was made.
+    components
+        (n, k) float32: principal components of their features.
     likely_wrong
         Indices of images whose label is likely wrong, the likeliest first.
     suggested
-        (n,) int: the class that cross-validated features say.
+        (n,) int: the class that cross-validated features say; -1 where nothing could be learned of the image's class.
     own_probability
         (n,) float: how likely they find the label that is given.
     accuracy
@@ -44,8 +52,7 @@ class Findings:
         (m, 2) int: pairs of images that are nearly the same picture, or its mirror image.
     """
 
-    places: np.ndarray
-    method: str
+    components: np.ndarray
     likely_wrong: np.ndarray
     suggested: np.ndarray
     own_probability: np.ndarray
@@ -53,129 +60,184 @@ class Findings:
     near: np.ndarray
 
 
-def reduced(pooled: np.ndarray) -> np.ndarray:
-    """Return (n, c) float32 features as at most 128 principal components of standardised channels: (n, k) float32."""
+def reduced(rows: Rows) -> np.ndarray:
+    """Return (n, c) features as at most 128 principal components of standardised channels: (n, k) float32.
+
+    They are learned from 10,000 rows at most, and the rows gone through in blocks.
+    """
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import StandardScaler
 
-    scaled = StandardScaler().fit_transform(pooled)
-    return PCA(min(_COMPONENTS, *pooled.shape), svd_solver="randomized", random_state=0).fit_transform(scaled)
+    sample = rows[_sample(len(rows))]
+    scaler: Any = StandardScaler().fit(sample)
+    pca: Any = PCA(min(_COMPONENTS, *sample.shape), svd_solver="randomized", random_state=0)
+    pca.fit(scaler.transform(sample))
+    components = np.empty((len(rows), pca.n_components_), np.float32)
+    for at, some in in_order(rows):
+        components[at] = pca.transform(scaler.transform(some))
+    return components
+
+
+def _sample(count: int) -> np.ndarray:
+    if count <= _SAMPLE:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, _SAMPLE, replace=False))
 
 
 def find(
-    pooled: np.ndarray,
-    labels: np.ndarray,
-    groups: np.ndarray,
-    small: Tiles,
-    classes: int,
-    method: str | None,
-    progress: Progress,
+    rows: Rows, labels: np.ndarray, groups: np.ndarray, looks: Looks, classes: int, progress: Progress
 ) -> Findings:
     """Look at pooled features (n, c), labels (n,), and groups (n,) whose members must not be told apart by folds."""
-    with progress("looking at features", len(_STRENGTHS) + 3, "steps") as advance:
-        components = reduced(pooled)
+    with progress("looking at features", len(_STRENGTHS) + 4, "steps") as advance:
+        components = reduced(rows)
         advance(1)
-        probabilities = out_of_sample(components, labels, groups, classes, advance)
-        method = method or ("tsne" if len(pooled) <= _MOST_TSNE else "pca")
-        places = _map(components, method)
+        folds = cross_validated(components, labels, groups, classes, advance)
         advance(1)
-        near = near_pairs(components, small)
+        likely_wrong, suggested, own_probability = _judged(components, labels, classes, folds)
         advance(1)
-    suggested = probabilities.argmax(axis=1)
-    return Findings(
-        places,
-        method,
-        _issues(labels, probabilities),
-        suggested,
-        probabilities[np.arange(len(labels)), labels],
-        float(np.mean(suggested == labels)),
-        near,
-    )
+        near = near_pairs(components, looks)
+        advance(1)
+    accuracy = float(np.mean(suggested == labels))
+    return Findings(components, likely_wrong, suggested, own_probability, accuracy, near)
 
 
-def _map(components: np.ndarray, method: str) -> np.ndarray:
+def placed(components: np.ndarray, method: str | None) -> tuple[np.ndarray, str]:
+    """Return where some images lie on a map, (n, 2) float within 0 to 1, by their components, and how it was made."""
     from sklearn.manifold import TSNE
 
+    method = method or ("tsne" if len(components) <= _MOST_TSNE else "pca")
     places = components[:, :2]
     if method == "tsne" and len(components) > 3:
         perplexity = min(30.0, (len(components) - 1) / 3)
         places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(components[:, :50])
     low, high = places.min(axis=0), places.max(axis=0)
-    return (places - low) / np.maximum(high - low, 1e-9)
+    return (places - low) / np.maximum(high - low, 1e-9), method
 
 
-def out_of_sample(
+def cross_validated(
     components: np.ndarray, labels: np.ndarray, groups: np.ndarray, classes: int, advance: Callable[[int], None]
-) -> np.ndarray:
-    """Return what a logistic regression says of images it was not fitted on, (n, classes) float64, by five folds.
+) -> list[Fold]:
+    """Return models of the labels, each with the images it was not fitted on, by five folds; none of too few images.
 
-    Its penalty is the one under which that agrees best with the labels; `advance(1)` is called for each that could be.
+    They are logistic regressions, with the penalty under which some 10,000 images agree best with their labels; of more
+    images and classes than these can be fitted to, discriminant analyses, with the temperature for which they do.
+    `advance(1)` is called for each penalty.
     """
-    from sklearn.metrics import log_loss
+    if len(labels) * classes > _MOST_ITERATED:
+        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    best, least = np.zeros((0, 0)), np.inf
+        advance(len(_STRENGTHS))
+        return _cooled(_by_folds(components, labels, groups, LinearDiscriminantAnalysis), components, labels, classes)
+    some = _sample(len(labels))
+    best, least, chosen = list[Fold](), np.inf, _STRENGTHS[0]
     for at, strength in enumerate(_STRENGTHS):
-        said = _by_folds(components, labels, groups, classes, strength)
-        loss = float(log_loss(labels, said, labels=np.arange(classes)))
+        folds = _by_folds(components[some], labels[some], groups[some], lambda: _regression(strength))  # noqa: B023
+        loss = _loss(folds, components[some], labels[some], classes)
         if loss >= least:  # and would be with less of a penalty still
             advance(len(_STRENGTHS) - at)
             break
-        best, least = said, loss
+        best, least, chosen = folds, loss, strength
         advance(1)
+    if len(some) < len(labels) and best:
+        return _by_folds(components, labels, groups, lambda: _regression(chosen))
     return best
 
 
-def _by_folds(
-    components: np.ndarray, labels: np.ndarray, groups: np.ndarray, classes: int, strength: float
-) -> np.ndarray:
-    from sklearn.exceptions import ConvergenceWarning
+def _regression(strength: float) -> Any:
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedGroupKFold
 
-    said = np.full((len(labels), classes), 1 / classes)
+    return LogisticRegression(C=strength, max_iter=200, tol=1e-3)
+
+
+def _by_folds(components: np.ndarray, labels: np.ndarray, groups: np.ndarray, model: Callable[[], Any]) -> list[Fold]:
+    from sklearn.exceptions import ConvergenceWarning
+
     count = min(_FOLDS, int(np.bincount(labels).max()), len(np.unique(groups)))
     if count < 2:  # too few images for any of them to be told by others
-        return said
-    folds = StratifiedGroupKFold(count, shuffle=True, random_state=0)
+        return []
+    folds = list[Fold]()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer images than folds
+        warnings.simplefilter("ignore", UserWarning)  # of classes with few images
         warnings.simplefilter("ignore", ConvergenceWarning)  # nearly there is good enough to be looked at
-        for fitted, held in folds.split(components, labels, groups):
-            if len(np.unique(labels[fitted])) < 2:
-                continue
-            regression: Any = LogisticRegression(C=strength, max_iter=200, tol=1e-3)
-            regression.fit(components[fitted], labels[fitted])
-            answers = regression.predict_proba(components[held]).astype(np.float64)
-            said[held] = 0
-            said[np.ix_(held, regression.classes_)] = answers / answers.sum(axis=1, keepdims=True)
-    return said
+        for fitted, held in deal_folds(labels, groups, count, 0):
+            if len(held) and 2 <= len(np.unique(labels[fitted])) < len(fitted):
+                folds.append((model().fit(components[fitted], labels[fitted]), held, 1.0))
+    return folds
 
 
-def _issues(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Return the images whose label is likely wrong, the likeliest first.
+def _cooled(folds: list[Fold], components: np.ndarray, labels: np.ndarray, classes: int) -> list[Fold]:
+    """Return the folds with the temperature of least loss on some images: an analysis alone is too sure of itself."""
+    some = np.isin(np.arange(len(labels)), _sample(len(labels)))
+    tried = [[(model, held, warm) for model, held, _ in folds] for warm in _TEMPERATURES]
+    losses = [_loss([(model, held[some[held]], warm) for model, held, warm in of], components, labels, classes)
+              for of in tried]  # fmt: skip
+    return tried[int(np.argmin(losses))]
 
-    They are what confident learning names (Northcutt, Jiang and Chuang 2021) and whose label is found to be less than
+
+def _loss(folds: list[Fold], components: np.ndarray, labels: np.ndarray, classes: int) -> float:
+    total = count = 0.0
+    for at, shares in _said(folds, components, labels, classes):
+        own = shares[np.arange(len(at)), labels[at]]
+        total, count = total - float(np.log(np.maximum(own, np.finfo(own.dtype).eps)).sum()), count + len(at)
+    return total / count if count else 0.0
+
+
+def _said(
+    folds: list[Fold], components: np.ndarray, labels: np.ndarray, classes: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield images and what is said of them, (m, classes) float64, block by block.
+
+    An image is left out if nothing of its class was fitted: it would only be told that it is something else.
+    """
+    from scipy.special import softmax
+
+    size = max(1, _BLOCK // classes)
+    for model, held, temperature in folds:
+        known = held[np.isin(labels[held], model.classes_)]
+        for start in range(0, len(known), size):
+            at = known[start : start + size]
+            shares = np.zeros((len(at), classes))
+            logits = model.predict_log_proba(components[at]).astype(np.float64) / temperature
+            shares[:, model.classes_] = softmax(logits, axis=1)
+            yield at, shares
+
+
+def _judged(
+    components: np.ndarray, labels: np.ndarray, classes: int, folds: list[Fold]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the images whose label is likely wrong, the likeliest first; the class suggested for each; its own share.
+
+    Named is what confident learning names (Northcutt, Jiang and Chuang 2021) and whose label is found to be less than
     half as likely as by chance: of hard images, which a weak backbone leaves many of, the former names too many.
     """
-    from cleanlab.filter import find_label_issues
+    from cleanlab.experimental.label_issues_batched import LabelInspector
 
-    named = np.asarray(
-        find_label_issues(labels, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1), np.int64
-    )
-    return named[probabilities[named, labels[named]] < _UNLIKELY / probabilities.shape[1]]
+    inspector = LabelInspector(num_class=classes, verbose=False)
+    suggested, own = np.full(len(labels), -1), np.zeros(len(labels))
+    for at, shares in _said(folds, components, labels, classes):
+        inspector.update_confident_thresholds(labels[at], shares)
+        suggested[at], own[at] = shares.argmax(axis=1), shares[np.arange(len(at)), labels[at]]
+    order = list[np.ndarray]()
+    for at, shares in _said(folds, components, labels, classes):
+        inspector.score_label_quality(labels[at], shares)
+        order.append(at)
+    if not order:
+        return np.zeros(0, np.int64), suggested, own
+    named = np.concatenate(order)[np.asarray(inspector.get_label_issues(), np.int64)]
+    return named[own[named] < _UNLIKELY / classes], suggested, own
 
 
-def near_pairs(components: np.ndarray, small: Tiles) -> np.ndarray:
+def near_pairs(components: np.ndarray, looks: Looks) -> np.ndarray:
     """Return pairs (m, 2), the smaller index first, of images that are nearly the same picture.
 
     They are sought by fingerprints and, as these miss what is mirrored or slightly cut, among those whose features
-    (n, k) are closest; their pictures decide.
+    (n, k) are closest; their pictures decide. Of copies only the first has neighbours: else each would have the others.
     """
-    seen = np.flatnonzero(small.seen)
-    by_picture = seen[near.near_pairs(small.fingerprints[seen], small.thumbs[seen], lambda n: None)]
-    close = _closest(components)
-    close = close[small.seen[close].all(axis=1)]
-    close = close[near.alike(small.thumbs, close, mirrored=True)]
+    seen = np.flatnonzero(looks.seen)
+    by_picture = seen[near.near_pairs(looks.fingerprints[seen], looks.thumbs[seen], lambda n: None)]
+    first = np.unique(looks.copy_of[seen])
+    close = first[_closest(components[first])]
+    close = close[near.alike(looks.thumbs, close, mirrored=True)]
     return np.unique(np.concatenate([by_picture, close]), axis=0)
 
 
@@ -183,6 +245,8 @@ def _closest(components: np.ndarray) -> np.ndarray:
     """Return each row (n, k) with the few whose directions are closest, as pairs (m, 2), the smaller index first."""
     from sklearn.neighbors import NearestNeighbors
 
+    if not len(components):
+        return np.zeros((0, 2), np.int64)
     directions = components / np.maximum(np.linalg.norm(components, axis=1, keepdims=True), 1e-9)
     count = min(_NEIGHBOURS + 1, len(directions))  # the closest of all is it itself
     neighbours: Any = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(directions)

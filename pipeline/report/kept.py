@@ -10,16 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline.cache import storage
+from pipeline.checksums import MOST_BYTES
 from pipeline.errors import RunError
+from pipeline.evaluate import confusion_cells
+from pipeline.predictions import Answers, read_answers
 from pipeline.progress import counted
 from pipeline.report import page
 from pipeline.reproduce import commands
 from pipeline.trained import TrainedRun
 
-_MOST_JSON = 2**26  # bytes of a run's metrics
+_MOST_CLASSES = 1_000  # in the table; a page with more is slow to open
 _MEASURES = ("precision", "recall", "f1", "roc_auc", "support")
 _STAGES = {"freeze": "the full model, backbone frozen", "finetune": "the full model, fine-tuned"}
 _TOLD_ELSEWHERE = ("run", "head", "space", "weights", "precision")  # of a summary
@@ -27,17 +28,16 @@ _TOLD_ELSEWHERE = ("run", "head", "space", "weights", "precision")  # of a summa
 _AXES = {"fold": "the folds", "epoch": "the epochs", "C": "C"}
 
 Row = tuple[str, str]
-Answers = dict[tuple[str, str], list[tuple[int, int, float]]]
 # What files that are no run's make of reading them.
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error)
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What stands on the page: `values` for its template, and the confusion matrix, (k, k) nested lists.
+    """What stands on the page: `values` for its template, and the cells of the confusion matrix.
 
-    `said` holds for each split and name of an image what was said of it: label, answer, confidence; several where
-    several images have one name.
+    A cell is true class, answer, and how many images. `said` holds for each split and name of an image, as it is spelt,
+    what was said of it: label, answer, confidence; several where several images have one name.
     """
 
     values: dict[str, Any]
@@ -67,16 +67,17 @@ def read(run: TrainedRun, program: Sequence[str]) -> Kept:
             "reliability": page.reliability(test["calibration"]),
             "calibration_error": _number(test["expected_calibration_error"]),
             "measures": _MEASURES,
-            "per_class": [_measures(each) for each in test["per_class"]],
+            "per_class": _per_class(test["per_class"]),
+            "classes": len(run.classes),
             "quarantined": [(str(each["path"]), str(each["reason"])) for each in bad],
             "provenance": _provenance(run, about),
             "commands": commands(run, program, share),
         }
-        said = _answers(run)
+        said = read_answers(run.path / "predictions.csv", run.classes)
         for side, measured in metrics.items():
             if (found := sum(len(some) for (of, _), some in said.items() if of == side)) != measured["images"]:
                 raise ValueError(f"predictions.csv has {found:,} images of {side}, not {measured['images']:,}")
-        return Kept(values, _confusion(test["confusion"], len(run.classes)), said)
+        return Kept(values, confusion_cells(test["confusion"], len(run.classes)).tolist(), said)
     except _UNREADABLE as error:
         raise RunError(f"the files of the run {run.name} cannot be read ({error!r:.200}); train anew") from error
 
@@ -88,30 +89,21 @@ def _number(value: Any) -> float:
     return value
 
 
+def _per_class(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what is told of each class; of too many, of those that are told apart worst, in their order."""
+    told = [_measures(each) for each in measured]
+    tested = [i for i, each in enumerate(told) if each["support"]]
+    worst = sorted(tested, key=lambda i: told[i]["f1"])[:_MOST_CLASSES]
+    return told if len(told) <= _MOST_CLASSES else [told[i] for i in sorted(worst)]
+
+
 def _measures(of_class: Mapping[str, Any]) -> dict[str, Any]:
     measured = {name: value if (value := of_class[name]) is None else _number(value) for name in _MEASURES}
     return {"class": str(of_class["class"]), **measured}
 
 
-def _confusion(value: Any, classes: int) -> list[list[int]]:
-    counts = np.array(value)
-    if counts.shape != (classes, classes) or counts.dtype.kind != "i":
-        raise ValueError(f"a confusion matrix of another shape or kind, {counts.shape} {counts.dtype}")
-    return counts.tolist()
-
-
 def _json(path: Path) -> Any:
-    return json.loads(storage.read_small(path, _MOST_JSON))
-
-
-def _answers(run: TrainedRun) -> Answers:
-    known = {name: i for i, name in enumerate(run.classes)}
-    said: Answers = {}
-    with (run.path / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            answer = known[row["label"]], known[row["predicted"]], _number(float(row["probability"]))
-            said.setdefault((row["split"], row["image"]), []).append(answer)
-    return said
+    return json.loads(storage.read_small(path, MOST_BYTES))
 
 
 def _curves(history: Sequence[Mapping[str, float]]) -> list[Row]:

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import IO, Any
 
 from pipeline.pictures import INK, draw_calibration, draw_curves, picture
+from pipeline.spelling import spelt
 
 _PAGES = resources.files("pipeline") / "pages"
 
@@ -41,9 +42,9 @@ def embedded(data: Mapping[str, Any]) -> str:
 
 
 def printable(value: Any) -> Any:
-    """Return the same with every text such as UTF-8 can carry it: a file name's odd byte is spelt out."""
+    """Return the same with every text such as UTF-8 can carry it."""
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
+        return spelt(value)
     if isinstance(value, Mapping):
         return {key: printable(each) for key, each in value.items()}
     return [printable(each) for each in value] if isinstance(value, list | tuple) else value

@@ -11,32 +11,39 @@ from pipeline.errors import IceboxError, MissingRowsError
 from pipeline.extract import FeatureChoice
 from pipeline.gather import SPLITS, Material, Sorted, gather, gather_images
 from pipeline.images import depth_of
+from pipeline.predictions import Answers
 from pipeline.report import findings, page
 from pipeline.report.findings import Findings
-from pipeline.report.kept import Answers
-from pipeline.report.tiles import Tiles, tiles
+from pipeline.report.tiles import Looks, Tiles, look, packed
 from pipeline.rows import Wanted, open_rows
+from pipeline.spelling import spelt
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
 
-MOST_IMAGES = 10_000
-_MOST_LISTED = 200  # doubtful labels, and near copies
+MOST_IMAGES = 10_000  # with pictures on a page
+MOST_LISTED = 200  # doubtful labels, and near copies, on a page
+_MOST_ROWS = 2**29  # bytes of features in memory; more are read as they are needed
 _NO_FEATURES = "there is no map, and no look for doubtful labels and near copies"
 
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """n images, test first: positions in `images.keys`, and what stands on them.
+    """n images, test first: positions in `images.keys`, what was said and found of them, and which are on the page.
 
     `predicted` (n,) int is -1 for images of which nothing was said, `confidence` (n,) float is how sure it was.
+    `selected` (m,) are the indices of those on the page, in ascending order, which have `tiles`, and `places` (m, 2) on
+    a map that was made by `method`, or None.
     """
 
     images: Sorted
     positions: np.ndarray
-    tiles: Tiles
     predicted: np.ndarray
     confidence: np.ndarray
     found: Findings | None
+    selected: np.ndarray
+    tiles: Tiles
+    places: np.ndarray
+    method: str | None
 
     @property
     def names(self) -> list[str]:
@@ -57,44 +64,55 @@ class Shown:
 def gather_shown(
     run: TrainedRun, said: Answers, workspace: Workspace, max_pixels: int, method: str | None, notes: list[str]
 ) -> Shown | None:
-    """Return the images of the run with pictures and findings; what cannot be had is noted."""
+    """Return the images of the run with findings, and pictures of some; what cannot be had is noted."""
     images = _images(run, workspace, max_pixels, notes)
     if images is None:
         return None
     positions = np.concatenate([images.members(side) for side in reversed(SPLITS)])
     predicted, confidence = _answers(images, positions, said)
+    _note_changes(run, images, said, predicted, notes)
+    all_fit = len(positions) <= MOST_IMAGES
+    found, looks, depth = None, None, depth_of(run.base.decode)
+    if isinstance(images, Material):
+        looks = look(images, positions, max_pixels, workspace.progress, depth, pictures=all_fit)
+        found = _found(images, positions, looks, len(run.classes), workspace)
+    selected = np.arange(len(positions)) if all_fit else _select(images, positions, predicted, found)
+    if looks is None or not all_fit:
+        pictures = look(images, positions[selected], max_pixels, workspace.progress, depth, pictures=True)
+    else:
+        pictures = looks
+    _note_left_out(len(positions), len(selected), looks or pictures, notes)
+    places, how = findings.placed(found.components[selected], method) if found else (np.zeros((0, 2)), None)
+    return Shown(images, positions, predicted, confidence, found, selected, packed(pictures.pictures), places, how)
+
+
+def _note_changes(run: TrainedRun, images: Sorted, said: Answers, predicted: np.ndarray, notes: list[str]) -> None:
     tested = sum(len(answers) for (side, _), answers in said.items() if side == "test")
     known = int((predicted[: len(images.members("test"))] >= 0).sum())
     if known < tested:
         notes.append(f"{tested - known:,} of {tested:,} tested images are gone, or have another label or split by now.")
     elif run.content not in (None, images.content):
         notes.append("The dataset changed since: under the same names there may be other images than the run saw.")
-    if len(positions) > MOST_IMAGES:
-        notes.append(f"{MOST_IMAGES:,} of {len(positions):,} images are on this page, those first that were tested.")
-        some = _most_telling(images, positions, predicted)
-        positions, predicted, confidence = positions[some], predicted[some], confidence[some]
-    small = tiles(
-        images.dataset,
-        images.usable[positions].tolist(),
-        max_pixels,
-        workspace.progress,
-        depth_of(run.base.decode),
-    )
-    if unseen := int((~small.seen).sum()):
+
+
+def _note_left_out(count: int, selected: int, looks: Looks, notes: list[str]) -> None:
+    if selected < count:
+        notes.append(f"{selected:,} of {count:,} images are on this page, those first that are named or were tested.")
+    if unseen := int((~looks.seen).sum()):
         notes.append(
-            f"{unseen:,} of {len(positions):,} images cannot be read now: they are grey, and without near copies."
+            f"{unseen:,} of {len(looks.seen):,} images cannot be read now: they are grey, and without near copies."
         )
-    found = None
-    if isinstance(images, Material):
-        with images.space.reading():
-            (rows,) = open_rows(images.space, images.keys, "pooled", [Wanted(positions)])
-            pooled = np.asarray(rows[np.arange(len(positions))])
+
+
+def _found(images: Material, positions: np.ndarray, looks: Looks, classes: int, workspace: Workspace) -> Findings:
+    """Look at what the features of all these images say; near copies across the split come first."""
+    with images.space.reading():
+        (rows,) = open_rows(images.space, images.keys, "pooled", [Wanted(positions)], memory=_MOST_ROWS)
         labels, groups = images.labels(positions), images.groups[positions]
-        found = findings.find(pooled, labels, groups, small, len(run.classes), method, workspace.progress)
-        sides = images.sides(positions)
-        within = sides[found.near[:, 0]] == sides[found.near[:, 1]]
-        found = replace(found, near=found.near[np.argsort(within, kind="stable")])  # those across the split first
-    return Shown(images, positions, small, predicted, confidence, found)
+        found = findings.find(rows, labels, groups, looks, classes, workspace.progress)
+    sides = images.sides(positions)
+    within = sides[found.near[:, 0]] == sides[found.near[:, 1]]
+    return replace(found, near=found.near[np.argsort(within, kind="stable")])
 
 
 def _images(run: TrainedRun, workspace: Workspace, max_pixels: int, notes: list[str]) -> Sorted | None:
@@ -127,41 +145,46 @@ def _answers(images: Sorted, positions: np.ndarray, said: Answers) -> tuple[np.n
     sides = images.sides(positions).tolist()
     named = zip(sides, images.names(positions), images.labels(positions).tolist(), strict=True)
     for at, (side, name, label) in enumerate(named):
-        answers = left.get((side, page.printable(name)), [])
+        answers = left.get((side, spelt(name)), [])
         same = next((number for number, (then, _, _) in enumerate(answers) if then == label), None)
         if same is not None:
             _, predicted[at], confidence[at] = answers.pop(same)
     return predicted, confidence
 
 
-def _most_telling(images: Sorted, positions: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return which images to show, (10,000,): tested ones before others, mistakes before the rest, else by chance."""
+def _select(images: Sorted, positions: np.ndarray, predicted: np.ndarray, found: Findings | None) -> np.ndarray:
+    """Return which images to show, (10,000,): those that are listed as found, then tested ones, mistakes first."""
+    listed = np.zeros(len(positions), bool)
+    if found is not None:
+        listed[found.likely_wrong[:MOST_LISTED]] = True
+        listed[found.near[:MOST_LISTED].ravel()] = True
     sides = images.sides(positions)
     rank = np.array([SPLITS[::-1].index(side) for side in sides.tolist()])
     right = predicted == images.labels(positions)
     chance = np.random.default_rng(0).random(len(positions))
-    return np.sort(np.lexsort((chance, right, rank))[:MOST_IMAGES])
+    return np.sort(np.lexsort((chance, right, rank, ~listed))[:MOST_IMAGES])
 
 
 def script_data(shown: Shown) -> dict[str, Any]:
-    """Return what the page's script draws of the images."""
-    found, columns = shown.found, shown.tiles.columns
+    """Return what the page's script draws of the images on it."""
+    found, columns, some = shown.found, shown.tiles.columns, shown.selected
     on_sheet = columns**2
-    counts = [min(on_sheet, len(shown.positions) - start) for start in range(0, len(shown.positions), on_sheet)]
-    places = np.round(found.places * 1000).astype(int) if found else np.zeros((0, 2), int)
+    counts = [min(on_sheet, len(some) - start) for start in range(0, len(some), on_sheet)]
+    places = np.round(shown.places * 1000).astype(int)
+    place = {i: at for at, i in enumerate(some.tolist())}
     return {
         "images": {
-            "name": page.printable(shown.names),
-            "split": [SPLITS.index(side) for side in shown.sides.tolist()],
-            "label": shown.labels.tolist(),
-            "predicted": shown.predicted.tolist(),
-            "confidence": np.round(shown.confidence, 3).tolist(),
+            "name": page.printable(shown.images.names(shown.positions[some])),
+            "split": [SPLITS.index(side) for side in shown.sides[some].tolist()],
+            "label": shown.labels[some].tolist(),
+            "predicted": shown.predicted[some].tolist(),
+            "confidence": np.round(shown.confidence[some], 3).tolist(),
             "x": places[:, 0].tolist(),
             "y": places[:, 1].tolist(),
         },
         "tiles": {"columns": columns, "sheet": on_sheet, "rows": [-(-count // columns) for count in counts]},
-        "suspects": _suspects(found)[:_MOST_LISTED] if found else [],
-        "near": found.near[:_MOST_LISTED].tolist() if found else [],
+        "suspects": [{**each, "i": place[each["i"]]} for each in _suspects(found)[:MOST_LISTED]] if found else [],
+        "near": [[place[i] for i in pair] for pair in found.near[:MOST_LISTED].tolist()] if found else [],
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.cache import storage
 from pipeline.errors import RunError
 from pipeline.report import kept, page
-from pipeline.report.shown import Shown, crossing, gather_shown, named, script_data
+from pipeline.report.shown import MOST_LISTED, Shown, crossing, gather_shown, named, script_data
 from pipeline.runs import read_run
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
@@ -54,10 +54,11 @@ def write(
         "page": str(out),
         "bytes": out.stat().st_size,
         "images": looked["looked_at"],
+        "images_shown": len(shown.selected) if shown else 0,
         "likely_wrong_labels": looked["suspects"],
         "near_copies": looked["near"],
         "near_copies_across_splits": looked["crossing"],
-        "map": shown.found.method if shown and shown.found else None,
+        "map": shown.method if shown else None,
         **(named(shown, shown.found) if shown and shown.found else {}),
         "left_out": notes,
     }
@@ -86,10 +87,11 @@ def _looked(shown: Shown | None) -> dict[str, Any]:
     found = shown.found if shown else None
     if shown is None or found is None:
         none = dict.fromkeys(("method", "suspects", "near", "crossing", "told_apart"))
-        return {"looked_at": len(shown.positions) if shown else 0, **none}
+        return {"looked_at": len(shown.positions) if shown else 0, "listed": MOST_LISTED, **none}
     return {
         "looked_at": len(shown.positions),
-        "method": _METHODS[found.method],
+        "listed": MOST_LISTED,
+        "method": _METHODS[shown.method or ""],
         "suspects": len(found.likely_wrong),
         "near": len(found.near),
         "crossing": int(crossing(shown).sum()),

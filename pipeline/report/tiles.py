@@ -1,18 +1,20 @@
-"""Small pictures of many images, packed into a few large ones, as a page that must open offline can carry them."""
+"""What each image looks like: marks that near copies are found by, and small pictures that a page can carry.
+
+The small pictures are packed into a few large ones, as a page must open offline.
+"""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 from pipeline import near
-from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded, Loader, decoding_pool
-from pipeline.images import FULL_DEPTH
+from pipeline.gather import Sorted
 from pipeline.progress import Progress
 
 _COLUMNS = 16
@@ -26,49 +28,74 @@ _SIZE, _FIT = 299, "pad"  # in which images are decoded: undistorted, and with n
 _MISSING = 128  # the grey of an image that cannot be read any more
 
 
+@dataclass(frozen=True, eq=False)
+class Looks:
+    """What n images look like.
+
+    `pictures` are (n, side, side, 3) uint8 RGB, with a side of 0 where only marks were wanted. `fingerprints` (n,)
+    uint64 and `thumbs` (n, 16, 16) uint8 are those of `near`; `seen` (n,) bool is false for images that cannot be read.
+    `copy_of` (n,) int is the first of them with the same content.
+    """
+
+    pictures: np.ndarray
+    fingerprints: np.ndarray
+    thumbs: np.ndarray
+    seen: np.ndarray
+    copy_of: np.ndarray
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Tile i lies on sheet i // 256, in row i % 256 // 16 and column i % 16; each is `side` pixels wide and high.
 
-    `sheets` are WebP pictures as data URLs. `fingerprints` (n,) uint64 and `thumbs` (n, 16, 16) uint8 are those of
-    `near`; `seen` (n,) bool is false for images that cannot be read.
+    `sheets` are WebP pictures as data URLs.
     """
 
     side: int
     sheets: list[str]
-    fingerprints: np.ndarray
-    thumbs: np.ndarray
-    seen: np.ndarray
     columns: int = _COLUMNS
 
 
-def tiles(dataset: Dataset, some: Sequence[int], max_pixels: int, progress: Progress, depth: int = FULL_DEPTH) -> Tiles:
-    """Return small pictures of these images of `dataset`, in this order."""
-    largest = _SIDES[len(some) > _MANY]
-    pictures = np.full((len(some), largest, largest, 3), _MISSING, np.uint8)
-    seen, fingerprints = np.zeros(len(some), bool), np.zeros(len(some), np.uint64)
-    thumbs = np.zeros((len(some), near.THUMB, near.THUMB), np.uint8)
-    place = {i: at for at, i in enumerate(some)}
+def look(
+    images: Sorted, positions: np.ndarray, max_pixels: int, progress: Progress, depth: int, *, pictures: bool
+) -> Looks:
+    """Look at the images at these positions, each content once; make `pictures` of them too, or only their marks."""
+    side = _SIDES[len(positions) > _MANY] if pictures else 0
+    of_key: dict[bytes, int] = {}
+    copy_of = np.array([of_key.setdefault(images.keys[at], i) for i, at in enumerate(positions.tolist())], np.int64)
+    place = {int(images.usable[positions[i]]): i for i in of_key.values()}
+    made = np.full((len(positions), side, side, 3), _MISSING, np.uint8)
+    seen, fingerprints = np.zeros(len(positions), bool), np.zeros(len(positions), np.uint64)
+    thumbs = np.zeros((len(positions), near.THUMB, near.THUMB), np.uint8)
     with (
-        Loader(dataset, _SIZE, _FIT, max_pixels, depth=depth) as loader,
+        Loader(images.dataset, _SIZE, _FIT, max_pixels, depth=depth) as loader,
         decoding_pool() as pool,
-        progress("making thumbnails", len(some)) as advance,
+        progress("making thumbnails" if pictures else "looking at images", len(place)) as advance,
     ):
-        for image, made in loader.stream(pool, some, lambda image: (image, _small(image, largest)), ahead=_AHEAD):
-            if made is not None:
+        for image, marks in loader.stream(pool, list(place), lambda image: (image, _marks(image, side)), ahead=_AHEAD):
+            if marks is not None:
                 at = place[image.i]
                 seen[at] = True
-                pictures[at], fingerprints[at], thumbs[at] = made
+                made[at], fingerprints[at], thumbs[at] = marks
             advance(1)
-    side = next((side for side in _SIDES if side <= largest and _estimate(pictures, side) < _ROOM), _SIDES[-1])
-    return Tiles(side, list(_sheets(pictures, side)), fingerprints, thumbs, seen)
+    if len(place) < len(positions):
+        made, fingerprints, thumbs, seen = (each[copy_of] for each in (made, fingerprints, thumbs, seen))
+    return Looks(made, fingerprints, thumbs, seen, copy_of)
 
 
-def _small(image: Loaded, side: int) -> tuple[np.ndarray, int, np.ndarray] | None:
+def _marks(image: Loaded, side: int) -> tuple[np.ndarray, int, np.ndarray] | None:
     if image.pixels is None:
         return None
-    small = cv2.resize(image.pixels, (side, side), interpolation=cv2.INTER_AREA)
+    empty = np.empty((0, 0, 3), np.uint8)
+    small = cv2.resize(image.pixels, (side, side), interpolation=cv2.INTER_AREA) if side else empty
     return (small, *near.fingerprint(image.pixels))
+
+
+def packed(pictures: np.ndarray) -> Tiles:
+    """Return pictures (n, side, side, 3) as tiles, as large as a page can carry them."""
+    sides = [side for side in _SIDES if side <= pictures.shape[1]]
+    side = next((side for side in sides if _estimate(pictures, side) < _ROOM), _SIDES[-1])
+    return Tiles(side, list(_sheets(pictures, side)))
 
 
 def _estimate(pictures: np.ndarray, side: int) -> float:
