@@ -316,8 +316,9 @@ def _announce(asked: FullAsked, setting: _Setting) -> None:
     train, val, test = (len(ready.rows[side]) for side in ("train", "val", "test"))
     there = settings["epochs"] * (train + val) + (2 - (asked.init is not None)) * train + val + test
     seconds = each * (there + settings["epochs"] * train * 2 * trains / work)
-    epochs, images = counted(settings["epochs"], "epoch"), counted(train, "image")
-    logger.info("training takes about %s: %s of %s", duration(seconds), epochs, images)
+    epochs, take = settings["epochs"], "takes" if settings["epochs"] == 1 else "take"
+    told = counted(epochs, "epoch"), counted(train, "image"), take, duration(seconds)
+    logger.info("%s of %s %s about %s", *told)
 
 
 def _plain(ready: Prepared[Any]) -> Rows:
