@@ -287,6 +287,13 @@ def test_a_class_may_be_called_as_a_split(name: str, tmp_path: Path) -> None:
     assert dataset.classes == tuple(sorted([name, "bus", "cat"])) and dataset.splits is None
 
 
+def test_several_classes_that_are_called_as_splits_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert listed(write(tmp_path, "train/1.png", "bus/1.png")).classes == ("bus", "train")
+    assert not caplog.messages
+    assert listed(write(tmp_path, "Test/1.png")).classes == ("Test", "bus", "train")
+    assert caplog.messages == [f"{tmp_path}: Test and train hold images directly, so that they are classes, not splits"]
+
+
 @pytest.mark.parametrize(
     "other", ["car/1.png", "trains/1.png", "extra/cat/1.png", "test1/1.png", "train_more/cat/1.png"]
 )

@@ -44,6 +44,8 @@ def open_folder(root: Path) -> Dataset:
     if stray := [name for name in names if name.count("/") <= depth]:
         raise DatasetError(f"{root}: {_LAYOUT}, found {len(stray)} outside a class folder, as {stray[0]!r}")
     classes, labels = index_labels(name.split("/", depth + 1)[depth] for name in names)
+    if depth == 0 and len(splits := [name for name in classes if name.lower() in SPLIT_NAMES]) > 1:
+        logger.warning("%s: %s hold images directly, so that they are classes, not splits", root, " and ".join(splits))
     if len(classes) == 1:
         _warn_of_one_class(root, classes[0], {part[0] for each in folders if (part := each.split("/")[depth + 1 :])})
     return Dataset(
