@@ -39,6 +39,7 @@ def open_features(
     views: int = 1,
     augment: str = "",
     memory: int | None = None,
+    depth: int | None = None,
 ) -> Features:
     """Open the cached features of a dataset. Computes none.
 
@@ -58,6 +59,8 @@ def open_features(
     memory
         Bytes that rows may take in memory, by default half of what is free. If all splits together take more, they
         are read from the shards as they are needed; none is read before it is asked for.
+    depth
+        Bits that images with 16 bits a channel were taken for, as `--depth` says it.
 
     Raises
     ------
@@ -71,10 +74,11 @@ def open_features(
     if what not in ("features", "pooled"):
         raise UsageError(f'what must be "features" or "pooled", found {what!r:.60}')
     choice = DatasetChoice(str(dataset), image_root=image_root and str(image_root), limit=limit)
-    command = f"python cli.py features --dataset {shlex.quote(str(dataset))}{f' --views {views}' * (views > 1)}"
+    more = f"{f' --views {views}' * (views > 1)}{f' --depth {depth}' * (depth is not None)}"
+    command = f"python cli.py features --dataset {shlex.quote(str(dataset))}{more}"
     with ExitStack() as stack:
         workspace = stack.enter_context(open_workspace(root))
-        chosen, limits = FeatureChoice(space=space, layer=layer), images.DEFAULT_MAX_PIXELS
+        chosen, limits = FeatureChoice(space=space, layer=layer, depth=depth), images.DEFAULT_MAX_PIXELS
         material = gather(choice.open(workspace), workspace, chosen, limits, command, views=wanted)
         stack.enter_context(material.space.reading())
         warn_untrained(material.space.spec)

@@ -20,6 +20,7 @@ from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.errors import SpecError
 from pipeline.extract import Extraction, FeatureChoice, extract
+from pipeline.features import open_features
 from pipeline.gather import gather, gather_images
 from pipeline.predict import predict
 from pipeline.reproduce import commands, options_like
@@ -116,6 +117,9 @@ def test_a_space_is_chosen_by_the_depth_and_a_named_one_brings_its_own(place: Pl
     assert space(FeatureChoice(depth=16)) == place.first.space.name
     assert space(FeatureChoice(depth=12)) == place.twelve.space.name
     assert space(FeatureChoice(space=place.twelve.space.name)) == place.twelve.space.name
+    root = place.workspace.root
+    with open_features(root.parent / "deep", data_dir=root, what="pooled", depth=12) as features:
+        assert features.space == place.twelve.space.name
     with pytest.raises(SpecError, match="decode is rgb8"):
         space(FeatureChoice(space=place.twelve.space.name, depth=14))
 
