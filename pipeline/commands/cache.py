@@ -51,7 +51,7 @@ def cache_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOp
 
     with opened(context) as workspace:
         spaces = [describe(space) for space in workspace.cache.spaces()]
-        quarantined = len(workspace.cache.index.all_quarantined()) if workspace.cache.has_index else 0
+        quarantined = len(workspace.cache.index.all_quarantined()) if workspace.cache.index_path.exists() else 0
     totals = {key: sum(space[key] for space in spaces) for key in ("shards", "rows", "bytes")}
     result = {"spaces": spaces, **totals, "quarantined": quarantined}
     if as_json:
@@ -101,7 +101,7 @@ def cache_quarantine(context: typer.Context, as_json: JsonOption = False, quiet:
                 "max_pixels": bad.max_pixels,
                 "paths": [str(path) for path in cache.index.files_with_digest(bad.key)],
             }
-            for bad in (cache.index.all_quarantined() if cache.has_index else ())
+            for bad in (cache.index.all_quarantined() if cache.index_path.exists() else ())
         ]
     if as_json:
         terminal.emit_json({"quarantined": len(found), "contents": found})
