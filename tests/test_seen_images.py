@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from pipeline.finetune import with_initial
 from pipeline.gather import Material, gather
 from pipeline.origin import Origin, begun_from
 from pipeline.run_images import FILE, RunImages
+from pipeline.seen_images import seen_images
 from pipeline.spec import HeadSpec
 from pipeline.train import train_head
+from pipeline.trained import open_run
 from pipeline.workspace import Workspace
 
 
@@ -30,6 +33,10 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(workspace: Workspace, photos: Path) -> Path:
     fill(workspace, listed(photos))
+    return trained(workspace, photos)
+
+
+def trained(workspace: Workspace, photos: Path) -> Path:
     logreg = HeadSpec.make("logreg", C="0.1")
     asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), logreg, images.DEFAULT_MAX_PIXELS)
     return train_head(listed(photos), workspace, asked, "features").path
@@ -57,6 +64,20 @@ def test_what_a_model_begins_with_was_trained_on(run: Path, workspace: Workspace
 def _order(kept: RunImages) -> list[int]:
     keys = kept.among("train", "val").tolist()
     return sorted(range(len(keys)), key=lambda i: keys[i])
+
+
+def test_images_that_the_run_was_made_without_are_known_by_their_names(workspace: Workspace, photos: Path) -> None:
+    """The index may no longer know what could not be decoded, as after another version of the decoder."""
+    (photos / "bee" / "bad.png").write_bytes(b"no image")
+    fill(workspace, listed(photos), leave_out={listed(photos).names.index("bee/bad.png")})
+    run = trained(workspace, photos)
+    kept = RunImages.read(run)
+    assert kept is not None and json.loads((run / "quarantined.json").read_text())[0]["path"] == "bee/bad.png"
+    unseal(run)
+    (run / FILE).unlink()
+    found = seen_images(open_run(workspace.runs, run.name), workspace)
+    assert found is not None
+    assert found.digests.tolist() == kept.digests.tolist()
 
 
 def test_that_nobody_knows_it_is_said_and_kept(
