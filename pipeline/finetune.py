@@ -111,7 +111,7 @@ def _from_images(dataset: Dataset, workspace: Workspace, asked: FullAsked, origi
     spec = origin.base
     depth = depth_of(spec.decode)
     images = gather_images(dataset, workspace, asked.max_pixels, spec.fit, depth)
-    images = _with_initial(images, asked, workspace)
+    images = with_initial(images, asked, workspace)
     with prepared_pixels(images, spec.input_size, spec.fit, asked.max_pixels, depth) as ready:
         made, until = _network(origin, spec, asked, ready.classes)
         yield _Setting(origin, made, made.on_pixels(), made.features_of_pixels(), ready, until)
@@ -124,7 +124,7 @@ def _from_cache(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin
     done = extract(dataset, workspace, origin.choice, options, views=asked.views)
     choice = FeatureChoice(space=done.space.name) if done.space else origin.choice
     material = gather(dataset, workspace, choice, asked.max_pixels, "features", views=asked.views)
-    material = _with_initial(material, asked, workspace)
+    material = with_initial(material, asked, workspace)
     spec = replace(material.space.spec, layer=origin.base.layer)
     made, until = _network(origin, spec, asked, len(dataset.classes))
     model = made.after(origin.cut)
@@ -134,7 +134,7 @@ def _from_cache(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin
         yield _Setting(origin, made, model, made.features_after(origin.cut), ready, until, done.computed)
 
 
-def _with_initial(images: S, asked: FullAsked, workspace: Workspace) -> S:
+def with_initial(images: S, asked: FullAsked, workspace: Workspace) -> S:
     """Return the images with those that the run was trained on with which the model begins."""
     if asked.init is None:
         return images

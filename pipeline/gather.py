@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -160,12 +161,14 @@ def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: 
     return found
 
 
-def list_images(dataset: Dataset, workspace: Workspace, max_pixels: int) -> Sorted:
-    """Return the images of `dataset`, as far as is known which can be decoded: none is decoded, none is fetched."""
-    index = workspace.cache.index
+def list_images(dataset: Dataset, workspace: Workspace, quarantined: Set[str]) -> Sorted:
+    """Return the images of `dataset` but those of these names: none is decoded, and none is fetched."""
     with workspace.progress("identifying images", len(dataset)) as advance:
-        identities = identify(dataset, index, advance, read_unseen=False)
-    return Sorted(*_sorted(dataset, identities, Planning(dataset, identities, index, max_pixels).plan(None)))
+        keys = identify(dataset, workspace.cache.index, advance, read_unseen=False).keys
+    known = [(i, key) for i, key in enumerate(keys) if key is not None and dataset.names[i] not in quarantined]
+    usable = np.array([i for i, _ in known], np.int64)
+    split = assign(dataset, keys)
+    return Sorted(dataset, [key for _, key in known], usable, split, [], groups(dataset, keys)[usable])
 
 
 def _sorted(

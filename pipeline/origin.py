@@ -93,7 +93,7 @@ def origin_of(asked: FullAsked, dataset: Dataset, workspace: Workspace) -> Origi
     WeightsError
         If the weights cannot be had.
     """
-    begun = _begun(Path(asked.init), dataset) if asked.init else None
+    begun = begun_from(Path(asked.init), dataset) if asked.init else None
     layer = begun.spec.layer if begun else asked.features.layer or BACKBONES[DEFAULT_BACKBONE].default_layer
     if asked.features.layer not in (None, layer):
         raise SpecError(f"the head of {asked.init} stands on {layer}, not on {asked.features.layer}")
@@ -125,7 +125,8 @@ def _topology() -> tuple[list[str], list[str]]:
     return [each.name for each in whole.layers], cut_layers(whole)
 
 
-def _begun(path: Path, dataset: Dataset) -> Begun:
+def begun_from(path: Path, dataset: Dataset) -> Begun:
+    """Return the run in a folder to begin with, if it has the dataset's classes. Raises what `origin_of` does."""
     about = read_run(path)
     try:
         spec, classes = FeatureSpec.from_dict(about["features"]), list(about["classes"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.asked import FullAsked
+from pipeline.cache import storage
+from pipeline.checksums import MOST_BYTES
 from pipeline.class_names import with_classes
 from pipeline.errors import IceboxError, RunError
 from pipeline.gather import Sorted, list_images
@@ -71,9 +74,18 @@ def _unchanged(run: TrainedRun, workspace: Workspace) -> Sorted | None:
     if run.asked is None or run.content is None:
         return None
     try:
-        found = run.asked.images.open(workspace)
-        found = list_images(with_classes(found, run.name, run.classes), workspace, run.asked.max_pixels)
+        dataset = with_classes(run.asked.images.open(workspace), run.name, run.classes)
+        found = list_images(dataset, workspace, _quarantined(run))
     except IceboxError as error:
         logger.warning("the dataset of the run %s cannot be looked at: %s", run.name, error)
         return None
     return found if found.content == run.content else None
+
+
+def _quarantined(run: TrainedRun) -> set[str]:
+    """Return the names of the images that a run was made without: another decoder may take them by now."""
+    path = run.path / "quarantined.json"
+    try:
+        return {str(bad["path"]) for bad in json.loads(storage.read_small(path, MOST_BYTES))}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read ({error})") from error

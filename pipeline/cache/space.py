@@ -285,18 +285,13 @@ class Cache:
     def __init__(self, root: Path, progress: Progress = silent) -> None:
         self.root = root
         self.progress = progress
-        self._named_index = os.environ.get("ICEBOX_INDEX")
+        named = os.environ.get("ICEBOX_INDEX")
+        self.index_path, self._index_of = Path(named or root / "cache.db"), root if named else None
 
     @cached_property
     def index(self) -> Index:
         """The index, opened, or made, when it is first needed: a command that only lists leaves no cache behind."""
-        named = self._named_index
-        return Index(Path(named), self.root) if named else Index(self.root / "cache.db")
-
-    @property
-    def has_index(self) -> bool:
-        """Whether there is an index to be opened."""
-        return storage.exists(Path(self._named_index or self.root / "cache.db"))
+        return Index(self.index_path, self._index_of)
 
     def close(self) -> None:
         """Close the index."""

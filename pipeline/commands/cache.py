@@ -52,7 +52,7 @@ def cache_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOp
 
     with opened(context) as workspace:
         spaces = [describe(space) for space in workspace.cache.spaces()]
-        quarantined = len(workspace.cache.index.all_quarantined()) if workspace.cache.has_index else 0
+        quarantined = len(workspace.cache.index.all_quarantined()) if workspace.cache.index_path.exists() else 0
     totals = {key: sum(space[key] for space in spaces) for key in ("shards", "rows", "bytes")}
     result = {"spaces": spaces, **totals, "quarantined": quarantined}
     if as_json:
@@ -102,7 +102,7 @@ def cache_quarantine(context: typer.Context, as_json: JsonOption = False, quiet:
                 "max_pixels": bad.max_pixels or None,  # none of those whose rows are condemned
                 "paths": [str(path) for path in cache.index.files_with_digest(bad.key)],
             }
-            for bad in (cache.index.all_quarantined() if cache.has_index else ())
+            for bad in (cache.index.all_quarantined() if cache.index_path.exists() else ())
         ]
     if as_json:
         terminal.emit_json({"quarantined": len(found), "contents": found})
