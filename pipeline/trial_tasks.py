@@ -23,6 +23,7 @@ from pipeline.spec import HeadSpec
 from pipeline.worker_health import WorkerHealth
 
 _SHARE_OF_LIMIT = 0.8  # of a worker's memory; with more in use Dask gives it nothing to do
+_LEAST_ROWS = 16  # that are read at once
 _ONE = threading.Lock()  # a process trains one head at a time, however many threads its worker has
 _held: dict[str, Data] = {}  # in a worker: the rows of the trials at hand, so that they are read once
 
@@ -171,17 +172,18 @@ def _read(data: Data, memory: int | None, needed: int) -> Data:
     stored: list[Any] = [data.train, data.val]
     if not all(isinstance(rows, StoredRows) for rows in stored):
         raise TypeError("rows that are not on disk")
-    train, val = hold(stored, memory=_allowed(memory, needed), needed=needed)
+    room = memory if memory is not None else _room_by_limit(needed, stored[0].least_room(_LEAST_ROWS))
+    train, val = hold(stored, memory=room, needed=needed)
     return replace(data, train=train, val=val)
 
 
-def _allowed(memory: int | None, needed: int) -> int | None:
-    """Return what rows may take: `memory`, or half of what the limit of this worker leaves; None without a limit."""
+def _room_by_limit(needed: int, least: int) -> int | None:
+    """Return what rows may take, half of what the limit of this worker leaves, or `least`; None without a limit."""
     import psutil
     from distributed import get_worker
 
     limit = get_worker().memory_manager.memory_limit
-    if memory is not None or not limit:
-        return memory
+    if not limit:
+        return None
     left = _SHARE_OF_LIMIT * limit - psutil.Process().memory_info().rss
-    return max(0, round(min(left, machine.available_memory()) - needed) // 2)
+    return max(least, round(min(left, machine.available_memory()) - needed) // 2)
