@@ -353,9 +353,9 @@ def _winner(workspace: Workspace, folder: Path) -> Path | None:
     """Return the folder of the run that the best setting became before the sweep was stopped, None if it did not."""
     noted = list[Any]()
     if (folder / runs.WINNER).exists():
-        noted.append(_read_json(folder / runs.WINNER)["run"])
+        noted.append(_read_json(folder / runs.WINNER).get("run"))
     if (folder / _ABOUT).exists():  # earlier versions removed their note before the sweep was published
-        noted.append(_read_json(folder / _ABOUT)["best"]["run"])
+        noted.append(dict(_read_json(folder / _ABOUT).get("best") or {}).get("run"))
     found = (workspace.runs / str(name) for name in noted)
     return next((run for run in found if (run / "run.json").exists()), None)
 

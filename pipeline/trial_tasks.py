@@ -24,6 +24,7 @@ from pipeline.spec import HeadSpec
 from pipeline.worker_health import WorkerHealth
 
 _SHARE_OF_LIMIT = 0.8  # of a worker's memory; with more in use Dask gives it nothing to do
+_LEAST_ROWS = 16  # that are read at once
 _ONE = threading.Lock()  # a process trains one head at a time, however many threads its worker has
 _held: dict[str, Data] = {}  # in a worker: the rows of the trials at hand, so that they are read once
 
@@ -192,5 +193,7 @@ def _read(data: Data, memory: int | None, needed: int, available: int) -> Data:
     stored: list[Any] = [data.train, data.val]
     if not all(isinstance(rows, StoredRows) for rows in stored):
         raise TypeError("rows that are not on disk")
+    # At least what reading a few rows takes: a worker without that much is ended by its own limit, which is then named.
+    available = max(available, needed + 2 * stored[0].least_room(_LEAST_ROWS))
     train, val = hold(stored, memory=memory, needed=needed, available=available)
     return replace(data, train=train, val=val)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 from cached import CLASSES, SPEC, fill, listed, row_of, write_images
@@ -34,6 +35,7 @@ from pipeline.errors import IceboxError, RunError, UsageError
 from pipeline.extract import FeatureChoice
 from pipeline.gather import gather
 from pipeline.prepare import prepared
+from pipeline.rows import StoredRows
 from pipeline.spec import HeadSpec
 from pipeline.sweep import Sweep, SweepAsked, run_trial, sweep
 from pipeline.train import train_head
@@ -299,6 +301,23 @@ def test_workers_read_the_rows_of_each_sweep_anew(workspace: Workspace, photos: 
         assert np.array_equal(found[0], np.asarray(ready.rows["train"][np.arange(len(found[0]))]))
         assert np.array_equal(found[1], np.asarray(ready.rows["val"][np.arange(len(found[1]))]))
         assert len(found[0]) != len(found[1])
+
+
+@pytest.mark.parametrize(("limit", "streamed"), [(0, False), ("1TB", False), ("1MB", True)])
+def test_a_worker_keeps_of_the_rows_what_its_memory_limit_leaves_room_for(
+    workspace: Workspace, photos: Path, limit: int | str, streamed: bool
+) -> None:
+    """Not what the machine would."""
+    fill(workspace, listed(photos))
+    material = gather(listed(photos), workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, "features")
+    with (
+        prepared(material, [HeadSpec.make("logreg")], None, sides=("train", "val"), held=False) as ready,
+        dask.config.set({"distributed.worker.memory.pause": False}),  # so that the least limit keeps it from nothing
+        LocalCluster(n_workers=1, processes=False, memory_limit=limit, dashboard_address="127.0.0.1:0") as started,
+        Client(started, set_as_default=False) as client,
+    ):
+        rows = client.submit(trial_tasks._read, ready.data(), None, 0).result().train
+    assert isinstance(rows, StoredRows) == streamed
 
 
 def test_a_worker_that_dies_costs_its_trial_a_second_try(workspace: Workspace, photos: Path) -> None:
