@@ -31,7 +31,7 @@ from pipeline.backbone import FrozenBackbone
 from pipeline.cache import digests
 from pipeline.compute import ComputeOptions, batch_of
 from pipeline.dataset import Dataset, limit, open_dataset
-from pipeline.errors import SpecError, WeightsError
+from pipeline.errors import DoNotFitError, SpecError, WeightsError
 from pipeline.extract import Extraction, FeatureChoice, extract
 from pipeline.spec import FeatureSpec
 from pipeline.workspace import Workspace, open_workspace
@@ -149,6 +149,15 @@ def test_what_cannot_be_decoded_is_named_and_remembered(photos: Path, run: Calla
     assert "cannot be read" in reasons["dogs/gone.png"]
     assert reasons["cats/text.png"] == reasons["dogs/twin.png"]
     assert counts(run(photos)) == (0, 12, 0, 4)
+
+
+def test_shards_too_large_for_memory_are_refused_before_a_row_is_computed(
+    photos: Path, run: Callable[..., Extraction], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda: 1_200_000)  # a row takes 270,336 bytes
+    with pytest.raises(DoNotFitError, match=r"shards of 8 rows take about .* at most --shard-rows 2 fit"):
+        run(photos)
+    assert list(tmp_path.rglob("*.h5")) == []
 
 
 def test_a_remembered_failure_is_tried_again_only_when_asked(
