@@ -189,6 +189,7 @@ def _compute_missing(
             totals = space.totals()
             check_room(setup.directory, count, totals.bytes / totals.rows if totals.rows else 0)
         with space.lock(_waiting):
+            space.require_writable()
             space.remove_leftovers()
             plan = planning.plan(space)
             before, rows = plan.reused, space.totals().rows
