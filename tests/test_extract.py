@@ -31,9 +31,10 @@ import pipeline.shard_task
 from pipeline import machine
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache import digests
+from pipeline.cache.index import Index
 from pipeline.compute import ComputeOptions, batch_of
 from pipeline.dataset import Dataset, limit, open_dataset
-from pipeline.errors import DoNotFitError, SpecError, WeightsError
+from pipeline.errors import CacheError, DoNotFitError, SpecError, WeightsError
 from pipeline.extract import Extraction, FeatureChoice, extract
 from pipeline.spec import FeatureSpec
 from pipeline.workspace import Workspace, open_workspace
@@ -162,6 +163,23 @@ def test_shards_too_large_for_memory_are_refused_before_a_row_is_computed(
     with pytest.raises(DoNotFitError, match=r"shards of 8 rows take about .* at most --shard-rows 2 fit"):
         run(photos)
     assert list(tmp_path.rglob("*.h5")) == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_index_that_cannot_be_written_is_told_before_anything_is_loaded(
+    begun: bool, photos: Path, run: Callable[..., Extraction], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if begun:
+        with open_workspace(tmp_path / "data") as workspace:
+            workspace.cache.create(conftest.SPEC, {})
+
+    def refused(index: Index) -> None:
+        raise CacheError("cannot be written")
+
+    monkeypatch.setattr(Index, "require_writable", refused)
+    monkeypatch.setattr(pipeline.extract, "_crew", None)
+    with pytest.raises(CacheError, match="cannot be written"):
+        run(photos)
 
 
 def test_a_remembered_failure_is_tried_again_only_when_asked(
