@@ -6,6 +6,7 @@ Tasks run in this process, or wherever a `Crew` has them run. Only here does the
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -23,7 +24,7 @@ from pipeline.cache.index import Index
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded
-from pipeline.errors import DecodeError
+from pipeline.errors import DecodeError, DoNotFitError
 from pipeline.progress import Advance, Progress, counted, duration, size_text
 from pipeline.shard_task import (
     AT_ONCE,
@@ -36,6 +37,7 @@ from pipeline.shard_task import (
     There,
     nothing_there,
 )
+from pipeline.spec import FeatureSpec
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ DEFAULT_SHARD_ROWS = 256
 DEFAULT_BATCH_SIZE = 32
 MAX_BATCH_SIZE = 512
 _ANNOUNCED_FROM = 100  # rows; fewer are done before one has read an estimate
+_WORTH_SAYING = 2**31  # bytes that shards in the making take, from which on it is said
 _TASKS_EACH = 4  # at least, for each of several processes
 
 Settle = Callable[[ShardTask, ShardDone], None]
@@ -164,6 +167,26 @@ class ComputeOptions:
     def task_rows(self, batch: int) -> int:
         """Return how many rows make a shard: whole batches."""
         return self.shard_rows // batch * batch
+
+
+def require_memory(rows: int, row_shape: tuple[int, ...], spec: FeatureSpec, processes: int = 1) -> None:
+    """Say what large shards take in memory: two of `rows` rows in each process, one computed and one written.
+
+    Raises
+    ------
+    DoNotFitError
+        If they take more than is free here.
+    """
+    row = math.prod(row_shape) * np.dtype(spec.storage).itemsize + 4 * row_shape[-1]
+    needed, free = 2 * processes * rows * row, machine.available_memory()
+    each = (
+        f"shards of {rows:,} rows take about {size_text(needed)} of memory, {2 * processes} of {size_text(rows * row)}"
+    )
+    if needed > free:
+        fit = max(1, free // (2 * processes * row))
+        raise DoNotFitError(f"{each} at a time, and {size_text(free)} are free; at most --shard-rows {fit:,} fit")
+    if needed > _WORTH_SAYING:
+        logger.warning("%s at a time; a smaller --shard-rows takes less", each)
 
 
 def default_batch() -> int:

@@ -20,7 +20,18 @@ from pipeline.cache.digests import Identities, identify, read_some
 from pipeline.cache.keys import Keys
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cluster import ClusterChoice
-from pipeline.compute import ComputeOptions, Crew, Effort, Here, Job, batch_of, compute, most_to_try, refusal
+from pipeline.compute import (
+    ComputeOptions,
+    Crew,
+    Effort,
+    Here,
+    Job,
+    batch_of,
+    compute,
+    most_to_try,
+    refusal,
+    require_memory,
+)
 from pipeline.dataset import Dataset, remote
 from pipeline.errors import InterruptedComputationError, SpecError
 from pipeline.keras_start import import_keras
@@ -184,19 +195,23 @@ def _compute_missing(
             totals = space.totals()
             check_room(setup.directory, count, totals.bytes / totals.rows if totals.rows else 0)
         with space.lock(_waiting):
+            space.require_writable()
             space.remove_leftovers()
             plan = planning.plan(space)
             before, rows = plan.reused, space.totals().rows
             if not plan.todo:  # whoever held the lock has computed it all
                 return space, before, plan, effort
             crew = crew or stack.enter_context(_crew(setup, source, effort, plan.missing, new=False))
+            shard_rows = options.task_rows(crew.batch_size)
+            if source.cluster is None or source.cluster.scheduler is None:  # whose workers have memory of their own
+                require_memory(min(shard_rows, plan.missing), crew.row_shape, spec, crew.size)
             job = Job(
                 planning.dataset,
                 planning.identities,
                 space,
                 cache.index,
                 setup,
-                options.task_rows(crew.batch_size),
+                shard_rows,
                 workspace.progress,
                 effort,
             )

@@ -18,6 +18,7 @@ from pipeline.cache.digests import Identities, identify
 from pipeline.compute import note_bad, note_key
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded, Loader, batched, decoding_pool
+from pipeline.errors import IndexDamagedError
 from pipeline.network import Answerer, compiled
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
@@ -69,19 +70,31 @@ def predict(
         speakers = [_Speaker(group, load, pool, max_pixels) for group, load in zip(groups, loaders, strict=True)]
         for start in range(0, len(images), WINDOW):
             window = images.take(np.arange(start, min(start + WINDOW, len(images))))
-            identities = identify(window, workspace.cache.index, lambda n: None, read_unseen=False)
-            found = [
-                speaker.answers(_Window(window, identities, start), lambda n: advance(n / len(speakers)))
-                for speaker in speakers
-            ]
-            reasons = {i: reason for said in found for i, reason in said.reasons.items()}
-            mean = np.sum([group.share * said.probabilities for group, said in zip(groups, found, strict=True)], axis=0)
-            cached = np.all([said.cached for said in found], axis=0)
-            for i, name in enumerate(window.names):
-                if i in reasons:
-                    yield Answer(name, None, reasons[i])
-                else:
-                    yield Answer(name, mean[i], cached=bool(cached[i]))
+            try:
+                answers = _window_answers(window, start, speakers, workspace, advance)
+            except IndexDamagedError as damage:
+                # Begun anew here, not by the command as a whole: the answers before these are printed by now.
+                workspace.cache.index.renew(damage)
+                answers = _window_answers(window, start, speakers, workspace, lambda n: None)
+            yield from answers
+
+
+def _window_answers(
+    window: Dataset, start: int, speakers: Sequence[_Speaker], workspace: Workspace, advance: Callable[[float], None]
+) -> list[Answer]:
+    """Return what is said of some images, the first of them being image `start` of all."""
+    identities = identify(window, workspace.cache.index, lambda n: None, read_unseen=False)
+    found = [
+        speaker.answers(_Window(window, identities, start), lambda n: advance(n / len(speakers)))
+        for speaker in speakers
+    ]
+    reasons = {i: reason for said in found for i, reason in said.reasons.items()}
+    mean = np.sum([each.share * said.probabilities for each, said in zip(speakers, found, strict=True)], axis=0)
+    cached = np.all([said.cached for said in found], axis=0)
+    return [
+        Answer(name, None, reasons[i]) if i in reasons else Answer(name, mean[i], cached=bool(cached[i]))
+        for i, name in enumerate(window.names)
+    ]
 
 
 def _loader(images: Dataset, group: Group, max_pixels: int) -> Loader:
@@ -120,6 +133,7 @@ class _Speaker:
 
     def __init__(self, group: Group, load: Loader, pool: ThreadPoolExecutor, max_pixels: int) -> None:
         self._group = group
+        self.share = group.share
         self._index = group.workspace.cache.index
         self._load = load
         self._pool = pool

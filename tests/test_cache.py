@@ -1310,6 +1310,7 @@ def test_what_a_member_cannot_write_is_told_before_anything_is_computed(
     with as_member(_GROUP), closing(Cache(shared_cache)) as cache:
         space = cache.open(SPEC.directory)
         assert bits(space.read([key(1)], "features")) == bits(made([1]).features), "what is there can be read"
+        cache.index.remember_digests({Path("/a.png"): (FileStamp(1, 2, 3, 4), key(1))})  # if it can, else it is told
         with pytest.raises(CacheError, match=told), space.lock(print):
-            pass
+            space.require_writable()
     assert not list(shared_cache.rglob(".partial-*"))

@@ -12,8 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import conftest
@@ -29,9 +31,10 @@ import pipeline.shard_task
 from pipeline import machine
 from pipeline.backbone import FrozenBackbone
 from pipeline.cache import digests
+from pipeline.cache.index import Index
 from pipeline.compute import ComputeOptions, batch_of
 from pipeline.dataset import Dataset, limit, open_dataset
-from pipeline.errors import SpecError, WeightsError
+from pipeline.errors import CacheError, DoNotFitError, SpecError, WeightsError
 from pipeline.extract import Extraction, FeatureChoice, extract
 from pipeline.spec import FeatureSpec
 from pipeline.workspace import Workspace, open_workspace
@@ -149,6 +152,34 @@ def test_what_cannot_be_decoded_is_named_and_remembered(photos: Path, run: Calla
     assert "cannot be read" in reasons["dogs/gone.png"]
     assert reasons["cats/text.png"] == reasons["dogs/twin.png"]
     assert counts(run(photos)) == (0, 12, 0, 4)
+
+
+def test_shards_too_large_for_memory_are_refused_before_a_row_is_computed(
+    photos: Path, run: Callable[..., Extraction], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    crew = SimpleNamespace(row_shape=(8, 8, 2048), size=1, batch_size=4)  # asked for no row, it need not compute
+    monkeypatch.setattr(pipeline.extract, "_crew", lambda *_, **__: nullcontext(crew))
+    monkeypatch.setattr(machine, "available_memory", lambda: 1_200_000)  # a row takes 270,336 bytes
+    with pytest.raises(DoNotFitError, match=r"shards of 8 rows take about .* at most --shard-rows 2 fit"):
+        run(photos)
+    assert list(tmp_path.rglob("*.h5")) == []
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_index_that_cannot_be_written_is_told_before_anything_is_loaded(
+    begun: bool, photos: Path, run: Callable[..., Extraction], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if begun:
+        with open_workspace(tmp_path / "data") as workspace:
+            workspace.cache.create(conftest.SPEC, {})
+
+    def refused(index: Index) -> None:
+        raise CacheError("cannot be written")
+
+    monkeypatch.setattr(Index, "require_writable", refused)
+    monkeypatch.setattr(pipeline.extract, "_crew", None)
+    with pytest.raises(CacheError, match="cannot be written"):
+        run(photos)
 
 
 def test_a_remembered_failure_is_tried_again_only_when_asked(

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Finished, icebox, unseal, write_picture
+from conftest import SPEC, Finished, icebox, unseal, write_picture
 from deployed import KINDS, MOST, Deployed
 from served import Page, served
 
@@ -27,7 +28,7 @@ from pipeline.cache.digests import digest
 from pipeline.cache.space import Cache
 from pipeline.checksums import CHECKSUMS
 from pipeline.dataset import open_images
-from pipeline.errors import DatasetError, RunError, SpecError, WeightsError
+from pipeline.errors import DatasetError, IndexDamagedError, RunError, SpecError, WeightsError
 from pipeline.predict import Answer, likeliest
 from pipeline.trained import TrainedRun, open_run
 from pipeline.untrained import initialise
@@ -430,3 +431,35 @@ def test_the_checksums_are_those_of_coreutils(deployed: Deployed) -> None:
     done = subprocess.run(["sha256sum", "--check", "--strict", CHECKSUMS], cwd=run, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "run.json: OK" in done.stdout
+
+
+@pytest.mark.parametrize("damaged_at", [1, 2])
+def test_a_damaged_index_has_nothing_printed_twice(
+    damaged_at: int, photos: Path, elsewhere: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The window in hand is answered again, with a new index, and not those before it."""
+
+    class Speaker:
+        share = 1.0
+
+        def __init__(self, *_: Any) -> None:
+            self.asked = 0
+
+        def answers(self, window: Any, advance: Any) -> Any:
+            self.asked += 1
+            if self.asked == damaged_at:
+                elsewhere.cache.index.path.write_bytes(b"garbage" * 1000)
+                raise IndexDamagedError(elsewhere.cache.index.path, "file is not a database")
+            count = len(window.images)
+            return predict._Said(np.full((count, 2), window.start, np.float32), np.zeros(count, bool), {})
+
+    monkeypatch.setattr(predict, "WINDOW", 5)
+    monkeypatch.setattr(predict, "_Speaker", Speaker)
+    group: Any = SimpleNamespace(spec=SPEC, share=1.0)
+    monkeypatch.setattr(predict, "grouped", lambda *_: [group])
+    answers = said([], sorted(photos.rglob("*.png")), elsewhere)
+    assert [answer.name for answer in answers] == [str(path) for path in sorted(photos.rglob("*.png"))]
+    assert [int(answer.probabilities[0]) for answer in answers if answer.probabilities is not None] == (
+        [0] * 5 + [5] * 5 + [10] * 2
+    )
+    assert len(list(elsewhere.cache.root.glob("cache.db.damaged-*"))) == 1

@@ -144,7 +144,7 @@ class IndexFile:
                 db.execute(f"PRAGMA user_version = {VERSION}")  # as it is; the first change makes the journal, too
                 db.rollback()
         except sqlite3.OperationalError as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _NOT_WRITABLE:
+            if not _is_unwritable(error):
                 raise
             raise CacheError(
                 f"the index {self.path} cannot be written ({error}), so nothing is computed; see the permissions of it "
@@ -198,7 +198,7 @@ class IndexFile:
             with self._changing() as db:
                 db.executemany(query, rows)
         except sqlite3.OperationalError as error:
-            if getattr(error, "sqlite_errorcode", 0) != sqlite3.SQLITE_READONLY:
+            if not _is_unwritable(error):
                 raise
             logger.warning("the index %s cannot be written: digests and failures are not remembered", self.path)
 
@@ -227,6 +227,11 @@ class IndexFile:
             finally:
                 db.execute("DROP TABLE temp.wanted")
                 db.commit()
+
+
+def _is_unwritable(error: sqlite3.Error) -> bool:
+    """Return whether the file, or its folder, where SQLite keeps a journal, may not be written."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _NOT_WRITABLE
 
 
 def set_aside(damage: IndexDamagedError) -> None:

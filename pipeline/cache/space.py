@@ -187,13 +187,16 @@ class FeatureSpace:
 
     @contextmanager
     def lock(self, on_wait: Callable[[str], None]) -> Iterator[None]:
-        """Be the only writer of this space, knowing what others wrote. Raises CacheError if it cannot be written."""
+        """Be the only writer of this space; on entry what others wrote meanwhile is known."""
         with exclusive(self.path / ".lock", on_wait):
             storage.make_folder(self.shards)  # what copies a cache may leave empty folders out
-            storage.require_writable(self.shards)
-            self.index.require_writable()
             self.sync()
             yield
+
+    def require_writable(self) -> None:
+        """Raise CacheError unless rows can be added and noted. Not for `gc`, which makes room on a full disk."""
+        storage.require_writable(self.shards)
+        self.index.require_writable()
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left behind. Only the holder of `lock` may call this."""

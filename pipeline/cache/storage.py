@@ -72,12 +72,14 @@ def require_writable(directory: Path) -> None:
     probe = partial_name(directory)
     try:
         write_file(probe, b"")
-        remove(probe)
     except OSError as error:
         raise CacheError(
             f"nothing can be written to {directory} ({error.strerror or error}), so nothing is computed; see its "
             "permissions, and the room on its disk"
         ) from error
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
 
 
 def publish(partial: Path, final: Path) -> None:
