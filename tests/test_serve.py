@@ -23,6 +23,7 @@ from conftest import command_line, environment, icebox, picture
 from deployed import Deployed
 
 from pipeline import patience, serve, web
+from pipeline.images import FULL_DEPTH
 from pipeline.serve import Batcher, Pixels
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -323,8 +324,11 @@ def test_names_that_are_no_text_are_spelt_out() -> None:
 # Batches
 
 
+WAY = ("squash", FULL_DEPTH)
+
+
 def one(value: int) -> Pixels:
-    return {"squash": np.full((1,), value)}
+    return {WAY: np.full((1,), value)}
 
 
 def test_what_waits_meanwhile_is_answered_together() -> None:
@@ -333,7 +337,7 @@ def test_what_waits_meanwhile_is_answered_together() -> None:
     def answer(batch: Sequence[Pixels]) -> np.ndarray:
         go.wait(10)
         sizes.append(len(batch))
-        return np.stack([pixels["squash"] * 2 for pixels in batch])
+        return np.stack([pixels[WAY] * 2 for pixels in batch])
 
     with Batcher(answer) as batcher:
         futures = [batcher(one(i)) for i in range(100)]
@@ -345,9 +349,9 @@ def test_what_waits_meanwhile_is_answered_together() -> None:
 
 def test_an_error_belongs_to_those_who_asked() -> None:
     def answer(batch: Sequence[Pixels]) -> np.ndarray:
-        if any(pixels["squash"][0] == 13 for pixels in batch):
+        if any(pixels[WAY][0] == 13 for pixels in batch):
             raise ValueError("thirteen")
-        return np.stack([pixels["squash"] for pixels in batch])
+        return np.stack([pixels[WAY] for pixels in batch])
 
     with Batcher(answer) as batcher:
         with pytest.raises(ValueError, match="thirteen"):

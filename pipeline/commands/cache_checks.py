@@ -29,7 +29,6 @@ from pipeline.commands.shared import (
     WeightsOption,
     feature_choice,
     finish,
-    open_chosen,
     open_dataset,
     opened,
     views_choice,
@@ -131,7 +130,7 @@ def _rechecked(workspace: Workspace, context: typer.Context, name: str, space: s
     from pipeline.recheck import recheck
 
     archive, root = (each and str(each) for each in (context.params["archive"], context.params["image_root"]))
-    return recheck(open_chosen(workspace, DatasetChoice(name, archive, root)), workspace, space)
+    return recheck(DatasetChoice(name, archive, root).open(workspace), workspace, space)
 
 
 def _damaged(rechecked: Rechecked | None) -> str | None:
