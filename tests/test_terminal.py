@@ -97,7 +97,7 @@ def test_quiet_leaves_warnings(deployed: Deployed) -> None:
     assert wrong.err.startswith("error: no run named 'nothing'")
 
 
-@pytest.mark.parametrize("encoding", ["cp437", "ascii"])
+@pytest.mark.parametrize("encoding", ["cp437", "latin-1"])
 def test_what_an_encoding_lacks_is_spelt(tmp_path: Path, encoding: str) -> None:
     """In help, tables and notices alike, on both streams."""
 
@@ -114,7 +114,7 @@ def test_what_an_encoding_lacks_is_spelt(tmp_path: Path, encoding: str) -> None:
     shown = said("doctor", tmp_path / "photos", "--json") + said("doctor", tmp_path / "photos")
     assert '"\\u732b"' in shown, "in JSON"
     assert re.search(r"^\\u732b +[01] ", shown, re.MULTILINE), "in the table"
-    assert ("caf\\xe9 " if encoding == "ascii" else "caf\u00e9 ") in shown
+    assert "caf\u00e9 " in shown
 
 
 def test_odd_bytes_of_names_are_spelt_too() -> None:
