@@ -97,25 +97,24 @@ def test_quiet_leaves_warnings(deployed: Deployed) -> None:
     assert wrong.err.startswith("error: no run named 'nothing'")
 
 
-@pytest.mark.parametrize("encoding", ["cp437", "ascii"])
-def test_what_an_encoding_lacks_is_spelt(tmp_path: Path, deployed: Deployed, encoding: str) -> None:
+@pytest.mark.parametrize("encoding", ["cp437", "latin-1"])
+def test_what_an_encoding_lacks_is_spelt(tmp_path: Path, encoding: str) -> None:
     """In help, tables and notices alike, on both streams."""
 
     def said(*words: str | Path) -> str:
-        line = command_line(deployed.data, *words)
+        line = command_line(tmp_path / "data", *words)
         env = environment(PYTHONIOENCODING=encoding)
         done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, check=True)
         assert b"Traceback" not in done.stderr
         return (done.stdout + done.stderr).decode(encoding)
 
     assert re.search(r"NAME=VALUE,\.\.\.", said("train-head", "--help"))
-    assert re.search(r"0\.\d{3} \.\.\. [01]\.\d{3}", said("runs", "ls")), "the interval"
     for i, name in enumerate(("caf\u00e9", "\u732b")):
-        write_picture(tmp_path / name / f"{i}.png", seed=i)
-    shown = said("doctor", tmp_path, "--json") + said("doctor", tmp_path)
+        write_picture(tmp_path / "photos" / name / f"{i}.png", seed=i)
+    shown = said("doctor", tmp_path / "photos", "--json") + said("doctor", tmp_path / "photos")
     assert '"\\u732b"' in shown, "in JSON"
     assert re.search(r"^\\u732b +[01] ", shown, re.MULTILINE), "in the table"
-    assert ("caf\\xe9 " if encoding == "ascii" else "caf\u00e9 ") in shown
+    assert "caf\u00e9 " in shown
 
 
 def test_odd_bytes_of_names_are_spelt_too() -> None:
