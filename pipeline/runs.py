@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cache import storage
-from pipeline.cache.lock import abandoned, held_if_abandoned, new_folder_held, remove_abandoned
+from pipeline.cache.lock import abandoned, done_without, held_if_abandoned, new_folder_held, remove_abandoned
 from pipeline.checksums import MOST_BYTES, check_files, write_checksums
 from pipeline.errors import CheckpointError, RunError, did_you_mean
 from pipeline.run_dataset import RunDataset
@@ -99,6 +99,8 @@ def reopened(root: Path, name: str, command: str = "train-head") -> Iterator[tup
             raise RunError(_not_resumable(root, name))
         if not held:
             raise RunError(f"the run {name} is being worked on by another process")
+        if done_without():
+            logger.warning("without locks, nothing keeps another process from going on with %s too", name)
         for path in partial.rglob(f"{storage.PARTIAL_PREFIX}*"):  # what was being written when it was killed
             storage.remove(path)
         with _published(partial, root / name, command):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,7 +15,7 @@ import pytest
 
 from pipeline import runs
 from pipeline.cache.lock import abandoned, held_if_abandoned
-from pipeline.errors import RunError
+from pipeline.errors import CacheError, RunError
 
 
 @pytest.fixture
@@ -128,3 +130,34 @@ def test_what_is_gone_by_now_is_nobodys(tmp_path: Path) -> None:
     assert not abandoned(tmp_path / "gone")
     with held_if_abandoned(tmp_path / "gone") as held:
         assert not held
+
+
+def without_folder_locks(real: Callable[..., None], handle: int, how: int) -> None:
+    """Lock as NFS does: files only."""
+    if stat.S_ISDIR(os.fstat(handle).st_mode):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+    real(handle, how)
+
+
+def test_where_folders_have_no_locks_resuming_names_the_way_out(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    when_locked(monkeypatch, without_folder_locks)
+    assert runs.unfinished(stopped.parent) == []
+    assert runs.remove_leftovers(stopped.parent, resumable=True) == ([], 0)
+    with (
+        pytest.raises(CacheError, match=r"cannot be locked .*ICEBOX_LOCKS=off"),
+        runs.reopened(stopped.parent, "stopped"),
+    ):
+        pass
+
+
+def test_without_locks_a_run_is_resumed_and_nothing_is_removed(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    when_locked(monkeypatch, without_folder_locks)
+    monkeypatch.setenv("ICEBOX_LOCKS", "off")
+    assert runs.remove_leftovers(stopped.parent, resumable=True) == ([], 0)
+    assert runs.unfinished(stopped.parent) == ["stopped"]
+    with runs.reopened(stopped.parent, "stopped"):
+        pass
+    assert (stopped.parent / "stopped").is_dir()
+    assert "nothing keeps another process from going on with stopped too" in caplog.text

@@ -59,7 +59,7 @@ def exclusive(path: Path, on_wait: Callable[[str], None], *, needed: bool = Fals
                 on_wait(os.pread(handle, 1000, 0).decode(errors="replace").strip() or "another process")
                 fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
-            raise _no_locks(path, error) from error
+            raise _no_locks(path.parent, error) from error
         with suppress(OSError):  # the name is for people who wait; a full disk must not keep `gc` from making room
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -85,7 +85,7 @@ def hold_alone(file: BinaryIO, path: Path) -> None:
     except BlockingIOError:
         raise
     except OSError as error:
-        raise _no_locks(path, error) from error
+        raise _no_locks(path.parent, error) from error
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def shared(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_SH)
         except OSError as error:
-            raise _no_locks(path, error) from error
+            raise _no_locks(path.parent, error) from error
         yield
     finally:
         file.close()
@@ -128,7 +128,8 @@ def new_folder_held(folder: Path) -> Iterator[None]:
         storage.about_to("make folder", folder)
         folder.mkdir()
         handle = os.open(folder, os.O_RDONLY)
-        _lock_at_once(handle)  # NFS has no locks for folders: `abandoned` then says no, and the folder is left alone
+        with suppress(OSError):  # NFS has no locks for folders: `abandoned` then says no, and the folder is left alone
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield
     finally:
@@ -137,7 +138,15 @@ def new_folder_held(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def held_if_abandoned(folder: Path) -> Iterator[bool]:
-    """Hold `folder` as being worked on, if nobody does; give whether it is held. A folder that is gone is not."""
+    """Hold `folder` as being worked on, if nobody does; give whether it is held. A folder that is gone is not.
+
+    Where locks are `done_without`, nothing is held, and whoever asks for the folder has it.
+
+    Raises
+    ------
+    CacheError
+        If its file system has no locks for folders.
+    """
     with ExitStack() as stack:
         with _alone_in(folder.parent):
             held = _is_free(folder, stack)
@@ -145,13 +154,16 @@ def held_if_abandoned(folder: Path) -> Iterator[bool]:
 
 
 def abandoned(folder: Path) -> bool:
-    """Return whether nobody works on `folder` any more."""
-    with _alone_in(folder.parent), ExitStack() as stack:
+    """Return whether nobody works on `folder` any more; False where its file system has no locks to tell by."""
+    with _alone_in(folder.parent), ExitStack() as stack, suppress(CacheError):
         return _is_free(folder, stack)
+    return False
 
 
 def remove_abandoned(folder: Path) -> bool:
-    """Remove a folder unless somebody works on it; return whether it was removed."""
+    """Remove a folder unless somebody works on it, or there are no locks to tell by; return whether it was removed."""
+    if done_without() or not abandoned(folder):
+        return False
     with held_if_abandoned(folder) as held:
         if held:
             storage.remove_folder(folder)
@@ -174,21 +186,21 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _is_free(folder: Path, stack: ExitStack) -> bool:
-    """Return whether `folder` could be locked; the lock is held until `stack` is closed."""
+    """Return whether `folder` could be locked; the lock is held until `stack` is closed. Raises CacheError."""
+    if done_without():
+        return folder.is_dir()
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:  # published or removed meanwhile, or another user's
         return False
     stack.callback(os.close, handle)
-    return _lock_at_once(handle) and folder.is_dir()  # its owner may have published it between opening and locking
-
-
-def _lock_at_once(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
-    return True
+    except OSError as error:
+        raise _no_locks(folder, error) from error
+    return folder.is_dir()  # its owner may have published it between opening and locking
 
 
 _LOCKLESS = {
@@ -200,11 +212,11 @@ _LOCKLESS = {
 }
 
 
-def _no_locks(path: Path, error: OSError) -> CacheError:
+def _no_locks(folder: Path, error: OSError) -> CacheError:
     name = errno.errorcode.get(error.errno or 0, str(error))
     why = f"{_LOCKLESS[error.errno]}, {name}" if error.errno in _LOCKLESS else name
     return CacheError(
-        f"{path.parent} cannot be locked ({why}); mount its file system with locks (Lustre: -o flock; NFS: lockd), put "
+        f"{folder} cannot be locked ({why}); mount its file system with locks (Lustre: -o flock; NFS: lockd), put "
         "the cache elsewhere by --data-dir, or set ICEBOX_LOCKS=off on every machine, after which only `gc` and "
         "`verify --repair` refuse to work"
     )
