@@ -27,6 +27,7 @@ _DECIDING = {
     "numpy": re.compile(r"NPY_\w+|SCIPY_ARRAY_API|SKLEARN_\w+"),
     "hdf5": re.compile(r"HDF5_(DRIVER|DRIVER_CONFIG|TEST_DRIVER|VOL_CONNECTOR|VDS_PREFIX|EXTFILE_PREFIX)|BLOSC_\w+"),
 }
+_OF_TENSORFLOW = {"TF2_BEHAVIOR": "1"}  # what it sets itself when it is imported, for programs that are started then
 _WHERE_CUDA_LIES = "--xla_gpu_cuda_data_dir"  # which XLA has no other variable for
 _taken: list[str] = []  # and not told yet
 
@@ -42,7 +43,10 @@ def disregard(*libraries: str) -> None:
     """Take away what would decide numbers in libraries that this process has not imported yet."""
     for library in libraries:
         for name in [name for name in os.environ if _DECIDING[library].fullmatch(name)]:
-            value = os.environ.pop(name)
+            value = os.environ[name]
+            if _OF_TENSORFLOW.get(name) == value:
+                continue
+            del os.environ[name]
             kept = [flag for flag in value.split() if name == "XLA_FLAGS" and flag.startswith(_WHERE_CUDA_LIES)]
             if kept:
                 os.environ[name] = " ".join(kept)

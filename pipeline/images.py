@@ -62,8 +62,8 @@ def depth_of(policy: str) -> int:
 
 def depth_advice(peak: int, depth: int) -> str:
     """Return what to do about 16-bit images taken for `depth` bits, `peak` being their largest value; "" if nothing."""
-    bits = peak.bit_length()
-    if not peak or bits == depth:
+    bits = max(peak.bit_length(), DEPTHS[0])
+    if not peak or depth - 1 <= bits <= depth:  # within a factor of 2 the pictures may just be a little dark
         return ""
     if bits > depth:
         return (
@@ -71,7 +71,7 @@ def depth_advice(peak: int, depth: int) -> str:
         )
     return (
         f"no value is above {peak:,} of {2**depth - 1:,}, so that they come out dark; if their camera gives no more, "
-        f"take --depth {max(bits, DEPTHS[0])}"
+        f"take --depth {bits}"
     )
 
 

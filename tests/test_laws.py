@@ -67,11 +67,11 @@ class Network:
 class SameProcess:
     """Decodes here: starting a process for every step would be most of the time."""
 
-    def __init__(self, size: int, fit: images.Fit, max_pixels: int) -> None:
-        self.options: dict[str, Any] = {"size": size, "fit": fit, "max_pixels": max_pixels}
+    def __init__(self, size: int, fit: images.Fit, max_pixels: int, depth: int) -> None:
+        self.options: tuple[Any, ...] = (size, fit, max_pixels, depth)
 
-    def decode(self, data: bytes) -> np.ndarray:
-        return images.decode(data, **self.options)
+    def decode(self, data: bytes) -> tuple[np.ndarray, int]:
+        return images.decode_with_peak(data, *self.options)
 
     def stop(self) -> None:
         pass
