@@ -716,7 +716,8 @@ def test_each_depth_is_a_policy_of_its_own_and_16_bits_that_of_before() -> None:
 
 @pytest.mark.parametrize(
     ("peak", "depth", "text"),
-    [(0, 16, ""), (40_000, 16, ""), (20_000, 16, ""), (100, 9, ""), (4095, 12, ""), (3000, 12, ""), (4095, 16, "take --depth 12"),
+    [(0, 16, ""), (40_000, 16, ""), (20_000, 16, ""), (100, 9, ""), (4095, 12, ""), (3000, 12, ""),
+     (4095, 16, "take --depth 12"),
      (300, 16, "take --depth 9"), (100, 16, "take --depth 9"), (16_000, 12, "white; take --depth 14")],
 )  # fmt: skip
 def test_the_largest_value_of_all_tells_the_depth(peak: int, depth: int, text: str) -> None:
