@@ -1,9 +1,11 @@
 """Whether the pixels of a JPEG are all there: what its decoder warns of, and its scans followed bit by bit.
 
-libjpeg decodes anything: it fills what is missing with grey, and says so on stderr, in its first warning alone. That
-one may be harmless (bytes between two segments), so behind it the scans are followed here. In a sound scan no code is
-unknown, no block has more than 64 coefficients, no brightness lies out of range, and the last byte is the last one.
-A scan that lost some bytes goes on out of step, and soon breaks one of these rules.
+libjpeg decodes anything: it fills what is missing with grey, and prints its first warning only. That one may be
+harmless (bytes between two segments), so the file is then decoded again without what lies between the segments. Bytes
+left over behind a scan, and a run of zeros within, are signs of damage that sound files have too: there the scan is
+followed bit by bit. In a sound scan no code is unknown, no block has more than 64 coefficients, no brightness lies
+out of range, and the last byte is the last one. A scan that lost some bytes goes on out of step, and soon breaks one
+of these rules.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ _NEEDED = {*_FRAMES, _TABLES, 0xCC, _QUANTISATION, _INTERVAL, _SCAN}
 _LS = 0xF7
 _RARE = {0xC3: "lossless JPEG", **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG"),
          **dict.fromkeys((0xC9, 0xCA, 0xCB), "arithmetic-coded JPEG")}  # fmt: skip
+_MOST_FOLLOWED = 2**22  # bytes of coded data
 _MOST_DC = 2048  # twice what a block's mean brightness comes to, as editing without decoding may overshoot
 _MOST_DC_BITS = 11
 _ZEROS = bytes(32)  # as where a block of a disk was lost; a sound scan has them in empty blocks only
@@ -79,18 +82,27 @@ def damage(data: bytes, warning: str, warning_of: Callable[[bytes], str]) -> str
     if found := _DAMAGE.search(warning):
         return found[0]
     segments = list(_segments(data))
-    frames = {segment.marker for segment in segments} & _FRAMES
-    if frames <= _SEQUENTIAL:
+    suspect = not warning or is_suspect(data)
+    if warning:  # perhaps about what lies between the segments, and no other one is printed
+        bare = b"\xff\xd8" + b"".join(_written(each) for each in segments if each.marker in _NEEDED) + b"\xff\xd9"
+        warning = warning_of(bare)
+        if found := _DAMAGE.search(warning):
+            return found[0]
+    extraneous = _EXTRANEOUS.search(warning)
+    if not (suspect or extraneous):
+        return ""
+    if _can_be_followed(segments):
         try:
             return _follow(segments)
         except (LookupError, ValueError):  # tables or sizes that are not there: libjpeg knows better
             return ""
-    bare = b"\xff\xd8" + b"".join(_written(each) for each in segments if each.marker in _NEEDED) + b"\xff\xd9"
-    warning = warning_of(bare)
-    if found := _DAMAGE.search(warning):
-        return found[0]
-    found = _EXTRANEOUS.search(warning)
-    return found[0] if found and not _padded(segments, int(found[1])) else ""
+    return extraneous[0] if extraneous and not _padded(segments, int(extraneous[1])) else ""
+
+
+def _can_be_followed(segments: Sequence[_Segment]) -> bool:
+    """Return whether all scans are sequential, and short enough: a megabyte takes about two seconds."""
+    coded = sum(len(part) for segment in segments for part in segment.parts)
+    return {segment.marker for segment in segments} & _FRAMES <= _SEQUENTIAL and coded <= _MOST_FOLLOWED
 
 
 def _padded(segments: Sequence[_Segment], count: int) -> bool:

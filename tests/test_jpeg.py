@@ -92,6 +92,16 @@ def test_a_harmless_warning_hides_no_damage(verdict: Callable[[bytes], str]) -> 
         assert "damaged inside" in verdict(junk[: len(junk) // 2] + b"\xff\xd9")
 
 
+def test_a_harmless_warning_does_not_have_a_large_file_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Following 12 megapixels takes ten seconds and more, decoding them again half a second."""
+    monkeypatch.setattr(jpeg, "_follow", lambda segments: pytest.fail("followed"))
+    data = encoded()
+    junk = data[:20] + b"left behind" + data[20:]
+    assert jpeg.damage(junk, "Corrupt JPEG data: 11 extraneous bytes before marker 0xdb", lambda bare: "") == ""
+    monkeypatch.setattr(jpeg, "_MOST_FOLLOWED", 100)
+    assert jpeg.damage(data, "", lambda bare: "") == ""
+
+
 def test_what_is_left_over_tells_padding_from_a_scan_out_of_step(verdict: Callable[[bytes], str]) -> None:
     data = encoded()
     assert verdict(data[:-2] + bytes(500) + data[-2:]) == ""

@@ -147,7 +147,7 @@ def test_a_sweep_none_of_whose_settings_could_be_trained_is_not_to_be_gone_on_wi
     """Which would end in the same way."""
     fill(workspace, listed(photos))
     asked = SweepAsked(DatasetChoice(str(photos)), FeatureChoice(), GRID[3:], images.DEFAULT_MAX_PIXELS, memory=2_000)
-    with pytest.raises(RunError, match="none of 1 settings could be trained, the first: logreg needs all rows"):
+    with pytest.raises(RunError, match="none of 1 setting could be trained, the first: logreg needs all rows"):
         sweep(listed(photos), workspace, asked, "features")
     assert "--resume" not in caplog.text
     assert list(workspace.sweeps.iterdir()) == []
