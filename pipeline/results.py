@@ -73,7 +73,7 @@ def write(
         },
         "classes": list(dataset.classes),
     }
-    runs.write_json(directory / "run.json", {**common, **about})
+    runs.write_json(directory / "run.json", {**common, **about}, runs.MOST_ABOUT)
     images.run_images(joined=bool(about["asked"].get("folds"))).write(directory)
     runs.write_json(directory / "metrics.json", metrics)
     runs.write_json(directory / "history.json", history)

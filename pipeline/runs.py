@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "icebox-run"
 VERSION = 1
 _SUMMARY = {"run", "head", "accuracy", "accuracy_interval", "val_accuracy", "seconds", "weights"}  # what is listed
+MOST_ABOUT = 2**26  # bytes of a run.json: `runs ls` reads all of them, wherever they come from
 REQUEST = "request.json"  # what was asked, in an unfinished run's folder
 WINNER = "winner.json"  # the name of the run that the best setting of a sweep became, in an unfinished sweep's folder
 _CHECKPOINT = "checkpoint.npz"
@@ -156,7 +157,7 @@ def _in_order(described: Mapping[str, Path]) -> list[str]:
 def _created(path: Path) -> float:
     """Return the instant, in POSIX seconds; of a file that does not say it when the file was written."""
     try:
-        return datetime.fromisoformat(json.loads(storage.read_small(path, MOST_BYTES))["created"]).timestamp()
+        return datetime.fromisoformat(json.loads(storage.read_small(path, MOST_ABOUT))["created"]).timestamp()
     except (OSError, ValueError, LookupError, TypeError, RecursionError):  # whoever reads it says what is wrong
         return path.stat().st_mtime if path.exists() else 0.0
 
@@ -302,7 +303,7 @@ def list_datasets(root: Path) -> list[RunDataset]:
 
 def _read_about(path: Path) -> dict[str, Any]:
     try:
-        about = json.loads(storage.read_small(path, MOST_BYTES))
+        about = json.loads(storage.read_small(path, MOST_ABOUT))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error}); move its folder out of the runs") from error
     if not _whole(about):
@@ -324,12 +325,12 @@ def _whole(about: Any) -> bool:
     return finite and summary.keys() >= _SUMMARY
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, most: int = MOST_BYTES) -> None:
     """Write readable JSON, the whole file or none. Raises RunError if nobody would read so large a file."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     content = text.encode("utf-8", "backslashreplace")  # a file name's odd byte, as JSON spells it
-    if len(content) > MOST_BYTES:
-        raise RunError(f"{path.name} would have {len(content):,} bytes; {MOST_BYTES:,} are read at most")
+    if len(content) > most:
+        raise RunError(f"{path.name} would have {len(content):,} bytes; {most:,} are read at most")
     storage.write_whole(path, content)
 
 

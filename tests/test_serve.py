@@ -148,7 +148,7 @@ BAD: dict[str, tuple[bytes, int, str]] = {
     "huge": (bytes(MOST + 1), 413, "the upload is larger than 1,000,000 bytes"),
     "larger still": (bytes(50 * MOST), 413, "the upload is larger than 1,000,000 bytes"),
     "pickle": (b"\x80\x04\x95\x10\x00\x00\x00", 422, "not an image in a supported format"),
-    "page": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", 422, "not an image"),
+    "page": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", 422, "SVG drawing"),
 }
 
 
