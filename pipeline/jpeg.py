@@ -35,6 +35,7 @@ _RARE = {0xC3: "lossless JPEG", **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0
          **dict.fromkeys((0xC9, 0xCA, 0xCB), "arithmetic-coded JPEG")}  # fmt: skip
 _MOST_DC = 2048  # twice what a block's mean brightness comes to, as editing without decoding may overshoot
 _MOST_DC_BITS = 11
+_MOST_LEFT = 2  # bytes behind a progressive scan, as of a line's end; one out of step leaves more
 _ZEROS = bytes(32)  # as where a block of a disk was lost; a sound scan has them in empty blocks only
 
 
@@ -90,7 +91,8 @@ def damage(data: bytes, warning: str, warning_of: Callable[[bytes], str]) -> str
     if found := _DAMAGE.search(warning):
         return found[0]
     found = _EXTRANEOUS.search(warning)
-    return found[0] if found and not _padded(segments, int(found[1])) else ""
+    left = int(found[1]) if found else 0
+    return found[0] if found and left > _MOST_LEFT and not _padded(segments, left) else ""
 
 
 def _padded(segments: Sequence[_Segment], count: int) -> bool:
