@@ -63,4 +63,6 @@ def _of_text(text: bytes) -> str:
     start = text.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<?xml", b"<!--", b"<!doctype svg")) and b"<svg" in start:
         return _TEXTS[b"<svg"]
+    if start.startswith(b"<!--") and b"<html" in start:
+        return _TEXTS[b"<html"]
     return next((what for first, what in _TEXTS.items() if start.startswith(first)), "")

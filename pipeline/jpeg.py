@@ -38,6 +38,7 @@ _RARE = {0xC3: "lossless JPEG", **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0
 _MOST_FOLLOWED = 2**22  # bytes of coded data
 _MOST_DC = 2048  # twice what a block's mean brightness comes to, as editing without decoding may overshoot
 _MOST_DC_BITS = 11
+_MOST_LEFT = 2  # bytes behind a progressive scan, as of a line's end; one out of step leaves more
 _ZEROS = bytes(32)  # as where a block of a disk was lost; a sound scan has them in empty blocks only
 
 
@@ -96,7 +97,8 @@ def damage(data: bytes, warning: str, warning_of: Callable[[bytes], str]) -> str
             return _follow(segments)
         except (LookupError, ValueError):  # tables or sizes that are not there: libjpeg knows better
             return ""
-    return extraneous[0] if extraneous and not _padded(segments, int(extraneous[1])) else ""
+    left = int(extraneous[1]) if extraneous else 0
+    return extraneous[0] if extraneous and left > _MOST_LEFT and not _padded(segments, left) else ""
 
 
 def _can_be_followed(segments: Sequence[_Segment]) -> bool:

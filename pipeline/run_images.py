@@ -104,6 +104,8 @@ class RunImages:
                     found = cls(stored["key"], stored["split"], bool(stored["complete"]))
                     names = stored["splits"].tolist()
             found._check(names)
+        except RunError:  # which says all of it
+            raise
         except (OSError, ValueError, LookupError, EOFError, MemoryError, zipfile.BadZipFile) as error:
             raise RunError(f"{path} cannot be read ({error}); restore it, or train anew") from error
         return found

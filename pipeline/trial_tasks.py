@@ -174,7 +174,7 @@ def _task(
             limit_threads(most, most)
         if token not in _held:
             _held.clear()
-            _held[token] = _read(data, memory, needed, _available(together))
+            _held[token] = _read(data, memory, needed, together)
         work(spec, _held[token], Path(folder))
 
 
@@ -189,11 +189,11 @@ def _available(together: int) -> int:
     return min(share, max(0, round(_SHARE_OF_LIMIT * limit) - psutil.Process().memory_info().rss))
 
 
-def _read(data: Data, memory: int | None, needed: int, available: int) -> Data:
+def _read(data: Data, memory: int | None, needed: int, together: int) -> Data:
     stored: list[Any] = [data.train, data.val]
     if not all(isinstance(rows, StoredRows) for rows in stored):
         raise TypeError("rows that are not on disk")
     # At least what reading a few rows takes: a worker without that much is ended by its own limit, which is then named.
-    available = max(available, needed + 2 * stored[0].least_room(_LEAST_ROWS))
+    available = max(_available(together), needed + 2 * stored[0].least_room(_LEAST_ROWS))
     train, val = hold(stored, memory=memory, needed=needed, available=available)
     return replace(data, train=train, val=val)

@@ -607,6 +607,8 @@ FOREIGN_MANIFESTS = {
     "latin1": (MANIFEST.encode("latin1"), "line 3: expected UTF-8 text, found another encoding, likely Windows-1252"),
     "utf-16": (MANIFEST.encode("utf-16"), r"expected UTF-8 text in columns, found UTF-16 text; save it as UTF-8"),
     "utf-16 without a mark": (MANIFEST.encode("utf-16-be"), "found UTF-16 text; save it as UTF-8"),
+    "utf-16 of another alphabet": (f"path,label\n{100 * '日本'},x\n".encode("utf-16-le"), "found UTF-16 text"),
+    "utf-32 without a mark": (MANIFEST.encode("utf-32-le"), "found UTF-32 text; save it as UTF-8"),
     "utf-32": (MANIFEST.encode("utf-32"), "found UTF-32 text; save it as UTF-8"),
     "workbook": (b"PK\x03\x04" + bytes(40), "found a spreadsheet or ZIP file; save it as CSV UTF-8"),
     "pointer": (b"version https://git-lfs.github.com/spec/v1\n", "found a Git LFS pointer; .*`git lfs pull`"),

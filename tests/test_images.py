@@ -640,6 +640,7 @@ def brand(*names: bytes) -> bytes:
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG drawing: not supported; render it to PNG"),
         (b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- a -->\n<svg/>", "SVG drawing: not supported"),
         (b"\n<!DOCTYPE html><title>404</title>", "HTML page, not an image; download the image itself"),
+        (b"<!-- saved -->\n<html>", "HTML page, not an image; download the image itself"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML text, not an image"),
         (b'{"error": "rate limit"}', "JSON text, not an image"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer, not the image; fetch"),

@@ -83,6 +83,13 @@ def test_a_jpeg_whose_middle_is_damaged_is_refused(
     assert verdict(MIDDLE[spoil](data, len(data) // 2)).startswith("JPEG damaged inside: ")
 
 
+def test_the_end_of_a_line_behind_a_progressive_scan_is_harmless() -> None:
+    data = encoded(progressive=True)
+    for behind, found in ((b"\r\n", ""), (b"left behind", "11 extraneous bytes before marker")):
+        warning = f"Corrupt JPEG data: {len(behind)} extraneous bytes before marker 0xd9"
+        assert jpeg.damage(data[:-2] + behind + data[-2:], warning, lambda data, warning=warning: warning) == found
+
+
 def test_a_harmless_warning_hides_no_damage(verdict: Callable[[bytes], str]) -> None:
     """Of what it warns of libjpeg prints the first alone."""
     for options in ({}, {"progressive": True}):

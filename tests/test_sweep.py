@@ -316,7 +316,7 @@ def test_a_worker_keeps_of_the_rows_what_its_memory_limit_leaves_room_for(
         LocalCluster(n_workers=1, processes=False, memory_limit=limit, dashboard_address="127.0.0.1:0") as started,
         Client(started, set_as_default=False) as client,
     ):
-        rows = client.submit(trial_tasks._read, ready.data(), None, 0).result().train
+        rows = client.submit(trial_tasks._read, ready.data(), None, 0, 1).result().train
     assert isinstance(rows, StoredRows) == streamed
 
 

@@ -10,16 +10,17 @@ from pathlib import Path, PureWindowsPath
 
 from pipeline.dataset import remote
 
-_HEAD = 512  # bytes of a file that tell what it is
+_HEAD = 32  # bytes of a file that tell what it is
 _ENDINGS = (".jpg", ".jpeg", ".png")
 _TRIED = 100  # paths that could be written otherwise; a manifest may have millions
 _FIRST = 3  # paths of a manifest that are looked at however they are written
 _UTF_16 = "UTF-16 text; save it as UTF-8 (in spreadsheets: CSV UTF-8)"
+_UTF_32 = "UTF-32 text; save it as UTF-8"
 
 # What a file begins with, what it is then, and what helps.
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
-    (b"\xff\xfe\0\0", "UTF-32 text; save it as UTF-8"),
-    (b"\0\0\xfe\xff", "UTF-32 text; save it as UTF-8"),
+    (b"\xff\xfe\0\0", _UTF_32),
+    (b"\0\0\xfe\xff", _UTF_32),
     (b"\xff\xfe", _UTF_16),
     (b"\xfe\xff", _UTF_16),
     (b"PK\x03\x04", "a spreadsheet or ZIP file; save it as CSV UTF-8"),
@@ -38,7 +39,8 @@ def foreign_format(path: Path) -> str | None:
     for beginning, what in _BEGINNINGS:
         if head.startswith(beginning):
             return what
-    return _UTF_16 if not head.startswith(b"PAR1") and head.count(0) > len(head) / 4 else None
+    nulls = head[:8].count(0)  # of a header, which is ASCII whatever the alphabet of the rows
+    return None if nulls < 3 or head.startswith(b"PAR1") else _UTF_16 if nulls < 6 else _UTF_32
 
 
 def line_that_is_not_utf8(path: Path) -> int:
