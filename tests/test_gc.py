@@ -213,6 +213,17 @@ def test_without_a_terminal_no_row_is_removed_unasked(named: str, data: Path) ->
     assert icebox(data, "cache", "ls", "--json").json["rows"] == stay
 
 
+def test_second_copies_of_rows_go_unasked(data: Path) -> None:
+    """What a killed `gc` leaves: a row in two shards. Nothing is lost with one of them."""
+    with closing(Cache(data / "cache")) as cache:
+        space = cache.open(SPEC.directory)
+        add(space, [1, 2, 3])
+        add(space, [3, 4])
+    done = icebox(data, "cache", "gc", "--json")
+    assert (done.code, done.json["rows_removed"]) == (0, 1)
+    assert icebox(data, "cache", "ls", "--json").json["rows"] == 10
+
+
 @pytest.mark.parametrize(("answer", "code", "left"), [("n", 1, 6), ("y", 0, 3)])
 def test_at_a_terminal_it_asks(answer: str, code: int, left: int, data: Path) -> None:
     ours, its = pty.openpty()
