@@ -204,7 +204,7 @@ def test_without_a_terminal_no_row_is_removed_unasked(named: str, data: Path) ->
     removed, stay = (4, 3) if named == "--dataset" else (1, 6)
     done = icebox(data, "cache", "gc", named, kept, "--json")
     assert done.code == 2
-    assert f"{removed} rows of features would be removed" in done.json["error"]
+    assert f"{removed} row{'s' * (removed > 1)} of features would be removed" in done.json["error"]
     assert "--yes removes them" in done.json["error"]
     assert icebox(data, "cache", "ls", "--json").json["rows"] == 7
     assert icebox(data, "cache", "gc", named, kept, "--yes", "--json").json["rows_removed"] == removed
