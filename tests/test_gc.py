@@ -204,13 +204,24 @@ def test_without_a_terminal_no_row_is_removed_unasked(named: str, data: Path) ->
     removed, stay = (4, 3) if named == "--dataset" else (1, 6)
     done = icebox(data, "cache", "gc", named, kept, "--json")
     assert done.code == 2
-    assert f"{removed} row{'s' if removed > 1 else ''} of features would be removed" in done.json["error"]
+    assert f"{removed} row{'s' * (removed > 1)} of features would be removed" in done.json["error"]
     assert "--yes removes them" in done.json["error"]
     assert icebox(data, "cache", "ls", "--json").json["rows"] == 7
     assert icebox(data, "cache", "gc", named, kept, "--yes", "--json").json["rows_removed"] == removed
     again = icebox(data, "cache", "gc", named, kept, "--json")
     assert (again.code, again.json["rows_removed"]) == (0, 0), "where none is left to remove it does the rest"
     assert icebox(data, "cache", "ls", "--json").json["rows"] == stay
+
+
+def test_second_copies_of_rows_go_unasked(data: Path) -> None:
+    """What a killed `gc` leaves: a row in two shards. Nothing is lost with one of them."""
+    with closing(Cache(data / "cache")) as cache:
+        space = cache.open(SPEC.directory)
+        add(space, [1, 2, 3])
+        add(space, [3, 4])
+    done = icebox(data, "cache", "gc", "--json")
+    assert (done.code, done.json["rows_removed"]) == (0, 1)
+    assert icebox(data, "cache", "ls", "--json").json["rows"] == 10
 
 
 @pytest.mark.parametrize(("answer", "code", "left"), [("n", 1, 6), ("y", 0, 3)])

@@ -151,7 +151,7 @@ def cache_gc(
     start = time.perf_counter()
     with opened(context) as workspace:
         keep = _keep(workspace, dataset or [], space or [], archive, image_root)
-        if (dataset or space) and not (dry_run or yes):  # else all rows stay, at least one copy of each
+        if (dataset or space) and not (dry_run or yes):  # else only second copies of rows go, and nothing is lost
             _ask(collect(workspace.cache, keep, damaged=damaged, dry_run=True).rows_removed)
         done = collect(workspace.cache, keep, damaged=damaged, dry_run=dry_run)
         stopped = [
