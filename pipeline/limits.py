@@ -6,6 +6,7 @@ part of a process's affinity.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -107,6 +108,6 @@ def _unescaped(field: str) -> str:
 def _text(path: Path) -> str:
     """Return what a file of the system says; "" if it does not exist, or may not be read, which is no limit."""
     try:
-        return path.read_text().strip()
+        return os.fsdecode(path.read_bytes()).strip()  # other mounts may have names in any encoding
     except OSError:
         return ""

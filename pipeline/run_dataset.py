@@ -104,7 +104,11 @@ def resolved(images: object) -> tuple[str, str | None] | None:
 
 
 def _real(path: str) -> str:
-    return os.path.realpath(machine.at_home(path.replace("\0", "")))
+    named = machine.at_home(path.replace("\0", ""))
+    try:
+        return os.path.realpath(named)
+    except UnicodeEncodeError:  # no file of this machine has that name: its encoding of names lacks a letter
+        return os.path.abspath(named)  # noqa: PTH100  as realpath, without asking for the file
 
 
 def distinct(datasets: Sequence[RunDataset]) -> list[RunDataset]:

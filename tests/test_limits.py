@@ -71,6 +71,15 @@ def test_without_control_groups_it_is_the_machine(groups: Groups) -> None:
     assert found() == (64, 256, 200)
 
 
+def test_mounts_whose_names_are_not_utf_8_are_passed_over(groups: Groups) -> None:
+    groups.member("0::/")
+    groups.mounted(("/", "/sys/fs/cgroup", "cgroup2 cgroup rw"))
+    with (groups.root / "proc/self/mountinfo").open("ab") as file:
+        file.write(b"31 21 8:2 / /media/caf\xe9 rw - vfat /dev/sdb1 rw\n")
+    groups.time("sys/fs/cgroup", 200_000)
+    assert found() == (2, 256, 200)
+
+
 def test_version_2_in_a_container_that_sees_its_group_as_the_root(groups: Groups) -> None:
     groups.member("0::/")
     groups.mounted(("/", "/sys/fs/cgroup", "cgroup2 cgroup rw"))

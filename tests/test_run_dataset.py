@@ -51,6 +51,11 @@ def test_a_link_is_the_folder_it_leads_to(of: Any, tmp_path: Path) -> None:
     assert of("x").is_same(of("link"))
 
 
+def test_a_path_that_the_file_system_cannot_name_is_a_path(of: Any) -> None:
+    name = "x/\ud800"  # as names of elsewhere are where the locale is ASCII or Latin-1
+    assert of(name).is_same(of(f"y/../{name}")) and not of(name).is_same(of("x/y"))
+
+
 def test_where_a_link_led_then_counts(of: Any, tmp_path: Path) -> None:
     (tmp_path / "current").symlink_to("new")
     then = of("current", path=str(tmp_path / "old"))
