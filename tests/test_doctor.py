@@ -119,7 +119,7 @@ def test_what_is_left_out_of_a_list_is_counted(photos: Path, tmp_path: Path) -> 
     (photos / "emus").mkdir()
     (photos / "emus" / "1.heic").write_bytes(b"x")
     said = icebox(tmp_path / "data", "doctor", photos, *UNTRAINED).err
-    assert said.count("bad: cats/broken") == 10 and "and 4 more bad images; --json lists more" in said
+    assert said.count("bad: cats/broken") == 10 and "and 4 more bad images; --json lists them all" in said
     assert "notice: passed over: .heic 1 (HEIC; convert to JPEG or PNG)" in said
     assert "notice: 1 folder holds no images: emus" in said
     assert "notice: classes that look alike are kept apart: 'Cats' and 'cats'" in said
