@@ -104,13 +104,15 @@ def require_target(out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"the report cannot be written to {out}: {error.strerror or error}") from error
+        raise RunError(
+            f"the report cannot be written to {out}: {error.strerror or error}; name a file elsewhere by --out"
+        ) from error
     if out.is_dir():
         raise RunError(f"the report cannot be written to {out}: that is a folder; name a file in it")
     if out.exists() and not out.is_file():  # a device or a pipe would be replaced
         raise RunError(f"the report cannot be written to {out}: that is no regular file")
     if not os.access(out.parent, os.W_OK):
-        raise RunError(f"the report cannot be written to {out}: its folder cannot be written to")
+        raise RunError(f"the report cannot be written to {out}: its folder is read-only; name another by --out")
 
 
 def publish(out: Path, text: str) -> None:
