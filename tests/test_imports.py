@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import subprocess
 import sys
@@ -96,6 +97,24 @@ def test_a_library_that_ends_the_process_while_it_is_loaded_is_heard(
         assert each in done.stderr
     ended = "error: the process was ended while TensorFlow was being loaded; "
     assert (ended in done.stderr) == (ended_by is not None)
+
+
+def test_a_library_that_ends_the_process_is_heard_before_its_children_end(tmp_path: Path) -> None:
+    """As where it is the first process of a container, with which all others end."""
+    child = tmp_path / "child"
+    starts = f"""
+import pathlib, subprocess
+helper = subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+pathlib.Path({str(child)!r}).write_text(str(helper.pid))
+"""
+    env = environment(PYTHONPATH=f"{fake(tmp_path, 'tensorflow', starts + ABORTS)}:{ROOT}")
+    script = "from pipeline.keras_start import import_keras; import_keras()"
+    try:
+        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
+    finally:
+        os.kill(int(child.read_text()), signal.SIGKILL)
+    assert done.returncode == -signal.SIGABRT
+    assert "F0000 this library was" in done.stderr and "what it printed stands above" in done.stderr
 
 
 def test_what_is_printed_while_all_goes_well_is_not_seen(capfd: pytest.CaptureFixture[str]) -> None:
