@@ -35,7 +35,8 @@ _RARE = {0xC3: "lossless JPEG", **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0
          **dict.fromkeys((0xC9, 0xCA, 0xCB), "arithmetic-coded JPEG")}  # fmt: skip
 _MOST_DC = 2048  # twice what a block's mean brightness comes to, as editing without decoding may overshoot
 _MOST_DC_BITS = 11
-_MOST_LEFT = 2  # bytes behind a progressive scan, as of a line's end; one out of step leaves more
+_MOST_FOLLOWED = 2**24  # bytes, which take half a minute; larger files are decoded again, as progressive ones are
+_MOST_LEFT = 2  # bytes behind a scan, as of a line's end; one out of step leaves more
 _ZEROS = bytes(32)  # as where a block of a disk was lost; a sound scan has them in empty blocks only
 
 
@@ -81,7 +82,7 @@ def damage(data: bytes, warning: str, warning_of: Callable[[bytes], str]) -> str
         return found[0]
     segments = list(_segments(data))
     frames = {segment.marker for segment in segments} & _FRAMES
-    if frames <= _SEQUENTIAL:
+    if frames <= _SEQUENTIAL and len(data) <= _MOST_FOLLOWED:
         try:
             return _follow(segments)
         except (LookupError, ValueError):  # tables or sizes that are not there: libjpeg knows better

@@ -99,6 +99,20 @@ def test_a_harmless_warning_hides_no_damage(verdict: Callable[[bytes], str]) -> 
         assert "damaged inside" in verdict(junk[: len(junk) // 2] + b"\xff\xd9")
 
 
+def test_a_file_too_large_to_be_followed_is_decoded_again(
+    verdict: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scan of a hundred megabytes would keep the decoding process busy for longer than any image may."""
+    monkeypatch.setattr(jpeg, "_MOST_FOLLOWED", 1000)
+    monkeypatch.setattr(jpeg, "_follow", lambda segments: pytest.fail("followed"))
+    data = encoded()
+    junk = data[:20] + b"left behind" + data[20:]
+    assert verdict(junk) == ""
+    assert verdict(data[:-2] + bytes(500) + data[-2:]) == ""
+    for spoil in MIDDLE.values():
+        assert "damaged inside" in verdict(spoil(junk, len(junk) // 2))
+
+
 def test_what_is_left_over_tells_padding_from_a_scan_out_of_step(verdict: Callable[[bytes], str]) -> None:
     data = encoded()
     assert verdict(data[:-2] + bytes(500) + data[-2:]) == ""
