@@ -205,7 +205,7 @@ def _huffman(counts: bytes, symbols: bytes) -> Sequence[int]:
     if len(lengths) != len(symbols):
         raise ValueError("a Huffman table that is cut short")
     entries = np.repeat(lengths * 256 + np.frombuffer(symbols, np.uint8), 1 << (16 - lengths))
-    return np.pad(entries, (0, max(0, 65536 - len(entries)))).tolist()
+    return np.pad(entries[:65536], (0, max(0, 65536 - len(entries)))).tolist()  # a made-up table has millions
 
 
 def _follow_scan(scan: _Segment, tables: _Tables) -> str:

@@ -137,6 +137,11 @@ def test_headers_that_lack_something_raise_nothing_else(cut: int) -> None:
         assert isinstance(jpeg.damage(data[:at] + data[at + cut :], "", lambda data: ""), str)
 
 
+def test_a_table_of_more_codes_than_there_are_takes_no_more_room() -> None:
+    """Libjpeg looks at no table that no scan refers to, so that a file of a few KB may hold anything there."""
+    assert len(jpeg._huffman(bytes([255, *15 * [0]]), bytes(255))) == 65536
+
+
 def test_a_decoding_process_hears_of_one_image_what_is_about_it(tmp_path: Path) -> None:
     data = encoded()
     files = [data, data[: len(data) // 2] + b"\xff\xd9", data, data[:20] + b"left behind" + data[20:]]
