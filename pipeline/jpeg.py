@@ -35,10 +35,10 @@ _NEEDED = {*_FRAMES, _TABLES, 0xCC, _QUANTISATION, _INTERVAL, _SCAN}
 _LS = 0xF7
 _RARE = {0xC3: "lossless JPEG", **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG"),
          **dict.fromkeys((0xC9, 0xCA, 0xCB), "arithmetic-coded JPEG")}  # fmt: skip
-_MOST_FOLLOWED = 2**22  # bytes of coded data
+_MOST_FOLLOWED = 2**22  # bytes of coded data, which take some ten seconds; of more, the decoder is believed
 _MOST_DC = 2048  # twice what a block's mean brightness comes to, as editing without decoding may overshoot
 _MOST_DC_BITS = 11
-_MOST_LEFT = 2  # bytes behind a progressive scan, as of a line's end; one out of step leaves more
+_MOST_LEFT = 2  # bytes behind a scan, as of a line's end; one out of step leaves more
 _ZEROS = bytes(32)  # as where a block of a disk was lost; a sound scan has them in empty blocks only
 
 
@@ -216,7 +216,7 @@ def _huffman(counts: bytes, symbols: bytes) -> Sequence[int]:
     if len(lengths) != len(symbols):
         raise ValueError("a Huffman table that is cut short")
     entries = np.repeat(lengths * 256 + np.frombuffer(symbols, np.uint8), 1 << (16 - lengths))
-    return np.pad(entries, (0, max(0, 65536 - len(entries)))).tolist()
+    return np.pad(entries[:65536], (0, max(0, 65536 - len(entries)))).tolist()  # a made-up table has millions
 
 
 def _follow_scan(scan: _Segment, tables: _Tables) -> str:

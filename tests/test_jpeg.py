@@ -109,6 +109,20 @@ def test_a_harmless_warning_does_not_have_a_large_file_followed(monkeypatch: pyt
     assert jpeg.damage(data, "", lambda bare: "") == ""
 
 
+def test_a_file_too_large_to_be_followed_is_decoded_again(
+    verdict: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scan of a hundred megabytes would keep the decoding process busy for longer than any image may."""
+    monkeypatch.setattr(jpeg, "_MOST_FOLLOWED", 1000)
+    monkeypatch.setattr(jpeg, "_follow", lambda segments: pytest.fail("followed"))
+    data = encoded()
+    junk = data[:20] + b"left behind" + data[20:]
+    assert verdict(junk) == ""
+    assert verdict(data[:-2] + bytes(500) + data[-2:]) == ""
+    for spoil in MIDDLE.values():
+        assert "damaged inside" in verdict(spoil(junk, len(junk) // 2))
+
+
 def test_what_is_left_over_tells_padding_from_a_scan_out_of_step(verdict: Callable[[bytes], str]) -> None:
     data = encoded()
     assert verdict(data[:-2] + bytes(500) + data[-2:]) == ""
@@ -131,6 +145,11 @@ def test_headers_that_lack_something_raise_nothing_else(cut: int) -> None:
     data = encoded()
     for at in (data.index(b"\xff\xdb"), data.index(b"\xff\xc4"), data.index(b"\xff\xc0")):
         assert isinstance(jpeg.damage(data[:at] + data[at + cut :], "", lambda data: ""), str)
+
+
+def test_a_table_of_more_codes_than_there_are_takes_no_more_room() -> None:
+    """Libjpeg looks at no table that no scan refers to, so that a file of a few KB may hold anything there."""
+    assert len(jpeg._huffman(bytes([255, *15 * [0]]), bytes(255))) == 65536
 
 
 def test_a_decoding_process_hears_of_one_image_what_is_about_it(tmp_path: Path) -> None:
