@@ -253,7 +253,7 @@ def test_a_dataset_that_cannot_be_read_removes_nothing(data: Path) -> None:
     listed.write_text("path,label\nclass/0.png,a\nclass/missing.png,a\n")
     done = icebox(data, "cache", "gc", "--dataset", listed)
     assert done.code == 1
-    assert "1 images of" in done.err
+    assert "1 image of" in done.err
     assert "class/missing.png" in done.err
     assert "nothing was removed" in done.err
     assert icebox(data, "cache", "ls", "--json").json["rows"] == 6
