@@ -43,6 +43,7 @@ HARMLESS = {
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
     "TF_GPU_ALLOCATOR": "cuda_malloc_async",
     "TF_NUM_INTRAOP_THREADS": "2",
+    "TF2_BEHAVIOR": "1",  # as TensorFlow sets it for what is started after its import
     "TF_VAR_region": "of Terraform",
     "TF_CLI_CONFIG_FILE": "of Terraform",
     "CUDA_VISIBLE_DEVICES": "0",
