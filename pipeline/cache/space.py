@@ -29,15 +29,7 @@ from pipeline.cache.index import Index, Located, ShardRecord
 from pipeline.cache.keys import Keys
 from pipeline.cache.lock import done_without, exclusive, shared
 from pipeline.cache.reader import ShardReader
-from pipeline.cache.shard import (
-    Rows,
-    ShardInfo,
-    check_bytes,
-    read_info,
-    read_recipes,
-    row_layout,
-    write_shard,
-)
+from pipeline.cache.shard import Rows, ShardInfo, check_bytes, read_info, read_recipes, row_layout, write_shard
 from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError, SpecError, did_you_mean
 from pipeline.progress import Progress, silent
 from pipeline.spec import Augmentation, FeatureRequest, FeatureSpec
