@@ -131,11 +131,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_json_that_nobody_would_read_again_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.runs.MOST_BYTES", 100)
-    write_json(tmp_path / "small.json", ["x" * 50])
+def test_json_that_nobody_would_read_again_is_not_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "small.json", ["x" * 50], 100)
     with pytest.raises(RunError, match=r"large\.json would have 109 bytes; 100 are read at most"):
-        write_json(tmp_path / "large.json", ["x" * 101])
+        write_json(tmp_path / "large.json", ["x" * 101], 100)
     assert [path.name for path in tmp_path.iterdir()] == ["small.json"]
 
 
