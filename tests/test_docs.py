@@ -102,8 +102,10 @@ def check_snippet(project: Path, code: str) -> None:
 
 def check_quickstart(said: str) -> None:
     lines = said.splitlines()
-    head = next(number for number, line in enumerate(lines) if line.split()[:3] == ["run", "head", "accuracy"])
-    accuracies = {line.split()[1]: float(line.split()[2]) for line in lines[head + 1 : head + 4]}
+    head = next(
+        number for number, line in enumerate(lines) if line.split()[:4] == ["run", "head", "dataset", "accuracy"]
+    )
+    accuracies = {line.split()[1]: float(line.split()[3]) for line in lines[head + 1 : head + 4]}
     assert accuracies["logreg"] >= 0.92
     assert accuracies["gap"] >= 0.90
     assert accuracies["flatten"] >= 0.90
