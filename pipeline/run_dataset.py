@@ -74,12 +74,10 @@ class RunDataset:
         """Return whether two runs are of one dataset.
 
         They are if the path asked for and the classes are the same, or if they share most of their images, so that a
-        folder that was moved or has grown keeps its runs. The same images under other classes are another dataset.
+        folder that was moved, has grown or got other classes keeps its runs.
         """
         if self.classes == other.classes and self._same_source(other):
             return True
-        if not (self.classes <= other.classes or other.classes <= self.classes):
-            return False
         content = self.about["dataset"].get("content")
         if content is not None and content == other.about["dataset"].get("content"):
             return True

@@ -155,6 +155,7 @@ def test_without_locks_a_run_is_resumed_and_nothing_is_removed(
 ) -> None:
     when_locked(monkeypatch, without_folder_locks)
     monkeypatch.setenv("ICEBOX_LOCKS", "off")
+    assert runs.remove_leftovers(stopped.parent, resumable=True, dry_run=True) == ([], 0)
     assert runs.remove_leftovers(stopped.parent, resumable=True) == ([], 0)
     assert runs.unfinished(stopped.parent) == ["stopped"]
     with runs.reopened(stopped.parent, "stopped"):

@@ -67,8 +67,10 @@ def test_a_moved_or_grown_folder_keeps_its_runs(of: Any) -> None:
     assert of("x", range(10)).is_same(of("x", range(12), classes=("a", "b", "c"))), "a class was added"
 
 
-def test_the_same_images_under_other_classes_are_another_dataset(of: Any) -> None:
-    assert not of("fine", range(10)).is_same(of("coarse", range(10), classes=("animal", "thing")))
+def test_the_same_images_under_other_classes_are_the_same_dataset(of: Any) -> None:
+    """Of which `best` takes the runs alone that know the classes of the latest."""
+    assert of("fine", range(10)).is_same(of("coarse", range(10), classes=("animal", "thing")))
+    assert not of("fine", range(10)).is_same(of("fine", range(20, 30), classes=("animal", "thing")))
 
 
 def test_classes_are_the_same_in_any_order_and_unicode_form(of: Any) -> None:
