@@ -81,7 +81,7 @@ def timed(once: Callable[[], int]) -> float:
 def ours(precision: str, weights: Path) -> float:
     """Return the rate of our network, as many batches at a time as `features` computes."""
     from pipeline import machine
-    from pipeline.backbone import FrozenBackbone, streams
+    from pipeline.backbone.frozen import FrozenBackbone, streams
     from pipeline.extract import FeatureChoice, new_spec
 
     cores = machine.usable_cores()
@@ -99,7 +99,7 @@ def ours(precision: str, weights: Path) -> float:
 
 def weights_of(path: Path) -> Any:
     """Return a weights file as `features --weights` takes it."""
-    from pipeline.weights import Weights
+    from pipeline.backbone.weights import Weights
 
     return Weights("file", "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest(), path)
 
@@ -109,11 +109,12 @@ def openvino(precision: str, weights: Path) -> float:
     import openvino as ov
     import tensorflow as tf
 
-    from pipeline import backbone
+    from pipeline.backbone.build import build, load_weights
+    from pipeline.backbone.scaling import scale
 
-    model = backbone.build("inception_v3")
-    backbone.load_weights(model, "sha256:", weights)
-    run = tf.function(lambda images: model(backbone.scale(tf.cast(images, tf.float32)), training=False))
+    model = build("inception_v3")
+    load_weights(model, "sha256:", weights)
+    run = tf.function(lambda images: model(scale(tf.cast(images, tf.float32)), training=False))
     graph = run.get_concrete_function(tf.TensorSpec((BATCH, 299, 299, 3), tf.uint8))
     options = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": {"bfloat16": "bf16"}.get(precision, "f32")}
     compiled = ov.compile_model(ov.convert_model(graph), "CPU", options)

@@ -31,8 +31,8 @@ import sys, time
 sys.path.insert(0, sys.argv.pop(1))
 log = open(sys.argv.pop(1), "a", buffering=1)
 log.write("start\\n")
-from pipeline import backbone
-load, run = backbone.FrozenBackbone.__init__, backbone.FrozenBackbone.__call__
+from pipeline.backbone import frozen
+load, run = frozen.FrozenBackbone.__init__, frozen.FrozenBackbone.__call__
 def loading(self, *arguments):
     log.write("load\\n")
     load(self, *arguments)
@@ -40,7 +40,7 @@ def running(self, images):
     result = run(self, images)
     log.write(f"batch {len(images)} {time.monotonic()}\\n")
     return result
-backbone.FrozenBackbone.__init__, backbone.FrozenBackbone.__call__ = loading, running
+frozen.FrozenBackbone.__init__, frozen.FrozenBackbone.__call__ = loading, running
 import cli
 sys.exit(cli.main())
 """

@@ -64,7 +64,7 @@ def network(weights: Path) -> Callable[[], object]:
     from bare import BATCH, pixels, weights_of
 
     from pipeline import machine
-    from pipeline.backbone import FrozenBackbone
+    from pipeline.backbone.frozen import FrozenBackbone
     from pipeline.extract import FeatureChoice, new_spec
 
     spec = new_spec(FeatureChoice(), weights_of(weights))

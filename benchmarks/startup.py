@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pipeline import images  # noqa: E402
-from pipeline.backbone import ENGINE  # noqa: E402
+from pipeline.backbone.frozen import ENGINE  # noqa: E402
 from pipeline.cache.shard import Rows  # noqa: E402
 from pipeline.cache.space import Cache  # noqa: E402
 from pipeline.spec import FeatureSpec  # noqa: E402

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from pipeline import heads, images
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINES
+from pipeline.backbone.frozen import ENGINES
+from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
+from pipeline.backbone.weights import Weights, require_by_identity, resolve
 from pipeline.cache.space import FeatureSpace
 from pipeline.errors import SpecError
 from pipeline.extract import warn_untrained
@@ -20,7 +22,6 @@ from pipeline.network import Network, stitched
 from pipeline.rows import Wanted, stored_rows
 from pipeline.spec import FeatureSpec
 from pipeline.trained import TrainedRun
-from pipeline.weights import Weights, require_by_identity, resolve
 from pipeline.workspace import Workspace
 
 _ROOM = 2**28  # bytes that cached rows may take in memory

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import runs
-from pipeline.backbone import ENGINE
+from pipeline.backbone.frozen import ENGINE
 from pipeline.compute import DEFAULT_BATCH_SIZE
 from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError, MissingRowsError, RunError, UsageError

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline import augment, images
-from pipeline.backbone import FrozenBackbone
+from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache.digests import identify
 from pipeline.cache.space import FeatureSpace
 from pipeline.compute import DEFAULT_BATCH_SIZE, batch_of

@@ -11,7 +11,9 @@ from itertools import islice
 import numpy as np
 
 from pipeline import machine
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, FrozenBackbone
+from pipeline.backbone.frozen import FrozenBackbone
+from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
+from pipeline.backbone.weights import Weights, find_by_identity, find_imagenet, resolve
 from pipeline.cache.shard import Rows, shard_image
 from pipeline.cache.space import FeatureSpace
 from pipeline.compute import batch_of, default_batch
@@ -19,7 +21,6 @@ from pipeline.decoder import Loader
 from pipeline.extract import FeatureChoice, new_spec
 from pipeline.images import depth_of
 from pipeline.planning import Plan, Planning
-from pipeline.weights import Weights, find_by_identity, find_imagenet, resolve
 from pipeline.workspace import Workspace
 
 _UNIT = 1024 if sys.platform.startswith("linux") else 1  # of what the system says of a process's memory

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline import machine
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE
+from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
+from pipeline.backbone.weights import find_imagenet
 from pipeline.cache import storage
-from pipeline.weights import find_imagenet
 from pipeline.workspace import Workspace
 
 _PACKAGES = ("tensorflow", "keras", "opencv-python", "h5py", "hdf5plugin", "scikit-learn", "typer")

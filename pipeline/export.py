@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline import runs
 from pipeline.answering import grouped
-from pipeline.backbone import scale
+from pipeline.backbone.scaling import scale
 from pipeline.cache import storage
 from pipeline.cache.lock import remove_abandoned
 from pipeline.dataset import Dataset, limit

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline import images, machine
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, ENGINE, ENGINES
+from pipeline.backbone.frozen import ENGINE, ENGINES
+from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
+from pipeline.backbone.weights import Weights, anchored, by_digest, require_by_identity, resolve
 from pipeline.cache.digests import Identities, identify, read_some
 from pipeline.cache.keys import Keys
 from pipeline.cache.space import Cache, FeatureSpace
@@ -38,7 +40,6 @@ from pipeline.keras_start import import_keras
 from pipeline.planning import DEFAULT_FIT, Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.shard_task import Setup, ShardWorker, check_room
 from pipeline.spec import PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
-from pipeline.weights import Weights, anchored, by_digest, require_by_identity, resolve
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)

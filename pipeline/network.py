@@ -10,8 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import backbone, heads, weights_file
-from pipeline.backbone import cut_layers
+from pipeline import heads
+from pipeline.backbone import weights_file
+from pipeline.backbone.build import build as build_backbone
+from pipeline.backbone.build import load_weights
+from pipeline.backbone.frozen import features_of
+from pipeline.backbone.graph import cut, cut_layers, multiplications, rest_of
+from pipeline.backbone.scaling import scale
+from pipeline.backbone.weights import Weights
 from pipeline.cache import storage
 from pipeline.errors import IceboxError, RunError, SpecError, UsageError, did_you_mean
 from pipeline.heads.dense import DenseHead, average, build, from_logreg
@@ -21,7 +27,6 @@ from pipeline.loop import finalize
 from pipeline.rows import Rows, read_ahead
 from pipeline.runs import write_json
 from pipeline.spec import FREEZE_UNTIL, FeatureSpec
-from pipeline.weights import Weights
 
 WEIGHTS_FILE = "backbone.weights.h5"
 JSON_FILE = "network.json"
@@ -44,8 +49,8 @@ class Network:
 
     def __init__(self, spec: FeatureSpec, make_head: Callable[[tuple[int, ...]], DenseHead]) -> None:
         self.spec = spec
-        self.whole = backbone.build(spec.backbone, spec.precision)
-        self.below = backbone.cut(self.whole, spec.layer)
+        self.whole = build_backbone(spec.backbone, spec.precision)
+        self.below = cut(self.whole, spec.layer)
         features = self.below.output
         self.head = make_head(tuple(features.shape[1:]))
         self.model: KerasModel = import_keras().Model(self.whole.inputs, self.head.model(features), name="full_model")
@@ -54,7 +59,7 @@ class Network:
         """Give the backbone the weights that a spec names. Raises WeightsError if the file is not of them."""
         if path is not None:
             weights_file.check(path)
-        backbone.load_weights(self.whole, identity, path)
+        load_weights(self.whole, identity, path)
 
     @property
     def cuts(self) -> list[str]:
@@ -71,7 +76,7 @@ class Network:
         layers = self.below.layers[self.layers.index(after) + 1 :] if after else self.below.layers
         layers = [*layers, *self.head.model.layers]
         trains = next(i for i, layer in enumerate(layers) if layer.trainable_weights)
-        counts = [backbone.multiplications(layer) for layer in layers]
+        counts = [multiplications(layer) for layer in layers]
         return sum(counts), sum(counts[trains:])
 
     def freeze(self, until: int, *, batch_norm: bool) -> None:
@@ -105,7 +110,7 @@ class Network:
     def _from_pixels(self, model: KerasModel) -> KerasModel:
         keras = import_keras()
         inputs = keras.Input((self.spec.input_size, self.spec.input_size, 3), dtype="uint8", name="pixels")
-        return keras.Model(inputs, model(backbone.scale(keras.ops.cast(inputs, "float32"))))
+        return keras.Model(inputs, model(scale(keras.ops.cast(inputs, "float32"))))
 
     def after(self, layer: str) -> KerasModel:
         """Return what comes after `layer`, with the same weights: its rows (n, h, w, c) → (n, k) probabilities."""
@@ -113,7 +118,7 @@ class Network:
 
     def features_after(self, layer: str) -> KerasModel | None:
         """Return what lies between `layer` and the head; None if nothing does."""
-        return backbone.rest_of(self.below, layer)
+        return rest_of(self.below, layer)
 
     def save(self, directory: Path) -> str:
         """Write backbone, head and our JSON; return the identity of the backbone's weights, as a spec names them."""
@@ -272,7 +277,7 @@ def compiled(network: Network, after: str | None = None) -> Answerer:
 
     @tf.function(input_signature=[tf.TensorSpec((None, *shape), kind)], autograph=False)
     def run(inputs: tf.Tensor) -> tf.Tensor:
-        features = backbone.features_of(network.below, inputs, spec, after)
+        features = features_of(network.below, inputs, spec, after)
         return tf.cast(head(features, training=False), tf.float32)
 
     def answer(inputs: np.ndarray) -> np.ndarray:

@@ -10,7 +10,10 @@ from typing import Any
 
 from pipeline import heads, network
 from pipeline.asked import FullAsked
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, build, cut_layers
+from pipeline.backbone.build import build
+from pipeline.backbone.graph import cut_layers
+from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
+from pipeline.backbone.weights import Weights, find_by_identity, require_by_identity, resolve
 from pipeline.cache.digests import identify
 from pipeline.class_names import missing, with_classes
 from pipeline.dataset import Dataset
@@ -21,7 +24,6 @@ from pipeline.heads.dense import build as build_head
 from pipeline.images import depth_of
 from pipeline.runs import read_run
 from pipeline.spec import SHAPE, FeatureSpec, HeadSpec
-from pipeline.weights import Weights, find_by_identity, require_by_identity, resolve
 from pipeline.workspace import Workspace
 
 

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from pipeline import images
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE
+from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
 from pipeline.cache.digests import Identities
 from pipeline.cache.index import Index
 from pipeline.cache.keys import comparable, split

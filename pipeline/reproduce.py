@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.asked import Asked, FullAsked
+from pipeline.backbone.weights import is_path
 from pipeline.errors import UsageError
 from pipeline.images import DEFAULT_MAX_PIXELS, FULL_DEPTH, depth_of
 from pipeline.spec import SHAPE, HeadSpec
 from pipeline.trained import TrainedRun
-from pipeline.weights import is_path
 
 Option = tuple[str, Any]  # its name and value: None leaves it out, True makes it a flag
 _SPACE = ("--weights", "--layer", "--precision", "--fit", "--depth", "--storage")

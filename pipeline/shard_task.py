@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import augment, images
-from pipeline.backbone import FrozenBackbone, streams
+from pipeline.backbone.frozen import FrozenBackbone, streams
 from pipeline.cache import storage
 from pipeline.cache.index import row_mark
 from pipeline.cache.shard import Gathering, Rows, ShardInfo, write_shard

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, build, cut, cut_layers, multiplications
+from pipeline.backbone.build import build
+from pipeline.backbone.graph import cut, cut_layers, multiplications
+from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
 from pipeline.heads.dense import build as build_head
 from pipeline.spec import HeadSpec
 

@@ -122,7 +122,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
 
 def small_model(size: int) -> Any:
     """A network of three classes, of the layers that InceptionV3 and the heads consist of, as `export` makes it."""
-    from pipeline.backbone import scale
+    from pipeline.backbone.scaling import scale
     from pipeline.keras_start import import_keras
 
     keras = import_keras()

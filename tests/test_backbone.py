@@ -13,8 +13,13 @@ import pytest
 import tensorflow as tf
 from conftest import SPEC, picture
 
-from pipeline import backbone, folding, images, machine
-from pipeline.backbone import FrozenBackbone, build, cut, cut_layers, load_weights, streams
+from pipeline import images, machine
+from pipeline.backbone import folding
+from pipeline.backbone import frozen as frozen_module
+from pipeline.backbone.build import build, load_weights
+from pipeline.backbone.frozen import FrozenBackbone, best_batch, streams
+from pipeline.backbone.graph import cut, cut_layers
+from pipeline.backbone.scaling import scale
 from pipeline.errors import IceboxError, SpecError, WeightsError
 from pipeline.spec import HeadSpec
 
@@ -64,7 +69,7 @@ def test_folding_batch_norm_changes_nothing_but_rounding(whole: Any, pixels: np.
         # Statistics as after training, where none is 0 or 1.
         spread = {"moving_mean": 0.1, "beta": 0.1}.get(weights.name)
         weights.assign(drawn + rng.normal(0, spread, drawn.shape) if spread else drawn)
-    scaled = tf.constant(backbone.scale(pixels[:4].astype(np.float32)))
+    scaled = tf.constant(scale(pixels[:4].astype(np.float32)))
     expected = model(scaled, training=False).numpy()
     found = tf.function(lambda images: folding.run(model, images, "float32"))(scaled).numpy()
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
@@ -82,14 +87,14 @@ def test_every_batch_norm_of_the_network_is_folded(whole: Any) -> None:
 @pytest.mark.parametrize("layer", ["conv2d", "batch_normalization_1", "activation_2", "mixed3"])
 def test_a_network_cut_anywhere_is_folded_too(whole: Any, pixels: np.ndarray, layer: str) -> None:
     below = cut(whole, layer)
-    scaled = tf.constant(backbone.scale(pixels[:2].astype(np.float32)))
+    scaled = tf.constant(scale(pixels[:2].astype(np.float32)))
     found = tf.function(lambda images: folding.run(below, images, "float32"))(scaled).numpy()
     expected = below(scaled, training=False).numpy()
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
 
 
 def test_spaces_of_the_first_version_are_computed_as_keras_does(whole: Any, pixels: np.ndarray) -> None:
-    scaled = backbone.scale(pixels[:2].astype(np.float32))
+    scaled = scale(pixels[:2].astype(np.float32))
     expected = np.asarray(whole(scaled, training=False)).astype(np.float16)
     features, _ = FrozenBackbone(replace(SPEC, engine="keras"), None, batch_size=2)(pixels[:2])
     np.testing.assert_allclose(features, expected, rtol=2**-10, atol=2**-14)
@@ -122,7 +127,7 @@ def test_features_that_are_not_finite_are_refused(pixels: np.ndarray, monkeypatc
         first = model.get_layer(index=1)
         first.kernel.assign(first.kernel * 1e12)
 
-    monkeypatch.setattr(backbone, "load_weights", loaded)
+    monkeypatch.setattr(frozen_module, "load_weights", loaded)
     model = FrozenBackbone(SPEC, None, batch_size=2)
     with pytest.raises(IceboxError, match="not finite"):
         model(pixels[:2])
@@ -140,18 +145,18 @@ def test_features_that_are_not_finite_are_refused(pixels: np.ndarray, monkeypatc
     ],
 )
 def test_the_batch_is_the_fastest_and_larger_only_for_a_reason(rates: dict[int, float], best: int) -> None:
-    assert backbone.best_batch(32, 256, rates[32], rates.__getitem__) == best
+    assert best_batch(32, 256, rates[32], rates.__getitem__) == best
 
 
 def test_a_batch_is_looked_for_where_computing_takes_long(
     pixels: np.ndarray, frozen: FrozenBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbone, "_LEAST_BATCH", 1)
-    monkeypatch.setattr(backbone, "_MEASURED_SECONDS", 1e-6)
+    monkeypatch.setattr(frozen_module, "_LEAST_BATCH", 1)
+    monkeypatch.setattr(frozen_module, "_MEASURED_SECONDS", 1e-6)
     model = FrozenBackbone(SPEC, None, batch_size=2)
     model.choose_batch(1_999, 4)
     assert model.batch_size == 2, "it would take longer than it could save"
-    monkeypatch.setattr(backbone, "_WORTH_SECONDS", 1e-6)
+    monkeypatch.setattr(frozen_module, "_WORTH_SECONDS", 1e-6)
     assert model.rate() > 0
     monkeypatch.setattr(FrozenBackbone, "rate", lambda model: float(model.batch_size))
     model.choose_batch(2_000, 4)
@@ -223,7 +228,7 @@ def test_a_head_on_the_cached_row_is_the_full_model_on_the_image(whole: Any, pix
     on_pooled = build_head(HeadSpec.make("gap"), (2048,), 5)
     on_pooled.set_weights(on_tensor.get_weights())
     full = keras.Model(whole.input, on_tensor(whole.output))
-    expected = np.asarray(full(backbone.scale(pixels[:4].astype(np.float32)), training=False))
+    expected = np.asarray(full(scale(pixels[:4].astype(np.float32)), training=False))
     np.testing.assert_allclose(on_tensor.predict_on_batch(row), expected, atol=1e-3)
     np.testing.assert_allclose(on_pooled.predict_on_batch(pooled), expected, atol=1e-5)
 

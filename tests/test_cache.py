@@ -1184,7 +1184,7 @@ def test_an_index_that_cannot_be_made_is_a_cache_error(tmp_path: Path) -> None:
 
 def test_the_cache_and_the_weights_do_not_load_tensorflow() -> None:
     code = """
-import pipeline.cache.space, pipeline.cache.digests, pipeline.weights
+import pipeline.cache.space, pipeline.cache.digests, pipeline.backbone.weights
 print(sorted({"tensorflow", "keras", "torch", "jax"} & {name.split(".")[0] for name in sys.modules}))
 """
     done = subprocess.run(python(code), capture_output=True, text=True, timeout=60)

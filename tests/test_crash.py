@@ -33,7 +33,7 @@ from faults import WRITES, Watcher, call_and_die, disk_full, io_error, watched
 import cli
 import pipeline.extract
 import pipeline.shard_task
-from pipeline.backbone import FrozenBackbone
+from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache import storage
 from pipeline.cache.space import Cache
 from pipeline.runs import published_names, read_run, unfinished

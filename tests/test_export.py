@@ -16,12 +16,12 @@ from deployed import MOST, Deployed
 
 from pipeline import export
 from pipeline.answering import grouped
+from pipeline.backbone.untrained import initialise
 from pipeline.cache.lock import new_folder_held
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, RunError, UsageError
 from pipeline.export import Exported, deployable, export_run
 from pipeline.formats import FORMATS
-from pipeline.untrained import initialise
 
 CLASSES = ["cats", "dogs"]
 

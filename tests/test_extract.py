@@ -29,7 +29,7 @@ from conftest import ROOT, command_line, environment, icebox, mark, picture, wri
 import pipeline.extract
 import pipeline.shard_task
 from pipeline import machine
-from pipeline.backbone import FrozenBackbone
+from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache import digests
 from pipeline.cache.index import Index
 from pipeline.compute import ComputeOptions, batch_of

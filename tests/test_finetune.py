@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 from conftest import command_line, environment, icebox, unseal, write_picture
 
-from pipeline import backbone, images, network, runs
+from pipeline import images, network, runs
 from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked, command_of
+from pipeline.backbone.build import build as build_backbone
+from pipeline.backbone.build import load_weights
+from pipeline.backbone.graph import cut_layers
 from pipeline.cache.keys import split
 from pipeline.cache.space import Cache
 from pipeline.compute import ComputeOptions
@@ -135,8 +138,8 @@ def test_the_summary_says_what_trained(from_images: FullRun, from_cache: FullRun
 
 
 def test_only_what_comes_after_the_layer_has_changed(from_cache: FullRun) -> None:
-    before = backbone.build("inception_v3")
-    backbone.load_weights(before, "untrained:glorot_centred_1:0", None)
+    before = build_backbone("inception_v3")
+    load_weights(before, "untrained:glorot_centred_1:0", None)
     after = Network.load(from_cache.path, open_run(from_cache.path.parent, from_cache.name).spec).whole
     changed = [
         layer.name
@@ -241,8 +244,8 @@ def test_a_fine_tuned_run_goes_on_in_the_rows_its_backbone_still_gives(place: Pl
 
 
 def origin_layers(place: Place) -> tuple[list[str], list[str]]:
-    whole = backbone.build("inception_v3")
-    return [layer.name for layer in whole.layers], backbone.cut_layers(whole)
+    whole = build_backbone("inception_v3")
+    return [layer.name for layer in whole.layers], cut_layers(whole)
 
 
 def test_other_classes_and_contradictions_are_refused(place: Place, logreg: str, tmp_path: Path) -> None:

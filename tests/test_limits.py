@@ -216,7 +216,7 @@ CHILD = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from pipeline import machine
-from pipeline.backbone import streams
+from pipeline.backbone.frozen import streams
 from pipeline.keras_start import import_keras
 keras = import_keras()
 import tensorflow as tf

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 from conftest import SPEC
 
-from pipeline import backbone, heads, network
+from pipeline import heads, network
+from pipeline.backbone.build import build as build_backbone
+from pipeline.backbone.build import load_weights
+from pipeline.backbone.frozen import FrozenBackbone
+from pipeline.backbone.graph import cut
 from pipeline.errors import RunError, SpecError, UsageError, WeightsError
 from pipeline.heads import Data, Watch, fit
 from pipeline.heads.dense import DenseHead, build
@@ -95,7 +99,7 @@ def test_without_a_frozen_part_there_is_nothing_to_cut(gap: Network) -> None:
 
 
 def test_layers_have_the_same_names_in_every_model_that_a_process_builds(gap: Network) -> None:
-    again = [layer.name for layer in backbone.build("inception_v3", "bfloat16").layers]
+    again = [layer.name for layer in build_backbone("inception_v3", "bfloat16").layers]
     assert again == gap.layers
     assert again[249] == "conv2d_80"
 
@@ -103,7 +107,7 @@ def test_layers_have_the_same_names_in_every_model_that_a_process_builds(gap: Ne
 def test_the_two_halves_are_the_whole(gap: Network) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (3, 299, 299, 3), np.uint8)
     whole = network.probabilities(gap.on_pixels().predict_on_batch, pixels, 3)
-    rows = backbone.cut(gap.whole, "mixed9").predict_on_batch(pixels.astype(np.float32) / 127.5 - 1)
+    rows = cut(gap.whole, "mixed9").predict_on_batch(pixels.astype(np.float32) / 127.5 - 1)
     assert np.allclose(network.probabilities(gap.after("mixed9").predict_on_batch, rows, 2), whole, atol=1e-5)
     between: Any = gap.features_after("mixed9")
     features = network.probabilities(gap.features_of_pixels().predict_on_batch, pixels, 3)
@@ -118,19 +122,19 @@ def test_it_answers_in_bfloat16_as_cached_features_do(gap: Network) -> None:
     half = Network(spec, lambda shape: gap.head)
     half.load_backbone(spec.weights, None)
     pixels = np.random.default_rng(1).integers(0, 256, (4, 299, 299, 3), np.uint8)
-    rows, _ = backbone.FrozenBackbone(spec, None, 4)(pixels)
+    rows, _ = FrozenBackbone(spec, None, 4)(pixels)
     expected = gap.head.model.predict_on_batch(rows)
     assert np.abs(network.compiled(half)(pixels) - expected).max() < 1e-5
     for layer in ("mixed8", "mixed10"):
-        cut, _ = backbone.FrozenBackbone(replace(spec, layer=layer), None, 4)(pixels)
+        cut, _ = FrozenBackbone(replace(spec, layer=layer), None, 4)(pixels)
         assert np.abs(network.compiled(half, layer)(cut) - expected).max() < 1e-5
     old = replace(spec, engine="keras")
     half.spec = old
-    rows, _ = backbone.FrozenBackbone(old, None, 4)(pixels)
+    rows, _ = FrozenBackbone(old, None, 4)(pixels)
     expected = gap.head.model.predict_on_batch(rows)
     assert np.abs(network.compiled(half)(pixels) - expected).max() < 1e-5
     for layer in ("mixed8", "mixed10"):
-        cut, _ = backbone.FrozenBackbone(replace(old, layer=layer), None, 4)(pixels)
+        cut, _ = FrozenBackbone(replace(old, layer=layer), None, 4)(pixels)
         assert np.abs(network.compiled(half, layer)(cut) - expected).max() < 1e-5
 
 
@@ -163,8 +167,8 @@ def test_what_is_saved_is_read_back(gap: Network, saved: Path) -> None:
 
 
 def test_its_backbone_is_a_weights_file_like_any_other(gap: Network, saved: Path) -> None:
-    other = backbone.build("inception_v3")
-    backbone.load_weights(other, "sha256:00", saved / network.WEIGHTS_FILE)
+    other = build_backbone("inception_v3")
+    load_weights(other, "sha256:00", saved / network.WEIGHTS_FILE)
     assert np.array_equal(other.get_weights()[0], gap.whole.get_weights()[0])
 
 

@@ -22,7 +22,9 @@ from conftest import SPEC, Finished, icebox, unseal, write_picture
 from deployed import KINDS, MOST, Deployed
 from served import Page, served
 
-from pipeline import backbone, heads, predict, runs
+from pipeline import heads, predict, runs
+from pipeline.backbone.build import build as build_backbone
+from pipeline.backbone.untrained import initialise
 from pipeline.cache import storage
 from pipeline.cache.digests import digest
 from pipeline.cache.space import Cache
@@ -31,7 +33,6 @@ from pipeline.dataset import open_images
 from pipeline.errors import DatasetError, IndexDamagedError, RunError, SpecError, WeightsError
 from pipeline.predict import Answer, likeliest
 from pipeline.trained import TrainedRun, open_run
-from pipeline.untrained import initialise
 from pipeline.workspace import Workspace
 
 GONE = "cannot be read: No such file or directory"
@@ -221,7 +222,7 @@ def test_weights_that_are_gone_are_asked_for(deployed: Deployed, elsewhere: Work
 def test_weights_given_by_name_are_taken(deployed: Deployed, elsewhere: Workspace, tmp_path: Path) -> None:
     """Features of a file that the index has never seen."""
     run, path = deployed.run("gap"), tmp_path / "mine.weights.h5"
-    network = backbone.build("inception_v3")
+    network = build_backbone("inception_v3")
     initialise(network, 0)
     network.save_weights(path)
     renamed = replace(run, spec=replace(run.spec, weights="sha256:" + storage.sha256_file(path)))

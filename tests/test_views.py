@@ -21,7 +21,7 @@ import pipeline.extract
 import pipeline.shard_task
 from pipeline import augment, images
 from pipeline.asked import Asked, DatasetChoice
-from pipeline.backbone import FrozenBackbone
+from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache import shard
 from pipeline.cache.digests import digest
 from pipeline.cache.gc import Keep, collect

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, UNTRAINED_RECIPE, Backbone
+from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone
+from pipeline.backbone.untrained import UNTRAINED_RECIPE
+from pipeline.backbone.weights import Weights, describe, find_by_identity, find_imagenet, resolve
 from pipeline.cache.digests import file_stamp
 from pipeline.cache.index import Index
 from pipeline.errors import UsageError, WeightsError
-from pipeline.weights import Weights, describe, find_by_identity, find_imagenet, resolve
 from pipeline.workspace import open_workspace
 
 PUBLISHED = b"what the weights file on the net holds" * 100

@@ -24,7 +24,7 @@ def weights_command(
     quiet: QuietOption = False,
 ) -> None:
     """Tell where weights come from; with --weights, get them."""
-    from pipeline.weights import describe
+    from pipeline.backbone.weights import describe
 
     with opened(context) as workspace:
         result = describe(weights, workspace)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import machine, weights_file
+from pipeline import machine
+from pipeline.backbone import weights_file
 from pipeline.batches import Shuffled
 from pipeline.cache import storage
 from pipeline.errors import DatasetError, RunError

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+UNTRAINED_RECIPE = "glorot_centred_1"
+
 # A power of two, so that no digit changes; as large as float16 allows: the first layer's outputs stay below 65504.
 _GAIN = 2.0**14
 

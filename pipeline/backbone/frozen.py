@@ -1,64 +1,33 @@
-"""The frozen network: a table of backbones, how to build one, and the function from pixels to features."""
+"""The function from pixels to features, compiled once: the frozen network up to its layer."""
 
 from __future__ import annotations
 
 import logging
-import math
-import re
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline import folding, machine, weights_file
-from pipeline.errors import IceboxError, SpecError, WeightsError, did_you_mean
+from pipeline import machine
+from pipeline.backbone import folding, weights_file
+from pipeline.backbone.build import build, load_weights
+from pipeline.backbone.graph import cut, rest_of
+from pipeline.backbone.scaling import scale
+from pipeline.errors import IceboxError, SpecError
 from pipeline.keras_start import KerasModel, import_keras, limit_threads
 from pipeline.spec import FeatureSpec
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """What goes with one network: preprocessing belongs to the model, so size and scaling stand here."""
-
-    name: str
-    application: str  # the builder's name in keras.applications
-    input_size: int
-    scaling: str
-    default_layer: str
-    weights_url: str
-    weights_file: str
-    weights_md5: str
-
-
-# Weights: Keras' own file, its address and MD5 as in keras/src/applications/inception_v3.py.
-# Scaling: keras.applications.inception_v3.preprocess_input.
-_INCEPTION_V3 = Backbone(
-    name="inception_v3",
-    application="InceptionV3",
-    input_size=299,
-    scaling="x/127.5-1",
-    default_layer="mixed10",
-    weights_url="https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
-    "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
-    weights_file="inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
-    weights_md5="bcbd6486424b2319ff4ef7d526e38f63",
-)
-BACKBONES = {_INCEPTION_V3.name: _INCEPTION_V3}
-DEFAULT_BACKBONE = _INCEPTION_V3.name
-
 # Which graph computes the features: Keras' own, as in spaces of the first version, or one with batch norm folded into
 # the convolutions. They round differently, so that each has its spaces.
 ENGINES = ("keras", "folded")
 ENGINE = "folded"  # of new spaces
-UNTRAINED_RECIPE = "glorot_centred_1"
-
 _MOST_STREAMS = 4
 
 # A batch size is looked for where computing takes long: each one that is tried takes some seconds.
@@ -67,8 +36,6 @@ _WORTH_SECONDS = 300.0
 _MEASURED_SECONDS = 1.5
 _LEAST_BATCH = 8
 _FASTER = 1.03  # a difference that is not chance
-
-_KERAS_POLICY = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
 
 def streams(cores: int | None = None) -> int:
@@ -83,120 +50,6 @@ def streams(cores: int | None = None) -> int:
     cores = cores or machine.usable_cores()
     # As many as leave the fewest cores over, each having as many as the others.
     return max(range(min(2, cores), min(cores, _MOST_STREAMS) + 1), key=lambda n: (cores // n * n, n))
-
-
-def build(backbone: str, precision: str = "float32") -> KerasModel:
-    """Return the whole network without top, untrained, computing in `precision` on float32 variables.
-
-    Input (n, size, size, 3) float32 in -1 … 1; output the last feature tensor.
-    """
-    keras = import_keras()
-    row = BACKBONES[backbone]
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(_KERAS_POLICY[precision])
-    try:
-        builder = getattr(keras.applications, row.application)
-        shape = (row.input_size, row.input_size, 3)
-        model = builder(include_top=False, weights=None, input_shape=shape, name=row.name)
-    finally:
-        keras.config.set_dtype_policy(before)
-    _number_anew(model)
-    return model
-
-
-def _number_anew(model: KerasModel) -> None:
-    """Give the layers the names they have in the first model that a process builds: Keras counts on and on."""
-    numbered: dict[str, list[tuple[int, Any]]] = {}
-    for layer in model.layers:
-        kind = _snake_case(type(layer).__name__)
-        if match := re.fullmatch(rf"{kind}(?:_(\d+))?", layer.name):
-            numbered.setdefault(kind, []).append((int(match[1] or 0), layer))
-    for kind, layers in numbered.items():
-        for rank, (_, layer) in enumerate(sorted(layers, key=lambda each: each[0])):
-            layer.name = f"{kind}_{rank}" if rank else kind
-
-
-def _snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_", name).lower()
-
-
-def load_weights(model: KerasModel, identity: str, path: Path | None) -> None:
-    """Give `model` the weights that a spec names: from the file at `path`, or drawn from the untrained recipe.
-
-    Raises
-    ------
-    WeightsError
-        If the file does not hold weights of this network.
-    """
-    if identity.startswith("untrained:"):
-        from pipeline.untrained import initialise
-
-        initialise(model, int(identity.rsplit(":", 1)[1]))
-        return
-    try:
-        if path is None:
-            raise ValueError(f"no file is known for {identity}")
-        weights_file.load(model, path)
-    except WeightsError:
-        raise
-    except (UserWarning, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # Keras raises whichever of these its reader stumbles into.
-        reason = str(error).strip().split("\n")[0][:200]
-        raise WeightsError(f"{path} does not hold weights of {model.name} without top: {reason}") from error
-
-
-def cut(model: KerasModel, layer: str) -> KerasModel:
-    """Return the network up to `layer`, whose output alone must carry the network on.
-
-    Raises
-    ------
-    SpecError
-        If there is no such layer, or a path from input to output goes around it; the text names those nearest.
-    """
-    names = [each.name for each in model.layers]
-    if layer not in names:
-        mixed = ", ".join(name for name in names if re.fullmatch(r"mixed\d+", name))
-        near = did_you_mean(layer, names)
-        raise SpecError(f"{model.name} has no layer {layer!r} (`summary` lists them, often used: {mixed}){near}")
-    if layer not in (cuts := cut_layers(model)):
-        at = names.index(layer)
-        before, after = [name for name in cuts if names.index(name) < at], [n for n in cuts if names.index(n) > at]
-        nearest = " or ".join([*before[-1:], *after[:1]])
-        raise SpecError(
-            f"the output of {layer!r} does not carry {model.name} on by itself: other branches run beside it; "
-            f"the nearest layers that work: {nearest}"
-        )
-    return import_keras().Model(model.inputs, model.get_layer(layer).output, name=f"{model.name}_to_{layer}")
-
-
-def cut_layers(model: KerasModel) -> list[str]:
-    """Return the names of the layers, but the input, through which every path from input to output passes, in order.
-
-    Going through the layers in their order, which is one that `model` could be computed in: a layer's output carries
-    the network on alone if nothing computed so far, but that output, is still needed by what comes after.
-    """
-    order = {id(layer): i for i, layer in enumerate(model.layers)}
-    last_use = [0] * len(model.layers)
-    for i, layer in enumerate(model.layers):
-        for node in layer._inbound_nodes[:1]:
-            for parent in node.parent_nodes:
-                before = order[id(parent.operation)]
-                last_use[before] = max(last_use[before], i)
-    found, needed_until = [], 0  # the furthest layer that needs what was computed before this one
-    for i, layer in enumerate(model.layers):
-        if i > 0 and needed_until <= i:
-            found.append(layer.name)
-        needed_until = max(needed_until, last_use[i])
-    return found
-
-
-def multiplications(layer: Any) -> int:
-    """Return how many multiplications with weights a layer does for one image."""
-    kernel = getattr(layer, "kernel", None)
-    if kernel is None:
-        return 0
-    places = math.prod(layer.output.shape[1:-1])  # where a convolution's kernel is laid; 1 for a dense layer
-    return places * math.prod(kernel.shape)
 
 
 class FrozenBackbone:
@@ -335,15 +188,3 @@ def features_of(model: KerasModel, inputs: Any, spec: FeatureSpec, after: str | 
         return folding.run(model, inputs, spec.precision, after)
     rest = model if after is None else rest_of(model, after)
     return inputs if rest is None else rest(inputs, training=False)
-
-
-def rest_of(model: KerasModel, layer: str) -> KerasModel | None:
-    """Return what of `model` comes after `layer`; None if nothing does."""
-    if layer == model.layers[-1].name:
-        return None
-    return import_keras().Model(model.get_layer(layer).output, model.output)
-
-
-def scale(images: Any) -> Any:
-    """Return pixels 0 … 255 as -1 … 1, the scaling InceptionV3 was trained with; float in, float out."""
-    return images / 127.5 - 1.0

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline import machine
-from pipeline.backbone import BACKBONES, DEFAULT_BACKBONE, UNTRAINED_RECIPE, Backbone
+from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone
+from pipeline.backbone.untrained import UNTRAINED_RECIPE
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.index import Index
 from pipeline.download import cause, fetch
