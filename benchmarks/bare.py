@@ -82,10 +82,13 @@ def ours(precision: str, weights: Path) -> float:
     """Return the rate of our network, as many batches at a time as `features` computes."""
     from pipeline import machine
     from pipeline.backbone.frozen import FrozenBackbone, streams
-    from pipeline.extract import FeatureChoice, new_spec
+    from pipeline.backbone.source import named
+    from pipeline.backbone.table import DEFAULT_BACKBONE
+    from pipeline.choice import FeatureChoice, Settled
 
     cores = machine.usable_cores()
-    spec = new_spec(FeatureChoice(precision=precision), weights_of(weights))
+    chosen = Settled(FeatureChoice(precision=precision), named(DEFAULT_BACKBONE), None, None)
+    spec = chosen.new_spec(weights_of(weights))
     model = FrozenBackbone(spec, weights, BATCH, cores)
     images = pixels()
     with ThreadPoolExecutor(streams(cores)) as pool:

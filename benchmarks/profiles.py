@@ -65,9 +65,12 @@ def network(weights: Path) -> Callable[[], object]:
 
     from pipeline import machine
     from pipeline.backbone.frozen import FrozenBackbone
-    from pipeline.extract import FeatureChoice, new_spec
+    from pipeline.backbone.source import named
+    from pipeline.backbone.table import DEFAULT_BACKBONE
+    from pipeline.choice import FeatureChoice, Settled
 
-    spec = new_spec(FeatureChoice(), weights_of(weights))
+    chosen = Settled(FeatureChoice(), named(DEFAULT_BACKBONE), None, None)
+    spec = chosen.new_spec(weights_of(weights))
     model, images = FrozenBackbone(spec, weights, BATCH, machine.usable_cores()), pixels()
     return lambda: model(images)
 

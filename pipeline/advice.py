@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,11 +15,10 @@ from pipeline.progress import counted, duration, size_text
 
 _FEW = 20  # images of a class to train on; fewer are hardly learned from, and more so hardly measured
 _UNEVEN = 10  # times as many images in the largest class as in the smallest
-_LITTLE = 75  # pixels on the shorter side: a quarter of what the network is given
+_LITTLE = 0.25  # of the pixels a side that the network is given
 _LONG = 2.0  # times as long as wide
 _MANY = 0.1  # share of the images from which on it is worth a word
 _HOURS = 3600.0
-_FLATTEN_ROW = 8 * 8 * 2048 * 2  # bytes in memory: float16
 
 
 def advice(found: Checkup) -> list[str]:
@@ -97,10 +97,11 @@ def _pictures(found: Checkup) -> Iterator[str]:
     if not len(seen):
         return
     short, long = np.minimum(seen["width"], seen["height"]), np.maximum(seen["width"], seen["height"])
-    if (little := np.mean(short < _LITTLE)) > _MANY:
+    least = round(_LITTLE * found.input_size)
+    if (little := np.mean(short < least)) > _MANY:
         yield (
-            f"{little:.0%} of the images are smaller than {_LITTLE} pixels; the network was made for 299, so that "
-            "fine-tuning (`finetune --from-cache`) may gain more than usual"
+            f"{little:.0%} of the images are smaller than {least} pixels; the network is given "
+            f"{found.input_size}, so that fine-tuning (`finetune --from-cache`) may gain more than usual"
         )
     if (narrow := np.mean(long >= _LONG * short)) > _MANY:
         yield (
@@ -127,9 +128,17 @@ def _machine(found: Checkup) -> Iterator[str]:
                 f"computing takes {duration(cost.seconds)} here: try --limit first; a GPU or more machines divide it "
                 "(--scheduler), and it may be stopped at any time"
             )
-    rows = found.plan.rows * _FLATTEN_ROW
+    if not found.row_shape:  # nothing was ever computed, and nothing can be
+        return
+    places, channels = math.prod(found.row_shape[:-1]), found.row_shape[-1]
+    rows = found.plan.rows * 2 * places * channels  # bytes of float16
     if rows > found.available_memory / 2:
         yield (
             f"as arrays the features take {size_text(rows)} of memory: `flatten` streams them from disk, slower; `gap` "
-            "and `logreg` need 1/32 of it"
+            f"and `logreg` need {_share(2 / places)} of it"
         )
+
+
+def _share(part: float) -> str:
+    """Return a share as people read it: 1/32, or all."""
+    return f"1/{1 / part:.0f}" if part < 1 else "all"

@@ -6,17 +6,16 @@ Runs that read the same features are one network with several heads, so that the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline import heads, images
-from pipeline.backbone.frozen import ENGINES
-from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
-from pipeline.backbone.weights import Weights, require_by_identity, resolve
+from pipeline import heads
+from pipeline.backbone import source as networks
+from pipeline.backbone.weights import Weights
 from pipeline.cache.space import FeatureSpace
+from pipeline.choice import other_version, warn_untrained
 from pipeline.errors import SpecError
-from pipeline.extract import warn_untrained
 from pipeline.heads.dense import DenseHead, average
 from pipeline.network import Network, stitched
 from pipeline.rows import Wanted, stored_rows
@@ -72,7 +71,7 @@ class Group:
         def joined(shape: tuple[int, ...]) -> DenseHead:
             return average([_stitched(run, shape) for run in self.runs])
 
-        made = Network(replace(self.spec, precision=precision or self.spec.precision), joined)
+        made = Network(replace(self.spec, precision=precision or self.spec.precision), joined, weights.network)
         made.load_backbone(weights.identity, weights.path)
         return made
 
@@ -80,7 +79,7 @@ class Group:
         spec, run = self.spec, self.runs[0]
         if self.given is not None and self.given.identity == spec.weights:
             return self.given
-        return require_by_identity(spec.weights, run.weights, f"the run {run.name}", spec.backbone, self.workspace)
+        return networks.require(spec, run.network_record, run.weights, f"the run {run.name}", self.workspace)
 
 
 def _stitched(run: TrainedRun, shape: tuple[int, ...]) -> DenseHead:
@@ -109,28 +108,14 @@ def grouped(runs: Sequence[TrainedRun], workspace: Workspace, weights: str | Non
 
 
 def _require_same_reading(run: TrainedRun) -> None:
-    row = BACKBONES[DEFAULT_BACKBONE]
-    ours = {
-        "backbone": [row.name],
-        "decode": list(images.DECODE_POLICIES),
-        "resize": [images.RESIZE_POLICY],
-        "input_size": [row.input_size],
-        "scaling": [row.scaling],
-        "engine": ENGINES,
-    }
-    theirs = asdict(run.spec)
-    differing = [
-        f"{name} {theirs[name]}, not {' or '.join(map(str, known))}"
-        for name, known in ours.items()
-        if theirs[name] not in known
-    ]
-    if differing:
-        raise SpecError(f"the run {run.name} was trained by another version of Icebox: {', '.join(differing)}")
+    if differing := other_version(run.spec):
+        listed = ", ".join(f"{name} {theirs}, not {ours}" for name, (theirs, ours) in differing.items())
+        raise SpecError(f"the run {run.name} was trained by another version of Icebox: {listed}")
 
 
 def _stated(runs: Sequence[TrainedRun], workspace: Workspace, weights: str) -> Weights:
-    index, progress = workspace.cache.index, workspace.progress
-    given = resolve(weights, DEFAULT_BACKBONE, workspace.downloads, index, progress=progress)
+    spec = runs[0].spec
+    given = networks.given(spec, weights, workspace)
     if all(run.full or run.spec.weights != given.identity for run in runs):
         names = ", ".join(run.name for run in runs)
         raise SpecError(f"the features of {names} were computed with other weights than {weights}; leave out --weights")

@@ -12,11 +12,11 @@ import numpy as np
 
 from pipeline import runs
 from pipeline.backbone.frozen import ENGINE
+from pipeline.choice import FeatureChoice, warn_untrained
 from pipeline.compute import DEFAULT_BATCH_SIZE
 from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError, MissingRowsError, RunError, UsageError
 from pipeline.evaluate import confusion_cells, evaluate
-from pipeline.extract import FeatureChoice, warn_untrained
 from pipeline.fitting import answers
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.images import depth_of
@@ -196,7 +196,8 @@ def _choice(run: TrainedRun, workspace: Workspace, space: str | None) -> Feature
             )
         raise MissingRowsError(
             f"the feature space {run.spec.directory} of the run {run.name} is not in the cache; make it by `features`"
-            f" with --layer {run.spec.layer} --precision {run.spec.precision} --storage {run.spec.storage}"
+            f" with --backbone {run.spec.backbone} --layer {run.spec.layer} --precision {run.spec.precision}"
+            f" --storage {run.spec.storage}"
             f" --fit {run.spec.fit} --depth {depth_of(run.spec.decode)} and the same weights ({run.spec.weights})"
         )
     return FeatureChoice(space=run.spec.directory)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline import dataset, machine
+from pipeline.choice import FeatureChoice
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError, UsageError
-from pipeline.extract import FeatureChoice
 from pipeline.runs import latest_of, read_request, unfinished
-from pipeline.spec import BATCH_NORMS, FREEZE_UNTIL, PLAIN_VIEW, STAGES, Augmentation, HeadSpec, Views
+from pipeline.spec import BATCH_NORMS, PLAIN_VIEW, STAGES, Augmentation, HeadSpec, Views
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class FullAsked:
     head: HeadSpec
     max_pixels: int
     init: str | None = None
-    freeze_until: str = FREEZE_UNTIL
+    freeze_until: str | None = None  # None: what is usual for the backbone
     batch_norm: str = "frozen"
     from_cache: bool = False
     augment: Augmentation | None = None
@@ -139,7 +139,7 @@ class FullAsked:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        texts = isinstance(self.freeze_until, str) and isinstance(self.init, str | None)
+        texts = isinstance(self.freeze_until, str | None) and isinstance(self.init, str | None)
         flags = isinstance(self.from_cache, bool) and isinstance(self.tensorboard, bool)
         numbers = isinstance(self.max_pixels, int) and isinstance(self.memory, int | None)
         if self.stage not in STAGES or self.batch_norm not in BATCH_NORMS or not (texts and flags and numbers):

@@ -12,11 +12,11 @@ from pipeline import augment, images
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache.digests import identify
 from pipeline.cache.space import FeatureSpace
+from pipeline.choice import other_version, weights_of
 from pipeline.compute import DEFAULT_BATCH_SIZE, batch_of
 from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.decoder import Loaded, Loader
 from pipeline.errors import MissingRowsError, SpecError
-from pipeline.extract import FeatureChoice, request_of, weights_of
 from pipeline.progress import counted
 from pipeline.spec import Augmentation
 from pipeline.workspace import Workspace
@@ -59,7 +59,7 @@ def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Da
     """
     if not space.totals().rows:
         return None
-    if differing := request_of(FeatureChoice(space=space.name), None).differences(space.spec):
+    if differing := other_version(space.spec):
         raise SpecError(f"{space.name} was made by another version, with another {', '.join(differing)}")
     sources = [dataset] if dataset is not None else _known_images(workspace)
     drawn = _draw(space, count, sources, workspace)
@@ -69,10 +69,10 @@ def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Da
         )
     pixels = np.stack([each.pixels for each in drawn])
     batch_size = batch_of(space) or DEFAULT_BATCH_SIZE
-    weights = weights_of(space, sources[0], workspace)
+    weights = weights_of(space, workspace)
     rows = counted(len(drawn), "row")
     logger.info("loading TensorFlow and %s to compute %s of %s", space.spec.backbone, rows, space.name)
-    backbone = FrozenBackbone(space.spec, weights.path, batch_size)
+    backbone = FrozenBackbone(space.spec, weights.path, batch_size, network=weights.network)
     fresh = [backbone(pixels[at : at + batch_size])[0] for at in range(0, len(pixels), batch_size)]
     return _compare(space, drawn, np.concatenate(fresh))
 

@@ -11,9 +11,9 @@ import numpy as np
 from pipeline import cost, machine, near
 from pipeline.cache import storage
 from pipeline.cache.digests import identify
+from pipeline.choice import FeatureChoice, find_space, settle
 from pipeline.cost import Cost
 from pipeline.dataset import Dataset, Split, alike, assign
-from pipeline.extract import FeatureChoice, find_space
 from pipeline.gather import SPLITS
 from pipeline.images import FULL_DEPTH, depth_of
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined
@@ -55,6 +55,8 @@ class Checkup:
     free_bytes: int
     available_memory: int
     depth: int  # that 16-bit channels are taken for
+    input_size: int  # pixels a side that the network is given
+    row_shape: tuple[int, ...]  # of one image's features, (h, w, c)
 
     @property
     def allowed_bad(self) -> float:
@@ -86,7 +88,8 @@ def check(
     index = workspace.cache.index
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, index, advance, read_unseen=False)
-    space, _ = find_space(workspace, choice, identities, views)
+    settled = settle(workspace, choice)
+    space = find_space(workspace, settled, identities, views)
     planning = Planning(dataset, identities, index, max_pixels, views)
     depth = depth_of(space.spec.decode) if space else choice.depth or FULL_DEPTH
     looks = survey(planning, workspace.progress, depth)
@@ -95,6 +98,8 @@ def check(
     grouped = identities.keys.grouped()
     sizes = np.diff(np.append(np.flatnonzero(grouped.leads), len(grouped.images)))
     equal = grouped.members(np.flatnonzero(sizes > 1))
+    took = cost.measure(planning, plan, space, settled, workspace) if plan.missing else None
+    row_shape = took.row_shape if took else tuple(space.provenance.get("row_shape") or ()) if space else ()
     return Checkup(
         dataset,
         split,
@@ -105,10 +110,12 @@ def check(
         [group for group in equal if len(set(dataset.labels[group].tolist())) > 1],
         space.name if space else None,
         plan,
-        cost.measure(planning, plan, space, choice, workspace) if plan.missing else None,
+        took,
         storage.free_bytes(workspace.root),
         machine.available_memory(),
         depth,
+        settled.source.input_size,
+        row_shape,
     )
 
 

@@ -11,16 +11,18 @@ from itertools import islice
 import numpy as np
 
 from pipeline import machine
+from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import FrozenBackbone
-from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
-from pipeline.backbone.weights import Weights, find_by_identity, find_imagenet, resolve
+from pipeline.backbone.table import BACKBONES
+from pipeline.backbone.weights import Weights, find_imagenet
 from pipeline.cache.shard import Rows, shard_image
 from pipeline.cache.space import FeatureSpace
+from pipeline.choice import Settled, weights_of
 from pipeline.compute import batch_of, default_batch
 from pipeline.decoder import Loader
-from pipeline.extract import FeatureChoice, new_spec
 from pipeline.images import depth_of
 from pipeline.planning import Plan, Planning
+from pipeline.spec import OWN
 from pipeline.workspace import Workspace
 
 _UNIT = 1024 if sys.platform.startswith("linux") else 1  # of what the system says of a process's memory
@@ -39,17 +41,18 @@ class Cost:
     images_per_second: float
     bytes_per_row: int
     weights: str
+    row_shape: tuple[int, ...]
 
 
 def measure(
-    planning: Planning, plan: Plan, space: FeatureSpace | None, choice: FeatureChoice, workspace: Workspace
+    planning: Planning, plan: Plan, space: FeatureSpace | None, settled: Settled, workspace: Workspace
 ) -> Cost | None:
     """Run the network on some of the images that lack rows, for some seconds; None if none of them can be decoded.
 
     Nothing is downloaded: without weights at hand, untrained ones stand in.
     """
-    weights = _at_hand(space, choice, workspace)
-    spec = replace(space.spec if space else new_spec(choice, weights), weights=weights.identity)
+    weights = _at_hand(space, settled, workspace)
+    spec = replace(space.spec if space else settled.new_spec(weights), weights=weights.identity)
     batch = batch_of(space) or default_batch()
     how = spec.input_size, spec.fit, planning.max_pixels
     with Loader(planning.dataset, *how, depth=depth_of(spec.decode)) as loader:
@@ -57,21 +60,25 @@ def measure(
         pixels = list(islice((image.pixels for image in loaded if image.pixels is not None), batch))
     if not pixels:
         return None
-    model = FrozenBackbone(spec, weights.path, batch, machine.usable_cores())
+    model = FrozenBackbone(spec, weights.path, batch, machine.usable_cores(), weights.network)
     features, pooled = model(np.stack(pixels))
     keys, views = np.zeros((len(pixels), 32), np.uint8), np.zeros(len(pixels), np.int64)
     row = math.ceil(len(shard_image(Rows(features, pooled, keys, views), spec)) / len(pixels))
     rate = model.rate()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
-    return Cost(plan.missing / rate, plan.missing * row, memory, rate, row, weights.label)
+    return Cost(plan.missing / rate, plan.missing * row, memory, rate, row, weights.label, model.row_shape)
 
 
-def _at_hand(space: FeatureSpace | None, choice: FeatureChoice, workspace: Workspace) -> Weights:
+def _at_hand(space: FeatureSpace | None, settled: Settled, workspace: Workspace) -> Weights:
     """Return the weights that would be used, if they are on this machine, else untrained ones."""
-    backbone, index = BACKBONES[DEFAULT_BACKBONE], workspace.cache.index
-    if space is not None and (found := find_by_identity(space.spec.weights, backbone.name, workspace.downloads, index)):
-        return found
-    wanted = choice.weights
-    if space is not None or (wanted in ("auto", "imagenet") and find_imagenet(backbone, workspace.downloads) is None):
-        wanted = "untrained"
-    return resolve(wanted, backbone.name, workspace.downloads, index, offline=True)
+    source, stated = settled.source, settled.weights
+    if source.name.startswith(OWN):
+        return stated or (weights_of(space, workspace) if space else networks.resolve(source, "auto", workspace))
+    found: Weights | None = None
+    if space is not None:
+        found = networks.find(space.spec, None, workspace)
+    elif stated is not None and (stated.path or stated.kind == "untrained"):
+        found = stated
+    elif stated is None and find_imagenet(BACKBONES[source.name], workspace.downloads):
+        found = networks.resolve(source, "imagenet", workspace)
+    return found or networks.resolve(source, "untrained", workspace)

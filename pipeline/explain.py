@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
+from pipeline.choice import FeatureChoice, find_space, settle
 from pipeline.dataset import Dataset
 from pipeline.errors import UsageError
-from pipeline.extract import FeatureChoice, find_space, request_of
 from pipeline.planning import Plan, Planning
 from pipeline.spec import PLAIN_VIEW, Views
 from pipeline.workspace import Workspace
@@ -71,9 +71,10 @@ def explain(
     before = _digests_before(dataset, workspace)
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, index, advance, remember=False, read_unseen=False)
-    space, weights = find_space(workspace, choice, identities, views)
+    settled = settle(workspace, choice)
+    space = find_space(workspace, settled, identities, views)
     plan = Planning(dataset, identities, index, max_pixels, views).plan(space)
-    request = request_of(choice, weights)
+    request = settled.request()
     keys = [key for key in dict.fromkeys(identities.keys) if key is not None]
     on_disk = workspace.cache.spaces()
     spaces = []

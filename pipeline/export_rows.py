@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.export import Columns, What, export
+from pipeline.choice import FeatureChoice
 from pipeline.dataset import Dataset
-from pipeline.extract import FeatureChoice
 from pipeline.gather import gather
 from pipeline.planning import Quarantined
 from pipeline.workspace import Workspace

@@ -9,18 +9,19 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pipeline import images, machine
-from pipeline.backbone.frozen import ENGINE, ENGINES
-from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
-from pipeline.backbone.weights import Weights, anchored, by_digest, require_by_identity, resolve
-from pipeline.cache.digests import Identities, identify, read_some
+from pipeline.backbone import source as networks
+from pipeline.backbone.weights import Weights
+from pipeline.cache.digests import identify, read_some
+from pipeline.cache.index import Index
 from pipeline.cache.keys import Keys
 from pipeline.cache.space import Cache, FeatureSpace
+from pipeline.choice import FeatureChoice, Settled, find_space, settle, warn_untrained, weights_for
 from pipeline.cluster import ClusterChoice
 from pipeline.compute import (
     ComputeOptions,
@@ -35,33 +36,14 @@ from pipeline.compute import (
     require_memory,
 )
 from pipeline.dataset import Dataset, remote
-from pipeline.errors import InterruptedComputationError, SpecError
+from pipeline.errors import InterruptedComputationError
 from pipeline.keras_start import import_keras
-from pipeline.planning import DEFAULT_FIT, Plan, Planning, Quarantined, name_quarantined, warn_dark
+from pipeline.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.shard_task import Setup, ShardWorker, check_room
-from pipeline.spec import PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
+from pipeline.spec import PLAIN_VIEW, FeatureSpec, Views
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
-
-_DEFAULT_STORAGE = "float16"
-
-
-@dataclass(frozen=True)
-class FeatureChoice:
-    """What the user said about the features; "auto" leaves a field to the spaces on disk, then to the machine."""
-
-    weights: str = "auto"
-    layer: str | None = None  # None: the backbone's default, or that of the space that is named
-    fit: str | None = None
-    precision: str = "auto"
-    storage: str = "auto"
-    space: str | None = None
-    depth: int | None = None  # bits of 16-bit channels; None: 16, or that of the space that is named
-
-    def anchored(self) -> Self:
-        """Return the same with an absolute path of the weights, so that it means the same from anywhere."""
-        return replace(self, weights=anchored(self.weights))
 
 
 @dataclass(frozen=True)
@@ -85,7 +67,7 @@ class Extraction:
 def extract(
     dataset: Dataset,
     workspace: Workspace,
-    choice: FeatureChoice,
+    choice: FeatureChoice | Settled,
     options: ComputeOptions,
     *,
     views: Views = PLAIN_VIEW,
@@ -111,7 +93,8 @@ def extract(
         read_some(dataset, identities)
     if retry_failed:
         cache.index.forget_quarantined(key for key in identities.keys if key is not None)
-    space, weights = find_space(workspace, choice, identities, views)
+    settled = choice if isinstance(choice, Settled) else settle(workspace, choice)
+    space = find_space(workspace, settled, identities, views)
     planning = Planning(dataset, identities, cache.index, options.max_pixels, views)
     unseen = cluster is not None and identities.unseen
     plan = planning.plan(space) if unseen else planning.meet_undecodable(space)
@@ -119,7 +102,7 @@ def extract(
         _refuse_bad(dataset, plan)
     before, effort = plan.reused, Effort()
     if plan.todo:
-        source = _Source(planning, choice, weights, options, cluster)
+        source = _Source(planning, settled, options, cluster)
         try:
             space, before, plan, effort = _compute_missing(source, workspace, space, plan.missing)
         except KeyboardInterrupt as stop:
@@ -166,8 +149,7 @@ class _Source:
     """What is to be computed, and as what, and by whom."""
 
     planning: Planning
-    choice: FeatureChoice
-    weights: Weights | None
+    settled: Settled
     options: ComputeOptions
     cluster: ClusterChoice | None
 
@@ -177,8 +159,8 @@ def _compute_missing(
 ) -> tuple[FeatureSpace, int, Plan, Effort]:
     """Compute what is missing, alone in the space; return it, the rows there before, the last plan, what it took."""
     cache, planning, options, effort = workspace.cache, source.planning, source.options, Effort()
-    weights = (source.weights or weights_of(space, planning.dataset, workspace)).require()
-    spec = space.spec if space else new_spec(source.choice, weights)
+    weights = weights_for(source.settled, space, planning.dataset, workspace)
+    spec = space.spec if space else source.settled.new_spec(weights)
     if space is None and spec.directory in cache.names():  # made for other images, or by a run killed early
         space = cache.open(spec.directory)
     if space is None:
@@ -190,7 +172,7 @@ def _compute_missing(
         if space is None:
             # Made only after the weights turned out to fit: a mistake in an option leaves no empty space behind.
             crew = stack.enter_context(_crew(setup, source, effort, count, new=True))
-            space = cache.create(spec, {**_made_by(weights, crew), "row_shape": list(crew.row_shape)})
+            space = cache.create(spec, {**_made_by(weights, crew, cache.index), "row_shape": list(crew.row_shape)})
         else:
             logger.info("adding to the feature space %s", space.name)
             totals = space.totals()
@@ -232,6 +214,7 @@ def _setup(source: _Source, spec: FeatureSpec, weights: Weights, space: FeatureS
         source.planning.views,
         options.strict,
         remote.connections(),
+        weights.network and weights.network.absolute(),
     )
 
 
@@ -276,101 +259,8 @@ def _waiting(holder: str) -> None:
     logger.warning("waiting: %s is writing to this feature space", holder)
 
 
-def find_space(
-    workspace: Workspace, choice: FeatureChoice, identities: Identities, views: Views = PLAIN_VIEW
-) -> tuple[FeatureSpace | None, Weights | None]:
-    """Return the space on disk that `choice` means, if there is one, and the weights if they were stated.
-
-    Left to itself, it is the one that holds most of the rows, in `views`.
-
-    Raises
-    ------
-    SpecError
-        If the space that `choice.space` names differs from what else was stated.
-    """
-    cache, weights = workspace.cache, None
-    if choice.weights.startswith("sha256:"):  # the file is not needed where nothing is computed
-        weights = by_digest(choice.weights, DEFAULT_BACKBONE, workspace.downloads, cache.index)
-    elif choice.weights != "auto":
-        weights = resolve(
-            choice.weights, DEFAULT_BACKBONE, workspace.downloads, cache.index, progress=workspace.progress
-        )
-    request = request_of(choice, weights)
-    if choice.space is None:
-        return cache.choose(request, identities.keys, views.numbers), weights
-    space = cache.open(choice.space)
-    if differing := request.differences(space.spec):
-        pairs = ", ".join(f"{name} is {getattr(space.spec, name)}" for name in differing)
-        raise SpecError(f"the space {space.name} is not the one asked for: {pairs}")
-    return space, weights
-
-
-def warn_untrained(spec: FeatureSpec) -> None:
-    """Say it loudly when features come from weights that were never trained."""
-    if spec.untrained:
-        logger.warning(
-            "the backbone's weights are UNTRAINED: fine for trying Icebox out, no basis for judging your images"
-        )
-
-
-def request_of(choice: FeatureChoice, weights: Weights | None) -> FeatureRequest:
-    """Return the fields of a spec that were stated."""
-    named = choice.space is not None  # a space named outright need agree only with what was said beside it
-    any_depth = named and choice.depth is None
-    row = BACKBONES[DEFAULT_BACKBONE]
-    return FeatureRequest(
-        backbone=row.name,
-        layer=choice.layer if named else _layer(choice),
-        fit=choice.fit if named else _fit(choice),
-        decode=tuple(images.DECODE_POLICIES) if any_depth else images.decode_policy(choice.depth),
-        resize=images.RESIZE_POLICY,
-        input_size=row.input_size,
-        scaling=row.scaling,
-        engine=ENGINES,
-        weights=weights.identity if weights else None,
-        precision=None if choice.precision == "auto" else choice.precision,
-        storage=None if choice.storage == "auto" else choice.storage,
-    )
-
-
-def _layer(choice: FeatureChoice) -> str:
-    return choice.layer or BACKBONES[DEFAULT_BACKBONE].default_layer
-
-
-def _fit(choice: FeatureChoice) -> str:
-    return choice.fit or DEFAULT_FIT
-
-
-def new_spec(choice: FeatureChoice, weights: Weights) -> FeatureSpec:
-    """Return the space that a choice means where none on disk agrees with it."""
-    row = BACKBONES[DEFAULT_BACKBONE]
-    return FeatureSpec(
-        backbone=row.name,
-        weights=weights.identity,
-        layer=_layer(choice),
-        input_size=row.input_size,
-        decode=images.decode_policy(choice.depth),
-        resize=images.RESIZE_POLICY,
-        fit=_fit(choice),
-        scaling=row.scaling,
-        precision=machine.best_precision() if choice.precision == "auto" else choice.precision,
-        engine=ENGINE,
-        storage=_DEFAULT_STORAGE if choice.storage == "auto" else choice.storage,
-    )
-
-
-def weights_of(space: FeatureSpace | None, dataset: Dataset, workspace: Workspace) -> Weights:
-    """Return the weights for computing when none were stated: those of the space, or what `auto` means."""
-    if space is None:
-        index, progress = workspace.cache.index, workspace.progress
-        return resolve(
-            "auto", DEFAULT_BACKBONE, workspace.downloads, index, offline=dataset.embedded, progress=progress
-        )
-    label = space.provenance.get("weights", "weights")
-    return require_by_identity(space.spec.weights, label, f"the space {space.name}", space.spec.backbone, workspace)
-
-
-def _made_by(weights: Weights, crew: Crew) -> dict[str, Any]:
+def _made_by(weights: Weights, crew: Crew, index: Index) -> dict[str, Any]:
+    recorded = networks.record(weights, index)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "weights": weights.label,
@@ -378,4 +268,5 @@ def _made_by(weights: Weights, crew: Crew) -> dict[str, Any]:
         "gpus": machine.gpu_count(),
         "batch_size": crew.batch_size,
         "versions": machine.versions((*machine.FEATURE_PACKAGES, "numpy")),
+        **({"network": recorded} if recorded else {}),
     }

@@ -15,9 +15,9 @@ import numpy as np
 from pipeline import images
 from pipeline.asked import DatasetChoice
 from pipeline.batches import Shuffled
+from pipeline.choice import FeatureChoice, warn_untrained
 from pipeline.dataset import few_groups
 from pipeline.errors import DatasetError, UsageError
-from pipeline.extract import FeatureChoice, warn_untrained
 from pipeline.gather import SPLITS, Material, gather
 from pipeline.rows import Rows, Wanted, held, room_for, stored_rows
 from pipeline.spec import Augmentation, Views
@@ -36,6 +36,9 @@ def open_features(
     limit: int | None = None,
     space: str | None = None,
     layer: str | None = None,
+    backbone: str | Path | None = None,
+    input_size: int | None = None,
+    scaling: str | None = None,
     views: int = 1,
     augment: str = "",
     memory: int | None = None,
@@ -53,6 +56,9 @@ def open_features(
         The data directory; by default what ICEBOX_DATA names, else "data" where the program stands.
     space, layer
         A feature space by name, or the layer it is of; by default the space that holds most of the images.
+    backbone, input_size, scaling
+        The network, as `--backbone`, `--input-size` and `--scaling` say it; by default that of `space`, else
+        InceptionV3.
     views, augment
         Views of each training image, the plain one included, and what the others are like, as `--augment` says it.
         Validation and test images come in the plain view only.
@@ -74,11 +80,17 @@ def open_features(
     if what not in ("features", "pooled"):
         raise UsageError(f'what must be "features" or "pooled", found {what!r:.60}')
     choice = DatasetChoice(str(dataset), image_root=image_root and str(image_root), limit=limit)
-    more = f"{f' --views {views}' * (views > 1)}{f' --depth {depth}' * (depth is not None)}"
-    command = f"python cli.py features --dataset {shlex.quote(str(dataset))}{more}"
+    said = {"backbone": backbone, "input-size": input_size, "scaling": scaling, "layer": layer, "depth": depth}
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in said.items() if value is not None]
+    words += [f"--views {views}"] * (views > 1)
+    command = " ".join(["python cli.py features --dataset", shlex.quote(str(dataset)), *words])
     with ExitStack() as stack:
         workspace = stack.enter_context(open_workspace(root))
-        chosen, limits = FeatureChoice(space=space, layer=layer, depth=depth), images.DEFAULT_MAX_PIXELS
+        name = None if backbone is None else str(backbone)
+        chosen = FeatureChoice(
+            space=space, layer=layer, depth=depth, backbone=name, input_size=input_size, scaling=scaling
+        )
+        limits = images.DEFAULT_MAX_PIXELS
         material = gather(choice.open(workspace), workspace, chosen, limits, command, views=wanted)
         stack.enter_context(material.space.reading())
         warn_untrained(material.space.spec)

@@ -16,12 +16,14 @@ import numpy as np
 
 from pipeline import network, results, runs, tracking
 from pipeline.asked import FullAsked
+from pipeline.backbone import source as networks
 from pipeline.batches import Shuffled
 from pipeline.checkpoint import Checkpoint
+from pipeline.choice import FeatureChoice, warn_untrained
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError
-from pipeline.extract import FeatureChoice, extract, warn_untrained
+from pipeline.extract import extract
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.heads import dense
 from pipeline.heads.base import class_weights, measure, require_numbers
@@ -83,10 +85,11 @@ def train_full(dataset: Dataset, workspace: Workspace, asked: FullAsked, *, resu
     opened = _from_cache if asked.from_cache else _from_images
     with opened(dataset, workspace, asked, origin) as setting:
         images, spec = setting.ready.material, setting.network.spec
-        settled = replace(origin.choice, layer=spec.layer, precision=spec.precision, storage=spec.storage)
+        settled = replace(origin.settled.choice, layer=spec.layer, precision=spec.precision, storage=spec.storage)
         if origin.begun is not None:  # whose weights are known by its run.json
             settled = replace(settled, weights=asked.features.weights)
-        asked = replace(asked, features=settled)  # what `auto` turned out to mean
+        until = asked.freeze_until or (setting.network.layers[setting.until] if setting.until >= 0 else "none")
+        asked = replace(asked, features=settled, freeze_until=until)  # what `auto` turned out to mean
         digest = hashlib.sha256((images.digest() + origin.weights.identity).encode()).hexdigest()
         with _run(workspace, asked, images, digest, resume) as (name, directory):
             summary = _train_and_write(name, directory, asked, setting, workspace, start)
@@ -113,25 +116,25 @@ def _from_images(dataset: Dataset, workspace: Workspace, asked: FullAsked, origi
     images = gather_images(dataset, workspace, asked.max_pixels, spec.fit, depth)
     images = with_initial(images, asked, workspace)
     with prepared_pixels(images, spec.input_size, spec.fit, asked.max_pixels, depth) as ready:
-        made, until = _network(origin, spec, asked, ready.classes)
-        yield _Setting(origin, made, made.on_pixels(), made.features_of_pixels(), ready, until)
+        made = _network(origin, spec, asked, ready.classes)
+        yield _Setting(origin, made, made.on_pixels(), made.features_of_pixels(), ready, origin.until)
 
 
 @contextmanager
 def _from_cache(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin: Origin) -> Iterator[_Setting]:
     """Compute what is missing of the frozen part's rows, then train what comes after it."""
     options = ComputeOptions(max_pixels=asked.max_pixels)
-    done = extract(dataset, workspace, origin.choice, options, views=asked.views)
-    choice = FeatureChoice(space=done.space.name) if done.space else origin.choice
+    done = extract(dataset, workspace, origin.settled, options, views=asked.views)
+    choice = FeatureChoice(space=done.space.name) if done.space else origin.settled.choice
     material = gather(dataset, workspace, choice, asked.max_pixels, "features", views=asked.views)
     material = with_initial(material, asked, workspace)
     spec = replace(material.space.spec, layer=origin.base.layer)
-    made, until = _network(origin, spec, asked, len(dataset.classes))
+    made = _network(origin, spec, asked, len(dataset.classes))
     model = made.after(origin.cut)
     kept = asked.head.settings["batch_size"] * sum(math.prod(layer.output.shape[1:]) for layer in model.layers)
     needed = dense.TENSORFLOW + 4 * (_COPIES * model.count_params() + kept)  # kept for the way back
     with prepared_tensors(material, asked.memory, needed) as ready:
-        yield _Setting(origin, made, model, made.features_after(origin.cut), ready, until, done.computed)
+        yield _Setting(origin, made, model, made.features_after(origin.cut), ready, origin.until, done.computed)
 
 
 def with_initial(images: S, asked: FullAsked, workspace: Workspace) -> S:
@@ -141,16 +144,13 @@ def with_initial(images: S, asked: FullAsked, workspace: Workspace) -> S:
     return replace(images, initial=initial_images(Path(asked.init), workspace))
 
 
-def _network(origin: Origin, spec: FeatureSpec, asked: FullAsked, classes: int) -> tuple[Network, int]:
-    """Return the network to begin with, frozen as asked for, and the index of its last frozen layer."""
-    logger.info("building %s", spec.backbone)
-    made = Network(spec, lambda shape: origin.head(asked.head, shape, classes))
+def _network(origin: Origin, spec: FeatureSpec, asked: FullAsked, classes: int) -> Network:
+    """Return the network to begin with, frozen as asked for."""
+    logger.info("building %s", origin.backbone)
+    made = Network(spec, lambda shape: origin.head(asked.head, shape, classes), origin.weights.network)
     made.load_backbone(origin.weights.identity, origin.weights.path)
-    until = len(made.layers) - 1
-    if asked.stage == "finetune":
-        until = network.frozen_until(made.layers, asked.freeze_until)
-    made.freeze(until, batch_norm=asked.batch_norm == "trainable")
-    return made, until
+    made.freeze(origin.until, batch_norm=asked.batch_norm == "trainable")
+    return made
 
 
 @contextmanager
@@ -185,8 +185,10 @@ def _train_and_write(
     _warn_of_collapse(train_accuracy, _best(trained)["accuracy"], asked)
     predictions = [ready.predictions(side, ready.members[side], said[side]) for side in ("val", "test")]
     metrics = results.measured(predictions, ready.material.dataset.classes)
+    recorded = setting.origin.network_record or networks.record(setting.origin.weights, workspace.cache.index)
     about = {
         **_features(setting, made.save(directory)),
+        **({"network": recorded} if recorded else {}),
         "head": {**made.head.spec.to_dict(), "head": made.head.kind},
         "asked": asked.to_dict(),
     }
@@ -235,6 +237,7 @@ def _summary(name: str, asked: FullAsked, setting: _Setting, trained: Trained) -
         "first_loss": trained.history[0]["loss"],
         "last_loss": trained.history[-1]["loss"],
         "space": ready.material.space.name if isinstance(ready.material, Material) else None,
+        "backbone": setting.origin.backbone,
         "weights": setting.origin.label,
         "precision": made.spec.precision,
     }

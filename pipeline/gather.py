@@ -12,9 +12,9 @@ import numpy as np
 
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
+from pipeline.choice import FeatureChoice, find_space, settle
 from pipeline.dataset import Dataset, Split, assign, groups
 from pipeline.errors import DatasetError, MissingRowsError
-from pipeline.extract import FeatureChoice, find_space
 from pipeline.images import FULL_DEPTH
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.progress import counted
@@ -125,7 +125,7 @@ def gather(
     index = workspace.cache.index
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, index, advance, read_unseen=partly)
-    space, _ = find_space(workspace, choice, identities, views)
+    space = find_space(workspace, settle(workspace, choice), identities, views)
     planning = Planning(dataset, identities, index, max_pixels, views)
     plan = planning.meet_undecodable(space) if space is not None else planning.plan(space)
     if not plan.rows:

@@ -45,11 +45,15 @@ class Network:
         Its `precision` and `layer` are those of the network; the weights are loaded by `load_backbone`.
     make_head
         Makes of (h, w, c) a head over rows of that shape.
+    architecture
+        The file in which the architecture of an own network stands.
     """
 
-    def __init__(self, spec: FeatureSpec, make_head: Callable[[tuple[int, ...]], DenseHead]) -> None:
+    def __init__(
+        self, spec: FeatureSpec, make_head: Callable[[tuple[int, ...]], DenseHead], architecture: Path | None = None
+    ) -> None:
         self.spec = spec
-        self.whole = build_backbone(spec.backbone, spec.precision)
+        self.whole = build_backbone(spec.backbone, spec.precision, spec.input_size, architecture)
         self.below = cut(self.whole, spec.layer)
         features = self.below.output
         self.head = make_head(tuple(features.shape[1:]))
@@ -199,6 +203,10 @@ def frozen_until(layers: Sequence[str], asked: str) -> int:
         f"--freeze-until takes a layer's name, its number from 0 to {len(layers) - 1}, or none, found "
         f"{asked!r:.60} (`summary --all` lists them){did_you_mean(asked, layers)}"
     )
+
+
+def default_freeze_until(whole: KerasModel, name: str) -> str:
+    return FREEZE_UNTIL
 
 
 def cut_at(layers: Sequence[str], cuts: Sequence[str], until: int) -> str:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import heads, network
 from pipeline.asked import FullAsked
+from pipeline.backbone import source as networks
 from pipeline.backbone.build import build
 from pipeline.backbone.graph import cut_layers
-from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
-from pipeline.backbone.weights import Weights, find_by_identity, require_by_identity, resolve
+from pipeline.backbone.source import Source
+from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import identify
+from pipeline.choice import FeatureChoice, Settled, find_space, settle, weights_for, weights_of
 from pipeline.class_names import missing, with_classes
 from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError, RunError, SpecError
-from pipeline.extract import FeatureChoice, find_space, new_spec, weights_of
 from pipeline.heads.dense import DenseHead
 from pipeline.heads.dense import build as build_head
 from pipeline.images import depth_of
-from pipeline.runs import read_run
+from pipeline.runs import network_record, read_run
 from pipeline.spec import SHAPE, FeatureSpec, HeadSpec
 from pipeline.workspace import Workspace
 
@@ -48,16 +49,27 @@ class Origin:
     """Where a full model begins.
 
     `weights` are loaded into its backbone; `base` describes the features of the weights that backbone once began with.
-    `cut` is the layer whose rows it is trained on, "" if it is trained on images; `choice` says what those rows, or
-    the images, are like.
+    `cut` is the layer whose rows it is trained on, "" if it is trained on images; `settled` says what those rows, or
+    the images, are like. `until` is the index of the last frozen layer, -1 if none is.
     """
 
     base: FeatureSpec
     weights: Weights
     label: str
-    choice: FeatureChoice
+    settled: Settled
     cut: str
+    until: int
     begun: Begun | None
+
+    @property
+    def network_record(self) -> Mapping[str, Any] | None:
+        """What the run that it begins with keeps of the file of an own network."""
+        return network_record(self.begun.about) if self.begun else None
+
+    @property
+    def backbone(self) -> str:
+        """What people call the network."""
+        return networks.label(self.base, self.network_record) if self.begun else self.settled.source.label
 
     def head(self, asked: HeadSpec, row_shape: tuple[int, ...], classes: int) -> DenseHead:
         """Return the head to begin with, over tensors (h, w, c)."""
@@ -95,36 +107,45 @@ def origin_of(asked: FullAsked, dataset: Dataset, workspace: Workspace) -> Origi
     WeightsError
         If the weights cannot be had.
     """
-    begun = begun_from(Path(asked.init), dataset) if asked.init else None
-    layer = begun.spec.layer if begun else asked.features.layer or BACKBONES[DEFAULT_BACKBONE].default_layer
-    if asked.features.layer not in (None, layer):
-        raise SpecError(f"the head of {asked.init} stands on {layer}, not on {asked.features.layer}")
-    names, cuts = _layers(layer)
-    until = len(names) - 1 if asked.stage == "freeze" else network.frozen_until(names, asked.freeze_until)
-    cut = network.cut_at(names, cuts, until) if asked.from_cache else ""
-    if begun is not None and begun.unchanged_until not in ("", *cuts):
-        raise RunError(f"{begun.path / 'run.json'} is not that of a trained model ({begun.unchanged_until[:60]!r})")
-    if begun is not None:
-        return _from_run(begun, asked, cut, names, workspace)
-    weights, found = _settled_weights(asked, dataset, workspace, [cut, layer] if cut else [layer])
-    precision = found.precision if found and asked.features.precision == "auto" else asked.features.precision
-    choice = replace(asked.features, weights=_text(weights), layer=cut or layer, precision=precision)
-    return Origin(replace(new_spec(choice, weights), layer=layer), weights, weights.label, choice, cut, None)
+    if asked.init is not None:
+        return _from_run(begun_from(Path(asked.init), dataset), asked, workspace)
+    settled = settle(workspace, asked.features)
+    cut, until, _ = _cut(asked, settled.source, settled.layer)
+    weights, found = _settled_weights(settled, dataset, workspace, [cut, settled.layer] if cut else [settled.layer])
+    choice = asked.features
+    choice = replace(
+        choice,
+        weights=_text(weights),
+        layer=cut or settled.layer,
+        precision=found.precision if found and choice.precision == "auto" else choice.precision,
+        scaling=settled.source.scaling if weights.network else choice.scaling,
+    )
+    base = replace(settled, choice=replace(choice, layer=settled.layer)).new_spec(weights)
+    return Origin(base, weights, weights.label, replace(settled, choice=choice, weights=weights), cut, until, None)
 
 
-def _layers(layer: str) -> tuple[list[str], list[str]]:
-    """Return the names of the backbone's layers up to `layer`, and of those where it can be cut."""
-    names, cuts = _topology()
+def _cut(asked: FullAsked, source: Source, layer: str) -> tuple[str, int, list[str]]:
+    """Return where the cached part ends, "" if nothing is cached, the index of the last frozen layer, and all names."""
+    names, cuts, usual = _layers(source, layer)
+    until = len(names) - 1
+    if asked.stage != "freeze":
+        until = network.frozen_until(names, asked.freeze_until or usual)
+    return network.cut_at(names, cuts, until) if asked.from_cache else "", until, names
+
+
+def _layers(source: Source, layer: str) -> tuple[list[str], list[str], str]:
+    """Return the names of the backbone's layers up to `layer`, those where it can be cut, and the usual last frozen."""
+    names, cuts, usual = _topology(source.name, source.input_size, source.file)
     if layer not in cuts:
         raise SpecError(f"no head can stand on {layer!r}; take one of {', '.join(cuts[-4:])}")
     names = names[: names.index(layer) + 1]
-    return names, [name for name in cuts if name in names]
+    return names, [name for name in cuts if name in names], usual
 
 
 @functools.cache
-def _topology() -> tuple[list[str], list[str]]:
-    whole = build(DEFAULT_BACKBONE)
-    return [each.name for each in whole.layers], cut_layers(whole)
+def _topology(name: str, input_size: int, file: Path | None) -> tuple[list[str], list[str], str]:
+    whole = build(name, input_size=input_size, network=file)
+    return [each.name for each in whole.layers], cut_layers(whole), network.default_freeze_until(whole, name)
 
 
 def begun_from(path: Path, dataset: Dataset) -> Begun:
@@ -143,37 +164,71 @@ def begun_from(path: Path, dataset: Dataset) -> Begun:
     return begun
 
 
-def _from_run(begun: Begun, asked: FullAsked, cut: str, names: Sequence[str], workspace: Workspace) -> Origin:
-    stated, index = asked.features, workspace.cache.index
-    base: Weights | None
-    if stated.weights == "auto":
-        base = find_by_identity(begun.base.weights, begun.base.backbone, workspace.downloads, index)
-    else:
-        base = resolve(stated.weights, DEFAULT_BACKBONE, workspace.downloads, index, progress=workspace.progress)
-        if base.identity != begun.base.weights:
-            raise SpecError(f"{begun.path.name} began with other weights than {stated.weights}; leave out --weights")
-    if stated.fit not in (None, begun.spec.fit):
-        raise SpecError(f"{begun.path.name} was trained on images made square by {begun.spec.fit}, not {stated.fit}")
-    depth = depth_of(begun.spec.decode)
-    if stated.depth not in (None, depth):
-        raise SpecError(f"{begun.path.name} was trained on images of --depth {depth}, not {stated.depth}")
-    own = network.saved_weights(begun.path) if begun.full else None
+def _from_run(begun: Begun, asked: FullAsked, workspace: Workspace) -> Origin:
+    stated, spec = asked.features, begun.spec
+    base = _base_weights(begun, stated, workspace)
+    trained = network.saved_weights(begun.path) if begun.full else None
     label = str(begun.about["summary"]["weights"])
-    weights = (
-        own or base or require_by_identity(begun.base.weights, label, begun.path.name, DEFAULT_BACKBONE, workspace)
-    )
-    below = base is not None and (not own or _at_most(cut, begun.unchanged_until, names))
+    weights = trained or base
+    if weights is None:
+        weights = networks.require(begun.base, network_record(begun.about), label, begun.path.name, workspace)
+    source = Source(spec.backbone, spec.input_size, spec.scaling, spec.layer, weights.network)
+    cut, until, names = _cut(asked, source, spec.layer)
+    if begun.unchanged_until not in ("", *names):
+        raise RunError(f"{begun.path / 'run.json'} is not that of a trained model ({begun.unchanged_until[:60]!r})")
+    below = base is not None and (not trained or _at_most(cut, begun.unchanged_until, names))
     rows = base if below and base is not None else weights
     choice = FeatureChoice(
         weights=_text(rows),
-        layer=cut or begun.spec.layer,
-        fit=begun.spec.fit,
-        precision=begun.spec.precision if stated.precision == "auto" else stated.precision,
-        storage=begun.spec.storage if stated.storage == "auto" else stated.storage,
-        depth=depth,
+        layer=cut or spec.layer,
+        fit=spec.fit,
+        precision=spec.precision if stated.precision == "auto" else stated.precision,
+        storage=spec.storage if stated.storage == "auto" else stated.storage,
+        depth=depth_of(spec.decode),
+        backbone=stated.backbone,
+        input_size=stated.input_size,
+        scaling=stated.scaling,
     )
-    spec = replace(new_spec(choice, rows), layer=begun.spec.layer, weights=begun.base.weights)
-    return Origin(spec, weights, label, choice, cut, begun)
+    settled = Settled(choice, replace(source, file=rows.network, weights=rows.identity), rows, None)
+    return Origin(
+        replace(settled.new_spec(rows), layer=spec.layer, weights=begun.base.weights),
+        weights, label, settled, cut, until, begun,
+    )  # fmt: skip
+
+
+def _base_weights(begun: Begun, stated: FeatureChoice, workspace: Workspace) -> Weights | None:
+    """Return the weights that the run's backbone once began with, if they are at hand.
+
+    Raises
+    ------
+    SpecError
+        If something else was stated than what the run began with.
+    """
+    spec, name = begun.spec, begun.path.name
+    if stated.layer not in (None, spec.layer):
+        raise SpecError(f"the head of {begun.path} stands on {spec.layer}, not on {stated.layer}")
+    if stated.fit not in (None, spec.fit):
+        raise SpecError(f"{name} was trained on images made square by {spec.fit}, not {stated.fit}")
+    depth = depth_of(spec.decode)
+    if stated.depth not in (None, depth):
+        raise SpecError(f"{name} was trained on images of --depth {depth}, not {stated.depth}")
+    size, scaling = stated.input_size or spec.input_size, stated.scaling or spec.scaling
+    source = Source(spec.backbone, size, scaling, spec.layer)
+    if stated.backbone is not None:
+        source = networks.open_source(stated.backbone, size, scaling, workspace.cache)
+    for what, mine, theirs in (
+        ("backbone", spec.backbone, source.name),
+        ("input size", spec.input_size, source.input_size),
+        ("scaling", spec.scaling, source.scaling),
+    ):
+        if mine != theirs:
+            raise SpecError(f"{name} was trained with the {what} {mine}, not {theirs}")
+    found = networks.stated(source, stated.weights, workspace)
+    if found is None:
+        return networks.find(begun.base, network_record(begun.about), workspace)
+    if found.identity != begun.base.weights:
+        raise SpecError(f"{name} began with other weights than {stated.weights}; leave out --weights")
+    return found
 
 
 def _at_most(layer: str, last: str, names: Sequence[str]) -> bool:
@@ -181,21 +236,22 @@ def _at_most(layer: str, last: str, names: Sequence[str]) -> bool:
 
 
 def _settled_weights(
-    asked: FullAsked, dataset: Dataset, workspace: Workspace, layers: Sequence[str]
+    settled: Settled, dataset: Dataset, workspace: Workspace, layers: Sequence[str]
 ) -> tuple[Weights, FeatureSpec | None]:
     """Return the stated weights, or those of the space that holds most of the dataset's rows, and that space's spec."""
-    choice, index = asked.features, workspace.cache.index
-    if choice.weights != "auto":
-        return resolve(choice.weights, DEFAULT_BACKBONE, workspace.downloads, index, progress=workspace.progress), None
+    if settled.weights is not None:
+        return settled.weights.require(), None
     with workspace.progress("identifying images", len(dataset)) as advance:
-        identities = identify(dataset, index, advance, read_unseen=False)
+        identities = identify(dataset, workspace.cache.index, advance, read_unseen=False)
     for layer in layers:
-        space, _ = find_space(workspace, replace(choice, layer=layer), identities)
+        space = find_space(workspace, replace(settled, choice=replace(settled.choice, layer=layer)), identities)
         if space is not None:
-            return weights_of(space, dataset, workspace), space.spec
-    return weights_of(None, dataset, workspace), None
+            return weights_of(space, workspace), space.spec
+    return weights_for(settled, None, dataset, workspace), None
 
 
 def _text(weights: Weights) -> str:
     """Return what `--weights` takes to mean these."""
+    if weights.network is not None and weights.network == weights.path:
+        return "auto"  # those in the file of an own network
     return str(weights.path) if weights.path else f"untrained:{weights.identity.rsplit(':', 1)[1]}"

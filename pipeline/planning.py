@@ -10,7 +10,6 @@ from typing import Self
 import numpy as np
 
 from pipeline import images
-from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
 from pipeline.cache.digests import Identities
 from pipeline.cache.index import Index
 from pipeline.cache.keys import comparable, split
@@ -25,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_FIT = "squash"
 _CHECKED_AHEAD = 64  # images
+_SIZE = 64  # of pixels that nobody looks at: it is asked only whether an image can be decoded
 _BLOCK = 1 << 16  # keys compared with the quarantine at a time
 
 
@@ -156,7 +156,7 @@ class Planning:
         if not plan.todo:
             return plan
         fit = space.spec.fit if space else DEFAULT_FIT
-        with Loader(self.dataset, BACKBONES[DEFAULT_BACKBONE].input_size, fit, self.max_pixels) as loader:
+        with Loader(self.dataset, _SIZE, fit, self.max_pixels) as loader:
             loader.until(plan.todo.distinct.tolist(), lambda image: self._lacks_rows(image, space))
         self.identities.remember_fetched(self.index)
         return self.plan(space)
@@ -177,9 +177,8 @@ class Planning:
         Returns the largest value of those with 16 bits a channel.
         """
         some, peak = list(some), 0
-        size = BACKBONES[DEFAULT_BACKBONE].input_size
         with (
-            Loader(self.dataset, size, fit, self.max_pixels) as loader,
+            Loader(self.dataset, _SIZE, fit, self.max_pixels) as loader,
             decoding_pool() as pool,
             progress("checking images", len(some)) as advance,
         ):

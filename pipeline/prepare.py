@@ -12,9 +12,9 @@ import numpy as np
 
 from pipeline import heads
 from pipeline.cache.digests import identify
+from pipeline.choice import warn_untrained
 from pipeline.dataset import Dataset, assign, few_groups
 from pipeline.errors import DatasetError
-from pipeline.extract import warn_untrained
 from pipeline.gather import SPLITS, Material, Sorted
 from pipeline.images import FULL_DEPTH
 from pipeline.pixels import Pixels, decoding

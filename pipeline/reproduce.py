@@ -8,14 +8,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.asked import Asked, FullAsked
+from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
 from pipeline.backbone.weights import is_path
+from pipeline.choice import FeatureChoice
 from pipeline.errors import UsageError
 from pipeline.images import DEFAULT_MAX_PIXELS, FULL_DEPTH, depth_of
-from pipeline.spec import SHAPE, HeadSpec
+from pipeline.spec import OWN, SHAPE, HeadSpec
 from pipeline.trained import TrainedRun
 
 Option = tuple[str, Any]  # its name and value: None leaves it out, True makes it a flag
-_SPACE = ("--weights", "--layer", "--precision", "--fit", "--depth", "--storage")
+_SPACE = (
+    "--weights",
+    "--backbone",
+    "--input-size",
+    "--scaling",
+    "--layer",
+    "--precision",
+    "--fit",
+    "--depth",
+    "--storage",
+)
 
 
 def commands(run: TrainedRun, program: Sequence[str], bad: float) -> list[str]:
@@ -79,14 +91,27 @@ def _in_space(options: Sequence[Option], name: str) -> list[Option]:
 def _of_space(run: TrainedRun, asked: Asked | FullAsked, *, storage: bool) -> list[Option]:
     """Return what says which features: as they came out, not `auto`, which may mean others by then."""
     base, weights = run.base, asked.features.weights
-    if weights == "auto":
+    if weights == "auto" and base.backbone.startswith(OWN):
+        pass  # those in its file
+    elif weights == "auto":
         _, _, seed = base.weights.rpartition(":")
         weights = f"untrained:{seed}" if base.untrained else "imagenet" if run.weights == "imagenet" else base.weights
-    found: list[Option] = [("--weights", weights), ("--layer", base.layer)]
+    found: list[Option] = [("--weights", weights), *_backbone(run), ("--layer", base.layer)]
     depth = depth_of(base.decode)
     found += [("--precision", base.precision), ("--fit", base.fit)]
     found.append(("--depth", depth if depth != FULL_DEPTH else None))
     return [*found, ("--storage", base.storage)] if storage else found
+
+
+def _backbone(run: TrainedRun) -> list[Option]:
+    """Return what says which network, and how images go into it, as far as that is not the default."""
+    base, choice = run.base, run.asked.features if run.asked else FeatureChoice()
+    row = BACKBONES.get(base.backbone)
+    name = base.backbone if row else choice.backbone
+    size = base.input_size if row is None or base.input_size != row.input_size else None
+    scaling = base.scaling if row is None or base.scaling != row.scaling else None
+    default = name == DEFAULT_BACKBONE
+    return [("--backbone", None if default else name), ("--input-size", size), ("--scaling", scaling)]
 
 
 def _full(run: TrainedRun, asked: FullAsked) -> list[Option]:

@@ -265,6 +265,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     return about
 
 
+def network_record(about: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return what a run.json keeps of the file of an own network; None for a network of the table."""
+    found = about.get("network") or dict(about.get("made_by") or {}).get("network")
+    return found if isinstance(found, dict) else None
+
+
 def _partial(root: Path, name: str) -> Path:
     if name != slug(name):
         raise RunError(_not_resumable(root, name))

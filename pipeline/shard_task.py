@@ -77,6 +77,7 @@ class Setup:
     views: Views = PLAIN_VIEW
     strict: bool = False  # stop at the first image that cannot be decoded
     connections: int = remote.DEFAULT_CONNECTIONS  # requests of one process at once
+    network: Path | None = None  # where the architecture of an own network stands
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +174,7 @@ class ShardWorker:
         """
         self.setup = setup
         remote.limit_connections(setup.connections)
-        self._model = FrozenBackbone(setup.spec, setup.weights, setup.batch_size, threads)
+        self._model = FrozenBackbone(setup.spec, setup.weights, setup.batch_size, threads, network=setup.network)
         depth = images.depth_of(setup.spec.decode)
         self._decoders = Decoders(setup.spec.input_size, setup.spec.fit, setup.max_pixels, depth)
         self._pool = decoding_pool(threads)

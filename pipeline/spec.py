@@ -18,13 +18,21 @@ from pipeline.errors import SpecError, UsageError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 STORAGES = ("float16", "float32")
+OWN = "own:"  # begins the name of a network that is no row of the table; the sha256 of its architecture follows
 _WEIGHTS = re.compile(r"sha256:[0-9a-f]{64}|untrained:\w+:[0-9]{1,18}")
 _MOST_PIXELS = 4096  # on a side
+_MOST_NAME = 80  # letters in the name of a folder
+_OWN_DIGITS = 12  # letters of the name of an own network in that of a folder
 
 
 def canonical_json(value: Mapping[str, Any]) -> str:
     """Return the one JSON text of `value`: sorted keys, no spaces, ASCII only."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _plain(name: str) -> str:
+    """Return a name as part of a folder's: letters, digits and dashes of ASCII, and no longer than one may be."""
+    return re.sub(r"[^A-Za-z0-9_.]", "_", name)[:_MOST_NAME]
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,9 @@ class FeatureSpec:
     @property
     def directory(self) -> str:
         """Return the folder name of this space, "<backbone>-<layer>-<8 hex digits>"."""
-        return f"{self.backbone}-{self.layer}-{self.fingerprint()[:8]}"
+        backbone = self.backbone.replace(OWN, "own_")[:_OWN_DIGITS] if self.backbone.startswith(OWN) else self.backbone
+        # A layer of an own network may be called anything.
+        return f"{_plain(backbone)}-{_plain(self.layer)}-{self.fingerprint()[:8]}"
 
     def fingerprint(self) -> str:
         """Return the sha256 of the canonical JSON, as 64 hex digits."""
@@ -96,13 +106,13 @@ class FeatureSpec:
 class FeatureRequest:
     """The fields of a `FeatureSpec` that were stated; None stands for `auto` and agrees with any value."""
 
-    backbone: str
+    backbone: str | None
     layer: str | None
     fit: str | None
     decode: str | tuple[str, ...]  # or any of several
     resize: str
-    input_size: int
-    scaling: str
+    input_size: int | None
+    scaling: str | None
     engine: str | tuple[str, ...]  # or any of several
     weights: str | None = None
     precision: str | None = None

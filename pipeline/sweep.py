@@ -25,10 +25,10 @@ from pipeline.asked import Asked, DatasetChoice, begun_with
 from pipeline.cache import storage
 from pipeline.cache.lock import exclusive
 from pipeline.checkpoint import Checkpoint
+from pipeline.choice import FeatureChoice
 from pipeline.cluster import ClusterChoice, connected
 from pipeline.dataset import Dataset
 from pipeline.errors import DoNotFitError, RunError
-from pipeline.extract import FeatureChoice
 from pipeline.fitting import Outcome, answers, fit_head
 from pipeline.gather import Material, gather
 from pipeline.heads.base import measure

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline import heads, results, runs, tracking
 from pipeline.asked import Asked
+from pipeline.backbone import source as networks
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError
 from pipeline.fitting import Outcome, fit_asked
@@ -101,6 +102,7 @@ def write_run(
         **fitted.facts,
         "features_computed": 0,
         "space": material.space.name,
+        "backbone": networks.label(material.space.spec, material.space.provenance.get("network")),
         "weights": material.space.provenance.get("weights"),
         "precision": material.space.spec.precision,
         "seconds": round(seconds, 3),

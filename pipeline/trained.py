@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,7 @@ class TrainedRun:
     asked: Asked | FullAsked | None  # None for a run of 0.1.0, which did not keep it
     weights: str  # what those of `base` are called
     content: str | None  # of its images, labels and splits, as `Sorted.content` gives it; None for an older run
+    network_record: Mapping[str, Any] | None = None  # of the file of an own network, as `source.record` gives it
 
     @property
     def name(self) -> str:
@@ -124,7 +126,7 @@ def open_run(root: Path, name: str) -> TrainedRun:
         weights, content = str(about["summary"]["weights"]), about["dataset"].get("content")
     except (KeyError, TypeError, SpecError) as error:
         raise RunError(f"{path / 'run.json'} is not that of a trained head ({error})") from error
-    return TrainedRun(path, spec, classes, kind, base, asked, weights, content)
+    return TrainedRun(path, spec, classes, kind, base, asked, weights, content, runs.network_record(about))
 
 
 def _asked(value: Any) -> Asked | FullAsked:

@@ -15,9 +15,10 @@ from conftest import write_picture
 from pipeline import images
 from pipeline.asked import Asked, DatasetChoice, FullAsked
 from pipeline.cache.space import Cache
+from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.extract import FeatureChoice, extract
+from pipeline.extract import extract
 from pipeline.finetune import train_full
 from pipeline.spec import HeadSpec
 from pipeline.train import train_head

@@ -18,9 +18,9 @@ from pipeline import images, runs
 from pipeline.apply import Evaluation, evaluate_run
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.digests import digest
+from pipeline.choice import FeatureChoice
 from pipeline.dataset import limit
 from pipeline.errors import DatasetError, MissingRowsError, RunError, SpecError, UsageError
-from pipeline.extract import FeatureChoice
 from pipeline.run_images import FILE, RunImages
 from pipeline.spec import HeadSpec
 from pipeline.train import train_head

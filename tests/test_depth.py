@@ -16,10 +16,11 @@ from pipeline import images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache
 from pipeline.checkup import check, told
+from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.errors import SpecError
-from pipeline.extract import Extraction, FeatureChoice, extract
+from pipeline.extract import Extraction, extract
 from pipeline.features import open_features
 from pipeline.gather import gather, gather_images
 from pipeline.predict import predict

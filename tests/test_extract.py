@@ -32,10 +32,11 @@ from pipeline import machine
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache import digests
 from pipeline.cache.index import Index
+from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions, batch_of
 from pipeline.dataset import Dataset, limit, open_dataset
 from pipeline.errors import CacheError, DoNotFitError, SpecError, WeightsError
-from pipeline.extract import Extraction, FeatureChoice, extract
+from pipeline.extract import Extraction, extract
 from pipeline.spec import FeatureSpec
 from pipeline.workspace import open_workspace
 

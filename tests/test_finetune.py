@@ -25,10 +25,11 @@ from pipeline.backbone.build import load_weights
 from pipeline.backbone.graph import cut_layers
 from pipeline.cache.keys import split
 from pipeline.cache.space import Cache
+from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.errors import DatasetError, RunError, SpecError, UsageError, WeightsError
-from pipeline.extract import FeatureChoice, extract
+from pipeline.extract import extract
 from pipeline.finetune import FullRun, _warn_of_collapse, train_full
 from pipeline.gather import gather_images
 from pipeline.network import Network
@@ -231,7 +232,7 @@ def test_a_fine_tuned_run_goes_on_in_the_rows_its_backbone_still_gives(place: Pl
     """Up to mixed9 nothing changed, so those rows serve; deeper they are another space's."""
     asked = place.asked(from_cache=True, init=str(from_cache.path), features=FeatureChoice())
     origin = origin_of(asked, place.dataset, place.workspace)
-    assert (origin.cut, origin.choice.weights) == ("mixed9", "untrained:0")
+    assert (origin.cut, origin.settled.choice.weights) == ("mixed9", "untrained:0")
     deeper = origin_of(replace(asked, freeze_until="mixed10"), place.dataset, place.workspace)
     assert (deeper.cut, deeper.choice.weights) == ("mixed10", str(from_cache.path / network.WEIGHTS_FILE))
     names, cuts = origin_layers(place)

@@ -29,12 +29,13 @@ import pipeline.worker_health
 from pipeline import cluster as clusters
 from pipeline import fleet_worker, machine
 from pipeline.cache.space import Cache
+from pipeline.choice import FeatureChoice
 from pipeline.cluster import ClusterChoice, connected
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.dataset.base import FileSource
 from pipeline.errors import IceboxError, UnfitWorkerError, UsageError
-from pipeline.extract import Extraction, FeatureChoice, extract
+from pipeline.extract import Extraction, extract
 from pipeline.fleet_worker import Requirements
 from pipeline.shard_task import Setup
 from pipeline.workspace import Workspace

@@ -32,11 +32,12 @@ from pipeline.cache.digests import digest
 from pipeline.cache.gc import Keep, collect
 from pipeline.cache.shard import ShardDamagedError, read_info, read_rows, write_shard
 from pipeline.cache.verify import verify
+from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import of_files
 from pipeline.decoder import Loader
 from pipeline.errors import CacheError, DecodeError
-from pipeline.extract import Extraction, FeatureChoice, extract
+from pipeline.extract import Extraction, extract
 from pipeline.spec import Augmentation, Views
 from pipeline.workspace import open_workspace
 

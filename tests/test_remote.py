@@ -27,12 +27,13 @@ from served import Bucket, Page, Site, bucket_server, served
 
 import pipeline.shard_task
 from pipeline.cache.digests import digest, identify
+from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, open_dataset, open_images, refusal, remote
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, MissingRowsError, UsageError
 from pipeline.explain import explain
-from pipeline.extract import Extraction, FeatureChoice, extract
+from pipeline.extract import Extraction, extract
 from pipeline.gather import gather, gather_images
 from pipeline.pixels import Pixels, decoding
 from pipeline.spec import FeatureSpec

@@ -24,9 +24,9 @@ from conftest import Finished, icebox, picture, unseal, write_picture
 from pipeline import near, reproduce
 from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked
+from pipeline.choice import FeatureChoice
 from pipeline.dataset import Dataset
 from pipeline.evaluate import confusion_cells
-from pipeline.extract import FeatureChoice
 from pipeline.images import DEFAULT_MAX_PIXELS
 from pipeline.progress import silent
 from pipeline.report import findings, page, shown, single

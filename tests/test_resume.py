@@ -22,8 +22,8 @@ from pipeline import images, runs
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache import storage
 from pipeline.checkpoint import Checkpoint
+from pipeline.choice import FeatureChoice
 from pipeline.errors import RunError
-from pipeline.extract import FeatureChoice
 from pipeline.spec import HeadSpec
 from pipeline.train import HeadRun, train_head
 from pipeline.workspace import Workspace

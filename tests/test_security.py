@@ -34,7 +34,7 @@ from conftest import DANGEROUS_DECODER, ROOT, icebox, picture, unseal, write_pic
 from pipeline import images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache, FeatureSpace
-from pipeline.extract import FeatureChoice
+from pipeline.choice import FeatureChoice
 from pipeline.spec import FeatureSpec, HeadSpec
 from pipeline.train import train_head
 from pipeline.workspace import Workspace

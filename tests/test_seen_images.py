@@ -12,7 +12,7 @@ from conftest import unseal
 
 from pipeline import images
 from pipeline.asked import Asked, DatasetChoice, FullAsked
-from pipeline.extract import FeatureChoice
+from pipeline.choice import FeatureChoice
 from pipeline.finetune import with_initial
 from pipeline.gather import Material, gather
 from pipeline.origin import Origin, begun_from
@@ -94,6 +94,6 @@ def test_a_model_takes_over_the_order_of_the_classes_it_begins_with(run: Path, p
     dataset = listed(photos)
     other = replace(dataset, classes=dataset.classes[::-1], labels=2 - dataset.labels)
     begun = begun_from(run, other)
-    origin = Origin(begun.base, None, "", FeatureChoice(), "", begun)  # pyright: ignore[reportArgumentType]
+    origin = Origin(begun.base, None, "", None, "", -1, begun)  # pyright: ignore[reportArgumentType]
     assert origin.matched(other).classes == dataset.classes
     assert origin.matched(other).labels.tolist() == dataset.labels.tolist()

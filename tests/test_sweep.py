@@ -30,9 +30,9 @@ from pipeline import heads, images, runs, trial_tasks
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache
 from pipeline.checkpoint import Checkpoint
+from pipeline.choice import FeatureChoice
 from pipeline.cluster import ClusterChoice
 from pipeline.errors import IceboxError, RunError, UsageError
-from pipeline.extract import FeatureChoice
 from pipeline.gather import gather
 from pipeline.prepare import prepared
 from pipeline.rows import StoredRows

@@ -25,9 +25,9 @@ from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache import shard
 from pipeline.cache.digests import digest
 from pipeline.cache.space import Cache
+from pipeline.choice import FeatureChoice
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.errors import CacheError, DatasetError, MissingRowsError, RunError, SpecError, UsageError
-from pipeline.extract import FeatureChoice
 from pipeline.gather import gather
 from pipeline.prepare import on_sides
 from pipeline.run_images import RunImages
@@ -577,7 +577,7 @@ from pathlib import Path
 from pipeline import images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.dataset import open_dataset
-from pipeline.extract import FeatureChoice
+from pipeline.choice import FeatureChoice
 from pipeline.spec import HeadSpec
 from pipeline.train import train_head
 from pipeline.workspace import open_workspace

@@ -27,11 +27,12 @@ from pipeline.cache.digests import digest
 from pipeline.cache.gc import Keep, collect
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.canary import recompute
+from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, limit, open_dataset
 from pipeline.errors import MissingRowsError, ShardDamagedError, UsageError
 from pipeline.explain import explain
-from pipeline.extract import Extraction, FeatureChoice, extract
+from pipeline.extract import Extraction, extract
 from pipeline.gather import gather
 from pipeline.prepare import prepared
 from pipeline.spec import Augmentation, HeadSpec, Views

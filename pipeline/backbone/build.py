@@ -14,7 +14,9 @@ from pipeline.keras_start import KerasModel, import_keras
 _KERAS_POLICY = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
 
-def build(backbone: str, precision: str = "float32") -> KerasModel:
+def build(
+    backbone: str, precision: str = "float32", input_size: int | None = None, network: Path | None = None
+) -> KerasModel:
     """Return the whole network without top, untrained, computing in `precision` on float32 variables.
 
     Input (n, size, size, 3) float32 in -1 … 1; output the last feature tensor.

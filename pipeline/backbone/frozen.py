@@ -58,7 +58,14 @@ class FrozenBackbone:
     One shape only, short batches padded: a row then depends on its image alone, not on its neighbours.
     """
 
-    def __init__(self, spec: FeatureSpec, weights: Path | None, batch_size: int, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        weights: Path | None,
+        batch_size: int,
+        threads: int | None = None,
+        network: Path | None = None,
+    ) -> None:
         """Build and load it. Raises WeightsError and SpecError.
 
         TensorFlow is told to use `threads` cores for this alone; None leaves its threads as they are.
@@ -75,7 +82,7 @@ class FrozenBackbone:
 
         if spec.precision == "float16" and not tf.config.list_physical_devices("GPU"):
             logger.warning("float16 is asked for, but TensorFlow sees no GPU: this will be slow")
-        whole = build(spec.backbone, spec.precision)
+        whole = build(spec.backbone, spec.precision, spec.input_size, network)
         load_weights(whole, spec.weights, weights)
         self._model = cut(whole, spec.layer)
         self.spec = spec

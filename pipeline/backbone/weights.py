@@ -34,6 +34,7 @@ class Weights:
     kind: Literal["imagenet", "file", "untrained"]
     identity: str
     path: Path | None
+    network: Path | None = None  # where the architecture of an own network stands
 
     @property
     def label(self) -> str:
@@ -104,17 +105,6 @@ def find_by_identity(identity: str, backbone: str, downloads: Path, index: Index
         if path.is_file() and remembered_digest(path, index) == wanted:
             return Weights("file", identity, path)
     return None
-
-
-def require_by_identity(identity: str, label: object, of: str, backbone: str, workspace: Workspace) -> Weights:
-    """Return the weights that `of`, a space or a run, was computed with. Raises WeightsError if they are not here."""
-    found = find_by_identity(identity, backbone, workspace.downloads, workspace.cache.index)
-    if found is None:
-        raise WeightsError(
-            f"{of} was computed with {label} ({identity}), which are not on this machine; give the file by "
-            "`--weights FILE`"
-        )
-    return found
 
 
 def find_imagenet(backbone: Backbone, downloads: Path) -> Path | None:

@@ -59,6 +59,13 @@ def space_names(context: typer.Context, incomplete: str) -> list[str]:
     return sorted(path.parent.name for path in folder.glob("*/space.json") if path.parent.name.startswith(incomplete))
 
 
+def backbone_names(incomplete: str) -> list[str]:
+    """Return the names of networks that begin so; for anything else the shell proposes files."""
+    from pipeline.backbone.table import BACKBONES
+
+    return [name for name in BACKBONES if name.startswith(incomplete)]
+
+
 def dataset_names(incomplete: str) -> list[str]:
     """Return the names of known datasets that begin so; for anything else the shell proposes files."""
     return [name for name in ("digits", "cifar10", "cifar100") if incomplete and name.startswith(incomplete)]

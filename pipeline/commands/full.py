@@ -12,9 +12,11 @@ from pipeline.commands.depth import DepthOption
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
+    BackboneOption,
     DatasetOption,
     FitOption,
     ImageRootOption,
+    InputSizeOption,
     JsonOption,
     LayerOption,
     LikeOption,
@@ -25,6 +27,7 @@ from pipeline.commands.shared import (
     PrecisionOption,
     QuietOption,
     ResumeOption,
+    ScalingOption,
     StorageOption,
     ViewsOption,
     WeightsOption,
@@ -107,6 +110,9 @@ def freeze(
     normalize: NormalizeOption = None,
     tensorboard: TensorboardOption = False,
     resume: ResumeOption = None,
+    backbone: BackboneOption = None,
+    input_size: InputSizeOption = None,
+    scaling: ScalingOption = None,
     weights: WeightsOption = "auto",
     layer: LayerOption = None,
     precision: PrecisionOption = "auto",
@@ -132,12 +138,13 @@ def finetune(
         ),
     ] = None,
     freeze_until: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="LAYER",
-            help="Train what comes after this layer: its name, its number N (the first N+1 are frozen), or none.",
+            help="Train what comes after this layer: its name, its number N (the first N+1 are frozen), or none.  "
+            "[default: about the last two blocks train, for inception_v3 after 250]",
         ),
-    ] = "250",
+    ] = None,
     from_cache: Annotated[
         bool, typer.Option(help="Train on cached rows of the frozen part, computing what is missing.")
     ] = False,
@@ -169,6 +176,9 @@ def finetune(
     memory: MemoryOption = None,
     tensorboard: TensorboardOption = False,
     resume: ResumeOption = None,
+    backbone: BackboneOption = None,
+    input_size: InputSizeOption = None,
+    scaling: ScalingOption = None,
     weights: WeightsOption = "auto",
     layer: LayerOption = None,
     precision: PrecisionOption = "auto",
@@ -231,7 +241,7 @@ def _refuse_what_does_not_go_together(context: typer.Context) -> None:
 def _asked(stage: str, context: typer.Context, root: Path) -> FullAsked:
     from pipeline import runs
     from pipeline.asked import FullAsked
-    from pipeline.extract import FeatureChoice
+    from pipeline.choice import FeatureChoice
     from pipeline.spec import HeadSpec, Views
 
     given = context.params
@@ -242,6 +252,9 @@ def _asked(stage: str, context: typer.Context, root: Path) -> FullAsked:
         stage=stage,
         images=dataset_choice(context).anchored(),
         features=FeatureChoice(
+            backbone=given["backbone"],
+            input_size=given["input_size"],
+            scaling=given["scaling"],
             weights=given["weights"],
             layer=given["layer"],
             fit=given["fit"],
@@ -252,7 +265,7 @@ def _asked(stage: str, context: typer.Context, root: Path) -> FullAsked:
         head=HeadSpec.make(given.get("head") or "gap", **shape, **{name: given[name] for name in _TRAINING}),
         max_pixels=given["max_pixels"],
         init=None if init is None else str(runs.find_run(root, init).absolute()),
-        freeze_until=given.get("freeze_until", "none"),
+        freeze_until=given.get("freeze_until"),
         batch_norm=given.get("batch_norm", "frozen"),
         from_cache=cached,
         augment=None if cached else _afresh(given["augment"]),

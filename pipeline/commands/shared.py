@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.commands.completion import dataset_names, run_names, space_names, stopped_names
+from pipeline.commands.completion import backbone_names, dataset_names, run_names, space_names, stopped_names
 from pipeline.progress import counted, size_text
 
 if TYPE_CHECKING:
     from pipeline.asked import Asked, DatasetChoice
+    from pipeline.choice import FeatureChoice
     from pipeline.cluster import ClusterChoice
     from pipeline.dataset import Dataset
-    from pipeline.extract import FeatureChoice
     from pipeline.planning import Quarantined
     from pipeline.spec import Views
     from pipeline.sweep import SweepAsked
@@ -49,7 +49,29 @@ WeightsOption = Annotated[
         help="auto, imagenet, untrained[:SEED], a Keras weights file, or sha256:DIGEST of one that was used before."
     ),
 ]
-LayerOption = Annotated[str | None, typer.Option(help="The layer whose output is cached.  [default: mixed10]")]
+BackboneOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="A network of the table (`backbones` lists them), or a .keras file of your own.  [default: inception_v3]",
+        autocompletion=backbone_names,
+    ),
+]
+InputSizeOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Pixels a side that the network is given.  [default: the network's own]", min=1),
+]
+ScalingOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOW",
+        help="How pixels go in: none, x/127.5-1, x/255, imagenet, bgr-means, or MEAN,STD in grey levels.  "
+        "[default: that of the network in the table; of your own as before]",
+    ),
+]
+LayerOption = Annotated[
+    str | None, typer.Option(help="The layer whose output is cached.  [default: the last one, mixed10 of inception_v3]")
+]
 PrecisionOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="What the backbone computes in.")
 ]
@@ -168,7 +190,13 @@ AlsoOption = Annotated[
 ]
 RunWeightsOption = Annotated[
     str | None,
-    typer.Option("--weights", help="The backbone's weights file, if it is not where it was when features were made."),
+    typer.Option(
+        "--weights",
+        "--backbone",
+        metavar="FILE",
+        help="The backbone's weights file, or your own network's .keras file, if it is not where it was when features "
+        "were made.",
+    ),
 ]
 
 CONNECTIONS = 16  # pipeline.dataset.remote.DEFAULT_CONNECTIONS
@@ -217,13 +245,15 @@ def open_runs(workspace: Workspace, run: str, also: Sequence[str] | None) -> lis
     return [open_run(workspace.runs, name) for name in (run, *(also or ()))]
 
 
-_CHOICE_OPTIONS = ("weights", "layer", "precision", "storage", "space", "fit", "depth")
+_CHOICE_OPTIONS = (
+    "backbone", "input_size", "scaling", "weights", "layer", "precision", "storage", "space", "fit", "depth",
+)  # fmt: skip
 _FEATURE_OPTIONS = ("dataset", "archive", "image_root", "limit", *_CHOICE_OPTIONS, "max_pixels", "views", "augment")
 
 
 def feature_choice(context: typer.Context) -> FeatureChoice:
     """Return what the options of a command say about the features."""
-    from pipeline.extract import FeatureChoice
+    from pipeline.choice import FeatureChoice
 
     return FeatureChoice(**{name: context.params[name] for name in _CHOICE_OPTIONS})
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.choice import FeatureChoice
 from pipeline.errors import IceboxError, MissingRowsError
-from pipeline.extract import FeatureChoice
 from pipeline.gather import SPLITS, Material, Sorted, gather, gather_images
 from pipeline.images import depth_of
 from pipeline.predictions import Answers

@@ -1,0 +1,205 @@
+"""Which network is meant: a row of the table or somebody's own file, and where its weights lie. Without TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import machine
+from pipeline.backbone import own, weights
+from pipeline.backbone.scaling import canonical
+from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
+from pipeline.backbone.weights import Weights
+from pipeline.cache.digests import remembered_digest
+from pipeline.cache.index import Index
+from pipeline.cache.space import Cache
+from pipeline.errors import SpecError, UsageError, WeightsError, did_you_mean
+from pipeline.spec import OWN, FeatureSpec
+from pipeline.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network, and how images go into it.
+
+    `file` is where the architecture of an own network stands, `weights` the identity of the weights in that file.
+    """
+
+    name: str  # as `FeatureSpec.backbone` has it
+    input_size: int
+    scaling: str
+    default_layer: str
+    file: Path | None = None
+    weights: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What people call it: the name of the row, or of the file."""
+        return self.file.name if self.file else self.name
+
+
+def is_file(choice: str | None) -> bool:
+    """Return whether a choice of backbone means a file of one's own."""
+    return choice is not None and choice not in BACKBONES and not choice.startswith(OWN)
+
+
+def anchored(choice: str | None) -> str | None:
+    """Return the same choice with an absolute path, so that it means the same from anywhere."""
+    return str(machine.at_home(choice).absolute()) if choice is not None and is_file(choice) else choice
+
+
+def named(name: str, input_size: int | None = None, scaling: str | None = None) -> Source:
+    """Return a network of the table, as its row says it, but for what is stated."""
+    row = BACKBONES[name]
+    return Source(name, input_size or row.input_size, scaling or row.scaling, row.default_layer)
+
+
+def open_source(choice: str | None, input_size: int | None, scaling: str | None, cache: Cache) -> Source:
+    """Return the network that `--backbone`, `--input-size` and `--scaling` mean.
+
+    What is not said of an own network is taken from its feature spaces on disk.
+
+    Raises
+    ------
+    UsageError
+        If there is no such network, or what must be said of an own one is not.
+    SpecError
+        If the file is refused, or is known under several sizes or scalings.
+    """
+    choice, scaling = choice or DEFAULT_BACKBONE, scaling and canonical(scaling)
+    if choice in BACKBONES:
+        return named(choice, input_size, scaling)
+    path = machine.at_home(choice)
+    if not path.exists() and path.suffix != ".keras":
+        near = did_you_mean(choice, [*BACKBONES])
+        raise UsageError(
+            f"no backbone named {choice!r:.80}; `backbones` lists them, and a file of your own ends in .keras{near}"
+        )
+    found = own.read(path)
+    known = [
+        spec for each in cache.spaces() if ((spec := each.spec).backbone, spec.weights) == (found.name, found.weights)
+    ]
+    return Source(
+        found.name,
+        _own_size(found, input_size, known),
+        scaling or _only(path, "--scaling", "scaling", {spec.scaling for spec in known}, _SCALING),
+        found.default_layer,
+        path.absolute(),
+        found.weights,
+    )
+
+
+_SCALING = "how its pixels go in (none, x/127.5-1, x/255, imagenet, bgr-means, or MEAN,STD)"
+
+
+def _own_size(found: own.OwnNetwork, stated: int | None, known: Iterable[FeatureSpec]) -> int:
+    if found.input_size is not None and stated not in (None, found.input_size):
+        raise UsageError(f"{found.path} takes images of {found.input_size} pixels a side, not of --input-size {stated}")
+    of_spaces = {spec.input_size for spec in known}
+    if size := found.input_size or stated:
+        return size
+    return int(_only(found.path, "--input-size", "size", {str(size) for size in of_spaces}, "how many pixels a side"))
+
+
+def _only(path: Path, option: str, what: str, known: set[str], meaning: str) -> str:
+    if len(known) == 1:
+        return known.pop()
+    if known:
+        raise SpecError(f"{path} is known under {what} {' and '.join(sorted(known))}; say which by {option}")
+    raise UsageError(f"{path} is not known from before: say by {option} {meaning}")
+
+
+def resolve(source: Source, choice: str, workspace: Workspace, *, offline: bool = False) -> Weights:
+    """Return the weights that `--weights` means, to compute with. Raises what `weights.resolve` does."""
+    index, progress = workspace.cache.index, workspace.progress
+    if source.file is None:
+        if source.name.startswith(OWN):
+            raise UsageError(
+                f"--weights {choice!r:.80}: an own network brings its weights; name its file by --backbone FILE"
+            )
+        return weights.resolve(choice, source.name, workspace.downloads, index, offline=offline, progress=progress)
+    if choice not in ("auto", source.weights):
+        raise UsageError(f"{source.label} brings its weights; leave out --weights {choice!r:.80}")
+    remembered_digest(source.file, index)  # by which the file is found again
+    return Weights("file", str(source.weights), source.file, source.file)
+
+
+def stated(source: Source, choice: str, workspace: Workspace) -> Weights | None:
+    """Return the weights that were stated, None if it is left to the spaces on disk; a digest needs no file."""
+    if source.file is not None:
+        return resolve(source, choice, workspace)
+    if choice == "auto":
+        return None
+    if choice.startswith("sha256:") and not source.name.startswith(OWN):
+        return weights.by_digest(choice, source.name, workspace.downloads, workspace.cache.index)
+    return resolve(source, choice, workspace)
+
+
+def given(spec: FeatureSpec, choice: str, workspace: Workspace) -> Weights:
+    """Return the weights, or the own network, that a person names for features of `spec`.
+
+    Raises
+    ------
+    SpecError
+        If the file is another network.
+    """
+    if not spec.backbone.startswith(OWN):
+        return weights.resolve(
+            choice, spec.backbone, workspace.downloads, workspace.cache.index, progress=workspace.progress
+        )
+    source = open_source(choice, spec.input_size, spec.scaling, workspace.cache)
+    if source.name != spec.backbone:
+        raise SpecError(f"{choice} is another network than the one the features were computed with")
+    return resolve(source, "auto", workspace)
+
+
+def record(found: Weights, index: Index) -> dict[str, str] | None:
+    """Return what is kept of the file of an own network, by which `find` knows it again; None for a named one."""
+    if found.network is None:
+        return None
+    return {"file": found.network.name, "sha256": remembered_digest(found.network, index).hex()}
+
+
+def label(spec: FeatureSpec, recorded: Mapping[str, Any] | None) -> str:
+    """Return what people call the network of `spec`: the name of a row, or of the file."""
+    return str((recorded or {}).get("file", spec.backbone))
+
+
+def find(spec: FeatureSpec, recorded: Mapping[str, Any] | None, workspace: Workspace) -> Weights | None:
+    """Return the weights that `spec` names, if they are on this machine; an own network is found by its `record`."""
+    index = workspace.cache.index
+    if not spec.backbone.startswith(OWN):
+        return weights.find_by_identity(spec.weights, spec.backbone, workspace.downloads, index)
+    for network in _at_hand(str((recorded or {}).get("sha256", "")), index):
+        if network.suffix == ".keras" and own.read(network).weights == spec.weights:
+            return Weights("file", spec.weights, network, network)
+        for path in _at_hand(spec.weights.removeprefix("sha256:"), index):
+            return Weights("file", spec.weights, path, network)
+    return None
+
+
+def _at_hand(digest: str, index: Index) -> Iterator[Path]:
+    """Yield the files that still have this digest, of those that were seen on this machine."""
+    for path in index.files_with_digest(bytes.fromhex(digest)):
+        if path.is_file() and remembered_digest(path, index).hex() == digest:
+            yield path
+
+
+def require(
+    spec: FeatureSpec, recorded: Mapping[str, Any] | None, label: object, of: str, workspace: Workspace
+) -> Weights:
+    """Return the weights that `of`, a space or a run, was computed with. Raises WeightsError if they are not here."""
+    if found := find(spec, recorded, workspace):
+        return found
+    if spec.backbone.startswith(OWN):
+        about = recorded or {}
+        raise WeightsError(
+            f"{of} was computed with an own network, {about.get('file', 'a file')} (sha256 {about.get('sha256', '?')})"
+            ", which is not on this machine; give the file by `--backbone FILE`"
+        )
+    raise WeightsError(
+        f"{of} was computed with {label} ({spec.weights}), which are not on this machine; give the file by "
+        "`--weights FILE`"
+    )
