@@ -75,7 +75,7 @@ class FrozenBackbone:
 
         if spec.precision == "float16" and not tf.config.list_physical_devices("GPU"):
             logger.warning("float16 is asked for, but TensorFlow sees no GPU: this will be slow")
-        whole = build(spec.backbone, spec.precision)
+        whole = build(spec.backbone, spec.precision, spec.input_size)
         load_weights(whole, spec.weights, weights)
         self._model = cut(whole, spec.layer)
         self.spec = spec
@@ -183,7 +183,7 @@ def features_of(model: KerasModel, inputs: Any, spec: FeatureSpec, after: str | 
     import tensorflow as tf
 
     if after is None:
-        inputs = scale(tf.cast(inputs, tf.float32))
+        inputs = scale(tf.cast(inputs, tf.float32), spec.scaling)
     if spec.engine != "keras":
         return folding.run(model, inputs, spec.precision, after)
     rest = model if after is None else rest_of(model, after)

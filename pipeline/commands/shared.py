@@ -49,6 +49,10 @@ WeightsOption = Annotated[
         help="auto, imagenet, untrained[:SEED], a Keras weights file, or sha256:DIGEST of one that was used before."
     ),
 ]
+BackboneOption = Annotated[
+    str,
+    typer.Option(metavar="NAME|FILE", help="A network of the table (`backbones` lists them), or a .keras file."),
+]
 LayerOption = Annotated[str | None, typer.Option(help="The layer whose output is cached.  [default: mixed10]")]
 PrecisionOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="What the backbone computes in.")
