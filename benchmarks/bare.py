@@ -113,11 +113,11 @@ def openvino(precision: str, weights: Path) -> float:
     import tensorflow as tf
 
     from pipeline.backbone.build import build, load_weights
-    from pipeline.backbone.scaling import scale
+    from pipeline.backbone.scaling import TANH, scale
 
     model = build("inception_v3")
     load_weights(model, "sha256:", weights)
-    run = tf.function(lambda images: model(scale(tf.cast(images, tf.float32)), training=False))
+    run = tf.function(lambda images: model(scale(tf.cast(images, tf.float32), TANH), training=False))
     graph = run.get_concrete_function(tf.TensorSpec((BATCH, 299, 299, 3), tf.uint8))
     options = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": {"bfloat16": "bf16"}.get(precision, "f32")}
     compiled = ov.compile_model(ov.convert_model(graph), "CPU", options)

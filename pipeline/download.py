@@ -16,10 +16,11 @@ logger = logging.getLogger(__name__)
 _TIMEOUT_S = 30
 
 
-def fetch(url: str, known_hash: str, folder: Path, progress: Progress) -> Path:
+def fetch(url: str, known_hash: str | None, folder: Path, progress: Progress, name: str | None = None) -> Path:
     """Return the file at `url` in `folder`, downloaded if it is not there or not what `known_hash` says.
 
-    pooch downloads under a temporary name and checks "<algorithm>:<hex digits>" before the file gets its own.
+    pooch downloads under a temporary name and checks "<algorithm>:<hex digits>" before the file gets its own, `name`,
+    by default the last part of `url`. Without a `known_hash` any file that is there, or comes, is taken.
 
     Raises
     ------
@@ -29,7 +30,7 @@ def fetch(url: str, known_hash: str, folder: Path, progress: Progress) -> Path:
     import pooch
 
     pooch.get_logger().setLevel(logging.ERROR)
-    name = PurePosixPath(url).name
+    name = name or PurePosixPath(url).name
     if not (folder / name).exists():
         logger.info("downloading %s, once", url)
     bar = _Bar(f"downloading {name}", progress)

@@ -170,7 +170,7 @@ def deployable(network: Network, *, named: bool) -> KerasModel:
     size = network.spec.input_size
     head = keras.models.clone_model(network.head.model, clone_function=_standard, recursive=True)
     inputs = keras.Input((size, size, 3), dtype="uint8", name="pixels")
-    output = head(network.below(scale(keras.ops.cast(inputs, "float32"))))
+    output = head(network.below(scale(keras.ops.cast(inputs, "float32"), network.spec.scaling)))
     return keras.Model(inputs, {"probabilities": output} if named else output, name="icebox")
 
 

@@ -114,7 +114,7 @@ class Network:
     def _from_pixels(self, model: KerasModel) -> KerasModel:
         keras = import_keras()
         inputs = keras.Input((self.spec.input_size, self.spec.input_size, 3), dtype="uint8", name="pixels")
-        return keras.Model(inputs, model(scale(keras.ops.cast(inputs, "float32"))))
+        return keras.Model(inputs, model(scale(keras.ops.cast(inputs, "float32"), self.spec.scaling)))
 
     def after(self, layer: str) -> KerasModel:
         """Return what comes after `layer`, with the same weights: its rows (n, h, w, c) → (n, k) probabilities."""

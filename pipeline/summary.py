@@ -7,28 +7,36 @@ from typing import Any
 
 from pipeline.backbone.build import build
 from pipeline.backbone.graph import cut, cut_layers, multiplications
-from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
+from pipeline.backbone.table import DEFAULT_BACKBONE, find_backbone
 from pipeline.heads.dense import build as build_head
 from pipeline.spec import HeadSpec
 
 
-def summarize(head: str, classes: int, layer: str | None = None) -> dict[str, Any]:
-    """Return the layers up to `layer` and how many parameters would train with and without the backbone.
+def summarize(head: str, classes: int, layer: str | None = None, backbone: str = DEFAULT_BACKBONE) -> dict[str, Any]:
+    """Return the layers of `backbone` up to `layer` and how many parameters would train with and without them.
 
     Without a `layer` it is the backbone's default. Of a layer where the network can be cut it is said what its output
     takes as float16 before it is compressed, and which share of the multiplications comes after it.
+
+    Raises
+    ------
+    UsageError
+        If there is no such backbone.
+    SpecError
+        If the backbone cannot be cut at that layer.
     """
-    layer = layer or BACKBONES[DEFAULT_BACKBONE].default_layer
-    backbone = cut(build(DEFAULT_BACKBONE), layer)
-    on_top = build_head(HeadSpec.make(head), tuple(backbone.output.shape[1:]), classes)
-    in_backbone, in_head = _trainable(backbone), _trainable(on_top)
+    row = find_backbone(backbone)
+    layer = layer or row.default_layer
+    below = cut(build(row.name), layer)
+    on_top = build_head(HeadSpec.make(head), tuple(below.output.shape[1:]), classes)
+    in_backbone, in_head = _trainable(below), _trainable(on_top)
     return {
-        "layers": _layers(backbone, sum(map(multiplications, on_top.layers))),
-        "backbone": DEFAULT_BACKBONE,
+        "layers": _layers(below, sum(map(multiplications, on_top.layers))),
+        "backbone": row.name,
         "layer": layer,
-        "feature_shape": list(backbone.output.shape[1:]),
-        "backbone_parameters": backbone.count_params(),
-        "multiplications": sum(map(multiplications, [*backbone.layers, *on_top.layers])),
+        "feature_shape": list(below.output.shape[1:]),
+        "backbone_parameters": below.count_params(),
+        "multiplications": sum(map(multiplications, [*below.layers, *on_top.layers])),
         "head": head,
         "classes": classes,
         "head_parameters": in_head,

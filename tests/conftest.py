@@ -129,7 +129,7 @@ def small_model(size: int) -> Any:
     layers = keras.layers
     keras.utils.set_random_seed(3)
     inputs = keras.Input((size, size, 3), dtype="uint8", name="pixels")
-    output = scale(keras.ops.cast(inputs, "float32"))
+    output = scale(keras.ops.cast(inputs, "float32"), SPEC.scaling)
     output = layers.Conv2D(8, 3, 2, use_bias=False)(output)
     output = layers.Activation("relu")(layers.BatchNormalization(scale=False)(output))
     pools = layers.AveragePooling2D(3, 1, "same"), layers.MaxPooling2D(3, 1, "same")

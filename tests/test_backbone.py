@@ -69,7 +69,7 @@ def test_folding_batch_norm_changes_nothing_but_rounding(whole: Any, pixels: np.
         # Statistics as after training, where none is 0 or 1.
         spread = {"moving_mean": 0.1, "beta": 0.1}.get(weights.name)
         weights.assign(drawn + rng.normal(0, spread, drawn.shape) if spread else drawn)
-    scaled = tf.constant(scale(pixels[:4].astype(np.float32)))
+    scaled = tf.constant(scale(pixels[:4].astype(np.float32), SPEC.scaling))
     expected = model(scaled, training=False).numpy()
     found = tf.function(lambda images: folding.run(model, images, "float32"))(scaled).numpy()
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
@@ -87,14 +87,14 @@ def test_every_batch_norm_of_the_network_is_folded(whole: Any) -> None:
 @pytest.mark.parametrize("layer", ["conv2d", "batch_normalization_1", "activation_2", "mixed3"])
 def test_a_network_cut_anywhere_is_folded_too(whole: Any, pixels: np.ndarray, layer: str) -> None:
     below = cut(whole, layer)
-    scaled = tf.constant(scale(pixels[:2].astype(np.float32)))
+    scaled = tf.constant(scale(pixels[:2].astype(np.float32), SPEC.scaling))
     found = tf.function(lambda images: folding.run(below, images, "float32"))(scaled).numpy()
     expected = below(scaled, training=False).numpy()
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
 
 
 def test_spaces_of_the_first_version_are_computed_as_keras_does(whole: Any, pixels: np.ndarray) -> None:
-    scaled = scale(pixels[:2].astype(np.float32))
+    scaled = scale(pixels[:2].astype(np.float32), SPEC.scaling)
     expected = np.asarray(whole(scaled, training=False)).astype(np.float16)
     features, _ = FrozenBackbone(replace(SPEC, engine="keras"), None, batch_size=2)(pixels[:2])
     np.testing.assert_allclose(features, expected, rtol=2**-10, atol=2**-14)
@@ -228,7 +228,7 @@ def test_a_head_on_the_cached_row_is_the_full_model_on_the_image(whole: Any, pix
     on_pooled = build_head(HeadSpec.make("gap"), (2048,), 5)
     on_pooled.set_weights(on_tensor.get_weights())
     full = keras.Model(whole.input, on_tensor(whole.output))
-    expected = np.asarray(full(scale(pixels[:4].astype(np.float32)), training=False))
+    expected = np.asarray(full(scale(pixels[:4].astype(np.float32), SPEC.scaling), training=False))
     np.testing.assert_allclose(on_tensor.predict_on_batch(row), expected, atol=1e-3)
     np.testing.assert_allclose(on_pooled.predict_on_batch(pooled), expected, atol=1e-5)
 

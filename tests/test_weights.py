@@ -81,7 +81,7 @@ def set_url(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     row = dataclasses.replace(
         BACKBONES[DEFAULT_BACKBONE],
         weights_url=url,
-        weights_md5=hashlib.md5(PUBLISHED).hexdigest(),
+        weights_hash=f"md5:{hashlib.md5(PUBLISHED).hexdigest()}",
     )
     monkeypatch.setitem(BACKBONES, DEFAULT_BACKBONE, row)
 

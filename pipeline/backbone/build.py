@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.backbone import weights_file
-from pipeline.backbone.table import BACKBONES
-from pipeline.errors import WeightsError
+from pipeline.backbone.table import BACKBONES, Backbone
+from pipeline.errors import SpecError, WeightsError
 from pipeline.keras_start import KerasModel, import_keras
 
 _KERAS_POLICY = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
+
+_RESCALED = {f"EfficientNetB{i}" for i in range(8)}
+_DEVIATION = (0.229, 0.224, 0.225)  # of ImageNet's red, green and blue, as a literal in Keras
 
 
 def build(
@@ -19,20 +24,55 @@ def build(
 ) -> KerasModel:
     """Return the whole network without top, untrained, computing in `precision` on float32 variables.
 
-    Input (n, size, size, 3) float32 in -1 … 1; output the last feature tensor.
+    It is the graph that Keras builds for its ImageNet weights. Input (n, size, size, 3) float32, scaled as the
+    backbone's row says; output the last feature tensor. Without an `input_size` it is the row's. `network` is the file
+    with an own network's architecture.
+
+    Raises
+    ------
+    SpecError
+        If the network does not take that size.
     """
     keras = import_keras()
     row = BACKBONES[backbone]
+    size = input_size or row.input_size
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(_KERAS_POLICY[precision])
     try:
-        builder = getattr(keras.applications, row.application)
-        shape = (row.input_size, row.input_size, 3)
-        model = builder(include_top=False, weights=None, input_shape=shape, name=row.name)
+        model = _without_top(keras, row, size)
+    except ValueError as error:  # Keras' own, and what its layers say of an image that has become too small
+        reason = " ".join(str(error).split()).split(";")[0][:200]
+        raise SpecError(
+            f"{row.name} does not take images of {size}x{size} pixels ({reason}); its own size is {row.input_size}"
+        ) from error
     finally:
         keras.config.set_dtype_policy(before)
+    model.name = row.name
     _number_anew(model)
     return model
+
+
+def _without_top(keras: Any, row: Backbone, size: int) -> KerasModel:
+    """Return the graph that Keras builds for ImageNet's weights, which it would download."""
+    # Not by our name: some builders choose blocks and preprocessing by the name they are given.
+    builder = partial(getattr(keras.applications, row.application), include_top=False, input_shape=(size, size, 3))
+    if row.application not in _RESCALED:
+        return builder(weights=None)
+    with keras.StatelessScope(initialize_variables=False):  # layers without numbers: only their graph is taken
+        model = builder(weights=None)
+    inputs = keras.Input((size, size, 3))
+    return keras.models.clone_model(model, inputs, call_function=partial(_call_rescaled, keras))
+
+
+def _call_rescaled(keras: Any, layer: Any, *inputs: Any, **options: Any) -> Any:
+    """Call a layer; after the normalization, the one layer that EfficientNet has for ImageNet's weights alone.
+
+    See keras/src/applications/efficientnet.py: those weights were trained on pixels divided by the variance.
+    """
+    output = layer(*inputs, **options)
+    if not isinstance(layer, keras.layers.Normalization):
+        return output
+    return keras.layers.Rescaling([1.0 / math.sqrt(deviation) for deviation in _DEVIATION])(output)
 
 
 def _number_anew(model: KerasModel) -> None:

@@ -190,7 +190,7 @@ def features_of(model: KerasModel, inputs: Any, spec: FeatureSpec, after: str | 
     import tensorflow as tf
 
     if after is None:
-        inputs = scale(tf.cast(inputs, tf.float32))
+        inputs = scale(tf.cast(inputs, tf.float32), spec.scaling)
     if spec.engine != "keras":
         return folding.run(model, inputs, spec.precision, after)
     rest = model if after is None else rest_of(model, after)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pipeline import machine
-from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone
+from pipeline.backbone import weights_file
+from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone, find_backbone
 from pipeline.backbone.untrained import UNTRAINED_RECIPE
+from pipeline.cache import storage
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.index import Index
 from pipeline.download import cause, fetch
@@ -25,6 +28,7 @@ from pipeline.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 _SEED_DIGITS = 18  # as many as a feature space's spec takes
+_MOST_OF_NOTE = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,10 @@ def resolve(
         path = find_imagenet(row, downloads)
         if path is None and choice == "auto" and offline:
             return _untrained("untrained")
-        return _from_file("imagenet", path or _download(row, downloads, progress), index)
+        path = path or _download(row, downloads, progress)
+        if row.weights_hash is None:
+            _note_digest(path, row, downloads)
+        return _from_file("imagenet", path, index)
     return _from_file("file", machine.at_home(choice), index)
 
 
@@ -108,16 +115,17 @@ def find_by_identity(identity: str, backbone: str, downloads: Path, index: Index
 
 
 def find_imagenet(backbone: Backbone, downloads: Path) -> Path | None:
-    """Return ImageNet's weights file if it is in `downloads` or in Keras' own folder, and is the published one."""
-    import pooch
+    """Return ImageNet's weights file if it is in `downloads` or in Keras' own folder, and is the right one.
 
+    It is right if it has the published hash. Of the networks without one, it has the digest noted in `downloads`; if
+    none is noted yet, it is a whole weights file.
+    """
     for path in _imagenet_places(backbone, downloads):
         if not path.is_file():
             continue
-        # A remembered digest would prove nothing: any file given by --weights FILE has one.
-        if pooch.file_hash(path, "md5") == backbone.weights_md5:
+        if (fault := _fault(path, backbone, downloads)) is None:
             return path
-        logger.warning("%s is not the published file (its MD5 differs); it is passed over", path)
+        logger.warning("%s; it is passed over", fault)
     return None
 
 
@@ -126,15 +134,85 @@ def _imagenet_places(backbone: Backbone, downloads: Path) -> tuple[Path, Path]:
     return downloads / backbone.weights_file, keras_home / "models" / backbone.weights_file
 
 
-def _download(backbone: Backbone, downloads: Path, progress: Progress) -> Path:
+def _fault(path: Path, backbone: Backbone, downloads: Path) -> str | None:
+    """Return why a file is not ImageNet's weights of `backbone`; None if nothing says so."""
+    import pooch
+
+    known = backbone.weights_hash or _noted(backbone, downloads)
+    if known is None:
+        try:
+            weights_file.check(path)
+        except WeightsError as error:
+            return str(error)
+        return None
+    algorithm, _, digest = known.partition(":")
+    # A remembered digest would prove nothing: any file given by --weights FILE has one.
+    if pooch.file_hash(path, algorithm) == digest:
+        return None
+    right = "published file" if backbone.weights_hash else f"file noted in {_note(backbone, downloads)}"
+    return f"{path} is not the {right} (its {algorithm.upper()} differs)"
+
+
+def _note(backbone: Backbone, downloads: Path) -> Path:
+    """Return where the digest of a file is noted of which Keras publishes none, as `sha256sum` writes it."""
+    return downloads / f"{backbone.weights_file}.sha256"
+
+
+def _noted(backbone: Backbone, downloads: Path) -> str | None:
+    """Return the noted digest as "sha256:…", None if there is none. Raises WeightsError on a note that holds none."""
+    note = _note(backbone, downloads)
     try:
-        return fetch(backbone.weights_url, f"md5:{backbone.weights_md5}", downloads, progress)
+        text = storage.read_small(note, _MOST_OF_NOTE).decode(errors="replace")
+    except FileNotFoundError:
+        return None
+    if not (found := re.match(r"[0-9a-f]{64}\b", text)):
+        raise WeightsError(f"{note} does not begin with a SHA-256; remove it, and the file is taken as it is now")
+    return f"sha256:{found[0]}"
+
+
+def _note_digest(path: Path, backbone: Backbone, downloads: Path) -> None:
+    """Note the digest of the file at `path` and say it, unless there is one: later it must be the same file."""
+    note = _note(backbone, downloads)
+    if note.exists():
+        return
+    digest = storage.sha256_file(path)
+    try:
+        storage.make_folder(downloads)
+        storage.write_whole(note, f"{digest}  {backbone.weights_file}\n".encode())
+    except OSError as error:
+        raise WeightsError(f"{note} cannot be written ({error}); make its folder writable") from error
+    logger.warning(
+        "Keras publishes no hash of %s: %s is taken as it is; its SHA-256, %s, is noted in %s and must stay the same",
+        backbone.weights_file,
+        path,
+        digest,
+        note,
+    )
+
+
+def _download(backbone: Backbone, downloads: Path, progress: Progress) -> Path:
+    known = backbone.weights_hash or _noted(backbone, downloads)
+    try:
+        if known is not None:
+            return fetch(backbone.weights_url, known, downloads, progress, backbone.weights_file)
+        return _download_unhashed(backbone, downloads, progress)
     except (OSError, ValueError) as error:
+        algorithm, _, digest = (known or "").partition(":")
+        right = f"{algorithm.upper()} {digest}" if known else "Keras publishes no hash"
         raise WeightsError(
-            f"ImageNet weights cannot be downloaded ({cause(error)}); give a Keras weights file by "
-            f"`--weights FILE`, or put {backbone.weights_file} (MD5 {backbone.weights_md5}) into {downloads}, "
+            f"ImageNet weights of {backbone.name} cannot be downloaded ({cause(error)}); give a Keras weights file by "
+            f"`--weights FILE`, or put {backbone.weights_file} ({right}; {backbone.weights_url}) into {downloads}, "
             "or take `--weights untrained` for a trial"
         ) from error
+
+
+def _download_unhashed(backbone: Backbone, downloads: Path, progress: Progress) -> Path:
+    """Return a file that nothing is known of, downloaded beside its place and moved there if it is whole."""
+    downloads.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=storage.PARTIAL_PREFIX, dir=downloads) as aside:
+        path = fetch(backbone.weights_url, None, Path(aside), progress, backbone.weights_file)
+        weights_file.check(path)
+        return path.replace(downloads / backbone.weights_file)
 
 
 def _from_file(kind: Literal["imagenet", "file"], path: Path, index: Index) -> Weights:
@@ -157,18 +235,27 @@ def _untrained(choice: str) -> Weights:
     return Weights("untrained", f"untrained:{UNTRAINED_RECIPE}:{int(seed or 0)}", None)
 
 
-def describe(choice: str | None, workspace: Workspace) -> dict[str, str | None]:
-    """Return where weights come from; with a `choice`, get those ready and return who they are."""
-    row, index = BACKBONES[DEFAULT_BACKBONE], workspace.cache.index
+def describe(choice: str | None, workspace: Workspace, backbone: str = DEFAULT_BACKBONE) -> dict[str, str | None]:
+    """Return where weights of `backbone` come from; with a `choice`, get those ready and return who they are.
+
+    Raises
+    ------
+    UsageError
+        If there is no such backbone.
+    """
+    row, index = find_backbone(backbone), workspace.cache.index
     if choice is not None:
         found = resolve(choice, row.name, workspace.downloads, index, progress=workspace.progress)
         return {"weights": found.label, "identity": found.identity, "path": str(found.path) if found.path else None}
     at_hand = find_imagenet(row, workspace.downloads)
+    known = row.weights_hash or _noted(row, workspace.downloads) or ""
     return {
+        "backbone": row.name,
         "imagenet": row.weights_url,
-        "imagenet_md5": row.weights_md5,
+        "imagenet_md5": known.removeprefix("md5:") if known.startswith("md5:") else None,
+        "imagenet_sha256": known.removeprefix("sha256:") if known.startswith("sha256:") else None,
         "imagenet_file": str(at_hand) if at_hand else "not downloaded; `weights --weights imagenet` does it",
         "untrained": f"drawn from a seed by the recipe {UNTRAINED_RECIPE}: --weights untrained or untrained:SEED",
-        "file": "any Keras weights of InceptionV3 without top: --weights FILE (.weights.h5 or .h5)",
+        "file": f"any Keras weights of {row.application} without top: --weights FILE (.weights.h5 or .h5)",
         "auto": "imagenet; for the embedded `digits`, without a download, untrained unless ImageNet's file is there",
     }

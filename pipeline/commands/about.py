@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pipeline.commands.shared import (
+    BackboneOption,
     JsonOption,
     LayerOption,
     QuietOption,
@@ -17,6 +18,7 @@ from pipeline.commands.shared import (
 
 def weights_command(
     context: typer.Context,
+    backbone: BackboneOption = "inception_v3",
     weights: Annotated[
         str | None, typer.Option(help="Get these weights ready: imagenet, untrained[:SEED], or a file.")
     ] = None,
@@ -27,11 +29,12 @@ def weights_command(
     from pipeline.backbone.weights import describe
 
     with opened(context) as workspace:
-        result = describe(weights, workspace)
+        result = describe(weights, workspace, backbone)
     finish(result, as_json, tuple(result))
 
 
 def summary(
+    backbone: BackboneOption = "inception_v3",
     head: Annotated[Literal["flatten", "gap"], typer.Option(help="The head on top.")] = "gap",
     classes: Annotated[int, typer.Option(help="How many classes it tells apart.", min=2)] = 10,
     layer: LayerOption = None,
@@ -44,7 +47,7 @@ def summary(
     from pipeline.summary import summarize
 
     terminal.begin(quiet=quiet)
-    result = summarize(head, classes, layer)
+    result = summarize(head, classes, layer, backbone)
     layers = result["layers"] if as_json else result.pop("layers")
     if not as_json:
         listed = [each for each in layers if every_layer or each["cut"]]
