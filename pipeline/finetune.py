@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import numpy as np
 from pipeline import network, results, runs, tracking
 from pipeline.asked import FullAsked
 from pipeline.backbone import source as networks
+from pipeline.backbone.graph import activations
 from pipeline.batches import Shuffled
 from pipeline.checkpoint import Checkpoint
 from pipeline.choice import FeatureChoice, warn_untrained
@@ -131,7 +131,7 @@ def _from_cache(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin
     spec = replace(material.space.spec, layer=origin.base.layer)
     made = _network(origin, spec, asked, len(dataset.classes))
     model = made.after(origin.cut)
-    kept = asked.head.settings["batch_size"] * sum(math.prod(layer.output.shape[1:]) for layer in model.layers)
+    kept = asked.head.settings["batch_size"] * activations(model)
     needed = dense.TENSORFLOW + 4 * (_COPIES * model.count_params() + kept)  # kept for the way back
     with prepared_tensors(material, asked.memory, needed) as ready:
         yield _Setting(origin, made, model, made.features_after(origin.cut), ready, origin.until, done.computed)
@@ -150,6 +150,7 @@ def _network(origin: Origin, spec: FeatureSpec, asked: FullAsked, classes: int) 
     made = Network(spec, lambda shape: origin.head(asked.head, shape, classes), origin.weights.network)
     made.load_backbone(origin.weights.identity, origin.weights.path)
     made.freeze(origin.until, batch_norm=asked.batch_norm == "trainable")
+    made.seed(asked.head.settings["seed"])
     return made
 
 

@@ -15,7 +15,7 @@ from pipeline.backbone import weights_file
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.build import load_weights
 from pipeline.backbone.frozen import features_of
-from pipeline.backbone.graph import cut, cut_layers, multiplications, rest_of
+from pipeline.backbone.graph import allow_any_names, cut, cut_layers, cut_tensors, layer_names, rest_of, work
 from pipeline.backbone.scaling import scale
 from pipeline.backbone.weights import Weights
 from pipeline.cache import storage
@@ -33,6 +33,8 @@ JSON_FILE = "network.json"
 Answerer = Callable[[np.ndarray], np.ndarray]  # pixels (n, size, size, 3) uint8 RGB → probabilities (n, k) float32
 
 _MOST_BYTES = 2**20  # of a network.json
+_SHARE_TRAINED = 0.15  # of the multiplications, at least, by default
+_HEAD_SEEDS = 1_000  # numbers that a head's own seeds are derived by come before
 _MOST_AT_ONCE = 32  # rows that are answered together: more are no quicker, and a short batch is padded
 
 
@@ -54,7 +56,9 @@ class Network:
     ) -> None:
         self.spec = spec
         self.whole = build_backbone(spec.backbone, spec.precision, spec.input_size, architecture)
+        allow_any_names(self.whole)
         self.below = cut(self.whole, spec.layer)
+        self._frozen = ""  # the last layer up to which all is frozen and where the network can be cut
         features = self.below.output
         self.head = make_head(tuple(features.shape[1:]))
         self.model: KerasModel = import_keras().Model(self.whole.inputs, self.head.model(features), name="full_model")
@@ -68,29 +72,44 @@ class Network:
     @property
     def cuts(self) -> list[str]:
         """The names of those of its layers whose output alone carries the network on, in their order."""
-        return cut_layers(self.below)
+        layers = set(self.layers)
+        return [name for name in cut_layers(self.whole) if name in layers]
 
     @property
     def layers(self) -> list[str]:
         """The names of the backbone's layers, in their order, up to the one the head stands on."""
-        return [layer.name for layer in self.below.layers]
+        names = layer_names(self.whole)
+        return names[: names.index(self.spec.layer) + 1]
 
     def work(self, after: str = "") -> tuple[int, int]:
         """Return how many multiplications of an image come after the layer `after`, and how many of them train."""
-        layers = self.below.layers[self.layers.index(after) + 1 :] if after else self.below.layers
-        layers = [*layers, *self.head.model.layers]
-        trains = next(i for i, layer in enumerate(layers) if layer.trainable_weights)
-        counts = [multiplications(layer) for layer in layers]
+        calls = [*work(self.below, after), *work(self.head.model)]
+        trains = next(i for i, (layer, _) in enumerate(calls) if getattr(layer, "trainable_weights", []))
+        counts = [count for _, count in calls]
         return sum(counts), sum(counts[trains:])
 
     def freeze(self, until: int, *, batch_norm: bool) -> None:
         """Freeze the backbone's layers up to index `until`, -1 for none, and all batch norms unless `batch_norm`.
 
-        A frozen batch norm is in inference mode: its statistics, too, stay as they are.
+        A frozen batch norm is in inference mode: its statistics, too, stay as they are. So are all layers up to the
+        last cut in the frozen part: `on_pixels` trains what `after` that cut trains. A nested model is one layer.
         """
         normalises = import_keras().layers.BatchNormalization
-        for i, layer in enumerate(self.whole.layers):
-            layer.trainable = i > until and (batch_norm or not isinstance(layer, normalises))
+        names = self.layers
+        frozen = set(names[: until + 1])
+        for layer in sorted(self.whole.layers, key=lambda each: each.name in frozen):  # a layer in both stays frozen
+            layer.trainable = layer.name not in frozen
+            for inner in layer._flatten_layers():
+                if isinstance(inner, normalises) and not batch_norm:
+                    inner.trainable = False
+        self._frozen = next((name for name in reversed(self.cuts) if name in frozen), "")
+
+    def seed(self, seed: int) -> None:
+        """Have the backbone's layers that draw random numbers as they train, as Dropout does, draw them from `seed`."""
+        states = [each for each in self.whole.variables if each.name == "seed_generator_state"]
+        for number, state in enumerate(states):
+            drawn = np.random.SeedSequence([seed, _HEAD_SEEDS + number]).generate_state(1)[0]
+            state.assign([int(drawn), 0])
 
     @property
     def trains(self) -> list[str]:
@@ -105,24 +124,28 @@ class Network:
 
     def on_pixels(self) -> KerasModel:
         """Return the model with preprocessing inside: (n, size, size, 3) uint8 RGB → (n, k) probabilities."""
-        return self._from_pixels(self.model)
+        if not self._frozen:
+            return self._from_pixels(self.model)
+        rest = self.after(self._frozen)
+        frozen = _in_inference_mode(cut(self.whole, self._frozen))
+        return self._from_pixels(lambda images: rest(frozen(images)))
 
     def features_of_pixels(self) -> KerasModel:
         """Return the part below the head: (n, size, size, 3) uint8 RGB → (n, h, w, c)."""
         return self._from_pixels(self.below)
 
-    def _from_pixels(self, model: KerasModel) -> KerasModel:
+    def _from_pixels(self, model: Callable[[Any], Any]) -> KerasModel:
         keras = import_keras()
         inputs = keras.Input((self.spec.input_size, self.spec.input_size, 3), dtype="uint8", name="pixels")
         return keras.Model(inputs, model(scale(keras.ops.cast(inputs, "float32"), self.spec.scaling)))
 
     def after(self, layer: str) -> KerasModel:
         """Return what comes after `layer`, with the same weights: its rows (n, h, w, c) → (n, k) probabilities."""
-        return import_keras().Model(self.whole.get_layer(layer).output, self.model.output, name=f"after_{layer}")
+        return rest_of(self.model, layer, name=f"after_{layer}")
 
     def features_after(self, layer: str) -> KerasModel | None:
         """Return what lies between `layer` and the head; None if nothing does."""
-        return rest_of(self.below, layer)
+        return None if layer == self.spec.layer else rest_of(self.below, layer)
 
     def save(self, directory: Path) -> str:
         """Write backbone, head and our JSON; return the identity of the backbone's weights, as a spec names them."""
@@ -160,6 +183,20 @@ class Network:
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise RunError(f"no model can be loaded from {directory}: {reason}") from error
         return network
+
+
+def _in_inference_mode(model: KerasModel) -> Any:
+    """Return a layer that calls `model` in inference mode also while what is around it trains."""
+
+    class InferenceMode(import_keras().layers.Layer):
+        def __init__(self) -> None:
+            super().__init__(dtype=model.dtype_policy)
+            self.model = model
+
+        def call(self, inputs: Any) -> Any:
+            return self.model(inputs, training=False)
+
+    return InferenceMode()
 
 
 def _described(directory: Path) -> dict[str, Any]:
@@ -205,8 +242,22 @@ def frozen_until(layers: Sequence[str], asked: str) -> int:
     )
 
 
-def default_freeze_until(whole: KerasModel, name: str) -> str:
-    return FREEZE_UNTIL
+def default_freeze_until(whole: KerasModel, layer: str) -> str:
+    """Return up to which layer of `whole`, a backbone, is frozen by default, the head standing on `layer`.
+
+    That is the last one where it can be cut with at least 15% of the multiplications up to `layer` behind it: about
+    the last block trains. The first one where it can be cut, if no other leaves as many.
+
+    Raises
+    ------
+    SpecError
+        If no head can stand on `layer`.
+    """
+    below = cut(whole, layer)
+    cuts = [name for name in cut_layers(whole) if name in set(cut_layers(below))]
+    total = sum(count for _, count in work(below))
+    behind = {name: sum(count for _, count in work(below, name)) for name in cuts}
+    return next((name for name in reversed(cuts) if behind[name] >= _SHARE_TRAINED * total), cuts[0])
 
 
 def cut_at(layers: Sequence[str], cuts: Sequence[str], until: int) -> str:
@@ -281,7 +332,8 @@ def compiled(network: Network, after: str | None = None) -> Answerer:
     head, spec = network.head.model, network.spec
     shape, kind = (spec.input_size, spec.input_size, 3), "uint8"
     if after is not None:
-        shape, kind = tuple(network.below.get_layer(after).output.shape[1:]), spec.storage
+        tensor = cut_tensors(network.whole)[after]
+        shape, kind = (*(1, 1)[: 4 - len(tensor.shape)], *tensor.shape[1:]), spec.storage
 
     @tf.function(input_signature=[tf.TensorSpec((None, *shape), kind)], autograph=False)
     def run(inputs: tf.Tensor) -> tf.Tensor:

@@ -14,6 +14,7 @@ from pipeline.backbone import source as networks
 from pipeline.backbone.build import build
 from pipeline.backbone.graph import cut_layers
 from pipeline.backbone.source import Source
+from pipeline.backbone.table import DEFAULT_BACKBONE
 from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import identify
 from pipeline.choice import FeatureChoice, Settled, find_space, settle, weights_for, weights_of
@@ -24,7 +25,7 @@ from pipeline.heads.dense import DenseHead
 from pipeline.heads.dense import build as build_head
 from pipeline.images import depth_of
 from pipeline.runs import network_record, read_run
-from pipeline.spec import SHAPE, FeatureSpec, HeadSpec
+from pipeline.spec import FREEZE_UNTIL, SHAPE, FeatureSpec, HeadSpec
 from pipeline.workspace import Workspace
 
 
@@ -126,26 +127,33 @@ def origin_of(asked: FullAsked, dataset: Dataset, workspace: Workspace) -> Origi
 
 def _cut(asked: FullAsked, source: Source, layer: str) -> tuple[str, int, list[str]]:
     """Return where the cached part ends, "" if nothing is cached, the index of the last frozen layer, and all names."""
-    names, cuts, usual = _layers(source, layer)
+    names, cuts = _layers(source, layer)
     until = len(names) - 1
     if asked.stage != "freeze":
-        until = network.frozen_until(names, asked.freeze_until or usual)
+        until = network.frozen_until(names, asked.freeze_until or _usual(source, layer))
     return network.cut_at(names, cuts, until) if asked.from_cache else "", until, names
 
 
-def _layers(source: Source, layer: str) -> tuple[list[str], list[str], str]:
-    """Return the names of the backbone's layers up to `layer`, those where it can be cut, and the usual last frozen."""
-    names, cuts, usual = _topology(source.name, source.input_size, source.file)
+def _layers(source: Source, layer: str) -> tuple[list[str], list[str]]:
+    """Return the names of the backbone's layers up to `layer`, and of those where it can be cut."""
+    names, cuts = _topology(source.name, source.input_size, source.file)
     if layer not in cuts:
         raise SpecError(f"no head can stand on {layer!r}; take one of {', '.join(cuts[-4:])}")
     names = names[: names.index(layer) + 1]
-    return names, [name for name in cuts if name in names], usual
+    return names, [name for name in cuts if name in names]
 
 
 @functools.cache
-def _topology(name: str, input_size: int, file: Path | None) -> tuple[list[str], list[str], str]:
+def _topology(name: str, input_size: int, file: Path | None) -> tuple[list[str], list[str]]:
     whole = build(name, input_size=input_size, network=file)
-    return [each.name for each in whole.layers], cut_layers(whole), network.default_freeze_until(whole, name)
+    return [each.name for each in whole.layers], cut_layers(whole)
+
+
+def _usual(source: Source, layer: str) -> str:
+    """Return the layer up to which is frozen where nothing was said."""
+    if source.name == DEFAULT_BACKBONE:
+        return FREEZE_UNTIL
+    return network.default_freeze_until(build(source.name, input_size=source.input_size, network=source.file), layer)
 
 
 def begun_from(path: Path, dataset: Dataset) -> Begun:

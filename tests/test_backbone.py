@@ -71,13 +71,13 @@ def test_folding_batch_norm_changes_nothing_but_rounding(whole: Any, pixels: np.
         weights.assign(drawn + rng.normal(0, spread, drawn.shape) if spread else drawn)
     scaled = tf.constant(scale(pixels[:4].astype(np.float32), SPEC.scaling))
     expected = model(scaled, training=False).numpy()
-    found = tf.function(lambda images: folding.run(model, images, "float32"))(scaled).numpy()
+    found = tf.function(lambda images: folding.run(model, images))(scaled).numpy()
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
     assert np.linalg.norm(expected) > 1
 
 
 def test_every_batch_norm_of_the_network_is_folded(whole: Any) -> None:
-    run = tf.function(lambda images: folding.run(whole, images, "float32"))
+    run = tf.function(lambda images: folding.run(whole, images))
     graph = run.get_concrete_function(tf.TensorSpec((2, 299, 299, 3))).graph
     kinds = Counter(operation.type for operation in graph.get_operations())
     assert kinds["Conv2D"] == kinds["BiasAdd"] == 94
@@ -88,7 +88,7 @@ def test_every_batch_norm_of_the_network_is_folded(whole: Any) -> None:
 def test_a_network_cut_anywhere_is_folded_too(whole: Any, pixels: np.ndarray, layer: str) -> None:
     below = cut(whole, layer)
     scaled = tf.constant(scale(pixels[:2].astype(np.float32), SPEC.scaling))
-    found = tf.function(lambda images: folding.run(below, images, "float32"))(scaled).numpy()
+    found = tf.function(lambda images: folding.run(below, images))(scaled).numpy()
     expected = below(scaled, training=False).numpy()
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
 

@@ -6,40 +6,89 @@ up: its kernel times scale, and shift as its bias (Jacob et al., arXiv:1712.0587
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
 
+from pipeline.backbone.graph import cut_tensors, functional, nodes, walk
+from pipeline.errors import SpecError
+from pipeline.keras_start import KerasModel, import_keras
 
-def run(model: Any, inputs: Any, precision: str, after: str | None = None) -> Any:
-    """Call a frozen Keras model on `inputs` (n, h, w, c), inside a `tf.function`, computing in `precision`.
 
-    They are images, or what came out of the layer `after`, whose output alone carries the network on.
-    Layers other than convolutions and the batch norms after them are called as they are, so `model` must have been
-    built for that precision. Its weights are read now; later changes to them are not seen.
+def run(model: KerasModel, inputs: Any, after: str | None = None) -> Any:
+    """Call a frozen Keras model on `inputs` (n, h, w, c), inside a `tf.function`.
+
+    They are images, or rows of the layer `after`, where the model can be cut. Convolutions with a batch norm behind
+    them are computed with it in one; all else is called as it is, in inference mode, nested models layer by layer.
+    `model` computes in the precision it was built for. Its weights are read now; later changes to them are not seen.
+
+    Raises
+    ------
+    SpecError
+        If a layer cannot be computed.
     """
     import tensorflow as tf
 
-    parents, children = _edges(model)
-    begin = model.layers[0] if after is None else model.get_layer(after)
-    values: dict[Any, Any] = {begin: tf.cast(inputs, precision)}
-    for layer in model.layers[model.layers.index(begin) + 1 :]:
-        before = [values[parent] for parent in parents[layer]]
-        if norm := _norm_after(layer, children):
-            # Outside of the graph, which keeps no copy of the tensors then. As constants in it they are laid out for
-            # the processor once and not in every call, which is 1% faster at best, but 0.8 GB larger (2.4 in float32).
-            with tf.init_scope():
-                kernel, bias = (tf.constant(each, precision) for each in fold(layer, norm))
-            product = tf.nn.conv2d(before[0], kernel, layer.strides, layer.padding.upper())
-            values[layer] = values[norm] = tf.nn.bias_add(product, bias)
-        elif layer not in values:
-            values[layer] = layer(before if len(before) > 1 else before[0])
-        # else it is a batch norm, and its convolution has done its work
-    return values[model.layers[-1]]
+    begin = model.inputs[0] if after is None else cut_tensors(model)[after]
+    with tf.name_scope("frozen"):  # as the outermost scope TensorFlow takes fewer names than layers may have
+        if len(begin.shape) == 2:
+            inputs = tf.reshape(inputs, (-1, begin.shape[-1]))
+        return _run(model, begin, inputs)[0]
 
 
-def fold(convolution: Any, norm: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return kernel (h, w, c_in, c_out) and bias (c_out,) of both layers in one, float64."""
+def _run(model: KerasModel, begin: Any, value: Any) -> list[Any]:
+    """Return the outputs of `model`, its symbolic tensor `begin` being `value`."""
+    import tensorflow as tf
+
+    folded = _foldable(model, begin)
+    taken = set(folded.values())
+
+    def call(node: Any, args: Any, kwargs: Any) -> Any:
+        if node in taken:
+            return args[0]  # for the batch norm, which comes with the convolution
+        if node in folded:
+            return _convolve(folded[node].operation, node.operation, args[0])
+        graph, tensors = functional(node.operation), node.input_tensors
+        if graph is not None and len(tensors) == 1 and len(tensors[0].shape) == len(graph.inputs[0].shape):
+            return _run(graph, graph.inputs[0], args[0])
+        return _call(model, node.operation, args, kwargs)
+
+    values = walk(model, {id(begin): tf.cast(value, begin.dtype)}, call)
+    return [values[id(tensor)] for tensor in model.outputs]
+
+
+def _call(model: KerasModel, operation: Any, args: Any, kwargs: Any) -> Any:
+    if "training" in getattr(operation, "_call_context_args", ()):
+        kwargs = {**kwargs, "training": False}
+    try:
+        return operation(*args, **kwargs)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        kind = type(operation).__name__
+        raise SpecError(
+            f"{model.name} cannot be computed: its {kind} {operation.name!r:.100} fails: {reason}"
+        ) from error
+
+
+def _convolve(layer: Any, norm: Any, inputs: Any) -> Any:
+    """Return what a convolution and the batch norm behind it make of `inputs`."""
+    import tensorflow as tf
+
+    ops, layers = import_keras().ops, import_keras().layers
+    # Outside of the graph, which keeps no copy of the tensors then. As constants in it they are laid out for
+    # the processor once and not in every call, which is 1% faster at best, but 0.8 GB larger (2.4 in float32).
+    with tf.init_scope():
+        *kernels, bias = (tf.constant(each, layer.compute_dtype) for each in fold(layer, norm))
+    kinds = {layers.Conv2D: ops.conv, layers.DepthwiseConv2D: ops.depthwise_conv}
+    convolution = kinds.get(type(layer), ops.separable_conv)
+    how = {"strides": layer.strides, "padding": layer.padding, "dilation_rate": layer.dilation_rate}
+    product = convolution(tf.cast(inputs, layer.compute_dtype), *kernels, data_format=layer.data_format, **how)
+    return tf.cast(tf.nn.bias_add(product, bias), norm.compute_dtype)
+
+
+def fold(convolution: Any, norm: Any) -> tuple[np.ndarray, ...]:
+    """Return the kernels, as the convolution has them, and the bias (c_out,) of both layers in one, float64."""
     scale = 1.0 / np.sqrt(_numbers(norm.moving_variance) + norm.epsilon)
     if norm.gamma is not None:
         scale *= _numbers(norm.gamma)
@@ -48,34 +97,49 @@ def fold(convolution: Any, norm: Any) -> tuple[np.ndarray, np.ndarray]:
         bias += _numbers(norm.beta)
     if convolution.bias is not None:
         bias += _numbers(convolution.bias) * scale
-    return _numbers(convolution.kernel) * scale, bias
+    *before, kernel = _kernels(convolution)
+    if isinstance(convolution, import_keras().layers.DepthwiseConv2D):
+        scale = scale.reshape(kernel.shape[2:])  # its kernel is (h, w, c, m), its output channel c · m
+    return *before, kernel * scale, bias
+
+
+def _kernels(convolution: Any) -> list[np.ndarray]:
+    if isinstance(convolution, import_keras().layers.SeparableConv2D):
+        return [_numbers(convolution.depthwise_kernel), _numbers(convolution.pointwise_kernel)]
+    return [_numbers(convolution.kernel)]
 
 
 def _numbers(variable: Any) -> np.ndarray:
     return variable.value.numpy().astype(np.float64)
 
 
-def _edges(model: Any) -> tuple[dict[Any, list[Any]], dict[Any, list[Any]]]:
-    """Return for each layer those whose output it takes, and those that take its own."""
-    ours = set(model.layers)
-    parents: dict[Any, list[Any]] = {layer: [] for layer in ours}
-    children: dict[Any, list[Any]] = {layer: [] for layer in ours}
-    for layer in model.layers:
-        for node in layer._inbound_nodes[:1]:
-            for parent in node.parent_nodes:
-                parents[layer].append(parent.operation)
-                children[parent.operation].append(layer)
-    return parents, children
+def _foldable(model: KerasModel, begin: Any) -> dict[Any, Any]:
+    """Return the nodes of batch norms, each with that of the convolution whose output it alone takes.
+
+    The output is computed here, so it is not what the walk begins with, and nobody else asks for it.
+    """
+    calls = nodes(model)
+    users = defaultdict(list)
+    for node in calls:
+        for tensor in node.input_tensors:
+            users[id(tensor)].append(node)
+    kept = {id(begin), *map(id, model.outputs)}
+    found = {}
+    for node in calls:
+        output = id(node.outputs[0])
+        if output not in kept and len(users[output]) == 1 and _fit(node.operation, users[output][0].operation):
+            found[users[output][0]] = node
+    return found
 
 
-def _norm_after(layer: Any, children: dict[Any, list[Any]]) -> Any | None:
-    """Return the batch norm that alone takes a plain convolution's output, over its channels; None if there is none."""
-    import keras
-
-    layers, linear = keras.layers, keras.activations.linear
-    after = children[layer]
-    plain = type(layer) is layers.Conv2D and layer.groups == 1 and layer.dilation_rate == (1, 1)
-    if not plain or layer.activation is not linear or len(after) != 1:
-        return None
-    norm = after[0]
-    return norm if isinstance(norm, layers.BatchNormalization) and norm.axis in (-1, 3) else None
+def _fit(layer: Any, norm: Any) -> bool:
+    """Return whether a batch norm over the channels comes behind a convolution that can take it up."""
+    keras = import_keras()
+    layers = keras.layers
+    return (
+        type(layer) in (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D)
+        and layer.activation is keras.activations.linear
+        and layer.data_format == "channels_last"
+        and type(norm) is layers.BatchNormalization
+        and norm.axis in (-1, 3)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -15,8 +16,9 @@ import numpy as np
 from pipeline import machine
 from pipeline.backbone import folding, weights_file
 from pipeline.backbone.build import build, load_weights
-from pipeline.backbone.graph import cut, rest_of
+from pipeline.backbone.graph import allow_any_names, cut, rest_of
 from pipeline.backbone.scaling import scale
+from pipeline.cache.shard import MAX_ROW_BYTES
 from pipeline.errors import IceboxError, SpecError
 from pipeline.keras_start import KerasModel, import_keras, limit_threads
 from pipeline.spec import FeatureSpec
@@ -84,9 +86,11 @@ class FrozenBackbone:
             logger.warning("float16 is asked for, but TensorFlow sees no GPU: this will be slow")
         whole = build(spec.backbone, spec.precision, spec.input_size, network)
         load_weights(whole, spec.weights, weights)
+        allow_any_names(whole)
         self._model = cut(whole, spec.layer)
         self.spec = spec
         self.row_shape: tuple[int, ...] = tuple(self._model.output_shape[1:])  # of one image's features, (h, w, c)
+        _require_room(spec.layer, self.row_shape)
         self._take(batch_size)
 
     def _take(self, batch_size: int) -> None:
@@ -149,6 +153,14 @@ class FrozenBackbone:
         return features, pooled
 
 
+def _require_room(layer: str, row_shape: tuple[int, ...]) -> None:
+    if (size := 4 * math.prod(row_shape)) > MAX_ROW_BYTES:
+        raise SpecError(
+            f"{layer!r} gives {row_shape} numbers an image, {size / 2**20:.0f} MiB as float32, of "
+            f"at most {MAX_ROW_BYTES / 2**20:.0f}; cut at a later layer (`summary --all` lists them)"
+        )
+
+
 def best_batch(size: int, most: int, rate: float, rate_of: Callable[[int], float]) -> int:
     """Return the batch size that is fastest, a larger one only if that is not chance; `rate` is that of `size`.
 
@@ -192,6 +204,8 @@ def features_of(model: KerasModel, inputs: Any, spec: FeatureSpec, after: str | 
     if after is None:
         inputs = scale(tf.cast(inputs, tf.float32), spec.scaling)
     if spec.engine != "keras":
-        return folding.run(model, inputs, spec.precision, after)
+        return folding.run(model, inputs, after)
+    if after == spec.layer:
+        return inputs
     rest = model if after is None else rest_of(model, after)
-    return inputs if rest is None else rest(inputs, training=False)
+    return rest(inputs, training=False)

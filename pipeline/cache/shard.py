@@ -37,7 +37,7 @@ FORMAT = "icebox-shard"
 VERSION = 1
 PLAIN: Mapping[int, Any] = {0: "plain"}  # the recipes of rows that have no augmented view
 MAX_ROWS = 65_536  # far above what is ever written: a file claiming more is not ours
-_MAX_ROW_BYTES = 2**26  # likewise: no layer of a network on 299 by 299 pixels comes near it
+MAX_ROW_BYTES = 2**26  # likewise: no layer of a network on 299 by 299 pixels comes near it
 _CHUNK_BYTES = 2**20
 _NOT_THE_SHARDS = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 # HDF5's oldest format has no checksums in its own bookkeeping: one flipped bit there made another row, or zeros, be
@@ -352,7 +352,7 @@ def _check_layout(file: h5py.File, path: Path) -> None:
         and shapes["features"][-1] == shapes["pooled"][-1]
         and file["features"].dtype in (np.float16, np.float32)  # type: ignore[union-attr]
         and file["features"].chunks == (1, *shapes["features"][1:])  # type: ignore[union-attr]
-        and 0 < math.prod(shapes["features"][1:]) * 4 <= _MAX_ROW_BYTES
+        and 0 < math.prod(shapes["features"][1:]) * 4 <= MAX_ROW_BYTES
         and file["features"].id.get_num_chunks() == n  # type: ignore[union-attr]  # rows claimed but not there read as 0
         and file["pooled"].dtype == np.float32  # type: ignore[union-attr]
         and file["key"].dtype == np.uint8  # type: ignore[union-attr]
@@ -368,7 +368,7 @@ def _plain_shape(file: h5py.File, name: str, ndim: int, path: Path) -> tuple[int
     plain = isinstance(dataset, h5py.Dataset) and not dataset.external and not dataset.is_virtual
     plain = plain and dataset.chunks is not None and dataset.fletcher32  # type: ignore[union-attr]
     # A chunk is unpacked whole: one far larger than what is in it would take gigabytes.
-    plain = plain and math.prod(dataset.chunks) * dataset.dtype.itemsize <= _MAX_ROW_BYTES  # type: ignore
+    plain = plain and math.prod(dataset.chunks) * dataset.dtype.itemsize <= MAX_ROW_BYTES  # type: ignore
     if not plain or dataset.ndim != ndim:  # type: ignore[union-attr]
         raise ShardDamagedError(path, f"has no plain dataset {name!r}")
     return dataset.shape  # type: ignore[union-attr]
