@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.backbone import weights_file
+from pipeline.backbone import keras_archive, own, weights_file
 from pipeline.backbone.table import BACKBONES
 from pipeline.errors import WeightsError
 from pipeline.keras_start import KerasModel, import_keras
@@ -14,11 +14,16 @@ from pipeline.keras_start import KerasModel, import_keras
 _KERAS_POLICY = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
 
-def build(backbone: str, precision: str = "float32") -> KerasModel:
+def build(
+    backbone: str, precision: str = "float32", input_size: int | None = None, network: Path | None = None
+) -> KerasModel:
     """Return the whole network without top, untrained, computing in `precision` on float32 variables.
 
-    Input (n, size, size, 3) float32 in -1 … 1; output the last feature tensor.
+    Input (n, size, size, 3) float32 in -1 … 1; output the last feature tensor. `network` is the `.keras` file of an
+    own network. Raises SpecError if it is not that one, or cannot be built.
     """
+    if backbone.startswith("own:"):
+        return own.build_expected(backbone, precision, input_size, network)
     keras = import_keras()
     row = BACKBONES[backbone]
     before = keras.config.dtype_policy()
@@ -61,6 +66,9 @@ def load_weights(model: KerasModel, identity: str, path: Path | None) -> None:
         from pipeline.backbone.untrained import initialise
 
         initialise(model, int(identity.rsplit(":", 1)[1]))
+        return
+    if path is not None and keras_archive.is_archive(path):
+        own.load_expected(model, identity, path)
         return
     try:
         if path is None:
