@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import heads
-from pipeline.backbone import weights_file
+from pipeline.backbone import own, weights_file
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.build import load_weights
 from pipeline.backbone.frozen import features_of
@@ -32,7 +32,7 @@ WEIGHTS_FILE = "backbone.weights.h5"
 JSON_FILE = "network.json"
 Answerer = Callable[[np.ndarray], np.ndarray]  # pixels (n, size, size, 3) uint8 RGB → probabilities (n, k) float32
 
-_MOST_BYTES = 2**20  # of a network.json
+_MOST_BYTES = own.MOST_STORED  # of a network.json
 _SHARE_TRAINED = 0.15  # of the multiplications, at least, by default
 _HEAD_SEEDS = 1_000  # numbers that a head's own seeds are derived by come before
 _MOST_AT_ONCE = 32  # rows that are answered together: more are no quicker, and a short batch is padded
@@ -56,6 +56,7 @@ class Network:
     ) -> None:
         self.spec = spec
         self.whole = build_backbone(spec.backbone, spec.precision, spec.input_size, architecture)
+        self._architecture = architecture
         allow_any_names(self.whole)
         self.below = cut(self.whole, spec.layer)
         self._frozen = ""  # the last layer up to which all is frozen and where the network can be cut
@@ -153,6 +154,8 @@ class Network:
         digest = storage.sha256_file(directory / WEIGHTS_FILE)
         self.head.save(directory)
         about = {"backbone": self.spec.backbone, "layer": self.spec.layer, "precision": self.spec.precision}
+        if self._architecture is not None:  # of an own network, whose file need not be at hand then
+            about["architecture"] = own.checked_architecture(self._architecture)
         write_json(directory / JSON_FILE, {**about, "sha256": digest})
         return f"sha256:{digest}"
 
@@ -175,7 +178,8 @@ class Network:
             head = heads.load(directory)
             if not isinstance(head, DenseHead):
                 raise RunError("its head is not one of a full model")
-            network = cls(replace(spec, precision=precision or spec.precision), lambda shape: head)
+            architecture = directory / JSON_FILE if "architecture" in made else None
+            network = cls(replace(spec, precision=precision or spec.precision), lambda shape: head, architecture)
             network.load_backbone("sha256:" + made["sha256"], directory / WEIGHTS_FILE)
         except RunError as error:
             raise RunError(f"no model can be loaded from {directory}: {error}") from error
@@ -217,7 +221,8 @@ def saved_weights(directory: Path) -> Weights:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"the model in {directory} cannot be read ({error})") from error
-    return Weights("file", f"sha256:{made['sha256']}", directory / WEIGHTS_FILE)
+    architecture = directory / JSON_FILE if "architecture" in made else None
+    return Weights("file", f"sha256:{made['sha256']}", directory / WEIGHTS_FILE, architecture)
 
 
 def frozen_until(layers: Sequence[str], asked: str) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.backbone import weights_file
+from pipeline.backbone import keras_archive, own, weights_file
 from pipeline.backbone.table import BACKBONES, Backbone
 from pipeline.errors import SpecError, WeightsError
 from pipeline.keras_start import KerasModel, import_keras
@@ -33,6 +33,8 @@ def build(
     SpecError
         If the network does not take that size.
     """
+    if backbone.startswith("own:"):
+        return own.build_expected(backbone, precision, input_size, network)
     keras = import_keras()
     row = BACKBONES[backbone]
     size = input_size or row.input_size
@@ -103,6 +105,9 @@ def load_weights(model: KerasModel, identity: str, path: Path | None) -> None:
         from pipeline.backbone.untrained import initialise
 
         initialise(model, int(identity.rsplit(":", 1)[1]))
+        return
+    if path is not None and keras_archive.is_archive(path):
+        own.load_expected(model, identity, path)
         return
     try:
         if path is None:

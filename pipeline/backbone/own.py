@@ -1,17 +1,262 @@
+"""Anybody's own network: the `.keras` file that Keras 3 saves, read without Keras, rebuilt from what was checked.
+
+Keras' own reader is never given the file. Its architecture is checked and brought to one form (`keras_config`), a new
+model is built from that, and its weights are loaded from a plain file (`keras_archive`).
+"""
+
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pipeline.backbone import keras_archive, keras_config, weights_file
+from pipeline.cache import storage
+from pipeline.errors import SpecError, UsageError, WeightsError
+from pipeline.keras_start import KerasModel, import_keras
+
+MOST_STORED = 2**26  # bytes of the JSON that a run keeps
+_MOST_NUMBERS = 2**29  # of a network's weights, 2 GiB in float32, as `weights_file` takes
+_MOST_VALUES = 2**28  # of a layer's output for one image, 1 GiB in float32
+
+# What Keras raises at an architecture that it cannot build, beside TensorFlow's own errors.
+_NOT_BUILT = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    OSError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True)
 class OwnNetwork:
+    """A `.keras` file that was read.
+
+    `name` is "own:" and the sha256 of the canonical JSON of `config`, the checked architecture: what it leaves out is
+    listed in `keras_config`. `weights` is "sha256:" and the sha256 of the variables' paths, shapes, dtypes and values,
+    as `keras_archive.identity_of_weights` says. Neither depends on the file's name, place, dates or layout.
+
+    `input_size` is in pixels, None if images of any size are taken. `default_layer` gives the network's output.
+    """
+
     path: Path
     name: str
     weights: str
     input_size: int | None
     default_layer: str
+    config: dict[str, Any]
 
 
 def read(path: Path) -> OwnNetwork:
-    raise NotImplementedError
+    """Return who the network in the `.keras` file at `path` is, without TensorFlow.
+
+    Raises
+    ------
+    SpecError
+        If it is not a file that Keras 3 saved, or not one network of one RGB image that Keras' own layers make.
+    WeightsError
+        If its weights are damaged, or anything else than numbers.
+    """
+    config = architecture(path)
+    with keras_archive.extracted_weights(path) as plain:
+        weights = keras_archive.identity_of_weights(plain)
+    size, layer = keras_config.input_size(config), keras_config.output_layer(config)
+    return OwnNetwork(path, keras_config.identity(config), weights, size, layer, config)
+
+
+def architecture(path: Path) -> dict[str, Any]:
+    """Return the checked architecture in the `.keras` file at `path`, as plain JSON values.
+
+    Raises
+    ------
+    SpecError
+        As `read` does.
+    """
+    try:
+        return keras_config.parse(keras_archive.read_config(path))
+    except SpecError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise SpecError(f"the network in {path} {error}") from error
+
+
+def checked_architecture(path: Path) -> dict[str, Any]:
+    """Return the checked architecture in a `.keras` file, or in the JSON that a run of an own network keeps.
+
+    Raises
+    ------
+    SpecError
+        If it holds none, or one that is refused.
+    """
+    if keras_archive.is_archive(path):
+        return architecture(path)
+    try:
+        stored = json.loads(storage.read_small(path, MOST_STORED))["architecture"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SpecError(f"{path} holds no architecture of a network ({error})") from error
+    return keras_config.check(stored)
+
+
+def identity_of(config: dict[str, Any]) -> str:
+    """Return "own:…" of an architecture, also one that was stored. Raises SpecError if it is refused."""
+    return keras_config.identity(keras_config.check(config))
+
+
+def build(path: Path, precision: str = "float32", input_size: int | None = None) -> KerasModel:
+    """Return the network in the `.keras` file at `path`, untrained, computing in `precision` on float32 variables.
+
+    Input (n, size, size, 3) float32, output (n, h, w, c) or (n, c).
+
+    Raises
+    ------
+    SpecError
+        As `read` does; also if Keras cannot build it for that size, or if its output is not one feature map or vector of
+        known size.
+    WeightsError
+        If its weights are damaged, or of another network.
+    UsageError
+        If it takes images of any size, and none is given.
+    """
+    return _build_filled(architecture(path), path, precision, input_size)
+
+
+def build_expected(identity: str, precision: str, input_size: int | None, path: Path | None) -> KerasModel:
+    """As `build`, of the network `identity`, "own:…". Raises SpecError if the file is of another one, or not given."""
+    if path is None:
+        raise SpecError(f"the network {identity} is known by its hash alone; give its file: --backbone FILE.keras")
+    config = checked_architecture(path)
+    if (found := keras_config.identity(config)) != identity:
+        raise SpecError(f"{path} is the network {found}, expected {identity}; give that file: --backbone FILE.keras")
+    if not keras_archive.is_archive(path):
+        return build_from(config, precision, input_size)
+    return _build_filled(config, path, precision, input_size)
+
+
+def _build_filled(config: dict[str, Any], path: Path, precision: str, input_size: int | None) -> KerasModel:
+    with keras_archive.extracted_weights(path) as plain:
+        held = sum(math.prod(shape) for shape in keras_archive.variables(plain).values())
+
+    def require_held(numbers: int) -> None:
+        if numbers != held:
+            raise WeightsError(
+                f"the weights in {path} are of another network: they are {held:,} numbers, its architecture claims "
+                f"{numbers:,}; save it anew: model.save('name.keras')"
+            )
+
+    return _build(config, precision, input_size, require_held, str(path))
+
+
+def build_from(config: dict[str, Any], precision: str = "float32", input_size: int | None = None) -> KerasModel:
+    """Return the network of an architecture that was stored, checked again. As `build` else."""
+    return _build(keras_config.check(config), precision, input_size, _require_bounded, "the architecture")
+
+
+def load_weights(model: KerasModel, path: Path) -> str:
+    """Have Keras fill `model` with the weights in the `.keras` file at `path`; return who they are, "sha256:…".
+
+    Raises
+    ------
+    WeightsError
+        If they do not fit, some are lacking or there are others.
+    SpecError
+        If the file is not one that Keras 3 saved.
+    """
+    with keras_archive.extracted_weights(path) as plain:
+        found = keras_archive.variables(plain)
+        numbers = sum(math.prod(shape) for shape in found.values())
+        if (len(found), numbers) != (len(model.weights), model.count_params()):
+            raise WeightsError(
+                f"the weights in {path} are of another network: {len(found)} variables of {numbers:,} numbers, expected "
+                f"{len(model.weights)} of {model.count_params():,}"
+            )
+        try:
+            weights_file.load(model, plain)
+        except WeightsError:
+            raise
+        except (UserWarning, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsError(f"the weights in {path} do not fit its architecture: {_reason(error)}") from error
+        return keras_archive.identity_of_weights(plain)
+
+
+def load_expected(model: KerasModel, identity: str, path: Path) -> None:
+    """As `load_weights`, of the weights `identity`, "sha256:…". Raises WeightsError if the file holds others."""
+    if (found := load_weights(model, path)) != identity:
+        raise WeightsError(f"{path} holds the weights {found}, expected {identity}; give the file that holds those")
+
+
+def _require_bounded(numbers: int) -> None:
+    if numbers > _MOST_NUMBERS:
+        raise SpecError(f"the architecture claims {numbers:,} weights, more than {_MOST_NUMBERS:,}")
+
+
+def _build(
+    config: dict[str, Any], precision: str, input_size: int | None, require: Callable[[int], None], what: str
+) -> KerasModel:
+    size = input_size or keras_config.input_size(config)
+    if size is None:
+        raise UsageError(f"{what} takes images of any size: say which by --input-size N")
+    keras = import_keras()
+    import tensorflow as tf
+
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float32" if precision == "float32" else f"mixed_{precision}")
+    try:
+        model = _allocated_if(require, lambda: _from_config(keras_config.at_size(config, size)))
+    except (SpecError, WeightsError):
+        raise
+    except (*_NOT_BUILT, tf.errors.OpError) as error:
+        raise SpecError(f"Keras cannot build {what} for images of {size} pixels: {_reason(error)}") from error
+    finally:
+        keras.config.set_dtype_policy(before)
+    _require_features(model, what)
+    return model
+
+
+def _from_config(config: dict[str, Any]) -> KerasModel:
+    return import_keras().saving.deserialize_keras_object(config, safe_mode=True)
+
+
+def _allocated_if(require: Callable[[int], None], make: Callable[[], KerasModel]) -> KerasModel:
+    """Return the model that `make` builds; memory for its weights is taken after `require` has heard their number."""
+    keras = import_keras()
+    from keras.src.backend.common import global_state
+
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            model = make()
+            require(sum(math.prod(weight.shape) for weight in model.weights))
+    except BaseException:
+        global_state.set_global_attribute("uninitialized_variables", [])  # or the next model would allocate them
+        raise
+    with keras.StatelessScope():
+        pass  # when it is left, Keras gives the variables made above their values
+    return model
+
+
+def _require_features(model: KerasModel, what: str) -> None:
+    """Raise SpecError if the output is not (h, w, c) or (c,) of known size, or an output on the way is absurd."""
+    for layer in model.layers:
+        shape = tuple(layer.output.shape[1:]) if hasattr(layer.output, "shape") else ()
+        if None not in shape and math.prod(shape) > _MOST_VALUES:
+            raise SpecError(f"{what} has an output of {shape} for one image at {layer.name!r}, which no memory takes")
+    shape = tuple(model.output.shape[1:])
+    if None in shape:
+        raise SpecError(f"{what} has an output of {shape}, expected one of known size: (h, w, c) or (c,)")
+    if len(shape) not in (1, 3):
+        raise SpecError(
+            f"{what} has an output of {shape}, expected a feature map (h, w, c) or a vector (c,); reshape or pool it, "
+            "and save that model"
+        )
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import machine
-from pipeline.backbone import own, weights
+from pipeline.backbone import keras_archive, own, weights
 from pipeline.backbone.scaling import canonical
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
 from pipeline.backbone.weights import Weights
@@ -173,7 +173,7 @@ def find(spec: FeatureSpec, recorded: Mapping[str, Any] | None, workspace: Works
     if not spec.backbone.startswith(OWN):
         return weights.find_by_identity(spec.weights, spec.backbone, workspace.downloads, index)
     for network in _at_hand(str((recorded or {}).get("sha256", "")), index):
-        if network.suffix == ".keras" and own.read(network).weights == spec.weights:
+        if keras_archive.is_archive(network) and own.read(network).weights == spec.weights:
             return Weights("file", spec.weights, network, network)
         for path in _at_hand(spec.weights.removeprefix("sha256:"), index):
             return Weights("file", spec.weights, path, network)
