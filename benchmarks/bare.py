@@ -82,12 +82,12 @@ def ours(precision: str, weights: Path) -> float:
     """Return the rate of our network, as many batches at a time as `features` computes."""
     from pipeline import machine
     from pipeline.backbone.frozen import FrozenBackbone, streams
-    from pipeline.backbone.source import named
-    from pipeline.backbone.table import DEFAULT_BACKBONE
+    from pipeline.backbone.source import of_row
+    from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
     from pipeline.choice import FeatureChoice, Settled
 
     cores = machine.usable_cores()
-    chosen = Settled(FeatureChoice(precision=precision), named(DEFAULT_BACKBONE), None, None)
+    chosen = Settled(FeatureChoice(precision=precision), of_row(BACKBONES[DEFAULT_BACKBONE]), None, None)
     spec = chosen.new_spec(weights_of(weights))
     model = FrozenBackbone(spec, weights, BATCH, cores)
     images = pixels()

@@ -65,11 +65,11 @@ def network(weights: Path) -> Callable[[], object]:
 
     from pipeline import machine
     from pipeline.backbone.frozen import FrozenBackbone
-    from pipeline.backbone.source import named
-    from pipeline.backbone.table import DEFAULT_BACKBONE
+    from pipeline.backbone.source import of_row
+    from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
     from pipeline.choice import FeatureChoice, Settled
 
-    chosen = Settled(FeatureChoice(), named(DEFAULT_BACKBONE), None, None)
+    chosen = Settled(FeatureChoice(), of_row(BACKBONES[DEFAULT_BACKBONE]), None, None)
     spec = chosen.new_spec(weights_of(weights))
     model, images = FrozenBackbone(spec, weights, BATCH, machine.usable_cores()), pixels()
     return lambda: model(images)

@@ -153,9 +153,13 @@ class Network:
         weights_file.save(self.whole, directory / WEIGHTS_FILE)
         digest = storage.sha256_file(directory / WEIGHTS_FILE)
         self.head.save(directory)
-        about = {"backbone": self.spec.backbone, "layer": self.spec.layer, "precision": self.spec.precision}
+        about: dict[str, Any] = {
+            "backbone": self.spec.backbone,
+            "layer": self.spec.layer,
+            "precision": self.spec.precision,
+        }
         if self._architecture is not None:  # of an own network, whose file need not be at hand then
-            about["architecture"] = own.checked_architecture(self._architecture)
+            about |= {"architecture": own.checked_architecture(self._architecture)}
         write_json(directory / JSON_FILE, {**about, "sha256": digest})
         return f"sha256:{digest}"
 

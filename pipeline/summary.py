@@ -7,12 +7,14 @@ from typing import Any
 
 from pipeline.backbone.build import build
 from pipeline.backbone.graph import cut, cut_layers, multiplications
-from pipeline.backbone.table import DEFAULT_BACKBONE, find_backbone
+from pipeline.backbone.source import architecture
 from pipeline.heads.dense import build as build_head
 from pipeline.spec import HeadSpec
 
 
-def summarize(head: str, classes: int, layer: str | None = None, backbone: str = DEFAULT_BACKBONE) -> dict[str, Any]:
+def summarize(
+    head: str, classes: int, layer: str | None = None, backbone: str | None = None, input_size: int | None = None
+) -> dict[str, Any]:
     """Return the layers of `backbone` up to `layer` and how many parameters would train with and without them.
 
     Without a `layer` it is the backbone's default. Of a layer where the network can be cut it is said what its output
@@ -25,14 +27,14 @@ def summarize(head: str, classes: int, layer: str | None = None, backbone: str =
     SpecError
         If the backbone cannot be cut at that layer.
     """
-    row = find_backbone(backbone)
-    layer = layer or row.default_layer
-    below = cut(build(row.name), layer)
+    found = architecture(backbone)
+    layer = layer or found.default_layer
+    below = cut(build(found.name, input_size=input_size or found.input_size, network=found.file), layer)
     on_top = build_head(HeadSpec.make(head), tuple(below.output.shape[1:]), classes)
     in_backbone, in_head = _trainable(below), _trainable(on_top)
     return {
         "layers": _layers(below, sum(map(multiplications, on_top.layers))),
-        "backbone": row.name,
+        "backbone": found.label,
         "layer": layer,
         "feature_shape": list(below.output.shape[1:]),
         "backbone_parameters": below.count_params(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,29 +10,26 @@ from typing import Any
 from pipeline import machine
 from pipeline.backbone import keras_archive, own, weights
 from pipeline.backbone.scaling import canonical
-from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
+from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone, find_backbone
 from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.index import Index
 from pipeline.cache.space import Cache
-from pipeline.errors import SpecError, UsageError, WeightsError, did_you_mean
+from pipeline.errors import SpecError, UsageError, WeightsError
 from pipeline.spec import OWN, FeatureSpec
 from pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class Source:
-    """A network, and how images go into it.
-
-    `file` is where the architecture of an own network stands, `weights` the identity of the weights in that file.
-    """
+class Architecture:
+    """A network that was named, as the table or its file says it; None where that says nothing."""
 
     name: str  # as `FeatureSpec.backbone` has it
-    input_size: int
-    scaling: str
+    input_size: int | None
+    scaling: str | None
     default_layer: str
-    file: Path | None = None
-    weights: str | None = None
+    file: Path | None = None  # where the architecture of an own network stands
+    weights: str | None = None  # the identity of the weights in that file
 
     @property
     def label(self) -> str:
@@ -40,9 +37,22 @@ class Source:
         return self.file.name if self.file else self.name
 
 
-def is_file(choice: str | None) -> bool:
+@dataclass(frozen=True)
+class Source(Architecture):
+    """A network, and how images go into it."""
+
+    input_size: int
+    scaling: str
+
+
+def of_row(row: Backbone) -> Source:
+    """Return the network of a row of the table, as it says."""
+    return Source(row.name, row.input_size, row.scaling, row.default_layer)
+
+
+def is_file(choice: str) -> bool:
     """Return whether a choice of backbone means a file of one's own."""
-    return choice is not None and choice not in BACKBONES and not choice.startswith(OWN)
+    return choice not in BACKBONES and (choice.endswith(".keras") or machine.at_home(choice).exists())
 
 
 def anchored(choice: str | None) -> str | None:
@@ -50,10 +60,21 @@ def anchored(choice: str | None) -> str | None:
     return str(machine.at_home(choice).absolute()) if choice is not None and is_file(choice) else choice
 
 
-def named(name: str, input_size: int | None = None, scaling: str | None = None) -> Source:
-    """Return a network of the table, as its row says it, but for what is stated."""
-    row = BACKBONES[name]
-    return Source(name, input_size or row.input_size, scaling or row.scaling, row.default_layer)
+def architecture(choice: str | None) -> Architecture:
+    """Return the network that `--backbone` means.
+
+    Raises
+    ------
+    UsageError
+        If there is no such network.
+    SpecError
+        If the file is refused.
+    """
+    choice = choice or DEFAULT_BACKBONE
+    if not is_file(choice):
+        return of_row(find_backbone(choice))
+    found = own.read(machine.at_home(choice).absolute())
+    return Architecture(found.name, found.input_size, None, found.default_layer, found.path, found.weights)
 
 
 def open_source(choice: str | None, input_size: int | None, scaling: str | None, cache: Cache) -> Source:
@@ -66,49 +87,34 @@ def open_source(choice: str | None, input_size: int | None, scaling: str | None,
     UsageError
         If there is no such network, or what must be said of an own one is not.
     SpecError
-        If the file is refused, or is known under several sizes or scalings.
+        If the file is refused, or is known with several sizes or scalings.
     """
-    choice, scaling = choice or DEFAULT_BACKBONE, scaling and canonical(scaling)
-    if choice in BACKBONES:
-        return named(choice, input_size, scaling)
-    path = machine.at_home(choice)
-    if not path.exists() and path.suffix != ".keras":
-        near = did_you_mean(choice, [*BACKBONES])
-        raise UsageError(
-            f"no backbone named {choice!r:.80}; `backbones` lists them, and a file of your own ends in .keras{near}"
-        )
-    found = own.read(path)
-    known = [
-        spec for each in cache.spaces() if ((spec := each.spec).backbone, spec.weights) == (found.name, found.weights)
-    ]
+    scaling = scaling and canonical(scaling)
+    found = architecture(choice)
+    specs = [each.spec for each in cache.spaces()] if found.file else []
+    known = [spec for spec in specs if (spec.backbone, spec.weights) == (found.name, found.weights)]
     return Source(
         found.name,
-        _own_size(found, input_size, known),
-        scaling or _only(path, "--scaling", "scaling", {spec.scaling for spec in known}, _SCALING),
+        input_size or found.input_size or int(_only(found, "--input-size", {str(spec.input_size) for spec in known})),
+        scaling or found.scaling or _only(found, "--scaling", {spec.scaling for spec in known}),
         found.default_layer,
-        path.absolute(),
+        found.file,
         found.weights,
     )
 
 
-_SCALING = "how its pixels go in (none, x/127.5-1, x/255, imagenet, bgr-means, or MEAN,STD)"
+_MEANING = {
+    "--scaling": "how its pixels go in (none, x/127.5-1, x/255, imagenet, bgr-means, or MEAN,STD)",
+    "--input-size": "how many pixels a side it is given",
+}
 
 
-def _own_size(found: own.OwnNetwork, stated: int | None, known: Iterable[FeatureSpec]) -> int:
-    if found.input_size is not None and stated not in (None, found.input_size):
-        raise UsageError(f"{found.path} takes images of {found.input_size} pixels a side, not of --input-size {stated}")
-    of_spaces = {spec.input_size for spec in known}
-    if size := found.input_size or stated:
-        return size
-    return int(_only(found.path, "--input-size", "size", {str(size) for size in of_spaces}, "how many pixels a side"))
-
-
-def _only(path: Path, option: str, what: str, known: set[str], meaning: str) -> str:
+def _only(found: Architecture, option: str, known: set[str]) -> str:
     if len(known) == 1:
         return known.pop()
     if known:
-        raise SpecError(f"{path} is known under {what} {' and '.join(sorted(known))}; say which by {option}")
-    raise UsageError(f"{path} is not known from before: say by {option} {meaning}")
+        raise SpecError(f"{found.label} is known with {option} {' and '.join(sorted(known))}; say which")
+    raise UsageError(f"{found.label} is not known from before: say by {option} {_MEANING[option]}")
 
 
 def resolve(source: Source, choice: str, workspace: Workspace, *, offline: bool = False) -> Weights:

@@ -262,5 +262,6 @@ DEFAULT_BACKBONE = "inception_v3"
 def find_backbone(name: str) -> Backbone:
     """Return the row called `name`. Raises UsageError if there is none; the text names the nearest."""
     if name not in BACKBONES:
-        raise UsageError(f"no backbone {name!r:.60} (`backbones` lists them){did_you_mean(name, BACKBONES)}")
+        near = did_you_mean(name, BACKBONES)
+        raise UsageError(f"no backbone {name!r:.60} (`backbones` lists them, your own is a .keras file){near}")
     return BACKBONES[name]

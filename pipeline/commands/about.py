@@ -8,6 +8,7 @@ import typer
 
 from pipeline.commands.shared import (
     BackboneOption,
+    InputSizeOption,
     JsonOption,
     LayerOption,
     QuietOption,
@@ -18,7 +19,7 @@ from pipeline.commands.shared import (
 
 def weights_command(
     context: typer.Context,
-    backbone: BackboneOption = "inception_v3",
+    backbone: BackboneOption = None,
     weights: Annotated[
         str | None, typer.Option(help="Get these weights ready: imagenet, untrained[:SEED], or a file.")
     ] = None,
@@ -29,12 +30,13 @@ def weights_command(
     from pipeline.backbone.weights import describe
 
     with opened(context) as workspace:
-        result = describe(weights, workspace, backbone)
+        result = describe(weights, workspace, backbone or "inception_v3")
     finish(result, as_json, tuple(result))
 
 
 def summary(
-    backbone: BackboneOption = "inception_v3",
+    backbone: BackboneOption = None,
+    input_size: InputSizeOption = None,
     head: Annotated[Literal["flatten", "gap"], typer.Option(help="The head on top.")] = "gap",
     classes: Annotated[int, typer.Option(help="How many classes it tells apart.", min=2)] = 10,
     layer: LayerOption = None,
@@ -47,7 +49,7 @@ def summary(
     from pipeline.summary import summarize
 
     terminal.begin(quiet=quiet)
-    result = summarize(head, classes, layer, backbone)
+    result = summarize(head, classes, layer, backbone, input_size)
     layers = result["layers"] if as_json else result.pop("layers")
     if not as_json:
         listed = [each for each in layers if every_layer or each["cut"]]
