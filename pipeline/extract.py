@@ -228,7 +228,7 @@ def _crew(setup: Setup, source: _Source, effort: Effort, rows: int, new: bool) -
         with fleet(choice, setup, source.planning.dataset, effort) as crew:
             yield crew
         return
-    logger.info("loading TensorFlow and %s", setup.spec.backbone)
+    logger.info("loading TensorFlow and %s", source.settled.source.label)
     with ShardWorker(setup, source.options.threads) as worker:
         if source.options.batch_size is None and new:
             worker.choose_batch(rows, min(source.options.shard_rows, most_to_try()))

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline import heads
 from pipeline.backbone import own, weights_file
 from pipeline.backbone.build import build as build_backbone
-from pipeline.backbone.build import load_weights
+from pipeline.backbone.build import check_weights, load_weights
 from pipeline.backbone.frozen import features_of
 from pipeline.backbone.graph import allow_any_names, cut, cut_layers, cut_tensors, layer_names, rest_of, work
 from pipeline.backbone.scaling import scale
@@ -66,8 +66,7 @@ class Network:
 
     def load_backbone(self, identity: str, path: Path | None) -> None:
         """Give the backbone the weights that a spec names. Raises WeightsError if the file is not of them."""
-        if path is not None:
-            weights_file.check(path)
+        check_weights(path)
         load_weights(self.whole, identity, path)
 
     @property

@@ -93,6 +93,12 @@ def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_", name).lower()
 
 
+def check_weights(path: Path | None) -> None:
+    """Raise WeightsError if a weights file is not plain numbers; a `.keras` file is checked whenever it is opened."""
+    if path is not None and not keras_archive.is_archive(path):
+        weights_file.check(path)
+
+
 def load_weights(model: KerasModel, identity: str, path: Path | None) -> None:
     """Give `model` the weights that a spec names: from the file at `path`, or drawn from the untrained recipe.
 

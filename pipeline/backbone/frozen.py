@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import machine
-from pipeline.backbone import folding, weights_file
-from pipeline.backbone.build import build, load_weights
+from pipeline.backbone import folding
+from pipeline.backbone.build import build, check_weights, load_weights
 from pipeline.backbone.graph import allow_any_names, cut, rest_of
 from pipeline.backbone.scaling import scale
 from pipeline.cache.shard import MAX_ROW_BYTES
@@ -74,8 +74,7 @@ class FrozenBackbone:
         """
         if spec.engine not in ENGINES:
             raise SpecError(f"these features were made by another version of Icebox, its engine {spec.engine!r:.40}")
-        if weights is not None:
-            weights_file.check(weights)  # before TensorFlow, which takes its time
+        check_weights(weights)  # before TensorFlow, which takes its time
         import_keras()
         self._streams = streams(threads)
         if threads is not None:

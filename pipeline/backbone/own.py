@@ -222,12 +222,14 @@ def _build(
 
 
 def _from_config(config: dict[str, Any]) -> KerasModel:
-    return import_keras().saving.deserialize_keras_object(config, safe_mode=True)
+    import keras  # not by `import_keras`, which would set the dtype policy back
+
+    return keras.saving.deserialize_keras_object(config, safe_mode=True)
 
 
 def _allocated_if(require: Callable[[int], None], make: Callable[[], KerasModel]) -> KerasModel:
     """Return the model that `make` builds; memory for its weights is taken after `require` has heard their number."""
-    keras = import_keras()
+    import keras
     from keras.src.backend.common import global_state
 
     try:
