@@ -121,7 +121,8 @@ def test_rows_equal_keras_on_the_same_pixels(tmp_path: Path, run: Callable[..., 
 
     import keras
 
-    from pipeline import images, untrained
+    from pipeline import images
+    from pipeline.backbone import untrained
 
     folder = tmp_path / "kinds"
     for name, seed, channels in (("a/c.jpg", 1, 3), ("a/g.png", 2, 1), ("b/t.png", 3, 4), ("b/w.webp", 4, 3)):
