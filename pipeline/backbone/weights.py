@@ -254,7 +254,9 @@ def describe(choice: str | None, workspace: Workspace, backbone: str = DEFAULT_B
         "imagenet": row.weights_url,
         "imagenet_md5": known.removeprefix("md5:") if known.startswith("md5:") else None,
         "imagenet_sha256": known.removeprefix("sha256:") if known.startswith("sha256:") else None,
-        "imagenet_file": str(at_hand) if at_hand else "not downloaded; `weights --weights imagenet` does it",
+        "imagenet_file": str(at_hand)
+        if at_hand
+        else f"not downloaded; `weights --backbone {row.name} --weights imagenet` does it",
         "untrained": f"drawn from a seed by the recipe {UNTRAINED_RECIPE}: --weights untrained or untrained:SEED",
         "file": f"any Keras weights of {row.application} without top: --weights FILE (.weights.h5 or .h5)",
         "auto": "imagenet; for the embedded `digits`, without a download, untrained unless ImageNet's file is there",
