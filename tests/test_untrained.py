@@ -125,7 +125,7 @@ def test_kernels_are_centred_and_those_of_depthwise_convolutions_keep_the_mean()
     model = drawn("mobile")
     wide = model.get_layer(index=2).kernel.numpy()  # (3, 3, 3, 32)
     np.testing.assert_allclose(wide.sum(axis=(0, 1, 2)), 0, atol=1e-5)
-    np.testing.assert_allclose((wide**2).sum(axis=(0, 1, 2)), 1, rtol=1e-2)
+    np.testing.assert_allclose((wide**2).sum(axis=(0, 1, 2)), 16, rtol=1e-5)
     (deep, *_) = (each.kernel.numpy() for each in model.layers if isinstance(each, layers.DepthwiseConv2D))
     sums = deep.sum(axis=(0, 1))
     assert sums[0, 0] > 1

@@ -27,7 +27,7 @@ class Moments(NamedTuple):
 # Nothing says how pixels are scaled outside the network: -1 … 1 or -128 … 128. A kernel of mean zero answers to the
 # contrast of neighbouring pixels alone, which in photographs scaled to -1 … 1 deviates by about a tenth.
 PIXELS = Moments(0.0, 1.0)
-SCALED_PIXELS = Moments(0.0, 1 / 64)  # by the network itself, to about -1 … 1
+SCALED_PIXELS = Moments(0.0, 1 / 16)  # by the network itself, to about -1 … 1
 NORMALISED = Moments(0.0, 1.0)  # behind a layer with weights, and behind a layer that normalises
 
 # Mean and variance of a nonlinearity's output are taken over as many equally probable points of a normal distribution.

@@ -34,6 +34,12 @@ _GLOROT_CENTRED, _UNIT_VARIANCE = "glorot_centred_1", "unit_variance_1"
 # A power of two, so that no digit changes; as large as float16 allows: the first layer's outputs stay below 65504.
 _GAIN = 2.0**14
 _LEAST_VARIANCE = 2.0**-20  # behind an operation that makes everything equal
+# The deviation of what goes into a gate (squeeze and excitation): a sigmoid that is driven to 0 and 1 by its own input's
+# size multiplies the differences in size between images, block after block.
+_GATE = 1 / 16
+# What a ReLU made positive stays so behind a depthwise kernel where it is smooth; a normal distribution with so many times
+# the mean behaves alike in the next nonlinearity. Measured with EfficientNetB0 and MobileNetV2 on photographs.
+_POSITIVE = 2.0
 
 
 def recipe_of(backbone: str) -> str:
@@ -111,22 +117,30 @@ def _initialise_operation(
     """Give weights to one operation of the graph; return the moments of its output."""
     if hasattr(operation, "_nodes_by_depth") or hasattr(operation, "_functional"):  # a model within the model
         return _initialise_unit_variance(operation, random, parts)
-    found = None
+    found, target = None, _GATE if _is_gate(operation) else 1.0
     for weight in getattr(operation, "weights", []):
         name, shape = weight.path.rsplit("/", 1)[-1], tuple(weight.shape)
         if name in _CONSTANTS:
             weight.assign(np.full(shape, _CONSTANTS[name], np.float32))
         elif len(shape) > 1:
             axes = _input_axes(operation, name, shape)
-            gain = _gain(parts[0].variance)
+            gain = _gain(parts[0].variance) * target
             keeps_mean = 1 < math.prod(shape[:-2]) == math.prod(shape[axis] for axis in axes)
             if name == "depthwise_kernel":  # of a separable convolution: the pointwise kernel has the gain
                 gain = 1.0
             weight.assign(_kernel(random, shape, axes, gain, keeps_mean))
-            found = Moments(gain * parts[0].mean if keeps_mean else 0.0, 1.0)
+            found = Moments(_POSITIVE * gain * parts[0].mean if keeps_mean else 0.0, target * target)
     if found is None:
         return moments.after(operation, parts, channels)
     return moments.activated(found, getattr(getattr(operation, "activation", None), "__name__", "linear"))
+
+
+def _is_gate(layer: Any) -> bool:
+    """Return whether a layer makes a factor for each channel: it ends in a sigmoid, or sees one place alone."""
+    activation = getattr(getattr(layer, "activation", None), "__name__", "")
+    return activation in ("sigmoid", "hard_sigmoid") or (
+        type(layer).__name__ == "Conv2D" and tuple(layer.input.shape[1:-1]) == (1, 1)
+    )
 
 
 def _input_axes(layer: Any, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
