@@ -132,7 +132,7 @@ def test_rows_equal_keras_on_the_same_pixels(tmp_path: Path, run: Callable[..., 
     rows = stored(tmp_path / "data")
     build: Any = keras.applications.InceptionV3
     reference = build(include_top=False, weights=None, input_shape=(299, 299, 3))
-    untrained.initialise(reference, 0)
+    untrained.initialise(reference, "glorot_centred_1", 0)
     for path in folder.glob("*/*"):
         data = path.read_bytes()
         pixels = images.decode(data).astype(np.float32)[None]

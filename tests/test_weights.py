@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone
-from pipeline.backbone.untrained import UNTRAINED_RECIPE
 from pipeline.backbone.weights import Weights, describe, find_by_identity, find_imagenet, resolve
 from pipeline.cache.digests import file_stamp
 from pipeline.cache.index import Index
@@ -141,7 +140,7 @@ def put(path: Path, content: bytes = PUBLISHED) -> Path:
 )
 def test_untrained_weights_are_known_by_recipe_and_seed(place: Place, choice: str, seed: int) -> None:
     weights = place.resolve(choice)
-    assert weights == Weights("untrained", f"untrained:{UNTRAINED_RECIPE}:{seed}", None)
+    assert weights == Weights("untrained", f"untrained:glorot_centred_1:{seed}", None)
     assert weights.label == "untrained"
 
 

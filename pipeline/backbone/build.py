@@ -109,11 +109,14 @@ def load_weights(model: KerasModel, identity: str, path: Path | None) -> None:
     ------
     WeightsError
         If the file does not hold weights of this network.
+    SpecError
+        If this version does not have the untrained recipe.
     """
     if identity.startswith("untrained:"):
         from pipeline.backbone.untrained import initialise
 
-        initialise(model, int(identity.rsplit(":", 1)[1]))
+        recipe, seed = identity.removeprefix("untrained:").rsplit(":", 1)
+        initialise(model, recipe, int(seed))
         return
     if path is not None and keras_archive.is_archive(path):
         own.load_expected(model, identity, path)
