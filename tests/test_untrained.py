@@ -48,7 +48,9 @@ def mobile(activation: str = "silu", blocks: int = 6) -> Any:
 def mixed() -> Any:
     """One layer of each kind that has weights, a model within the model, and bare operations."""
     x = start = keras.Input((48, 48, 3))
-    x = layers.PReLU(shared_axes=[1, 2])(layers.Conv2D(32, 3, strides=2)(x / 127.5 - 1.0))
+    x = layers.PReLU(shared_axes=[1, 2])(
+        layers.Conv2D(32, 3, strides=2)(keras.ops.divide(keras.ops.subtract(x, 127.5), 127.5))
+    )
     x = layers.ReLU(6.0)(layers.Conv2D(32, 3, groups=4)(x))
     x = layers.Conv2D(32, 3, groups=32)(x)
     x = keras.Sequential([layers.SeparableConv2D(48, 3, activation="relu"), layers.GroupNormalization(8)])(x)

@@ -34,11 +34,11 @@ _GLOROT_CENTRED, _UNIT_VARIANCE = "glorot_centred_1", "unit_variance_1"
 # A power of two, so that no digit changes; as large as float16 allows: the first layer's outputs stay below 65504.
 _GAIN = 2.0**14
 _LEAST_VARIANCE = 2.0**-20  # behind an operation that makes everything equal
-# The deviation of what goes into a gate (squeeze and excitation): a sigmoid that is driven to 0 and 1 by its own input's
-# size multiplies the differences in size between images, block after block.
+# The deviation of what goes into a gate (squeeze and excitation). A gate driven to 0 and 1 by its input multiplies the
+# differences in size between images, block after block.
 _GATE = 1 / 16
-# What a ReLU made positive stays so behind a depthwise kernel where it is smooth; a normal distribution with so many times
-# the mean behaves alike in the next nonlinearity. Measured with EfficientNetB0 and MobileNetV2 on photographs.
+# What a ReLU made positive stays so behind a depthwise kernel where it is smooth. In the next nonlinearity it behaves
+# like a normal distribution with so many times the mean (tried with EfficientNet and MobileNet on photographs).
 _POSITIVE = 2.0
 
 
