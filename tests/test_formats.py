@@ -13,6 +13,7 @@ import pytest
 from conftest import small_model
 
 from pipeline import machine
+from pipeline.backbone.scaling import scale
 from pipeline.errors import UsageError
 from pipeline.formats import FORMATS
 from pipeline.keras_start import import_keras
@@ -72,6 +73,20 @@ def test_written_and_loaded_it_says_the_same(model: Any, tmp_path: Path, name: s
         said = answer(pixels[part])
         assert said.dtype == np.float32
         assert np.abs(said - expected[part]).max() < 1e-5
+
+
+@pytest.mark.parametrize("scaling", ["imagenet", "bgr-means", "127,128"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_pixels_go_in_by_any_scaling(tmp_path: Path, name: str, scaling: str) -> None:
+    keras, form = import_keras(), FORMATS[name]
+    inputs = keras.Input((8, 8, 3), dtype="uint8", name="pixels")
+    scaled = keras.layers.GlobalAveragePooling2D()(scale(keras.ops.cast(inputs, "float32"), scaling))
+    output = keras.layers.Dense(3, "softmax")(scaled)
+    pixels = np.random.default_rng(1).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    model = keras.Model(inputs, {"probabilities": output} if form.named else output)
+    form.write(model, tmp_path / form.file, CLASSES)
+    expected = np.asarray(keras.Model(inputs, output).predict_on_batch(pixels))
+    assert np.abs(form.load(tmp_path / form.file)(pixels) - expected).max() < 1e-5
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
