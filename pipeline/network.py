@@ -197,7 +197,7 @@ def _in_inference_mode(model: KerasModel) -> Any:
 
     class InferenceMode(import_keras().layers.Layer):
         def __init__(self) -> None:
-            super().__init__(dtype=model.dtype_policy)
+            super().__init__()
             self.model = model
 
         def call(self, inputs: Any) -> Any:

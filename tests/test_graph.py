@@ -75,6 +75,8 @@ FOLDED = {
     "unequal": lambda: layers.Conv2D(6, (3, 1), strides=(2, 1), use_bias=False),
     "dilated": lambda: layers.Conv2D(6, 3, dilation_rate=2),
     "grouped": lambda: layers.Conv2D(6, 3, groups=2),
+    "grouped by channel": lambda: layers.Conv2D(8, 3, groups=4, strides=2, padding="same"),
+    "grouped by channel, unequal": lambda: layers.Conv2D(8, 3, groups=4, strides=(2, 1)),
     "depthwise": lambda: layers.DepthwiseConv2D(3, padding="same", use_bias=False),
     "depthwise strides": lambda: layers.DepthwiseConv2D(3, strides=2, padding="same", depth_multiplier=2),
     "depthwise dilated": lambda: layers.DepthwiseConv2D(3, dilation_rate=2, depth_multiplier=3),
@@ -88,6 +90,14 @@ def test_convolutions_take_up_the_batch_norm_behind_them(kind: str) -> None:
     found, kinds = run(model, images())
     np.testing.assert_allclose(found, expected(model, images()), rtol=1e-4, atol=1e-5)
     assert not {"Rsqrt", "FusedBatchNormV3"} & kinds.keys()
+
+
+@pytest.mark.parametrize("more", [{}, {"activation": "relu"}, {"use_bias": False, "dilation_rate": 2}])
+def test_a_convolution_grouped_by_channel_is_a_depthwise_one(more: dict[str, Any]) -> None:
+    model = network(lambda x: layers.Conv2D(6, 3, groups=3, **more)(x))
+    found, kinds = run(model, images())
+    np.testing.assert_allclose(found, expected(model, images()), rtol=1e-4, atol=1e-5)
+    assert kinds["DepthwiseConv2dNative"] == 1
 
 
 NOT_FOLDED = {
@@ -227,6 +237,16 @@ def test_what_cannot_be_computed_is_named() -> None:
     model.get_layer("broken").strides = "no strides"
     with pytest.raises(SpecError, match="its Conv2D 'broken' fails: "):
         run(model, images())
+
+
+def test_a_sequential_network_is_one_like_others() -> None:
+    model: Any = keras.Sequential([keras.Input((SIZE, SIZE, 3)), layers.Conv2D(4, 3, name="conv")])
+    model.add(layers.BatchNormalization())
+    model.add(layers.GlobalAveragePooling2D(name="pool"))
+    assert cut_layers(model) == layer_names(model)[1:]
+    rows, _ = run(cut(model, "pool"), images())
+    np.testing.assert_allclose(rows[:, 0, 0], model(images()), atol=1e-6)
+    np.testing.assert_allclose(run(model, images())[0], model(images()), atol=1e-6)
 
 
 def test_multiplications_are_those_of_the_layer() -> None:
