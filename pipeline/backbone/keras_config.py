@@ -270,7 +270,7 @@ def _plain(value: Any, name: str) -> Any:
         return value
     if "class_name" not in value:
         return {key: _plain(each, name) for key, each in value.items()}
-    kind, inner = value["class_name"], value.get("config")
+    kind, inner = value["class_name"], value.get("config") or {}
     if kind == TENSOR:
         return tensor(inner["keras_history"])
     if kind == _ARRAY:
@@ -282,8 +282,8 @@ def _plain(value: Any, name: str) -> Any:
     if kind == "__ellipsis__":
         return {"class_name": kind, "config": {}}
     if kind == "function" and value.get("module") in _ACTIVATION_MODULES and inner in ACTIVATIONS:
-        return inner
-    return _layer(value)
+        return str(inner)
+    return renamed_layers([_layer(value)], {})[0]
 
 
 def _numbers(value: Any) -> Any:
