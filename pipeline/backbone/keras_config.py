@@ -202,9 +202,11 @@ def _refs(value: Any) -> Iterator[list[Any]]:
     """Yield each [layer, call, output] of a structure that names a model's inputs or outputs."""
     if isinstance(value, list) and len(value) == 3 and isinstance(value[0], str):
         yield value
-    else:
+    elif isinstance(value, list | dict):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _refs(inner)
+    else:
+        raise SpecError(f"names {value!r:.60} as an input or output, expected a layer's")
 
 
 def _calls(model: Config) -> int:
