@@ -151,7 +151,6 @@ def test_a_network_computes_what_keras_makes_of_the_file(tmp_path: Path, make: C
 @pytest.mark.parametrize(
     ("builder", "options"),
     [
-        ("MobileNetV2", {"alpha": 0.35}),
         ("MobileNetV2", {"alpha": 0.35, "pooling": "avg"}),
         ("EfficientNetB0", {}),
         ("MobileNetV3Small", {"minimalistic": False}),
@@ -376,9 +375,12 @@ def shape(*sides: int | None, batch: int | None = None) -> Callable[[Config], No
 ARCHITECTURES = {
     "custom class": (
         replaced(1, **{**CUSTOM, "registered_name": None}),
-        "has 'Evil' of antigravity, which is not one of",
+        "has 'Evil' of 'antigravity', which is not one of",
     ),
-    "registered custom class": (replaced(1, **CUSTOM), "has 'my>Evil' of antigravity, which is not one of Keras' own"),
+    "registered custom class": (
+        replaced(1, **CUSTOM),
+        "has 'my>Evil' of 'antigravity', which is not one of Keras' own",
+    ),
     "custom class in Keras' clothes": (
         replaced(1, registered_name="my>Conv2D"),
         "has 'my>Conv2D', which is not one of Keras' own that are read; use layers of Keras alone",
@@ -386,7 +388,7 @@ ARCHITECTURES = {
     "class of a module of Keras": (replaced(1, module="keras.src.utils.file_utils"), "has 'Conv2D', which is not one"),
     "subclassed model": (
         lambda config: config.update(module="my", class_name="Mine", registered_name="my>Mine", config={}),
-        "has 'my>Mine' of my, which is not one of Keras' own",
+        "has 'my>Mine' of 'my', which is not one of Keras' own",
     ),
     "Lambda": (
         replaced(1, **LAMBDA),
@@ -401,11 +403,11 @@ ARCHITECTURES = {
         holding(
             "activation", {"module": "os", "class_name": "function", "config": "system", "registered_name": "system"}
         ),
-        "has 'function' of os, which is not one of Keras' own",
+        "has 'function' of 'os', which is not one of Keras' own",
     ),
     "lambda as initializer": (holding("kernel_initializer", BARE_LAMBDA), "has '__lambda__', which is code"),
-    "custom initializer": (holding("kernel_initializer", CUSTOM), "has 'my>Evil' of antigravity"),
-    "custom regularizer": (holding("kernel_regularizer", CUSTOM), "has 'my>Evil' of antigravity"),
+    "custom initializer": (holding("kernel_initializer", CUSTOM), "has 'my>Evil' of 'antigravity'"),
+    "custom regularizer": (holding("kernel_regularizer", CUSTOM), "has 'my>Evil' of 'antigravity'"),
     "lambda as argument of a call": (
         lambda config: layer(config)["inbound_nodes"][0]["kwargs"].update(x=BARE_LAMBDA),
         "has '__lambda__', which is code",
@@ -424,8 +426,8 @@ ARCHITECTURES = {
     ),
     "quantized": (holding("quantization_config", {"mode": "int8"}), "has the quantized or LoRA layer 'conv2d"),
     "int8 policy": (holding("dtype", "int8_from_float32"), "has the dtype policy 'int8_from_float32' at 'conv2d"),
-    "several inputs": (twice("input_layers"), "has 2 inputs (input_layer"),
-    "several outputs": (twice("output_layers"), "has 2 outputs (batch_normalization"),
+    "several inputs": (twice("input_layers"), "has 2 inputs ('input_layer"),
+    "several outputs": (twice("output_layers"), "has 2 outputs ('batch_normalization"),
     "no layer's name": (lambda config: config["config"].update(output_layers="x"), "names 'x' as an input or output"),
     "no such layer": (
         lambda config: config["config"].update(output_layers=["x", 0, 0]),
@@ -438,6 +440,10 @@ ARCHITECTURES = {
     "format of Keras 2": (replaced(1, inbound_nodes=[[["input_layer", 0, 0, {}]]]), "is in the format of Keras 2"),
     "grey input": (shape(SIZE, SIZE, 1), "takes (16, 16, 1), expected RGB images (height, width, 3)"),
     "channels first": (shape(3, SIZE, SIZE), "takes (3, 16, 16), expected RGB images (height, width, 3)"),
+    "texts as sides": (
+        lambda config: layer(config, 0)["config"].update(batch_shape=["\n", 1, "\x1b\n", 3]),
+        r"batches of '\n' images",
+    ),
     "vector input": (shape(3), "takes (3), expected RGB images (height, width, 3)"),
     "non-square input": (shape(SIZE, 24, 3), "takes images of (16, 24, 3), expected square ones; save it for (None,"),
     "absurd input": (shape(10**9, 10**9, 3), "expected sides of 1 to 4096 pixels"),

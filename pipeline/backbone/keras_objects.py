@@ -141,7 +141,7 @@ def _is_known(module: str, name: str, kind: str) -> bool:
 
 def _refuse(name: str, module: str) -> None:
     why = _CODE.get(name, "which is not one of Keras' own that are read")
-    where = f" of {module:.60}" if module and not module.startswith("keras.") else ""
+    where = f" of {module!r:.60}" if module and not module.startswith("keras.") else ""
     raise SpecError(f"has {name!r:.60}{where}, {why}; {OWN_ONLY}")
 
 
