@@ -190,7 +190,7 @@ def _called_layer(value: Any) -> Config:
 def _only_one(side: str, refs: Any) -> list[Any]:
     found = list(_refs(refs))
     if len(found) != 1:
-        names = ", ".join(str(ref[0]) for ref in found)[:100]
+        names = ", ".join(repr(ref[0]) for ref in found)[:100]
         raise SpecError(
             f"has {len(found)} {side}s ({names}), expected one; save a model of one: "
             f"keras.Model({'one_input, model.output' if side == 'input' else 'model.input, one_output'})"
@@ -202,9 +202,11 @@ def _refs(value: Any) -> Iterator[list[Any]]:
     """Yield each [layer, call, output] of a structure that names a model's inputs or outputs."""
     if isinstance(value, list) and len(value) == 3 and isinstance(value[0], str):
         yield value
-    else:
+    elif isinstance(value, list | dict):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _refs(inner)
+    else:
+        raise SpecError(f"names {value!r:.60} as an input or output, expected a layer's")
 
 
 def _calls(model: Config) -> int:
@@ -270,7 +272,7 @@ def _plain(value: Any, name: str) -> Any:
         return value
     if "class_name" not in value:
         return {key: _plain(each, name) for key, each in value.items()}
-    kind, inner = value["class_name"], value.get("config")
+    kind, inner = value["class_name"], value.get("config") or {}
     if kind == TENSOR:
         return tensor(inner["keras_history"])
     if kind == _ARRAY:
@@ -282,8 +284,8 @@ def _plain(value: Any, name: str) -> Any:
     if kind == "__ellipsis__":
         return {"class_name": kind, "config": {}}
     if kind == "function" and value.get("module") in _ACTIVATION_MODULES and inner in ACTIVATIONS:
-        return inner
-    return _layer(value)
+        return str(inner)
+    return renamed_layers([_layer(value)], {})[0]
 
 
 def _numbers(value: Any) -> Any:
@@ -317,11 +319,13 @@ def _input_side(config: Config) -> int | None:
     if layer["class_name"] != "InputLayer":
         raise SpecError(f"begins with {layer['class_name']}, expected an input: keras.Input((height, width, 3))")
     batch, shape = layer["config"]["batch_shape"][0], layer["config"]["batch_shape"][1:]
-    text = "(" + ", ".join(map(str, shape)) + ")"
+    text = "(" + ", ".join(map(repr, shape)) + ")"
     if len(shape) != 3 or shape[2] != 3:
         raise SpecError(f"takes {text}, expected RGB images (height, width, 3)")
     if batch is not None:
-        raise SpecError(f"takes batches of {batch} images only; save it with a free batch size: keras.Input({text})")
+        raise SpecError(
+            f"takes batches of {batch!r:.20} images only; save it with a free batch size: keras.Input({text})"
+        )
     if shape[0] != shape[1]:
         raise SpecError(f"takes images of {text}, expected square ones; save it for (None, None, 3) or (size, size, 3)")
     if shape[0] is not None and not (type(shape[0]) is int and 1 <= shape[0] <= _MOST_PIXELS):

@@ -69,4 +69,6 @@ def renamed_ends(value: Any, names: Mapping[str, str]) -> Any:
         return [names[value[0]], *value[1:]]
     if isinstance(value, dict):
         return {key: renamed_ends(each, names) for key, each in value.items()}
-    return [renamed_ends(each, names) for each in value]
+    if isinstance(value, list):
+        return [renamed_ends(each, names) for each in value]
+    raise SpecError(f"refers to {value!r:.60}, expected a layer")

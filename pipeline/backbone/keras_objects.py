@@ -27,7 +27,7 @@ LAYERS = _names(
     Cropping1D Cropping2D Cropping3D Dense DepthwiseConv1D DepthwiseConv2D Dot Dropout ELU EinsumDense Embedding
     Equalization Flatten GRU GRUCell GaussianDropout GaussianNoise GlobalAveragePooling1D GlobalAveragePooling2D
     GlobalAveragePooling3D GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D GroupNormalization
-    GroupQueryAttention Identity InputLayer LSTM LSTMCell LayerNormalization LeakyReLU Masking MaxPooling1D MaxPooling2D
+    Identity InputLayer LSTM LSTMCell LayerNormalization LeakyReLU Masking MaxPooling1D MaxPooling2D
     MaxPooling3D Maximum Minimum MultiHeadAttention Multiply Normalization PReLU Permute RMSNormalization RNN
     RandomBrightness RandomColorDegeneration RandomColorJitter RandomContrast RandomCrop RandomElasticTransform
     RandomErasing RandomFlip RandomGaussianBlur RandomGrayscale RandomHue RandomInvert RandomPerspective
@@ -141,7 +141,7 @@ def _is_known(module: str, name: str, kind: str) -> bool:
 
 def _refuse(name: str, module: str) -> None:
     why = _CODE.get(name, "which is not one of Keras' own that are read")
-    where = f" of {module:.60}" if module and not module.startswith("keras.") else ""
+    where = f" of {module!r:.60}" if module and not module.startswith("keras.") else ""
     raise SpecError(f"has {name!r:.60}{where}, {why}; {OWN_ONLY}")
 
 

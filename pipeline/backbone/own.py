@@ -210,7 +210,7 @@ def _build(
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float32" if precision == "float32" else f"mixed_{precision}")
     try:
-        model = _allocated_if(require, lambda: _from_config(keras_config.at_size(config, size)))
+        model = _allocated_if(require, keras_config.at_size(config, size))
     except (SpecError, WeightsError):
         raise
     except (*_NOT_BUILT, tf.errors.OpError) as error:
@@ -221,20 +221,14 @@ def _build(
     return model
 
 
-def _from_config(config: dict[str, Any]) -> KerasModel:
-    import keras  # not by `import_keras`, which would set the dtype policy back
-
-    return keras.saving.deserialize_keras_object(config, safe_mode=True)
-
-
-def _allocated_if(require: Callable[[int], None], make: Callable[[], KerasModel]) -> KerasModel:
-    """Return the model that `make` builds; memory for its weights is taken after `require` has heard their number."""
-    import keras
+def _allocated_if(require: Callable[[int], None], config: dict[str, Any]) -> KerasModel:
+    """Return the model that Keras builds; memory for its weights is taken after `require` has heard their number."""
+    import keras  # import_keras would set the dtype policy back
     from keras.src.backend.common import global_state
 
     try:
         with keras.StatelessScope(initialize_variables=False):
-            model = make()
+            model: KerasModel = keras.saving.deserialize_keras_object(config, safe_mode=True)
             require(sum(math.prod(weight.shape) for weight in model.weights))
     except BaseException:
         global_state.set_global_attribute("uninitialized_variables", [])  # or the next model would allocate them
