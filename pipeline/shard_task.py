@@ -174,7 +174,7 @@ class ShardWorker:
         """
         self.setup = setup
         remote.limit_connections(setup.connections)
-        self._model = FrozenBackbone(setup.spec, setup.weights, setup.batch_size, threads, network=setup.network)
+        self._model = FrozenBackbone(setup.spec, setup.weights, setup.batch_size, threads, setup.network)
         depth = images.depth_of(setup.spec.decode)
         self._decoders = Decoders(setup.spec.input_size, setup.spec.fit, setup.max_pixels, depth)
         self._pool = decoding_pool(threads)

@@ -270,9 +270,9 @@ def test_other_images_get_the_batch_size_of_the_space(
 ) -> None:
     sizes: list[int] = []
 
-    def noted(spec: FeatureSpec, weights: Path | None, batch_size: int, threads: int | None = None) -> FrozenBackbone:
+    def noted(spec: FeatureSpec, weights: Path | None, batch_size: int, *more: Any) -> FrozenBackbone:
         sizes.append(batch_size)
-        return _frozen_backbone(spec, weights, batch_size, threads)
+        return _frozen_backbone(spec, weights, batch_size, *more)
 
     monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", noted)
     other = write_picture(tmp_path / "other" / "cats" / "a.png", seed=77).parent.parent

@@ -49,7 +49,14 @@ class _Backbone:
     row_shape = (2, 2, 8)
     shown = 0
 
-    def __init__(self, spec: FeatureSpec, weights: Path | None, batch_size: int, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        weights: Path | None,
+        batch_size: int,
+        threads: int | None = None,
+        network: Path | None = None,
+    ) -> None:
         self.batch_size = batch_size
 
     def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
