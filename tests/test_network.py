@@ -191,12 +191,7 @@ def bare_vector(inputs: Any) -> Any:
     return keras.ops.mean(bare_end(inputs), axis=(1, 2))
 
 
-def same_end(inputs: Any) -> Any:
-    act = layers.ReLU()
-    return act(layers.Conv2D(8, 3, name="above")(act(layers.Conv2D(8, 3, name="sum")(inputs))))
-
-
-ENDS = {"bare end": bare_end, "bare vector": bare_vector, "same end": same_end}
+ENDS = {"bare end": bare_end, "bare vector": bare_vector}
 BODIES = {"depthwise": mobile, "norm first": norm_first, "no norm": no_norm, "nested": in_one, "vectors": vectors}
 
 

@@ -66,21 +66,21 @@ def cut_layers(model: KerasModel) -> list[str]:
     """Return the names of the layers where `model` can be cut, but the input, in order.
 
     These are the layers through whose output, (h, w, c) or (c,), every path from input to output passes. A layer that
-    is called several times is none of them. The last operation, which gives the whole network, is, whatever it is.
+    is called several times is none of them. The last operation is one, also a bare one or a nested model.
     """
     calls, layer = nodes(model), import_keras().layers.Layer
     count = Counter(id(node.operation) for node in calls)
     return [
         node.operation.name
         for node in _carrying(calls)
-        if node.outputs[0] is model.outputs[0] or (isinstance(node.operation, layer) and count[id(node.operation)] == 1)
+        if count[id(node.operation)] == 1 and (node.outputs[0] is model.outputs[0] or isinstance(node.operation, layer))
     ]
 
 
 def cut_tensor(model: KerasModel, layer: str) -> Any:
     """Return the symbolic tensor that `layer` gives, which is one of the `cut_layers` of `model` or of a longer one.
 
-    An operation with which a network ends is named there, and may have other calls here, or a head behind it.
+    A bare operation with which a network ends is one of them, and has a head behind it in a full model.
     """
     return [node.outputs[0] for node in _carrying(nodes(model)) if node.operation.name == layer][-1]
 
