@@ -15,7 +15,7 @@ from pipeline.backbone import own, weights_file
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.build import check_weights, load_weights
 from pipeline.backbone.frozen import features_of
-from pipeline.backbone.graph import allow_any_names, cut, cut_layers, cut_tensors, layer_names, rest_of, work
+from pipeline.backbone.graph import allow_any_names, cut, cut_layers, cut_tensor, layer_names, rest_of, work
 from pipeline.backbone.scaling import scale
 from pipeline.backbone.weights import Weights
 from pipeline.cache import storage
@@ -348,7 +348,7 @@ def compiled(network: Network, after: str | None = None) -> Answerer:
     head, spec = network.head.model, network.spec
     shape, kind = (spec.input_size, spec.input_size, 3), "uint8"
     if after is not None:
-        tensor = cut_tensors(network.whole)[after]
+        tensor = cut_tensor(network.whole, after)
         shape, kind = (*(1, 1)[: 4 - len(tensor.shape)], *tensor.shape[1:]), spec.storage
 
     @tf.function(input_signature=[tf.TensorSpec((None, *shape), kind)], autograph=False)

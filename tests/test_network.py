@@ -16,7 +16,7 @@ from pipeline import heads, network
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.build import load_weights
 from pipeline.backbone.frozen import FrozenBackbone
-from pipeline.backbone.graph import cut
+from pipeline.backbone.graph import cut, layer_names
 from pipeline.errors import RunError, SpecError, UsageError, WeightsError
 from pipeline.heads import Data, Watch, fit
 from pipeline.heads.dense import DenseHead, build
@@ -182,10 +182,20 @@ def vectors(inputs: Any) -> Any:
     return layers.Dense(12, activation="relu", name="last")(layers.Dropout(0.5)(layers.Dense(16, name="above")(x)))
 
 
+def bare_end(inputs: Any) -> Any:
+    x = layers.Conv2D(8, 3, name="sum")(inputs)
+    return layers.Conv2D(8, 3, name="above")(x) * 2.0
+
+
+def bare_vector(inputs: Any) -> Any:
+    return keras.ops.mean(bare_end(inputs), axis=(1, 2))
+
+
+ENDS = {"bare end": bare_end, "bare vector": bare_vector}
 BODIES = {"depthwise": mobile, "norm first": norm_first, "no norm": no_norm, "nested": in_one, "vectors": vectors}
 
 
-def network_of(body: Any, monkeypatch: pytest.MonkeyPatch, layer: str = "last") -> Network:
+def network_of(body: Any, monkeypatch: pytest.MonkeyPatch, layer: str | None = "last") -> Network:
     """Return a network of a small backbone, the same each time but for what Keras draws when it is built."""
     inputs = keras.Input((16, 16, 3))
     whole: Any = keras.Model(inputs, body(inputs))
@@ -194,6 +204,7 @@ def network_of(body: Any, monkeypatch: pytest.MonkeyPatch, layer: str = "last") 
         least = 0.5 if weight.name in ("gamma", "moving_variance") else -0.3
         weight.assign(rng.uniform(least, least + 0.6, weight.shape))
     monkeypatch.setattr(network, "build_backbone", lambda *given, **named: whole)
+    layer = layer or layer_names(whole)[-1]
     spec = replace(SPEC, input_size=16, layer=layer, storage="float32")
     made = Network(spec, lambda shape: DenseHead(build(GAP, shape, CLASSES), GAP))
     made.freeze(made.layers.index("sum"), batch_norm=False)
@@ -230,9 +241,10 @@ def test_both_ways_train_alike_whatever_the_network(
         np.testing.assert_allclose(before, after, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", BODIES)
+@pytest.mark.parametrize("kind", [*BODIES, *ENDS])
 def test_any_network_answers_as_the_head_on_its_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = network_of(BODIES[kind], monkeypatch)
+    made = network_of({**BODIES, **ENDS}[kind], monkeypatch, None if kind in ENDS else "last")
+    last = made.spec.layer
     said = network.compiled(made)(PIXELS)
     np.testing.assert_allclose(made.on_pixels().predict_on_batch(PIXELS), said, atol=1e-5)
     assert made.below.output.shape[1:] == made.head.model.input_shape[1:]
@@ -242,7 +254,7 @@ def test_any_network_answers_as_the_head_on_its_rows(kind: str, monkeypatch: pyt
         np.testing.assert_allclose(made.after(layer).predict_on_batch(rows), said, atol=1e-5)
         between = made.features_after(layer)
         features = rows if between is None else between.predict_on_batch(rows)
-        np.testing.assert_allclose(features, rows_of(made, "last"), atol=1e-5)
+        np.testing.assert_allclose(features, rows_of(made, last), atol=1e-5)
 
 
 def test_batch_norms_inside_of_nested_models_stay_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:

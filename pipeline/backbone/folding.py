@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.backbone.graph import cut_tensors, functional, nodes, walk
+from pipeline.backbone.graph import cut_tensor, functional, nodes, walk
 from pipeline.errors import SpecError
 from pipeline.keras_start import KerasModel, import_keras
 
@@ -31,7 +31,7 @@ def run(model: KerasModel, inputs: Any, after: str | None = None) -> Any:
     """
     import tensorflow as tf
 
-    begin = model.inputs[0] if after is None else cut_tensors(model)[after]
+    begin = model.inputs[0] if after is None else cut_tensor(model, after)
     with tf.name_scope("frozen"):  # as the outermost scope TensorFlow takes fewer names than layers may have
         if len(begin.shape) == 2:
             inputs = tf.reshape(inputs, (-1, begin.shape[-1]))

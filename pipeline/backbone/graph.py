@@ -62,39 +62,50 @@ def layer_names(model: KerasModel) -> list[str]:
     return names if last in names else [*names, last]
 
 
-def cut_tensors(model: KerasModel) -> dict[str, Any]:
-    """Return the names of the layers where `model` can be cut, in order, and the symbolic tensor that each gives.
+def cut_layers(model: KerasModel) -> list[str]:
+    """Return the names of the layers where `model` can be cut, but the input, in order.
 
     These are the layers through whose output, (h, w, c) or (c,), every path from input to output passes. A layer that
-    is called several times is none of them. The last operation, which gives the whole network, is, whatever it is.
-
-    Going through the nodes in an order that `model` could be computed in: an output carries the network on alone if
-    nothing computed so far, but that output, is still needed by what comes after.
+    is called several times is none of them. The last operation is one, also a bare one or a nested model.
     """
     calls, layer = nodes(model), import_keras().layers.Layer
+    count = Counter(id(node.operation) for node in calls)
+    return [
+        node.operation.name
+        for node in _carrying(calls)
+        if count[id(node.operation)] == 1 and (node.outputs[0] is model.outputs[0] or isinstance(node.operation, layer))
+    ]
+
+
+def cut_tensor(model: KerasModel, layer: str) -> Any:
+    """Return the symbolic tensor that `layer` gives, which is one of the `cut_layers` of `model` or of a longer one.
+
+    A bare operation with which a network ends is one of them, and has a head behind it in a full model.
+    """
+    return [node.outputs[0] for node in _carrying(nodes(model)) if node.operation.name == layer][-1]
+
+
+def _carrying(calls: list[Any]) -> list[Any]:
+    """Return those of the nodes of a network whose output carries it on alone, but the input.
+
+    Going through them in an order that they could be computed in: an output carries the network on alone if nothing
+    computed so far, but that output, is still needed by what comes after.
+    """
     origin = {id(tensor): i for i, node in enumerate(calls) for tensor in node.outputs}
     last_use = [0] * len(calls)
     for i, node in enumerate(calls):
         for tensor in node.input_tensors:
             last_use[origin[id(tensor)]] = max(last_use[origin[id(tensor)]], i)
-    count = Counter(id(node.operation) for node in calls)
-    output = origin[id(model.outputs[0])]
-    found, needed_until = {}, 0  # the furthest node that needs what was computed before this one
+    found, needed_until = [], 0  # the furthest node that needs what was computed before this one
     for i, node in enumerate(calls):
-        named = i == output or (isinstance(node.operation, layer) and count[id(node.operation)] == 1)
-        if named and not node.is_input and needed_until <= i and _is_features(node.outputs):
-            found[node.operation.name] = node.outputs[0]
+        if not node.is_input and needed_until <= i and _is_features(node.outputs):
+            found.append(node)
         needed_until = max(needed_until, last_use[i])
     return found
 
 
 def _is_features(outputs: list[Any]) -> bool:
     return len(outputs) == 1 and len(outputs[0].shape) in (2, 4) and None not in outputs[0].shape[1:]
-
-
-def cut_layers(model: KerasModel) -> list[str]:
-    """Return the names of the layers, but the input, through which every path from input to output passes, in order."""
-    return list(cut_tensors(model))
 
 
 def cut(model: KerasModel, layer: str) -> KerasModel:
@@ -107,10 +118,10 @@ def cut(model: KerasModel, layer: str) -> KerasModel:
     SpecError
         If there is no such layer, or a path from input to output goes around it; the text names those nearest.
     """
-    keras, cuts = import_keras(), cut_tensors(model)
+    keras, cuts = import_keras(), cut_layers(model)
     if layer not in cuts:
-        raise SpecError(_refusal(model, layer, list(cuts)))
-    output = cuts[layer]
+        raise SpecError(_refusal(model, layer, cuts))
+    output = cut_tensor(model, layer)
     if len(output.shape) == 2:
         output = keras.layers.Reshape((1, 1, output.shape[-1]), name=_ROW, dtype=output.dtype)(output)
     return keras.Model(model.inputs, output, name=_scope(f"{model.name}_to_{layer}"))
@@ -143,7 +154,7 @@ def _refusal(model: KerasModel, layer: str, cuts: list[str]) -> str:
 
 def rest_of(model: KerasModel, layer: str, name: str | None = None) -> KerasModel:
     """Return what of `model` comes after `layer`, where it can be cut: its rows (n, h, w, c) → the output."""
-    keras, tensor = import_keras(), cut_tensors(model)[layer]
+    keras, tensor = import_keras(), cut_tensor(model, layer)
     name = name and _scope(name)
     if len(tensor.shape) == 4:
         return keras.Model(tensor, model.output, name=name)
@@ -193,7 +204,7 @@ def work(model: KerasModel, after: str = "") -> list[tuple[Any, int]]:
     """Return each call in `model` that comes after the layer `after` as its operation and its multiplications."""
     calls = nodes(model)
     if after:
-        tensor = cut_tensors(model)[after]
+        tensor = cut_tensor(model, after)
         calls = calls[next(i for i, node in enumerate(calls) if tensor is node.outputs[0]) + 1 :]
     return [(node.operation, _work(node)) for node in calls]
 
