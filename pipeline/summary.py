@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from pipeline.backbone.build import build
-from pipeline.backbone.graph import cut, cut_layers, multiplications
+from pipeline.backbone.graph import cut, cut_layers, nodes, work
 from pipeline.backbone.source import architecture
 from pipeline.heads.dense import build as build_head
 from pipeline.spec import HeadSpec
@@ -33,12 +33,12 @@ def summarize(
     on_top = build_head(HeadSpec.make(head), tuple(below.output.shape[1:]), classes)
     in_backbone, in_head = _trainable(below), _trainable(on_top)
     return {
-        "layers": _layers(below, sum(map(multiplications, on_top.layers))),
+        "layers": _layers(below, _multiplications(on_top)),
         "backbone": found.label,
         "layer": layer,
         "feature_shape": list(below.output.shape[1:]),
         "backbone_parameters": below.count_params(),
-        "multiplications": sum(map(multiplications, [*below.layers, *on_top.layers])),
+        "multiplications": _multiplications(below) + _multiplications(on_top),
         "head": head,
         "classes": classes,
         "head_parameters": in_head,
@@ -49,10 +49,10 @@ def summarize(
 
 def _layers(backbone: Any, in_head: int) -> list[dict[str, Any]]:
     cuts = set(cut_layers(backbone))
-    work = [multiplications(each) for each in backbone.layers]
-    total, described = sum(work) + in_head, []
+    outputs = {node.operation: node.outputs[0] for node in nodes(backbone)}
+    total, described = _multiplications(backbone) + in_head, []
     for i, each in enumerate(backbone.layers):
-        shape = list(each.output.shape[1:])
+        shape = list((outputs[each] if each in outputs else each.output).shape[1:])  # the input is no node
         at_cut = each.name in cuts
         described.append(
             {
@@ -63,10 +63,14 @@ def _layers(backbone: Any, in_head: int) -> list[dict[str, Any]]:
                 "parameters": each.count_params(),
                 "cut": at_cut,
                 "bytes": 2 * math.prod(shape) if at_cut else None,
-                "share_after": (total - sum(work[: i + 1])) / total if at_cut else None,
+                "share_after": (_multiplications(backbone, each.name) + in_head) / total if at_cut else None,
             }
         )
     return described
+
+
+def _multiplications(model: Any, after: str = "") -> int:
+    return sum(count for _, count in work(model, after))
 
 
 def _trainable(model: Any) -> int:

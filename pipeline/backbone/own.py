@@ -19,6 +19,7 @@ from pipeline.errors import SpecError, UsageError, WeightsError
 from pipeline.keras_start import KerasModel, import_keras
 
 MOST_STORED = 2**26  # bytes of the JSON that a run keeps
+_TAKEN = ("gap_head", "flatten_head", "vector_as_row", "pixels", "full_model")
 _MOST_NUMBERS = 2**29  # of a network's weights, 2 GiB in float32, as `weights_file` takes
 _MOST_VALUES = 2**28  # of a layer's output for one image, 1 GiB in float32
 
@@ -244,6 +245,10 @@ def _require_features(model: KerasModel, what: str) -> None:
         for shape in _shapes(operation):
             if math.prod(shape) > _MOST_VALUES:
                 raise SpecError(f"{what} has an output of {shape} at {operation.name!r}, too large for one image")
+    if taken := next((layer.name for layer in model.layers if layer.name in _TAKEN), None):
+        raise SpecError(
+            f"{what} has a layer named {taken!r}, as the program names one of its own; save it under another"
+        )
     shape = tuple(model.output.shape[1:])
     if None in shape:
         raise SpecError(f"{what} has an output of {shape}, expected one of known size: (h, w, c) or (c,)")
