@@ -49,10 +49,10 @@ def summarize(
 
 def _layers(backbone: Any, in_head: int) -> list[dict[str, Any]]:
     cuts = set(cut_layers(backbone))
-    outputs = {node.operation: node.outputs[0] for node in nodes(backbone)}
+    outputs = {backbone.layers[0]: backbone.inputs[0], **{node.operation: node.outputs[0] for node in nodes(backbone)}}
     total, described = _multiplications(backbone) + in_head, []
     for i, each in enumerate(backbone.layers):
-        shape = list((outputs[each] if each in outputs else each.output).shape[1:])  # the input is no node
+        shape = list(outputs[each].shape[1:])
         at_cut = each.name in cuts
         described.append(
             {
