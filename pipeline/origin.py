@@ -25,7 +25,7 @@ from pipeline.heads.dense import DenseHead
 from pipeline.heads.dense import build as build_head
 from pipeline.images import depth_of
 from pipeline.runs import network_record, read_run
-from pipeline.spec import FREEZE_UNTIL, SHAPE, FeatureSpec, HeadSpec
+from pipeline.spec import FREEZE_UNTIL, OWN, SHAPE, FeatureSpec, HeadSpec
 from pipeline.workspace import Workspace
 
 
@@ -175,15 +175,19 @@ def begun_from(path: Path, dataset: Dataset) -> Begun:
 def _from_run(begun: Begun, asked: FullAsked, workspace: Workspace) -> Origin:
     stated, spec = asked.features, begun.spec
     base = _base_weights(begun, stated, workspace)
-    trained = network.saved_weights(begun.path) if begun.full else None
     label = str(begun.about["summary"]["weights"])
-    weights = trained or base
-    if weights is None:
-        weights = networks.require(begun.base, network_record(begun.about), label, begun.path.name, workspace)
-    source = Source(spec.backbone, spec.input_size, spec.scaling, spec.layer, weights.network)
+    if begun.full:
+        file = begun.path / network.JSON_FILE if spec.backbone.startswith(OWN) else None
+    else:
+        base = base or networks.require(begun.base, network_record(begun.about), label, begun.path.name, workspace)
+        file = base.network
+    source = Source(spec.backbone, spec.input_size, spec.scaling, spec.layer, file)
     cut, until, names = _cut(asked, source, spec.layer)
     if begun.unchanged_until not in ("", *names):
         raise RunError(f"{begun.path / 'run.json'} is not that of a trained model ({begun.unchanged_until[:60]!r})")
+    trained = network.saved_weights(begun.path) if begun.full else None
+    weights = trained or base
+    assert weights is not None  # a full model has its own, and those of another run were just required
     below = base is not None and (not trained or _at_most(cut, begun.unchanged_until, names))
     rows = base if below and base is not None else weights
     choice = FeatureChoice(

@@ -198,8 +198,8 @@ def test_runs_of_other_classes_are_not_averaged(deployed: Deployed, elsewhere: W
 
 def test_a_run_of_another_preprocessing_is_refused(deployed: Deployed, elsewhere: Workspace) -> None:
     run = deployed.run("logreg")
-    older = replace(run, spec=replace(run.spec, decode="rgb8-1", scaling="x/255"))
-    with pytest.raises(SpecError, match=r"by another version of Icebox: decode rgb8-1, not .*, scaling x/255, not "):
+    older = replace(run, spec=replace(run.spec, decode="rgb8-1", resize="area-0"))
+    with pytest.raises(SpecError, match=r"by another version of Icebox: decode rgb8-1, not .*, resize area-0, not "):
         said([older], deployed.files, elsewhere)
 
 
