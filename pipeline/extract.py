@@ -20,10 +20,12 @@ from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import identify, read_some
 from pipeline.cache.index import Index
 from pipeline.cache.keys import Keys
+from pipeline.cache.shard import SHARD_BYTES
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.choice import FeatureChoice, Settled, find_space, settle, warn_untrained, weights_for
 from pipeline.cluster import ClusterChoice
 from pipeline.compute import (
+    DEFAULT_SHARD_ROWS,
     ComputeOptions,
     Crew,
     Effort,
@@ -34,6 +36,7 @@ from pipeline.compute import (
     most_to_try,
     refusal,
     require_memory,
+    row_bytes,
 )
 from pipeline.dataset import Dataset, remote
 from pipeline.errors import InterruptedComputationError
@@ -185,7 +188,7 @@ def _compute_missing(
             if not plan.todo:  # whoever held the lock has computed it all
                 return space, before, plan, effort
             crew = crew or stack.enter_context(_crew(setup, source, effort, plan.missing, new=False))
-            shard_rows = options.task_rows(crew.batch_size)
+            shard_rows = options.task_rows(crew.batch_size, row_bytes(crew.row_shape, spec))
             if source.cluster is None or source.cluster.scheduler is None:  # whose workers have memory of their own
                 require_memory(min(shard_rows, plan.missing), crew.row_shape, spec, crew.size)
             job = Job(
@@ -215,6 +218,7 @@ def _setup(source: _Source, spec: FeatureSpec, weights: Weights, space: FeatureS
         options.strict,
         remote.connections(),
         weights.network and weights.network.absolute(),
+        None if options.batch_size or batch_of(space) else SHARD_BYTES,
     )
 
 
@@ -231,7 +235,7 @@ def _crew(setup: Setup, source: _Source, effort: Effort, rows: int, new: bool) -
     logger.info("loading TensorFlow and %s", source.settled.source.label)
     with ShardWorker(setup, source.options.threads) as worker:
         if source.options.batch_size is None and new:
-            worker.choose_batch(rows, min(source.options.shard_rows, most_to_try()))
+            worker.choose_batch(rows, min(source.options.shard_rows or DEFAULT_SHARD_ROWS, most_to_try()))
         yield Here(worker, effort)
 
 
