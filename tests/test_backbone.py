@@ -238,5 +238,9 @@ def test_parameter_counts_of_the_known_recipes(whole: Any) -> None:
 
     counts = summarize("gap", 10, "mixed10")
     assert counts["trainable_all"] == 21_900_138
+    assert counts["backbone"] == "inception_v3"
+    other = summarize("gap", 10, backbone="mobilenet")
+    assert (other["layer"], other["feature_shape"]) == ("conv_pw_13_relu", [7, 7, 1024])
+    assert other["backbone_parameters"] == 3_228_864
     assert counts["trainable_backbone_frozen"] == 131_786
     assert summarize("flatten", 10, "mixed10")["head_parameters"] == 33_557_258

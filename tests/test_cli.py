@@ -363,6 +363,11 @@ def test_doctor_tells_the_truth(data: Path) -> None:
 
 def test_weights_and_summary_answer(data: Path) -> None:
     assert icebox(data, "weights", "--weights", "untrained:3", "--json").json["identity"].endswith(":3")
+    unknown = icebox(data, "weights", "--backbone", "mobilenet_2")
+    assert (unknown.code, unknown.err) == (
+        2,
+        "error: no backbone 'mobilenet_2' (`backbones` lists them); did you mean mobilenet_v2?\n",
+    )
     told = icebox(data, "summary", "--head", "flatten", "--classes", "10", "--json").json
     assert told["head_parameters"] == 33_557_258
     assert [each["name"] for each in told["layers"] if each["cut"]][-11:] == [f"mixed{i}" for i in range(11)]

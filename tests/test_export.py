@@ -16,7 +16,7 @@ from deployed import MOST, Deployed
 
 from pipeline import export
 from pipeline.answering import grouped
-from pipeline.backbone.untrained import initialise
+from pipeline.backbone.untrained import initialise, recipe_of
 from pipeline.cache.lock import new_folder_held
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, RunError, UsageError
@@ -88,7 +88,7 @@ def test_what_says_something_else_is_not_published(
 ) -> None:
     def spoilt(network: Any, *, named: bool) -> Any:
         made = deployable(network, named=named)
-        initialise(network.whole, 5)
+        initialise(network.whole, recipe_of("inception_v3"), 5)
         return made
 
     monkeypatch.setattr(export, "deployable", spoilt)

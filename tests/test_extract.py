@@ -121,7 +121,8 @@ def test_rows_equal_keras_on_the_same_pixels(tmp_path: Path, run: Callable[..., 
 
     import keras
 
-    from pipeline import images, untrained
+    from pipeline import images
+    from pipeline.backbone import untrained
 
     folder = tmp_path / "kinds"
     for name, seed, channels in (("a/c.jpg", 1, 3), ("a/g.png", 2, 1), ("b/t.png", 3, 4), ("b/w.webp", 4, 3)):
@@ -131,7 +132,7 @@ def test_rows_equal_keras_on_the_same_pixels(tmp_path: Path, run: Callable[..., 
     rows = stored(tmp_path / "data")
     build: Any = keras.applications.InceptionV3
     reference = build(include_top=False, weights=None, input_shape=(299, 299, 3))
-    untrained.initialise(reference, 0)
+    untrained.initialise(reference, "glorot_centred_1", 0)
     for path in folder.glob("*/*"):
         data = path.read_bytes()
         pixels = images.decode(data).astype(np.float32)[None]

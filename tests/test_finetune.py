@@ -234,7 +234,7 @@ def test_a_fine_tuned_run_goes_on_in_the_rows_its_backbone_still_gives(place: Pl
     origin = origin_of(asked, place.dataset, place.workspace)
     assert (origin.cut, origin.settled.choice.weights) == ("mixed9", "untrained:0")
     deeper = origin_of(replace(asked, freeze_until="mixed10"), place.dataset, place.workspace)
-    assert (deeper.cut, deeper.choice.weights) == ("mixed10", str(from_cache.path / network.WEIGHTS_FILE))
+    assert (deeper.cut, deeper.settled.choice.weights) == ("mixed10", str(from_cache.path / network.WEIGHTS_FILE))
     names, cuts = origin_layers(place)
     assert origin.unchanged_until(names, cuts) == "mixed9"
     assert origin.unchanged_until(names, cuts[: cuts.index("mixed8") + 1]) == "mixed8"

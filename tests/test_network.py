@@ -138,6 +138,174 @@ def test_it_answers_in_bfloat16_as_cached_features_do(gap: Network) -> None:
         assert np.abs(network.compiled(half, layer)(cut) - expected).max() < 1e-5
 
 
+# Networks of other kinds
+
+layers: Any = keras.layers
+
+
+def mobile(inputs: Any) -> Any:
+    """Return features (n, 4, 4, 12): depthwise convolutions, dropout below and above the cut `sum`, no bare names."""
+    x = layers.ReLU()(layers.BatchNormalization()(layers.DepthwiseConv2D(3, strides=2, padding="same")(inputs)))
+    x = layers.Dropout(0.5, name="drop_below")(layers.Conv2D(8, 1)(x))
+    y = layers.BatchNormalization()(layers.DepthwiseConv2D(3, padding="same")(x))
+    x = layers.Add(name="sum")([x, layers.Dropout(0.5)(y)]) * 0.5
+    x = layers.Conv2D(12, 3, strides=2, padding="same", name="above")(x)
+    x = layers.Dropout(0.5, noise_shape=(None, 1, 1, 1), name="drop_above")(layers.BatchNormalization()(x))
+    return layers.Conv2D(12, 1, name="last")(x)
+
+
+def norm_first(inputs: Any) -> Any:
+    x = layers.Conv2D(8, 3, strides=2, padding="same", name="stem")(inputs)
+    x = layers.BatchNormalization(name="sum")(x)
+    x = layers.Conv2D(12, 3, strides=2, padding="same", name="above")(layers.ReLU()(x))
+    return layers.ReLU(name="last")(layers.BatchNormalization()(x))
+
+
+def no_norm(inputs: Any) -> Any:
+    x = layers.Conv2D(8, 3, strides=2, padding="same", activation="relu", name="sum")(inputs)
+    x = layers.Conv2D(12, 3, strides=2, padding="same", activation="relu", name="above")(x)
+    return layers.LayerNormalization(name="last")(layers.Dense(12, activation="gelu")(x))
+
+
+def in_one(inputs: Any) -> Any:
+    below = keras.Sequential([keras.Input((16, 16, 3)), layers.Conv2D(8, 3, strides=2)], name="sum")
+    below.add(layers.BatchNormalization())
+    below.add(layers.Dropout(0.5))
+    above = keras.Sequential([keras.Input((7, 7, 8)), layers.Conv2D(12, 3)], name="above")
+    above.add(layers.BatchNormalization())
+    above.add(layers.Dropout(0.5))
+    return layers.ReLU(name="last")(above(below(inputs)))
+
+
+def vectors(inputs: Any) -> Any:
+    x = layers.GlobalAveragePooling2D(name="sum")(layers.Conv2D(16, 3, activation="relu")(inputs))
+    return layers.Dense(12, activation="relu", name="last")(layers.Dropout(0.5)(layers.Dense(16, name="above")(x)))
+
+
+BODIES = {"depthwise": mobile, "norm first": norm_first, "no norm": no_norm, "nested": in_one, "vectors": vectors}
+
+
+def network_of(body: Any, monkeypatch: pytest.MonkeyPatch, layer: str = "last") -> Network:
+    """Return a network of a small backbone, the same each time but for what Keras draws when it is built."""
+    inputs = keras.Input((16, 16, 3))
+    whole: Any = keras.Model(inputs, body(inputs))
+    rng = np.random.default_rng(1)
+    for weight in whole.weights:
+        least = 0.5 if weight.name in ("gamma", "moving_variance") else -0.3
+        weight.assign(rng.uniform(least, least + 0.6, weight.shape))
+    monkeypatch.setattr(network, "build_backbone", lambda *given, **named: whole)
+    spec = replace(SPEC, input_size=16, layer=layer, storage="float32")
+    made = Network(spec, lambda shape: DenseHead(build(GAP, shape, CLASSES), GAP))
+    made.freeze(made.layers.index("sum"), batch_norm=False)
+    made.seed(7)
+    return made
+
+
+def losses(model: Any, rows: np.ndarray) -> list[float]:
+    model.compile(keras.optimizers.SGD(0.05), loss="sparse_categorical_crossentropy")
+    return [float(model.train_on_batch(rows, np.arange(len(rows)) % CLASSES)) for _ in range(4)]
+
+
+PIXELS = np.random.default_rng(1).integers(0, 256, (8, 16, 16, 3), np.uint8)
+
+
+def rows_of(made: Network, layer: str) -> np.ndarray:
+    return cut(made.whole, layer).predict_on_batch(PIXELS.astype(np.float32) / 127.5 - 1)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("kind", BODIES)
+def test_both_ways_train_alike_whatever_the_network(
+    kind: str, batch_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (network_of(BODIES[kind], monkeypatch) for _ in range(2))
+    for made in (one, other):
+        made.freeze(made.layers.index("sum"), batch_norm=batch_norm)
+    rows = rows_of(other, "sum")
+    from_images, from_rows = losses(one.on_pixels(), PIXELS), losses(other.after("sum"), rows)
+    np.testing.assert_allclose(from_images, from_rows, rtol=1e-4)
+    assert len(set(np.round(from_rows, 4))) == 4, "it trains"
+    assert np.allclose(rows_of(one, "sum"), rows, atol=1e-6), "what is frozen has not changed"
+    for before, after in zip(one.model.get_weights(), other.model.get_weights(), strict=True):
+        np.testing.assert_allclose(before, after, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_any_network_answers_as_the_head_on_its_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network_of(BODIES[kind], monkeypatch)
+    said = network.compiled(made)(PIXELS)
+    np.testing.assert_allclose(made.on_pixels().predict_on_batch(PIXELS), said, atol=1e-5)
+    assert made.below.output.shape[1:] == made.head.model.input_shape[1:]
+    for layer in made.cuts:
+        rows = rows_of(made, layer)
+        np.testing.assert_allclose(network.compiled(made, layer)(rows), said, atol=1e-5)
+        np.testing.assert_allclose(made.after(layer).predict_on_batch(rows), said, atol=1e-5)
+        between = made.features_after(layer)
+        features = rows if between is None else between.predict_on_batch(rows)
+        np.testing.assert_allclose(features, rows_of(made, "last"), atol=1e-5)
+
+
+def test_batch_norms_inside_of_nested_models_stay_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network_of(in_one, monkeypatch)
+    assert made.trains == ["above", "hidden", "probabilities"]
+    assert [weight.path.split("/")[-1] for weight in made.whole.trainable_weights] == ["kernel", "bias"]
+    made.freeze(made.layers.index("sum"), batch_norm=True)
+    trained = [weight.path.split("/")[-1] for weight in made.whole.trainable_weights]
+    assert trained == ["kernel", "bias", "gamma", "beta"]
+    made.freeze(-1, batch_norm=False)
+    assert made.trains[0] == "sum"
+    assert made.work()[1] == made.work()[0] == 7 * 7 * 27 * 8 + 5 * 5 * 72 * 12 + 12 * 64 + 64 * CLASSES
+
+
+def test_what_is_drawn_above_the_cut_is_drawn_from_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for seed in (7, 7, 8):
+        made = network_of(mobile, monkeypatch)
+        made.seed(seed)
+        found.append(losses(made.after("sum"), rows_of(made, "sum")))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    assert not np.allclose(found[0], found[2], rtol=1e-3)
+
+
+def chain(*filters: int) -> Any:
+    def body(x: Any) -> Any:
+        for i, count in enumerate(filters):
+            x = layers.Conv2D(count, 1, use_bias=False, name=f"conv{i}")(x)
+        return x
+
+    return body
+
+
+def beside(inputs: Any) -> Any:
+    """Return what no layer but first and last carries on alone: the input is needed until the end."""
+    x = stem = layers.Conv2D(8, 1, name="stem")(inputs)
+    for i in range(10):
+        x = layers.Conv2D(8, 1, name=f"conv{i}")(x)
+    return layers.Add(name="end")([x, stem])
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (chain(8, 8, 8, 8, 8, 8), "conv4"),
+        (chain(8, 8, 8, 8, 32, 1), "conv3"),  # conv5 has 32 of 504
+        (chain(64, 1), "conv0"),
+        (chain(8, 64, 1), "conv1"),  # 64 of 600
+        (chain(64), "conv0"),  # no layer leaves any: the first that can be cut
+        (beside, "conv8"),
+    ],
+)
+def test_by_default_about_the_last_block_trains(body: Any, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = keras.Input((4, 4, 3))
+    whole: Any = keras.Model(inputs, body(inputs))
+    assert network.default_freeze_until(whole, whole.layers[-1].name) == expected
+
+
+def test_by_default_inceptions_last_blocks_train(gap: Network) -> None:
+    assert network.default_freeze_until(gap.whole, "mixed10") == "mixed8"
+    assert network.cut_at(gap.layers, gap.cuts, network.frozen_until(gap.layers, "mixed8")) == "mixed8"
+
+
 # How it is kept
 
 

@@ -24,7 +24,7 @@ from served import Page, served
 
 from pipeline import heads, predict, runs
 from pipeline.backbone.build import build as build_backbone
-from pipeline.backbone.untrained import initialise
+from pipeline.backbone.untrained import initialise, recipe_of
 from pipeline.cache import storage
 from pipeline.cache.digests import digest
 from pipeline.cache.space import Cache
@@ -223,7 +223,7 @@ def test_weights_given_by_name_are_taken(deployed: Deployed, elsewhere: Workspac
     """Features of a file that the index has never seen."""
     run, path = deployed.run("gap"), tmp_path / "mine.weights.h5"
     network = build_backbone("inception_v3")
-    initialise(network, 0)
+    initialise(network, recipe_of("inception_v3"), 0)
     network.save_weights(path)
     renamed = replace(run, spec=replace(run.spec, weights="sha256:" + storage.sha256_file(path)))
     answers = said([renamed], deployed.files[:2], elsewhere, weights=str(path))

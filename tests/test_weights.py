@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import os
 import shutil
 import socket
@@ -14,10 +15,11 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone
-from pipeline.backbone.untrained import UNTRAINED_RECIPE
 from pipeline.backbone.weights import Weights, describe, find_by_identity, find_imagenet, resolve
 from pipeline.cache.digests import file_stamp
 from pipeline.cache.index import Index
@@ -27,6 +29,9 @@ from pipeline.workspace import open_workspace
 PUBLISHED = b"what the weights file on the net holds" * 100
 WRONG = b"what somebody else put under its name!" * 100
 FILE = BACKBONES[DEFAULT_BACKBONE].weights_file
+UNHASHED = "mobilenet_v2"
+UNHASHED_FILE = BACKBONES[UNHASHED].weights_file
+NOTE = f"{UNHASHED_FILE}.sha256"
 
 
 def identity(content: bytes) -> str:
@@ -44,8 +49,8 @@ class Place:
     def find(self, name: str) -> Weights | None:
         return find_by_identity(name, DEFAULT_BACKBONE, self.downloads, self.index)
 
-    def resolve(self, choice: str, *, offline: bool = False) -> Weights:
-        return resolve(choice, DEFAULT_BACKBONE, self.downloads, self.index, offline=offline)
+    def resolve(self, choice: str, *, offline: bool = False, backbone: str = DEFAULT_BACKBONE) -> Weights:
+        return resolve(choice, backbone, self.downloads, self.index, offline=offline)
 
     @property
     def downloaded(self) -> list[str]:
@@ -77,13 +82,12 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def set_url(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    row = dataclasses.replace(
-        BACKBONES[DEFAULT_BACKBONE],
-        weights_url=url,
-        weights_hash=f"md5:{hashlib.md5(PUBLISHED).hexdigest()}",
-    )
-    monkeypatch.setitem(BACKBONES, DEFAULT_BACKBONE, row)
+def set_url(monkeypatch: pytest.MonkeyPatch, server: str) -> None:
+    """Let the weights be published at a server on this machine: InceptionV3's with a hash, MobileNetV2's without."""
+    for name, published in {DEFAULT_BACKBONE: f"md5:{hashlib.md5(PUBLISHED).hexdigest()}", UNHASHED: None}.items():
+        url = f"{server}/{BACKBONES[name].weights_file}"
+        row = dataclasses.replace(BACKBONES[name], weights_url=url, weights_hash=published)
+        monkeypatch.setitem(BACKBONES, name, row)
 
 
 @pytest.fixture
@@ -92,7 +96,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         closed = free.getsockname()[1]
-    set_url(monkeypatch, f"http://127.0.0.1:{closed}/{FILE}")
+    set_url(monkeypatch, f"http://127.0.0.1:{closed}")
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -111,7 +115,7 @@ def server(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, answers)) as http:
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        set_url(monkeypatch, f"http://127.0.0.1:{http.server_address[1]}/{FILE}")
+        set_url(monkeypatch, f"http://127.0.0.1:{http.server_address[1]}")
         yield answers
         http.shutdown()
         thread.join()
@@ -136,7 +140,7 @@ def put(path: Path, content: bytes = PUBLISHED) -> Path:
 )
 def test_untrained_weights_are_known_by_recipe_and_seed(place: Place, choice: str, seed: int) -> None:
     weights = place.resolve(choice)
-    assert weights == Weights("untrained", f"untrained:{UNTRAINED_RECIPE}:{seed}", None)
+    assert weights == Weights("untrained", f"untrained:glorot_centred_1:{seed}", None)
     assert weights.label == "untrained"
 
 
@@ -283,6 +287,100 @@ def test_a_failed_download_leaves_a_wrong_file_as_it_is(place: Place) -> None:
     assert place.downloaded == [FILE]
 
 
+# ImageNet's file of a network of whose file Keras publishes no hash
+
+
+def hdf5(seed: int = 0) -> bytes:
+    """Return a weights file: plain HDF5 with numbers."""
+    file = io.BytesIO()
+    with h5py.File(file, "w") as opened:
+        opened["kernel"] = np.random.default_rng(seed).random((8, 8))
+    return file.getvalue()
+
+
+def noted(place: Place) -> str:
+    return (place.downloads / NOTE).read_text()
+
+
+def test_a_file_without_a_published_hash_is_noted_once_and_said(
+    place: Place, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.content = hdf5()
+    digest = hashlib.sha256(hdf5()).hexdigest()
+    path = place.downloads / UNHASHED_FILE
+    for _ in range(2):
+        assert place.resolve("auto", backbone=UNHASHED) == Weights("imagenet", f"sha256:{digest}", path)
+    assert place.downloaded == [UNHASHED_FILE, NOTE]
+    assert noted(place) == f"{digest}  {UNHASHED_FILE}\n"  # as sha256sum --check reads it
+    assert server.asked == [f"/{UNHASHED_FILE}"]
+    said = [record.message for record in caplog.records if "publishes no hash" in record.message]
+    assert len(said) == 1
+    assert digest in said[0]
+
+
+@pytest.mark.parametrize("folder", ["downloads", "keras_models"])
+def test_a_whole_file_at_hand_is_taken_as_it_is_and_noted(place: Place, server: Server, folder: str) -> None:
+    path = put(getattr(place, folder) / UNHASHED_FILE, hdf5())
+    assert find_imagenet(BACKBONES[UNHASHED], place.downloads) == path
+    assert not (place.downloads / NOTE).exists()  # looking is not taking
+    assert place.resolve("imagenet", backbone=UNHASHED).path == path
+    assert noted(place).startswith(hashlib.sha256(hdf5()).hexdigest())
+    assert server.asked == []
+
+
+def test_a_torn_file_at_hand_is_passed_over(place: Place, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    path = put(place.downloads / UNHASHED_FILE, hdf5()[:-100])
+    assert place.resolve("auto", offline=True, backbone=UNHASHED).kind == "untrained"
+    assert f"{path} cannot be read as HDF5: " in caplog.text
+    server.content = hdf5()
+    assert place.resolve("imagenet", backbone=UNHASHED).path == path
+    assert path.read_bytes() == hdf5()
+
+
+@pytest.mark.parametrize("torn", [True, False])
+def test_half_a_download_without_a_hash_is_refused_and_not_kept(place: Place, server: Server, torn: bool) -> None:
+    server.content = hdf5()[:-100] if torn else hdf5()  # what a server has itself, or where the line breaks
+    server.cut_at = None if torn else len(hdf5()) // 2
+    with pytest.raises(
+        WeightsError, match=rf"of mobilenet_v2 cannot be downloaded .*{UNHASHED_FILE} \(Keras publishes"
+    ):
+        place.resolve("imagenet", backbone=UNHASHED)
+    assert server.asked
+    assert place.downloaded == []
+
+
+def test_another_file_than_the_noted_one_is_refused(
+    place: Place, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.content = hdf5()
+    path = place.resolve("imagenet", backbone=UNHASHED).path
+    assert path is not None
+    server.content = hdf5(1)
+    path.write_bytes(hdf5(1))
+    with pytest.raises(WeightsError, match=rf"put {UNHASHED_FILE} \(SHA256 {noted(place).split()[0]}; http"):
+        place.resolve("imagenet", backbone=UNHASHED)
+    assert f"{path} is not the file noted in {place.downloads / NOTE} (its SHA256 differs)" in caplog.text
+    server.content = hdf5()
+    assert place.resolve("imagenet", backbone=UNHASHED).path == path
+    assert path.read_bytes() == hdf5()
+
+
+def test_a_note_that_holds_no_digest_is_told(place: Place) -> None:
+    put(place.downloads / UNHASHED_FILE, hdf5())
+    note = put(place.downloads / NOTE, b"mine")
+    with pytest.raises(WeightsError, match=f"{note} does not begin with a SHA-256; remove it"):
+        place.resolve("imagenet", backbone=UNHASHED)
+
+
+def test_a_download_gets_the_name_that_keras_gives_it(
+    place: Place, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = dataclasses.replace(BACKBONES[DEFAULT_BACKBONE], weights_file="as-keras-calls-it.h5")
+    monkeypatch.setitem(BACKBONES, DEFAULT_BACKBONE, row)
+    assert place.resolve("imagenet").path == place.downloads / "as-keras-calls-it.h5"
+    assert server.asked == [f"/{FILE}"]
+
+
 # The weights a feature space names
 
 
@@ -363,6 +461,21 @@ def test_describe_says_where_weights_come_from(place: Place, tmp_path: Path) -> 
             "path": str(path),
         }
         assert describe("untrained:3", workspace)["path"] is None
+
+
+def test_describe_says_it_of_the_backbone_meant(place: Place, tmp_path: Path) -> None:
+    with open_workspace(tmp_path / "data") as workspace:
+        said = describe(None, workspace, UNHASHED)
+        assert (said["backbone"], said["imagenet_md5"], said["imagenet_sha256"]) == (UNHASHED, None, None)
+        assert "any Keras weights of MobileNetV2 without top" in str(said["file"])
+        put(workspace.downloads / UNHASHED_FILE, hdf5())
+        assert describe("imagenet", workspace, UNHASHED)["weights"] == "imagenet"
+        digest = hashlib.sha256(hdf5()).hexdigest()
+        assert describe(None, workspace, UNHASHED)["imagenet_sha256"] == digest
+        published = BACKBONES["convnext_tiny"].weights_hash
+        assert f"sha256:{describe(None, workspace, 'convnext_tiny')['imagenet_sha256']}" == published
+        with pytest.raises(UsageError, match="did you mean vgg16"):
+            describe(None, workspace, "vgg_16")
 
 
 def test_a_downloaded_file_gets_the_permissions_that_the_umask_leaves(place: Place, server: Server) -> None:

@@ -78,9 +78,12 @@ def _call_rescaled(keras: Any, layer: Any, *inputs: Any, **options: Any) -> Any:
 
 
 def _number_anew(model: KerasModel) -> None:
-    """Give the layers the names they have in the first model that a process builds: Keras counts on and on."""
+    """Give the layers the names they have in the first model that a process builds: Keras counts on and on.
+
+    Operations that are no layers, as those of `x + 3`, are counted with them.
+    """
     numbered: dict[str, list[tuple[int, Any]]] = {}
-    for layer in model.layers:
+    for layer in model.operations:
         kind = _snake_case(type(layer).__name__)
         if match := re.fullmatch(rf"{kind}(?:_(\d+))?", layer.name):
             numbered.setdefault(kind, []).append((int(match[1] or 0), layer))
@@ -106,11 +109,14 @@ def load_weights(model: KerasModel, identity: str, path: Path | None) -> None:
     ------
     WeightsError
         If the file does not hold weights of this network.
+    SpecError
+        If this version does not have the untrained recipe.
     """
     if identity.startswith("untrained:"):
         from pipeline.backbone.untrained import initialise
 
-        initialise(model, int(identity.rsplit(":", 1)[1]))
+        recipe, seed = identity.removeprefix("untrained:").rsplit(":", 1)
+        initialise(model, recipe, int(seed))
         return
     if path is not None and keras_archive.is_archive(path):
         own.load_expected(model, identity, path)

@@ -12,19 +12,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
+from pipeline.backbone.keras_names import TENSOR, new_names, renamed_ends, renamed_layers, tensor
 from pipeline.backbone.keras_objects import (
     ACTIVATIONS,
     APPLICATION_LAYERS,
-    CONSTRAINTS,
-    INITIALIZERS,
     LATER_DEFAULTS,
-    LAYERS,
+    MODELS,
     OPERATIONS,
-    POLICIES,
-    REGULARIZERS,
+    OWN_ONLY,
+    module_of,
+    require_known,
+    require_known_or_none,
+    require_policy,
 )
 from pipeline.errors import SpecError
 from pipeline.spec import canonical_json
@@ -34,12 +36,10 @@ Config = dict[str, Any]
 _NAME = "own_network"
 _DEEPEST = 100  # containers within containers; a model within a model takes eight
 _MOST_CALLS = 20_000  # of layers, those of inner models counted each time these are called; NASNetLarge has 1,041
-_MODELS = {"Functional", "Sequential", "Model"}
 _DTYPES = re.compile(r"bool|u?int(8|16|32|64)|b?float(16|32|64)|bfloat16")
 _FLOATS = ("float32", "float16", "bfloat16")
-_TENSOR, _ARRAY = "__keras_tensor__", "__numpy__"
+_ARRAY = "__numpy__"
 _ONLY_TRAINING = ("_regularizer", "_constraint")
-_SHARED = "is shared between models"
 
 
 def parse(text: bytes) -> Config:
@@ -75,7 +75,7 @@ def check(value: Any) -> Config:
         config = _model(value, top=True)
         if _calls(config) > _MOST_CALLS:
             raise SpecError(f"it calls more than {_MOST_CALLS:,} layers")
-        _input_shape(config)
+        _input_side(config)
         return json.loads(canonical_json(config))
     except SpecError:
         raise
@@ -91,7 +91,7 @@ def identity(config: Config) -> str:
 
 def input_size(config: Config) -> int | None:
     """Return the side in pixels of the images that a checked architecture was saved for; None if it takes any."""
-    return _input_shape(config)[0]
+    return _input_side(config)
 
 
 def output_layer(config: Config) -> str:
@@ -113,11 +113,6 @@ def at_size(config: Config, size: int) -> Config:
                 shape[1:3] = [size, size] if shape[1:3] == [before, before] else [None, None]
         _input_layer(changed)["config"]["batch_shape"][1:3] = [size, size]
     return changed
-
-
-def snake_case(name: str) -> str:
-    """Return the name that Keras gives the first layer of a class."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_", name).lower()
 
 
 def _no_number(text: str) -> None:
@@ -142,10 +137,10 @@ def _require_shallow(value: Any) -> None:
 
 
 def _model(value: Any, *, top: bool = False) -> Config:
-    kind = _require_known(value, "model")
+    kind = require_known(value, "model")
     inner = value["config"]
     if kind == "Sequential" and not top:
-        layers = _renamed([_layer(each) for each in inner["layers"]], {})
+        layers = renamed_layers([_layer(each) for each in inner["layers"]], {})
         return _object("keras", "Sequential", {"layers": layers, "name": inner["name"]})
     if kind == "Sequential":
         inner = _as_functional(inner)
@@ -155,9 +150,9 @@ def _model(value: Any, *, top: bool = False) -> Config:
     ends = {"input_layers": inner["input_layers"], "output_layers": inner["output_layers"]}
     if top:
         ends = {side: _only_one(side.removesuffix("_layers"), refs) for side, refs in ends.items()}
-    names = _new_names([(each["class_name"], each["name"]) for each in layers])
-    ends = {side: _renamed_ends(refs, names) for side, refs in ends.items()}
-    config = {"layers": _renamed(layers, names), "name": _NAME if top else inner["name"], **ends}
+    names = new_names([(each["class_name"], each["name"]) for each in layers])
+    ends = {side: renamed_ends(refs, names) for side, refs in ends.items()}
+    config = {"layers": renamed_layers(layers, names), "name": _NAME if top else inner["name"], **ends}
     return _object("keras.src.models.functional", "Functional", config)
 
 
@@ -171,7 +166,7 @@ def _as_functional(inner: Config) -> Config:
         layers.insert(0, _object("keras.layers", "InputLayer", config))
     called, before = [], None
     for layer in layers:
-        nodes = [{"args": [_tensor([before, 0, 0])], "kwargs": {}}] if before else []
+        nodes = [{"args": [tensor([before, 0, 0])], "kwargs": {}}] if before else []
         before = layer["config"]["name"]
         called.append({**layer, "name": before, "inbound_nodes": nodes})
     last = int(layers[-1]["class_name"] in ("Functional", "Model"))  # Keras counts the calls of those from 1 here
@@ -217,61 +212,8 @@ def _calls(model: Config) -> int:
     total = 0
     for layer in model["config"]["layers"]:
         calls = max(1, len(layer.get("inbound_nodes", ())))
-        total += calls * (_calls(layer) if layer["class_name"] in _MODELS else 1)
+        total += calls * (_calls(layer) if layer["class_name"] in MODELS else 1)
     return total
-
-
-# Names: those that Keras counts on and on begin from the start in each model.
-
-
-def _new_names(layers: list[tuple[str, str]]) -> dict[str, str]:
-    """Return name → new name of layers, given as (class, name); other names than running ones stay."""
-    if len({name for _, name in layers}) < len(layers):
-        raise SpecError("has two layers of the same name")
-    numbered: dict[str, list[tuple[int, str]]] = {}
-    for kind, name in layers:
-        if match := re.fullmatch(rf"{snake_case(kind)}(?:_(\d{{1,9}}))?", name):
-            numbered.setdefault(snake_case(kind), []).append((int(match[1] or 0), name))
-    names = {name: name for _, name in layers}
-    for kind, some in numbered.items():
-        for rank, (_, name) in enumerate(sorted(some)):
-            names[name] = f"{kind}_{rank}" if rank else kind
-    if len(set(names.values())) < len(names):
-        raise SpecError("has layers whose names are hard to tell apart; name them otherwise")
-    return names
-
-
-def _renamed(layers: list[Config], names: Mapping[str, str]) -> list[Config]:
-    """Return layers under their new names, the tensors they are called on renamed too."""
-    names = names or _new_names([(each["class_name"], each["config"]["name"]) for each in layers])
-    renamed = []
-    for layer in layers:
-        name = names[layer.get("name", layer["config"]["name"])]
-        layer = {**layer, "config": {**layer["config"], "name": name}}
-        if "inbound_nodes" in layer:
-            layer |= {"name": name, "inbound_nodes": _renamed_tensors(layer["inbound_nodes"], names)}
-        renamed.append(layer)
-    return renamed
-
-
-def _renamed_tensors(value: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(value, list):
-        return [_renamed_tensors(each, names) for each in value]
-    if not isinstance(value, dict):
-        return value
-    if value.get("class_name") == _TENSOR:
-        return _tensor(_renamed_ends(value["config"]["keras_history"], names))
-    return {key: _renamed_tensors(each, names) for key, each in value.items()}
-
-
-def _renamed_ends(value: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(value, list) and len(value) == 3 and isinstance(value[0], str):
-        if value[0] not in names or not all(type(index) is int and index >= 0 for index in value[1:]):
-            raise SpecError(f"refers to a layer {value[0]!r:.60} that it does not have")
-        return [names[value[0]], *value[1:]]
-    if isinstance(value, dict):
-        return {key: _renamed_ends(each, names) for key, each in value.items()}
-    return [_renamed_ends(each, names) for each in value]
 
 
 # Layers, operations and what they hold.
@@ -281,22 +223,21 @@ def _object(module: str, kind: str, config: Config) -> Config:
     return {"module": module, "class_name": kind, "config": config, "registered_name": None}
 
 
-def _tensor(history: list[Any]) -> Config:
-    return {"class_name": _TENSOR, "config": {"shape": [], "dtype": "float32", "keras_history": history}}
-
-
 def _layer(value: Any) -> Config:
     """Return a layer, an operation or an inner model, without what does not change what it computes."""
-    kind = _require_known(value, "layer")
-    if kind in _MODELS and not _module(value).startswith(("keras.layers", "keras.src.layers", "keras.src.ops")):
+    kind = require_known(value, "layer")
+    if "shared_object_id" in value:  # Keras notes one where an object is met again
+        name = value["config"].get("name")
+        raise SpecError(f"has the layer {name!r:.60} in two models at once; give each of them layers of its own")
+    if kind in MODELS:
         return _model(value)
-    inner, module = dict(value["config"]), _module(value)
+    inner, module = dict(value["config"]), module_of(value)
     name = inner.pop("name", value.get("name"))
     if module in OPERATIONS:
         rest = {key: _plain(each, name) for key, each in inner.items()}
         return _object(module, kind, {**rest, "name": name})
     for key in ("trainable", "dtype") if kind != "InputLayer" else ():
-        _require_policy(inner.pop(key, None), name) if key == "dtype" else inner.pop(key, None)
+        require_policy(inner.pop(key, None), name) if key == "dtype" else inner.pop(key, None)
     for key, default in {**LATER_DEFAULTS[""], **LATER_DEFAULTS.get(kind, {})}.items():
         if inner.get(key) == default:
             inner.pop(key, None)
@@ -304,7 +245,7 @@ def _layer(value: Any) -> Config:
         raise SpecError(f"has the quantized or LoRA layer {name!r:.60}; save the float32 network it was made from")
     config = {key: _value(key, each, name) for key, each in inner.items() if not key.endswith(_ONLY_TRAINING)}
     for key in inner:
-        _require_known_or_none(key, inner[key])
+        require_known_or_none(key, inner[key])
     return _object(module if module in APPLICATION_LAYERS else "keras.layers", kind, {**config, "name": name})
 
 
@@ -313,7 +254,7 @@ def _value(key: str, value: Any, name: str) -> Any:
     if key.endswith("_initializer") and value is not None:
         return "zeros"  # weights are loaded, and zeros are had at once
     if key.endswith("activation") and isinstance(value, str) and value not in ACTIVATIONS:
-        raise SpecError(f"has the activation {value!r:.60} at {name!r:.60}, which is not Keras' own; {_OWN_ONLY}")
+        raise SpecError(f"has the activation {value!r:.60} at {name!r:.60}, which is not Keras' own; {OWN_ONLY}")
     if key == "dtype":  # of an InputLayer
         if not isinstance(value, str) or not _DTYPES.fullmatch(value):
             raise SpecError(f"has the dtype {value!r:.60} at {name!r:.60}")
@@ -330,8 +271,8 @@ def _plain(value: Any, name: str) -> Any:
     if "class_name" not in value:
         return {key: _plain(each, name) for key, each in value.items()}
     kind, inner = value["class_name"], value.get("config")
-    if kind == _TENSOR:
-        return _tensor(inner["keras_history"])
+    if kind == TENSOR:
+        return tensor(inner["keras_history"])
     if kind == _ARRAY:
         if not _DTYPES.fullmatch(inner["dtype"]):
             raise SpecError(f"has an array of {inner['dtype']!r:.60} at {name!r:.60}")
@@ -354,76 +295,12 @@ def _numbers(value: Any) -> Any:
 
 
 _ACTIVATION_MODULES = ("builtins", "keras.activations", "keras.src.activations.activations")
-_OWN_ONLY = "use layers of Keras alone, and save the model anew"
-_CODE = {
-    "Lambda": "which is code",
-    "__lambda__": "which is code",
-    "TFSMLayer": "which loads a SavedModel",
-    "TorchModuleWrapper": "which is code of PyTorch",
-    "JaxLayer": "which is code of JAX",
-    "FlaxLayer": "which is code of JAX",
-    "StringLookup": "which reads files",
-    "IntegerLookup": "which reads files",
-    "TextVectorization": "which reads files",
-}
-
-
-def _module(value: Config) -> str:
-    return value.get("module") or ""
-
-
-def _require_known(value: Any, kind: str) -> str:
-    """Return the class of a model or a layer. Raises SpecError if it is not one of Keras' own that are allowed."""
-    if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
-        found = value.get("class_name") if isinstance(value, dict) else value
-        _refuse(str(found), _module(value) if isinstance(value, dict) else "")
-    name, module = value["class_name"], _module(value)
-    registered = value.get("registered_name")
-    if registered not in (None, name) or not _is_known(module, name, kind):
-        _refuse(registered if isinstance(registered, str) and registered != name else str(name), module)
-    return name
-
-
-def _is_known(module: str, name: str, kind: str) -> bool:
-    if name in _MODELS and re.fullmatch(r"keras(\.models|\.src\.models\.\w+)?", module):
-        return True
-    if kind == "model":
-        return False
-    in_layers = re.fullmatch(r"keras\.layers|keras\.src\.layers(\.\w+)+", module) and name in LAYERS
-    return bool(in_layers) or name in APPLICATION_LAYERS.get(module, ()) or name in OPERATIONS.get(module, ())
-
-
-def _refuse(name: str, module: str) -> None:
-    why = _CODE.get(name, "which is not one of Keras' own that are read")
-    where = f" of {module:.60}" if module and not module.startswith("keras.") else ""
-    raise SpecError(f"has {name!r:.60}{where}, {why}; {_OWN_ONLY}")
-
-
-def _require_policy(policy: Any, name: str) -> None:
-    if isinstance(policy, dict):
-        if policy.get("class_name") not in ("DTypePolicy", "FloatDTypePolicy"):
-            raise SpecError(
-                f"has the dtype policy {policy.get('class_name')!r:.60} at {name!r:.60}; save it in float32"
-            )
-        policy = policy["config"]["name"]
-    if policy is not None and policy not in POLICIES:
-        raise SpecError(f"has the dtype policy {policy!r:.60} at {name!r:.60}; save it in float32")
-
-
-def _require_known_or_none(key: str, value: Any) -> None:
-    """Raise SpecError if an initializer, a regularizer or a constraint, none of which is kept, is not Keras' own."""
-    known = {"_initializer": INITIALIZERS, "_regularizer": REGULARIZERS, "_constraint": CONSTRAINTS}
-    for ending, names in known.items():
-        if key.endswith(ending) and isinstance(value, dict) and value.get("class_name") not in names:
-            _refuse(str(value.get("registered_name") or value.get("class_name")), _module(value))
-
-
 # The image.
 
 
 def _input_layers(model: Config) -> Iterator[Config]:
     for layer in model["config"]["layers"]:
-        if layer["class_name"] in _MODELS:
+        if layer["class_name"] in MODELS:
             yield from _input_layers(layer)
         elif layer["class_name"] == "InputLayer":
             yield layer
@@ -434,12 +311,12 @@ def _input_layer(config: Config) -> Config:
     return next(layer for layer in config["config"]["layers"] if layer["name"] == name)
 
 
-def _input_shape(config: Config) -> tuple[int | None, int | None]:
-    """Return height and width of the image. Raises SpecError if it is not one square RGB image of numbers."""
+def _input_side(config: Config) -> int | None:
+    """Return the side of the image in pixels, None for any. Raises SpecError if it is not one square RGB image."""
     layer = _input_layer(config)
     if layer["class_name"] != "InputLayer":
         raise SpecError(f"begins with {layer['class_name']}, expected an input: keras.Input((height, width, 3))")
-    batch, *shape = layer["config"]["batch_shape"]
+    batch, shape = layer["config"]["batch_shape"][0], layer["config"]["batch_shape"][1:]
     text = "(" + ", ".join(map(str, shape)) + ")"
     if len(shape) != 3 or shape[2] != 3:
         raise SpecError(f"takes {text}, expected RGB images (height, width, 3)")
@@ -451,7 +328,7 @@ def _input_shape(config: Config) -> tuple[int | None, int | None]:
         raise SpecError(f"takes images of {text}, expected sides of 1 to {_MOST_PIXELS} pixels")
     if layer["config"].get("dtype", "float32") != "float32":
         raise SpecError(f"takes {layer['config']['dtype']}, expected float pixels: keras.Input({text})")
-    return shape[0], shape[1]
+    return shape[0]
 
 
 _MOST_PIXELS = 4096  # on a side, as a feature space's spec takes

@@ -1,4 +1,4 @@
-"""Which of Keras' own objects an architecture may name: data only.
+"""Which of Keras' own objects an architecture may name.
 
 These are lists of what is allowed. Whatever else Keras has is refused: layers that hold code or load it (Lambda,
 TFSMLayer, TorchModuleWrapper, JaxLayer, FlaxLayer), layers that read files or text (StringLookup, TextVectorization),
@@ -6,6 +6,11 @@ and operations that call functions (Map, Scan, Cond) or make tensors of any size
 """
 
 from __future__ import annotations
+
+import re
+from typing import Any
+
+from pipeline.errors import SpecError
 
 
 def _names(text: str) -> frozenset[str]:
@@ -28,7 +33,7 @@ LAYERS = _names(
     RandomErasing RandomFlip RandomGaussianBlur RandomGrayscale RandomHue RandomInvert RandomPerspective
     RandomPosterization RandomRotation RandomSaturation RandomSharpness RandomShear RandomTranslation RandomZoom ReLU
     RepeatVector Rescaling Reshape Resizing SeparableConv1D SeparableConv2D SimpleRNN SimpleRNNCell Softmax Solarization
-    SpatialDropout1D SpatialDropout2D SpatialDropout3D SpectralNormalization StackedRNNCells Subtract TimeDistributed
+    SpatialDropout1D SpatialDropout2D SpatialDropout3D StackedRNNCells Subtract TimeDistributed
     UnitNormalization UpSampling1D UpSampling2D UpSampling3D ZeroPadding1D ZeroPadding2D ZeroPadding3D
     """
 )
@@ -84,11 +89,83 @@ INITIALIZERS = _names(
 )
 REGULARIZERS = _names("L1 L1L2 L2 OrthogonalRegularizer")
 CONSTRAINTS = _names("MaxNorm MinMaxNorm NonNeg UnitNorm")
+MODELS = _names("Functional Sequential Model")
 POLICIES = _names("float32 float16 bfloat16 mixed_float16 mixed_bfloat16")
 
 # What later versions of Keras write though it is how earlier ones compute: by class, "" for every one.
-LATER_DEFAULTS = {
+LATER_DEFAULTS: dict[str, dict[str, Any]] = {
     "": {"quantization_config": None},
     "BatchNormalization": {"renorm": False, "renorm_clipping": None, "renorm_momentum": 0.99},
     "InputLayer": {"sparse": False, "ragged": False, "optional": False},
 }
+
+OWN_ONLY = "use layers of Keras alone, and save the model anew"
+_CODE = {
+    "Lambda": "which is code",
+    "__lambda__": "which is code",
+    "TFSMLayer": "which loads a SavedModel",
+    "TorchModuleWrapper": "which is code of PyTorch",
+    "JaxLayer": "which is code of JAX",
+    "FlaxLayer": "which is code of JAX",
+    "StringLookup": "which reads files",
+    "IntegerLookup": "which reads files",
+    "TextVectorization": "which reads files",
+}
+
+
+def module_of(value: dict[str, Any]) -> str:
+    """Return the module that an object is said to be of; "" if none."""
+    return value.get("module") or ""
+
+
+def require_known(value: Any, kind: str) -> str:
+    """Return the class of a model or a layer. Raises SpecError if it is not one of Keras' own that are allowed."""
+    if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
+        found = value.get("class_name") if isinstance(value, dict) else value
+        _refuse(str(found), module_of(value) if isinstance(value, dict) else "")
+    name, module = value["class_name"], module_of(value)
+    registered = value.get("registered_name")
+    if registered not in (None, name) or not _is_known(module, name, kind):
+        _refuse(registered if isinstance(registered, str) and registered != name else str(name), module)
+    return name
+
+
+def _is_known(module: str, name: str, kind: str) -> bool:
+    if name in MODELS and re.fullmatch(r"keras(\.models|\.src\.models\.\w+)?", module):
+        return True
+    if kind == "model":
+        return False
+    in_layers = re.fullmatch(r"keras\.layers|keras\.src\.layers(\.\w+)+", module) and name in LAYERS
+    return bool(in_layers) or name in APPLICATION_LAYERS.get(module, ()) or name in OPERATIONS.get(module, ())
+
+
+def _refuse(name: str, module: str) -> None:
+    why = _CODE.get(name, "which is not one of Keras' own that are read")
+    where = f" of {module:.60}" if module and not module.startswith("keras.") else ""
+    raise SpecError(f"has {name!r:.60}{where}, {why}; {OWN_ONLY}")
+
+
+def require_policy(policy: Any, name: str) -> None:
+    """Raise SpecError if the layer `name` computes otherwise than in plain or mixed floats of at most 32 bits."""
+    if isinstance(policy, dict):
+        if policy.get("class_name") not in ("DTypePolicy", "FloatDTypePolicy"):
+            raise SpecError(
+                f"has the dtype policy {policy.get('class_name')!r:.60} at {name!r:.60}; save it in float32"
+            )
+        policy = policy["config"]["name"]
+    if policy is not None and policy not in POLICIES:
+        raise SpecError(f"has the dtype policy {policy!r:.60} at {name!r:.60}; save it in float32")
+
+
+def require_known_or_none(key: str, value: Any) -> None:
+    """Raise SpecError if an initializer, a regularizer or a constraint, none of which is kept, is not Keras' own."""
+    known = {"_initializer": INITIALIZERS, "_regularizer": REGULARIZERS, "_constraint": CONSTRAINTS}
+    for ending, names in known.items():
+        if (
+            key.endswith(ending)
+            and isinstance(value, dict)
+            and (
+                value.get("class_name") not in names or value.get("registered_name") not in (None, value["class_name"])
+            )
+        ):
+            _refuse(str(value.get("registered_name") or value.get("class_name")), module_of(value))

@@ -119,8 +119,8 @@ def build(path: Path, precision: str = "float32", input_size: int | None = None)
     Raises
     ------
     SpecError
-        As `read` does; also if Keras cannot build it for that size, or if its output is not one feature map or vector of
-        known size.
+        As `read` does; also if Keras cannot build it for that size, or if its output is not one feature map or vector
+        of known size.
     WeightsError
         If its weights are damaged, or of another network.
     UsageError
@@ -175,8 +175,8 @@ def load_weights(model: KerasModel, path: Path) -> str:
         numbers = sum(math.prod(shape) for shape in found.values())
         if (len(found), numbers) != (len(model.weights), model.count_params()):
             raise WeightsError(
-                f"the weights in {path} are of another network: {len(found)} variables of {numbers:,} numbers, expected "
-                f"{len(model.weights)} of {model.count_params():,}"
+                f"the weights in {path} are of another network: {len(found)} variables of {numbers:,} numbers, "
+                f"expected {len(model.weights)} of {model.count_params():,}"
             )
         try:
             weights_file.load(model, plain)
@@ -246,10 +246,10 @@ def _allocated_if(require: Callable[[int], None], make: Callable[[], KerasModel]
 
 def _require_features(model: KerasModel, what: str) -> None:
     """Raise SpecError if the output is not (h, w, c) or (c,) of known size, or an output on the way is absurd."""
-    for layer in model.layers:
-        shape = tuple(layer.output.shape[1:]) if hasattr(layer.output, "shape") else ()
-        if None not in shape and math.prod(shape) > _MOST_VALUES:
-            raise SpecError(f"{what} has an output of {shape} for one image at {layer.name!r}, which no memory takes")
+    for operation in model.operations:
+        for shape in _shapes(operation):
+            if math.prod(shape) > _MOST_VALUES:
+                raise SpecError(f"{what} has an output of {shape} at {operation.name!r}, too large for one image")
     shape = tuple(model.output.shape[1:])
     if None in shape:
         raise SpecError(f"{what} has an output of {shape}, expected one of known size: (h, w, c) or (c,)")
@@ -258,6 +258,12 @@ def _require_features(model: KerasModel, what: str) -> None:
             f"{what} has an output of {shape}, expected a feature map (h, w, c) or a vector (c,); reshape or pool it, "
             "and save that model"
         )
+
+
+def _shapes(operation: Any) -> list[tuple[int, ...]]:
+    """Return the shapes of what an operation gives for one image, as far as they are known."""
+    shapes = [tuple(each.shape[1:]) for node in operation._inbound_nodes for each in node.output_tensors]
+    return [shape for shape in shapes if None not in shape]
 
 
 def _reason(error: BaseException) -> str:

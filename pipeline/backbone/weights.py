@@ -16,7 +16,7 @@ from typing import Literal
 from pipeline import machine
 from pipeline.backbone import weights_file
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone, find_backbone
-from pipeline.backbone.untrained import UNTRAINED_RECIPE
+from pipeline.backbone.untrained import recipe_of
 from pipeline.cache import storage
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.index import Index
@@ -74,11 +74,11 @@ def resolve(
         return by_digest(choice, backbone, downloads, index).require()
     row = BACKBONES[backbone]
     if choice == "untrained" or choice.startswith("untrained:"):
-        return _untrained(choice)
+        return _untrained(choice, backbone)
     if choice in ("auto", "imagenet"):
         path = find_imagenet(row, downloads)
         if path is None and choice == "auto" and offline:
-            return _untrained("untrained")
+            return _untrained("untrained", backbone)
         path = path or _download(row, downloads, progress)
         if row.weights_hash is None:
             _note_digest(path, row, downloads)
@@ -226,13 +226,13 @@ def _from_file(kind: Literal["imagenet", "file"], path: Path, index: Index) -> W
     return Weights(kind, f"sha256:{remembered_digest(path, index).hex()}", path)
 
 
-def _untrained(choice: str) -> Weights:
+def _untrained(choice: str, backbone: str) -> Weights:
     _, _, seed = choice.partition(":")
     if not (seed or "0").isdecimal() or len(seed) > _SEED_DIGITS:
         raise UsageError(
             f"--weights untrained:SEED takes a whole number of at most {_SEED_DIGITS} digits, found {seed!r:.60}"
         )
-    return Weights("untrained", f"untrained:{UNTRAINED_RECIPE}:{int(seed or 0)}", None)
+    return Weights("untrained", f"untrained:{recipe_of(backbone)}:{int(seed or 0)}", None)
 
 
 def describe(choice: str | None, workspace: Workspace, backbone: str = DEFAULT_BACKBONE) -> dict[str, str | None]:
@@ -254,8 +254,10 @@ def describe(choice: str | None, workspace: Workspace, backbone: str = DEFAULT_B
         "imagenet": row.weights_url,
         "imagenet_md5": known.removeprefix("md5:") if known.startswith("md5:") else None,
         "imagenet_sha256": known.removeprefix("sha256:") if known.startswith("sha256:") else None,
-        "imagenet_file": str(at_hand) if at_hand else "not downloaded; `weights --weights imagenet` does it",
-        "untrained": f"drawn from a seed by the recipe {UNTRAINED_RECIPE}: --weights untrained or untrained:SEED",
+        "imagenet_file": str(at_hand)
+        if at_hand
+        else f"not downloaded; `weights --backbone {row.name} --weights imagenet` does it",
+        "untrained": f"drawn from a seed by the recipe {recipe_of(row.name)}: --weights untrained or untrained:SEED",
         "file": f"any Keras weights of {row.application} without top: --weights FILE (.weights.h5 or .h5)",
         "auto": "imagenet; for the embedded `digits`, without a download, untrained unless ImageNet's file is there",
     }
