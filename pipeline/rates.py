@@ -69,10 +69,22 @@ def recall(workspace: Workspace, spec: FeatureSpec) -> float | None:
     return found[-1]["images_per_second"] if found else None
 
 
+def known(workspace: Workspace) -> list[dict[str, Any]]:
+    """Return what this machine measured, the oldest first.
+
+    Each has the fields of a FeatureSpec that decide, `images_per_second`, `images` and `measured` (ISO 8601, UTC).
+    """
+    here = _here()
+    return [each for each in _read(workspace.cache.root / FILE) if _is_of(each, here)]
+
+
 def _key(spec: FeatureSpec) -> dict[str, Any]:
     """Return what a rate depends on, as plain JSON values."""
-    here = {"cpu": machine.look().cpu, "cores": machine.usable_cores(), "gpus": machine.gpu_count()}
-    return {**here, **{name: getattr(spec, name) for name in _DECIDING}}
+    return {**_here(), **{name: getattr(spec, name) for name in _DECIDING}}
+
+
+def _here() -> dict[str, Any]:
+    return {"cpu": machine.look().cpu, "cores": machine.usable_cores(), "gpus": machine.gpu_count()}
 
 
 def _is_of(entry: dict[str, Any], key: dict[str, Any]) -> bool:

@@ -161,11 +161,18 @@ def given(spec: FeatureSpec, choice: str, workspace: Workspace) -> Weights:
     return resolve(source, "auto", workspace)
 
 
-def record(found: Weights, index: Index) -> dict[str, str] | None:
+def record(found: Weights, index: Index) -> dict[str, Any] | None:
     """Return what is kept of the file of an own network, by which `find` knows it again; None for a named one."""
     if found.network is None:
         return None
-    return {"file": found.network.name, "sha256": remembered_digest(found.network, index).hex()}
+    path = found.network
+    stored = {"file": path.name, "sha256": remembered_digest(path, index).hex()}
+    return {**stored, "parameters": own.count_parameters(path)} if keras_archive.is_archive(path) else stored
+
+
+def network_file(recorded: Mapping[str, Any] | None, index: Index) -> Path | None:
+    """Return the file of an own network by its `record`, if it is on this machine, without opening it."""
+    return next(_at_hand(str((recorded or {}).get("sha256", "")), index), None)
 
 
 def label(spec: FeatureSpec, recorded: Mapping[str, Any] | None) -> str:
