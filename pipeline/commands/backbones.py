@@ -36,22 +36,22 @@ def backbones(
     from pipeline import machine, terminal
     from pipeline.backbones import gather
 
-    precision = machine.best_precision() if precision == "auto" else precision
+    here = machine.best_precision() if precision == "auto" else precision
     with opened(context) as workspace:
         if measure:
             from pipeline.speed import measure as measure_speed
 
-            measure_speed(names or [], workspace, precision)
-        listed = gather(names or [], workspace, precision)
+            measure_speed(names or [], workspace, here)
+        listed = gather(names or [], workspace, here)
     if as_json:
-        terminal.emit_json({"precision": precision, "backbones": [asdict(each) for each in listed]})
+        terminal.emit_json({"precision": here, "backbones": [asdict(each) for each in listed]})
         return
     headers = ("backbone", "pixels", "parameters", "mult. (G)", "bytes a row", "images/s", "weights")
     terminal.table(map(_row, listed), headers)
     if any(each.bytes_per_row is None for each in listed):
         terminal.say("bytes a row: ~ before compression, as none are cached yet", "dim")
     if any(each.images_per_second is None for each in listed):
-        terminal.say(f"images/s at {precision}: measured by `features`, or by `backbones --measure [NAME]…`", "dim")
+        terminal.say(f"images/s at {here}: measured by `features`, or by `backbones --measure [NAME]…`", "dim")
 
 
 def _row(each: Listed) -> tuple[str, ...]:
