@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 _COPIES = 3  # of a network's numbers in memory, in float32, while it is built and compiled
 _BESIDE = 1_500_000_000  # bytes that TensorFlow and the batches take
 # What measuring takes: a network is built and compiled, then some batches are computed.
-_BUILDING_S = 15.0
+_BUILDING_S = 12.0
 _BATCHES = 6
-_MULTIPLICATIONS = 10e9  # a second, of each core; where there is a GPU, compiling is what takes the time
+_MULTIPLICATIONS = 25e9  # a second, of each core; where there is a GPU, compiling is what takes the time
 
 
 def measure(names: Sequence[str], workspace: Workspace, precision: str) -> None:
