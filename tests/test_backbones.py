@@ -128,13 +128,17 @@ def test_each_rate_is_kept_as_soon_as_it_is_there(
     assert {each.name: each.images_per_second for each in found if each.images_per_second} == {"mobilenet_v2": 100.0}
 
 
-def test_a_network_of_ones_own_is_measured(workspace: Workspace, network: Path) -> None:
+def test_a_network_of_ones_own_is_measured(
+    workspace: Workspace, network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "SHARD_BYTES", 3 * 16 + 1)  # of rows (1, 1, 4) in float32
     measure([str(network)], workspace, "float32")
     (found,) = gather([str(network)], workspace, "float32")
     assert found.images_per_second and math.isfinite(found.images_per_second)
     assert (found.name, found.input_size, found.parameters) == ("small.keras", 32, 4 * 28)
     assert (found.weights, found.weights_file) == ("file", str(network))
     assert own.count_parameters(network) == 4 * 28
+    assert [each["images"] for each in rates.known(workspace)] == [3], "a batch of large rows has fewer images"
 
 
 def test_one_that_takes_any_size_is_not(workspace: Workspace, tmp_path: Path) -> None:
