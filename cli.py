@@ -24,6 +24,7 @@ except ModuleNotFoundError:
 
 from pipeline import environment
 from pipeline.commands.about import summary, weights_command
+from pipeline.commands.backbones import backbones
 from pipeline.commands.cache import cache_app
 from pipeline.commands.config import apply_config, origin
 from pipeline.commands.deploy import export, serve
@@ -55,6 +56,7 @@ for _name, _command in {
     "export": export,
     "serve": serve,
     "doctor": doctor,
+    "backbones": backbones,
     "weights": weights_command,
     "summary": summary,
 }.items():

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pipeline import heads
 from pipeline.checkup import Checkup
 from pipeline.dataset import few_groups
 from pipeline.gather import SPLITS
 from pipeline.images import FULL_DEPTH, depth_advice
 from pipeline.progress import counted, duration, size_text
+from pipeline.spec import HeadSpec
 
 _FEW = 20  # images of a class to train on; fewer are hardly learned from, and more so hardly measured
 _UNEVEN = 10  # times as many images in the largest class as in the smallest
@@ -137,6 +139,10 @@ def _machine(found: Checkup) -> Iterator[str]:
             f"as arrays the features take {size_text(rows)} of memory: `flatten` streams them from disk, slower; `gap` "
             f"and `logreg` need {_share(2 / places)} of it"
         )
+    head = heads.memory_needed(HeadSpec.make("flatten"), found.row_shape, len(found.counts))
+    if head > found.available_memory:
+        rows = "x".join(map(str, found.row_shape))
+        yield f"a `flatten` head over rows of {rows} takes {size_text(head)} of memory to train: take `gap` or `logreg`"
 
 
 def _share(part: float) -> str:

@@ -21,6 +21,7 @@ from pipeline import images, machine
 from pipeline.cache import storage
 from pipeline.cache.digests import Identities
 from pipeline.cache.index import Index
+from pipeline.cache.shard import SHARD_BYTES
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded
@@ -149,7 +150,7 @@ class Here:
 class ComputeOptions:
     """What changes how features are computed, but not their values."""
 
-    shard_rows: int = DEFAULT_SHARD_ROWS
+    shard_rows: int | None = None  # None: 256, or as many as take SHARD_BYTES
     batch_size: int | None = None  # None: that of the space, or what is fastest
     max_pixels: int = images.DEFAULT_MAX_PIXELS
     strict: bool = False  # end at the first image that cannot be decoded
@@ -162,11 +163,12 @@ class ComputeOptions:
         have is not known here.
         """
         usual = DEFAULT_BATCH_SIZE if of_cluster else default_batch()
-        return min(self.batch_size or before or usual, self.shard_rows)
+        return min(self.batch_size or before or usual, self.shard_rows or DEFAULT_SHARD_ROWS)
 
-    def task_rows(self, batch: int) -> int:
-        """Return how many rows make a shard: whole batches."""
-        return self.shard_rows // batch * batch
+    def task_rows(self, batch: int, row_bytes: int) -> int:
+        """Return how many rows of `row_bytes` in memory make a shard: whole batches, at least one."""
+        most = self.shard_rows or min(DEFAULT_SHARD_ROWS, SHARD_BYTES // row_bytes)
+        return max(1, most // batch) * batch
 
 
 def require_memory(rows: int, row_shape: tuple[int, ...], spec: FeatureSpec, processes: int = 1) -> None:
@@ -177,7 +179,7 @@ def require_memory(rows: int, row_shape: tuple[int, ...], spec: FeatureSpec, pro
     DoNotFitError
         If they take more than is free here.
     """
-    row = math.prod(row_shape) * np.dtype(spec.storage).itemsize + 4 * row_shape[-1]
+    row = row_bytes(row_shape, spec)
     needed, free = 2 * processes * rows * row, machine.available_memory()
     each = (
         f"shards of {rows:,} rows take about {size_text(needed)} of memory, {2 * processes} of {size_text(rows * row)}"
@@ -187,6 +189,11 @@ def require_memory(rows: int, row_shape: tuple[int, ...], spec: FeatureSpec, pro
         raise DoNotFitError(f"{each} at a time, and {size_text(free)} are free; at most --shard-rows {fit:,} fit")
     if needed > _WORTH_SAYING:
         logger.warning("%s at a time; a smaller --shard-rows takes less", each)
+
+
+def row_bytes(row_shape: tuple[int, ...], spec: FeatureSpec) -> int:
+    """Return the bytes of a row in memory: features (h, w, c) as they are stored, and their spatial means."""
+    return math.prod(row_shape) * np.dtype(spec.storage).itemsize + 4 * row_shape[-1]
 
 
 def default_batch() -> int:
@@ -258,7 +265,7 @@ def compute(job: Job, rows_of: np.ndarray, views: np.ndarray, crew: Crew) -> Non
     try:
         with job.progress("computing features", total) as advance:
             there = _rows_there(job.space) if job.identities.unseen else nothing_there
-            crew.run(_tasks(job, rows_of, views, _task_rows(job, total, crew.size)), settle, count, there)
+            crew.run(_tasks(job, rows_of, views, _task_rows(job, total, crew)), settle, count, there)
     finally:
         job.effort.seconds += time.perf_counter() - start
 
@@ -267,11 +274,11 @@ def _rows_there(space: FeatureSpace) -> RowsThere:
     return RowsThere(np.sort(space.index.row_marks(space.name)))
 
 
-def _task_rows(job: Job, total: int, processes: int) -> int:
+def _task_rows(job: Job, total: int, crew: Crew) -> int:
     """Return how many rows a task has: a shard, or fewer batches if processes would wait for the last of them."""
-    if processes <= 1:
+    if (processes := crew.size) <= 1:
         return job.task_rows
-    batch = job.setup.batch_size
+    batch = crew.batch_size
     return min(job.task_rows, max(1, total // (_TASKS_EACH * processes * batch)) * batch)
 
 

@@ -15,7 +15,7 @@ from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.backbone.table import BACKBONES
 from pipeline.backbone.weights import Weights, find_imagenet
-from pipeline.cache.shard import Rows, shard_image
+from pipeline.cache.shard import SHARD_BYTES, Rows, shard_image
 from pipeline.cache.space import FeatureSpace
 from pipeline.choice import Settled, weights_of
 from pipeline.compute import batch_of, default_batch
@@ -61,6 +61,9 @@ def measure(
     if not pixels:
         return None
     model = FrozenBackbone(spec, weights.path, batch, machine.usable_cores(), weights.network)
+    if batch_of(space) is None:
+        model.bound_batch(SHARD_BYTES)
+    pixels = pixels[: model.batch_size]
     features, pooled = model(np.stack(pixels))
     keys, views = np.zeros((len(pixels), 32), np.uint8), np.zeros(len(pixels), np.int64)
     row = math.ceil(len(shard_image(Rows(features, pooled, keys, views), spec)) / len(pixels))

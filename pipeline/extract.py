@@ -14,16 +14,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import images, machine
+from pipeline import images, machine, rates
 from pipeline.backbone import source as networks
 from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import identify, read_some
 from pipeline.cache.index import Index
 from pipeline.cache.keys import Keys
+from pipeline.cache.shard import SHARD_BYTES
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.choice import FeatureChoice, Settled, find_space, settle, warn_untrained, weights_for
 from pipeline.cluster import ClusterChoice
 from pipeline.compute import (
+    DEFAULT_SHARD_ROWS,
     ComputeOptions,
     Crew,
     Effort,
@@ -34,6 +36,7 @@ from pipeline.compute import (
     most_to_try,
     refusal,
     require_memory,
+    row_bytes,
 )
 from pipeline.dataset import Dataset, remote
 from pipeline.errors import InterruptedComputationError
@@ -108,11 +111,25 @@ def extract(
         except KeyboardInterrupt as stop:
             stop.add_note("features computed so far are kept, and the same command computes the rest")
             raise
+        _keep_rate(workspace, space.spec, plan.reused - before, effort, cluster)
     if space is not None:
         warn_untrained(space.spec)
         warn_dark(effort.peak, images.depth_of(space.spec.decode))
     failed = name_quarantined(dataset, plan)
     return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, effort, space)
+
+
+_TELLING_ROWS = 200  # or as many as take `_TELLING_S`: over fewer, the first and the last batch decide the rate
+_TELLING_S = 10.0
+
+
+def _keep_rate(
+    workspace: Workspace, spec: FeatureSpec, computed: int, effort: Effort, cluster: ClusterChoice | None
+) -> None:
+    """Remember how fast this machine computed rows, if it was this machine, and enough of them."""
+    elsewhere = cluster is not None and cluster.scheduler is not None
+    if computed > 0 and not elsewhere and (computed >= _TELLING_ROWS or effort.seconds >= _TELLING_S):
+        rates.remember(workspace, spec, computed / effort.seconds, computed)
 
 
 LOADING = "loading TensorFlow"  # the name of the thread
@@ -185,7 +202,7 @@ def _compute_missing(
             if not plan.todo:  # whoever held the lock has computed it all
                 return space, before, plan, effort
             crew = crew or stack.enter_context(_crew(setup, source, effort, plan.missing, new=False))
-            shard_rows = options.task_rows(crew.batch_size)
+            shard_rows = options.task_rows(crew.batch_size, row_bytes(crew.row_shape, spec))
             if source.cluster is None or source.cluster.scheduler is None:  # whose workers have memory of their own
                 require_memory(min(shard_rows, plan.missing), crew.row_shape, spec, crew.size)
             job = Job(
@@ -215,6 +232,7 @@ def _setup(source: _Source, spec: FeatureSpec, weights: Weights, space: FeatureS
         options.strict,
         remote.connections(),
         weights.network and weights.network.absolute(),
+        None if options.batch_size or batch_of(space) else SHARD_BYTES,
     )
 
 
@@ -231,7 +249,7 @@ def _crew(setup: Setup, source: _Source, effort: Effort, rows: int, new: bool) -
     logger.info("loading TensorFlow and %s", source.settled.source.label)
     with ShardWorker(setup, source.options.threads) as worker:
         if source.options.batch_size is None and new:
-            worker.choose_batch(rows, min(source.options.shard_rows, most_to_try()))
+            worker.choose_batch(rows, min(source.options.shard_rows or DEFAULT_SHARD_ROWS, most_to_try()))
         yield Here(worker, effort)
 
 

@@ -108,7 +108,7 @@ class Fleet:
     @property
     def batch_size(self) -> int:
         """How many images a worker's model is given at once."""
-        return self._requirements.setup.batch_size
+        return self._requirements.setup.batch_of(self.row_shape)
 
     def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance, there: There) -> None:
         """Have all tasks run; see `Crew`.

@@ -75,6 +75,7 @@ class Origin:
     def head(self, asked: HeadSpec, row_shape: tuple[int, ...], classes: int) -> DenseHead:
         """Return the head to begin with, over tensors (h, w, c)."""
         if self.begun is None:
+            heads.require_memory(asked, row_shape, classes)
             return DenseHead(build_head(asked, row_shape, classes), asked)
         with heads.of_its_run(self.begun.path, classes, row_shape):
             found = network.stitched(heads.load(self.begun.path), row_shape, classes)

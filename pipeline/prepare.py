@@ -89,13 +89,18 @@ def prepared(
     ------
     DatasetError
         If a split has no image, or there is only one class to learn.
+    DoNotFitError
+        If a head takes more memory than is free.
     """
     members, labels = on_sides(material, folds=folds)
     (reads,) = {heads.READS[spec.head] for spec in specs}
     names = [name for name in members if name in sides]
     with material.space.reading():
         stored = _stored(material, members, names, reads)
-        needed = memory_needed(specs, stored[0].shape[1:], len(material.dataset.classes))
+        about = stored[0].shape[1:], len(material.dataset.classes)
+        needed = memory_needed(specs, *about)
+        if held:  # else workers train, which have memory of their own
+            heads.require_memory(max(specs, key=lambda spec: heads.memory_needed(spec, *about)), *about)
         rows = hold(stored, memory=memory, needed=needed) if held else stored
         yield Prepared(material, members, labels, dict(zip(names, rows, strict=True)), material.views.count)
 

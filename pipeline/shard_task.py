@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import augment, images
-from pipeline.backbone.frozen import FrozenBackbone, streams
+from pipeline.backbone.frozen import FrozenBackbone, images_within, streams
 from pipeline.cache import storage
 from pipeline.cache.index import row_mark
 from pipeline.cache.shard import Gathering, Rows, ShardInfo, write_shard
@@ -78,6 +78,13 @@ class Setup:
     strict: bool = False  # stop at the first image that cannot be decoded
     connections: int = remote.DEFAULT_CONNECTIONS  # requests of one process at once
     network: Path | None = None  # where the architecture of an own network stands
+    batch_bytes: int | None = None  # that the features of a batch may take: of large rows fewer images are in one
+
+    def batch_of(self, row_shape: tuple[int, ...]) -> int:
+        """Return how many images the model is given at once, of which a row is (h, w, c)."""
+        if self.batch_bytes is None:
+            return self.batch_size
+        return min(self.batch_size, images_within(self.batch_bytes, row_shape, self.spec))
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +182,8 @@ class ShardWorker:
         self.setup = setup
         remote.limit_connections(setup.connections)
         self._model = FrozenBackbone(setup.spec, setup.weights, setup.batch_size, threads, setup.network)
+        if setup.batch_bytes is not None:
+            self._model.bound_batch(setup.batch_bytes)
         depth = images.depth_of(setup.spec.decode)
         self._decoders = Decoders(setup.spec.input_size, setup.spec.fit, setup.max_pixels, depth)
         self._pool = decoding_pool(threads)
@@ -202,6 +211,8 @@ class ShardWorker:
 
     def choose_batch(self, rows: int, most: int) -> None:
         """Change to a faster batch size of at most `most`, if for `rows` rows it pays to look for one."""
+        if self.setup.batch_bytes is not None:
+            most = min(most, images_within(self.setup.batch_bytes, self.row_shape, self.setup.spec))
         self._model.choose_batch(rows, most)
 
     def run(

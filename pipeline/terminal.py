@@ -135,6 +135,14 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> None:
         say(f"(too narrow here for: {', '.join(headers[shown:])}; --json tells all)", "dim")
 
 
+def insert_column(rows: list[list[object]], headers: list[str], at: int, header: str, values: Sequence[object]) -> None:
+    """Put a column in front of column `at` of a table, unless all its values are the same."""
+    if len(set(values)) > 1:
+        headers.insert(at, header)
+        for row, value in zip(rows, values, strict=True):
+            row.insert(at, value)
+
+
 def _columns_that_fit(widths: Sequence[int]) -> int:
     shown = len(widths)
     while shown > _LEAST_COLUMNS and sum(widths[:shown]) + 2 * (shown - 1) > console.width:

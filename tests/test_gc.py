@@ -56,6 +56,22 @@ def test_small_shards_are_merged(cache: Cache, space: FeatureSpace) -> None:
     assert collect(cache, Keep()) == Collected(), "there is no more to do"
 
 
+def test_of_large_rows_a_full_shard_has_few(cache: Cache, space: FeatureSpace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as `features` writes into one: neither larger ones are made, nor the same ones again and again."""
+    row = made([0]).features.nbytes
+    monkeypatch.setattr(gc, "SHARD_BYTES", 8 * row)
+    full = add(space, list(range(100, 105)))
+    for n in range(0, 12, 2):
+        add(space, [n, n + 1])
+    assert collect(cache, Keep(), dry_run=True).shards_written == 2
+    done = collect(cache, Keep())
+    assert (done.shards_repacked, done.shards_written) == (6, 2)
+    assert full.name in names(space)
+    assert sorted(each.rows for each in space.index.shards(space.name).values()) == [4, 5, 8]
+    check_rows(space, [*range(12), *range(100, 105)])
+    assert collect(cache, Keep()) == Collected(), "there is no more to do"
+
+
 def test_shards_of_full_size_are_left_alone(cache: Cache, space: FeatureSpace) -> None:
     large = add(space, list(range(gc.SMALL_ROWS)))
     small = add(space, [1000])

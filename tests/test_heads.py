@@ -627,3 +627,28 @@ def test_a_regression_whose_tables_do_not_fit_is_refused_before_it_begins(monkey
     data = Data(rows, labels, rows, labels, 3)
     with pytest.raises(DoNotFitError, match=r"logreg of 40 rows and 3 classes takes 1.44 kB of memory, and 1.34 kB"):
         fit(make("logreg"), data, Watch())
+
+
+def test_what_a_large_head_takes_is_reported_before_it_is_built(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(machine, "available_memory", lambda: 20 * 10**9)
+    flatten, gap = HeadSpec.make("flatten"), HeadSpec.make("gap")
+    with caplog.at_level(logging.INFO):
+        heads.require_memory(flatten, (7, 7, 512), 10)  # VGG16
+        heads.require_memory(gap, (37, 37, 2560), 10)
+        heads.require_memory(HeadSpec.make("logreg"), (37, 37, 2560), 10)
+        heads.require_memory(flatten, (1, 1, 1280), 10)
+    (told,) = caplog.messages
+    assert (
+        told == "the flatten head over rows of 7x7x512 has 6,425,354 parameters, training takes about 854 MB of memory"
+    )
+    with pytest.raises(
+        DoNotFitError, match=r"37x37x2560 has 897,190,666 parameters, .* 22.2 GB .* means of the 2,560 ch"
+    ):
+        heads.require_memory(flatten, (37, 37, 2560), 10)
+
+
+def test_the_parameters_are_those_of_the_head() -> None:
+    for spec, shape in ((HeadSpec.make("flatten", hidden="8,4"), (2, 3, 5)), (HeadSpec.make("gap"), (2, 3, 5))):
+        assert dense._count_parameters(spec, shape, 3) == DenseHead(build(spec, shape, 3), spec).parameters

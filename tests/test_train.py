@@ -648,3 +648,12 @@ def test_digits_are_trained_from_pixels_without_files(workspace: Workspace, tmp_
     assert run.summary["classes"] == 10
     assert run.summary["accuracy"] > 0.6
     assert run.name.endswith("-digits-flatten")
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+def test_rows_of_a_vector_are_learned_from_like_others(spec: HeadSpec, workspace: Workspace, photos: Path) -> None:
+    """As of a network that gives a vector (c,): its rows are (1, 1, c), and their mean is the row."""
+    dataset = listed(photos)
+    fill(workspace, dataset, rewrite=lambda _, row: row.mean(axis=(0, 1), keepdims=True))
+    run = train(workspace, dataset, spec)
+    assert run.summary["accuracy"] > 0.8

@@ -96,6 +96,11 @@ class FrozenBackbone:
         self.batch_size = batch_size
         self._run = _compiled(self._model, self.spec, batch_size)
 
+    def bound_batch(self, most_bytes: int) -> None:
+        """Change to a smaller batch size if the features of a batch take more than `most_bytes` as they are stored."""
+        if (most := images_within(most_bytes, self.row_shape, self.spec)) < self.batch_size:
+            self._take(most)
+
     def choose_batch(self, rows: int, most: int) -> None:
         """Change to the batch size that computes fastest here, if `rows` rows take so long that measuring pays.
 
@@ -150,6 +155,11 @@ class FrozenBackbone:
                 "check the weights, or take --precision float32 --storage float32"
             )
         return features, pooled
+
+
+def images_within(most_bytes: int, row_shape: tuple[int, ...], spec: FeatureSpec) -> int:
+    """Return of how many images, at least one, the features take no more than `most_bytes` as they are stored."""
+    return max(1, most_bytes // (math.prod(row_shape) * np.dtype(spec.storage).itemsize))
 
 
 def _require_room(layer: str, row_shape: tuple[int, ...]) -> None:

@@ -74,6 +74,12 @@ def read(path: Path) -> OwnNetwork:
     return OwnNetwork(path, keras_config.identity(config), weights, size, layer, config)
 
 
+def count_parameters(path: Path) -> int:
+    """Return how many numbers the weights in the `.keras` file at `path` are. Raises what `read` does of them."""
+    with keras_archive.extracted_weights(path) as plain:
+        return sum(math.prod(shape) for shape in keras_archive.variables(plain).values())
+
+
 def architecture(path: Path) -> dict[str, Any]:
     """Return the checked architecture in the `.keras` file at `path`, as plain JSON values.
 

@@ -126,10 +126,14 @@ def resolve(source: Source, choice: str, workspace: Workspace, *, offline: bool 
                 f"--weights {choice!r:.80}: an own network brings its weights; name its file by --backbone FILE"
             )
         return weights.resolve(choice, source.name, workspace.downloads, index, offline=offline, progress=progress)
-    if choice not in ("auto", source.weights):
-        raise UsageError(f"{source.label} brings its weights; leave out --weights {choice!r:.80}")
+    _refuse_other_weights(source, choice)
     remembered_digest(source.file, index)  # by which the file is found again
     return Weights("file", str(source.weights), source.file, source.file)
+
+
+def _refuse_other_weights(network: Architecture, choice: str) -> None:
+    if choice not in ("auto", network.weights):
+        raise UsageError(f"{network.label} brings its weights; leave out --weights {choice!r:.80}")
 
 
 def stated(source: Source, choice: str, workspace: Workspace) -> Weights | None:
@@ -161,11 +165,18 @@ def given(spec: FeatureSpec, choice: str, workspace: Workspace) -> Weights:
     return resolve(source, "auto", workspace)
 
 
-def record(found: Weights, index: Index) -> dict[str, str] | None:
+def record(found: Weights, index: Index) -> dict[str, Any] | None:
     """Return what is kept of the file of an own network, by which `find` knows it again; None for a named one."""
     if found.network is None:
         return None
-    return {"file": found.network.name, "sha256": remembered_digest(found.network, index).hex()}
+    path = found.network
+    stored = {"file": path.name, "sha256": remembered_digest(path, index).hex()}
+    return {**stored, "parameters": own.count_parameters(path)} if keras_archive.is_archive(path) else stored
+
+
+def network_file(recorded: Mapping[str, Any] | None, index: Index) -> Path | None:
+    """Return the file of an own network by its `record`, if it is on this machine, without opening it."""
+    return next(_at_hand(str((recorded or {}).get("sha256", "")), index), None)
 
 
 def label(spec: FeatureSpec, recorded: Mapping[str, Any] | None) -> str:
@@ -184,6 +195,24 @@ def find(spec: FeatureSpec, recorded: Mapping[str, Any] | None, workspace: Works
         for path in _at_hand(spec.weights.removeprefix("sha256:"), index):
             return Weights("file", spec.weights, path, network)
     return None
+
+
+def describe(choice: str | None, stated: str | None, workspace: Workspace) -> dict[str, str | None]:
+    """Return where the weights of a backbone come from, as `weights.describe` does; an own network brings its own.
+
+    Raises
+    ------
+    UsageError
+        If there is no such network, or other weights are `stated` for an own one.
+    SpecError
+        If the file is refused.
+    """
+    found = architecture(choice)
+    if found.file is None:
+        return weights.describe(stated, workspace, found.name)
+    _refuse_other_weights(found, stated or "auto")
+    own_weights = {"weights": found.label, "identity": found.weights, "path": str(found.file)}
+    return own_weights if stated else {"backbone": found.name, **own_weights}
 
 
 def _at_hand(digest: str, index: Index) -> Iterator[Path]:

@@ -129,6 +129,11 @@ def find_imagenet(backbone: Backbone, downloads: Path) -> Path | None:
     return None
 
 
+def imagenet_place(backbone: Backbone, downloads: Path) -> Path | None:
+    """Return where a file of the name of ImageNet's weights lies, unchecked: to hash a large one takes seconds."""
+    return next((path for path in _imagenet_places(backbone, downloads) if path.is_file()), None)
+
+
 def _imagenet_places(backbone: Backbone, downloads: Path) -> tuple[Path, Path]:
     keras_home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
     return downloads / backbone.weights_file, keras_home / "models" / backbone.weights_file

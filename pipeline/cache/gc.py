@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.cache import storage
 from pipeline.cache.index import Index, ShardRecord
-from pipeline.cache.shard import Rows, read_info, read_whole, row_layout
+from pipeline.cache.shard import SHARD_BYTES, Rows, read_info, read_whole, row_layout
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.verify import ASIDE
 from pipeline.errors import ShardDamagedError, ShardUnreadableError
@@ -24,8 +24,7 @@ from pipeline.errors import ShardDamagedError, ShardUnreadableError
 logger = logging.getLogger(__name__)
 
 SHARD_ROWS = 256  # of a repacked shard, at most
-SMALL_ROWS = 64  # a shard of fewer is worth merging with others like it
-_MOST_BYTES = 2**28  # of a repacked shard's features in memory
+SMALL_ROWS = 64  # a shard of fewer is worth merging with others like it; of large rows, one of a quarter of the most
 _DEAD_SHARE = 0.5  # of a shard's rows, from which on it is written anew without them
 
 Row = tuple[bytes, int]  # key and view
@@ -117,7 +116,7 @@ def _disposable(space: FeatureSpace, keep: Keep, dry_run: bool) -> tuple[list[_S
     broken = set[str]()
     while True:
         shards, relied_on = _living(space, keep, broken)
-        spent = _worth_repacking(shards)
+        spent = _worth_repacking(space, shards)
         dead = [shard for shard in shards if not len(shard.living)]
         needed = relied_on | {shard.record.name for shard in spent}
         unknown = {True: needed - fine[True], False: {shard.record.name for shard in dead} - needed - fine[False]}
@@ -171,19 +170,30 @@ def _living(space: FeatureSpace, keep: Keep, broken: Collection[str]) -> tuple[l
     return found, relied_on
 
 
-def _worth_repacking(shards: Sequence[_Shard]) -> list[_Shard]:
+def _worth_repacking(space: FeatureSpace, shards: Sequence[_Shard]) -> list[_Shard]:
     some = [shard for shard in shards if len(shard.living)]
     spent = [shard for shard in some if len(shard.living) <= (1 - _DEAD_SHARE) * shard.record.rows]
-    small = [shard for shard in some if shard not in spent and len(shard.living) < SMALL_ROWS]
+    few = [shard for shard in some if shard not in spent and len(shard.living) < SMALL_ROWS]
+    # Of large rows a full shard has few.
+    small = [shard for shard in few if len(shard.living) <= _most_rows(space, shard) // 4]
     # One small shard alone is as good as it gets.
     return spent + (small if len(small) + len(spent) > 1 else [])
+
+
+def _most_rows(space: FeatureSpace, shard: _Shard) -> int:
+    """Return how many rows a repacked shard has, at most."""
+    try:
+        shape, dtype = row_layout(space.shard_path(shard.record.name), "features")
+    except (ShardDamagedError, ShardUnreadableError):  # what is wrong with it is found where every byte is looked at
+        return SHARD_ROWS
+    return max(1, min(SHARD_ROWS, SHARD_BYTES // (math.prod(shape) * dtype.itemsize)))
 
 
 def _repack(space: FeatureSpace, spent: Sequence[_Shard], dry_run: bool, done: Collected) -> set[str]:
     """Write the living rows of `spent` to new shards; return their names."""
     if dry_run:
         living = sum(len(shard.living) for shard in spent)
-        done.shards_written += math.ceil(living / SHARD_ROWS)
+        done.shards_written += math.ceil(living / _most_rows(space, spent[0])) if spent else 0
         done.bytes_freed -= sum(round(s.record.bytes * len(s.living) / s.record.rows) for s in spent)
         return set()
     written = set()
@@ -201,9 +211,7 @@ def _gathered(space: FeatureSpace, spent: Sequence[_Shard], advance: Callable[[i
     """Yield the living rows of `spent` in shards of full size, the last one smaller."""
     waiting: list[Rows] = []
     for shard in spent:
-        path = space.shard_path(shard.record.name)
-        shape, dtype = row_layout(path, "features")
-        most = max(1, min(SHARD_ROWS, _MOST_BYTES // (math.prod(shape) * dtype.itemsize)))
+        path, most = space.shard_path(shard.record.name), _most_rows(space, shard)
         for start in range(0, len(shard.living), most):
             waiting.append(read_whole(path, shard.living[start : start + most]))
             while sum(map(len, waiting)) >= most:

@@ -15,7 +15,7 @@ from pipeline.errors import CacheError
 
 
 def describe(space: FeatureSpace) -> dict[str, Any]:
-    """Return name, shards, rows, bytes, compression ratio, ages (ISO 8601, UTC), spec and provenance as JSON values.
+    """Return name, backbone, shards, rows, bytes, compression ratio, ages (ISO 8601, UTC), spec and provenance as JSON values.
 
     The ratio is of the rows' bytes in memory to those on disk; None if there is no row.
     """
@@ -24,6 +24,7 @@ def describe(space: FeatureSpace) -> dict[str, Any]:
     newest = max((stat.st_mtime for stat in files.values()), default=None)
     return {
         "space": space.name,
+        "backbone": _label(space),
         **asdict(totals),
         "compression_ratio": _ratio(space, totals.rows, totals.bytes),
         "created": _text(space.provenance.get("created")),
@@ -44,6 +45,13 @@ def _ratio(space: FeatureSpace, rows: int, size: int) -> float | None:
     except CacheError:  # listing goes on; `cache verify` says what is wrong
         return None
     return round(rows * sum(math.prod(shape) * dtype.itemsize for shape, dtype in layouts) / size, 2)
+
+
+def _label(space: FeatureSpace) -> str:
+    """Return what people call the network: the name of a row of the table, or of the file of an own one."""
+    recorded = space.provenance.get("network")
+    named = _text(recorded.get("file")) if isinstance(recorded, dict) else None
+    return named or space.spec.backbone
 
 
 def _text(value: object) -> str | None:

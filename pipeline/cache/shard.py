@@ -36,8 +36,9 @@ from pipeline.spec import FeatureSpec, canonical_json
 FORMAT = "icebox-shard"
 VERSION = 1
 PLAIN: Mapping[int, Any] = {0: "plain"}  # the recipes of rows that have no augmented view
+SHARD_BYTES = 2**28  # of a shard's features in memory, at most, where nobody said how many rows it has
 MAX_ROWS = 65_536  # far above what is ever written: a file claiming more is not ours
-MAX_ROW_BYTES = 2**26  # likewise: no layer of a network on 299 by 299 pixels comes near it
+MAX_ROW_BYTES = 2**27  # as float32; of the largest one, EfficientNetB7 cut at its first blocks, 66 MiB
 _CHUNK_BYTES = 2**20
 _NOT_THE_SHARDS = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 # HDF5's oldest format has no checksums in its own bookkeeping: one flipped bit there made another row, or zeros, be

@@ -27,10 +27,10 @@ def weights_command(
     quiet: QuietOption = False,
 ) -> None:
     """Tell where weights come from; with --weights, get them."""
-    from pipeline.backbone.weights import describe
+    from pipeline.backbone.source import describe
 
     with opened(context) as workspace:
-        result = describe(weights, workspace, backbone or "inception_v3")
+        result = describe(backbone, weights, workspace)
     finish(result, as_json, tuple(result))
 
 

@@ -64,15 +64,17 @@ def cache_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOp
     if not spaces:
         terminal.say("the cache is empty; `features` fills it")
         return
-    headers = ("space", "rows", "shards", "MB", "compressed", "begun", "last added", "weights", "precision")
-    terminal.table([_space_row(space) for space in spaces], headers)
+    headers = ["space", "rows", "shards", "MB", "compressed", "begun", "last added", "weights", "precision"]
+    rows = [_space_row(space) for space in spaces]
+    terminal.insert_column(rows, headers, 1, "backbone", [space["backbone"] for space in spaces])
+    terminal.table(rows, headers)
 
 
-def _space_row(space: dict[str, Any]) -> tuple[object, ...]:
+def _space_row(space: dict[str, Any]) -> list[object]:
     from pipeline import terminal
 
     ratio = space["compression_ratio"]
-    return (
+    return [
         space["space"],
         space["rows"],
         space["shards"],
@@ -82,7 +84,7 @@ def _space_row(space: dict[str, Any]) -> tuple[object, ...]:
         terminal.age(space["last_added"]),
         space["made_by"].get("weights"),
         space["spec"]["precision"],
-    )
+    ]
 
 
 cache_app.command("explain")(cache_explain)

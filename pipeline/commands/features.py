@@ -72,7 +72,10 @@ def features(
     max_pixels: MaxPixelsOption = MAX_PIXELS,
     views: ViewsOption = 1,
     augment: AugmentOption = None,
-    shard_rows: Annotated[int, typer.Option(help="Rows in a shard, at most.", min=1, max=65_536)] = 256,
+    shard_rows: Annotated[
+        int | None,
+        typer.Option(help="Rows in a shard, at most.  [default: 256, fewer of rows above 1 MiB]", min=1, max=65_536),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(

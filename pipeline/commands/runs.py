@@ -30,7 +30,13 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
         sweeps = runs.unfinished(workspace.sweeps)
     if as_json:
         listed = [
-            {"dataset": each.name, "dataset_path": each.path, **each.about["summary"], "created": each.created}
+            {
+                "dataset": each.name,
+                "dataset_path": each.path,
+                "backbone": _backbone_of(each.about),
+                **each.about["summary"],
+                "created": each.created,
+            }
             for each in found
         ]
         terminal.emit_json({"runs": listed, "unfinished": stopped, "unfinished_sweeps": sweeps})
@@ -40,15 +46,24 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
     else:
         datasets = told_apart([each.path or each.name for each in found])
         rows = [_run_row(each.about["summary"], name) for each, name in zip(found, datasets, strict=True)]
-        terminal.table(rows, ("run", "head", "dataset", "accuracy", "95% interval", "val", "seconds", "weights"))
+        headers = ["run", "head", "dataset", "accuracy", "95% interval", "val", "seconds", "weights"]
+        terminal.insert_column(rows, headers, 2, "backbone", [_backbone_of(each.about) for each in found])
+        terminal.table(rows, headers)
     for name, command in (*commands.items(), *((name, "sweep") for name in sweeps)):
         terminal.warn(f"stopped, go on by: {again(command)} --resume {name}")
 
 
-def _run_row(summary: Mapping[str, Any], dataset: str) -> tuple[object, ...]:
+def _backbone_of(about: Mapping[str, Any]) -> str:
+    """Return what people call the backbone of a run; those of before there was a choice have the default one."""
+    from pipeline.backbone.table import DEFAULT_BACKBONE
+
+    return str(about["summary"].get("backbone", DEFAULT_BACKBONE))
+
+
+def _run_row(summary: Mapping[str, Any], dataset: str) -> list[object]:
     from pipeline import terminal
 
-    return (
+    return [
         summary["run"],
         summary["head"] if summary.get("stage", "head") == "head" else f"{summary['head']}, {summary['stage']}",
         dataset,
@@ -57,4 +72,4 @@ def _run_row(summary: Mapping[str, Any], dataset: str) -> tuple[object, ...]:
         f"{summary['val_accuracy']:.3f}",
         f"{summary['seconds']:.1f}",
         summary["weights"],
-    )
+    ]

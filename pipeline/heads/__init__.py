@@ -36,6 +36,7 @@ __all__ = [
     "not_of_its_run",
     "of_its_run",
     "release",
+    "require_memory",
     "steps",
 ]
 
@@ -59,6 +60,14 @@ def memory_needed(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> i
     from pipeline.heads import dense
 
     return 0 if spec.head == "logreg" else dense.memory_needed(spec, row_shape, classes)
+
+
+def require_memory(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> None:
+    """Report what training a large head takes. Raises DoNotFitError if it takes more memory than is free."""
+    from pipeline.heads import dense
+
+    if spec.head != "logreg":
+        dense.require_memory(spec, row_shape, classes)
 
 
 def release() -> None:

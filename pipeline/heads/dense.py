@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,15 +15,18 @@ from pipeline import machine
 from pipeline.backbone import weights_file
 from pipeline.batches import Shuffled
 from pipeline.cache import storage
-from pipeline.errors import DatasetError, RunError
+from pipeline.errors import DatasetError, DoNotFitError, RunError
 from pipeline.heads.base import JSON_FILE, Data, Fitted, class_weights, measure, not_numbers, require_numbers
 from pipeline.heads.logreg import LogregHead
 from pipeline.heads.parts import dense_in_parts, gradients_in_bfloat16
 from pipeline.keras_start import KerasModel, import_keras
 from pipeline.loop import NotFiniteError, Watch, finalize, train
+from pipeline.progress import size_text
 from pipeline.rows import Rows, in_order
 from pipeline.runs import write_json
 from pipeline.spec import HeadSpec
+
+logger = logging.getLogger(__name__)
 
 _WEIGHTS_FILE = "head.weights.h5"
 TENSORFLOW = 700_000_000  # bytes that TensorFlow itself takes, measured on a CPU
@@ -32,7 +36,7 @@ _COPIES = 6  # of a head's numbers while it trains: weights, gradients, two of A
 # this share of the median channel's.
 _LEAST_DEVIATION = 0.01
 _NEVER = -1e4  # a logit whose probability is 0
-_LARGE = 2**22  # weights of a layer from which on their update takes much of a step
+_LARGE = 2**22  # weights of a layer from which on their update takes much of a step, and memory worth a word
 
 
 class DenseHead:
@@ -118,9 +122,35 @@ def _seed(seed: int, number: int) -> int:
 
 def memory_needed(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> int:
     """Return about how many bytes training takes beside the rows."""
-    widths = [math.prod(row_shape), *spec.settings["hidden"], classes]
-    numbers = sum(a * b for a, b in itertools.pairwise(widths))
-    return TENSORFLOW + _COPIES * 4 * numbers
+    return TENSORFLOW + _COPIES * 4 * _count_parameters(spec, row_shape, classes)
+
+
+def _count_parameters(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> int:
+    inputs = row_shape[-1] if spec.head == "gap" else math.prod(row_shape)
+    return sum((a + 1) * b for a, b in itertools.pairwise([inputs, *spec.settings["hidden"], classes]))
+
+
+def require_memory(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> None:
+    """Report the parameters and the memory of a large head before it is built.
+
+    Raises
+    ------
+    DoNotFitError
+        If it takes more memory than is free here.
+    """
+    if (count := _count_parameters(spec, row_shape, classes)) < _LARGE:
+        return
+    needed, free = memory_needed(spec, row_shape, classes), machine.available_memory()
+    rows = "x".join(map(str, row_shape))
+    told = (
+        f"the {spec.head} head over rows of {rows} has {count:,} parameters, training takes about {size_text(needed)}"
+    )
+    if needed > free:
+        raise DoNotFitError(
+            f"{told} of memory, and {size_text(free)} are free; take fewer units (--hidden), a later --layer, or "
+            f"--head gap or logreg, which read the means of the {row_shape[-1]:,} channels"
+        )
+    logger.info("%s of memory", told)
 
 
 def channel_statistics(blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

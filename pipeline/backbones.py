@@ -1,0 +1,156 @@
+"""The networks there are: those of the table and own ones, with what is known of them on this machine.
+
+Listing them loads no TensorFlow and hashes no weights file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import rates
+from pipeline.backbone import own
+from pipeline.backbone import source as networks
+from pipeline.backbone.frozen import ENGINE
+from pipeline.backbone.source import Architecture
+from pipeline.backbone.table import BACKBONES, Backbone
+from pipeline.backbone.weights import imagenet_place
+from pipeline.cache.space import FeatureSpace
+from pipeline.spec import OWN
+from pipeline.workspace import Workspace
+
+_FLOAT16 = 2  # bytes
+_FLOAT32 = 4
+
+Rate = Mapping[str, Any]  # as `rates.known` gives it
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A network and what is known of it here; None where nothing is.
+
+    `row` is (h, w, c). `bytes_per_row` is what its largest feature space takes on disk, `uncompressed` what a row
+    takes in memory, in float16. `images_per_second` is at the precision that was asked for; `rates` has those of all.
+    `weights` is "yes" where ImageNet's lie on this machine, "no" where not, "file" where an own network's file does.
+    """
+
+    name: str
+    own: bool
+    input_size: int | None
+    scaling: str | None
+    layer: str
+    row: tuple[int, ...] | None
+    parameters: int | None
+    multiplications: int | None
+    bytes_per_row: int | None
+    uncompressed: int | None
+    images_per_second: float | None
+    rates: dict[str, float]
+    weights: str
+    weights_file: str | None
+
+
+def gather(names: Sequence[str], workspace: Workspace, precision: str) -> list[Listed]:
+    """Return the named networks, or all there are: first those of the table, the cheapest first.
+
+    Raises
+    ------
+    UsageError
+        If there is no such network.
+    SpecError
+        If a file is refused.
+    """
+    wanted = [networks.architecture(name) for name in names]
+    spaces, known = workspace.cache.spaces(), rates.known(workspace)
+    rows = [BACKBONES[each.name] for each in wanted if each.file is None] if names else list(BACKBONES.values())
+    files = {(each.name, str(each.weights)): each for each in wanted if each.file is not None}
+    listed = [_named(row, spaces, known, precision, workspace) for row in rows]
+    in_spaces = _largest_of_own(spaces)
+    for identity in dict.fromkeys([*files, *(() if names else in_spaces)]):
+        space = in_spaces.get(identity)
+        listed.append(_own(files.get(identity) or _of_space(in_spaces[identity], workspace), space, known, precision))
+    return sorted(listed, key=lambda each: (each.own, each.multiplications or 0, each.name))
+
+
+def _named(
+    row: Backbone, spaces: Iterable[FeatureSpace], known: Iterable[Rate], precision: str, workspace: Workspace
+) -> Listed:
+    of_default = row.name, row.default_layer, row.input_size
+    same = [each for each in spaces if (each.spec.backbone, each.spec.layer, each.spec.input_size) == of_default]
+    speeds, weights = _rates_of(known, *of_default), imagenet_place(row, workspace.downloads)
+    return Listed(
+        name=row.name,
+        own=False,
+        input_size=row.input_size,
+        scaling=row.scaling,
+        layer=row.default_layer,
+        row=row.row,
+        parameters=row.parameters,
+        multiplications=row.multiplications,
+        bytes_per_row=_bytes_per_row(same),
+        uncompressed=_uncompressed(row.row),
+        images_per_second=speeds.get(precision),
+        rates=speeds,
+        weights="yes" if weights else "no",
+        weights_file=str(weights) if weights else None,
+    )
+
+
+def _own(network: Architecture, space: FeatureSpace | None, known: Iterable[Rate], precision: str) -> Listed:
+    """Return what is known of an own network, of which `space` is the largest, if there is one."""
+    size, layer = (space.spec.input_size, space.spec.layer) if space else (network.input_size, network.default_layer)
+    made_by = space.provenance if space else {}
+    row = tuple(made_by.get("row_shape") or ()) or None
+    speeds, path = _rates_of(known, network.name, layer, size), network.file
+    stored = dict(made_by.get("network") or {})
+    return Listed(
+        name=str(stored.get("file") or network.label),
+        own=True,
+        input_size=size,
+        scaling=space.spec.scaling if space else None,
+        layer=layer,
+        row=row,
+        parameters=stored.get("parameters") or (own.count_parameters(path) if path else None),
+        multiplications=None,
+        bytes_per_row=_bytes_per_row([space] if space else []),
+        uncompressed=_uncompressed(row) if row else None,
+        images_per_second=speeds.get(precision),
+        rates=speeds,
+        weights="file" if path else "no",
+        weights_file=str(path) if path else None,
+    )
+
+
+def _of_space(space: FeatureSpace, workspace: Workspace) -> Architecture:
+    """Return the own network of a space, with its file if that is on this machine; it is not opened."""
+    spec, path = space.spec, networks.network_file(space.provenance.get("network"), workspace.cache.index)
+    return Architecture(spec.backbone, spec.input_size, spec.scaling, spec.layer, path, spec.weights)
+
+
+def _largest_of_own(spaces: Iterable[FeatureSpace]) -> dict[tuple[str, str], FeatureSpace]:
+    """Return for each own network, told apart by architecture and weights, the space with most rows."""
+    found: dict[tuple[str, str], FeatureSpace] = {}
+    for space in sorted(spaces, key=lambda each: each.totals().rows):
+        if space.spec.backbone.startswith(OWN):
+            found[space.spec.backbone, space.spec.weights] = space
+    return found
+
+
+def _rates_of(known: Iterable[Rate], backbone: str, layer: str, size: int | None) -> dict[str, float]:
+    """Return precision → images/s of a network here, of its last measurement."""
+    key = {"backbone": backbone, "layer": layer, "input_size": size, "engine": ENGINE}
+    same = [each for each in known if all(each.get(name) == value for name, value in key.items())]
+    return {str(each.get("precision")): each["images_per_second"] for each in same}
+
+
+def _bytes_per_row(spaces: Iterable[FeatureSpace]) -> int | None:
+    """Return the bytes on disk over the rows of the space that has most; None if none has any."""
+    largest = max((space.totals() for space in spaces), key=lambda each: each.rows, default=None)
+    return round(largest.bytes / largest.rows) if largest and largest.rows else None
+
+
+def _uncompressed(row: Sequence[int]) -> int:
+    """Return the bytes of a row in memory: features in float16, and their means in float32."""
+    return _FLOAT16 * math.prod(row) + _FLOAT32 * row[-1]

@@ -1,0 +1,105 @@
+"""How fast networks compute features on this machine: measured with untrained weights, each result kept at once."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipeline import machine, rates
+from pipeline.backbone import source as networks
+from pipeline.backbone.frozen import FrozenBackbone
+from pipeline.backbone.scaling import NONE
+from pipeline.backbone.source import Architecture, Source
+from pipeline.backbone.table import BACKBONES
+from pipeline.cache.shard import SHARD_BYTES
+from pipeline.choice import FeatureChoice, Settled
+from pipeline.compute import default_batch
+from pipeline.errors import UsageError
+from pipeline.keras_start import import_keras
+from pipeline.progress import counted, duration, size_text
+from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+_COPIES = 3  # of a network's numbers in memory, in float32, while it is built and compiled
+_BESIDE = 1_500_000_000  # bytes that TensorFlow and the batches take
+# What measuring takes: a network is built and compiled, then some batches are computed.
+_BUILDING_S = 12.0
+_BATCHES = 6
+_MULTIPLICATIONS = 25e9  # a second, of each core; where there is a GPU, compiling is what takes the time
+
+
+def measure(names: Sequence[str], workspace: Workspace, precision: str) -> None:
+    """Measure images/s of the named networks, or of all in the table, and remember each as soon as it is known.
+
+    A network that would not fit into the memory is left out, which is said.
+
+    Raises
+    ------
+    UsageError
+        If there is no such network, or one takes images of any size.
+    SpecError
+        If a file is refused.
+    """
+    found = [networks.architecture(name) for name in names or _cheapest_first()]
+    sources = [_source(each) for each in found if _fits(each)]
+    seconds = list(map(_expected_seconds, sources))
+    logger.info(
+        "measuring %s takes about %s; each result is kept as soon as it is there",
+        counted(len(sources), "network"),
+        duration(sum(seconds)),
+    )
+    with workspace.progress("measuring", round(sum(seconds)), "s expected") as advance:
+        for source, expected in zip(sources, seconds, strict=True):
+            advance(0, note=source.label)
+            _measure(source, workspace, precision)
+            advance(expected)
+
+
+def _cheapest_first() -> list[str]:
+    return sorted(BACKBONES, key=lambda name: BACKBONES[name].multiplications)
+
+
+def _source(network: Architecture) -> Source:
+    """Return a network as it can be built; how pixels go in does not change how fast it is."""
+    if network.input_size is None:
+        raise UsageError(f"{network.label} takes images of any size; `features --input-size N` measures it")
+    scaling = network.scaling or NONE
+    return Source(network.name, network.input_size, scaling, network.default_layer, network.file, network.weights)
+
+
+def _fits(network: Architecture) -> bool:
+    if network.name not in BACKBONES:
+        return True
+    needed = 4 * _COPIES * BACKBONES[network.name].parameters + _BESIDE
+    if (free := machine.available_memory()) >= needed:
+        return True
+    logger.warning(
+        "%s is left out: it takes about %s of memory, and %s are free", network.name, size_text(needed), size_text(free)
+    )
+    return False
+
+
+def _expected_seconds(source: Source) -> float:
+    if machine.gpu_count() or source.name not in BACKBONES:
+        return _BUILDING_S
+    work = _BATCHES * default_batch() * BACKBONES[source.name].multiplications
+    return _BUILDING_S + work / (_MULTIPLICATIONS * machine.usable_cores())
+
+
+def _measure(source: Source, workspace: Workspace, precision: str) -> None:
+    """Measure one network and remember its rate; give its memory back."""
+    weights = networks.resolve(source, "auto" if source.file else "untrained", workspace)
+    # Untrained features may be too large for float16, and are not kept.
+    settled = Settled(FeatureChoice(precision=precision, storage="float32"), source, weights, None)
+    spec = settled.new_spec(weights)
+    model = FrozenBackbone(spec, weights.path, default_batch(), machine.usable_cores(), weights.network)
+    model.bound_batch(SHARD_BYTES)
+    rate = model.rate()
+    rates.remember(workspace, replace(spec, storage="float16"), rate, model.batch_size)
+    logger.info("%s: %.4g images/s at %s", source.label, rate, spec.precision)
+    del model
+    import_keras().backend.clear_session()
+    gc.collect()
