@@ -12,7 +12,7 @@ from pipeline import heads, network
 from pipeline.asked import FullAsked
 from pipeline.backbone import source as networks
 from pipeline.backbone.build import build
-from pipeline.backbone.graph import cut_layers
+from pipeline.backbone.graph import cut_layers, layer_names
 from pipeline.backbone.source import Source
 from pipeline.backbone.table import DEFAULT_BACKBONE
 from pipeline.backbone.weights import Weights
@@ -146,7 +146,7 @@ def _layers(source: Source, layer: str) -> tuple[list[str], list[str]]:
 @functools.cache
 def _topology(name: str, input_size: int, file: Path | None) -> tuple[list[str], list[str]]:
     whole = build(name, input_size=input_size, network=file)
-    return [each.name for each in whole.layers], cut_layers(whole)
+    return layer_names(whole), cut_layers(whole)
 
 
 def _usual(source: Source, layer: str) -> str:
