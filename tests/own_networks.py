@@ -8,8 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.choice import FeatureChoice
+
 SIZE = 32
 SCALING = "127,128"
+
+
+def own_choice(path: Path) -> FeatureChoice:
+    """Return the choice of the features of a network in a file, computed and stored in float32."""
+    return FeatureChoice(backbone=str(path), scaling=SCALING, precision="float32", storage="float32")
 
 
 def _depthwise(layers: Any, x: Any) -> Any:
