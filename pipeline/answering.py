@@ -15,7 +15,7 @@ from pipeline.backbone import source as networks
 from pipeline.backbone.weights import Weights
 from pipeline.cache.space import FeatureSpace
 from pipeline.choice import other_version, warn_untrained
-from pipeline.errors import SpecError
+from pipeline.errors import SpecError, UsageError, WeightsError
 from pipeline.heads.dense import DenseHead, average
 from pipeline.network import Network, stitched
 from pipeline.rows import Wanted, stored_rows
@@ -30,7 +30,7 @@ _ROOM = 2**28  # bytes that cached rows may take in memory
 class Group:
     """Runs that read the same features, or a full model, which has a backbone of its own.
 
-    `share` is what they count among all; `given` are weights that were stated for the backbone.
+    `share` is what they count among all; `given` are the weights of its backbone, if they were stated.
     """
 
     runs: tuple[TrainedRun, ...]
@@ -76,9 +76,9 @@ class Group:
         return made
 
     def _weights(self) -> Weights:
-        spec, run = self.spec, self.runs[0]
-        if self.given is not None and self.given.identity == spec.weights:
+        if self.given is not None:
             return self.given
+        spec, run = self.spec, self.runs[0]
         return networks.require(spec, run.network_record, run.weights, f"the run {run.name}", self.workspace)
 
 
@@ -103,8 +103,8 @@ def grouped(runs: Sequence[TrainedRun], workspace: Workspace, weights: str | Non
         _require_same_reading(run)
         warn_untrained(run.base)
         found.setdefault(run.path if run.full else run.spec, []).append(run)
-    given = None if weights is None else _stated(runs, workspace, weights)
-    return [Group(tuple(some), len(some) / len(runs), workspace, given) for some in found.values()]
+    given = {} if weights is None else _stated(runs, workspace, weights)
+    return [Group(tuple(some), len(some) / len(runs), workspace, given.get(some[0].spec)) for some in found.values()]
 
 
 def _require_same_reading(run: TrainedRun) -> None:
@@ -113,10 +113,20 @@ def _require_same_reading(run: TrainedRun) -> None:
         raise SpecError(f"the run {run.name} was trained by another version of Icebox: {listed}")
 
 
-def _stated(runs: Sequence[TrainedRun], workspace: Workspace, weights: str) -> Weights:
-    spec = runs[0].spec
-    given = networks.given(spec, weights, workspace)
-    if all(run.full or run.spec.weights != given.identity for run in runs):
+def _stated(runs: Sequence[TrainedRun], workspace: Workspace, weights: str) -> dict[FeatureSpec, Weights]:
+    """Return the weights, or the own network, that were stated, by the features that are computed with them."""
+    found, refused = dict[FeatureSpec, Weights](), None
+    for spec in dict.fromkeys(run.spec for run in runs if not run.full):
+        try:
+            given = networks.given(spec, weights, workspace)
+        except (SpecError, UsageError, WeightsError) as error:  # it may be that of another run
+            refused = refused or error
+            continue
+        if given.identity == spec.weights:
+            found[spec] = given
+    if not found:
         names = ", ".join(run.name for run in runs)
-        raise SpecError(f"the features of {names} were computed with other weights than {weights}; leave out --weights")
-    return given
+        raise refused or SpecError(
+            f"the features of {names} were computed with other weights than {weights}; leave out --weights"
+        )
+    return found

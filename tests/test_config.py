@@ -174,13 +174,28 @@ def test_every_option_that_names_a_file_needs_a_file_that_was_named() -> None:
     for name, command in config._commands(cli._command()):
         for key, option in config._options(command).items():
             if "path" in str(option.bare_type).lower() or "file" in str(option.metavar).lower():
-                assert key in config._ONLY_IF_NAMED, f"{name} --{key}"
+                assert config._is_barred(name, key, "a.keras"), f"{name} --{key}"
+
+
+def test_a_file_that_was_not_named_may_name_a_backbone_of_the_table_but_no_file(
+    asked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = '[tool.icebox]\nbackbone = "{}"\ninput-size = 96\nscaling = "x/255"\n'
+    write(tmp_path / "pyproject.toml", text.format("mobilenet_v2"))
+    features = asked("train-head").features
+    assert (features.backbone, features.input_size, features.scaling) == ("mobilenet_v2", 96, "x/255")
+    assert "not taken" not in capsys.readouterr().err
+    write(tmp_path / "pyproject.toml", text.format("theirs.keras"))
+    assert asked("train-head").features.backbone is None
+    assert "not taken from pyproject.toml, as it was not named on the command line: backbone" in capsys.readouterr().err
+    named = asked("--config", "pyproject.toml", "train-head").features
+    assert named.backbone == str(tmp_path / "theirs.keras")
 
 
 def test_every_option_that_needs_a_file_that_was_named_stands_in_the_docs() -> None:
     page = (ROOT / "docs" / "security.md").read_text()
     section = page.partition("## Options from a file that was not named")[2].partition("\n## ")[0]
-    for key in config._ONLY_IF_NAMED:
+    for key in (*config._ONLY_IF_NAMED, "backbone"):
         assert f"`{key}`" in section, key
 
 

@@ -13,15 +13,24 @@ import numpy as np
 import pytest
 from conftest import icebox, unseal
 from deployed import MOST, Deployed
+from own_networks import SIZE, own_choice, write_network
 
 from pipeline import export
 from pipeline.answering import grouped
+from pipeline.asked import Asked, DatasetChoice
 from pipeline.backbone.untrained import initialise, recipe_of
 from pipeline.cache.lock import new_folder_held
+from pipeline.compute import ComputeOptions
+from pipeline.dataset import open_dataset
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, RunError, UsageError
 from pipeline.export import Exported, deployable, export_run
+from pipeline.extract import extract
 from pipeline.formats import FORMATS
+from pipeline.spec import HeadSpec
+from pipeline.train import train_head
+from pipeline.trained import open_run
+from pipeline.workspace import Workspace
 
 CLASSES = ["cats", "dogs"]
 
@@ -51,15 +60,15 @@ def test_what_is_exported_is_the_full_model(deployed: Deployed, tmp_path: Path) 
     pixels = pixels_of(deployed, 3)
     expected = np.asarray(network_of(deployed, "gap").on_pixels().predict_on_batch(pixels))
     assert np.abs(FORMATS["keras"].load(done.path)(pixels) - expected).max() < 1e-4
-    check_alone(done.path)
+    check_alone(done.path, 299)
 
 
-def check_alone(path: Path) -> None:
-    """A Keras model is loaded where there is no Icebox."""
+def check_alone(path: Path, size: int) -> None:
+    """Load a Keras model where there is no Icebox."""
     program = (
         "import sys, keras, numpy as np\n"
         "model = keras.saving.load_model(sys.argv[1])\n"
-        "said = model.predict(np.zeros((2, 299, 299, 3), 'uint8'), verbose=0)\n"
+        f"said = model.predict(np.zeros((2, {size}, {size}, 3), 'uint8'), verbose=0)\n"
         "assert said.shape == (2, 2) and abs(said.sum() - 2) < 1e-5\n"
         "assert not any(name.startswith('pipeline') for name in sys.modules)\n"
     )
@@ -183,3 +192,25 @@ def test_the_command_names_what_it_lacks(deployed: Deployed, tmp_path: Path) -> 
     assert done.json["path"] == str(data / "exports" / "gap-keras" / "model.keras")
     assert done.json["compared_images"] == 6
     assert done.json["max_difference"] <= 1e-4
+
+
+@pytest.mark.parametrize(("kind", "head", "forms"), [
+    ("vector", "flatten", ["keras", "onnx", "litert"]),
+    ("bare", "logreg", ["keras", "openvino"]),
+    ("nested", "logreg", ["savedmodel", "onnx"]),
+])  # fmt: skip
+def test_heads_on_own_networks_are_exported(
+    workspace: Workspace, photos: Path, tmp_path: Path, kind: str, head: str, forms: list[str]
+) -> None:
+    """Batch norms that are folded, vectors for rows, bare operations, models in models."""
+    path, dataset = write_network(tmp_path / f"{kind}.keras", kind), open_dataset(str(photos), downloads=tmp_path)
+    extract(dataset, workspace, own_choice(path), ComputeOptions())
+    spec = HeadSpec.make(head, **({} if head == "logreg" else {"epochs": 2}))
+    asked = Asked(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
+    run = open_run(workspace.runs, train_head(dataset, workspace, asked, "features").name)
+    for form in forms:
+        done = export_run(run, form, dataset, workspace, max_pixels=MOST, out=tmp_path / form)
+        assert done.about["max_difference"] <= 1e-4
+        assert done.about["difference_to_run"] <= 1e-4
+        if form == "keras":
+            check_alone(done.path, SIZE)

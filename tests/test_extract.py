@@ -25,6 +25,7 @@ import hdf5plugin  # noqa: F401  registers the filter
 import numpy as np
 import pytest
 from conftest import ROOT, command_line, environment, icebox, mark, picture, write_picture
+from own_networks import own_choice, write_network
 
 import pipeline.extract
 import pipeline.shard_task
@@ -35,8 +36,9 @@ from pipeline.cache.index import Index
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions, batch_of
 from pipeline.dataset import Dataset, limit, open_dataset
-from pipeline.errors import CacheError, DoNotFitError, SpecError, WeightsError
+from pipeline.errors import CacheError, DoNotFitError, SpecError, UsageError, WeightsError
 from pipeline.extract import Extraction, extract
+from pipeline.keras_start import import_keras
 from pipeline.spec import FeatureSpec
 from pipeline.workspace import open_workspace
 
@@ -593,3 +595,52 @@ def test_no_memory_for_an_image_is_not_remembered_against_it(
     assert "no memory for 40 x 50 pixels" in done.quarantined[0].reason
     monkeypatch.delenv("PYTHONPATH")
     assert counts(run(photos)) == (1, 11, 0, 0)
+
+
+# Networks of one's own
+
+
+def test_an_own_network_is_known_by_what_it_holds(photos: Path, run: Callable[..., Extraction], tmp_path: Path) -> None:
+    """Moved, or saved anew, nothing is computed again and no scaling is asked for; with other weights it is another."""
+    path = write_network(tmp_path / "own.keras", "depthwise")
+    assert counts(run(photos, own_choice(path))) == (12, 0, 0, 0)
+    assert counts(run(photos, FeatureChoice(backbone=str(path)))) == (0, 12, 0, 0)
+    keras = import_keras()
+    model: Any = keras.models.load_model(path)
+    model.trainable = False
+    model.compile("adam", "mse")
+    model.save(tmp_path / "anew.keras")
+    assert counts(run(photos, FeatureChoice(backbone=str(tmp_path / "anew.keras")))) == (0, 12, 0, 0)
+    moved = path.rename(tmp_path / "moved.keras")
+    assert counts(run(photos, FeatureChoice(backbone=str(moved)))) == (0, 12, 0, 0)
+    other = write_network(tmp_path / "other.keras", "depthwise", seed=2)
+    with pytest.raises(UsageError, match=r"other\.keras is not known from before: say by --scaling"):
+        run(photos, FeatureChoice(backbone=str(other)))
+
+
+def test_an_own_network_under_two_scalings_is_two_spaces(
+    photos: Path, run: Callable[..., Extraction], tmp_path: Path
+) -> None:
+    path = write_network(tmp_path / "own.keras", "plain", size=None)
+    sized = replace(own_choice(path), input_size=32)
+    with pytest.raises(UsageError, match="is not known from before: say by --input-size how many pixels a side"):
+        run(photos, own_choice(path))
+    for scaling in ("127,128", "x/255"):
+        assert counts(run(photos, replace(sized, scaling=scaling))) == (12, 0, 0, 0)
+    with pytest.raises(SpecError, match=r"own\.keras is known with --scaling 127,128 and x/255; say which"):
+        run(photos, FeatureChoice(backbone=str(path)))
+    assert counts(run(photos, FeatureChoice(backbone=str(path), scaling="x/255"))) == (0, 12, 0, 0)
+    assert counts(run(photos, replace(sized, input_size=40))) == (12, 0, 0, 0)
+    with pytest.raises(SpecError, match=r"own\.keras is known with --input-size 32 and 40; say which"):
+        run(photos, own_choice(path))
+    with pytest.raises(SpecError, match=r"Keras cannot build .*own\.keras for images of 2 pixels"):
+        run(photos, replace(sized, input_size=2))
+
+
+def test_layers_of_an_own_network(photos: Path, run: Callable[..., Extraction], tmp_path: Path) -> None:
+    choice = own_choice(write_network(tmp_path / "own.keras", "norm_first"))
+    assert counts(run(photos, replace(choice, layer="middle"))) == (12, 0, 0, 0)
+    with pytest.raises(SpecError, match=r"other branches run beside it; the nearest layers that work: middle or add"):
+        run(photos, replace(choice, layer="conv2d"))
+    with pytest.raises(SpecError, match=r"has no layer 'mixed10' \(`summary --all` lists them; the last to cut at: "):
+        run(photos, replace(choice, layer="mixed10"))

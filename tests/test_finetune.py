@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import command_line, environment, icebox, unseal, write_picture
+from own_networks import own_choice, write_network
 
 from pipeline import images, network, runs
 from pipeline.apply import evaluate_run
@@ -470,3 +471,61 @@ def test_an_image_that_cannot_be_decoded_is_quarantined_before_the_training(plac
     decoded = [images.decode((tmp_path / "photos" / name).read_bytes()) for name in names]
     assert np.array_equal(pixels, np.stack(decoded)), "labels and pixels are of the same image"
     assert [dataset.classes[label] for label in ready.labels["train"]] == [name.split("/")[1] for name in names]
+
+
+# Networks of one's own
+
+
+DEFAULTS = {
+    "depthwise": "dropout",
+    "norm_first": "middle",
+    "plain": "middle",
+    "vector": "dropout",
+    "bare": "middle",
+    "nested": "middle",
+}
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_an_own_network_trains_alike_both_ways(place: Place, tmp_path: Path, kind: str) -> None:
+    path = write_network(tmp_path / f"{kind}.keras", kind)
+    asked: dict[str, Any] = {"features": own_choice(path), "freeze_until": None, "settings": {"learning_rate": 0.01}}
+    both = [place.train(from_cache=way, **asked) for way in (False, True)]
+    ours, theirs = ([epoch["loss"] for epoch in history(run)] for run in both)
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert len(set(ours)) == 3, "it trains"
+    assert np.allclose(*map(predictions, both), atol=1e-3)
+    assert [run.summary["frozen_until"] for run in both] == [DEFAULTS[kind]] * 2
+    path.unlink()  # a run of it needs it no more
+    for run in both:
+        loaded = open_run(run.path.parent, run.name).network()
+        assert loaded.layers[-1] == loaded.spec.layer
+
+
+def test_what_trains_of_an_own_network(place: Place, tmp_path: Path) -> None:
+    path, head, last = write_network(tmp_path / "own.keras", "depthwise"), 12 * 64 + 64 + 64 * 2 + 2, 8 * 12 * 9
+    asked: dict[str, Any] = {"features": own_choice(path), "freeze_until": "middle", "settings": {"epochs": 1}}
+    frozen = place.train("freeze", **{**asked, "freeze_until": None}, augment=Augmentation())
+    assert (frozen.summary["trainable_parameters"], frozen.summary["trains"]) == (head, ["hidden", "probabilities"])
+    tuned = place.train(**asked)
+    assert tuned.summary["trainable_parameters"] == last + head
+    trained = place.train(**asked, batch_norm="trainable")
+    assert trained.summary["trainable_parameters"] == last + 2 * 12 + head
+    with pytest.raises(SpecError, match="no head can stand on 're_lu_9'"):
+        place.train(**{**asked, "features": replace(own_choice(path), layer="re_lu_9")})
+
+
+def test_a_run_of_an_own_network_is_begun_with(place: Place, tmp_path: Path) -> None:
+    """Also where its file is gone: then the cached part is computed with the network in the run."""
+    path = write_network(tmp_path / "own.keras", "vector")
+    asked: dict[str, Any] = {"features": own_choice(path), "freeze_until": "middle", "settings": {"epochs": 1}}
+    first = place.train(from_cache=True, **asked)
+    asked = {**asked, "features": FeatureChoice(), "init": str(first.path)}
+    again = place.train(from_cache=True, **asked)
+    assert (again.summary["features_computed"], again.summary["space"]) == (0, first.summary["space"])
+    path.unlink()
+    alone = place.train(from_cache=True, **asked)
+    assert history(alone)[0]["loss"] == pytest.approx(history(again)[0]["loss"], rel=1e-3)
+    other = write_network(tmp_path / "other.keras", "depthwise")
+    with pytest.raises(SpecError, match="was trained with the backbone own:"):
+        place.train(from_cache=True, **{**asked, "features": own_choice(other)})

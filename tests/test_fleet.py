@@ -20,6 +20,7 @@ import psutil
 import pytest
 from clusters import Cluster, by_hand
 from conftest import ROOT, SPEC, command_line, environment, icebox, write_picture
+from own_networks import own_choice, write_network
 from served import Page, served
 from test_extract import stored
 
@@ -69,10 +70,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield started
 
 
-def run(data: Path, images: Path | Dataset, cluster: ClusterChoice | None = None, **more: Any) -> Extraction:
+def run(
+    data: Path,
+    images: Path | Dataset,
+    cluster: ClusterChoice | None = None,
+    choice: FeatureChoice = UNTRAINED,
+    **more: Any,
+) -> Extraction:
     dataset = images if isinstance(images, Dataset) else open_dataset(str(images), downloads=data)
     with closing(Cache(data / "cache")) as cache:
-        return extract(dataset, Workspace(data, cache), UNTRAINED, SMALL, cluster=cluster, **more)
+        return extract(dataset, Workspace(data, cache), choice, SMALL, cluster=cluster, **more)
 
 
 def same_rows(data: Path, rows: Stored) -> bool:
@@ -105,6 +112,18 @@ def test_workers_of_a_scheduler_give_the_same_rows(
     assert (done.computed, done.quarantined) == (40, [])
     assert len(done.effort.workers) == 2
     assert same_rows(tmp_path, alone)
+
+
+@pytest.mark.parametrize("kind", ["own", "named"])
+def test_workers_compute_with_other_networks(images: Path, cluster: Cluster, tmp_path: Path, kind: str) -> None:
+    choice = FeatureChoice(backbone="mobilenet", input_size=32, weights="untrained", precision="float32")
+    if kind == "own":
+        choice = own_choice(write_network(tmp_path / "own.keras", "depthwise"))
+    run(tmp_path / "alone", images, choice=choice)
+    done = run(tmp_path / "shared", images, ClusterChoice(scheduler=cluster.address), choice)
+    assert (done.computed, done.quarantined) == (40, [])
+    assert len(done.effort.workers) == 2
+    assert same_rows(tmp_path / "shared", stored(tmp_path / "alone"))
 
 
 def test_images_in_memory_travel_with_their_tasks(cluster: Cluster, tmp_path: Path) -> None:

@@ -20,18 +20,24 @@ import numpy as np
 import pytest
 from conftest import SPEC, Finished, icebox, unseal, write_picture
 from deployed import KINDS, MOST, Deployed
+from own_networks import own_choice, write_network
 from served import Page, served
 
 from pipeline import heads, predict, runs
+from pipeline.asked import Asked, DatasetChoice
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.untrained import initialise, recipe_of
 from pipeline.cache import storage
 from pipeline.cache.digests import digest
 from pipeline.cache.space import Cache
 from pipeline.checksums import CHECKSUMS
-from pipeline.dataset import open_images
+from pipeline.compute import ComputeOptions
+from pipeline.dataset import open_dataset, open_images
 from pipeline.errors import DatasetError, IndexDamagedError, RunError, SpecError, WeightsError
+from pipeline.extract import extract
 from pipeline.predict import Answer, likeliest
+from pipeline.spec import HeadSpec
+from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
 from pipeline.workspace import Workspace
 
@@ -464,3 +470,58 @@ def test_a_damaged_index_has_nothing_printed_twice(
         [0] * 5 + [5] * 5 + [10] * 2
     )
     assert len(list(elsewhere.cache.root.glob("cache.db.damaged-*"))) == 1
+
+
+# Networks of one's own
+
+
+@pytest.fixture
+def owns(workspace: Workspace, photos: Path, tmp_path: Path) -> dict[str, tuple[Path, TrainedRun]]:
+    """Heads on two networks of one's own, of which one gives vectors: the network's file, and the run."""
+    found = {}
+    for kind, head in (("vector", "gap"), ("depthwise", "logreg")):
+        path, dataset = write_network(tmp_path / f"{kind}.keras", kind), open_dataset(str(photos), downloads=tmp_path)
+        extract(dataset, workspace, own_choice(path), ComputeOptions())
+        spec = HeadSpec.make(head, **({"epochs": 2} if head == "gap" else {}))
+        asked = Asked(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
+        made = train_head(dataset, workspace, asked, "features")
+        found[kind] = path, open_run(workspace.runs, made.name)
+    return found
+
+
+def test_elsewhere_a_head_asks_for_its_own_network(
+    owns: dict[str, tuple[Path, TrainedRun]], workspace: Workspace, elsewhere: Workspace, photos: Path
+) -> None:
+    images = sorted(photos.rglob("*.png"))[:4]
+    (path, run), (other, _) = owns["vector"], owns["depthwise"]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    asking = re.escape(f"vector.keras (sha256 {digest}), which is not on this machine; give the file by `--backbone")
+    with pytest.raises(WeightsError, match=asking):
+        said([run], images, elsewhere)
+    with pytest.raises(SpecError, match="is another network than the one the features were computed with"):
+        said([run], images, elsewhere, weights=str(other))
+    moved = path.rename(path.with_name("moved.keras"))
+    computed = said([run], images, elsewhere, weights=str(moved))
+    assert not any(answer.cached for answer in computed)
+    assert np.abs(probabilities(computed) - probabilities(said([run], images, workspace))).max() < 1e-5
+    assert np.array_equal(probabilities(said([run], images, elsewhere)), probabilities(computed)), "it is known by now"
+
+
+def test_runs_of_several_backbones_are_averaged(
+    owns: dict[str, tuple[Path, TrainedRun]],
+    deployed: Deployed,
+    workspace: Workspace,
+    elsewhere: Workspace,
+    photos: Path,
+) -> None:
+    images = sorted(photos.rglob("*.png"))[:4]
+    found = [owns["vector"][1], deployed.run("gap"), owns["depthwise"][1]]
+    files = [str(owns["vector"][0]), None, str(owns["depthwise"][0])]
+    alone = [
+        probabilities(said([run], images, elsewhere, weights=file)) for run, file in zip(found, files, strict=True)
+    ]
+    together = said(found, images, workspace)
+    assert not any(answer.cached for answer in together), "there are no rows of one of them"
+    assert np.abs(probabilities(together) - np.mean(alone, axis=0)).max() < 1e-5
+    given = said(found, images, workspace, weights=files[2])  # the file of the last one
+    assert np.abs(probabilities(given) - np.mean(alone, axis=0)).max() < 1e-5

@@ -345,6 +345,103 @@ def virtual(shape: tuple[int, ...], dtype: str) -> h5py.VirtualLayout:
     return layout
 
 
+# Own networks
+
+NETWORK: dict[str, Any] = {
+    "class_name": "Sequential", "module": "keras", "registered_name": None,
+    "config": {"name": "sequential", "layers": [
+        {"class_name": "InputLayer", "module": "keras.layers", "registered_name": None,
+         "config": {"batch_shape": [None, 8, 8, 3], "dtype": "float32", "name": "input_layer"}},
+        {"class_name": "Flatten", "module": "keras.layers", "registered_name": None,
+         "config": {"name": "flatten", "data_format": "channels_last"}},
+    ]},
+}  # fmt: skip
+
+
+def own_network(
+    folder: Path, layer: dict[str, Any] | None = None, members: dict[str, bytes] | None = None, keep: float = 1
+) -> list[str | Path]:
+    """Write a `.keras` file of a network without weights, changed, or cut after a part of it."""
+    with h5py.File(folder / "weights.h5", "w") as file:
+        file.create_group("layers")
+    config = json.loads(json.dumps(NETWORK))
+    config["config"]["layers"] += [layer] if layer else []
+    content = {
+        "metadata.json": b'{"keras_version": "3.10.0", "date_saved": "2025-01-01"}',
+        "config.json": json.dumps(config).encode(),
+        "model.weights.h5": (folder / "weights.h5").read_bytes(),
+        **(members or {}),
+    }
+    path = folder / "evil.keras"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    return network_at(folder, path)
+
+
+def network_at(folder: Path, path: Path) -> list[str | Path]:
+    write_picture(folder / "images" / "good" / "a.png", 1)
+    return ["--dataset", folder / "images", "--backbone", path, "--scaling", "none"]
+
+
+@case("a network with a Lambda layer")
+def _(folder: Path) -> list[str | Path]:
+    config = {"name": "evil", "function": {"class_name": "__lambda__", "config": {"code": "4wEA"}}}
+    return own_network(folder, {"class_name": "Lambda", "module": "keras.layers", "config": config})
+
+
+@case("a network with a custom class")
+def _(folder: Path) -> list[str | Path]:
+    named = {"class_name": "Evil", "module": "antigravity", "registered_name": "my>Evil"}
+    return own_network(folder, {**named, "config": {"name": "evil"}})
+
+
+@case("a network with two outputs")
+def _(folder: Path) -> list[str | Path]:
+    layers = json.loads(json.dumps(NETWORK["config"]["layers"]))
+    tensor = {"class_name": "__keras_tensor__", "config": {"shape": [None, 8, 8, 3], "dtype": "float32"}}
+    tensor["config"] |= {"keras_history": ["input_layer", 0, 0]}
+    for layer, calls in zip(layers, ([], [{"args": [tensor], "kwargs": {}}]), strict=True):
+        layer |= {"name": layer["config"]["name"], "inbound_nodes": calls}
+    ends = {"input_layers": [["input_layer", 0, 0]], "output_layers": [["flatten", 0, 0], ["input_layer", 0, 0]]}
+    config = {**NETWORK, "class_name": "Functional", "config": {"name": "functional", "layers": layers, **ends}}
+    return own_network(folder, members={"config.json": json.dumps(config).encode()})
+
+
+@case("a network with a name that leaves the archive")
+def _(folder: Path) -> list[str | Path]:
+    return own_network(folder, members={"../evil.py": b"import os"})
+
+
+@case("a network that unpacks to 9 MB of blanks")
+def _(folder: Path) -> list[str | Path]:
+    return own_network(folder, members={"config.json": b" " * 9_000_000})
+
+
+@case("a network whose weights are a pickle")
+def _(folder: Path) -> list[str | Path]:
+    return own_network(folder, members={"model.weights.h5": pickle.dumps(Code())})
+
+
+@case("a network whose weights lie elsewhere")
+def _(folder: Path) -> list[str | Path]:
+    with h5py.File(folder / "linked.h5", "w") as file:
+        file["layers/kernel"] = h5py.ExternalLink("/etc/passwd", "/")
+    return own_network(folder, members={"model.weights.h5": (folder / "linked.h5").read_bytes()})
+
+
+@case("a network that was cut in half")
+def _(folder: Path) -> list[str | Path]:
+    return own_network(folder, keep=0.5)
+
+
+@case("a pickle under the name of a network")
+def _(folder: Path) -> list[str | Path]:
+    (folder / "evil.keras").write_bytes(pickle.dumps(Code()))
+    return network_at(folder, folder / "evil.keras")
+
+
 # Shards
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbone import keras_archive, own, weights_file
+from pipeline.backbone.keras_names import snake_case
 from pipeline.backbone.table import BACKBONES, Backbone
 from pipeline.errors import SpecError, WeightsError
 from pipeline.keras_start import KerasModel, import_keras
@@ -84,16 +85,12 @@ def _number_anew(model: KerasModel) -> None:
     """
     numbered: dict[str, list[tuple[int, Any]]] = {}
     for layer in model.operations:
-        kind = _snake_case(type(layer).__name__)
+        kind = snake_case(type(layer).__name__)
         if match := re.fullmatch(rf"{kind}(?:_(\d+))?", layer.name):
             numbered.setdefault(kind, []).append((int(match[1] or 0), layer))
     for kind, layers in numbered.items():
         for rank, (_, layer) in enumerate(sorted(layers, key=lambda each: each[0])):
             layer.name = f"{kind}_{rank}" if rank else kind
-
-
-def _snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_", name).lower()
 
 
 def check_weights(path: Path | None) -> None:

@@ -32,6 +32,7 @@ _ONLY_IF_NAMED = {
     "yes", "force", "repair", "damaged", "unfinished",
 }  # fmt: skip
 _ONLY_IF_NAMED_OF = {"cache gc": {"dataset", "space"}}  # which say what stays
+_BACKBONE = "backbone"  # a file, or a name
 
 
 def apply_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -123,6 +124,15 @@ def _wrong(file: Path, what: str) -> Exception:
     return UsageError(f"{file}: {what}")
 
 
+def _is_barred(command: str, key: str, value: Any) -> bool:
+    """Return whether a file that was not named may not say this. It may name backbones of the table, but no file."""
+    if key == _BACKBONE:
+        from pipeline.backbone.table import BACKBONES
+
+        return not set(_text(value).split(",")) <= BACKBONES.keys()
+    return key in _ONLY_IF_NAMED or key in _ONLY_IF_NAMED_OF.get(command, ())
+
+
 class _Config:
     """One file, named on the command line or `implied`, held against the commands there are."""
 
@@ -178,9 +188,8 @@ class _Config:
         shared = {key: value for key, value in shared.items() if key not in _NOT_SHARED.get(name, ())}
         given = {**{key: value for key, value in shared.items() if key in options}, **own}
         if self._implied:
-            barred = _ONLY_IF_NAMED | _ONLY_IF_NAMED_OF.get(name, set())
-            self._left_out[name] = [key for key in given if key in barred]
-            given = {key: value for key, value in given.items() if key not in barred}
+            self._left_out[name] = [key for key, value in given.items() if _is_barred(name, key, value)]
+            given = {key: value for key, value in given.items() if key not in self._left_out[name]}
         return {options[key].name: self._typed(key, value, options[key]) for key, value in given.items()}
 
     def _typed(self, key: str, value: Any, option: Any) -> Any:

@@ -1,0 +1,94 @@
+"""Small networks of different kinds, saved by Keras, as people have them of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.choice import FeatureChoice
+
+SIZE = 32
+SCALING = "127,128"
+
+
+def own_choice(path: Path) -> FeatureChoice:
+    """Return the choice of the features of a network in a file, computed and stored in float32."""
+    return FeatureChoice(backbone=str(path), scaling=SCALING, precision="float32", storage="float32")
+
+
+def _depthwise(layers: Any, x: Any) -> Any:
+    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(8, 3, 2, "same", use_bias=False)(x)))
+    x = layers.BatchNormalization(name="middle")(layers.DepthwiseConv2D(3, padding="same", use_bias=False)(x))
+    x = layers.Dropout(0.2)(layers.ReLU(6.0)(x))
+    return layers.BatchNormalization()(layers.Conv2D(12, 3, 2, use_bias=False)(x))
+
+
+def _norm_first(layers: Any, x: Any) -> Any:
+    start = layers.Conv2D(8, 3, 4, "same", name="middle")(x)
+    x = layers.Conv2D(8, 3, padding="same")(layers.ReLU()(layers.BatchNormalization()(start)))
+    return layers.ReLU()(layers.BatchNormalization()(layers.Add()([start, x])))
+
+
+def _plain(layers: Any, x: Any) -> Any:
+    x = layers.MaxPooling2D(4, name="middle")(layers.Conv2D(8, 3, activation="relu")(x))
+    return layers.Conv2D(12, 3, activation="relu")(x)
+
+
+def _vector(layers: Any, x: Any) -> Any:
+    return layers.GlobalAveragePooling2D()(_depthwise(layers, x))
+
+
+def _bare(layers: Any, x: Any) -> Any:
+    x = layers.Conv2D(8, 3, 4, name="middle")(x)
+    x = layers.BatchNormalization()(layers.Conv2D(12, 3, use_bias=False)(x))
+    return x * layers.ReLU(6.0)(x + 3.0) / 6.0
+
+
+def _nested(layers: Any, x: Any) -> Any:
+    import keras
+
+    block = [layers.Conv2D(8, 3, 4), layers.BatchNormalization(), layers.ReLU()]
+    x = keras.Sequential(block, name="middle")(x)
+    again = keras.Input(x.shape[1:])
+    return keras.Model(again, layers.ReLU()(layers.Conv2D(12, 3)(again)), name="last")(x)
+
+
+def _shared(layers: Any, x: Any) -> Any:
+    twice = layers.Conv2D(8, 3, padding="same", activation="relu")
+    x = layers.BatchNormalization(name="middle")(layers.Conv2D(8, 3, 4)(x))
+    return twice(twice(x))
+
+
+KINDS: dict[str, Callable[[Any, Any], Any]] = {
+    "depthwise": _depthwise,
+    "norm_first": _norm_first,
+    "plain": _plain,
+    "vector": _vector,
+    "bare": _bare,
+    "nested": _nested,
+    "shared": _shared,
+}
+
+
+def write_network(path: Path, kind: str, seed: int = 1, size: int | None = SIZE) -> Path:
+    """Save a network whose weights and statistics are all drawn, none being 0 or 1; return its path.
+
+    Each has a layer "middle" where it can be cut.
+    """
+    from pipeline.keras_start import import_keras
+
+    keras = import_keras()
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((size, size, 3))
+    model: Any = keras.Model(inputs, KINDS[kind](keras.layers, inputs))
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        if weight.name in ("gamma", "moving_variance"):
+            weight.assign(rng.uniform(0.5, 1.5, weight.shape))
+        elif weight.name in ("beta", "bias", "moving_mean"):
+            weight.assign(rng.normal(0, 0.5, weight.shape))
+    model.save(path)
+    return path
