@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import images, machine
+from pipeline import images, machine, rates
 from pipeline.backbone import source as networks
 from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import identify, read_some
@@ -108,11 +108,25 @@ def extract(
         except KeyboardInterrupt as stop:
             stop.add_note("features computed so far are kept, and the same command computes the rest")
             raise
+        _keep_rate(workspace, space.spec, plan.reused - before, effort, cluster)
     if space is not None:
         warn_untrained(space.spec)
         warn_dark(effort.peak, images.depth_of(space.spec.decode))
     failed = name_quarantined(dataset, plan)
     return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, effort, space)
+
+
+_TELLING_ROWS = 64  # or as many as take `_TELLING_S`: over fewer, the first and the last batch decide the rate
+_TELLING_S = 10.0
+
+
+def _keep_rate(
+    workspace: Workspace, spec: FeatureSpec, computed: int, effort: Effort, cluster: ClusterChoice | None
+) -> None:
+    """Remember how fast this machine computed rows, if it was this machine, and enough of them."""
+    elsewhere = cluster is not None and cluster.scheduler is not None
+    if computed > 0 and not elsewhere and (computed >= _TELLING_ROWS or effort.seconds >= _TELLING_S):
+        rates.remember(workspace, spec, computed / effort.seconds, computed)
 
 
 LOADING = "loading TensorFlow"  # the name of the thread

@@ -1,0 +1,97 @@
+"""How fast each network computed features on this machine: measured once, kept in the cache folder.
+
+<cache>/rates.json    the last rate of each network, layer, input size and precision, on each machine
+
+What else a feature space is made of (weights, scaling, storage) hardly changes the rate, and is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline import machine
+from pipeline.cache import storage
+from pipeline.cache.lock import done_without, exclusive
+from pipeline.spec import FeatureSpec
+from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+FILE = "rates.json"
+_FORMAT = "icebox-rates"
+_VERSION = 1
+_MOST_BYTES = 2**22
+_DECIDING = ("backbone", "layer", "input_size", "precision", "engine")  # fields of a FeatureSpec
+
+
+def remember(workspace: Workspace, spec: FeatureSpec, images_per_second: float, images: int) -> None:
+    """Keep the rate at which this machine computed features, in place of an earlier one.
+
+    Parameters
+    ----------
+    spec
+        Of the feature space; its backbone, layer, input size, precision and engine decide.
+    images_per_second
+        Finite and positive.
+    images
+        How many images it was measured over.
+    """
+    if not (math.isfinite(images_per_second) and images_per_second > 0):
+        raise ValueError(f"a rate must be finite and positive, found {images_per_second}")
+    path, key = workspace.cache.root / FILE, _key(spec)
+    entry = {
+        **key,
+        "images_per_second": float(f"{images_per_second:.4g}"),
+        "images": images,
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    try:
+        storage.make_folder(path.parent)
+        with exclusive(path.with_name(f".{FILE}.lock"), lambda holder: None):
+            if not done_without():
+                storage.remove_partials(path.parent)  # of a program that was killed here
+            others = [each for each in _read(path) if not _is_of(each, key)]
+            about = {"format": _FORMAT, "version": _VERSION, "rates": [*others, entry]}
+            storage.write_whole(path, (json.dumps(about, indent=1) + "\n").encode())
+    except OSError as error:  # a cache that cannot be written can still be read
+        logger.warning("%s cannot be written (%s): how fast %s is will be measured again", path, error, spec.backbone)
+
+
+def recall(workspace: Workspace, spec: FeatureSpec) -> float | None:
+    """Return the images/s at which this machine last computed features as `spec` says, None if it never did."""
+    key = _key(spec)
+    found = [each for each in _read(workspace.cache.root / FILE) if _is_of(each, key)]
+    return found[-1]["images_per_second"] if found else None
+
+
+def _key(spec: FeatureSpec) -> dict[str, Any]:
+    """Return what a rate depends on, as plain JSON values."""
+    here = {"cpu": machine.look().cpu, "cores": machine.usable_cores(), "gpus": machine.gpu_count()}
+    return {**here, **{name: getattr(spec, name) for name in _DECIDING}}
+
+
+def _is_of(entry: dict[str, Any], key: dict[str, Any]) -> bool:
+    return all(entry.get(name) == value for name, value in key.items())
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Return the rates in a file, the oldest first; none if there is no such file, or it cannot be read."""
+    if not storage.exists(path):
+        return []
+    try:
+        about = json.loads(storage.read_small(path, _MOST_BYTES))
+        if (about["format"], about["version"]) != (_FORMAT, _VERSION):
+            raise ValueError("another format")
+        return [dict(each) for each in about["rates"] if _is_rate(dict(each).get("images_per_second"))]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        logger.warning("%s cannot be read (%s): rates are measured again; remove it", path, error)
+        return []
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
