@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import binomtest
 
 from pipeline.leaderboard import (
+    ExtractionCost,
     Trial,
     draw_leaderboard,
     leaderboard,
@@ -20,12 +21,13 @@ from pipeline.leaderboard import (
 )
 from pipeline.spec import HeadSpec
 
+COST = ExtractionCost("small.keras", "own_00000000-out-00000000", 100.0, 500)
 GAP = [HeadSpec.make("gap", learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
 
 
 def trial(spec: HeadSpec, right: int, *, of: int = 100, loss: float = 1.0, error: str | None = None) -> Trial:
     hits = np.arange(of) < right
-    return Trial(spec, hits if error is None else hits[:0], loss, 2.0, 1000, 4000, error)
+    return Trial(spec.identity, spec, COST, hits if error is None else hits[:0], loss, 2.0, 1000, 4000, error)
 
 
 def test_the_best_stands_first_and_a_failure_last() -> None:

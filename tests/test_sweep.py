@@ -27,7 +27,7 @@ import pipeline.link
 import pipeline.sweep
 import pipeline.worker_health
 from pipeline import heads, images, runs, trial_tasks
-from pipeline.asked import Asked, DatasetChoice
+from pipeline.asked import Asked, DatasetChoice, SweepAsked
 from pipeline.cache.space import Cache
 from pipeline.checkpoint import Checkpoint
 from pipeline.choice import FeatureChoice
@@ -37,8 +37,9 @@ from pipeline.gather import gather
 from pipeline.prepare import prepared
 from pipeline.rows import StoredRows
 from pipeline.spec import HeadSpec
-from pipeline.sweep import Sweep, SweepAsked, run_trial, sweep
+from pipeline.sweep import Sweep, sweep
 from pipeline.train import train_head
+from pipeline.trial import run_trial
 from pipeline.workspace import Workspace
 
 GRID = (
@@ -56,8 +57,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(workspace: Workspace, photos: Path, specs: tuple[HeadSpec, ...] = GRID, **more: Any) -> Sweep:
-    asked = SweepAsked(DatasetChoice(str(photos)), FeatureChoice(), specs, images.DEFAULT_MAX_PIXELS)
-    return sweep(listed(photos), workspace, asked, "features", **more)
+    asked = SweepAsked(DatasetChoice(str(photos)), (FeatureChoice(),), specs, images.DEFAULT_MAX_PIXELS)
+    return sweep(listed(photos), workspace, asked, ["features"], **more)
 
 
 def about(done: Sweep) -> dict[str, Any]:
@@ -135,8 +136,8 @@ def test_a_setting_that_diverges_is_ranked_last_and_the_sweep_goes_on(workspace:
 
 def test_a_regression_that_does_not_fit_memory_is_ranked_last(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
-    asked = SweepAsked(DatasetChoice(str(photos)), FeatureChoice(), GRID, images.DEFAULT_MAX_PIXELS, memory=2_000)
-    done = sweep(listed(photos), workspace, replace(asked, specs=GRID[1:2] + GRID[3:]), "features")
+    asked = SweepAsked(DatasetChoice(str(photos)), (FeatureChoice(),), GRID, images.DEFAULT_MAX_PIXELS, memory=2_000)
+    done = sweep(listed(photos), workspace, replace(asked, specs=GRID[1:2] + GRID[3:]), ["features"])
     assert [row["head"] for row in done.rows] == ["gap", "logreg"]
     assert "logreg needs all rows in memory" in done.rows[1]["error"]
 
@@ -146,9 +147,11 @@ def test_a_sweep_none_of_whose_settings_could_be_trained_is_not_to_be_gone_on_wi
 ) -> None:
     """Which would end in the same way."""
     fill(workspace, listed(photos))
-    asked = SweepAsked(DatasetChoice(str(photos)), FeatureChoice(), GRID[3:], images.DEFAULT_MAX_PIXELS, memory=2_000)
+    asked = SweepAsked(
+        DatasetChoice(str(photos)), (FeatureChoice(),), GRID[3:], images.DEFAULT_MAX_PIXELS, memory=2_000
+    )
     with pytest.raises(RunError, match="none of 1 setting could be trained, the first: logreg needs all rows"):
-        sweep(listed(photos), workspace, asked, "features")
+        sweep(listed(photos), workspace, asked, ["features"])
     assert "--resume" not in caplog.text
     assert list(workspace.sweeps.iterdir()) == []
 
