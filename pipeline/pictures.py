@@ -244,10 +244,8 @@ def draw_cost(points: Sequence[CostPoint], title: str) -> Any:
     ordered = sorted(points, key=lambda point: point.images_per_second)
     for place, point in enumerate(ordered):
         low, value, high = point.span
-        style = (
-            {"fmt": "o", "color": "tab:blue"} if point.on_front else {"fmt": "o", "color": "tab:grey", "mfc": "none"}
-        )
-        axis.errorbar(point.images_per_second, value, yerr=[[value - low], [high - value]], capsize=3, **style)
+        colour, bars = "tab:blue" if point.on_front else "tab:grey", [[value - low], [high - value]]
+        axis.errorbar(point.images_per_second, value, yerr=bars, fmt="o", color=colour, capsize=3)
         to_left = place == len(ordered) - 1 and place > 0  # the last one has no room to its right
         axis.annotate(
             spelt(point.name),
