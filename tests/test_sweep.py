@@ -19,7 +19,7 @@ from typing import Any
 import dask
 import numpy as np
 import pytest
-from cached import CLASSES, SPEC, fill, listed, row_of, write_images
+from cached import CLASSES, SPEC, fill, listed, row_of, spec_of, write_images
 from clusters import by_hand
 from conftest import command_line, environment, icebox, write_picture
 from distributed import Client, LocalCluster
@@ -29,7 +29,6 @@ import pipeline.sweep
 import pipeline.worker_health
 from pipeline import heads, images, rates, runs, trial_tasks
 from pipeline.asked import Asked, DatasetChoice, SweepAsked
-from pipeline.backbone.table import BACKBONES
 from pipeline.cache import digests
 from pipeline.cache.space import Cache
 from pipeline.checkpoint import Checkpoint
@@ -41,7 +40,7 @@ from pipeline.gather import gather
 from pipeline.keras_start import import_keras
 from pipeline.prepare import prepared
 from pipeline.rows import StoredRows
-from pipeline.spec import FeatureSpec, HeadSpec
+from pipeline.spec import HeadSpec
 from pipeline.sweep import Sweep, sweep
 from pipeline.train import train_head
 from pipeline.trial import run_trial
@@ -268,13 +267,6 @@ def test_only_the_best_head_is_kept_on_the_way(
 
 
 # Several backbones
-
-
-def spec_of(name: str) -> FeatureSpec:
-    """The space of a backbone of the table."""
-    row = BACKBONES[name]
-    more = {"layer": row.default_layer, "input_size": row.input_size, "scaling": row.scaling}
-    return replace(SPEC, backbone=name, **more)
 
 
 def blurred(_: int, row: np.ndarray) -> np.ndarray:

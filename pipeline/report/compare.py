@@ -36,6 +36,7 @@ class Column:
 
     name: str
     number: bool = False
+    decimals: int = 3
 
 
 _OF_RUNS = (
@@ -49,7 +50,7 @@ _OF_SWEEP = (
 )  # fmt: skip
 _OF_BACKBONES = (
     _BACKBONE, Column("best head"), Column("val accuracy", True), Column("95% interval"), Column("p"),
-    Column("within noise"), Column("images/s", True), Column("a row"), Column("Pareto front"),
+    Column("within noise"), Column("images/s", True, 1), Column("a row"), Column("Pareto front"),
     Column("weights"),
 )  # fmt: skip
 
@@ -170,8 +171,10 @@ def _page_of_sweep(about: Mapping[str, Any]) -> str:
         subtitle=f"{about['sweep']}, {about['dataset']['name']}",
         untrained=str(about["features"]["weights"]).startswith("untrained"),
         notes=_notes_of_sweep(about, several),
-        caption="Accuracy on the validation split; each point is named by its rank.",
-        scatter=page.scatter(
+        caption="Accuracy on the validation split.",
+        scatter=""  # of several, the cost of extraction tells more
+        if several
+        else page.scatter(
             [f"{row['rank']}" for row in tried],
             [row["seconds"] / 60 for row in tried],
             [_span((row["low"], row["high"]), row["val_accuracy"]) for row in tried],
@@ -224,7 +227,7 @@ def _backbone_row(row: Mapping[str, Any], settings: str, on_front: bool, weights
     rate, size = row["images_per_second"], row["bytes_per_row"]
     return [
         row["backbone"], f"{row['head']} {settings}".strip(), row["val_accuracy"], _interval(row["low"], row["high"]),
-        f"{row['p_value']:.2g}", "yes" if row["within_noise"] else "no", rate, "" if size is None else size_text(size),
+        "best" if row["rank"] == 1 else f"{row['p_value']:.2g}", "yes" if row["within_noise"] else "no", rate, "" if size is None else size_text(size),
         "" if rate is None else "yes" if on_front else "no", weights,
     ]  # fmt: skip
 

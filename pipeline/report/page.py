@@ -50,11 +50,11 @@ def printable(value: Any) -> Any:
     return [printable(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def number(value: Any) -> str:
-    """Return a number as people read it: three digits after the point, thousands parted."""
+def number(value: Any, decimals: int = 3) -> str:
+    """Return a number as people read it: so many digits after the point, thousands parted."""
     if value is None:
         return "\N{EN DASH}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{decimals}f}"
 
 
 def curves(history: Sequence[Mapping[str, float]], x: str) -> str:
