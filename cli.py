@@ -9,7 +9,7 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -116,13 +116,15 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         import sqlite3
 
-        from pipeline.errors import IceboxError, UsageError, exhausted
+        from pipeline.errors import IceboxError, MissingRowsError, UsageError, exhausted
         from pipeline.imports import failed_import
 
         if not stopped and (text := exhausted(error) or failed_import(error)):
             return _fail(text, 1, arguments)
         if isinstance(error, sqlite3.Error):
             return _fail(f"the cache's index: {error}; {_index_hint(error)}", 1, arguments)
+        if isinstance(error, MissingRowsError):
+            return _fail(str(error), 1, arguments, error.commands)
         if isinstance(error, (IceboxError, OSError)):
             return _fail(str(error), 2 if isinstance(error, UsageError) else 1, arguments)
         if not stopped:
@@ -205,17 +207,22 @@ def _command() -> Callable[..., int | None]:
 _INTERRUPTED = 130  # how Typer reports Ctrl-C where no workspace is open yet
 
 
-def _fail(message: str, code: int, arguments: list[str]) -> int:
+def _fail(message: str, code: int, arguments: list[str], commands: Sequence[str] = ()) -> int:
+    """Say what is wrong in one line; `commands` that mend it follow, a line each."""
     import json
 
-    text = "".join(c if c.isprintable() else " " for c in " ".join(message.split()))
-    print(f"error: {text}", file=sys.stderr)
+    text, *mending = (_one_line(each) for each in (message, *commands))
+    print("\n".join([f"error: {text}", *mending]), file=sys.stderr)
     if "--json" in arguments:
         try:
-            print(json.dumps({"error": text}), flush=True)
+            print(json.dumps({"error": text, **({"commands": mending} if mending else {})}), flush=True)
         except OSError:  # it is full or closed, as stderr has said; what is still to be written would say it again
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
 def run_and_exit() -> NoReturn:

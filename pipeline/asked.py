@@ -160,6 +160,49 @@ class FullAsked:
             raise RunError(f"what the run was asked for cannot be read ({error}); train anew") from error
 
 
+@dataclass(frozen=True)
+class SweepAsked:
+    """The settings to be tried, all different, on the rows of each of `features`; `memory` in bytes."""
+
+    images: DatasetChoice
+    features: tuple[FeatureChoice, ...]
+    specs: tuple[HeadSpec, ...]
+    max_pixels: int
+    memory: int | None = None
+    views: Views = PLAIN_VIEW
+
+    def head(self, features: FeatureChoice, spec: HeadSpec) -> Asked:
+        """Return the same for one of the settings, on one of the features."""
+        return Asked(self.images, features, spec, self.max_pixels, memory=self.memory, views=self.views)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values; `features` is an object, or a list of several."""
+        several = [asdict(each) for each in self.features]
+        specs = [spec.to_dict() for spec in self.specs]
+        return {**asdict(self), "features": several if len(several) > 1 else several[0], "specs": specs}
+
+    @classmethod
+    def of_request(cls, request: Mapping[str, Any]) -> Self:
+        """Return what the request of an unfinished sweep says, in the spaces it began with. Raises RunError."""
+        spaces = request.get("space")
+        several = spaces if isinstance(spaces, list) else [spaces]
+        begun = tuple(begun_with({"space": space}) for space in several)
+        return replace(cls.from_dict(request.get("asked", {})), features=begun)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Return what `to_dict` gave. Raises RunError if it is not that."""
+        try:
+            rest = dict(value)
+            specs, views = [dict(spec) for spec in rest.pop("specs")], Views.from_dict(rest.pop("views"))
+            images, features = DatasetChoice(**rest.pop("images")), rest.pop("features")
+            choices = tuple(FeatureChoice(**each) for each in (features if isinstance(features, list) else [features]))
+            made = tuple(HeadSpec.make(spec.pop("head"), **spec) for spec in specs)
+            return cls(images, choices, made, views=views, **rest)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise RunError(f"what the sweep was asked for cannot be read ({error}); begin it anew") from error
+
+
 def command_of(request: Mapping[str, Any]) -> str:
     """Return the command whose unfinished run left this request."""
     asked = request.get("asked")

@@ -122,7 +122,14 @@ class ShardUnreadableError(CacheError):
 
 
 class MissingRowsError(CacheError, LookupError):
-    """Features that were asked for are not in the cache."""
+    """Features that were asked for are not in the cache.
+
+    `commands` are what makes them, where the text does not say it: of several backbones.
+    """
+
+    def __init__(self, text: str, commands: Iterable[str] = ()) -> None:
+        self.commands = tuple(commands)
+        super().__init__(text)
 
 
 class RunError(IceboxError, OSError):

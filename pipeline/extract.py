@@ -119,7 +119,7 @@ def extract(
     return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, effort, space)
 
 
-_TELLING_ROWS = 200  # or as many as take `_TELLING_S`: over fewer, the first and the last batch decide the rate
+_TELLING_ROWS = 64  # or as many as take `_TELLING_S`: over fewer, the first and the last batch decide the rate
 _TELLING_S = 10.0
 
 

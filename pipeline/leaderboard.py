@@ -1,34 +1,47 @@
-"""Trials ranked by the validation split, and which of their differences are within noise."""
+"""Trials ranked by the validation split, which of their differences are within noise, and what their rows cost."""
 
 from __future__ import annotations
 
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.evaluate import wilson_interval
-from pipeline.pictures import draw_ranking
-from pipeline.progress import counted
+from pipeline.pictures import CostPoint, draw_ranking
+from pipeline.progress import counted, size_text
 from pipeline.spec import HeadSpec
 
 SIGNIFICANCE = 0.05
 _MOST_DRAWN = 40
+_MEASURED = ("val_accuracy", "low", "high", "val_loss", "p_value", "within_noise")  # by the validation split
 _COLUMNS = (
-    "rank", "trial", "head", "val_accuracy", "low", "high", "val_loss", "p_value", "within_noise", "seconds",
-    "parameters", "bytes", "error",
+    "rank", "trial", "backbone", "head", *_MEASURED, "seconds", "parameters", "bytes", "error", "space",
+    "images_per_second", "bytes_per_row",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One setting that was tried, and what the validation split says of it."""
+class ExtractionCost:
+    """Where the rows of a trial come from, and what they cost; None where that is unknown."""
 
+    backbone: str  # as people call it
+    space: str
+    images_per_second: float | None  # of extraction on this machine
+    bytes_per_row: int | None  # on disk
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting that was tried on the rows of one space, and what the validation split says of it."""
+
+    name: str  # different for each trial of a sweep
     spec: HeadSpec
+    cost: ExtractionCost
     right: np.ndarray  # (n,) bool: which validation images it got right; empty if it failed
     val_loss: float
     seconds: float
@@ -44,7 +57,7 @@ class Trial:
     @property
     def order(self) -> tuple[Any, ...]:
         """What trials are ranked by, the best being the smallest: accuracy, then loss, then parameters."""
-        return (self.error is not None, -self.accuracy, self.val_loss, self.parameters, self.spec.identity)
+        return (self.error is not None, -self.accuracy, self.val_loss, self.parameters, self.name)
 
 
 def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
@@ -88,9 +101,9 @@ _TEST = "p of McNemar's test"
 
 def _row(rank: int, trial: Trial, best: Trial) -> dict[str, Any]:
     about = trial.spec.to_dict()
-    row = {"rank": rank, "trial": trial.spec.identity, "head": about.pop("head"), "settings": about}
+    row = {"rank": rank, "trial": trial.name, **asdict(trial.cost), "head": about.pop("head"), "settings": about}
     if trial.error is not None:
-        return {**row, **dict.fromkeys(_COLUMNS[3:9]), "seconds": trial.seconds, "error": trial.error}
+        return {**row, **dict.fromkeys(_MEASURED), "seconds": trial.seconds, "error": trial.error}
     low, high = wilson_interval(int(trial.right.sum()), len(trial.right))
     p_value = mcnemar(best.right, trial.right)
     return {
@@ -106,6 +119,60 @@ def _row(rank: int, trial: Trial, best: Trial) -> dict[str, Any]:
         "bytes": trial.bytes,
         "error": None,
     }
+
+
+def best_of_each(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return of each space the row that ranks first, the best first; none of a space where every setting failed."""
+    first = {row["space"]: row for row in reversed(rows) if row["error"] is None}
+    return sorted(first.values(), key=lambda row: row["rank"])
+
+
+def has_several_backbones(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the rows of a leaderboard are of several feature spaces; those of earlier versions name none."""
+    return len({row.get("space") for row in rows}) > 1
+
+
+def pareto_front(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Return for each row whether no other one is as accurate and as fast to extract, and better in one of both.
+
+    A row whose rate is unknown is on no front.
+    """
+    points = [(row["val_accuracy"], row["images_per_second"]) for row in rows]
+    known = [point for point in points if None not in point]
+
+    def is_dominated(point: tuple[float, float]) -> bool:
+        return any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in known)
+
+    return [None not in point and not is_dominated(point) for point in points]
+
+
+def cost_points(rows: Sequence[Mapping[str, Any]]) -> list[CostPoint]:
+    """Return the best row of each backbone as a point of a plot; none of a backbone whose rate is unknown."""
+    best = best_of_each(rows)
+    return [
+        CostPoint(_named(row), row["images_per_second"], (row["low"], row["val_accuracy"], row["high"]), on_front)
+        for row, on_front in zip(best, pareto_front(best), strict=True)
+        if row["images_per_second"] is not None
+    ]
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    size = row["bytes_per_row"]
+    return row["backbone"] if size is None else f"{row['backbone']}\n{size_text(size)} a row"
+
+
+def fastest_sentence(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return in words which backbone is the fastest of those within noise of the best, None if that is the best one."""
+    best, *others = best_of_each(rows)
+    rate = best["images_per_second"] or math.inf
+    faster = [row for row in others if row["within_noise"] and (row["images_per_second"] or 0) > rate]
+    if not faster:
+        return None
+    fastest = max(faster, key=lambda row: row["images_per_second"])
+    return (
+        f"{fastest['backbone']} is within noise of the best and extracted at {fastest['images_per_second']:,.4g} "
+        f"images/s, {best['backbone']} at {rate:,.4g}"
+    )
 
 
 def varied(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -137,11 +204,11 @@ def write_leaderboard(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def draw_leaderboard(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Draw the accuracies of the best trials with their intervals."""
-    names = varied(rows)
+    names, several = varied(rows), has_several_backbones(rows)
     best = [row for row in rows if row["error"] is None][:_MOST_DRAWN]
     draw_ranking(
         path,
-        [f"{row['head']} {names[row['trial']]}".strip() for row in best],
+        [f"{row['backbone'] if several else ''} {row['head']} {names[row['trial']]}".strip() for row in best],
         [(row["low"], row["val_accuracy"], row["high"]) for row in best],
         [row["within_noise"] for row in best],
         title,

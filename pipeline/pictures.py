@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Concatenate, ParamSpec
@@ -37,6 +38,16 @@ _OF_PAGES = {
 _MOST_NUMBERS = 20  # classes up to which a confusion matrix has its numbers written into it
 _MOST_NAMES = 60  # classes up to which they are named
 _MOST_MISTAKES = 30  # that are drawn instead
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """An accuracy with its interval, what it cost, and whether no other point is better in both."""
+
+    name: str  # a second line says more
+    images_per_second: float
+    span: tuple[float, float, float]  # low, value, high
+    on_front: bool
 
 
 def picture(build: Callable[P, Any]) -> Callable[Concatenate[Target, P], None]:
@@ -218,5 +229,41 @@ def draw_ranking(
     axis.invert_yaxis()
     axis.set(xlabel="validation accuracy, 95% interval; blue: within noise of the best")
     axis.grid(alpha=0.3, axis="x")
+    figure.suptitle(spelt(title), parse_math=False, fontsize=10)
+    return figure
+
+
+@picture
+def draw_cost(points: Sequence[CostPoint], title: str) -> Any:
+    """Draw accuracies over the images/s of extraction, on a logarithmic scale; the Pareto front is joined by a line."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axis = figure.subplots()
+    ordered = sorted(points, key=lambda point: point.images_per_second)
+    for place, point in enumerate(ordered):
+        low, value, high = point.span
+        colour, bars = "tab:blue" if point.on_front else "tab:grey", [[value - low], [high - value]]
+        axis.errorbar(point.images_per_second, value, yerr=bars, fmt="o", color=colour, capsize=3)
+        to_left = place == len(ordered) - 1 and place > 0  # the last one has no room to its right
+        axis.annotate(
+            spelt(point.name),
+            (point.images_per_second, value),
+            textcoords="offset points",
+            xytext=(-8 if to_left else 8, 3),
+            ha="right" if to_left else "left",
+            fontsize=8,
+            parse_math=False,
+        )
+    front = [point for point in ordered if point.on_front]
+    axis.plot([each.images_per_second for each in front], [each.span[1] for each in front], "--", linewidth=1, zorder=0)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.margins(x=0.2)
+    axis.set(xlabel="images/s of extraction; blue: Pareto front", ylabel="validation accuracy")
+    axis.grid(alpha=0.3)
     figure.suptitle(spelt(title), parse_math=False, fontsize=10)
     return figure

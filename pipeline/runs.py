@@ -138,8 +138,8 @@ def _of_unfinished(folder: Path) -> list[Path]:
     return [path for path in spent if path.exists()]
 
 
-def write_request(folder: Path, asked: Mapping[str, Any], material: str, space: str | None) -> None:
-    """Note in an unfinished run's folder what was asked for, the digest of its rows or images, and their space."""
+def write_request(folder: Path, asked: Mapping[str, Any], material: str, space: str | Sequence[str] | None) -> None:
+    """Note in an unfinished run's folder what was asked for, the digest of its rows or images, and their spaces."""
     request = {"asked": dict(asked), "material": material, "space": space, "created": now()}
     write_json(folder / REQUEST, request)
 

@@ -11,6 +11,7 @@ import conftest
 import cv2
 import numpy as np
 
+from pipeline.backbone.table import BACKBONES
 from pipeline.cache import shard
 from pipeline.cache.digests import digest
 from pipeline.cache.space import FeatureSpace
@@ -20,6 +21,14 @@ from pipeline.workspace import Workspace
 
 SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
 CLASSES = ("ant", "bee", "cow")
+
+
+def spec_of(name: str) -> FeatureSpec:
+    """The space of a backbone of the table, as `SPEC` is that of InceptionV3."""
+    row = BACKBONES[name]
+    more = {"layer": row.default_layer, "input_size": row.input_size, "scaling": row.scaling}
+    return replace(SPEC, backbone=name, **more)
+
 
 Rewrite = Callable[[int, np.ndarray], np.ndarray]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +11,29 @@ import pytest
 from scipy.stats import binomtest
 
 from pipeline.leaderboard import (
+    ExtractionCost,
     Trial,
+    best_of_each,
+    cost_points,
     draw_leaderboard,
+    fastest_sentence,
     leaderboard,
     mcnemar,
     noise_sentence,
+    pareto_front,
     varied,
     write_leaderboard,
 )
+from pipeline.pictures import draw_cost
 from pipeline.spec import HeadSpec
 
+COST = ExtractionCost("small.keras", "own_00000000-out-00000000", 100.0, 500)
 GAP = [HeadSpec.make("gap", learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]
 
 
 def trial(spec: HeadSpec, right: int, *, of: int = 100, loss: float = 1.0, error: str | None = None) -> Trial:
     hits = np.arange(of) < right
-    return Trial(spec, hits if error is None else hits[:0], loss, 2.0, 1000, 4000, error)
+    return Trial(spec.identity, spec, COST, hits if error is None else hits[:0], loss, 2.0, 1000, 4000, error)
 
 
 def test_the_best_stands_first_and_a_failure_last() -> None:
@@ -90,3 +98,35 @@ def test_table_and_picture_are_written(tmp_path: Path) -> None:
     assert read[0]["val_accuracy"] == "0.6"
     assert read[1]["learning_rate"] == ""
     assert (tmp_path / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
+
+
+def on(backbone: str, right: int, rate: float | None) -> Trial:
+    """A trial on the rows of one backbone."""
+    cost = ExtractionCost(backbone, f"{backbone}-out-00000000", rate, 500)
+    return replace(trial(GAP[0], right), name=f"{backbone}-{right}", cost=cost)
+
+
+def test_a_backbone_is_on_the_front_unless_another_is_as_good_and_better_in_one() -> None:
+    rows = best_of_each(
+        leaderboard([on("a", 90, 10.0), on("b", 80, 20.0), on("c", 80, 15.0), on("d", 70, None), on("a", 20, 10.0)])
+    )
+    assert [row["backbone"] for row in rows] == ["a", "b", "c", "d"]
+    assert pareto_front(rows) == [True, True, False, False]
+    assert [point.name for point in cost_points(rows)] == [
+        "a\n500 bytes a row",
+        "b\n500 bytes a row",
+        "c\n500 bytes a row",
+    ]
+
+
+def test_the_fastest_backbone_within_noise_of_the_best_is_named() -> None:
+    rows = leaderboard([on("slow", 60, 10.0), on("fast", 57, 900.0), on("worse", 30, 9_000.0), on("unknown", 58, None)])
+    expected = "fast is within noise of the best and extracted at 900 images/s, slow at 10"
+    assert fastest_sentence(rows) == expected
+    assert fastest_sentence(leaderboard([on("fast", 60, 900.0), on("slow", 57, 10.0)])) is None
+    assert fastest_sentence(leaderboard([on("unknown", 60, None), on("fast", 57, 900.0)])) is None
+
+
+def test_costs_are_drawn_beside_a_name_that_is_no_formula(tmp_path: Path) -> None:
+    draw_cost(tmp_path / "cost.png", cost_points(leaderboard([on("$odd_name", 60, 3.0)])), "$odd_title")
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")

@@ -18,23 +18,24 @@ import cv2
 import numpy as np
 import pytest
 from cached import CLASSES as CACHED_CLASSES
-from cached import fill, listed, write_images
+from cached import fill, listed, spec_of, write_images
 from conftest import Finished, icebox, picture, unseal, write_picture
 
-from pipeline import near, reproduce
+from pipeline import near, rates, reproduce
 from pipeline.apply import evaluate_run
-from pipeline.asked import Asked, DatasetChoice, FullAsked
+from pipeline.asked import Asked, DatasetChoice, FullAsked, SweepAsked
 from pipeline.choice import FeatureChoice
 from pipeline.dataset import Dataset
 from pipeline.evaluate import confusion_cells
 from pipeline.images import DEFAULT_MAX_PIXELS
 from pipeline.progress import silent
 from pipeline.report import findings, page, shown, single
-from pipeline.report.compare import notes_of
+from pipeline.report.compare import notes_of, of_sweep
 from pipeline.report.single import trained_on
 from pipeline.report.tiles import Looks
 from pipeline.run_dataset import RunDataset
 from pipeline.spec import HeadSpec
+from pipeline.sweep import sweep
 from pipeline.train import train_head
 from pipeline.trained import open_run
 from pipeline.workspace import Workspace
@@ -303,6 +304,27 @@ def test_a_sweep_has_a_page(tmp_path: Path, browser: Any) -> None:
     assert done.code == 0, done.err
     look = Looked(browser, Path(done.json["page"]))
     assert look.page.locator("#leaderboard tbody tr").count() == done.json["runs"]
+    assert look.violations() == []
+    look.check_quiet()
+
+
+def test_a_sweep_over_backbones_shows_accuracy_against_cost(workspace: Workspace, tmp_path: Path, browser: Any) -> None:
+    write_images(tmp_path / "photos", 20)
+    names = ("inception_v3", "mobilenet_v2", "xception")
+    for name, rate in zip(names, (10.0, 200.0, None), strict=True):
+        fill(workspace, listed(tmp_path / "photos"), spec=spec_of(name))
+        if rate is not None:
+            rates.remember(workspace, spec_of(name), rate, 60)
+    choices = tuple(FeatureChoice(backbone=name) for name in names)
+    specs = tuple(HeadSpec.make("logreg", C=value) for value in (0.01, 1.0))
+    asked = SweepAsked(DatasetChoice(str(tmp_path / "photos")), choices, specs, DEFAULT_MAX_PIXELS)
+    done = sweep(listed(tmp_path / "photos"), workspace, asked, ["", "", ""])
+    of_sweep(done.path, tmp_path / "page.html")
+    look = Looked(browser, tmp_path / "page.html")
+    assert set(look.page.locator("#backbones tbody tr td:first-child").all_inner_texts()) == set(names)
+    assert look.page.locator("#leaderboard tbody tr").count() == 6
+    drawn = look.page.locator("figure").first.inner_text()
+    assert [name in drawn for name in names] == [True, True, False], "of the last one no rate is known"
     assert look.violations() == []
     look.check_quiet()
 

@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import threading
@@ -18,27 +19,31 @@ from typing import Any
 import dask
 import numpy as np
 import pytest
-from cached import CLASSES, SPEC, fill, listed, row_of, write_images
+from cached import CLASSES, SPEC, fill, listed, row_of, spec_of, write_images
 from clusters import by_hand
-from conftest import command_line, environment, icebox
+from conftest import command_line, environment, icebox, write_picture
 from distributed import Client, LocalCluster
 
 import pipeline.link
 import pipeline.sweep
 import pipeline.worker_health
-from pipeline import heads, images, runs, trial_tasks
-from pipeline.asked import Asked, DatasetChoice
+from pipeline import heads, images, rates, runs, trial_tasks
+from pipeline.asked import Asked, DatasetChoice, SweepAsked
+from pipeline.cache import digests
 from pipeline.cache.space import Cache
 from pipeline.checkpoint import Checkpoint
 from pipeline.choice import FeatureChoice
 from pipeline.cluster import ClusterChoice
-from pipeline.errors import IceboxError, RunError, UsageError
+from pipeline.dataset import assign
+from pipeline.errors import IceboxError, MissingRowsError, RunError, UsageError
 from pipeline.gather import gather
+from pipeline.keras_start import import_keras
 from pipeline.prepare import prepared
 from pipeline.rows import StoredRows
 from pipeline.spec import HeadSpec
-from pipeline.sweep import Sweep, SweepAsked, run_trial, sweep
+from pipeline.sweep import Sweep, sweep
 from pipeline.train import train_head
+from pipeline.trial import run_trial
 from pipeline.workspace import Workspace
 
 GRID = (
@@ -56,8 +61,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(workspace: Workspace, photos: Path, specs: tuple[HeadSpec, ...] = GRID, **more: Any) -> Sweep:
-    asked = SweepAsked(DatasetChoice(str(photos)), FeatureChoice(), specs, images.DEFAULT_MAX_PIXELS)
-    return sweep(listed(photos), workspace, asked, "features", **more)
+    asked = SweepAsked(DatasetChoice(str(photos)), (FeatureChoice(),), specs, images.DEFAULT_MAX_PIXELS)
+    return sweep(listed(photos), workspace, asked, ["features"], **more)
 
 
 def about(done: Sweep) -> dict[str, Any]:
@@ -135,8 +140,8 @@ def test_a_setting_that_diverges_is_ranked_last_and_the_sweep_goes_on(workspace:
 
 def test_a_regression_that_does_not_fit_memory_is_ranked_last(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
-    asked = SweepAsked(DatasetChoice(str(photos)), FeatureChoice(), GRID, images.DEFAULT_MAX_PIXELS, memory=2_000)
-    done = sweep(listed(photos), workspace, replace(asked, specs=GRID[1:2] + GRID[3:]), "features")
+    asked = SweepAsked(DatasetChoice(str(photos)), (FeatureChoice(),), GRID, images.DEFAULT_MAX_PIXELS, memory=2_000)
+    done = sweep(listed(photos), workspace, replace(asked, specs=GRID[1:2] + GRID[3:]), ["features"])
     assert [row["head"] for row in done.rows] == ["gap", "logreg"]
     assert "logreg needs all rows in memory" in done.rows[1]["error"]
 
@@ -146,9 +151,11 @@ def test_a_sweep_none_of_whose_settings_could_be_trained_is_not_to_be_gone_on_wi
 ) -> None:
     """Which would end in the same way."""
     fill(workspace, listed(photos))
-    asked = SweepAsked(DatasetChoice(str(photos)), FeatureChoice(), GRID[3:], images.DEFAULT_MAX_PIXELS, memory=2_000)
+    asked = SweepAsked(
+        DatasetChoice(str(photos)), (FeatureChoice(),), GRID[3:], images.DEFAULT_MAX_PIXELS, memory=2_000
+    )
     with pytest.raises(RunError, match="none of 1 setting could be trained, the first: logreg needs all rows"):
-        sweep(listed(photos), workspace, asked, "features")
+        sweep(listed(photos), workspace, asked, ["features"])
     assert "--resume" not in caplog.text
     assert list(workspace.sweeps.iterdir()) == []
 
@@ -259,6 +266,203 @@ def test_only_the_best_head_is_kept_on_the_way(
     assert kept == [1, 1, 1, 1]
 
 
+# Several backbones
+
+
+def blurred(_: int, row: np.ndarray) -> np.ndarray:
+    """A row that tells less of the class."""
+    return row + np.random.default_rng(int(row.sum() * 1e6)).normal(0, 6, (1, 1, 8)).astype(np.float32)
+
+
+PAIR = ("inception_v3", "mobilenet_v2")
+TWO = (GRID[1], GRID[3])
+
+
+def fill_both(workspace: Workspace, photos: Path, **more: Any) -> None:
+    """Rows of two backbones, the first one much the worse."""
+    fill(workspace, listed(photos), rewrite=blurred)
+    fill(workspace, listed(photos), spec=spec_of("mobilenet_v2"), **more)
+
+
+def run_both(
+    workspace: Workspace, photos: Path, specs: tuple[HeadSpec, ...] = TWO, names: tuple[str, ...] = PAIR, **more: Any
+) -> Sweep:
+    choices = tuple(FeatureChoice(backbone=name) for name in names)
+    asked = SweepAsked(DatasetChoice(str(photos)), choices, specs, images.DEFAULT_MAX_PIXELS)
+    return sweep(listed(photos), workspace, asked, [f"features {name}" for name in names], **more)
+
+
+def test_heads_on_several_backbones_are_ranked_together(workspace: Workspace, photos: Path) -> None:
+    fill_both(workspace, photos)
+    rates.remember(workspace, spec_of("mobilenet_v2"), 250.0, 120)
+    done = run_both(workspace, photos)
+    assert [row["rank"] for row in done.rows] == [1, 2, 3, 4]
+    assert {(row["backbone"], row["head"]) for row in done.rows} == {(n, h) for n in PAIR for h in ("gap", "logreg")}
+    first, last = done.rows[0], done.rows[-1]
+    assert (first["backbone"], last["backbone"]) == ("mobilenet_v2", "inception_v3")
+    assert (first["images_per_second"], last["images_per_second"]) == (250.0, None), "measured here, and not"
+    assert first["bytes_per_row"] > 0
+    assert last["p_value"] < 0.05
+    assert not last["within_noise"]
+    assert len(list((done.path / "trials").iterdir())) == 4, "a folder each"
+    (published,) = runs.list_runs(workspace.runs)
+    assert published["features"] == spec_of("mobilenet_v2").to_dict() == about(done)["features"]
+    assert published["asked"]["features"]["backbone"] == published["summary"]["backbone"] == "mobilenet_v2"
+    assert [each["backbone"] for each in about(done)["backbones"]] == list(PAIR)
+    assert {"leaderboard.csv", "leaderboard.png", "cost.png", "sweep.json"} <= set(visible(done.path))
+    with (done.path / "leaderboard.csv").open() as file:
+        assert [row["backbone"] for row in csv.DictReader(file)] == [row["backbone"] for row in done.rows]
+
+
+def test_a_backbone_among_several_is_judged_as_alone(workspace: Workspace, photos: Path) -> None:
+    fill_both(workspace, photos)
+    both, alone = run_both(workspace, photos), run_both(workspace, photos, names=PAIR[:1])
+    kept = ("head", "settings", "val_accuracy", "val_loss", "parameters", "bytes", "space")
+    of_both = [[row[key] for key in kept] for row in both.rows if row["backbone"] == PAIR[0]]
+    assert of_both == [[row[key] for key in kept] for row in alone.rows]
+    assert {row["trial"] for row in alone.rows} == {spec.identity for spec in TWO}, "as in sweeps of earlier versions"
+
+
+def test_an_image_without_a_row_in_one_space_is_left_out_of_all(
+    workspace: Workspace, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that the same images are compared: it is undecodable by now."""
+    dataset = listed(photos)
+    keys = [digests.digest(dataset.read(i)) for i in range(len(dataset))]
+    validated = np.flatnonzero(assign(dataset, keys).sides == "val").tolist()
+    fill_both(workspace, photos, leave_out={validated[1]})
+    bad = {keys[validated[1]]: "torn"}
+    workspace.cache.index.remember_quarantined(bad, images.decoder_version(), images.DEFAULT_MAX_PIXELS)
+    done = run_both(workspace, photos)
+    assert "1 image is left out: undecodable by now" in caplog.text
+    assert [each.reason for each in done.quarantined] == ["torn"]
+    trials = [json.loads(path.read_text()) for path in done.path.glob("trials/*/trial.json")]
+    assert [trial["images"] for trial in trials] == [len(validated) - 1] * 4
+    assert run_both(workspace, photos, names=PAIR[:1]).quarantined == [], "alone, its row is as good as ever"
+
+
+def test_what_makes_missing_rows_is_said_for_all_backbones_at_once(workspace: Workspace, photos: Path) -> None:
+    fill(workspace, listed(photos))
+    names = ("xception", *PAIR)
+    with pytest.raises(MissingRowsError, match="2 of 3 backbones lack features of some images") as caught:
+        run_both(workspace, photos, names=names)
+    assert caught.value.commands == ("features xception", "features mobilenet_v2")
+    assert not workspace.sweeps.exists()
+
+
+def test_one_space_under_two_names_is_refused(workspace: Workspace, photos: Path) -> None:
+    space = fill(workspace, listed(photos)).name
+    choices = (FeatureChoice(space=space), FeatureChoice(backbone="inception_v3"))
+    asked = SweepAsked(DatasetChoice(str(photos)), choices, TWO, images.DEFAULT_MAX_PIXELS)
+    with pytest.raises(UsageError, match=f"two of the backbones mean the same features, {space}"):
+        sweep(listed(photos), workspace, asked, ["", ""])
+
+
+def test_a_stopped_sweep_of_several_goes_on_in_the_spaces_it_began_with(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_both(workspace, photos)
+    whole, real, tried = run_both(workspace, photos), heads.fit, list[Any]()
+
+    def counted(*arguments: Any) -> Any:
+        tried.append(arguments)
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(heads, "fit", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_both(workspace, photos)
+    (name,) = runs.unfinished(workspace.sweeps)
+    request = runs.read_request(workspace.sweeps, name)
+    asked = SweepAsked.of_request(request)
+    assert [each["backbone"] for each in request["asked"]["features"]] == list(PAIR)
+    assert [each.space for each in asked.features] == [spec_of(each).directory for each in PAIR]
+    done = sweep(listed(photos), workspace, asked, ["", ""], resume=name)
+    assert (done.reused, len(tried)) == (2, 5)
+    same = ("trial", "backbone", "val_accuracy", "val_loss", "p_value")
+    assert [[row[key] for key in same] for row in done.rows] == [[row[key] for key in same] for row in whole.rows]
+
+
+def test_what_one_backbone_was_asked_for_is_stored_as_by_earlier_versions() -> None:
+    choice = FeatureChoice(backbone="mobilenet_v2")
+    one = SweepAsked(DatasetChoice("digits"), (choice,), TWO, 1_000)
+    assert one.to_dict()["features"]["backbone"] == "mobilenet_v2"
+    old = json.loads(json.dumps(one.to_dict()))
+    for name in ("backbone", "input_size", "scaling"):
+        del old["features"][name]
+    assert SweepAsked.from_dict(old) == replace(one, features=(FeatureChoice(),))
+    assert SweepAsked.of_request({"asked": old, "space": "a-space"}).features == (FeatureChoice(space="a-space"),)
+    several = replace(one, features=(choice, FeatureChoice()))
+    assert SweepAsked.from_dict(json.loads(json.dumps(several.to_dict()))) == several
+
+
+def save_network(path: Path, width: int) -> Path:
+    """A network of one's own for images of 32 pixels, untrained."""
+    keras = import_keras()
+    keras.utils.set_random_seed(width)
+    inputs = keras.Input((32, 32, 3))
+    output = keras.layers.Conv2D(width, 3, 4, activation="relu", name="last")(inputs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keras.Model(inputs, output).save(path)
+    return path
+
+
+def test_the_command_says_what_is_missing_or_computes_it_first(tmp_path: Path) -> None:
+    data, photos = tmp_path / "data", tmp_path / "photos"
+    for i in range(30):
+        write_picture(photos / ("light" if i % 2 else "dark") / f"{i}.png", seed=i)
+    one, other = save_network(tmp_path / "one,small.keras", 4), save_network(tmp_path / "wide.keras", 8)
+    begun = ("features", "--dataset", photos, "--backbone", other, "--scaling", "x/255", "--limit", "4")
+    assert icebox(data, *begun).code == 0
+    options = ("--dataset", photos, "--backbone", one, "--backbone", f"{other},inception_v3", "--head", "logreg")
+    asked = ("sweep", *options, "--weights", "untrained:3", "--fit", "crop")
+    refused = icebox(data, *asked, "--scaling", "x/255")
+    assert refused.code == 2
+    assert "found 2 files among --backbone" in refused.err
+    unknown = icebox(data, *asked)
+    assert unknown.code == 2
+    assert "one,small.keras is not known from before: say by --scaling" in unknown.err
+    pair = ("sweep", "--dataset", photos, "--backbone", other, "--backbone", one, "--head", "logreg")
+    assert icebox(data, *begun[:4], one, *begun[5:]).code == 0
+    missing = icebox(data, *pair, "--json")
+    assert missing.code == 1
+    assert "2 of 2 backbones lack features" in missing.json["error"]
+    assert missing.err.splitlines()[-2:] == missing.json["commands"]
+    assert [shlex.split(line)[-2:] for line in missing.json["commands"]] == [
+        ["--backbone", str(other)],
+        ["--backbone", str(one)],
+    ]
+    done = icebox(data, *pair, "--compute", "--json")
+    assert done.code == 0, done.err
+    assert done.json["features_computed"] == 52
+    assert {row["backbone"] for row in done.json["runs"]} == {"one,small.keras", "wide.keras"}
+    again = icebox(data, *pair, "--compute")
+    assert again.code == 0, again.err
+    assert "rank  backbone" in again.err
+    assert "loading TensorFlow" not in again.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--layer", "mixed8"), "--layer names a layer of one backbone"),
+        (("--space", "a"), "--space names features of one backbone"),
+        (("--scaling", "x/255"), "found 0 files among --backbone"),
+        (("--weights", "w.weights.h5"), "'w.weights.h5' are of one backbone"),
+        (("--weights", "sha256:" + "0" * 64), "with several it takes auto, imagenet or untrained"),
+        (("--backbone", "mobilnet_v2"), "mobilnet_v2"),
+    ],
+)
+def test_what_cannot_be_meant_for_several_backbones_is_refused(
+    options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = icebox(tmp_path, "sweep", "--backbone", "inception_v3,mobilenet_v2", *options)
+    assert done.code == 2, done.err
+    assert message in done.err
+    assert len(done.err.splitlines()) == 1
+
+
 # On workers
 
 
@@ -269,9 +473,9 @@ def cluster_of(count: int, threads: int) -> Any:
 
 def test_workers_find_what_is_found_here(workspace: Workspace, photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    fill(workspace, listed(photos))
-    here, there = run(workspace, photos), run(workspace, photos, cluster=ClusterChoice(workers=2))
-    same = ("trial", "val_accuracy", "val_loss", "p_value", "parameters", "bytes")
+    fill_both(workspace, photos)
+    here, there = (run_both(workspace, photos, GRID, cluster=cluster) for cluster in (None, ClusterChoice(workers=2)))
+    same = ("trial", "backbone", "val_accuracy", "val_loss", "p_value", "parameters", "bytes")
     assert [[row[key] for key in same] for row in here.rows] == [[row[key] for key in same] for row in there.rows]
     assert here.best["accuracy"] == there.best["accuracy"]
     assert len({heads.READS[spec.head] for spec in GRID}) == 2

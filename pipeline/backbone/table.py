@@ -1,9 +1,8 @@
 """The table of backbones: what goes with each network of keras.applications, so that adding one is adding a row.
 
 Builders, sizes, addresses and hashes are those of keras/src/applications in Keras 3.15; the scaling is the one of the
-application's own `preprocess_input`. Parameters, multiplications and the shape of a
-row were taken from the graph. Of MobileNet and
-MobileNetV2 Keras has other weights for some sizes (128, 160, 192); here those for 224 serve every size.
+application's own `preprocess_input`. Parameters, multiplications and the shape of a row were taken from the graph. Of
+MobileNet and MobileNetV2 Keras has other weights for some sizes (128, 160, 192); here those for 224 serve every size.
 """
 
 from __future__ import annotations

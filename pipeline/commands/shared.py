@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pipeline.dataset import Dataset
     from pipeline.planning import Quarantined
     from pipeline.spec import Views
-    from pipeline.sweep import SweepAsked
     from pipeline.trained import TrainedRun
     from pipeline.workspace import Workspace
 
@@ -251,11 +250,11 @@ _CHOICE_OPTIONS = (
 _FEATURE_OPTIONS = ("dataset", "archive", "image_root", "limit", *_CHOICE_OPTIONS, "max_pixels", "views", "augment")
 
 
-def feature_choice(context: typer.Context) -> FeatureChoice:
-    """Return what the options of a command say about the features."""
+def feature_choice(context: typer.Context, **instead: Any) -> FeatureChoice:
+    """Return what the options of a command say about the features, or what is said `instead` of them."""
     from pipeline.choice import FeatureChoice
 
-    return FeatureChoice(**{name: context.params[name] for name in _CHOICE_OPTIONS})
+    return FeatureChoice(**{**{name: context.params[name] for name in _CHOICE_OPTIONS}, **instead})
 
 
 def views_choice(context: typer.Context) -> Views:
@@ -296,10 +295,10 @@ def _from(context: typer.Context, source: str) -> list[str]:
     return [name for name in context.params if str(context.get_parameter_source(name)).endswith(f".{source}")]
 
 
-def features_command(context: typer.Context) -> str:
-    """Return the command line that makes the features this one lacks."""
+def features_command(context: typer.Context, **instead: Any) -> str:
+    """Return the command line that makes the features this one lacks; options `instead` of those that were given."""
     given = {name: context.params[name] for name in stated(context) if name in _FEATURE_OPTIONS}
-    return features_line(context, {"dataset": context.params["dataset"], **given})
+    return features_line(context, {"dataset": context.params["dataset"], **given, **instead})
 
 
 def program(context: typer.Context) -> list[str]:
@@ -328,8 +327,8 @@ def features_line(context: typer.Context, options: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def asked_features_line(context: typer.Context, asked: Asked | SweepAsked) -> str:
-    """Return the command line that makes the features a run or a sweep was asked to be trained on."""
+def asked_features_line(context: typer.Context, asked: Asked) -> str:
+    """Return the command line that makes the features a run was asked to be trained on."""
     from dataclasses import asdict
 
     choice = {name: value for name, value in asdict(asked.features).items() if value != "auto"}

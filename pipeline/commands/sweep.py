@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands.completion import stopped_names
+from pipeline.commands.completion import backbone_names, stopped_names
 from pipeline.commands.depth import DepthOption
 from pipeline.commands.shared import (
     CLUSTER_OPTIONS,
     MAX_PIXELS,
     ArchiveOption,
     AugmentOption,
-    BackboneOption,
     DashboardOption,
     DatasetOption,
     FitOption,
@@ -51,10 +51,12 @@ from pipeline.commands.shared import (
     typed,
     views_choice,
 )
-from pipeline.progress import size_text
+from pipeline.progress import counted, size_text
 
 if TYPE_CHECKING:
-    from pipeline.sweep import Sweep, SweepAsked
+    from pipeline.asked import SweepAsked
+    from pipeline.choice import FeatureChoice
+    from pipeline.sweep import Sweep
 
 _HEADS = ("flatten", "gap", "logreg")
 _MOST_LISTED = 30
@@ -100,7 +102,19 @@ def sweep(
             autocompletion=stopped_names,
         ),
     ] = None,
-    backbone: BackboneOption = None,
+    backbone: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE,…",
+            help="Networks to compare, of the table or .keras files of your own; may be repeated (as for a path with a "
+            "comma). With several, --scaling is for the only file, which is known without it once it has features; "
+            "--weights takes auto, imagenet or untrained, for those of the table.  [default: inception_v3]",
+            autocompletion=backbone_names,
+        ),
+    ] = None,
+    compute: Annotated[
+        bool, typer.Option("--compute", help="Compute features that are missing first, of each backbone.")
+    ] = False,
     input_size: InputSizeOption = None,
     scaling: ScalingOption = None,
     weights: WeightsOption = "auto",
@@ -115,26 +129,88 @@ def sweep(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Try heads and settings on the cache; keep the best as a run. Computes no feature."""
+    """Try heads and settings on the cache, of one backbone or several; keep the best as a run.
+
+    No feature is computed, unless by --compute.
+    """
     from pipeline.sweep import sweep as run_sweep
 
     start, cluster = time.perf_counter(), cluster_choice(context)
-    asked = _asked(context) if resume is None else None
+    begun = _begun(context) if resume is None else None  # wrong usage is told before the cache is opened
     with opened(context) as workspace:
-        if asked is None:
-            resume, asked = _resumed(context, str(resume), workspace.sweeps)
-            command, chosen = asked_features_line(context, asked), asked.images
-        else:
-            command, chosen = features_command(context), dataset_choice(context)
+        resume, asked, commands = begun or _resumed(context, str(resume), workspace.sweeps)
+        chosen = asked.images if begun is None else dataset_choice(context)
         images = chosen.open(workspace)
-        done = run_sweep(images, workspace, asked, command, resume=resume, cluster=cluster)
+        done = run_sweep(images, workspace, asked, commands, resume=resume, cluster=cluster, compute=compute)
     _finish(done, round(time.perf_counter() - start, 3), as_json)
     exit_for_bad(done.quarantined, len(images), max_bad)
 
 
-def _asked(context: typer.Context) -> SweepAsked:
+def _begun(context: typer.Context) -> tuple[None, SweepAsked, list[str]]:
+    """Return that nothing is resumed, what a new sweep is asked for, and what makes the features of each backbone."""
+    choices = _choices(context)
+    return None, _asked(context, choices), [_features_command(context, each, len(choices) > 1) for each in choices]
+
+
+def _choices(context: typer.Context) -> tuple[FeatureChoice, ...]:
+    """Return what the options say about the features of each backbone."""
+    from pipeline.backbone.source import is_file
+
+    names = _backbones(context.params["backbone"] or ())
+    if len(names) < 2:
+        return (feature_choice(context, backbone=names[0] if names else None),)
+    own = [name for name in names if is_file(name)]
+    _refuse_for_several(context, len(own))
+    return tuple(
+        feature_choice(
+            context,
+            backbone=name,
+            scaling=context.params["scaling"] if name in own else None,
+            weights="auto" if name in own else context.params["weights"],
+        )
+        for name in names
+    )
+
+
+def _backbones(texts: Iterable[str]) -> list[str]:
+    """Return the names and files in lists with commas, each once; a text that is a file is one, whatever its name."""
+    from pipeline import machine
+
+    parts = [[text] if machine.at_home(text).is_file() else text.split(",") for text in texts]
+    return list(dict.fromkeys(name.strip() for some in parts for name in some if name.strip()))
+
+
+def _refuse_for_several(context: typer.Context, own: int) -> None:
+    """Raise UsageError if an option can be meant for one backbone only."""
     from pipeline.errors import UsageError
-    from pipeline.sweep import SweepAsked
+
+    given = context.params
+    for option, of in (("space", "features of one backbone"), ("layer", "a layer of one backbone")):
+        if given[option] is not None:
+            raise UsageError(f"--{option} names {of}, so it does not go with several --backbone; leave it out")
+    if given["scaling"] is not None and own != 1:
+        raise UsageError(
+            f"--scaling is of one network of your own, found {counted(own, 'file')} among --backbone; leave it out, as "
+            "that of a file is known once `features --backbone FILE --scaling …` has begun"
+        )
+    weights = given["weights"]
+    if weights not in ("auto", "imagenet") and weights.partition(":")[0] != "untrained":
+        raise UsageError(
+            f"--weights {weights!r:.80} are of one backbone; with several it takes auto, imagenet or untrained, and "
+            "auto finds the features that were made by `features --weights FILE`"
+        )
+
+
+def _features_command(context: typer.Context, choice: FeatureChoice, is_one_of_several: bool) -> str:
+    if not is_one_of_several:
+        return features_command(context, backbone=choice.backbone)
+    weights = None if choice.weights == "auto" else choice.weights
+    return features_command(context, backbone=choice.backbone, scaling=choice.scaling, weights=weights)
+
+
+def _asked(context: typer.Context, choices: tuple[FeatureChoice, ...]) -> SweepAsked:
+    from pipeline.asked import SweepAsked
+    from pipeline.errors import UsageError
     from pipeline.trials import make_trials
 
     given = context.params
@@ -143,7 +219,7 @@ def _asked(context: typer.Context) -> SweepAsked:
     specs = make_trials(given["head"] or _HEADS, given["settings"] or (), given["random"], given["seed"])
     return SweepAsked(
         images=dataset_choice(context).anchored(),
-        features=feature_choice(context).anchored(),
+        features=tuple(choice.anchored() for choice in choices),
         specs=tuple(specs),
         max_pixels=given["max_pixels"],
         memory=memory_bytes(given["memory"]),
@@ -151,36 +227,57 @@ def _asked(context: typer.Context) -> SweepAsked:
     )
 
 
-def _resumed(context: typer.Context, name: str, root: Path) -> tuple[str, SweepAsked]:
+def _resumed(context: typer.Context, name: str, root: Path) -> tuple[str, SweepAsked, list[str]]:
+    """Return the name of the sweep that is resumed, what it was asked for, and what makes its features."""
     from pipeline import runs
-    from pipeline.sweep import SweepAsked
+    from pipeline.asked import SweepAsked
 
     refuse_beside_resume(context, *CLUSTER_OPTIONS)
     name = runs.latest_of(runs.unfinished(root), root) if name == "latest" else name
-    return name, SweepAsked.of_request(runs.read_request(root, name))
+    asked = SweepAsked.of_request(runs.read_request(root, name))
+    return name, asked, [asked_features_line(context, asked.head(each, asked.specs[0])) for each in asked.features]
 
 
 def _finish(done: Sweep, seconds: float, as_json: bool) -> None:
     from pipeline import terminal
-    from pipeline.leaderboard import noise_sentence, varied
+    from pipeline.leaderboard import fastest_sentence, has_several_backbones, noise_sentence, varied
 
     if as_json:
         result = {"sweep": done.name, "runs": done.rows, "best": done.best, "reused": done.reused}
-        terminal.emit_json({**result, "seconds": seconds, "features_computed": 0, "path": str(done.path)})
+        terminal.emit_json({**result, "seconds": seconds, "features_computed": done.computed, "path": str(done.path)})
         return
-    names = varied(done.rows)
-    headers = ("rank", "head", "settings", "val", "95% interval", "p", "seconds", "parameters", "size")
-    rows = [_row(row, names[row["trial"]]) for row in done.rows]
-    terminal.table(rows[:_MOST_LISTED], headers)
+    names, several = varied(done.rows), has_several_backbones(done.rows)
+    rows = [_row(row, names[row["trial"]], several) for row in done.rows]
+    terminal.table(rows[:_MOST_LISTED], _HEADERS_OF_SEVERAL if several else _HEADERS)
     if len(rows) > _MOST_LISTED:
         terminal.say(f"and {len(rows) - _MOST_LISTED:,} more in {done.path / 'leaderboard.csv'}")
     terminal.say(noise_sentence(done.rows))
+    if several and (sentence := fastest_sentence(done.rows)):
+        terminal.say(sentence)
     low, high = done.best["accuracy_interval"]
     terminal.say(f"the best on the test split: accuracy {done.best['accuracy']:.4f} ({low:.4f} to {high:.4f})")
     terminal.say(f"kept as the run {done.best['run']}; the sweep, {seconds:,.0f} s, in {done.path}")
 
 
-def _row(row: dict[str, Any], settings: str) -> tuple[Any, ...]:
+_HEADERS = ("rank", "head", "settings", "val", "95% interval", "p", "seconds", "parameters", "size")
+_HEADERS_OF_SEVERAL = ("rank", "backbone", *_HEADERS[1:], "images/s", "a row")
+
+
+def _row(row: dict[str, Any], settings: str, several: bool) -> tuple[Any, ...]:
+    rank, *cells = _cells(row, settings)
+    if not several:
+        return (rank, *cells)
+    rate, size = row["images_per_second"], row["bytes_per_row"]
+    return (
+        rank,
+        row["backbone"],
+        *cells,
+        "" if rate is None else f"{rate:,.4g}",
+        "" if size is None else size_text(size),
+    )
+
+
+def _cells(row: dict[str, Any], settings: str) -> tuple[Any, ...]:
     if row["error"] is not None:
         return (row["rank"], row["head"], settings, "failed", row["error"], "", f"{row['seconds']:.1f}", "", "")
     return (

@@ -11,14 +11,22 @@ from typing import Any
 from pipeline import runs, sweep
 from pipeline.cache import storage
 from pipeline.errors import RunError, did_you_mean
-from pipeline.leaderboard import varied
-from pipeline.progress import counted
+from pipeline.leaderboard import (
+    best_of_each,
+    cost_points,
+    fastest_sentence,
+    has_several_backbones,
+    pareto_front,
+    varied,
+)
+from pipeline.progress import counted, size_text
 from pipeline.report import page
 from pipeline.report.single import publish, require_target, trained_on
 from pipeline.run_dataset import RunDataset, distinct, told_apart
 from pipeline.workspace import Workspace
 
 _MOST_DRAWN = 60  # points
+_NO_BACKBONES: dict[str, Any] = {"cost": "", "backbone_columns": [], "backbone_rows": []}  # that are compared
 _NO_IMAGES = {"classes": [], "images": None, "confusion": None}  # for the page's script
 
 
@@ -28,15 +36,22 @@ class Column:
 
     name: str
     number: bool = False
+    decimals: int = 3
 
 
 _OF_RUNS = (
     Column("run"), Column("means"), Column("weights"), Column("accuracy", True), Column("95% interval"),
     Column("val accuracy", True), Column("minutes", True), Column("parameters", True), Column("test images", True),
 )  # fmt: skip
+_BACKBONE = Column("backbone")
 _OF_SWEEP = (
     Column("rank", True), Column("head"), Column("settings"), Column("val accuracy", True), Column("95% interval"),
     Column("within noise"), Column("minutes", True), Column("parameters", True), Column("error"),
+)  # fmt: skip
+_OF_BACKBONES = (
+    _BACKBONE, Column("best head"), Column("val accuracy", True), Column("95% interval"), Column("p"),
+    Column("within noise"), Column("images/s", True, 1), Column("a row"), Column("Pareto front"),
+    Column("weights"),
 )  # fmt: skip
 
 
@@ -103,6 +118,7 @@ def _page_of_runs(chosen: Sequence[RunDataset]) -> str:
         ),
         columns=list(_OF_RUNS),
         rows=[_run_row(each["summary"]) for each in about],
+        **_NO_BACKBONES,
     )
 
 
@@ -144,28 +160,76 @@ def of_sweep(folder: Path, out: Path) -> dict[str, Any]:
 
 
 def _page_of_sweep(about: Mapping[str, Any]) -> str:
-    rows, names = about["runs"], varied(about["runs"])
+    rows, several = about["runs"], has_several_backbones(about["runs"])
+    names = varied(rows)
     tried = [row for row in rows if row["error"] is None][:_MOST_DRAWN]
+    trials = [_trial_row(row, names[row["trial"]]) for row in rows]
     return page.render(
         "report_compare.html",
         _NO_IMAGES,
         title=counted(len(rows), "setting tried", "settings tried"),
         subtitle=f"{about['sweep']}, {about['dataset']['name']}",
         untrained=str(about["features"]["weights"]).startswith("untrained"),
-        notes=[
-            "Settings are ranked by the validation split. Those within noise of the best may be no worse than it.",
-            f"The best, measured on the test split: {about['best']['accuracy']:.3f} ({about['best']['run']}).",
-        ],
+        notes=_notes_of_sweep(about, several),
         caption="Accuracy on the validation split.",
-        scatter=page.scatter(
+        scatter=""  # of several, the cost of extraction tells more
+        if several
+        else page.scatter(
             [f"{row['rank']}" for row in tried],
             [row["seconds"] / 60 for row in tried],
             [_span((row["low"], row["high"]), row["val_accuracy"]) for row in tried],
             "validation accuracy",
         ),
-        columns=list(_OF_SWEEP),
-        rows=[_trial_row(row, names[row["trial"]]) for row in rows],
+        columns=[_OF_SWEEP[0], _BACKBONE, *_OF_SWEEP[1:]] if several else list(_OF_SWEEP),
+        rows=[[row[0], each["backbone"], *row[1:]] if several else row for row, each in zip(trials, rows, strict=True)],
+        **(_backbones(about, names) if several else _NO_BACKBONES),
     )
+
+
+def _notes_of_sweep(about: Mapping[str, Any], several: bool) -> list[str]:
+    what = "Heads on the features of several backbones" if several else "Settings"
+    notes = [
+        f"{what} are ranked by the validation split. Those within noise of the best may be no worse than it.",
+        f"The best, measured on the test split: {about['best']['accuracy']:.3f} ({about['best']['run']}).",
+    ]
+    if not several:
+        return notes
+    best = about["runs"][0]["space"]
+    untrained = [
+        each["backbone"]
+        for each in about["backbones"]
+        if each["space"] != best and str(each["features"]["weights"]).startswith("untrained")
+    ]
+    if untrained:
+        notes.append(
+            f"Untrained weights: {', '.join(untrained)}. Such accuracies say nothing of what a backbone can do."
+        )
+    sentence = fastest_sentence(about["runs"])
+    return [*notes, f"{sentence}."] if sentence else notes
+
+
+def _backbones(about: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the plot and the table of what each backbone's best head is worth, and what its features cost."""
+    best = best_of_each(about["runs"])
+    weights = {each["space"]: str(each["weights"]) for each in about["backbones"]}
+    points = cost_points(about["runs"])
+    return {
+        "cost": page.cost(points) if points else "",
+        "backbone_columns": list(_OF_BACKBONES),
+        "backbone_rows": [
+            _backbone_row(row, names[row["trial"]], on_front, weights[row["space"]])
+            for row, on_front in zip(best, pareto_front(best), strict=True)
+        ],
+    }
+
+
+def _backbone_row(row: Mapping[str, Any], settings: str, on_front: bool, weights: str) -> list[Any]:
+    rate, size = row["images_per_second"], row["bytes_per_row"]
+    return [
+        row["backbone"], f"{row['head']} {settings}".strip(), row["val_accuracy"], _interval(row["low"], row["high"]),
+        "best" if row["rank"] == 1 else f"{row['p_value']:.2g}", "yes" if row["within_noise"] else "no", rate, "" if size is None else size_text(size),
+        "" if rate is None else "yes" if on_front else "no", weights,
+    ]  # fmt: skip
 
 
 def _trial_row(row: Mapping[str, Any], settings: str) -> list[Any]:

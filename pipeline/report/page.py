@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import IO, Any
 
-from pipeline.pictures import INK, draw_calibration, draw_curves, picture
+from pipeline.pictures import INK, CostPoint, draw_calibration, draw_cost, draw_curves, picture
 from pipeline.spelling import spelt
 
 _PAGES = resources.files("pipeline") / "pages"
@@ -50,11 +50,11 @@ def printable(value: Any) -> Any:
     return [printable(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def number(value: Any) -> str:
-    """Return a number as people read it: three digits after the point, thousands parted."""
+def number(value: Any, decimals: int = 3) -> str:
+    """Return a number as people read it: so many digits after the point, thousands parted."""
     if value is None:
         return "\N{EN DASH}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{decimals}f}"
 
 
 def curves(history: Sequence[Mapping[str, float]], x: str) -> str:
@@ -70,6 +70,11 @@ def reliability(bins: Sequence[Mapping[str, Any]]) -> str:
 def scatter(names: Sequence[str], minutes: Sequence[float], spans: Sequence[tuple[float, float, float]], y: str) -> str:
     """Return accuracies with their intervals (low, value, high) over minutes as SVG, each point named."""
     return _svg(lambda path: _draw_scatter(path, names, minutes, spans, y))
+
+
+def cost(points: Sequence[CostPoint]) -> str:
+    """Return accuracies over the cost of extraction as SVG."""
+    return _svg(lambda path: draw_cost(path, points, ""))
 
 
 @picture

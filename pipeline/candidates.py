@@ -1,0 +1,142 @@
+"""The feature spaces that a sweep compares: found, or computed first, and brought to the same images."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipeline import machine, rates
+from pipeline.asked import SweepAsked
+from pipeline.backbone import source as networks
+from pipeline.choice import FeatureChoice
+from pipeline.cluster import ClusterChoice
+from pipeline.compute import ComputeOptions
+from pipeline.dataset import Dataset
+from pipeline.errors import MissingRowsError, RunError, UsageError
+from pipeline.extract import extract
+from pipeline.gather import Material, gather
+from pipeline.leaderboard import ExtractionCost
+from pipeline.planning import Quarantined
+from pipeline.progress import counted
+from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A dataset's rows in one of the spaces."""
+
+    choice: FeatureChoice
+    material: Material
+    cost: ExtractionCost
+
+
+def compute_missing(dataset: Dataset, workspace: Workspace, asked: SweepAsked, cluster: ClusterChoice | None) -> int:
+    """Have the rows that are missing of each backbone computed, one after the other; return how many that were."""
+    options = ComputeOptions(max_pixels=asked.max_pixels, threads=machine.usable_cores())
+    return sum(
+        extract(dataset, workspace, choice, options, views=asked.views, cluster=cluster).computed
+        for choice in asked.features
+    )
+
+
+def find_candidates(
+    dataset: Dataset, workspace: Workspace, asked: SweepAsked, features_commands: Sequence[str]
+) -> list[Candidate]:
+    """Find the rows of `dataset` in the space that each of `asked.features` means. Computes none.
+
+    Raises
+    ------
+    MissingRowsError
+        If an image that can be decoded has no row in one of them; it has those of `features_commands` that make them.
+    UsageError
+        If two of them mean one space.
+    RunError
+        If an image changed meanwhile.
+    """
+    found, lacking = list[Material](), list[str]()
+    for choice, command in zip(asked.features, features_commands, strict=True):
+        try:
+            found.append(gather(dataset, workspace, choice, asked.max_pixels, command, views=asked.views))
+        except MissingRowsError:
+            if len(asked.features) == 1:
+                raise
+            lacking.append(command)
+    if lacking:
+        raise _missing(lacking, len(asked.features))
+    _require_different(found)
+    materials = _with_same_images(found)
+    costs = _told_apart([_cost(workspace, material) for material in materials])
+    return [Candidate(*each) for each in zip(asked.features, materials, costs, strict=True)]
+
+
+def digest(candidates: Sequence[Candidate]) -> str:
+    """Return a hash of all that decides what is trained on."""
+    first, *others = (candidate.material.digest() for candidate in candidates)
+    return hashlib.sha256("".join([first, *others]).encode()).hexdigest() if others else first
+
+
+def _missing(commands: Sequence[str], backbones: int) -> MissingRowsError:
+    lack = "lacks" if len(commands) == 1 else "lack"
+    these = "this command" if len(commands) == 1 else "these commands"
+    return MissingRowsError(
+        f"{len(commands)} of {backbones} backbones {lack} features of some images; `--compute` makes them first, or "
+        f"make them by {these}:",
+        commands,
+    )
+
+
+def _require_different(materials: Sequence[Material]) -> None:
+    names = [material.space.name for material in materials]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"two of the backbones mean the same features, {twice}; leave one of them out")
+
+
+def _with_same_images(materials: Sequence[Material]) -> list[Material]:
+    """Return the same with those images alone that have rows in all spaces, so that their answers can be compared.
+
+    An image may have a row in one, and be undecodable by now for another.
+    """
+    common = functools.reduce(np.intersect1d, (material.usable for material in materials))
+    if left_out := len(functools.reduce(np.union1d, (material.usable for material in materials))) - len(common):
+        some = counted(left_out, "image is", "images are")
+        logger.warning("%s left out: undecodable by now, with features of some of the backbones only", some)
+    bad: dict[str, Quarantined] = {each.path: each for material in materials for each in material.quarantined}
+    same = [_restricted(material, common, list(bad.values())) for material in materials]
+    if len({material.content for material in same}) > 1:
+        raise RunError("images changed while the sweep was looking at them; run the same command again")
+    return [replace(material, keys=same[0].keys) for material in same]  # one list of what may be millions
+
+
+def _restricted(material: Material, usable: np.ndarray, quarantined: list[Quarantined]) -> Material:
+    if len(usable) == len(material.usable):
+        return replace(material, quarantined=quarantined) if len(quarantined) > len(material.quarantined) else material
+    at = np.flatnonzero(np.isin(material.usable, usable))
+    keys = [material.keys[i] for i in at.tolist()]
+    return replace(material, usable=usable, keys=keys, groups=material.groups[at], quarantined=quarantined)
+
+
+def _cost(workspace: Workspace, material: Material) -> ExtractionCost:
+    space = material.space
+    totals = space.totals()
+    return ExtractionCost(
+        networks.label(space.spec, space.provenance.get("network")),
+        space.name,
+        rates.recall(workspace, space.spec),
+        round(totals.bytes / totals.rows) if totals.rows else None,
+    )
+
+
+def _told_apart(costs: Sequence[ExtractionCost]) -> list[ExtractionCost]:
+    """Return the same, networks of one name, as two files may have, named by their spaces too."""
+    names = [cost.backbone for cost in costs]
+    return [
+        replace(cost, backbone=f"{cost.backbone} ({cost.space})") if names.count(cost.backbone) > 1 else cost
+        for cost in costs
+    ]
