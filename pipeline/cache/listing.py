@@ -15,7 +15,7 @@ from pipeline.errors import CacheError
 
 
 def describe(space: FeatureSpace) -> dict[str, Any]:
-    """Return name, backbone, shards, rows, bytes, compression ratio, ages (ISO 8601, UTC), spec and provenance as JSON values.
+    """Return what a space is and holds, as JSON values; ages are ISO 8601, UTC.
 
     The ratio is of the rows' bytes in memory to those on disk; None if there is no row.
     """

@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from pipeline.commands.network import BackboneOption, InputSizeOption
 from pipeline.commands.shared import (
-    BackboneOption,
-    InputSizeOption,
     JsonOption,
     LayerOption,
     QuietOption,

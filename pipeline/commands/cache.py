@@ -12,14 +12,13 @@ import typer
 from pipeline.commands.cache_checks import cache_explain, cache_verify
 from pipeline.commands.completion import dataset_names, space_names
 from pipeline.commands.depth import DepthOption
+from pipeline.commands.network import BackboneOption, InputSizeOption, ScalingOption
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
-    BackboneOption,
     DatasetOption,
     FitOption,
     ImageRootOption,
-    InputSizeOption,
     JsonOption,
     LayerOption,
     LimitOption,
@@ -27,7 +26,6 @@ from pipeline.commands.shared import (
     MaxPixelsOption,
     PrecisionOption,
     QuietOption,
-    ScalingOption,
     SpaceOption,
     StorageOption,
     WeightsOption,

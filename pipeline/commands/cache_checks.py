@@ -10,22 +10,20 @@ import typer
 
 from pipeline.commands.completion import dataset_names
 from pipeline.commands.depth import DepthOption
+from pipeline.commands.network import BackboneOption, InputSizeOption, ScalingOption
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
     AugmentOption,
-    BackboneOption,
     DatasetOption,
     FitOption,
     ImageRootOption,
-    InputSizeOption,
     JsonOption,
     LayerOption,
     LimitOption,
     MaxPixelsOption,
     PrecisionOption,
     QuietOption,
-    ScalingOption,
     SpaceOption,
     StorageOption,
     ViewsOption,

@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.commands.depth import DepthOption
+from pipeline.commands.network import BackboneOption, InputSizeOption, ScalingOption
 from pipeline.commands.shared import (
     CONNECTIONS,
     MAX_PIXELS,
     ArchiveOption,
     AugmentOption,
-    BackboneOption,
     ConnectionsOption,
     DashboardOption,
     DatasetOption,
     FitOption,
     ImageRootOption,
-    InputSizeOption,
     JsonOption,
     LayerOption,
     LikeOption,
@@ -28,7 +27,6 @@ from pipeline.commands.shared import (
     MaxPixelsOption,
     PrecisionOption,
     QuietOption,
-    ScalingOption,
     SchedulerOption,
     SpaceOption,
     StorageOption,

@@ -9,14 +9,13 @@ import typer
 
 from pipeline.commands.completion import run_names
 from pipeline.commands.depth import DepthOption
+from pipeline.commands.network import BackboneOption, InputSizeOption, ScalingOption
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
-    BackboneOption,
     DatasetOption,
     FitOption,
     ImageRootOption,
-    InputSizeOption,
     JsonOption,
     LayerOption,
     LikeOption,
@@ -27,7 +26,6 @@ from pipeline.commands.shared import (
     PrecisionOption,
     QuietOption,
     ResumeOption,
-    ScalingOption,
     StorageOption,
     ViewsOption,
     WeightsOption,

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipeline.commands.depth import DepthOption
+from pipeline.commands.network import BackboneOption, InputSizeOption, ScalingOption
 from pipeline.commands.shared import (
     MAX_PIXELS,
     ArchiveOption,
     AugmentOption,
-    BackboneOption,
     DatasetOption,
     FitOption,
     ImageRootOption,
-    InputSizeOption,
     JsonOption,
     LayerOption,
     LikeOption,
@@ -26,7 +25,6 @@ from pipeline.commands.shared import (
     PrecisionOption,
     QuietOption,
     ResumeOption,
-    ScalingOption,
     SpaceOption,
     StorageOption,
     ViewsOption,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from pipeline.commands.completion import backbone_names, dataset_names, run_names, space_names, stopped_names
+from pipeline.commands.completion import dataset_names, run_names, space_names, stopped_names
 from pipeline.progress import counted, size_text
 
 if TYPE_CHECKING:
@@ -46,26 +46,6 @@ WeightsOption = Annotated[
     str,
     typer.Option(
         help="auto, imagenet, untrained[:SEED], a Keras weights file, or sha256:DIGEST of one that was used before."
-    ),
-]
-BackboneOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME|FILE",
-        help="A network of the table (`backbones` lists them), or a .keras file of your own.  [default: inception_v3]",
-        autocompletion=backbone_names,
-    ),
-]
-InputSizeOption = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Pixels a side that the network is given.  [default: the network's own]", min=1),
-]
-ScalingOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOW",
-        help="How pixels go in: none, x/127.5-1, x/255, imagenet, bgr-means, or MEAN,STD in grey levels.  "
-        "[default: that of the network in the table; of your own as before]",
     ),
 ]
 LayerOption = Annotated[

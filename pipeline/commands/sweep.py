@@ -11,6 +11,7 @@ import typer
 
 from pipeline.commands.completion import backbone_names, stopped_names
 from pipeline.commands.depth import DepthOption
+from pipeline.commands.network import InputSizeOption, ScalingOption
 from pipeline.commands.shared import (
     CLUSTER_OPTIONS,
     MAX_PIXELS,
@@ -20,7 +21,6 @@ from pipeline.commands.shared import (
     DatasetOption,
     FitOption,
     ImageRootOption,
-    InputSizeOption,
     JsonOption,
     LayerOption,
     LimitOption,
@@ -29,7 +29,6 @@ from pipeline.commands.shared import (
     MemoryOption,
     PrecisionOption,
     QuietOption,
-    ScalingOption,
     SchedulerOption,
     SpaceOption,
     StorageOption,

@@ -227,7 +227,8 @@ def _backbone_row(row: Mapping[str, Any], settings: str, on_front: bool, weights
     rate, size = row["images_per_second"], row["bytes_per_row"]
     return [
         row["backbone"], f"{row['head']} {settings}".strip(), row["val_accuracy"], _interval(row["low"], row["high"]),
-        "best" if row["rank"] == 1 else f"{row['p_value']:.2g}", "yes" if row["within_noise"] else "no", rate, "" if size is None else size_text(size),
+        "best" if row["rank"] == 1 else f"{row['p_value']:.2g}", "yes" if row["within_noise"] else "no",
+        rate, "" if size is None else size_text(size),
         "" if rate is None else "yes" if on_front else "no", weights,
     ]  # fmt: skip
 
