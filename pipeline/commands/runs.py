@@ -30,7 +30,13 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
         sweeps = runs.unfinished(workspace.sweeps)
     if as_json:
         listed = [
-            {"dataset": each.name, "dataset_path": each.path, **each.about["summary"], "created": each.created}
+            {
+                "dataset": each.name,
+                "dataset_path": each.path,
+                "backbone": runs.backbone_of(each.about),
+                **each.about["summary"],
+                "created": each.created,
+            }
             for each in found
         ]
         terminal.emit_json({"runs": listed, "unfinished": stopped, "unfinished_sweeps": sweeps})
@@ -39,15 +45,17 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
         terminal.say("there are no runs; `train-head` makes them")
     else:
         datasets = told_apart([each.path or each.name for each in found])
-        rows = [_run_row(each.about["summary"], name) for each, name in zip(found, datasets, strict=True)]
-        terminal.table(rows, ("run", "head", "dataset", "accuracy", "95% interval", "val", "seconds", "weights"))
+        rows = [_run_row(each.about, name) for each, name in zip(found, datasets, strict=True)]
+        columns = ("run", "head", "dataset", "accuracy", "95% interval", "val", "seconds", "backbone", "weights")
+        terminal.table(rows, columns)
     for name, command in (*commands.items(), *((name, "sweep") for name in sweeps)):
         terminal.warn(f"stopped, go on by: {again(command)} --resume {name}")
 
 
-def _run_row(summary: Mapping[str, Any], dataset: str) -> tuple[object, ...]:
-    from pipeline import terminal
+def _run_row(about: Mapping[str, Any], dataset: str) -> tuple[object, ...]:
+    from pipeline import runs, terminal
 
+    summary = about["summary"]
     return (
         summary["run"],
         summary["head"] if summary.get("stage", "head") == "head" else f"{summary['head']}, {summary['stage']}",
@@ -56,5 +64,6 @@ def _run_row(summary: Mapping[str, Any], dataset: str) -> tuple[object, ...]:
         terminal.interval(summary["accuracy_interval"]),
         f"{summary['val_accuracy']:.3f}",
         f"{summary['seconds']:.1f}",
+        runs.backbone_of(about),
         summary["weights"],
     )
