@@ -196,8 +196,8 @@ def _choice(run: TrainedRun, workspace: Workspace, space: str | None) -> Feature
             )
         raise MissingRowsError(
             f"the feature space {run.spec.directory} of the run {run.name} is not in the cache; make it by `features`"
-            f" with --backbone {run.spec.backbone} --layer {run.spec.layer} --precision {run.spec.precision}"
-            f" --storage {run.spec.storage}"
+            f" with --backbone {run.backbone} --input-size {run.spec.input_size} --scaling {run.spec.scaling}"
+            f" --layer {run.spec.layer} --precision {run.spec.precision} --storage {run.spec.storage}"
             f" --fit {run.spec.fit} --depth {depth_of(run.spec.decode)} and the same weights ({run.spec.weights})"
         )
     return FeatureChoice(space=run.spec.directory)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline import augment, images
+from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache.digests import identify
 from pipeline.cache.space import FeatureSpace
@@ -71,7 +72,8 @@ def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Da
     batch_size = batch_of(space) or DEFAULT_BATCH_SIZE
     weights = weights_of(space, workspace)
     rows = counted(len(drawn), "row")
-    logger.info("loading TensorFlow and %s to compute %s of %s", space.spec.backbone, rows, space.name)
+    name = networks.label(space.spec, space.provenance.get("network"))
+    logger.info("loading TensorFlow and %s to compute %s of %s", name, rows, space.name)
     backbone = FrozenBackbone(space.spec, weights.path, batch_size, network=weights.network)
     fresh = [backbone(pixels[at : at + batch_size])[0] for at in range(0, len(pixels), batch_size)]
     return _compare(space, drawn, np.concatenate(fresh))

@@ -60,11 +60,14 @@ def measure(
         pixels = list(islice((image.pixels for image in loaded if image.pixels is not None), batch))
     if not pixels:
         return None
-    model = FrozenBackbone(spec, weights.path, batch, machine.usable_cores(), weights.network)
+    # Features of weights that stand in may be too large for float16, which is no reason not to measure.
+    exact, most = replace(spec, storage="float32"), np.finfo(spec.storage).max
+    model = FrozenBackbone(exact, weights.path, batch, machine.usable_cores(), weights.network)
     if batch_of(space) is None:
         model.bound_batch(SHARD_BYTES)
     pixels = pixels[: model.batch_size]
     features, pooled = model(np.stack(pixels))
+    features = np.clip(features, -most, most).astype(spec.storage)
     keys, views = np.zeros((len(pixels), 32), np.uint8), np.zeros(len(pixels), np.int64)
     row = math.ceil(len(shard_image(Rows(features, pooled, keys, views), spec)) / len(pixels))
     rate = model.rate()

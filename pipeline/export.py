@@ -84,7 +84,7 @@ def export_run(
     start = time.perf_counter()
     (group,) = grouped([run], workspace, weights)
     some, pixels = _some(images, run, max_pixels)
-    logger.info("building %s in float32", run.spec.backbone)
+    logger.info("building %s in float32", run.backbone)
     network = group.network("float32")
     expected = np.asarray(network.on_pixels().predict_on_batch(pixels), np.float32)
     compared: dict[str, Any] = {
@@ -116,6 +116,7 @@ def _description(run: TrainedRun, form: Format, image: tuple[int, ...]) -> dict[
         "model": form.file,
         "model_format": form.name,
         "run": run.name,
+        "backbone": run.backbone,
         "weights": run.weights,
         "untrained": run.base.untrained,
         "input": {"name": "pixels", "shape": ["n", *image], "dtype": "uint8", "channels": "RGB"},

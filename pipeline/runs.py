@@ -271,6 +271,13 @@ def network_record(about: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def backbone_of(about: Mapping[str, Any]) -> str:
+    """Return what people call the backbone of a run, by its run.json; early runs tell it by their features alone."""
+    features = about.get("features")
+    named = features.get("backbone", "") if isinstance(features, dict) else ""
+    return str(about["summary"].get("backbone", named))
+
+
 def _partial(root: Path, name: str) -> Path:
     if name != slug(name):
         raise RunError(_not_resumable(root, name))

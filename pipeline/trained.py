@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline import heads, runs
 from pipeline.asked import Asked, FullAsked
+from pipeline.backbone import source as networks
 from pipeline.class_names import listed, missing, normalised, other_classes, with_classes
 from pipeline.dataset import Dataset
 from pipeline.errors import RunError, SpecError
@@ -41,6 +42,11 @@ class TrainedRun:
     def name(self) -> str:
         """The folder's name."""
         return self.path.name
+
+    @property
+    def backbone(self) -> str:
+        """What people call its network: the name in the table, or that of the file of an own one."""
+        return networks.label(self.base, self.network_record)
 
     @property
     def reads(self) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import keras
 import psutil
 import pytest
 from conftest import ROOT, environment, icebox, small_model, write_picture
@@ -44,6 +45,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (copy / ".venv").symlink_to(sys.prefix)
     for i in range(40):
         write_picture(copy / "photos" / ("cats" if i % 2 else "dogs") / f"{i}.jpg", seed=i)
+    inputs = keras.Input((32, 32, 3))
+    output = keras.layers.Conv2D(8, 3, strides=2, use_bias=False)(inputs)
+    output = keras.layers.Conv2D(8, 3, activation="relu")(keras.layers.BatchNormalization()(output))
+    keras.Model(inputs, output).save(copy / "my.keras")
     # What the pages load, but do not export, as that takes its time: small models of the same form.
     model = small_model(299)
     for name in ("litert", "openvino", "savedmodel"):

@@ -106,13 +106,13 @@ def sweep(
         typer.Option(
             metavar="NAME|FILE,…",
             help="Networks to compare, of the table or .keras files of your own; may be repeated (as for a path with a "
-            "comma). With several, --scaling is for the only file, which is known without it once it has features; "
-            "--weights takes auto, imagenet or untrained, for those of the table.  [default: inception_v3]",
+            "comma). With several, --scaling is of the one file among them (a file that has features needs none), "
+            "--weights (auto, imagenet, untrained) of those of the table.  [default: inception_v3]",
             autocompletion=backbone_names,
         ),
     ] = None,
     compute: Annotated[
-        bool, typer.Option("--compute", help="Compute features that are missing first, of each backbone.")
+        bool, typer.Option("--compute", help="First compute the features that are missing, of each backbone.")
     ] = False,
     input_size: InputSizeOption = None,
     scaling: ScalingOption = None,

@@ -40,8 +40,9 @@ class Column:
 
 
 _OF_RUNS = (
-    Column("run"), Column("means"), Column("weights"), Column("accuracy", True), Column("95% interval"),
-    Column("val accuracy", True), Column("minutes", True), Column("parameters", True), Column("test images", True),
+    Column("run"), Column("means"), Column("backbone"), Column("weights"), Column("accuracy", True),
+    Column("95% interval"), Column("val accuracy", True), Column("minutes", True), Column("parameters", True),
+    Column("test images", True),
 )  # fmt: skip
 _BACKBONE = Column("backbone")
 _OF_SWEEP = (
@@ -117,8 +118,12 @@ def _page_of_runs(chosen: Sequence[RunDataset]) -> str:
             "accuracy",
         ),
         columns=list(_OF_RUNS),
+<<<<<<< .merge_file_RH6lBg
         rows=[_run_row(each["summary"]) for each in about],
         **_NO_BACKBONES,
+=======
+        rows=[_run_row(each) for each in about],
+>>>>>>> .merge_file_k3Cnw0
     )
 
 
@@ -132,9 +137,10 @@ def _span(interval: Sequence[float | None], value: float) -> tuple[float, float,
     return min(low, value), value, max(high, value)
 
 
-def _run_row(summary: Mapping[str, Any]) -> list[Any]:
+def _run_row(about: Mapping[str, Any]) -> list[Any]:
+    summary = about["summary"]
     return [
-        summary["run"], _means(summary), str(summary["weights"]), float(summary["accuracy"]),
+        summary["run"], _means(summary), runs.backbone_of(about), str(summary["weights"]), float(summary["accuracy"]),
         _interval(*summary["accuracy_interval"]), float(summary["val_accuracy"]), float(summary["seconds"]) / 60,
         summary.get("parameters"), summary.get("test_rows"),
     ]  # fmt: skip

@@ -128,7 +128,7 @@ def _cards(run: TrainedRun, about: Mapping[str, Any], metrics: Mapping[str, Any]
         ("On validation", f"{val['accuracy']:.1%}", counted(val["images"], "image")),
         ("Dataset", str(dataset["name"]), f"{counted(dataset['images'], 'image')}, {len(run.classes):,} classes"),
         ("Trained", run.kind, trained),
-        ("Backbone", run.base.backbone, f"weights {run.weights}, {run.base.precision}"),
+        ("Backbone", run.backbone, f"weights {run.weights}, {run.base.input_size} pixels, {run.base.precision}"),
         ("Time spent", _minutes(float(summary["seconds"])), f"{summary.get('parameters') or 0:,} parameters"),
     ]
 
