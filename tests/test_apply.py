@@ -120,11 +120,7 @@ def test_another_space_is_refused_and_the_difference_named(workspace: Workspace,
 def test_a_space_that_is_gone_is_named_with_the_way_to_make_it(workspace: Workspace, photos: Path) -> None:
     name = trained(workspace, photos)
     (workspace.root / "cache" / SPEC.directory).rename(workspace.root / "elsewhere")
-<<<<<<< .merge_file_LQt6Ls
-    with pytest.raises(MissingRowsError, match="is not in the cache; make it by `features` with --backbone inception_v3 --layer mixed10"):
-=======
     with pytest.raises(MissingRowsError, match="make it by `features` with --backbone inception_v3 --input-size 299 "):
->>>>>>> .merge_file_DT5VDs
         evaluated(workspace, name, photos)
 
 

@@ -33,11 +33,7 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
             {
                 "dataset": each.name,
                 "dataset_path": each.path,
-<<<<<<< .merge_file_ooS2Rz
-                "backbone": _backbone_of(each.about),
-=======
                 "backbone": runs.backbone_of(each.about),
->>>>>>> .merge_file_JfzKL7
                 **each.about["summary"],
                 "created": each.created,
             }
@@ -49,39 +45,18 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
         terminal.say("there are no runs; `train-head` makes them")
     else:
         datasets = told_apart([each.path or each.name for each in found])
-<<<<<<< .merge_file_ooS2Rz
         rows = [_run_row(each.about["summary"], name) for each, name in zip(found, datasets, strict=True)]
         headers = ["run", "head", "dataset", "accuracy", "95% interval", "val", "seconds", "weights"]
-        terminal.insert_column(rows, headers, 2, "backbone", [_backbone_of(each.about) for each in found])
+        terminal.insert_column(rows, headers, 2, "backbone", [runs.backbone_of(each.about) for each in found])
         terminal.table(rows, headers)
-=======
-        rows = [_run_row(each.about, name) for each, name in zip(found, datasets, strict=True)]
-        columns = ("run", "head", "dataset", "accuracy", "95% interval", "val", "seconds", "backbone", "weights")
-        terminal.table(rows, columns)
->>>>>>> .merge_file_JfzKL7
     for name, command in (*commands.items(), *((name, "sweep") for name in sweeps)):
         terminal.warn(f"stopped, go on by: {again(command)} --resume {name}")
-
-
-<<<<<<< .merge_file_ooS2Rz
-def _backbone_of(about: Mapping[str, Any]) -> str:
-    """Return what people call the backbone of a run; those of before there was a choice have the default one."""
-    from pipeline.backbone.table import DEFAULT_BACKBONE
-
-    return str(about["summary"].get("backbone", DEFAULT_BACKBONE))
 
 
 def _run_row(summary: Mapping[str, Any], dataset: str) -> list[object]:
     from pipeline import terminal
 
     return [
-=======
-def _run_row(about: Mapping[str, Any], dataset: str) -> tuple[object, ...]:
-    from pipeline import runs, terminal
-
-    summary = about["summary"]
-    return (
->>>>>>> .merge_file_JfzKL7
         summary["run"],
         summary["head"] if summary.get("stage", "head") == "head" else f"{summary['head']}, {summary['stage']}",
         dataset,
@@ -89,6 +64,5 @@ def _run_row(about: Mapping[str, Any], dataset: str) -> tuple[object, ...]:
         terminal.interval(summary["accuracy_interval"]),
         f"{summary['val_accuracy']:.3f}",
         f"{summary['seconds']:.1f}",
-        runs.backbone_of(about),
         summary["weights"],
     ]

@@ -118,12 +118,8 @@ def _page_of_runs(chosen: Sequence[RunDataset]) -> str:
             "accuracy",
         ),
         columns=list(_OF_RUNS),
-<<<<<<< .merge_file_RH6lBg
-        rows=[_run_row(each["summary"]) for each in about],
-        **_NO_BACKBONES,
-=======
         rows=[_run_row(each) for each in about],
->>>>>>> .merge_file_k3Cnw0
+        **_NO_BACKBONES,
     )
 
 
