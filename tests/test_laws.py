@@ -56,8 +56,11 @@ class Network:
     computed = 0
     row_shape = (2, 2, 3)
 
-    def __init__(self, spec: object, weights: object, batch_size: int, threads: object) -> None:
+    def __init__(self, spec: object, weights: object, batch_size: int, threads: object, network: object) -> None:
         self.batch_size = batch_size
+
+    def bound_batch(self, most: int) -> None:
+        """Its rows are small."""
 
     def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         Network.computed += len(pixels)

@@ -65,6 +65,8 @@ def damage_named(path: Path) -> Iterator[None]:
             raise IndexDamagedError(path, "it was removed while it was in use") from error
         if (code & 0xFF) in _DAMAGED:
             raise IndexDamagedError(path, str(error), foreign=code == sqlite3.SQLITE_NOTADB) from error
+        if "unsupported file format" in str(error):  # a byte of the header was flipped
+            raise IndexDamagedError(path, str(error), certain=True) from error
         if "decode to UTF-8" in str(error):  # a name that is no text any more: SQLite sees no fault in that
             raise IndexDamagedError(path, str(error), certain=True) from error
         raise
