@@ -1089,7 +1089,19 @@ def foreign(path: Path) -> None:
         db.execute("PRAGMA user_version = 2")
 
 
-@pytest.mark.parametrize("make", [lambda path: path.write_text("this is no database, but text " * 100), foreign])
+def of_unknown_format(path: Path) -> None:
+    """One byte of the header flipped: the number of the schema's format."""
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE shards (id)")
+        db.commit()
+    content = bytearray(path.read_bytes())
+    content[47] = 5
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: path.write_text("this is no database, but text " * 100), foreign, of_unknown_format]
+)
 def test_an_index_that_is_not_ours_is_set_aside_and_derived_again(
     tmp_path: Path, opener: Opener, space: FeatureSpace, make: Callable[[Path], object], caplog: Any
 ) -> None:
