@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import machine
+from pipeline.backbone.folding import is_depthwise
 from pipeline.keras_start import KerasModel, import_keras
 from pipeline.native_stderr import held_back
 from pipeline.network import Answerer
@@ -84,12 +85,47 @@ def _load_savedmodel(path: Path) -> Answerer:
 def _write_onnx(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
     import onnx
 
+    model = _without_xla(model)
     model(np.zeros((1, *model.input_shape[1:]), np.uint8))  # Keras exports what was called once
     with _quietly():
         model.export(path, format="onnx", verbose=False)
     made = onnx.load(path)
     onnx.helper.set_model_props(made, {"classes": json.dumps(classes)})
     onnx.save(made, path)
+
+
+def _without_xla(model: KerasModel) -> KerasModel:
+    """Return a model whose grouped convolutions are depthwise ones, or plain ones side by side.
+
+    On a CPU Keras has XLA compute grouped ones, in calls that tf2onnx (1.17) leaves as they are.
+    """
+    keras = import_keras()
+    ops = keras.ops
+
+    class Ungrouped(keras.layers.Layer):
+        def __init__(self, layer: Any) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def call(self, inputs: Any) -> Any:
+            layer = self.layer
+            how = {"strides": layer.strides, "padding": layer.padding, "dilation_rate": layer.dilation_rate}
+            if is_depthwise(layer):
+                kernel = ops.reshape(layer.kernel, (*layer.kernel_size, layer.groups, -1))
+                output = ops.depthwise_conv(inputs, kernel, **how)
+            else:
+                parts = zip(*(ops.split(each, layer.groups, axis=-1) for each in (inputs, layer.kernel)), strict=True)
+                output = ops.concatenate([ops.conv(*part, **how) for part in parts], axis=-1)
+            return layer.activation(output if layer.bias is None else output + layer.bias)
+
+    def is_grouped(layer: Any) -> bool:
+        return type(layer) is keras.layers.Conv2D and layer.groups > 1
+
+    if not any(is_grouped(layer) for layer in model._flatten_layers()):
+        return model
+    return keras.models.clone_model(
+        model, clone_function=lambda layer: Ungrouped(layer) if is_grouped(layer) else layer, recursive=True
+    )
 
 
 def _load_onnx(path: Path) -> Answerer:

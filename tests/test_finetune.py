@@ -478,7 +478,7 @@ def test_an_image_that_cannot_be_decoded_is_quarantined_before_the_training(plac
 
 DEFAULTS = {
     "depthwise": "dropout",
-    "norm_first": "middle",
+    "norm_first": "re_lu",  # within a branch: no cut leaves less than half
     "plain": "middle",
     "vector": "dropout",
     "bare": "middle",

@@ -89,6 +89,21 @@ def test_pixels_go_in_by_any_scaling(tmp_path: Path, name: str, scaling: str) ->
     assert np.abs(form.load(tmp_path / form.file)(pixels) - expected).max() < 1e-5
 
 
+def test_grouped_convolutions_are_written(tmp_path: Path) -> None:
+    """By channel, as in ConvNeXt, within a nested model, and in wider groups."""
+    keras, form = import_keras(), FORMATS["onnx"]
+    inputs = keras.Input((9, 9, 3), dtype="uint8", name="pixels")
+    output = keras.layers.Conv2D(6, 3, groups=3, activation="relu")(keras.ops.cast(inputs, "float32"))
+    output = keras.Sequential([keras.layers.Conv2D(6, 3, groups=6, padding="same"), keras.layers.ReLU()])(output)
+    output = keras.layers.Conv2D(4, 3, strides=(2, 1), groups=2, use_bias=False)(output) / 100.0
+    output = keras.layers.Dense(3, "softmax")(keras.layers.GlobalAveragePooling2D()(output))
+    model = keras.Model(inputs, {"probabilities": output})
+    pixels = np.random.default_rng(1).integers(0, 256, (4, 9, 9, 3), np.uint8)
+    expected = np.asarray(model.predict_on_batch(pixels)["probabilities"])
+    form.write(model, tmp_path / form.file, CLASSES)
+    assert np.abs(form.load(tmp_path / form.file)(pixels) - expected).max() < 1e-5
+
+
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--format litert needs ai-edge-litert: make setup EXTRAS=litert"):

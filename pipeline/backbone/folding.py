@@ -50,7 +50,7 @@ def _run(model: KerasModel, begin: Any, value: Any) -> list[Any]:
             return args[0]  # for the batch norm, which comes with the convolution
         if node in folded:
             return _convolve(folded[node].operation, node.operation, args[0])
-        if _by_channel(node.operation):
+        if is_depthwise(node.operation):
             return _convolve(node.operation, None, args[0])
         graph, tensors = functional(node.operation), node.input_tensors
         if graph is not None and len(tensors) == 1 and len(tensors[0].shape) == len(graph.inputs[0].shape):
@@ -85,7 +85,7 @@ def _convolve(layer: Any, norm: Any | None, inputs: Any) -> Any:
         *kernels, bias = (tf.constant(each, layer.compute_dtype) for each in fold(layer, norm))
     kinds = {layers.Conv2D: ops.conv, layers.DepthwiseConv2D: ops.depthwise_conv}
     convolution = kinds.get(type(layer), ops.separable_conv)
-    if _by_channel(layer):
+    if is_depthwise(layer):
         convolution, kernels = ops.depthwise_conv, [tf.reshape(kernels[0], (*layer.kernel_size, layer.groups, -1))]
     how = {"strides": layer.strides, "padding": layer.padding, "dilation_rate": layer.dilation_rate}
     product = convolution(tf.cast(inputs, layer.compute_dtype), *kernels, data_format=layer.data_format, **how)
@@ -93,7 +93,7 @@ def _convolve(layer: Any, norm: Any | None, inputs: Any) -> Any:
     return layer.activation(result) if norm is None else tf.cast(result, norm.compute_dtype)
 
 
-def _by_channel(layer: Any) -> bool:
+def is_depthwise(layer: Any) -> bool:
     """Return whether a convolution is a depthwise one written as a grouped one, as in ConvNeXt.
 
     Keras has XLA compute grouped ones on a CPU, which takes 80 times as long for 7 by 7 on (56, 56, 96).
