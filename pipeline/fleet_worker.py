@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import machine
+from pipeline.backbone import keras_archive
 from pipeline.cache import storage
 from pipeline.dataset import remote
 from pipeline.errors import UnfitWorkerError, UsageError
@@ -99,10 +100,19 @@ def _check_files(requirements: Requirements) -> None:
 def _check_weights(setup: Setup) -> None:
     if setup.weights is None:
         return
-    if not setup.weights.is_file():
-        raise UnfitWorkerError(f"does not see the weights {setup.weights}")
-    if f"sha256:{storage.sha256_file(setup.weights)}" != setup.spec.weights:
+    for path in filter(None, (setup.weights, setup.network)):
+        if not path.is_file():
+            raise UnfitWorkerError(f"does not see the weights {path}")
+    if _identity(setup.weights) != setup.spec.weights:
         raise UnfitWorkerError(f"has other weights at {setup.weights}")
+
+
+def _identity(weights: Path) -> str:
+    """Return what a spec calls the weights in a file of plain weights, or in that of an own network."""
+    if not keras_archive.is_archive(weights):
+        return f"sha256:{storage.sha256_file(weights)}"
+    with keras_archive.extracted_weights(weights) as plain:
+        return keras_archive.identity_of_weights(plain)
 
 
 _theres: dict[str, RowsThere] = {}  # of the computation at hand

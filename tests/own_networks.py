@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from conftest import write_picture
 
 from pipeline.choice import FeatureChoice
 
@@ -17,6 +18,14 @@ SCALING = "127,128"
 def own_choice(path: Path) -> FeatureChoice:
     """Return the choice of the features of a network in a file, computed and stored in float32."""
     return FeatureChoice(backbone=str(path), scaling=SCALING, precision="float32", storage="float32")
+
+
+def write_sides(root: Path) -> Path:
+    """Write a dataset of two classes: 12 images to train on, 4 to validate, 4 to test; return its folder."""
+    for number, (side, count) in enumerate((("train", 12), ("val", 4), ("test", 4))):
+        for i in range(count):
+            write_picture(root / side / ("cats" if i % 2 else "dogs") / f"{i}.png", seed=100 * number + i)
+    return root
 
 
 def _depthwise(layers: Any, x: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import icebox, unseal
 from deployed import MOST, Deployed
-from own_networks import SIZE, own_choice, write_network
+from own_networks import SIZE, own_choice, write_network, write_sides
 
 from pipeline import export
 from pipeline.answering import grouped
@@ -200,9 +200,10 @@ def test_the_command_names_what_it_lacks(deployed: Deployed, tmp_path: Path) -> 
     ("nested", "logreg", ["savedmodel", "onnx"]),
 ])  # fmt: skip
 def test_heads_on_own_networks_are_exported(
-    workspace: Workspace, photos: Path, tmp_path: Path, kind: str, head: str, forms: list[str]
+    workspace: Workspace, tmp_path: Path, kind: str, head: str, forms: list[str]
 ) -> None:
     """Batch norms that are folded, vectors for rows, bare operations, models in models."""
+    photos = write_sides(tmp_path / "photos")
     path, dataset = write_network(tmp_path / f"{kind}.keras", kind), open_dataset(str(photos), downloads=tmp_path)
     extract(dataset, workspace, own_choice(path), ComputeOptions())
     spec = HeadSpec.make(head, **({} if head == "logreg" else {"epochs": 2}))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, SPEC, environment
 from keras import layers, ops
 
 from pipeline.backbone import build, keras_archive, keras_objects, own
+from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.errors import IceboxError, SpecError, UsageError, WeightsError
+from pipeline.spec import FeatureSpec
 
 SIZE = 16
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"
@@ -483,12 +486,22 @@ def assert_refused(path: Path, message: str, kind: type[IceboxError] = SpecError
 # Those that Keras must have built
 
 
+def model_of(body: Callable[[Any], Any]) -> Any:
+    inputs = image()
+    return keras.Model(inputs, body(inputs))
+
+
 BUILT = {
     "rank 3": (
         lambda: keras.Sequential([image(), layers.Reshape((256, 3))]),
         "has an output of (256, 3), expected a feature",
     ),
     "one row": (lambda: keras.Sequential([image(), layers.Reshape((1, 256, 3, 1))]), "has an output of (1, 256, 3, 1)"),
+    "unknown size": (
+        lambda: model_of(lambda x: ops.reshape(x, (1, -1, SIZE, 3))),
+        "expected one of known size: (h, w, c) or (c,)",
+    ),
+    "several rows an image": (lambda: model_of(lambda x: ops.reshape(x, (-1, 3))), "gives 512 rows for 2 images"),
     "sizes that do not fit": (lambda: keras.Sequential([image(), layers.Reshape((768,))]), "Keras cannot build"),
 }
 
@@ -501,6 +514,19 @@ def test_refused_when_it_is_built(tmp_path: Path, case: str) -> None:
         own.build(path, input_size=24 if "fit" in case else SIZE)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_network_that_mixes_images_is_refused(tmp_path: Path) -> None:
+    mixing = model_of(lambda x: layers.Conv2D(4, 3)(x - ops.mean(x, axis=0, keepdims=True)))
+    for model, refused in ((mixing, True), (functional(), False)):
+        path = saved(model, tmp_path / "any.keras")
+        network = own.read(path)
+        spec = FeatureSpec.from_dict({
+            **SPEC.to_dict(), "backbone": network.name, "weights": network.weights, "input_size": SIZE,
+            "layer": network.default_layer,
+        })  # fmt: skip
+        with pytest.raises(SpecError, match="mixes images with one another") if refused else nullcontext():
+            FrozenBackbone(spec, path, 2, network=path)
 
 
 CLAIMS = {

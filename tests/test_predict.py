@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import SPEC, Finished, icebox, unseal, write_picture
 from deployed import KINDS, MOST, Deployed
-from own_networks import own_choice, write_network
+from own_networks import own_choice, write_network, write_sides
 from served import Page, served
 
 from pipeline import heads, predict, runs
@@ -476,10 +476,10 @@ def test_a_damaged_index_has_nothing_printed_twice(
 
 
 @pytest.fixture
-def owns(workspace: Workspace, photos: Path, tmp_path: Path) -> dict[str, tuple[Path, TrainedRun]]:
-    """Heads on two networks of one's own, of which one gives vectors: the network's file, and the run."""
-    found = {}
-    for kind, head in (("vector", "gap"), ("depthwise", "logreg")):
+def owns(workspace: Workspace, tmp_path: Path) -> dict[str, tuple[Path, TrainedRun]]:
+    """Heads on three networks of one's own, of which one gives vectors: the network's file, and the run."""
+    found, photos = {}, write_sides(tmp_path / "photos")
+    for kind, head in (("vector", "gap"), ("nested", "logreg"), ("depthwise", "logreg")):
         path, dataset = write_network(tmp_path / f"{kind}.keras", kind), open_dataset(str(photos), downloads=tmp_path)
         extract(dataset, workspace, own_choice(path), ComputeOptions())
         spec = HeadSpec.make(head, **({"epochs": 2} if head == "gap" else {}))
@@ -490,9 +490,9 @@ def owns(workspace: Workspace, photos: Path, tmp_path: Path) -> dict[str, tuple[
 
 
 def test_elsewhere_a_head_asks_for_its_own_network(
-    owns: dict[str, tuple[Path, TrainedRun]], workspace: Workspace, elsewhere: Workspace, photos: Path
+    owns: dict[str, tuple[Path, TrainedRun]], workspace: Workspace, elsewhere: Workspace, tmp_path: Path
 ) -> None:
-    images = sorted(photos.rglob("*.png"))[:4]
+    images = sorted(tmp_path.rglob("*.png"))[:4]
     (path, run), (other, _) = owns["vector"], owns["depthwise"]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     asking = re.escape(f"vector.keras (sha256 {digest}), which is not on this machine; give the file by `--backbone")
@@ -508,20 +508,16 @@ def test_elsewhere_a_head_asks_for_its_own_network(
 
 
 def test_runs_of_several_backbones_are_averaged(
-    owns: dict[str, tuple[Path, TrainedRun]],
-    deployed: Deployed,
-    workspace: Workspace,
-    elsewhere: Workspace,
-    photos: Path,
+    owns: dict[str, tuple[Path, TrainedRun]], workspace: Workspace, elsewhere: Workspace, tmp_path: Path
 ) -> None:
-    images = sorted(photos.rglob("*.png"))[:4]
-    found = [owns["vector"][1], deployed.run("gap"), owns["depthwise"][1]]
-    files = [str(owns["vector"][0]), None, str(owns["depthwise"][0])]
+    images, files = sorted(tmp_path.rglob("*.png"))[:4], [str(path) for path, _ in owns.values()]
+    found = [run for _, run in owns.values()]
+    with pytest.raises(WeightsError, match=r"vector\.keras .* is not on this machine"):
+        said(found, images, elsewhere, weights=files[-1])  # which is that of the last run alone
     alone = [
         probabilities(said([run], images, elsewhere, weights=file)) for run, file in zip(found, files, strict=True)
     ]
-    together = said(found, images, workspace)
-    assert not any(answer.cached for answer in together), "there are no rows of one of them"
-    assert np.abs(probabilities(together) - np.mean(alone, axis=0)).max() < 1e-5
-    given = said(found, images, workspace, weights=files[2])  # the file of the last one
-    assert np.abs(probabilities(given) - np.mean(alone, axis=0)).max() < 1e-5
+    for place, given in ((workspace, None), (elsewhere, None), (elsewhere, files[-1])):
+        together = said(found, images, place, weights=given)
+        assert all(answer.cached == (place is workspace) for answer in together)
+        assert np.abs(probabilities(together) - np.mean(alone, axis=0)).max() < 1e-5

@@ -21,7 +21,7 @@ from pipeline.backbone.scaling import scale
 from pipeline.cache.shard import MAX_ROW_BYTES
 from pipeline.errors import IceboxError, SpecError
 from pipeline.keras_start import KerasModel, import_keras, limit_threads
-from pipeline.spec import FeatureSpec
+from pipeline.spec import OWN, FeatureSpec
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ _MOST_STREAMS = 4
 # A batch size is looked for where computing takes long: each one that is tried takes some seconds.
 _WORTH_ROWS = 2_000
 _WORTH_SECONDS = 300.0
+_MOST_MIXED = 1e-3  # of a row's largest number: what rounding may make of it beside another image
 _MEASURED_SECONDS = 1.5
 _LEAST_BATCH = 8
 _FASTER = 1.03  # a difference that is not chance
@@ -90,6 +91,8 @@ class FrozenBackbone:
         self.spec = spec
         self.row_shape: tuple[int, ...] = tuple(self._model.output_shape[1:])  # of one image's features, (h, w, c)
         _require_room(spec.layer, self.row_shape)
+        if spec.backbone.startswith(OWN):
+            _require_rows_of_their_own(self._model, spec)
         self._take(batch_size)
 
     def _take(self, batch_size: int) -> None:
@@ -168,6 +171,18 @@ def _require_room(layer: str, row_shape: tuple[int, ...]) -> None:
             f"{layer!r} gives {row_shape} numbers an image, {size / 2**20:.0f} MiB as float32, of "
             f"at most {MAX_ROW_BYTES / 2**20:.0f}; cut at a later layer (`summary --all` lists them)"
         )
+
+
+def _require_rows_of_their_own(model: KerasModel, spec: FeatureSpec) -> None:
+    """Raise SpecError unless the row of an image is the same beside any other image."""
+    import tensorflow as tf
+
+    random = np.random.default_rng(0)
+    image, *others = random.integers(0, 256, (3, 1, spec.input_size, spec.input_size, 3), np.uint8)
+    pairs = [np.concatenate([image, each]) for each in others]
+    one, other = (tf.cast(features_of(model, pair, spec)[0], tf.float32).numpy() for pair in pairs)
+    if np.isfinite(one).all() and not np.abs(one - other).max() <= _MOST_MIXED * np.abs(one).max():
+        raise SpecError("the network mixes images with one another: a row depends on those computed beside it")
 
 
 def best_batch(size: int, most: int, rate: float, rate_of: Callable[[int], float]) -> int:

@@ -263,6 +263,9 @@ def _require_features(model: KerasModel, what: str) -> None:
             f"{what} has an output of {shape}, expected a feature map (h, w, c) or a vector (c,); reshape or pool it, "
             "and save that model"
         )
+    pair = import_keras().KerasTensor((2, *model.input.shape[1:]), model.input.dtype)
+    if (rows := model.compute_output_spec(pair).shape[0]) != 2:
+        raise SpecError(f"{what} gives {rows} rows for 2 images: it mixes images with one another; save a model of one")
 
 
 def _shapes(operation: Any) -> list[tuple[int, ...]]:
