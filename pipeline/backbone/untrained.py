@@ -39,11 +39,11 @@ _LEAST_VARIANCE = 2.0**-20  # behind an operation that makes everything equal
 # The deviation of what goes into a gate (squeeze and excitation). A gate driven to 0 and 1 by its input multiplies the
 # differences in size between images, block after block.
 _GATE = 1 / 16
-# What goes into a nonlinearity that is a ReLU only for large numbers. Otherwise it lets through a smaller share of small
-# signals than of large ones, and layer by layer those of one image grow a thousandfold over those of another.
+# The deviation of what goes into a nonlinearity that is a ReLU for large numbers only. Of smaller ones it lets through
+# less in proportion, so that layer by layer the features of one image grow a thousandfold over those of another.
 _SMOOTH, _SMOOTH_NAMES = 8.0, ("silu", "hard_silu", "gelu", "mish", "softplus")
-# What a residual block adds to its input. In a ReLU network of centred kernels differences grow from layer to layer,
-# those of rounding too; blocks that add little keep that small (De and Smith 2020, arXiv:2002.10444).
+# The deviation of what a residual block adds to its input. Behind a ReLU and a centred kernel a difference is larger
+# than before, also one of rounding; blocks that add little keep that small (De and Smith 2020, arXiv:2002.10444).
 _RESIDUAL = 1 / 4
 # What a ReLU made positive stays so behind a depthwise kernel where it is smooth. In the next nonlinearity it behaves
 # like a normal distribution with so many times the mean (tried with EfficientNet and MobileNet on photographs).
