@@ -1,6 +1,7 @@
 """The means of transfer learning on one dataset: accuracy, and the minutes each took.
 
     python benchmarks/means.py --dataset DIR --weights FILE
+    python benchmarks/means.py --dataset DIR --backbone my.keras --scaling 127,128
 
 A head on cached features; freeze with augmentation; fine-tuning from images and from cached rows of several views, both
 begun with that head. Prints a JSON object for each; minutes count all that the way needs, features too.
@@ -16,18 +17,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from common.network_options import add_network_options, network_options
+
 ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--weights", required=True)
+    add_network_options(parser)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of fine-tuning")
     given = parser.parse_args()
-    images = ["--dataset", given.dataset, "--weights", given.weights]
+    images = ["--dataset", given.dataset, *network_options(given)]
     epochs = ["--epochs", str(given.epochs)]
     with tempfile.TemporaryDirectory() as data:
 

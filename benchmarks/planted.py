@@ -1,6 +1,7 @@
 """Does the report find what is wrong? Labels changed and near copies planted in a dataset, and what came of it.
 
     python benchmarks/planted.py --dataset FOLDER --weights FILE --wrong 0.03 --copies 20
+    python benchmarks/planted.py --dataset FOLDER --backbone my.keras --scaling 127,128
 
 FOLDER has train/ and test/; `digits` makes one of scikit-learn's. A copy of it is made in which a share of all images
 lies in another class, drawn by `--seed`, and some test images lie in train/ once more: saved anew as a poor JPEG,
@@ -25,6 +26,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from common.network_options import add_network_options, network_options
 
 _MOST_NAMED = 20  # pairs that were not planted
 ROOT = Path(__file__).parent.parent
@@ -48,15 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="what is made goes here, the copy too")
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--weights", required=True)
+    add_network_options(parser)
     parser.add_argument("--wrong", type=float, default=0.03)
     parser.add_argument("--copies", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     folder = given.data / f"planted-{Path(given.dataset).name}-{given.seed}"
     wrong, copies = plant(given, folder)
-    icebox(given, "features", "--dataset", str(folder), "--weights", given.weights)
-    run = icebox(given, "train-head", "--dataset", str(folder), "--head", "logreg")
+    images = ["--dataset", str(folder), *network_options(given)]
+    icebox(given, "features", *images)
+    run = icebox(given, "train-head", *images, "--head", "logreg")
     told = icebox(given, "report", run["run"])
     result = {"images": told["images"], "labels": of_labels(told, wrong), "copies": of_copies(told, copies)}
     print(json.dumps(result, indent=1))

@@ -1,6 +1,7 @@
 """Is bfloat16 safe? The features of both precisions compared, and the accuracy of every head on each, over seeds.
 
     python benchmarks/precision.py --dataset FOLDER --weights FILE --seeds 5
+    python benchmarks/precision.py --dataset FOLDER --backbone my.keras --scaling 127,128
 
 Computes what is missing in the cache of `--data`, then trains each head on either by as many seeds; `logreg` knows no
 chance and is trained once. Prints one JSON object: the relative error of a row's tensor and of its pooled row (norm of
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from common.network_options import add_network_options, network_options
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,12 +36,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data")
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--weights", required=True)
+    add_network_options(parser)
     parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()
     spaces = {}
     for precision in PRECISIONS:
-        done = icebox(given, "features", "--weights", given.weights, "--precision", precision)
+        done = icebox(given, "features", *network_options(given), "--precision", precision)
         spaces[precision] = done["space"]
         print(json.dumps(done), file=sys.stderr, flush=True)
     result: dict[str, Any] = {"errors": errors(given, spaces), "accuracy": {}}

@@ -101,6 +101,28 @@ def test_features_have_ordinary_magnitudes_and_tell_images_apart(name: str) -> N
         assert np.linalg.norm(rows[i] - rows[0]) > 0.03 * np.linalg.norm(rows[0])
 
 
+@pytest.mark.parametrize("activation", ["silu", "hard_silu", "gelu"])
+def test_features_of_little_contrast_are_no_smaller_than_their_pixels(activation: str) -> None:
+    model = mobile(activation, blocks=16)
+    initialise(model, RECIPE, 0)
+    bright = pictures(1)
+    rows = np.asarray(model(np.concatenate([bright, 127.5 + (bright - 127.5) / 8]), training=False))
+    assert 5 < rows[0].std() / rows[1].std() < 12
+
+
+def test_rounding_does_not_grow_in_residual_blocks() -> None:
+    model = mobile("relu", blocks=24)
+    initialise(model, RECIPE, 0)
+    images = pictures(1)
+    rows = np.asarray(model(np.concatenate([images, images * 1.0001]), training=False))
+    assert np.linalg.norm(rows[1] - rows[0]) < 2e-3 * np.linalg.norm(rows[0])
+
+
+def test_pixels_count_as_large_as_the_network_takes_them() -> None:
+    assert moments.pixels("vgg16").variance == 64**2
+    assert moments.pixels("mobilenet_v2") == moments.pixels("own_network") == moments.PIXELS
+
+
 def test_weights_are_bit_equal_in_another_process_with_other_threads() -> None:
     code = "import test_untrained as t; print(*(t.digest(t.drawn(name)) for name in t.NETWORKS))"
     threads = {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -127,7 +149,7 @@ def test_kernels_are_centred_and_those_of_depthwise_convolutions_keep_the_mean()
     model = drawn("mobile")
     wide = model.get_layer(index=2).kernel.numpy()  # (3, 3, 3, 32)
     np.testing.assert_allclose(wide.sum(axis=(0, 1, 2)), 0, atol=1e-5)
-    np.testing.assert_allclose((wide**2).sum(axis=(0, 1, 2)), 16, rtol=1e-5)
+    np.testing.assert_allclose((wide**2).sum(axis=(0, 1, 2)), 32**2, rtol=1e-5)
     (deep, *_) = (each.kernel.numpy() for each in model.layers if isinstance(each, layers.DepthwiseConv2D))
     sums = deep.sum(axis=(0, 1))
     assert sums[0, 0] > 1

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
+from pipeline.backbone.scaling import BGR_MEANS
+from pipeline.backbone.table import BACKBONES
+
 
 class Moments(NamedTuple):
     """Mean and variance of a tensor over images, places and channels."""
@@ -24,11 +27,19 @@ class Moments(NamedTuple):
         return self.variance + self.mean * self.mean
 
 
-# Nothing says how pixels are scaled outside the network: -1 … 1 or -128 … 128. A kernel of mean zero answers to the
+# Pixels scaled outside the network, to -1 … 1 or as an own network has it. A kernel of mean zero answers to the
 # contrast of neighbouring pixels alone, which in photographs scaled to -1 … 1 deviates by about a tenth.
 PIXELS = Moments(0.0, 1.0)
+_BGR_PIXELS = Moments(0.0, 64.0**2)  # -128 … 128
 SCALED_PIXELS = Moments(0.0, 1 / 16)  # by the network itself, to about -1 … 1
 NORMALISED = Moments(0.0, 1.0)  # behind a layer with weights, and behind a layer that normalises
+
+
+def pixels(backbone: str) -> Moments:
+    """Return the moments of the pixels that go into a network of that name."""
+    row = BACKBONES.get(backbone)
+    return _BGR_PIXELS if row is not None and row.scaling == BGR_MEANS else PIXELS
+
 
 # Mean and variance of a nonlinearity's output are taken over as many equally probable points of a normal distribution.
 _POINTS = 64
