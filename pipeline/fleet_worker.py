@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import machine
-from pipeline.backbone import keras_archive
+from pipeline.backbone import own
 from pipeline.cache import storage
 from pipeline.dataset import remote
-from pipeline.errors import UnfitWorkerError, UsageError
+from pipeline.errors import SpecError, UnfitWorkerError, UsageError, WeightsError
 from pipeline.shard_task import RowsThere, Setup, ShardDone, ShardTask, ShardWorker, There, nothing_there
 
 
@@ -100,19 +100,21 @@ def _check_files(requirements: Requirements) -> None:
 def _check_weights(setup: Setup) -> None:
     if setup.weights is None:
         return
-    for path in filter(None, (setup.weights, setup.network)):
-        if not path.is_file():
+    for path in (setup.weights, setup.network):
+        if path is not None and not path.is_file():
             raise UnfitWorkerError(f"does not see the weights {path}")
-    if _identity(setup.weights) != setup.spec.weights:
+    if _identity(setup.weights, setup.network) != setup.spec.weights:
         raise UnfitWorkerError(f"has other weights at {setup.weights}")
 
 
-def _identity(weights: Path) -> str:
-    """Return what a spec calls the weights in a file of plain weights, or in that of an own network."""
-    if not keras_archive.is_archive(weights):
+def _identity(weights: Path, network: Path | None) -> str:
+    """Return the identity of weights in a file: those in a file with an own network are known by their content."""
+    if network is None or weights != network:
         return f"sha256:{storage.sha256_file(weights)}"
-    with keras_archive.extracted_weights(weights) as plain:
-        return keras_archive.identity_of_weights(plain)
+    try:
+        return own.read(network).weights
+    except (SpecError, WeightsError) as error:
+        raise UnfitWorkerError(f"cannot read {network} ({error})") from error
 
 
 _theres: dict[str, RowsThere] = {}  # of the computation at hand

@@ -29,6 +29,7 @@ import pipeline.link
 import pipeline.worker_health
 from pipeline import cluster as clusters
 from pipeline import fleet_worker, machine
+from pipeline.backbone import own
 from pipeline.cache.space import Cache
 from pipeline.choice import FeatureChoice
 from pipeline.cluster import ClusterChoice, connected
@@ -38,6 +39,7 @@ from pipeline.dataset.base import FileSource
 from pipeline.errors import IceboxError, UnfitWorkerError, UsageError
 from pipeline.extract import Extraction, extract
 from pipeline.fleet_worker import Requirements
+from pipeline.keras_start import import_keras
 from pipeline.shard_task import Setup
 from pipeline.workspace import Workspace
 
@@ -459,6 +461,19 @@ def test_other_weights_under_the_same_path_are_noticed(tmp_path: Path) -> None:
     setup = Setup(spec, tmp_path / "w.h5", 4, tmp_path / "cache" / "space" / "shards")
     with pytest.raises(UnfitWorkerError, match=r"has other weights at .*w\.h5"):
         fleet_worker.vet(requirements(tmp_path, setup=setup))
+
+
+def test_weights_of_an_own_network_are_known_by_their_content(tmp_path: Path) -> None:
+    path, keras = tmp_path / "own.keras", import_keras()
+    inputs = keras.Input((32, 32, 3))
+    keras.Model(inputs, keras.layers.Conv2D(4, 3)(inputs)).save(path)
+    setup = Setup(replace(SPEC, weights=own.read(path).weights), path, 4, tmp_path, network=path)
+    fleet_worker._check_weights(setup)
+    with pytest.raises(UnfitWorkerError, match=r"has other weights at .*own\.keras"):
+        fleet_worker._check_weights(replace(setup, spec=SPEC))
+    path.write_bytes(b"torn")
+    with pytest.raises(UnfitWorkerError, match=r"cannot read .*own\.keras"):
+        fleet_worker._check_weights(setup)
 
 
 def test_if_no_worker_is_fit_the_run_ends_with_one_line_that_names_them(

@@ -98,6 +98,7 @@ def test_a_row_says_what_keras_builds(row: Backbone, asked: Asked, monkeypatch: 
         assert graph_of(ours) == graph_of(theirs)
     assert ours.get_layer(row.default_layer).output is ours.output
     assert ours.count_params() == row.parameters
+    assert tuple(ours.output_shape[1:]) == row.row
     assert sum(map(multiplications, ours.layers)) == row.multiplications
 
 
