@@ -492,7 +492,7 @@ def owns(workspace: Workspace, tmp_path: Path) -> dict[str, tuple[Path, TrainedR
 def test_elsewhere_a_head_asks_for_its_own_network(
     owns: dict[str, tuple[Path, TrainedRun]], workspace: Workspace, elsewhere: Workspace, tmp_path: Path
 ) -> None:
-    images = sorted(tmp_path.rglob("*.png"))[:4]
+    images = sorted((tmp_path / "photos").rglob("*.png"))[:4]
     (path, run), (other, _) = owns["vector"], owns["depthwise"]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     asking = re.escape(f"vector.keras (sha256 {digest}), which is not on this machine; give the file by `--backbone")
@@ -510,7 +510,7 @@ def test_elsewhere_a_head_asks_for_its_own_network(
 def test_runs_of_several_backbones_are_averaged(
     owns: dict[str, tuple[Path, TrainedRun]], workspace: Workspace, elsewhere: Workspace, tmp_path: Path
 ) -> None:
-    images, files = sorted(tmp_path.rglob("*.png"))[:4], [str(path) for path, _ in owns.values()]
+    images, files = sorted((tmp_path / "photos").rglob("*.png"))[:4], [str(path) for path, _ in owns.values()]
     found = [run for _, run in owns.values()]
     with pytest.raises(WeightsError, match=r"vector\.keras .* is not on this machine"):
         said(found, images, elsewhere, weights=files[-1])  # which is that of the last run alone
