@@ -90,7 +90,7 @@ def test_pixels_go_in_by_any_scaling(tmp_path: Path, name: str, scaling: str) ->
 
 
 def test_grouped_convolutions_are_written(tmp_path: Path) -> None:
-    """By channel, as in ConvNeXt, within a nested model, and in wider groups."""
+    """By channel, as in ConvNeXt, also within a nested model, and in wider groups."""
     keras, form = import_keras(), FORMATS["onnx"]
     inputs = keras.Input((9, 9, 3), dtype="uint8", name="pixels")
     output = keras.layers.Conv2D(6, 3, groups=3, activation="relu")(keras.ops.cast(inputs, "float32"))
