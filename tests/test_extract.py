@@ -322,8 +322,8 @@ def test_a_program_that_ends_does_not_wait_for_tensorflow(photos: Path, tmp_path
 def test_weights_that_are_gone_are_missed_only_where_something_is_computed(
     photos: Path, run: Callable[..., Extraction], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def untrained(spec: FeatureSpec, weights: Path | None, *others: Any) -> FrozenBackbone:
-        return _frozen_backbone(replace(spec, weights=conftest.SPEC.weights), None, *others)
+    def untrained(spec: FeatureSpec, weights: Path | None, *others: Any, **named: Any) -> FrozenBackbone:
+        return _frozen_backbone(replace(spec, weights=conftest.SPEC.weights), None, *others, **named)
 
     monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", untrained)  # the file below is only looked at
     file = tmp_path / "mine.weights.h5"
