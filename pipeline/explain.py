@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.backbone.source import label
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
 from pipeline.choice import FeatureChoice, find_space, settle
@@ -34,10 +35,11 @@ class ImageExplained:
 class SpaceExplained:
     """One space on disk: how many of the images it holds, and in which fields it differs from what was asked.
 
-    `differs` has for each such field what was asked and what was found.
+    `differs` has for each such field what was asked and what was found. `backbone` is what people call its network.
     """
 
     space: str
+    backbone: str
     rows: int
     chosen: bool
     differs: Mapping[str, Mapping[str, Any]]
@@ -48,6 +50,7 @@ class Explanation:
     """What `features` would do with a dataset, and why."""
 
     space: str | None  # None: a new one would be made
+    backbone: str  # what people call the network that was asked for
     images: list[ImageExplained]
     spaces: list[SpaceExplained]
 
@@ -85,10 +88,10 @@ def explain(
         }
         chosen = space is not None and each.name == space.name
         rows = sum(int(each.locate(keys, [view] * len(keys)).found.sum()) for view in views.numbers)
-        spaces.append(SpaceExplained(each.name, rows, chosen, pairs))
+        spaces.append(SpaceExplained(each.name, label(each.spec, each.provenance.get("network")), rows, chosen, pairs))
     reasons = _Reasons(identities, plan, space, on_disk, before)
     images = [ImageExplained(dataset.names[i], *reasons.of(i)) for i in range(len(dataset))]
-    return Explanation(space.name if space else None, images, spaces)
+    return Explanation(space.name if space else None, settled.source.label, images, spaces)
 
 
 def _digests_before(dataset: Dataset, workspace: Workspace) -> list[bytes | None]:

@@ -23,7 +23,7 @@ from pipeline.cache import storage
 from pipeline.cache.lock import remove_abandoned
 from pipeline.dataset import Dataset, limit
 from pipeline.decoder import Loader
-from pipeline.errors import DatasetError, IceboxError, RunError, UsageError
+from pipeline.errors import DatasetError, IceboxError, RunError, UsageError, exhausted
 from pipeline.formats import CLASSES, FORMATS, Format
 from pipeline.images import depth_of
 from pipeline.keras_start import KerasModel, import_keras
@@ -41,6 +41,7 @@ _FOLDER = "exports"  # in the data directory
 _PARTIAL = "-export"  # how names of unfinished ones end
 _MOST_ABOUT = 2**20  # bytes
 _COMPARED = 32  # images
+_MOST_REASON = 300  # characters
 _MOST_DIFFERENCE = 1e-3  # of a probability, from the float32 full model
 
 
@@ -74,7 +75,7 @@ def export_run(
     DatasetError
         If none of `images` can be decoded.
     RunError
-        If the exported model says something else by more than 1e-3, or cannot be written.
+        If the exported model says something else by more than 1e-3, or cannot be converted or written.
     """
     form = FORMATS[name]
     form.require()
@@ -94,8 +95,9 @@ def export_run(
     }
     with _published(final) as folder:
         logger.info("writing %s", name)
-        form.write(deployable(network, named=form.named), folder / form.file, run.classes)
-        compared["max_difference"] = _difference(form, folder / form.file, pixels, expected, run)
+        with _failures_reported(run, form):
+            form.write(deployable(network, named=form.named), folder / form.file, run.classes)
+            compared["max_difference"] = _difference(form, folder / form.file, pixels, expected, run)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         about = {
             **_description(run, form, pixels.shape[1:]),
@@ -187,6 +189,24 @@ def _standard(layer: Any) -> Any:
     same.build(layer.input.shape)
     same.set_weights([np.ravel(layer.mean), np.ravel(layer.variance)])
     return same
+
+
+@contextlib.contextmanager
+def _failures_reported(run: TrainedRun, form: Format) -> Iterator[None]:
+    """Raise RunError for whatever a converter or a runtime raises, by types of its own, of a model it cannot take."""
+    try:
+        yield
+    except (IceboxError, OSError):
+        raise
+    except Exception as error:
+        if exhausted(error):
+            raise
+        reason = " ".join(str(error).split())[:_MOST_REASON] or type(error).__name__
+        other = next(name for name in ("savedmodel", "keras") if name != form.name)
+        raise RunError(
+            f"{run.name} cannot be exported as {form.name} ({reason}); nothing was exported; take another format, as "
+            f"--format {other}"
+        ) from error
 
 
 def _difference(form: Format, path: Path, pixels: np.ndarray, expected: np.ndarray, run: TrainedRun) -> float:

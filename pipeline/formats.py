@@ -84,7 +84,9 @@ def _load_savedmodel(path: Path) -> Answerer:
 
 def _write_onnx(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
     import onnx
+    from tf2onnx.handler import tf_op
 
+    tf_op("Erfc").register_compat_handler(_convert_erfc, 9)  # from the version on in which ONNX has Erf
     model = _without_xla(model)
     model(np.zeros((1, *model.input_shape[1:]), np.uint8))  # Keras exports what was called once
     with _quietly():
@@ -92,6 +94,13 @@ def _write_onnx(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
     made = onnx.load(path)
     onnx.helper.set_model_props(made, {"classes": json.dumps(classes)})
     onnx.save(made, path)
+
+
+def _convert_erfc(graph: Any, node: Any, **_: Any) -> None:
+    """Make ONNX's 1 - Erf of TensorFlow's Erfc, which the exact GELU has and tf2onnx (1.17) does not know."""
+    one = graph.make_const(f"{node.name}/one", np.ones((), np.float32)).output[0]
+    node.type = "Erf"
+    graph.insert_new_node_on_output("Sub", node.output[0], f"{node.name}/sub", [one, node.output[0]])
 
 
 def _without_xla(model: KerasModel) -> KerasModel:

@@ -103,6 +103,17 @@ def test_explain_names_the_fields_in_which_a_space_differs(data: Path, photos: P
     assert "layer is mixed10, asked for mixed8" in shown
 
 
+def test_explain_calls_an_own_network_by_its_file(data: Path, photos: Path) -> None:
+    own = replace(SPEC, backbone="own:" + "1" * 64, weights="sha256:" + "2" * 64)
+    with closing(Cache(data / "cache")) as cache:
+        cache.create(own, {"network": {"file": "mine.keras", "sha256": "3" * 64}})
+    done = icebox(data, "cache", "explain", "--dataset", photos, *UNTRAINED, "--json")
+    assert (done.json["backbone"], done.json["spaces"][0]["backbone"]) == ("inception_v3", "mine.keras")
+    assert done.json["spaces"][0]["differs"]["backbone"] == {"asked": "inception_v3", "found": own.backbone}
+    shown = icebox(data, "cache", "explain", "--dataset", photos, *UNTRAINED).err
+    assert "backbone is mine.keras, asked for inception_v3" in shown
+
+
 def test_explain_names_the_bad_shard(data: Path, photos: Path, images: list[Path]) -> None:
     fill(data, images)
     shards = sorted(data.glob("cache/*/shards/*.h5"))

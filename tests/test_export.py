@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.asked import Asked, DatasetChoice
 from pipeline.backbone.untrained import initialise, recipe_of
 from pipeline.cache.lock import new_folder_held
 from pipeline.compute import ComputeOptions
-from pipeline.dataset import open_dataset
+from pipeline.dataset import Dataset, open_dataset
 from pipeline.decoder import Loader
 from pipeline.errors import DatasetError, RunError, UsageError
 from pipeline.export import Exported, deployable, export_run
@@ -29,7 +30,7 @@ from pipeline.extract import extract
 from pipeline.formats import FORMATS
 from pipeline.spec import HeadSpec
 from pipeline.train import train_head
-from pipeline.trained import open_run
+from pipeline.trained import TrainedRun, open_run
 from pipeline.workspace import Workspace
 
 CLASSES = ["cats", "dogs"]
@@ -194,13 +195,36 @@ def test_the_command_names_what_it_lacks(deployed: Deployed, tmp_path: Path) -> 
     assert done.json["max_difference"] <= 1e-4
 
 
+def check_refused(
+    run: TrainedRun, dataset: Dataset, workspace: Workspace, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A converter or a runtime that cannot take a model raises errors of its own kind; nothing is exported then."""
+
+    class InvalidGraph(Exception):
+        pass
+
+    def fail(*_: Any) -> Any:
+        raise InvalidGraph("line 1\nline 2")
+
+    for form in (replace(FORMATS["keras"], write=fail), replace(FORMATS["savedmodel"], load=fail)):
+        with monkeypatch.context() as patched, pytest.raises(RunError) as raised:
+            patched.setitem(FORMATS, form.name, form)
+            export_run(run, form.name, dataset, workspace, max_pixels=MOST, out=out / "mine")
+        other = "keras" if form.name == "savedmodel" else "savedmodel"
+        assert str(raised.value) == (
+            f"{run.name} cannot be exported as {form.name} (line 1 line 2); nothing was exported; take another format, "
+            f"as --format {other}"
+        )
+    assert list(out.iterdir()) == []
+
+
 @pytest.mark.parametrize(("kind", "head", "forms"), [
     ("vector", "flatten", ["keras", "onnx", "litert"]),
     ("bare", "logreg", ["keras", "openvino"]),
     ("nested", "logreg", ["savedmodel", "onnx"]),
 ])  # fmt: skip
 def test_heads_on_own_networks_are_exported(
-    workspace: Workspace, tmp_path: Path, kind: str, head: str, forms: list[str]
+    workspace: Workspace, tmp_path: Path, kind: str, head: str, forms: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batch norms that are folded, vectors for rows, bare operations, models in models."""
     photos = write_sides(tmp_path / "photos")
@@ -209,6 +233,8 @@ def test_heads_on_own_networks_are_exported(
     spec = HeadSpec.make(head, **({} if head == "logreg" else {"epochs": 2}))
     asked = Asked(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
     run = open_run(workspace.runs, train_head(dataset, workspace, asked, "features").name)
+    if kind == "vector":
+        check_refused(run, dataset, workspace, tmp_path / "refused", monkeypatch)
     for form in forms:
         done = export_run(run, form, dataset, workspace, max_pixels=MOST, out=tmp_path / form)
         assert done.about["max_difference"] <= 1e-4

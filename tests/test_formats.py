@@ -89,13 +89,14 @@ def test_pixels_go_in_by_any_scaling(tmp_path: Path, name: str, scaling: str) ->
     assert np.abs(form.load(tmp_path / form.file)(pixels) - expected).max() < 1e-5
 
 
-def test_grouped_convolutions_are_written(tmp_path: Path) -> None:
-    """By channel, as in ConvNeXt, also within a nested model, and in wider groups."""
+def test_grouped_convolutions_and_exact_gelus_are_written(tmp_path: Path) -> None:
+    """By channel, as in ConvNeXt, also within a nested model, and in wider groups; within layers and as operations."""
     keras, form = import_keras(), FORMATS["onnx"]
     inputs = keras.Input((9, 9, 3), dtype="uint8", name="pixels")
-    output = keras.layers.Conv2D(6, 3, groups=3, activation="relu")(keras.ops.cast(inputs, "float32"))
-    output = keras.Sequential([keras.layers.Conv2D(6, 3, groups=6, padding="same"), keras.layers.ReLU()])(output)
-    output = keras.layers.Conv2D(4, 3, strides=(2, 1), groups=2, use_bias=False)(output) / 100.0
+    output = keras.layers.Conv2D(6, 3, groups=3, activation="gelu")(keras.ops.cast(inputs, "float32") / 100.0)
+    block = [keras.layers.Conv2D(6, 3, groups=6, padding="same"), keras.layers.Activation("gelu")]
+    output = keras.ops.gelu(keras.Sequential(block)(output), approximate=False)
+    output = keras.layers.Conv2D(4, 3, strides=(2, 1), groups=2, use_bias=False)(output)
     output = keras.layers.Dense(3, "softmax")(keras.layers.GlobalAveragePooling2D()(output))
     model = keras.Model(inputs, {"probabilities": output})
     pixels = np.random.default_rng(1).integers(0, 256, (4, 9, 9, 3), np.uint8)

@@ -238,6 +238,7 @@ def cache_explain(
         shown = only(found.images, images, image) if image else found.images
     result = {
         "space": found.space,
+        "backbone": found.backbone,
         "counts": found.counts,
         "spaces": [asdict(each) for each in found.spaces],
         "images": [asdict(each) for each in shown],
@@ -247,7 +248,10 @@ def cache_explain(
         return
     terminal.say(f"features would {'use ' + found.space if found.space else 'begin a new space'}")
     for each in found.spaces:
-        pairs = [f"{name} is {pair['found']}, asked for {pair['asked']}" for name, pair in each.differs.items()]
+        differs = {name: (pair["found"], pair["asked"]) for name, pair in each.differs.items()}
+        if "backbone" in differs and each.backbone != found.backbone:
+            differs["backbone"] = (each.backbone, found.backbone)
+        pairs = [f"{name} is {there}, asked for {asked}" for name, (there, asked) in differs.items()]
         terminal.say(f"{each.space}: {each.rows:,} of these images; {'; '.join(pairs) or 'as asked for'}")
     counted = sorted(found.counts, key=lambda state: -found.counts[state])
     terminal.table([(state, found.counts[state]) for state in counted], ("images are", "count"))
