@@ -39,7 +39,7 @@ from pipeline.commands.runs import runs_app
 from pipeline.commands.sweep import sweep
 
 app = typer.Typer(
-    help="Freeze InceptionV3 once, keep its features on disk, train heads from them for ever.",
+    help="Freeze a pretrained network once, keep its features on disk, train as many heads from them as you like.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},

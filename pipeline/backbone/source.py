@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import machine
 from pipeline.backbone import keras_archive, own, weights
-from pipeline.backbone.scaling import canonical
+from pipeline.backbone.scaling import CHOICES, canonical
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone, find_backbone
 from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import remembered_digest
@@ -104,7 +104,7 @@ def open_source(choice: str | None, input_size: int | None, scaling: str | None,
 
 
 _MEANING = {
-    "--scaling": "how its pixels go in (none, x/127.5-1, x/255, imagenet, bgr-means, or MEAN,STD)",
+    "--scaling": f"how its pixels were scaled in training ({CHOICES})",
     "--input-size": "how many pixels a side it is given",
 }
 

@@ -205,9 +205,9 @@ def _download(backbone: Backbone, downloads: Path, progress: Progress) -> Path:
         algorithm, _, digest = (known or "").partition(":")
         right = f"{algorithm.upper()} {digest}" if known else "Keras publishes no hash"
         raise WeightsError(
-            f"ImageNet weights of {backbone.name} cannot be downloaded ({cause(error)}); give a Keras weights file by "
-            f"`--weights FILE`, or put {backbone.weights_file} ({right}; {backbone.weights_url}) into {downloads}, "
-            "or take `--weights untrained` for a trial"
+            f"ImageNet weights of {backbone.name} cannot be downloaded ({cause(error)}); get {backbone.weights_url} "
+            f"({right}) elsewhere and put it into {downloads} as {backbone.weights_file}, give another Keras weights "
+            "file by `--weights FILE`, or take `--weights untrained` for a trial"
         ) from error
 
 

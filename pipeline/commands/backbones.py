@@ -1,4 +1,4 @@
-"""`backbones`: the networks there are, and what they cost on this machine."""
+"""`backbones`: the table of networks, with what they cost on this machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def backbones(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """List the networks: what they take in, what they cost, what is known of them on this machine."""
+    """List the networks: input size, parameters, bytes a row, images/s on this machine."""
     from pipeline import machine, terminal
     from pipeline.backbones import gather
 
@@ -48,7 +48,7 @@ def backbones(
         return
     headers = ("backbone", "pixels", "parameters", "mult. (G)", "bytes a row", "images/s", "weights")
     terminal.table(map(_row, listed), headers)
-    if any(each.bytes_per_row is None for each in listed):
+    if any(each.bytes_per_row is None and each.uncompressed for each in listed):
         terminal.say("bytes a row: ~ before compression, as none are cached yet", "dim")
     if any(each.images_per_second is None for each in listed):
         terminal.say(f"images/s at {here}: measured by `features`, or by `backbones --measure [NAME]…`", "dim")

@@ -1,4 +1,4 @@
-"""The options that say which network, and how images go into it."""
+"""The options that choose the network, its input size and its scaling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BackboneOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME|FILE",
-        help="A network of the table (`backbones` lists them), or a .keras file of your own.  [default: inception_v3]",
+        help="The network: a name that `backbones` lists, or a .keras file of your own.  [default: inception_v3]",
         autocompletion=backbone_names,
     ),
 ]
@@ -24,7 +24,7 @@ ScalingOption = Annotated[
     str | None,
     typer.Option(
         metavar="HOW",
-        help="How pixels go in: none, x/127.5-1, x/255, imagenet, bgr-means, or MEAN,STD in grey levels.  "
-        "[default: that of the network in the table; of your own as before]",
+        help="How pixels are scaled: none, x/127.5-1, x/255, imagenet, bgr-means, or MEAN,STD in grey levels.  "
+        "[default: the named network's own; of your own file, that of its features on disk]",
     ),
 ]

@@ -49,7 +49,8 @@ WeightsOption = Annotated[
     ),
 ]
 LayerOption = Annotated[
-    str | None, typer.Option(help="The layer whose output is cached.  [default: the last one, mixed10 of inception_v3]")
+    str | None,
+    typer.Option(help="The layer whose output is cached.  [default: the network's last, mixed10 of inception_v3]"),
 ]
 PrecisionOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="What the backbone computes in.")

@@ -105,9 +105,9 @@ def sweep(
         list[str] | None,
         typer.Option(
             metavar="NAME|FILE,…",
-            help="Networks to compare, of the table or .keras files of your own; may be repeated (as for a path with a "
-            "comma). With several, --scaling is of the one file among them (a file that has features needs none), "
-            "--weights (auto, imagenet, untrained) of those of the table.  [default: inception_v3]",
+            help="Networks to compare: names that `backbones` lists, or .keras files of your own; may be repeated. "
+            "With several, --scaling is for the only file among them, --weights (auto, imagenet, untrained) for the "
+            "named ones.  [default: inception_v3]",
             autocompletion=backbone_names,
         ),
     ] = None,
