@@ -90,7 +90,7 @@ def test_pixels_go_in_by_any_scaling(tmp_path: Path, name: str, scaling: str) ->
 
 
 def test_what_a_converter_does_not_know_is_written(tmp_path: Path) -> None:
-    """Normalisations, exact GELUs, convolutions by channel, as in ConvNeXt, and in wider groups; in nested models, too."""
+    """Normalisations, exact GELUs, convolutions by channel, as in ConvNeXt, or in wider groups; in models within."""
     keras, form = import_keras(), FORMATS["onnx"]
     inputs = keras.Input((9, 9, 3), dtype="uint8", name="pixels")
     output = keras.layers.Conv2D(6, 3, groups=3, activation="gelu")(
