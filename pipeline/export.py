@@ -201,7 +201,7 @@ def _failures_reported(run: TrainedRun, form: Format) -> Iterator[None]:
     except Exception as error:
         if exhausted(error):
             raise
-        reason = " ".join(str(error).split())[:_MOST_REASON] or type(error).__name__
+        reason = " ".join(str(error).split())[:_MOST_REASON].rstrip(".") or type(error).__name__
         other = next(name for name in ("savedmodel", "keras") if name != form.name)
         raise RunError(
             f"{run.name} cannot be exported as {form.name} ({reason}); nothing was exported; take another format, as "

@@ -88,6 +88,9 @@ def _write_onnx(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
 
     tf_op("Erfc").register_compat_handler(_convert_erfc, 9)  # from the version on in which ONNX has Erf
     model = _without_xla(model)
+    for layer in model._flatten_layers():
+        if isinstance(layer, import_keras().layers.Normalization):  # by arrays its numbers are within the graph
+            layer.mean, layer.variance = np.asarray(layer.mean), np.asarray(layer.variance)
     model(np.zeros((1, *model.input_shape[1:]), np.uint8))  # Keras exports what was called once
     with _quietly():
         model.export(path, format="onnx", verbose=False)

@@ -36,7 +36,7 @@ _MOST_CONNECTIONS = 512  # each may hold an upload
 _LAST_ANSWERS_S = 5  # when it is ended
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
-Way = tuple[str, int]  # how an image is made square, and how many bits 16-bit channels hold
+Way = tuple[int, str, int]  # pixels a side, how an image is made square, and how many bits 16-bit channels hold
 Pixels = Mapping[Way, np.ndarray]  # → (size, size, 3) uint8 RGB
 _Asked = tuple[Pixels, Future[np.ndarray]]
 
@@ -100,7 +100,6 @@ def service(
     """
     groups = grouped(runs, workspace, weights)
     logger.info("loading %s", ", ".join(run.name for run in runs))
-    size = groups[0].spec.input_size
     answerers = [(_seen_by(group), group.share, compiled(group.network())) for group in groups]
 
     def answer(batch: Sequence[Pixels]) -> np.ndarray:
@@ -108,17 +107,19 @@ def service(
         return np.stack(parts).sum(axis=0)
 
     ways = {way for way, _, _ in answerers}
-    blank = dict.fromkeys(ways, np.zeros((size, size, 3), np.uint8))
+    blank = {way: np.zeros((way[0], way[0], 3), np.uint8) for way in ways}
     for count in (1, _BATCH):
         answer([blank] * count)
     with ExitStack() as stack:
-        decoders = {(fit, depth): stack.enter_context(Decoders(size, fit, max_pixels, depth)) for fit, depth in ways}
+        decoders = {
+            (size, fit, depth): stack.enter_context(Decoders(size, fit, max_pixels, depth)) for size, fit, depth in ways
+        }
         batcher = stack.enter_context(Batcher(answer))
         yield lambda data: batcher({way: decode(data) for way, decode in decoders.items()})
 
 
 def _seen_by(group: Group) -> Way:
-    return group.spec.fit, depth_of(group.spec.decode)
+    return group.spec.input_size, group.spec.fit, depth_of(group.spec.decode)
 
 
 def serve(

@@ -89,12 +89,15 @@ def test_pixels_go_in_by_any_scaling(tmp_path: Path, name: str, scaling: str) ->
     assert np.abs(form.load(tmp_path / form.file)(pixels) - expected).max() < 1e-5
 
 
-def test_grouped_convolutions_and_exact_gelus_are_written(tmp_path: Path) -> None:
-    """By channel, as in ConvNeXt, also within a nested model, and in wider groups; within layers and as operations."""
+def test_what_a_converter_does_not_know_is_written(tmp_path: Path) -> None:
+    """Normalisations, exact GELUs, convolutions by channel, as in ConvNeXt, or in wider groups; in models within."""
     keras, form = import_keras(), FORMATS["onnx"]
     inputs = keras.Input((9, 9, 3), dtype="uint8", name="pixels")
-    output = keras.layers.Conv2D(6, 3, groups=3, activation="gelu")(keras.ops.cast(inputs, "float32") / 100.0)
-    block = [keras.layers.Conv2D(6, 3, groups=6, padding="same"), keras.layers.Activation("gelu")]
+    output = keras.layers.Conv2D(6, 3, groups=3, activation="gelu")(
+        keras.layers.Normalization(mean=[90.0, 120.0, 100.0], variance=[900.0, 1600.0, 2500.0])(inputs)
+    )
+    norm = keras.layers.Normalization(mean=0.1, variance=4.0, invert=True)
+    block = [keras.layers.Conv2D(6, 3, groups=6, padding="same"), norm, keras.layers.Activation("gelu")]
     output = keras.ops.gelu(keras.Sequential(block)(output), approximate=False)
     output = keras.layers.Conv2D(4, 3, strides=(2, 1), groups=2, use_bias=False)(output)
     output = keras.layers.Dense(3, "softmax")(keras.layers.GlobalAveragePooling2D()(output))

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import SPEC, Finished, icebox, unseal, write_picture
 from deployed import KINDS, MOST, Deployed
-from own_networks import own_choice, write_network, write_sides
+from own_networks import SIZE, own_choice, write_network, write_sides
 from served import Page, served
 
 from pipeline import heads, predict, runs
@@ -36,6 +36,7 @@ from pipeline.dataset import open_dataset, open_images
 from pipeline.errors import DatasetError, IndexDamagedError, RunError, SpecError, WeightsError
 from pipeline.extract import extract
 from pipeline.predict import Answer, likeliest
+from pipeline.serve import service
 from pipeline.spec import HeadSpec
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
@@ -477,10 +478,11 @@ def test_a_damaged_index_has_nothing_printed_twice(
 
 @pytest.fixture
 def owns(workspace: Workspace, tmp_path: Path) -> dict[str, tuple[Path, TrainedRun]]:
-    """Heads on three networks of one's own, of which one gives vectors: the network's file, and the run."""
+    """Heads on three networks of one's own, one for vectors, one for small images: the network's file, and the run."""
     found, photos = {}, write_sides(tmp_path / "photos")
-    for kind, head in (("vector", "gap"), ("nested", "logreg"), ("depthwise", "logreg")):
-        path, dataset = write_network(tmp_path / f"{kind}.keras", kind), open_dataset(str(photos), downloads=tmp_path)
+    for kind, head, size in (("vector", "gap", SIZE), ("nested", "logreg", 24), ("depthwise", "logreg", SIZE)):
+        path = write_network(tmp_path / f"{kind}.keras", kind, size=size)
+        dataset = open_dataset(str(photos), downloads=tmp_path)
         extract(dataset, workspace, own_choice(path), ComputeOptions())
         spec = HeadSpec.make(head, **({"epochs": 2} if head == "gap" else {}))
         asked = Asked(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
@@ -521,3 +523,6 @@ def test_runs_of_several_backbones_are_averaged(
         together = said(found, images, place, weights=given)
         assert all(answer.cached == (place is workspace) for answer in together)
         assert np.abs(probabilities(together) - np.mean(alone, axis=0)).max() < 1e-5
+    with service(found, workspace, max_pixels=MOST) as answer:
+        served = [answer(path.read_bytes()).result() for path in images]
+    assert np.abs(np.stack(served) - np.mean(alone, axis=0)).max() < 1e-5

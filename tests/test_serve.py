@@ -324,7 +324,7 @@ def test_names_that_are_no_text_are_spelt_out() -> None:
 # Batches
 
 
-WAY = ("squash", FULL_DEPTH)
+WAY = (8, "squash", FULL_DEPTH)
 
 
 def one(value: int) -> Pixels:
