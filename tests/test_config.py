@@ -365,6 +365,23 @@ def test_like_takes_the_weights_by_their_digest(asked: Any, deployed: Deployed) 
         assert options_like(again, "features")["weights"] == digest
 
 
+def test_like_a_run_of_an_own_network_means_that_network(deployed: Deployed) -> None:
+    """Its file may hold another network by now, and where its space alone was named, nobody said which file."""
+    digest, run = f"sha256:{'ab' * 32}", deployed.run("gap")
+    assert run.asked is not None
+    base = replace(run.base, backbone=f"own:{'cd' * 32}", weights=digest, scaling="127,128")
+    choice = replace(run.asked.features, weights="auto")
+    for command in ("features", "train-head"):
+        by_file = replace(run, base=base, asked=replace(run.asked, features=replace(choice, backbone="/w/own.keras")))
+        said = options_like(by_file, command)
+        assert (said["backbone"], said["weights"], said["scaling"]) == ("/w/own.keras", digest, "127,128")
+        of_space = replace(choice, space=base.directory, backbone=None)
+        said = options_like(replace(run, base=base, asked=replace(run.asked, features=of_space)), command)
+        assert said["space"] == base.directory
+        assert said["weights"] == "auto"
+        assert not {"backbone", "scaling", "input-size"} & said.keys()
+
+
 def test_latest_is_the_last_stopped_run_of_the_same_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

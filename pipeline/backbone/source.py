@@ -52,7 +52,8 @@ def of_row(row: Backbone) -> Source:
 
 def is_file(choice: str) -> bool:
     """Return whether a choice of backbone means a file of one's own."""
-    return choice not in BACKBONES and (choice.endswith(".keras") or machine.at_home(choice).exists())
+    # An empty text would be the current folder.
+    return choice not in ("", *BACKBONES) and (choice.endswith(".keras") or machine.at_home(choice).exists())
 
 
 def anchored(choice: str | None) -> str | None:
@@ -70,7 +71,7 @@ def architecture(choice: str | None) -> Architecture:
     SpecError
         If the file is refused.
     """
-    choice = choice or DEFAULT_BACKBONE
+    choice = DEFAULT_BACKBONE if choice is None else choice
     if not is_file(choice):
         return of_row(find_backbone(choice))
     found = own.read(machine.at_home(choice).absolute())
@@ -89,7 +90,7 @@ def open_source(choice: str | None, input_size: int | None, scaling: str | None,
     SpecError
         If the file is refused, or is known with several sizes or scalings.
     """
-    scaling = scaling and canonical(scaling)
+    scaling = None if scaling is None else canonical(scaling)
     found = architecture(choice)
     specs = [each.spec for each in cache.spaces()] if found.file else []
     known = [spec for spec in specs if (spec.backbone, spec.weights) == (found.name, found.weights)]
@@ -132,6 +133,10 @@ def resolve(source: Source, choice: str, workspace: Workspace, *, offline: bool 
 
 
 def _refuse_other_weights(network: Architecture, choice: str) -> None:
+    if choice.startswith("sha256:") and choice != network.weights:
+        raise SpecError(
+            f"{network.label} holds the weights {network.weights}, not {choice:.80}; give the file with those"
+        )
     if choice not in ("auto", network.weights):
         raise UsageError(f"{network.label} brings its weights; leave out --weights {choice!r:.80}")
 
