@@ -121,6 +121,7 @@ def origin_of(asked: FullAsked, dataset: Dataset, workspace: Workspace) -> Origi
         weights=_text(weights),
         layer=cut or settled.layer,
         precision=found.precision if found and choice.precision == "auto" else choice.precision,
+        input_size=settled.source.input_size if weights.network else choice.input_size,
         scaling=settled.source.scaling if weights.network else choice.scaling,
     )
     base = replace(settled, choice=replace(choice, layer=settled.layer)).new_spec(weights)

@@ -324,10 +324,10 @@ def test_like_a_run_is_what_it_was_asked_for(kind: str, asked: Any, deployed: De
     stored = not isinstance(run.asked, FullAsked) or run.asked.from_cache
     features["storage"] = run.base.storage if stored else "auto"
     expected = replace(run.asked, features=replace(run.asked.features, **features))
-    if command == "freeze":  # all is frozen, whatever else is said
-        expected, again = (replace(each, freeze_until="none") for each in (expected, again))
-    assert again == expected
     other = asked("--data-dir", deployed.data, command, "--like", run.name, "--limit", "20")
+    if command == "freeze":  # all is frozen, whatever else is said
+        expected, again, other = (replace(each, freeze_until="none") for each in (expected, again, other))
+    assert again == expected
     assert other == replace(again, images=replace(again.images, limit=20))
 
 
