@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,9 +191,17 @@ def label(spec: FeatureSpec, recorded: Mapping[str, Any] | None) -> str:
 
 
 def find(spec: FeatureSpec, recorded: Mapping[str, Any] | None, workspace: Workspace) -> Weights | None:
-    """Return the weights that `spec` names, if they are on this machine; an own network is found by its `record`."""
+    """Return the weights that `spec` names, if they are on this machine; an own network is found by its `record`.
+
+    Raises
+    ------
+    SpecError
+        If this version has no such network.
+    """
     index = workspace.cache.index
     if not spec.backbone.startswith(OWN):
+        if spec.backbone not in BACKBONES:
+            raise SpecError(f"these features were made by another version of Icebox, its network {spec.backbone!r:.60}")
         return weights.find_by_identity(spec.weights, spec.backbone, workspace.downloads, index)
     for network in _at_hand(str((recorded or {}).get("sha256", "")), index):
         if keras_archive.is_archive(network) and own.read(network).weights == spec.weights:
@@ -222,6 +231,8 @@ def describe(choice: str | None, stated: str | None, workspace: Workspace) -> di
 
 def _at_hand(digest: str, index: Index) -> Iterator[Path]:
     """Yield the files that still have this digest, of those that were seen on this machine."""
+    if not re.fullmatch("[0-9a-f]{64}", digest):  # what a file says that may come from elsewhere
+        return
     for path in index.files_with_digest(bytes.fromhex(digest)):
         if path.is_file() and remembered_digest(path, index).hex() == digest:
             yield path
