@@ -127,6 +127,6 @@ def _stated(runs: Sequence[TrainedRun], workspace: Workspace, weights: str) -> d
     if not found:
         names = ", ".join(run.name for run in runs)
         raise refused or SpecError(
-            f"the features of {names} were computed with other weights than {weights}; leave out --weights"
+            f"the features of {names} were computed with other weights than {weights}; leave it out"
         )
     return found

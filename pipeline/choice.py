@@ -10,6 +10,7 @@ from typing import Self
 from pipeline import images, machine
 from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import ENGINE, ENGINES
+from pipeline.backbone.scaling import canonical
 from pipeline.backbone.source import Source
 from pipeline.backbone.table import BACKBONES
 from pipeline.backbone.weights import Weights, anchored
@@ -132,7 +133,7 @@ def settle(workspace: Workspace, choice: FeatureChoice) -> Settled:
     else:
         size, scaling = choice.input_size, choice.scaling
         if space is not None:
-            size, scaling = size or space.spec.input_size, scaling or space.spec.scaling
+            size, scaling = size or space.spec.input_size, space.spec.scaling if scaling is None else scaling
         source = networks.open_source(choice.backbone, size, scaling, workspace.cache)
     settled = Settled(choice, source, networks.stated(source, choice.weights, workspace), space)
     if space is not None and (differing := settled.request().differences(space.spec)):
@@ -144,7 +145,8 @@ def settle(workspace: Workspace, choice: FeatureChoice) -> Settled:
 def _source_of(space: FeatureSpace, choice: FeatureChoice) -> Source:
     """Return the network of a space, as far as nothing else was said: the file of an own one is not looked for."""
     spec = space.spec
-    size, scaling = choice.input_size or spec.input_size, choice.scaling or spec.scaling
+    size = choice.input_size or spec.input_size
+    scaling = spec.scaling if choice.scaling is None else canonical(choice.scaling)
     return Source(spec.backbone, size, scaling, spec.layer)
 
 

@@ -38,7 +38,7 @@ from pipeline.prepare import Prepared, check_sides, prepared_pixels, prepared_te
 from pipeline.progress import counted, duration
 from pipeline.rows import Rows, StoredRows, select
 from pipeline.seen_images import initial_images
-from pipeline.spec import FeatureSpec
+from pipeline.spec import OWN, FeatureSpec
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def train_full(dataset: Dataset, workspace: Workspace, asked: FullAsked, *, resu
             settled = replace(settled, weights=asked.features.weights)
         until = asked.freeze_until or (setting.network.layers[setting.until] if setting.until >= 0 else "none")
         asked = replace(asked, features=settled, freeze_until=until)  # what `auto` turned out to mean
-        digest = hashlib.sha256((images.digest() + origin.weights.identity).encode()).hexdigest()
+        digest = hashlib.sha256((images.digest() + _network_of(origin)).encode()).hexdigest()
         with _run(workspace, asked, images, digest, resume) as (name, directory):
             summary = _train_and_write(name, directory, asked, setting, workspace, start)
     return FullRun(name, workspace.runs / name, summary, images.quarantined)
@@ -107,6 +107,12 @@ class _Setting:
     ready: Prepared[Any]
     until: int  # the index of the last frozen layer
     computed: int = 0  # rows, for this
+
+
+def _network_of(origin: Origin) -> str:
+    """Return what the network that is trained is known by: of one's own, others may have weights as its own are."""
+    backbone = origin.base.backbone
+    return origin.weights.identity + (backbone if backbone.startswith(OWN) else "")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pipeline.asked import FullAsked
 from pipeline.backbone import source as networks
 from pipeline.backbone.build import build
 from pipeline.backbone.graph import cut_layers, layer_names
+from pipeline.backbone.scaling import canonical
 from pipeline.backbone.source import Source
 from pipeline.backbone.table import DEFAULT_BACKBONE
 from pipeline.backbone.weights import Weights
@@ -120,6 +121,7 @@ def origin_of(asked: FullAsked, dataset: Dataset, workspace: Workspace) -> Origi
         weights=_text(weights),
         layer=cut or settled.layer,
         precision=found.precision if found and choice.precision == "auto" else choice.precision,
+        input_size=settled.source.input_size if weights.network else choice.input_size,
         scaling=settled.source.scaling if weights.network else choice.scaling,
     )
     base = replace(settled, choice=replace(choice, layer=settled.layer)).new_spec(weights)
@@ -225,7 +227,8 @@ def _base_weights(begun: Begun, stated: FeatureChoice, workspace: Workspace) -> 
     depth = depth_of(spec.decode)
     if stated.depth not in (None, depth):
         raise SpecError(f"{name} was trained on images of --depth {depth}, not {stated.depth}")
-    size, scaling = stated.input_size or spec.input_size, stated.scaling or spec.scaling
+    size = stated.input_size or spec.input_size
+    scaling = spec.scaling if stated.scaling is None else canonical(stated.scaling)
     source = Source(spec.backbone, size, scaling, spec.layer)
     if stated.backbone is not None:
         source = networks.open_source(stated.backbone, size, scaling, workspace.cache)

@@ -19,6 +19,7 @@ from pipeline.trained import TrainedRun
 Option = tuple[str, Any]  # its name and value: None leaves it out, True makes it a flag
 _SPACE = (
     "--weights",
+    "--space",
     "--backbone",
     "--input-size",
     "--scaling",
@@ -59,7 +60,8 @@ def options_like(run: TrainedRun, command: str) -> dict[str, Any]:
     given = {name: value for name, value in steps[command] if value is not None}
     negated = {name.replace("--no-", "--", 1): False for name in given if name.startswith("--no-")}
     said = {**{name: value for name, value in given.items() if not name.startswith("--no-")}, **negated}
-    if is_path(said.get("--weights", "auto")):  # what lies there by now may be another file
+    own_file = run.base.backbone.startswith(OWN) and "--backbone" in said
+    if own_file or is_path(said.get("--weights", "auto")):  # what lies there by now may be another file
         said["--weights"] = run.base.weights
     return {name.removeprefix("--"): value for name, value in said.items()}
 
@@ -107,6 +109,8 @@ def _backbone(run: TrainedRun) -> list[Option]:
     """Return what says which network, and how images go into it, as far as that is not the default."""
     base, choice = run.base, run.asked.features if run.asked else FeatureChoice()
     row = BACKBONES.get(base.backbone)
+    if row is None and choice.backbone is None:  # an own network, whose file nobody named
+        return [("--space", base.directory)]
     name = base.backbone if row else choice.backbone
     size = base.input_size if row is None or base.input_size != row.input_size else None
     scaling = base.scaling if row is None or base.scaling != row.scaling else None

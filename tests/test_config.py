@@ -324,10 +324,10 @@ def test_like_a_run_is_what_it_was_asked_for(kind: str, asked: Any, deployed: De
     stored = not isinstance(run.asked, FullAsked) or run.asked.from_cache
     features["storage"] = run.base.storage if stored else "auto"
     expected = replace(run.asked, features=replace(run.asked.features, **features))
-    if command == "freeze":  # all is frozen, whatever else is said
-        expected, again = (replace(each, freeze_until="none") for each in (expected, again))
-    assert again == expected
     other = asked("--data-dir", deployed.data, command, "--like", run.name, "--limit", "20")
+    if command == "freeze":  # all is frozen, whatever else is said
+        expected, again, other = (replace(each, freeze_until="none") for each in (expected, again, other))
+    assert again == expected
     assert other == replace(again, images=replace(again.images, limit=20))
 
 
@@ -363,6 +363,23 @@ def test_like_takes_the_weights_by_their_digest(asked: Any, deployed: Deployed) 
         again = replace(run, base=replace(run.base, weights=digest), asked=wanted, weights="w.h5")
         assert options_like(again, "train-head")["weights"] == digest
         assert options_like(again, "features")["weights"] == digest
+
+
+def test_like_a_run_of_an_own_network_means_that_network(deployed: Deployed) -> None:
+    """Its file may hold another network by now, and where its space alone was named, nobody said which file."""
+    digest, run = f"sha256:{'ab' * 32}", deployed.run("gap")
+    assert run.asked is not None
+    base = replace(run.base, backbone=f"own:{'cd' * 32}", weights=digest, scaling="127,128")
+    choice = replace(run.asked.features, weights="auto")
+    for command in ("features", "train-head"):
+        by_file = replace(run, base=base, asked=replace(run.asked, features=replace(choice, backbone="/w/own.keras")))
+        said = options_like(by_file, command)
+        assert (said["backbone"], said["weights"], said["scaling"]) == ("/w/own.keras", digest, "127,128")
+        of_space = replace(choice, space=base.directory, backbone=None)
+        said = options_like(replace(run, base=base, asked=replace(run.asked, features=of_space)), command)
+        assert said["space"] == base.directory
+        assert said["weights"] == "auto"
+        assert not {"backbone", "scaling", "input-size"} & said.keys()
 
 
 def test_latest_is_the_last_stopped_run_of_the_same_command(

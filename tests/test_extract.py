@@ -614,6 +614,10 @@ def test_an_own_network_is_known_by_what_it_holds(photos: Path, run: Callable[..
     moved = path.rename(tmp_path / "moved.keras")
     assert counts(run(photos, FeatureChoice(backbone=str(moved)))) == (0, 12, 0, 0)
     other = write_network(tmp_path / "other.keras", "depthwise", seed=2)
+    with pytest.raises(SpecError, match=r"other\.keras holds the weights sha256:.*, not sha256:00"):
+        run(photos, replace(own_choice(other), weights=f"sha256:{0:064}"))
+    with pytest.raises(UsageError, match="no backbone ''"):
+        run(photos, FeatureChoice(backbone="").anchored())
     with pytest.raises(UsageError, match=r"other\.keras is not known from before: say by --scaling"):
         run(photos, FeatureChoice(backbone=str(other)))
 
@@ -622,6 +626,8 @@ def test_an_own_network_under_two_scalings_is_two_spaces(
     photos: Path, run: Callable[..., Extraction], tmp_path: Path
 ) -> None:
     path = write_network(tmp_path / "own.keras", "plain", size=None)
+    with pytest.raises(UsageError, match=r"--scaling takes none, .* found ''"):
+        run(photos, replace(own_choice(path), scaling=""))
     sized = replace(own_choice(path), input_size=32)
     with pytest.raises(UsageError, match="is not known from before: say by --input-size how many pixels a side"):
         run(photos, own_choice(path))
@@ -630,6 +636,11 @@ def test_an_own_network_under_two_scalings_is_two_spaces(
     with pytest.raises(SpecError, match=r"own\.keras is known with --scaling 127,128 and x/255; say which"):
         run(photos, FeatureChoice(backbone=str(path)))
     assert counts(run(photos, FeatureChoice(backbone=str(path), scaling="x/255"))) == (0, 12, 0, 0)
+    known = run(photos, sized).space
+    space = known and known.name
+    assert counts(run(photos, FeatureChoice(space=space, scaling="127.0, 128"))) == (0, 12, 0, 0)
+    with pytest.raises(UsageError, match=r"--scaling takes none, .* found 'half'"):
+        run(photos, FeatureChoice(space=space, scaling="half"))
     assert counts(run(photos, replace(sized, input_size=40))) == (12, 0, 0, 0)
     with pytest.raises(SpecError, match=r"own\.keras is known with --input-size 32 and 40; say which"):
         run(photos, own_choice(path))

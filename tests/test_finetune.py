@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import command_line, environment, icebox, unseal, write_picture
-from own_networks import own_choice, write_network
+from own_networks import SIZE, own_choice, write_network
 
 from pipeline import images, network, runs
 from pipeline.apply import evaluate_run
@@ -513,6 +514,37 @@ def test_what_trains_of_an_own_network(place: Place, tmp_path: Path) -> None:
     assert trained.summary["trainable_parameters"] == last + 2 * 12 + head
     with pytest.raises(SpecError, match="no head can stand on 're_lu_9'"):
         place.train(**{**asked, "features": replace(own_choice(path), layer="re_lu_9")})
+
+
+def test_another_network_in_the_place_of_an_own_one_is_not_gone_on_with(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where it has the same weights; nor does it count what sizes the network is known with by now."""
+    path = write_network(tmp_path / "own.keras", "plain", size=None)
+    choice = replace(own_choice(path), input_size=SIZE)
+    extract(place.dataset, place.workspace, choice, ComputeOptions())
+    before = set(runs.unfinished(place.workspace.runs))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.finetune._measured", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            place.train(features=own_choice(path), freeze_until="middle")
+    (name,) = set(runs.unfinished(place.workspace.runs)) - before
+    extract(place.dataset, place.workspace, replace(choice, input_size=40), ComputeOptions())
+    asked = FullAsked.from_dict(runs.read_request(place.workspace.runs, name)["asked"])
+    with zipfile.ZipFile(path) as archive:
+        parts = {part: archive.read(part) for part in archive.namelist()}
+    original = path.read_bytes()
+    with zipfile.ZipFile(path, "w") as archive:
+        for part, content in parts.items():
+            archive.writestr(part, content.replace(b'"relu"', b'"relu6"'))
+    with pytest.raises(RunError, match="are no longer those it began with; begin anew"):
+        train_full(place.dataset, place.workspace, asked, resume=name)
+    path.write_bytes(original)
+    assert train_full(place.dataset, place.workspace, asked, resume=name).name == name
+
+
+def interrupt(*arguments: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_run_of_an_own_network_is_begun_with(place: Place, tmp_path: Path) -> None:

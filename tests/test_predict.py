@@ -239,7 +239,7 @@ def test_weights_given_by_name_are_taken(deployed: Deployed, elsewhere: Workspac
 
 def test_weights_of_something_else_are_refused(deployed: Deployed, elsewhere: Workspace) -> None:
     for kind in ("logreg", "finetune"):
-        with pytest.raises(SpecError, match="were computed with other weights than untrained:7; leave out --weights"):
+        with pytest.raises(SpecError, match="were computed with other weights than untrained:7; leave it out"):
             said([deployed.run(kind)], deployed.files, elsewhere, weights="untrained:7")
     assert (
         said([deployed.run("logreg")], deployed.files[:1], elsewhere, weights="untrained:0")[0].probabilities

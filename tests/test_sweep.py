@@ -463,6 +463,13 @@ def test_what_cannot_be_meant_for_several_backbones_is_refused(
     assert len(done.err.splitlines()) == 1
 
 
+def test_a_list_of_no_backbones_is_refused(tmp_path: Path) -> None:
+    """Rather than taken for the default."""
+    done = icebox(tmp_path, "sweep", "--backbone", ",")
+    assert (done.code, done.err.count("\n")) == (2, 1), done.err
+    assert "--backbone takes names of the table or .keras files" in done.err
+
+
 # On workers
 
 

@@ -19,11 +19,13 @@ import h5py
 import numpy as np
 import pytest
 
+from pipeline.backbone.source import find, of_row
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone
 from pipeline.backbone.weights import Weights, describe, find_by_identity, find_imagenet, resolve
 from pipeline.cache.digests import file_stamp
 from pipeline.cache.index import Index
-from pipeline.errors import UsageError, WeightsError
+from pipeline.choice import FeatureChoice, Settled
+from pipeline.errors import SpecError, UsageError, WeightsError
 from pipeline.workspace import open_workspace
 
 PUBLISHED = b"what the weights file on the net holds" * 100
@@ -488,3 +490,25 @@ def test_a_downloaded_file_gets_the_permissions_that_the_umask_leaves(place: Pla
     assert path is not None
     assert path.stat().st_mode & 0o777 == 0o664
     assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("digest", ["zz", "", "0" * 64])
+def test_what_is_recorded_of_an_own_network_may_be_anything(tmp_path: Path, digest: str) -> None:
+    source = dataclasses.replace(of_row(BACKBONES["inception_v3"]), name=f"own:{'0' * 64}")
+    spec = Settled(FeatureChoice(), source, None, None).new_spec(Weights("file", f"sha256:{'0' * 64}", None))
+    with open_workspace(tmp_path) as workspace:
+        assert find(spec, {"sha256": digest}, workspace) is None
+        assert (
+            find(dataclasses.replace(spec, weights="untrained:glorot_centred_1:0"), {"sha256": digest}, workspace)
+            is None
+        )
+
+
+def test_a_network_that_this_version_does_not_have_is_refused(tmp_path: Path) -> None:
+    of_ours = Settled(FeatureChoice(), of_row(BACKBONES["inception_v3"]), None, None)
+    spec = dataclasses.replace(of_ours.new_spec(Weights("file", f"sha256:{'0' * 64}", None)), backbone="resnext50")
+    with (
+        open_workspace(tmp_path) as workspace,
+        pytest.raises(SpecError, match="made by another version of Icebox, its network 'resnext50'"),
+    ):
+        find(spec, None, workspace)

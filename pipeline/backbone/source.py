@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ def of_row(row: Backbone) -> Source:
 
 def is_file(choice: str) -> bool:
     """Return whether a choice of backbone means a file of one's own."""
-    return choice not in BACKBONES and (choice.endswith(".keras") or machine.at_home(choice).exists())
+    # An empty text would be the current folder.
+    return choice not in ("", *BACKBONES) and (choice.endswith(".keras") or machine.at_home(choice).exists())
 
 
 def anchored(choice: str | None) -> str | None:
@@ -70,7 +72,7 @@ def architecture(choice: str | None) -> Architecture:
     SpecError
         If the file is refused.
     """
-    choice = choice or DEFAULT_BACKBONE
+    choice = DEFAULT_BACKBONE if choice is None else choice
     if not is_file(choice):
         return of_row(find_backbone(choice))
     found = own.read(machine.at_home(choice).absolute())
@@ -89,7 +91,7 @@ def open_source(choice: str | None, input_size: int | None, scaling: str | None,
     SpecError
         If the file is refused, or is known with several sizes or scalings.
     """
-    scaling = scaling and canonical(scaling)
+    scaling = None if scaling is None else canonical(scaling)
     found = architecture(choice)
     specs = [each.spec for each in cache.spaces()] if found.file else []
     known = [spec for spec in specs if (spec.backbone, spec.weights) == (found.name, found.weights)]
@@ -132,6 +134,10 @@ def resolve(source: Source, choice: str, workspace: Workspace, *, offline: bool 
 
 
 def _refuse_other_weights(network: Architecture, choice: str) -> None:
+    if choice.startswith("sha256:") and choice != network.weights:
+        raise SpecError(
+            f"{network.label} holds the weights {network.weights}, not {choice:.80}; give the file with those"
+        )
     if choice not in ("auto", network.weights):
         raise UsageError(f"{network.label} brings its weights; leave out --weights {choice!r:.80}")
 
@@ -185,9 +191,17 @@ def label(spec: FeatureSpec, recorded: Mapping[str, Any] | None) -> str:
 
 
 def find(spec: FeatureSpec, recorded: Mapping[str, Any] | None, workspace: Workspace) -> Weights | None:
-    """Return the weights that `spec` names, if they are on this machine; an own network is found by its `record`."""
+    """Return the weights that `spec` names, if they are on this machine; an own network is found by its `record`.
+
+    Raises
+    ------
+    SpecError
+        If this version has no such network.
+    """
     index = workspace.cache.index
     if not spec.backbone.startswith(OWN):
+        if spec.backbone not in BACKBONES:
+            raise SpecError(f"these features were made by another version of Icebox, its network {spec.backbone!r:.60}")
         return weights.find_by_identity(spec.weights, spec.backbone, workspace.downloads, index)
     for network in _at_hand(str((recorded or {}).get("sha256", "")), index):
         if keras_archive.is_archive(network) and own.read(network).weights == spec.weights:
@@ -217,6 +231,8 @@ def describe(choice: str | None, stated: str | None, workspace: Workspace) -> di
 
 def _at_hand(digest: str, index: Index) -> Iterator[Path]:
     """Yield the files that still have this digest, of those that were seen on this machine."""
+    if not re.fullmatch("[0-9a-f]{64}", digest):  # what a file says that may come from elsewhere
+        return
     for path in index.files_with_digest(bytes.fromhex(digest)):
         if path.is_file() and remembered_digest(path, index).hex() == digest:
             yield path

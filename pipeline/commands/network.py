@@ -18,7 +18,9 @@ BackboneOption = Annotated[
 ]
 InputSizeOption = Annotated[
     int | None,
-    typer.Option(metavar="N", help="Pixels a side that the network is given.  [default: the network's own]", min=1),
+    typer.Option(
+        metavar="N", help="Pixels a side that the network is given.  [default: the network's own]", min=1, max=4096
+    ),
 ]
 ScalingOption = Annotated[
     str | None,

@@ -154,8 +154,12 @@ def _begun(context: typer.Context) -> tuple[None, SweepAsked, list[str]]:
 def _choices(context: typer.Context) -> tuple[FeatureChoice, ...]:
     """Return what the options say about the features of each backbone."""
     from pipeline.backbone.source import is_file
+    from pipeline.errors import UsageError
 
-    names = _backbones(context.params["backbone"] or ())
+    texts = context.params["backbone"] or ()
+    names = _backbones(texts)
+    if texts and not names:
+        raise UsageError("--backbone takes names of the table or .keras files, with commas between them; found none")
     if len(names) < 2:
         return (feature_choice(context, backbone=names[0] if names else None),)
     own = [name for name in names if is_file(name)]
