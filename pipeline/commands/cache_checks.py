@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -247,7 +248,10 @@ def cache_explain(
         return
     terminal.say(f"features would {'use ' + found.space if found.space else 'begin a new space'}")
     for each in found.spaces:
-        pairs = [f"{name} is {pair['found']}, asked for {pair['asked']}" for name, pair in each.differs.items()]
+        pairs = [
+            f"{name} is {_short(pair['found'])}, asked for {_short(pair['asked'])}"
+            for name, pair in each.differs.items()
+        ]
         terminal.say(f"{each.space}: {each.rows:,} of these images; {'; '.join(pairs) or 'as asked for'}")
     counted = sorted(found.counts, key=lambda state: -found.counts[state])
     terminal.table([(state, found.counts[state]) for state in counted], ("images are", "count"))
@@ -255,3 +259,8 @@ def cache_explain(
     terminal.table([(each.path, each.state, each.why) for each in listed[:_LISTED]], ("image", "state", "why"))
     if len(listed) > _LISTED:
         terminal.say(f"and {len(listed) - _LISTED:,} more; --json lists them all")
+
+
+def _short(value: object) -> str:
+    """Return a field's value for people: of a SHA-256 the first eight digits, as names of spaces have them."""
+    return re.sub(r"([0-9a-f]{8})[0-9a-f]{56}", r"\1…", str(value))
