@@ -17,6 +17,7 @@ from pipeline.leaderboard import (
     fastest_sentence,
     has_several_backbones,
     pareto_front,
+    unmeasured_sentence,
     varied,
 )
 from pipeline.progress import counted, size_text
@@ -206,8 +207,8 @@ def _notes_of_sweep(about: Mapping[str, Any], several: bool) -> list[str]:
         notes.append(
             f"Untrained weights: {', '.join(untrained)}. Such accuracies say nothing of what a backbone can do."
         )
-    sentence = fastest_sentence(about["runs"])
-    return [*notes, f"{sentence}."] if sentence else notes
+    sentences = fastest_sentence(about["runs"]), unmeasured_sentence(about["runs"])
+    return [*notes, *(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences if sentence)]
 
 
 def _backbones(about: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
