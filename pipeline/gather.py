@@ -184,9 +184,14 @@ def _sorted(
 
 
 def _other_backbones(workspace: Workspace, backbone: str, keys: Set[bytes]) -> list[str]:
-    """Return what people call the other backbones that have a row of each of `keys`, in some feature space."""
-    others = [space for space in workspace.cache.spaces() if keys and space.spec.backbone != backbone]
-    complete = [space for space in others if space.locate(list(keys), [0] * len(keys)).found.all()]
+    """Return what people call the other backbones that have a row of each of `keys`, in some feature space.
+
+    None if `backbone` has such a space too: then it is not the backbone that was mistaken.
+    """
+    spaces = workspace.cache.spaces() if keys else []
+    complete = [space for space in spaces if space.locate(list(keys), [0] * len(keys)).found.all()]
+    if any(space.spec.backbone == backbone for space in complete):
+        return []
     return sorted({networks.label(space.spec, space.provenance.get("network")) for space in complete})
 
 

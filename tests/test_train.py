@@ -472,6 +472,9 @@ def test_other_backbones_that_have_the_features_are_named(photos: Path, workspac
         fill(workspace, dataset, spec=spec_of(name))
     with pytest.raises(MissingRowsError, match="; there are features of mobilenet_v2, vgg16, which --backbone names; "):
         train(workspace, dataset)
+    fill(workspace, dataset)
+    with pytest.raises(MissingRowsError, match=f"asked for; make them by: {COMMAND}"):
+        train(workspace, dataset, choice=FeatureChoice(precision="bfloat16"))
 
 
 def test_features_of_another_kind_than_asked_for_do_not_serve(photos: Path, workspace: Workspace) -> None:
