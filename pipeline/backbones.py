@@ -148,7 +148,7 @@ def _rates_of(known: Iterable[Rate], backbone: str, layer: str, size: int | None
 def _bytes_per_row(spaces: Iterable[FeatureSpace]) -> int | None:
     """Return the bytes on disk over the rows of the space that has most; None if none has any."""
     largest = max((space.totals() for space in spaces), key=lambda each: each.rows, default=None)
-    return round(largest.bytes / largest.rows) if largest and largest.rows else None
+    return largest.bytes_per_row if largest else None
 
 
 def _uncompressed(row: Sequence[int]) -> int:

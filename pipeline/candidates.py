@@ -124,12 +124,11 @@ def _restricted(material: Material, usable: np.ndarray, quarantined: list[Quaran
 
 def _cost(workspace: Workspace, material: Material) -> ExtractionCost:
     space = material.space
-    totals = space.totals()
     return ExtractionCost(
         networks.label(space.spec, space.provenance.get("network")),
         space.name,
         rates.recall(workspace, space.spec),
-        round(totals.bytes / totals.rows) if totals.rows else None,
+        space.totals().bytes_per_row,
     )
 
 

@@ -137,7 +137,8 @@ def settle(workspace: Workspace, choice: FeatureChoice) -> Settled:
         source = networks.open_source(choice.backbone, size, scaling, workspace.cache)
     settled = Settled(choice, source, networks.stated(source, choice.weights, workspace), space)
     if space is not None and (differing := settled.request().differences(space.spec)):
-        pairs = ", ".join(f"{name} is {getattr(space.spec, name)}" for name in differing)
+        found = {**space.spec.to_dict(), "backbone": networks.label(space.spec, space.provenance.get("network"))}
+        pairs = ", ".join(f"{name} is {found[name]}" for name in differing)
         raise SpecError(f"the space {space.name} is not the one asked for: {pairs}")
     return settled
 
@@ -186,5 +187,6 @@ def warn_untrained(spec: FeatureSpec) -> None:
     """Say it loudly when features come from weights that were never trained."""
     if spec.untrained:
         logger.warning(
-            "the backbone's weights are UNTRAINED: fine for trying Icebox out, no basis for judging your images"
+            "the weights of %s are UNTRAINED: fine for trying Icebox out, no basis for judging your images",
+            spec.backbone,
         )

@@ -192,8 +192,7 @@ def _compute_missing(
             space = cache.create(spec, {**_made_by(weights, crew, cache.index), "row_shape": list(crew.row_shape)})
         else:
             logger.info("adding to the feature space %s", space.name)
-            totals = space.totals()
-            check_room(setup.directory, count, totals.bytes / totals.rows if totals.rows else 0)
+            check_room(setup.directory, count, space.totals().bytes_per_row or 0)
         with space.lock(_waiting):
             space.require_writable()
             space.remove_leftovers()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipeline.backbone import source as networks
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
 from pipeline.choice import FeatureChoice, find_space, settle
@@ -125,14 +126,16 @@ def gather(
     index = workspace.cache.index
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, index, advance, read_unseen=partly)
-    space = find_space(workspace, settle(workspace, choice), identities, views)
+    settled = settle(workspace, choice)
+    space = find_space(workspace, settled, identities, views)
     planning = Planning(dataset, identities, index, max_pixels, views)
     plan = planning.meet_undecodable(space) if space is not None else planning.plan(space)
     if not plan.rows:
         raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")
     lacking = {key for i in plan.todo.distinct.tolist() if (key := identities.keys[i]) is not None}
     if space is None or (plan.todo and not partly):
-        raise _missing(planning, lacking, space, features_command)
+        others = [] if space else _other_backbones(workspace, settled.source.name, lacking)
+        raise _missing(planning, lacking, space, others, features_command)
     found = Material(*_sorted(dataset, identities, plan), space, views)
     _report_leaks(found.split)
     return found
@@ -180,8 +183,24 @@ def _sorted(
     return dataset, keys, usable, split, name_quarantined(dataset, plan), groups(dataset, identities.keys)[usable]
 
 
+def _other_backbones(workspace: Workspace, backbone: str, keys: Set[bytes]) -> list[str]:
+    """Return what people call the other backbones that have a row of each of `keys`, in some feature space.
+
+    None if `backbone` has such a space too: then it is not the backbone that was mistaken.
+    """
+    spaces = workspace.cache.spaces() if keys else []
+    complete = [space for space in spaces if space.locate(list(keys), [0] * len(keys)).found.all()]
+    if any(space.spec.backbone == backbone for space in complete):
+        return []
+    return sorted({networks.label(space.spec, space.provenance.get("network")) for space in complete})
+
+
 def _missing(
-    planning: Planning, lacking: set[bytes], space: FeatureSpace | None, features_command: str
+    planning: Planning,
+    lacking: Set[bytes],
+    space: FeatureSpace | None,
+    other_backbones: Sequence[str],
+    features_command: str,
 ) -> MissingRowsError:
     unseen = planning.identities.unseen
     count, images = sum(key in lacking for key in planning.identities.keys) + len(unseen), len(planning.dataset)
@@ -189,9 +208,11 @@ def _missing(
     where = f" in {space.name}" if space else " in any feature space that agrees with what was asked for"
     causes = Counter(planning.identities.unread.values()).most_common(3)
     unread = "".join(f"; {many:,} {cause}" for cause, many in causes)
+    names = ", ".join(other_backbones)
+    others = f"; there are features of {names}, which --backbone names" if names else ""
     return MissingRowsError(
         f"{count:,} of {counted(images, 'image')} {'has' if count == 1 else 'have'} no features"
-        f"{where}{in_views}{unread}; make them by: {features_command}"
+        f"{where}{in_views}{unread}{others}; make them by: {features_command}"
         " (`cache explain` tells why)"
     )
 

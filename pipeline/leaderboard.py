@@ -175,6 +175,14 @@ def fastest_sentence(rows: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
+def unmeasured_sentence(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return in words which backbones have no images/s on this machine, None if all have."""
+    names = [row["backbone"] for row in best_of_each(rows) if row["images_per_second"] is None]
+    if not names:
+        return None
+    return f"not in the plot, as no images/s are known here: {', '.join(names)} (`backbones --measure` measures them)"
+
+
 def varied(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return trial → its settings as people tell it from others of its head: those that were varied."""
     found = {}

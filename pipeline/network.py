@@ -246,7 +246,7 @@ def frozen_until(layers: Sequence[str], asked: str) -> int:
         return min(int(asked), len(layers) - 1)  # the default freezes all of a part that ends before it
     raise UsageError(
         f"--freeze-until takes a layer's name, its number from 0 to {len(layers) - 1}, or none, found "
-        f"{asked!r:.60} (`summary --all` lists them){did_you_mean(asked, layers)}"
+        f"{asked!r:.60} (`summary --backbone B --all` lists them){did_you_mean(asked, layers)}"
     )
 
 

@@ -262,7 +262,7 @@ def draw_cost(points: Sequence[CostPoint], title: str) -> Any:
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.margins(x=0.2)
+    axis.margins(x=0.2, y=0.12)  # room for names
     axis.set(xlabel="images/s of extraction; blue: Pareto front", ylabel="validation accuracy")
     axis.grid(alpha=0.3)
     figure.suptitle(spelt(title), parse_math=False, fontsize=10)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _COPIES = 3  # of a network's numbers in memory, in float32, while it is built and compiled
 _BESIDE = 1_500_000_000  # bytes that TensorFlow and the batches take
 # What measuring takes: a network is built and compiled, then some batches are computed.
-_BUILDING_S = 12.0
+_BUILDING_S = 12
 _BATCHES = 6
 _MULTIPLICATIONS = 25e9  # a second, of each core; where there is a GPU, compiling is what takes the time
 
@@ -45,13 +45,13 @@ def measure(names: Sequence[str], workspace: Workspace, precision: str) -> None:
     """
     found = [networks.architecture(name) for name in names or _cheapest_first()]
     sources = [_source(each) for each in found if _fits(each)]
-    seconds = list(map(_expected_seconds, sources))
+    seconds = [_expected_seconds(source) for source in sources]
     logger.info(
         "measuring %s takes about %s; each result is kept as soon as it is there",
         counted(len(sources), "network"),
         duration(sum(seconds)),
     )
-    with workspace.progress("measuring", round(sum(seconds)), "s expected") as advance:
+    with workspace.progress("measuring", sum(seconds), "s expected") as advance:
         for source, expected in zip(sources, seconds, strict=True):
             advance(0, note=source.label)
             _measure(source, workspace, precision)
@@ -82,11 +82,11 @@ def _fits(network: Architecture) -> bool:
     return False
 
 
-def _expected_seconds(source: Source) -> float:
+def _expected_seconds(source: Source) -> int:
     if machine.gpu_count() or source.name not in BACKBONES:
         return _BUILDING_S
     work = _BATCHES * default_batch() * BACKBONES[source.name].multiplications
-    return _BUILDING_S + work / (_MULTIPLICATIONS * machine.usable_cores())
+    return _BUILDING_S + round(work / (_MULTIPLICATIONS * machine.usable_cores()))
 
 
 def _measure(source: Source, workspace: Workspace, precision: str) -> None:

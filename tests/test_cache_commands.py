@@ -101,6 +101,9 @@ def test_explain_names_the_fields_in_which_a_space_differs(data: Path, photos: P
     assert done.json["counts"] == {"other space": 12}
     shown = icebox(data, "cache", "explain", *options).err
     assert "layer is mixed10, asked for mixed8" in shown
+    digest = "sha256:" + "0a" * 32
+    shown = icebox(data, "cache", "explain", "--dataset", photos, "--weights", digest).err
+    assert f"weights is {SPEC.weights}, asked for sha256:0a0a0a0a…" in shown
 
 
 def test_explain_calls_an_own_network_by_its_file(data: Path, photos: Path) -> None:

@@ -653,5 +653,7 @@ def test_layers_of_an_own_network(photos: Path, run: Callable[..., Extraction], 
     assert counts(run(photos, replace(choice, layer="middle"))) == (12, 0, 0, 0)
     with pytest.raises(SpecError, match=r"other branches run beside it; the nearest layers that work: middle or add"):
         run(photos, replace(choice, layer="conv2d"))
-    with pytest.raises(SpecError, match=r"has no layer 'mixed10' \(`summary --all` lists them; the last to cut at: "):
+    with pytest.raises(
+        SpecError, match=r"has no layer 'mixed10' \(`summary --backbone B --all` lists them; the last to cut at: "
+    ):
         run(photos, replace(choice, layer="mixed10"))

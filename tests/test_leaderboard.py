@@ -21,6 +21,7 @@ from pipeline.leaderboard import (
     mcnemar,
     noise_sentence,
     pareto_front,
+    unmeasured_sentence,
     varied,
     write_leaderboard,
 )
@@ -125,6 +126,13 @@ def test_the_fastest_backbone_within_noise_of_the_best_is_named() -> None:
     assert fastest_sentence(rows) == expected
     assert fastest_sentence(leaderboard([on("fast", 60, 900.0), on("slow", 57, 10.0)])) is None
     assert fastest_sentence(leaderboard([on("unknown", 60, None), on("fast", 57, 900.0)])) is None
+
+
+def test_backbones_without_a_rate_are_named() -> None:
+    rows = leaderboard([on("unknown", 60, None), on("fast", 57, 900.0), on("unknown", 50, None)])
+    expected = "not in the plot, as no images/s are known here: unknown (`backbones --measure` measures them)"
+    assert unmeasured_sentence(rows) == expected
+    assert unmeasured_sentence(rows[1:2]) is None
 
 
 def test_costs_are_drawn_beside_a_name_that_is_no_formula(tmp_path: Path) -> None:

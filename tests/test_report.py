@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import pytest
 from cached import CLASSES as CACHED_CLASSES
-from cached import fill, listed, spec_of, write_images
+from cached import SPEC, fill, listed, spec_of, write_images
 from conftest import Finished, icebox, picture, unseal, write_picture
 
 from pipeline import near, rates, reproduce
@@ -29,7 +29,7 @@ from pipeline.dataset import Dataset
 from pipeline.evaluate import confusion_cells
 from pipeline.images import DEFAULT_MAX_PIXELS
 from pipeline.progress import silent
-from pipeline.report import findings, page, shown, single
+from pipeline.report import compare, findings, page, shown, single
 from pipeline.report.compare import notes_of, of_sweep
 from pipeline.report.single import trained_on
 from pipeline.report.tiles import Looks
@@ -292,6 +292,15 @@ def test_several_runs_are_compared(deployed: Deployed, tmp_path: Path, browser: 
     look.check_quiet()
 
 
+def test_runs_of_several_backbones_are_told_apart() -> None:
+    def about(backbone: str, weights: str) -> dict[str, Any]:
+        return {"summary": {"backbone": backbone, "head": "gap"}, "features": {"weights": weights}}
+
+    runs = [about("vgg16", "untrained:unit_variance_1:0"), about("xception", "sha256:0")]
+    assert compare._labels(runs) == ["gap vgg16", "gap xception"]
+    assert compare._labels(runs[:1]) == ["gap"]
+
+
 def test_a_sweep_has_a_page(tmp_path: Path, browser: Any) -> None:
     data, photos = tmp_path / "data", tmp_path / "photos"
     for i in range(24):
@@ -312,7 +321,8 @@ def test_a_sweep_over_backbones_shows_accuracy_against_cost(workspace: Workspace
     write_images(tmp_path / "photos", 20)
     names = ("inception_v3", "mobilenet_v2", "xception")
     for name, rate in zip(names, (10.0, 200.0, None), strict=True):
-        fill(workspace, listed(tmp_path / "photos"), spec=spec_of(name))
+        weights = "untrained:unit_variance_1:0" if name == "mobilenet_v2" else SPEC.weights
+        fill(workspace, listed(tmp_path / "photos"), spec=replace(spec_of(name), weights=weights))
         if rate is not None:
             rates.remember(workspace, spec_of(name), rate, 60)
     choices = tuple(FeatureChoice(backbone=name) for name in names)
@@ -325,6 +335,10 @@ def test_a_sweep_over_backbones_shows_accuracy_against_cost(workspace: Workspace
     assert look.page.locator("#leaderboard tbody tr").count() == 6
     drawn = look.page.locator("figure").first.inner_text()
     assert [name in drawn for name in names] == [True, True, False], "of the last one no rate is known"
+    text = look.page.locator("body").inner_text()
+    assert "Not in the plot, as no images/s are known here: xception" in text
+    assert "Untrained weights: mobilenet_v2." in text
+    assert "UNTRAINED" not in text
     assert look.violations() == []
     look.check_quiet()
 

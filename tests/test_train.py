@@ -17,7 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from cached import CLASSES, SPEC, fill, listed, row_of, write_images
+from cached import CLASSES, SPEC, fill, listed, row_of, spec_of, write_images
 from PIL import Image
 
 from pipeline import heads, images
@@ -461,6 +461,20 @@ def test_missing_rows_count_images_copies_included(photos: Path, workspace: Work
 def test_without_any_features_all_rows_are_missing(photos: Path, workspace: Workspace) -> None:
     with pytest.raises(MissingRowsError, match=f"120 of 120 images .* make them by: {COMMAND}"):
         train(workspace, listed(photos))
+
+
+def test_other_backbones_that_have_the_features_are_named(photos: Path, workspace: Workspace) -> None:
+    dataset = listed(photos)
+    fill(workspace, dataset, spec=spec_of("xception"), leave_out={3})
+    with pytest.raises(MissingRowsError, match=f"asked for; make them by: {COMMAND}"):
+        train(workspace, dataset)
+    for name in ("vgg16", "mobilenet_v2"):
+        fill(workspace, dataset, spec=spec_of(name))
+    with pytest.raises(MissingRowsError, match="; there are features of mobilenet_v2, vgg16, which --backbone names; "):
+        train(workspace, dataset)
+    fill(workspace, dataset)
+    with pytest.raises(MissingRowsError, match=f"asked for; make them by: {COMMAND}"):
+        train(workspace, dataset, choice=FeatureChoice(precision="bfloat16"))
 
 
 def test_features_of_another_kind_than_asked_for_do_not_serve(photos: Path, workspace: Workspace) -> None:

@@ -13,6 +13,7 @@ from pipeline.backbone.keras_names import snake_case
 from pipeline.backbone.table import BACKBONES, Backbone
 from pipeline.errors import SpecError, WeightsError
 from pipeline.keras_start import KerasModel, import_keras
+from pipeline.spec import OWN
 
 _KERAS_POLICY = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
@@ -34,7 +35,7 @@ def build(
     SpecError
         If the network does not take that size.
     """
-    if backbone.startswith("own:"):
+    if backbone.startswith(OWN):
         return own.build_expected(backbone, precision, input_size, network)
     keras = import_keras()
     row = BACKBONES[backbone]

@@ -169,7 +169,7 @@ def _require_room(layer: str, row_shape: tuple[int, ...]) -> None:
     if (size := 4 * math.prod(row_shape)) > MAX_ROW_BYTES:
         raise SpecError(
             f"{layer!r} gives {row_shape} numbers an image, {size / 2**20:.0f} MiB as float32, of "
-            f"at most {MAX_ROW_BYTES / 2**20:.0f}; cut at a later layer (`summary --all` lists them)"
+            f"at most {MAX_ROW_BYTES / 2**20:.0f}; cut at a later layer (`summary --backbone B --all` lists them)"
         )
 
 

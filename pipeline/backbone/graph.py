@@ -133,7 +133,8 @@ def _refusal(model: KerasModel, layer: str, cuts: list[str]) -> str:
         last = ", ".join(cuts[-_PROPOSED:])
         near = did_you_mean(layer, names)
         return (
-            f"{model.name} has no layer {layer!r:.100} (`summary --all` lists them; the last to cut at: {last}){near}"
+            f"{model.name} has no layer {layer!r:.100} (`summary --backbone B --all` lists them; the last to cut at: "
+            f"{last}){near}"
         )
     at = names.index(layer)
     before, after = [name for name in cuts if names.index(name) < at], [n for n in cuts if names.index(n) > at]

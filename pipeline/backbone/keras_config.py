@@ -29,7 +29,7 @@ from pipeline.backbone.keras_objects import (
     require_policy,
 )
 from pipeline.errors import SpecError
-from pipeline.spec import canonical_json
+from pipeline.spec import OWN, canonical_json
 
 Config = dict[str, Any]
 
@@ -86,7 +86,7 @@ def check(value: Any) -> Config:
 
 def identity(config: Config) -> str:
     """Return "own:" and the sha256 of the canonical JSON of a checked architecture."""
-    return f"own:{hashlib.sha256(canonical_json(config).encode()).hexdigest()}"
+    return f"{OWN}{hashlib.sha256(canonical_json(config).encode()).hexdigest()}"
 
 
 def input_size(config: Config) -> int | None:

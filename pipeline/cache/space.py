@@ -49,6 +49,11 @@ class SpaceTotals:
     rows: int
     bytes: int
 
+    @property
+    def bytes_per_row(self) -> int | None:
+        """Bytes on disk over rows; None without rows."""
+        return round(self.bytes / self.rows) if self.rows else None
+
 
 class FeatureSpace:
     """One feature space on disk, open for reading and adding rows."""

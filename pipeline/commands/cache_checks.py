@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -251,7 +252,7 @@ def cache_explain(
         differs = {name: (pair["found"], pair["asked"]) for name, pair in each.differs.items()}
         if "backbone" in differs and each.backbone != found.backbone:
             differs["backbone"] = (each.backbone, found.backbone)
-        pairs = [f"{name} is {there}, asked for {asked}" for name, (there, asked) in differs.items()]
+        pairs = [f"{name} is {_short(there)}, asked for {_short(asked)}" for name, (there, asked) in differs.items()]
         terminal.say(f"{each.space}: {each.rows:,} of these images; {'; '.join(pairs) or 'as asked for'}")
     counted = sorted(found.counts, key=lambda state: -found.counts[state])
     terminal.table([(state, found.counts[state]) for state in counted], ("images are", "count"))
@@ -259,3 +260,8 @@ def cache_explain(
     terminal.table([(each.path, each.state, each.why) for each in listed[:_LISTED]], ("image", "state", "why"))
     if len(listed) > _LISTED:
         terminal.say(f"and {len(listed) - _LISTED:,} more; --json lists them all")
+
+
+def _short(value: object) -> str:
+    """Return a field's value for people: of a SHA-256 the first eight digits, as names of spaces have them."""
+    return re.sub(r"([0-9a-f]{8})[0-9a-f]{56}", r"\1…", str(value))

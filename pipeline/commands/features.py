@@ -126,7 +126,6 @@ def _told(done: Extraction) -> dict[str, Any]:
     """Return what a computation has to tell, while the cache is open."""
     from dataclasses import asdict
 
-    totals = done.space.totals() if done.space else None
     return {
         "images": done.images,
         "rows": done.rows,
@@ -141,7 +140,7 @@ def _told(done: Extraction) -> dict[str, Any]:
         "recomputed": done.effort.lost,
         "workers": done.effort.workers,
         "space": done.space.name if done.space else None,
-        "bytes_per_row": round(totals.bytes / totals.rows) if totals and totals.rows else None,
+        "bytes_per_row": done.space.totals().bytes_per_row if done.space else None,
         "weights": done.space.provenance.get("weights") if done.space else None,
         "precision": done.space.spec.precision if done.space else None,
         "largest_16_bit_value": done.effort.peak or None,

@@ -243,7 +243,13 @@ def _resumed(context: typer.Context, name: str, root: Path) -> tuple[str, SweepA
 
 def _finish(done: Sweep, seconds: float, as_json: bool) -> None:
     from pipeline import terminal
-    from pipeline.leaderboard import fastest_sentence, has_several_backbones, noise_sentence, varied
+    from pipeline.leaderboard import (
+        fastest_sentence,
+        has_several_backbones,
+        noise_sentence,
+        unmeasured_sentence,
+        varied,
+    )
 
     if as_json:
         result = {"sweep": done.name, "runs": done.rows, "best": done.best, "reused": done.reused}
@@ -255,8 +261,9 @@ def _finish(done: Sweep, seconds: float, as_json: bool) -> None:
     if len(rows) > _MOST_LISTED:
         terminal.say(f"and {len(rows) - _MOST_LISTED:,} more in {done.path / 'leaderboard.csv'}")
     terminal.say(noise_sentence(done.rows))
-    if several and (sentence := fastest_sentence(done.rows)):
-        terminal.say(sentence)
+    for sentence in (fastest_sentence(done.rows), unmeasured_sentence(done.rows)) if several else ():
+        if sentence:
+            terminal.say(sentence)
     low, high = done.best["accuracy_interval"]
     terminal.say(f"the best on the test split: accuracy {done.best['accuracy']:.4f} ({low:.4f} to {high:.4f})")
     terminal.say(f"kept as the run {done.best['run']}; the sweep, {seconds:,.0f} s, in {done.path}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pipeline.leaderboard import (
     fastest_sentence,
     has_several_backbones,
     pareto_front,
+    unmeasured_sentence,
     varied,
 )
 from pipeline.progress import counted, size_text
@@ -102,17 +103,18 @@ def _page_of_runs(chosen: Sequence[RunDataset]) -> str:
     note = (
         "Accuracies are of the test split, with 95% intervals; minutes are those of the run, without cached features."
     )
+    untrained, notes = _untrained((runs.backbone_of(each), each["features"].get("weights")) for each in about)
     drawn = [each["summary"] for each in about[:_MOST_DRAWN]]
     return page.render(
         "report_compare.html",
         _NO_IMAGES,
         title=counted(len(about), "run compared", "runs compared"),
         subtitle=", ".join(names),
-        untrained=any(str(each["features"].get("weights", "")).startswith("untrained") for each in about),
-        notes=[*notes_of(chosen), note],
+        untrained=untrained,
+        notes=[*notes, *notes_of(chosen), note],
         caption="Accuracy on the test split.",
         scatter=page.scatter(
-            [_means(summary) for summary in drawn],
+            _labels(about[:_MOST_DRAWN]),
             [summary["seconds"] / 60 for summary in drawn],
             [_span(summary["accuracy_interval"], summary["accuracy"]) for summary in drawn],
             "accuracy",
@@ -121,6 +123,22 @@ def _page_of_runs(chosen: Sequence[RunDataset]) -> str:
         rows=[_run_row(each) for each in about],
         **_NO_BACKBONES,
     )
+
+
+def _untrained(weights: Iterable[tuple[str, Any]]) -> tuple[bool, list[str]]:
+    """Return whether all (backbone, weights) are untrained, and if only some are, a note that names them."""
+    is_untrained = {(backbone, str(identity).startswith("untrained")) for backbone, identity in weights}
+    names = sorted(backbone for backbone, untrained in is_untrained if untrained)
+    if all(untrained for _, untrained in is_untrained):
+        return True, []
+    note = f"Untrained weights: {', '.join(names)}. Such accuracies say nothing of what a backbone can do."
+    return False, [note] if names else []
+
+
+def _labels(about: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what each run is called in the plot: its means, and its backbone if there are several."""
+    means, backbones = [_means(each["summary"]) for each in about], list(map(runs.backbone_of, about))
+    return means if len(set(backbones)) < 2 else [" ".join(both) for both in zip(means, backbones, strict=True)]
 
 
 def _means(summary: Mapping[str, Any]) -> str:
@@ -166,13 +184,15 @@ def _page_of_sweep(about: Mapping[str, Any]) -> str:
     names = varied(rows)
     tried = [row for row in rows if row["error"] is None][:_MOST_DRAWN]
     trials = [_trial_row(row, names[row["trial"]]) for row in rows]
+    spaces = about["backbones"] if several else [{"backbone": "", "features": about["features"]}]
+    untrained, notes = _untrained((each["backbone"], each["features"]["weights"]) for each in spaces)
     return page.render(
         "report_compare.html",
         _NO_IMAGES,
         title=counted(len(rows), "setting tried", "settings tried"),
         subtitle=f"{about['sweep']}, {about['dataset']['name']}",
-        untrained=str(about["features"]["weights"]).startswith("untrained"),
-        notes=_notes_of_sweep(about, several),
+        untrained=untrained,
+        notes=[*notes, *_notes_of_sweep(about, several)],
         caption="Accuracy on the validation split.",
         scatter=""  # of several, the cost of extraction tells more
         if several
@@ -196,18 +216,8 @@ def _notes_of_sweep(about: Mapping[str, Any], several: bool) -> list[str]:
     ]
     if not several:
         return notes
-    best = about["runs"][0]["space"]
-    untrained = [
-        each["backbone"]
-        for each in about["backbones"]
-        if each["space"] != best and str(each["features"]["weights"]).startswith("untrained")
-    ]
-    if untrained:
-        notes.append(
-            f"Untrained weights: {', '.join(untrained)}. Such accuracies say nothing of what a backbone can do."
-        )
-    sentence = fastest_sentence(about["runs"])
-    return [*notes, f"{sentence}."] if sentence else notes
+    sentences = fastest_sentence(about["runs"]), unmeasured_sentence(about["runs"])
+    return [*notes, *(f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences if sentence)]
 
 
 def _backbones(about: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
