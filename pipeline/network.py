@@ -67,7 +67,7 @@ class Network:
 
     def load_backbone(self, identity: str, path: Path | None) -> None:
         """Give the backbone the weights that a spec names. Raises WeightsError if the file is not of them."""
-        check_weights(path)
+        check_weights(self.spec.backbone, path)
         load_weights(self.whole, identity, path)
 
     @property

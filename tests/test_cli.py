@@ -366,7 +366,8 @@ def test_weights_and_summary_answer(data: Path) -> None:
     unknown = icebox(data, "weights", "--backbone", "mobilenet_2")
     assert (unknown.code, unknown.err) == (
         2,
-        "error: no backbone 'mobilenet_2' (`backbones` lists them, your own is a .keras file); did you mean mobilenet_v2?\n",
+        "error: no backbone 'mobilenet_2' (`backbones` lists them, your own is a .keras file); "
+        "did you mean mobilenet_v2?\n",
     )
     told = icebox(data, "summary", "--head", "flatten", "--classes", "10", "--json").json
     assert told["head_parameters"] == 33_557_258

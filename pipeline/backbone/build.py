@@ -94,9 +94,9 @@ def _number_anew(model: KerasModel) -> None:
             layer.name = f"{kind}_{rank}" if rank else kind
 
 
-def check_weights(path: Path | None) -> None:
-    """Raise WeightsError if a weights file is not plain numbers; a `.keras` file is checked whenever it is opened."""
-    if path is not None and not keras_archive.is_archive(path):
+def check_weights(backbone: str, path: Path | None) -> None:
+    """Raise WeightsError if a weights file is not plain numbers; the file of an own network is checked when opened."""
+    if path is not None and not (backbone.startswith(OWN) and keras_archive.is_archive(path)):
         weights_file.check(path)
 
 

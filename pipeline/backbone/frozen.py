@@ -75,7 +75,7 @@ class FrozenBackbone:
         """
         if spec.engine not in ENGINES:
             raise SpecError(f"these features were made by another version of Icebox, its engine {spec.engine!r:.40}")
-        check_weights(weights)  # before TensorFlow, which takes its time
+        check_weights(spec.backbone, weights)  # before TensorFlow, which takes its time
         import_keras()
         self._streams = streams(threads)
         if threads is not None:
