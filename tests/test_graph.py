@@ -293,5 +293,5 @@ def test_rows_are_computed_at_the_networks_own_size(monkeypatch: pytest.MonkeyPa
 
 def test_a_layer_too_large_for_a_row_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network(lambda x: layers.GlobalMaxPooling2D()(layers.UpSampling2D(700, name="large")(x)))
-    with pytest.raises(SpecError, match=r"'large' gives \(8400, 8400, 3\) numbers an image, 807 MiB .* at most 64"):
+    with pytest.raises(SpecError, match=r"'large' gives \(8400, 8400, 3\) numbers an image, 807 MiB .* at most 128"):
         frozen_of(monkeypatch, model, "large")
