@@ -18,7 +18,7 @@ OF_DATASET = $(if $(DATASET),--dataset "$$DATASET") $(if $(WEIGHTS),--weights "$
 PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart features train-head freeze finetune sweep report bench test lint check format docs clean
+.PHONY: help setup quickstart features train-head freeze finetune sweep report bench test test-all lint check format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ bench: $(VENV)/.ready-dev ## measure speed and size on DATASET, a folder, with W
 
 test: $(VENV)/.ready-dev ## set up and run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-all: $(VENV)/.ready-dev ## the tests that take long as well
+	$(BIN)/python -m pytest -n 2 --dist worksteal --all
 
 lint: $(VENV)/.ready-dev ## format and lint (ruff), types (pyright)
 	$(BIN)/ruff format --check .

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import cv2
 import numpy as np
 import pytest
+import warm
 from hypothesis import HealthCheck, settings
 
 from pipeline import images
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from deployed import Deployed
 
 ROOT = Path(__file__).parent.parent
+T = TypeVar("T")
 
 # What Hypothesis tries is the same every time, unless it is told to look further: --hypothesis-profile=explore
 _ALWAYS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
@@ -76,11 +80,23 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def icebox(data: Path, *arguments: str | Path, cwd: Path = ROOT, **env: str) -> Finished:
-    """Run `cli.py` with its data in `data`."""
-    done = subprocess.run(
-        command_line(data, *arguments), capture_output=True, text=True, cwd=cwd, env=environment(**env), timeout=900
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    """Run `cli.py` with its data in `data`, in a warm process; given variables of the environment, from the start."""
+    line = command_line(data, *arguments)
+    if env:
+        done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment(**env), timeout=900)
+        return Finished(done.returncode, done.stdout, done.stderr)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = warm.Process(line[2:], cwd=cwd, env=environment(), stdout=out, stderr=err)
+        try:
+            code = process.wait(900)
+        finally:
+            process.kill()
+        return Finished(code, *(_written(file) for file in (out, err)))
+
+
+def _written(file: IO[bytes]) -> str:
+    file.seek(0)
+    return io.TextIOWrapper(file, "utf-8").read()
 
 
 def picture(seed: int, height: int = 40, width: int = 50, channels: int = 3) -> np.ndarray:
@@ -200,7 +216,24 @@ def pytest_configure() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every-call", action="store_true", help="leave no file-system call of `features` out")
+    parser.addoption("--all", action="store_true", help="leave nothing out for taking long: `make test-all`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `long`, but for `--all`."""
+    if config.getoption("all"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("long")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+def drawn(cases: Sequence[T], most: int, config: pytest.Config) -> list[T]:
+    """Return `most` of the cases at even distances, the first and the last among them; by `--all` each."""
+    if config.getoption("all") or len(cases) <= most:
+        return list(cases)
+    return [cases[round(i * (len(cases) - 1) / (most - 1))] for i in range(most)]
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import write_picture
+from conftest import ROOT, write_picture
 
 from pipeline.choice import FeatureChoice
 
@@ -26,6 +29,43 @@ def write_sides(root: Path) -> Path:
         for i in range(count):
             write_picture(root / side / ("cats" if i % 2 else "dogs") / f"{i}.png", seed=100 * number + i)
     return root
+
+
+@functools.cache
+def tiny() -> Path:
+    """Return the network that tests use where none of Keras' own is needed: 32 pixels, rows of (4, 4, 64).
+
+    It is kept beside what pytest keeps, so that it is built once, not once for each process and each run.
+    """
+    folder = ROOT / ".pytest_cache" / "networks"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16] / "tiny.keras"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_network(path.with_name("made.keras"), "tiny").replace(path)
+    return path
+
+
+def tiny_options() -> tuple[str, ...]:
+    """Return the options that have a command compute with the tiny network, in float32."""
+    return ("--backbone", str(tiny()), "--scaling", SCALING, "--precision", "float32")
+
+
+def tiny_choice() -> FeatureChoice:
+    """Return the choice of the features that `tiny_options` name."""
+    return FeatureChoice(backbone=str(tiny()), scaling=SCALING, precision="float32")
+
+
+def _tiny(layers: Any, x: Any) -> Any:
+    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(16, 3, 2, "same", use_bias=False)(x)))
+    x = layers.DepthwiseConv2D(3, padding="same", use_bias=False)(x)
+    x = layers.ReLU(name="early")(layers.BatchNormalization()(x))
+    x = layers.BatchNormalization()(layers.Conv2D(32, 3, 2, "same", use_bias=False)(x))
+    x = layers.ReLU(name="middle")(x)
+    x = layers.BatchNormalization()(layers.Conv2D(64, 3, 2, "same", use_bias=False)(x))
+    return layers.ReLU(name="top")(x)
 
 
 def _depthwise(layers: Any, x: Any) -> Any:
@@ -72,6 +112,7 @@ def _shared(layers: Any, x: Any) -> Any:
 
 
 KINDS: dict[str, Callable[[Any, Any], Any]] = {
+    "tiny": _tiny,
     "depthwise": _depthwise,
     "norm_first": _norm_first,
     "plain": _plain,

@@ -1,6 +1,6 @@
 """Killed anywhere, failed anywhere, full at any moment: the rows are those of a run that was never disturbed.
 
-`pytest --every-call` leaves no call out; otherwise some are, at even distances, as it takes a quarter of an hour.
+`make test-all` leaves no call out; otherwise some are, at even distances, as it takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def test_every_call_may_fail(
     total, codes = len(watcher.calls), Counter[int]()
     assert total >= 4
     steps = {("features", True): 4, ("features", False): 3, ("gc", True): 3, ("gc", False): 3}
-    step = 1 if request.config.getoption("every_call") else steps.get((scenario.name, for_good), 1)
+    step = 1 if request.config.getoption("all") else steps.get((scenario.name, for_good), 1)
     for number in range(1, total + 1, step):
         data = scenario.fresh(tmp_path / "data")
         capsys.readouterr()
@@ -223,7 +223,7 @@ def test_every_call_may_be_the_last(
     with watched(Watcher()) as watcher:
         assert call(scenario.fresh(tmp_path / "data"), *scenario.command) == 0
     numbers = list(range(1, len(watcher.calls) + 1))
-    if not request.config.getoption("every_call"):
+    if not request.config.getoption("all"):
         numbers = first_of_each_kind(watcher.calls) if scenario.name == "features" else numbers[::4]
     for number in numbers:
         data = scenario.fresh(tmp_path / "data")
@@ -286,7 +286,7 @@ def test_every_call_of_a_sweep_may_be_the_last(
         assert call(data, *swept.command) == 0
     check_sweep(swept, data, capsys, "undisturbed")
     numbers = range(1, len(watcher.calls) + 1)
-    if not request.config.getoption("every_call"):
+    if not request.config.getoption("all"):
         numbers = telling_calls_of_sweep(watcher.calls)
     for number in numbers:
         swept.fresh(data)
@@ -312,7 +312,7 @@ def test_every_call_of_a_sweep_may_fail(
     with watched(Watcher(among=among, within=within)) as watcher:
         assert call(swept.fresh(data), *swept.command) == 0
     numbers = range(1, len(watcher.calls) + 1)
-    if not request.config.getoption("every_call"):
+    if not request.config.getoption("all"):
         numbers = telling_calls_of_sweep(watcher.calls)
     for number in numbers:
         swept.fresh(data)

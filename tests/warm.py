@@ -1,0 +1,188 @@
+"""The command line in a process of its own that need not import TensorFlow first: a copy of one that has.
+
+A warm process is forked from a server, one for each process of pytest, in which what commands import is there and
+nothing has been computed. It has its own standard streams, environment and folder; it ends by itself and can be killed.
+What is read as a program starts it does not show, as the variables that libraries look at, or the encoding of the
+streams: for that, tests start `cli.py` itself.
+
+As a program it is the server: python tests/warm.py SOCKET
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+ROOT = Path(__file__).parent.parent
+_IMPORTED = (
+    "jinja2", "matplotlib.pyplot", "sklearn.linear_model", "sklearn.preprocessing", "skops.io",
+    "pipeline.compute", "pipeline.finetune", "pipeline.report", "pipeline.sweep", "pipeline.train",
+)  # fmt: skip
+_LENGTH = 8  # bytes of the number before each message
+
+
+class Process:
+    """A warm process, with what `subprocess.Popen` calls so."""
+
+    def __init__(
+        self,
+        arguments: list[str],
+        *,
+        cwd: Path = ROOT,
+        env: dict[str, str],
+        stdin: int | IO[Any] = subprocess.DEVNULL,
+        stdout: int | IO[Any] = subprocess.DEVNULL,
+        stderr: int | IO[Any] = subprocess.DEVNULL,
+    ) -> None:
+        self.args = arguments
+        self.returncode: int | None = None
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(_server())
+        message = json.dumps([arguments, str(cwd), env]).encode()
+        with Path(os.devnull).open("r+b") as nowhere:
+            streams = [nowhere if each == subprocess.DEVNULL else each for each in (stdin, stdout, stderr)]
+            numbers = [each if isinstance(each, int) else each.fileno() for each in streams]
+            socket.send_fds(self._connection, [len(message).to_bytes(_LENGTH)], numbers)
+        self._connection.sendall(message)
+        self.pid = self._answer()
+
+    def poll(self) -> int | None:
+        """Return the exit code, negative for a signal, or None as long as it runs."""
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self._connection.settimeout(timeout)
+            try:
+                self.returncode = self._answer()
+            except TimeoutError:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
+            self._connection.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _answer(self) -> int:
+        return int.from_bytes(_exactly(self._connection, _LENGTH), signed=True)
+
+
+@functools.cache
+def _server() -> str:
+    """Return where the server of this process listens; it ends when this process does."""
+    path = f"{tempfile.mkdtemp(prefix='warm-')}/socket"
+    server = subprocess.Popen(
+        [sys.executable, __file__, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.__stderr__
+    )
+    assert server.stdout is not None
+    assert server.stdin is not None
+    assert server.stdout.readline() == b"ready\n"
+    return path
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    got = b""
+    while len(got) < count:
+        more = connection.recv(count - len(got))
+        if not more:
+            raise EOFError("the server of warm processes has ended")
+        got += more
+    return got
+
+
+def _serve(path: str) -> None:
+    _import_all()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
+    print("ready", flush=True)
+    while 0 not in select.select([listener, 0], [], [])[0]:
+        connection = listener.accept()[0]
+        if os.fork() == 0:
+            listener.close()
+            _start_and_wait(connection)
+        connection.close()
+    shutil.rmtree(Path(path).parent)
+
+
+def _start_and_wait(connection: socket.socket) -> NoReturn:
+    """Start what is asked for, and tell its number and then its exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    length, streams, _, _ = socket.recv_fds(connection, _LENGTH, 3)
+    message = _exactly(connection, int.from_bytes(length))
+    process = os.fork()
+    if process == 0:
+        connection.close()
+        _run(*json.loads(message), streams)
+    for stream in (*streams, 0, 1):
+        os.close(stream)
+    try:
+        connection.sendall(process.to_bytes(_LENGTH, signed=True))
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        connection.sendall(code.to_bytes(_LENGTH, signed=True))
+    except OSError:
+        pass  # who started it has ended
+    os._exit(0)
+
+
+def _run(arguments: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> NoReturn:
+    import cli
+
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = [str(ROOT / "cli.py"), *arguments]
+    code = 1
+    try:
+        cli.run_and_exit()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _import_all() -> None:
+    """Import whatever commands import, and compute nothing: TensorFlow's threads would be missing in each copy."""
+    sys.path.insert(0, str(ROOT))
+    from pipeline.keras_start import import_keras
+
+    import_keras()  # first, as it is to find nothing imported that it leaves out
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    importlib.import_module("cli")._command()
+    gc.collect()
+    gc.freeze()
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
