@@ -136,7 +136,8 @@ def _start_and_wait(connection: socket.socket) -> NoReturn:
     process = os.fork()
     if process == 0:
         connection.close()
-        _run(*json.loads(message), streams)
+        arguments, folder, environment = json.loads(message)
+        _run(arguments, folder, environment, streams)
     for stream in (*streams, 0, 1):
         os.close(stream)
     try:
