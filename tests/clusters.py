@@ -5,22 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conftest import ROOT, environment
+import warm
+from conftest import environment
 from distributed import Client
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+from served import free_ports
 
 
 @dataclass
@@ -29,33 +23,26 @@ class Cluster:
 
     address: str
     scratch: Path
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    processes: list[warm.Process] = field(default_factory=list)
     options: tuple[str, ...] = ()
 
-    def start_scheduler(self) -> subprocess.Popen[bytes]:
+    def start_scheduler(self) -> warm.Process:
         port = self.address.rsplit(":", 1)[1]
-        return self._start("dask_scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard", "--no-show")
+        return self._start("scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard", "--no-show")
 
-    def start_worker(self, memory_limit: str = "0", **env: str) -> subprocess.Popen[bytes]:
-        more = (
-            "--nthreads",
-            "2",
-            "--memory-limit",
-            memory_limit,
-            "--local-directory",
-            str(self.scratch),
-            "--no-dashboard",
-        )
-        return self._start("dask_worker", self.address, *more, **env)
+    def start_worker(self, memory_limit: str = "0", **env: str) -> warm.Process:
+        limits = ("--nthreads", "2", "--memory-limit", memory_limit)
+        folder = ("--local-directory", str(self.scratch))
+        return self._start("worker", self.address, *limits, *folder, "--no-dashboard", **env)
 
-    def _start(self, program: str, *arguments: str, **env: str) -> subprocess.Popen[bytes]:
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    def _start(self, program: str, *arguments: str, **env: str) -> warm.Process:
         with (self.scratch / f"{program}-{len(self.processes)}.log").open("wb") as log:
-            started = subprocess.Popen(
-                [sys.executable, "-m", f"distributed.cli.{program}", *arguments, *self.options],
+            started = warm.Process(
+                [program, *arguments, *self.options],
+                program="dask_process",
+                env=environment(no_proxy="127.0.0.1", **env),
                 stdout=log,
                 stderr=log,
-                env=environment(PYTHONPATH=paths, no_proxy="127.0.0.1", **env),
                 start_new_session=True,
             )
         self.processes.append(started)
@@ -71,9 +58,12 @@ class Cluster:
         with Client(self.address, set_as_default=False, timeout=60) as client:
             client.wait_for_workers(count)
 
-    def worker_pids(self) -> list[int]:
-        with Client(self.address, set_as_default=False, timeout=30) as client:
-            return list(dict[str, int](client.run(os.getpid)).values())  # type: ignore[arg-type]
+    def worker_pids(self, count: int) -> list[int]:
+        """Return the process numbers of all workers once there are `count`: a nanny takes a while to start one."""
+        with Client(self.address, set_as_default=False, timeout=60) as client:
+            while len(pids := list(dict[str, int](client.run(os.getpid)).values())) < count:  # type: ignore[arg-type]
+                time.sleep(0.05)
+            return pids
 
     def stop(self) -> None:
         for process in self.processes:
@@ -86,7 +76,8 @@ class Cluster:
 def by_hand(scratch: Path, workers: int, protocol: str = "tcp", options: tuple[str, ...] = ()) -> Iterator[Cluster]:
     """A scheduler and its workers, which start while the test goes on."""
     scratch.mkdir(parents=True, exist_ok=True)
-    cluster = Cluster(f"{protocol}://127.0.0.1:{free_port()}", scratch, options=options)
+    (port,) = free_ports(1)
+    cluster = Cluster(f"{protocol}://127.0.0.1:{port}", scratch, options=options)
     try:
         cluster.start_scheduler()
         for _ in range(workers):
@@ -99,8 +90,9 @@ def by_hand(scratch: Path, workers: int, protocol: str = "tcp", options: tuple[s
 
 def _wait_for(cluster: Cluster) -> None:
     host, port = cluster.address.split("//")[1].rsplit(":", 1)
-    for _ in range(600):
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
         with suppress(OSError), socket.create_connection((host, int(port)), 1):
             return
-        time.sleep(0.1)
+        time.sleep(0.02)
     raise TimeoutError("the scheduler did not start")

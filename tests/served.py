@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +31,7 @@ class Page:
     says: str = "etag"
     fails: int = 0  # how many GETs are answered with 500 first
     delay: float = 0
+    until: threading.Event | None = None  # what its answers wait for
     missing: int = 0  # bytes of the body that are never sent
     ranges: bool = False
     location: str = ""
@@ -87,6 +89,8 @@ def served() -> Iterator[Site]:
         def send_page(self, page: Page, body: bool) -> None:
             if site.stopped.wait(page.delay):
                 return
+            if page.until is not None:
+                page.until.wait()
             status, content = page.status, page.content
             if body and page.fails:
                 page.fails -= 1
@@ -148,7 +152,7 @@ def bucket_server(folder: Path) -> Iterator[Bucket]:
     from botocore.session import Session
 
     names = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc")
-    ports = dict(zip(names, _free_ports(len(names)), strict=True))
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
     keys = {"accessKey": "icebox", "secretKey": "of-a-test"}
     identity = {"name": "icebox", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
@@ -195,9 +199,12 @@ def bucket_server(folder: Path) -> Iterator[Bucket]:
             Path(f"/tmp/seaweedfs-{name.replace('.', '-')}-{port}.sock").unlink(missing_ok=True)
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody gets who asks the system for any, so that a server can have them later, or again."""
+    found = list[socket.socket]()
+    with ExitStack() as stack:
+        while len(found) < count:
+            with suppress(OSError):
+                port = random.SystemRandom().randrange(20_000, 30_000)
+                found.append(stack.enter_context(socket.create_server(("127.0.0.1", port))))
+        return [each.getsockname()[1] for each in found]

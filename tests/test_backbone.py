@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import SPEC, picture
+from own_networks import frozen_tiny
 
 from pipeline import images, machine
 from pipeline.backbone import folding
@@ -30,6 +32,12 @@ def whole() -> Any:
     model = build("inception_v3")
     load_weights(model, SPEC.weights, None)
     return model
+
+
+@pytest.fixture(scope="module")
+def spare() -> Any:
+    """A second network, whose weights each test sets itself."""
+    return build("inception_v3")
 
 
 @pytest.fixture(scope="module")
@@ -62,23 +70,26 @@ def test_float32_rows_equal_keras_within_float16_rounding(
     assert features.max() > 0.05, "magnitudes are ordinary"
 
 
-def test_folding_batch_norm_changes_nothing_but_rounding(whole: Any, pixels: np.ndarray) -> None:
+def folded(model: Any) -> Any:
+    """Return the function of TensorFlow that computes the model with its batch norms folded."""
+    return tf.function(lambda images: folding.run(model, images), autograph=False)
+
+
+def test_folding_batch_norm_changes_nothing_but_rounding(whole: Any, spare: Any, pixels: np.ndarray) -> None:
     rng = np.random.default_rng(3)
-    model = build("inception_v3")
-    for weights, drawn in zip(model.weights, whole.get_weights(), strict=True):
+    for weights, drawn in zip(spare.weights, whole.get_weights(), strict=True):
         # Statistics as after training, where none is 0 or 1.
         spread = {"moving_mean": 0.1, "beta": 0.1}.get(weights.name)
         weights.assign(drawn + rng.normal(0, spread, drawn.shape) if spread else drawn)
     scaled = tf.constant(scale(pixels[:4].astype(np.float32), SPEC.scaling))
-    expected = model(scaled, training=False).numpy()
-    found = tf.function(lambda images: folding.run(model, images))(scaled).numpy()
+    expected = spare(scaled, training=False).numpy()
+    found = folded(spare)(scaled).numpy()
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
     assert np.linalg.norm(expected) > 1
 
 
 def test_every_batch_norm_of_the_network_is_folded(whole: Any) -> None:
-    run = tf.function(lambda images: folding.run(whole, images))
-    graph = run.get_concrete_function(tf.TensorSpec((2, 299, 299, 3))).graph
+    graph = folded(whole).get_concrete_function(tf.TensorSpec((2, 299, 299, 3))).graph
     kinds = Counter(operation.type for operation in graph.get_operations())
     assert kinds["Conv2D"] == kinds["BiasAdd"] == 94
     assert not {kind for kind in kinds if "BatchNorm" in kind or kind in ("Rsqrt", "Mul", "Sub")}
@@ -88,7 +99,7 @@ def test_every_batch_norm_of_the_network_is_folded(whole: Any) -> None:
 def test_a_network_cut_anywhere_is_folded_too(whole: Any, pixels: np.ndarray, layer: str) -> None:
     below = cut(whole, layer)
     scaled = tf.constant(scale(pixels[:2].astype(np.float32), SPEC.scaling))
-    found = tf.function(lambda images: folding.run(below, images))(scaled).numpy()
+    found = folded(below)(scaled).numpy()
     expected = below(scaled, training=False).numpy()
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
 
@@ -121,16 +132,19 @@ def test_bfloat16_rows_keep_no_noise_below_bfloat16(pixels: np.ndarray, frozen: 
     assert 0 < difference < 0.1
 
 
-def test_features_that_are_not_finite_are_refused(pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def small_pixels(count: int) -> np.ndarray:
+    return np.stack([images.resize(picture(i), 32, "squash") for i in range(count)])
+
+
+def test_features_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(model: Any, identity: str, path: Path | None) -> None:
         load_weights(model, identity, path)
-        first = model.get_layer(index=1)
-        first.kernel.assign(first.kernel * 1e12)
+        model.weights[0].assign(model.weights[0] * 1e12)
 
     monkeypatch.setattr(frozen_module, "load_weights", loaded)
-    model = FrozenBackbone(SPEC, None, batch_size=2)
+    model = frozen_tiny(2)
     with pytest.raises(IceboxError, match="not finite"):
-        model(pixels[:2])
+        model(small_pixels(2))
 
 
 @pytest.mark.parametrize(
@@ -148,12 +162,10 @@ def test_the_batch_is_the_fastest_and_larger_only_for_a_reason(rates: dict[int, 
     assert best_batch(32, 256, rates[32], rates.__getitem__) == best
 
 
-def test_a_batch_is_looked_for_where_computing_takes_long(
-    pixels: np.ndarray, frozen: FrozenBackbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_is_looked_for_where_computing_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen_module, "_LEAST_BATCH", 1)
     monkeypatch.setattr(frozen_module, "_MEASURED_SECONDS", 1e-6)
-    model = FrozenBackbone(SPEC, None, batch_size=2)
+    model, pixels = frozen_tiny(2), small_pixels(4)
     model.choose_batch(1_999, 4)
     assert model.batch_size == 2, "it would take longer than it could save"
     monkeypatch.setattr(frozen_module, "_WORTH_SECONDS", 1e-6)
@@ -162,7 +174,7 @@ def test_a_batch_is_looked_for_where_computing_takes_long(
     model.choose_batch(2_000, 4)
     assert model.batch_size == 4, "the larger, the faster"
     features, _ = model(pixels[:3])
-    np.testing.assert_allclose(features, frozen(pixels[:3])[0], rtol=2**-10, atol=2**-14)
+    np.testing.assert_allclose(features, frozen_tiny(4)(pixels[:3])[0], rtol=2**-10, atol=2**-14)
     monkeypatch.setattr(FrozenBackbone, "rate", lambda model: 1.0)
     model.choose_batch(2_000, 4)
     assert model.batch_size == 2, "half is as fast"
@@ -193,37 +205,41 @@ def test_only_layers_where_branches_meet_can_be_cut(whole: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["as_saved.weights.h5", "renamed.h5"])
-def test_a_weights_file_gives_the_network_back_whatever_it_is_called(whole: Any, tmp_path: Path, name: str) -> None:
+def test_a_weights_file_gives_the_network_back_whatever_it_is_called(
+    whole: Any, spare: Any, tmp_path: Path, name: str
+) -> None:
     whole.save_weights(tmp_path / "w.weights.h5")
     path = (tmp_path / "w.weights.h5").rename(tmp_path / name)
-    other = build("inception_v3")
-    load_weights(other, "sha256:00", path)
-    for expected, found in zip(whole.get_weights(), other.get_weights(), strict=True):
+    for each in spare.weights:
+        each.assign(np.full(each.shape, 7.0))
+    load_weights(spare, "sha256:00", path)
+    for expected, found in zip(whole.get_weights(), spare.get_weights(), strict=True):
         np.testing.assert_array_equal(expected, found)
 
 
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_network_are_refused(spare: Any, tmp_path: Path) -> None:
     small = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     small.save_weights(tmp_path / "small.weights.h5")
     (tmp_path / "text.weights.h5").write_text("no weights at all")
     for name in ("small.weights.h5", "text.weights.h5"):
         with pytest.raises(WeightsError, match="does not hold weights"):
-            load_weights(build("inception_v3"), "sha256:00", tmp_path / name)
+            load_weights(spare, "sha256:00", tmp_path / name)
 
 
-def test_untrained_weights_are_the_seeds_and_differ_between_seeds(whole: Any) -> None:
-    again, other = build("inception_v3"), build("inception_v3")
-    load_weights(again, "untrained:glorot_centred_1:0", None)
-    load_weights(other, "untrained:glorot_centred_1:1", None)
-    np.testing.assert_array_equal(whole.get_weights()[-10], again.get_weights()[-10])
-    np.testing.assert_array_equal(whole.get_weights()[0], again.get_weights()[0])
-    assert not np.array_equal(whole.get_weights()[0], other.get_weights()[0])
+def test_untrained_weights_are_the_seeds_and_differ_between_seeds(whole: Any, spare: Any) -> None:
+    load_weights(spare, "untrained:glorot_centred_1:1", None)
+    assert not np.array_equal(whole.get_weights()[0], spare.get_weights()[0])
+    load_weights(spare, "untrained:glorot_centred_1:0", None)
+    for expected, found in zip(whole.get_weights(), spare.get_weights(), strict=True):
+        np.testing.assert_array_equal(expected, found)
 
 
-def test_a_head_on_the_cached_row_is_the_full_model_on_the_image(whole: Any, pixels: np.ndarray) -> None:
+def test_a_head_on_the_cached_row_is_the_full_model_on_the_image(
+    whole: Any, frozen: FrozenBackbone, pixels: np.ndarray
+) -> None:
     from pipeline.heads.dense import build as build_head
 
-    row, pooled = FrozenBackbone(SPEC, None, batch_size=4)(pixels[:4])
+    row, pooled = frozen(pixels[:4])
     on_tensor = build_head(HeadSpec.make("gap"), (8, 8, 2048), 5)
     on_pooled = build_head(HeadSpec.make("gap"), (2048,), 5)
     on_pooled.set_weights(on_tensor.get_weights())
@@ -233,9 +249,11 @@ def test_a_head_on_the_cached_row_is_the_full_model_on_the_image(whole: Any, pix
     np.testing.assert_allclose(on_pooled.predict_on_batch(pooled), expected, atol=1e-5)
 
 
-def test_parameter_counts_of_the_known_recipes(whole: Any) -> None:
+def test_parameter_counts_of_the_known_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import summary
     from pipeline.summary import summarize
 
+    monkeypatch.setattr(summary, "build", functools.cache(build))
     counts = summarize("gap", 10, "mixed10")
     assert counts["trainable_all"] == 21_900_138
     assert counts["backbone"] == "inception_v3"

@@ -9,18 +9,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import psutil
 import pytest
+import warm
 from clusters import Cluster, by_hand
 from conftest import ROOT, SPEC, command_line, environment, icebox, write_picture
-from own_networks import own_choice, write_network
+from hindered import Blind, Held, Poison, hindered
+from own_networks import own_choice, tiny_choice, tiny_options, write_network
 from served import Page, served
 from test_extract import stored
 
@@ -35,18 +38,34 @@ from pipeline.choice import FeatureChoice
 from pipeline.cluster import ClusterChoice, connected
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.dataset.base import FileSource
 from pipeline.errors import IceboxError, UnfitWorkerError, UsageError
 from pipeline.extract import Extraction, extract
 from pipeline.fleet_worker import Requirements
-from pipeline.keras_start import import_keras
 from pipeline.shard_task import Setup
 from pipeline.workspace import Workspace
 
 Stored = dict[bytes, tuple[np.ndarray, np.ndarray]]
 
-UNTRAINED = FeatureChoice(weights="untrained", precision="float32")
 SMALL = ComputeOptions(shard_rows=4, batch_size=4)
+
+
+@pytest.fixture(autouse=True)
+def _attentive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notice losses sooner."""
+    monkeypatch.setattr(pipeline.link, "LOOK_EVERY_S", 0.1)
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait but a moment for other workers where all who are there are unfit."""
+    monkeypatch.setattr(pipeline.fleet, "_GRACE_S", 0.5)
+
+
+@pytest.fixture
+def _quick_nanny() -> Iterator[None]:
+    """Have workers that are started here import nothing again when they are started anew."""
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +95,13 @@ def run(
     data: Path,
     images: Path | Dataset,
     cluster: ClusterChoice | None = None,
-    choice: FeatureChoice = UNTRAINED,
+    choice: FeatureChoice | None = None,
     **more: Any,
 ) -> Extraction:
+    """Compute the features of the tiny network, or of another."""
     dataset = images if isinstance(images, Dataset) else open_dataset(str(images), downloads=data)
     with closing(Cache(data / "cache")) as cache:
-        return extract(dataset, Workspace(data, cache), choice, SMALL, cluster=cluster, **more)
+        return extract(dataset, Workspace(data, cache), choice or tiny_choice(), SMALL, cluster=cluster, **more)
 
 
 def same_rows(data: Path, rows: Stored) -> bool:
@@ -92,7 +112,7 @@ def same_rows(data: Path, rows: Stored) -> bool:
 
 
 def test_workers_started_for_it_give_the_same_rows(images: Path, alone: Stored, tmp_path: Path) -> None:
-    asked = ("--dataset", images, "--weights", "untrained", "--precision", "float32")
+    asked = ("--dataset", images, *tiny_options())
     sizes = ("--shard-rows", "4", "--batch-size", "4")
     done = icebox(tmp_path, "features", *asked, *sizes, "--workers", "2", "--json")
     assert done.code == 0, done.err
@@ -128,35 +148,43 @@ def test_workers_compute_with_other_networks(images: Path, cluster: Cluster, tmp
     assert same_rows(tmp_path / "shared", stored(tmp_path / "alone"))
 
 
-def test_images_in_memory_travel_with_their_tasks(cluster: Cluster, tmp_path: Path) -> None:
+def test_images_in_memory_travel_with_their_tasks_and_the_default_network_computes_there(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     digits = open_dataset("digits", downloads=tmp_path).take(np.arange(10))
-    run(tmp_path / "here", digits)
-    done = run(tmp_path / "there", digits, ClusterChoice(scheduler=cluster.address))
+    default = FeatureChoice(weights="untrained", precision="float32")
+    run(tmp_path / "here", digits, choice=default)
+    done = run(tmp_path / "there", digits, ClusterChoice(scheduler=cluster.address), default)
     assert done.computed == 10
     assert same_rows(tmp_path / "there", stored(tmp_path / "here"))
 
 
+@pytest.mark.usefixtures("_impatient")
 def test_a_worker_whose_memory_limit_is_too_small_is_given_up_and_the_limit_named(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its nanny would end it and start it anew for ever, or Dask give it nothing to do."""
     monkeypatch.setattr(pipeline.worker_health, "PAUSED_S", 2.0)
+    monkeypatch.setattr(pipeline.link, "LOOK_EVERY_S", 1.0)  # nannies tell why they end one before it is gone
     with by_hand(tmp_path / "cluster", workers=0) as cluster:
-        cluster.start_worker(memory_limit="100MB")
-        cluster.wait_for_workers(1)
+        opened = pipeline.link.Link.open
+
+        def open_and_start(self: pipeline.link.Link) -> None:
+            opened(self)
+            cluster.start_worker(memory_limit="100MB")
+
+        monkeypatch.setattr(pipeline.link.Link, "open", open_and_start)
         with pytest.raises(IceboxError, match=r"as it came near its memory limit of 100 MB; start it with more"):
             run(tmp_path / "data", images, ClusterChoice(scheduler=cluster.address))
     assert "does its environment have Icebox" not in caplog.text
 
 
-def end_worker(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+# Without names, they are sent as they are: a worker need not import this module.
+end_worker: Callable[..., Any] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+shape_of_a_row: Callable[..., Any] = lambda requirements: (4, 4, 64)  # noqa: E731
 
 
-def shape_of_a_row(requirements: Requirements) -> tuple[int, ...]:
-    return (8, 8, 2048)
-
-
+@pytest.mark.usefixtures("_quick_nanny", "_impatient")
 @pytest.mark.parametrize(
     ("vet", "run_task", "when"),
     [
@@ -226,27 +254,15 @@ def test_copies_behind_addresses_are_computed_once_by_a_worker_whatever_task_the
 # Losses
 
 
-@dataclass(frozen=True)
-class Slow(FileSource):
-    """Takes its time, so that there is a middle of the run for something to happen in."""
-
-    seconds: float = 0.25
-
-    def read(self, i: int) -> bytes:
-        time.sleep(self.seconds)
-        return super().read(i)
-
-    def take(self, rows: np.ndarray) -> Slow:
-        return Slow(self.root, super().take(rows).names, self.seconds)
-
-
-def slowly(images: Path, seconds: float = 0.25) -> Dataset:
+def held(images: Path, folder: Path) -> Dataset:
+    """Return the images, of which only those of the first tasks can be read before `folder / "open"` is there."""
+    folder.mkdir()
     dataset = open_dataset(str(images), downloads=images)
-    return replace(dataset, source=Slow(images, dataset.names, seconds))
+    return hindered(Held, dataset, folder, frozenset(dataset.names[16:]))
 
 
-def while_computing(act: Any) -> threading.Thread:
-    """Do something to a fleet in the middle of a run: `act` is called once rows have come."""
+def while_held(folder: Path, act: Callable[[], Any], waiting: int | None = None) -> threading.Thread:
+    """Call `act` once rows have come and a worker, or that with the number `waiting`, waits for images; then open."""
     seen, heard = threading.Event(), pipeline.link.Link._heard
 
     def listen(self: pipeline.link.Link, event: tuple[float, Any]) -> None:
@@ -254,8 +270,13 @@ def while_computing(act: Any) -> threading.Thread:
         seen.set()
 
     def wait() -> None:
-        assert seen.wait(300)
-        act()
+        try:
+            assert seen.wait(300)
+            while not (list(folder.iterdir()) if waiting is None else (folder / str(waiting)).exists()):
+                time.sleep(0.02)
+            act()
+        finally:
+            (folder / "open").touch()
 
     pipeline.link.Link._heard = listen  # undone by the fixture below
     thread = threading.Thread(target=wait, daemon=True)
@@ -264,18 +285,17 @@ def while_computing(act: Any) -> threading.Thread:
 
 
 @pytest.fixture(autouse=True)
-def unheard(monkeypatch: pytest.MonkeyPatch) -> None:
+def _unheard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.link.Link, "_heard", pipeline.link.Link._heard)
 
 
 def test_a_worker_killed_in_mid_shard_costs_what_it_had_in_hand(
     images: Path, alone: Stored, cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    while len(pids := cluster.worker_pids()) < 2:
-        time.sleep(0.5)
-    victim = pids[0]
-    thread = while_computing(lambda: os.kill(victim, signal.SIGKILL))
-    done = run(tmp_path, slowly(images), ClusterChoice(scheduler=cluster.address))
+    victim, gate = cluster.worker_pids(2)[0], tmp_path / "gate"
+    dataset = held(images, gate)
+    thread = while_held(gate, lambda: os.kill(victim, signal.SIGKILL), victim)
+    done = run(tmp_path, dataset, ClusterChoice(scheduler=cluster.address))
     thread.join()
     assert done.computed == 40
     assert same_rows(tmp_path, alone)
@@ -290,13 +310,12 @@ def test_a_worker_that_falls_silent_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(pipeline.link, "SILENT_S", 6.0)
-    while len(pids := cluster.worker_pids()) < 2:  # an earlier test may have killed one, and its nanny starts another
-        time.sleep(0.5)
-    victim = pids[0]
-    thread = while_computing(lambda: os.kill(victim, signal.SIGSTOP))
+    monkeypatch.setattr(pipeline.link, "SILENT_S", 3.0)
+    victim, gate = cluster.worker_pids(2)[0], tmp_path / "gate"
+    dataset = held(images, gate)
+    thread = while_held(gate, lambda: os.kill(victim, signal.SIGSTOP), victim)
     try:
-        done = run(tmp_path, slowly(images, 0.8), ClusterChoice(scheduler=cluster.address))
+        done = run(tmp_path, dataset, ClusterChoice(scheduler=cluster.address))
         thread.join()
     finally:
         os.kill(victim, signal.SIGCONT)
@@ -305,31 +324,13 @@ def test_a_worker_that_falls_silent_is_given_up(
     assert "does not answer any more" in caplog.text
 
 
-@dataclass(frozen=True)
-class Poison(FileSource):
-    """Reading the image "poison.png" ends the process, unless it is the one that began the test."""
-
-    spared: int = 0
-
-    def read(self, i: int) -> bytes:
-        if self.names[i].endswith("poison.png") and os.getpid() != self.spared:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(i)
-
-    def take(self, rows: np.ndarray) -> Poison:
-        return Poison(self.root, super().take(rows).names, self.spared)
-
-
 def test_an_image_that_ends_its_worker_is_found_and_set_aside(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline.fleet, "_MOST_LOSSES", 1)  # three takes two more deaths
     for name in ("a", "b", "poison", "c", "d", "e"):
         write_picture(tmp_path / "images" / "cats" / f"{name}.png", seed=ord(name[0]))
-    dataset = open_dataset(str(tmp_path / "images"), downloads=tmp_path)
-    source = dataset.source
-    assert isinstance(source, FileSource)
-    dataset = replace(dataset, source=Poison(source.root, source.names, os.getpid()))
+    dataset = hindered(Poison, open_dataset(str(tmp_path / "images"), downloads=tmp_path), os.getpid())
     done = run(tmp_path / "data", dataset, ClusterChoice(scheduler=cluster.address))
     assert done.computed == 5
     assert [(bad.path, bad.reason, bad.since) for bad in done.quarantined] == [
@@ -341,8 +342,9 @@ def test_a_scheduler_that_starts_anew_is_found_again(
     images: Path, alone: Stored, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
-        thread = while_computing(cluster.start_anew)
-        done = run(tmp_path / "data", slowly(images), ClusterChoice(scheduler=cluster.address))
+        dataset = held(images, tmp_path / "gate")
+        thread = while_held(tmp_path / "gate", cluster.start_anew)
+        done = run(tmp_path / "data", dataset, ClusterChoice(scheduler=cluster.address))
         thread.join()
     assert done.computed == 40
     assert same_rows(tmp_path / "data", alone)
@@ -374,9 +376,15 @@ def test_a_scheduler_that_stays_away_ends_the_run_in_one_line(
 ) -> None:
     monkeypatch.setattr(pipeline.link, "PATIENCE_S", 3.0)
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
-        thread = while_computing(cluster.stop)
+        dataset = held(images, tmp_path / "gate")
+
+        def stop() -> None:
+            cluster.stop()
+            monkeypatch.setattr(clusters, "_TIMEOUT_S", 1)
+
+        thread = while_held(tmp_path / "gate", stop)
         with pytest.raises(IceboxError, match=r"has been gone for 3 s; start it .* what was computed is kept"):
-            run(tmp_path / "data", slowly(images), ClusterChoice(scheduler=cluster.address))
+            run(tmp_path / "data", dataset, ClusterChoice(scheduler=cluster.address))
         thread.join()
 
 
@@ -392,32 +400,57 @@ def test_a_scheduler_without_workers_is_waited_for_and_told(
     assert not list((tmp_path / "data").glob("cache/*/space.json")), "no space is made that nobody fills"
 
 
-def test_workers_end_with_the_program_and_what_they_published_stays(images: Path, tmp_path: Path) -> None:
-    asked = ("--dataset", images, "--weights", "untrained", "--precision", "float32")
-    command = command_line(tmp_path, "features", *asked, "--shard-rows", "2", "--batch-size", "2", "--workers", "2")
-    with subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL) as program:
-        started = set[psutil.Process]()
-        while program.poll() is None and not list(tmp_path.glob("cache/*/shards/[0-9a-f]*.h5")):
-            started |= set(psutil.Process(program.pid).children(recursive=True))
-            time.sleep(0.2)
-        program.send_signal(signal.SIGKILL)
-    gone, alive = psutil.wait_procs(list(started), timeout=30)
+@pytest.fixture
+def endless(images: Path, tmp_path: Path) -> Iterator[Path]:
+    """A list of ten images, and two that never arrive."""
+    with served() as site:
+        site.pages = {f"/{i}.png": Page(delay=900) for i in range(2)}
+        names = [
+            *sorted(str(path.relative_to(images)) for path in images.glob("*/*.png"))[:10],
+            *(f"{site.address}{path}" for path in site.pages),
+        ]
+        (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"{name},a\n" for name in names))
+        yield tmp_path / "list.csv"
+
+
+def wait_for_rows(data: Path, program: warm.Process | subprocess.Popen[str]) -> None:
+    while not list(data.glob("cache/*/shards/[0-9a-f]*.h5")):
+        assert program.poll() is None
+        time.sleep(0.02)
+
+
+def features_by_workers(data: Path, endless: Path, images: Path, workers: int) -> list[str]:
+    listed = ("--dataset", endless, "--image-root", images)
+    small = ("--shard-rows", "2", "--batch-size", "2", "--workers", str(workers))
+    return command_line(data, "features", *listed, *tiny_options(), *small)
+
+
+def test_workers_end_with_the_program_and_what_they_published_stays(
+    images: Path, endless: Path, tmp_path: Path
+) -> None:
+    arguments = features_by_workers(tmp_path, endless, images, 2)[2:]
+    program = warm.Process(arguments, env=environment(no_proxy="127.0.0.1"))
+    wait_for_rows(tmp_path, program)
+    started = psutil.Process(program.pid).children(recursive=True)
+    program.kill()
+    program.wait()
+    gone, alive = psutil.wait_procs(started, timeout=60)
     assert len(gone) >= 2
     assert not alive
     kept = len(stored(tmp_path))
     done = run(tmp_path, images)
     assert (done.rows, done.reused) == (40, kept)
-    assert 0 < kept < 40
+    assert 0 < kept <= 10
 
 
-def test_ctrl_c_in_the_terminal_reaches_all_and_one_line_comes_of_it(images: Path, tmp_path: Path) -> None:
-    asked = ("--dataset", images, "--weights", "untrained", "--precision", "float32")
-    command = command_line(tmp_path, "features", *asked, "--shard-rows", "2", "--batch-size", "2", "--workers", "2")
+def test_ctrl_c_in_the_terminal_reaches_all_and_one_line_comes_of_it(
+    images: Path, endless: Path, tmp_path: Path
+) -> None:
+    command, env = features_by_workers(tmp_path, endless, images, 1), environment(no_proxy="127.0.0.1")
     with subprocess.Popen(
-        command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as program:
-        while program.poll() is None and not list(tmp_path.glob("cache/*/shards/[0-9a-f]*.h5")):
-            time.sleep(0.02)
+        wait_for_rows(tmp_path, program)
         os.killpg(program.pid, signal.SIGINT)
         _, said = program.communicate(timeout=120)
     assert program.returncode == 1
@@ -464,9 +497,7 @@ def test_other_weights_under_the_same_path_are_noticed(tmp_path: Path) -> None:
 
 
 def test_weights_of_an_own_network_are_known_by_their_content(tmp_path: Path) -> None:
-    path, keras = tmp_path / "own.keras", import_keras()
-    inputs = keras.Input((32, 32, 3))
-    keras.Model(inputs, keras.layers.Conv2D(4, 3)(inputs)).save(path)
+    path = write_network(tmp_path / "own.keras", "plain")
     setup = Setup(replace(SPEC, weights=own.read(path).weights), path, 4, tmp_path, network=path)
     fleet_worker._check_weights(setup)
     with pytest.raises(UnfitWorkerError, match=r"has other weights at .*own\.keras"):
@@ -476,6 +507,7 @@ def test_weights_of_an_own_network_are_known_by_their_content(tmp_path: Path) ->
         fleet_worker._check_weights(setup)
 
 
+@pytest.mark.usefixtures("_impatient")
 def test_if_no_worker_is_fit_the_run_ends_with_one_line_that_names_them(
     images: Path, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -490,28 +522,13 @@ def test_a_worker_that_alone_cannot_read_the_images_is_not_used(
 ) -> None:
     """Its reads fail where ours do not: on a machine that lacks a part of the files."""
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
-        blind = cluster.start_worker(BLIND="yes")
-        dataset = open_dataset(str(images), downloads=tmp_path)
-        source = dataset.source
-        assert isinstance(source, FileSource)
-        dataset = replace(dataset, source=Blind(source.root, source.names))
+        cluster.start_worker(BLIND="yes")
+        cluster.wait_for_workers(2)
+        dataset = hindered(Blind, open_dataset(str(images), downloads=tmp_path), tmp_path / "blind", os.getpid())
         done = run(tmp_path / "data", dataset, ClusterChoice(scheduler=cluster.address))
-        assert blind.poll() is None
     assert (done.computed, done.quarantined) == (40, [])
     assert same_rows(tmp_path / "data", alone)
-
-
-@dataclass(frozen=True)
-class Blind(FileSource):
-    """Nothing can be read in a process that is told so, however well it is vetted."""
-
-    def read(self, i: int) -> bytes:
-        if os.environ.get("BLIND"):
-            raise PermissionError(13, "Permission denied")
-        return super().read(i)
-
-    def take(self, rows: np.ndarray) -> Blind:
-        return Blind(self.root, super().take(rows).names)
+    assert "is not used: it cannot read" in caplog.text
 
 
 # How they are reached
@@ -539,15 +556,13 @@ def test_what_cannot_be_meant_is_refused(choice: dict[str, Any], message: str) -
         ClusterChoice(**choice)
 
 
-def test_nobody_at_the_address_is_wrong_usage(images: Path, tmp_path: Path) -> None:
-    done = icebox(
-        tmp_path, "features", "--dataset", images, "--weights", "untrained", "--scheduler", "tcp://127.0.0.1:9"
-    )
-    assert done.code == 2
-    assert "error: no Dask scheduler answers at 'tcp://127.0.0.1:9'" in done.err.splitlines()[-1]
+def test_nobody_at_the_address_is_wrong_usage(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "_TIMEOUT_S", 1)
+    with pytest.raises(UsageError, match=r"^no Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
+        run(tmp_path, images, ClusterChoice(scheduler="tcp://127.0.0.1:9"))
 
 
-def test_a_scheduler_that_speaks_tls_is_spoken_to(tmp_path: Path) -> None:
+def test_a_scheduler_that_speaks_tls_is_spoken_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     openssl = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=icebox")
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
     subprocess.run([*openssl, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
@@ -556,6 +571,7 @@ def test_a_scheduler_that_speaks_tls_is_spoken_to(tmp_path: Path) -> None:
         choice = ClusterChoice(scheduler=cluster.address, tls_ca=cert, tls_cert=cert, tls_key=key)
         with connected(choice) as client:
             assert client.scheduler_info()["address"].startswith("tls://")
+        monkeypatch.setattr(clusters, "_TIMEOUT_S", 1)
         other = tmp_path / "other.pem"
         subprocess.run([*openssl, "-keyout", str(other), "-out", str(other)], check=True, capture_output=True)
         with (

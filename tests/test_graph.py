@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import SPEC
+from own_networks import draw_statistics
 
 from pipeline.backbone import folding
 from pipeline.backbone import frozen as frozen_module
@@ -43,12 +44,7 @@ def network(body: Callable[[Any], Any], policy: str = "float32", seed: int = 1) 
         model: Any = keras.Model(inputs, body(inputs))
     finally:
         keras.config.set_dtype_policy("float32")
-    rng = np.random.default_rng(seed)
-    for weight in model.weights:
-        if weight.name in ("gamma", "moving_variance"):
-            weight.assign(rng.uniform(0.5, 1.5, weight.shape))
-        elif weight.name in ("beta", "bias", "moving_mean"):
-            weight.assign(rng.normal(0, 0.5, weight.shape))
+    draw_statistics(model, seed)
     return model
 
 
@@ -278,6 +274,7 @@ def frozen_of(monkeypatch: pytest.MonkeyPatch, model: Any, layer: str, **more: A
 
 
 def test_rows_are_computed_at_the_networks_own_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(frozen_module, "_MEASURED_SECONDS", 1e-6)
     body = lambda x: layers.GlobalMaxPooling2D(name="max")(layers.Conv2D(5, 3, name="conv")(x))  # noqa: E731
     model = network(body)
     pixels = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)

@@ -23,6 +23,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from made import key, made
+from own_networks import StandIn
 
 import pipeline.decoder
 import pipeline.extract
@@ -42,30 +43,6 @@ from pipeline.spec import Augmentation, Views
 from pipeline.workspace import open_workspace
 
 EXAMPLES = settings().max_examples  # of conftest.py's profile; fewer where each is a whole life
-
-
-def features_of(pixels: np.ndarray) -> np.ndarray:
-    """Return (n, 2, 2, 3) float16 of (n, 299, 299, 3): another picture, another row."""
-    shrunk = [cv2.resize(each, (2, 2), interpolation=cv2.INTER_AREA) for each in pixels]
-    return np.stack(shrunk).astype(np.float16) + 0.5
-
-
-class Network:
-    """What a network is to the cache: a function of pixels. The real one stands in test_crash.py; it takes longer."""
-
-    computed = 0
-    row_shape = (2, 2, 3)
-
-    def __init__(self, spec: object, weights: object, batch_size: int, threads: object, network: object) -> None:
-        self.batch_size = batch_size
-
-    def bound_batch(self, most: int) -> None:
-        """Its rows are small."""
-
-    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        Network.computed += len(pixels)
-        features = features_of(pixels)
-        return features, features.astype(np.float32).mean((1, 2))
 
 
 class SameProcess:
@@ -105,7 +82,7 @@ def expected(number: int, view: int) -> np.ndarray:
     pixels = images.decode(content(number))
     if view:
         pixels = augment.warp(pixels, Augmentation(), augment.draws(digest(content(number)), view))
-    return features_of(pixels[None])[0]
+    return StandIn.features_of(pixels[None])[0]
 
 
 class Life(RuleBasedStateMachine):
@@ -117,7 +94,7 @@ class Life(RuleBasedStateMachine):
         self.images = self.folder / "images"
         self.images.mkdir()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(pipeline.shard_task, "FrozenBackbone", Network)
+        self.patch.setattr(pipeline.shard_task, "FrozenBackbone", StandIn)
         self.patch.setattr(pipeline.decoder, "_Decoder", SameProcess)
         self.choice = FeatureChoice(weights="untrained", precision="float32")
 
@@ -151,10 +128,10 @@ class Life(RuleBasedStateMachine):
     @rule(retry=st.booleans(), views=st.integers(1, 3))
     def features(self, retry: bool, views: int) -> None:
         lacking = self.lacking(views)
-        before = Network.computed
+        before = StandIn.computed
         done = self.extract(views, retry_failed=retry)
         assert done.rows == views * (done.images - len(done.quarantined))
-        assert done.computed == Network.computed - before == lacking, "no more and no less than was missing"
+        assert done.computed == StandIn.computed - before == lacking, "no more and no less than was missing"
         bad = {path.name for path in self.present() if not path.read_bytes().startswith(b"\x89PNG")}
         assert {Path(each.path).name for each in done.quarantined} == bad
         assert self.lacking(views) == 0

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SPEC, environment
 from keras import layers, ops
+from keras.src.applications.efficientnet import EfficientNet
 
 from pipeline.backbone import build, keras_archive, keras_objects, own
 from pipeline.backbone.frozen import FrozenBackbone
@@ -151,16 +152,18 @@ def test_a_network_computes_what_keras_makes_of_the_file(tmp_path: Path, make: C
     compare(saved(randomised(make()), tmp_path / "my.keras"))
 
 
+# EfficientNetB0 is of the same blocks as the shallow one.
 @pytest.mark.parametrize(
     ("builder", "options"),
     [
         ("MobileNetV2", {"alpha": 0.35, "pooling": "avg"}),
-        ("EfficientNetB0", {}),
+        ("EfficientNet", {"width_coefficient": 0.5, "depth_coefficient": 0.1, "default_size": 64}),
+        pytest.param("EfficientNetB0", {}, marks=pytest.mark.long),
         ("MobileNetV3Small", {"minimalistic": False}),
     ],
 )
 def test_what_keras_applications_build_is_taken_as_a_file_too(tmp_path: Path, builder: str, options: Config) -> None:
-    make = getattr(keras.applications, builder)
+    make: Any = EfficientNet if builder == "EfficientNet" else getattr(keras.applications, builder)
     compare(saved(make(include_top=False, weights=None, input_shape=(64, 64, 3), **options), tmp_path / "my.keras"), 64)
 
 
@@ -361,7 +364,7 @@ def deep(config: Config) -> None:
 
 
 def many_calls(config: Config) -> None:
-    layer(config)["inbound_nodes"] *= 30_000
+    layer(config)["inbound_nodes"] *= 20_000
 
 
 def twice(side: str) -> Callable[[Config], None]:

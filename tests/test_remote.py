@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from collections import Counter
@@ -23,6 +24,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, command_line, environment, picture
+from own_networks import StandIn
 from served import Bucket, Page, Site, bucket_server, served
 
 import pipeline.shard_task
@@ -36,45 +38,19 @@ from pipeline.explain import explain
 from pipeline.extract import Extraction, extract
 from pipeline.gather import gather, gather_images
 from pipeline.pixels import Pixels, decoding
-from pipeline.spec import FeatureSpec
 from pipeline.workspace import Workspace
 
 UNTRAINED = FeatureChoice(weights="untrained", precision="float32")
 LISTED = ("features", "--weights", "untrained", "--precision", "float32")
 
 
-class _Backbone:
-    """Stands for the network: a row is what a few pixels are, at no cost. Counts the images it is shown."""
-
-    row_shape = (2, 2, 8)
-    shown = 0
-
-    def __init__(
-        self,
-        spec: FeatureSpec,
-        weights: Path | None,
-        batch_size: int,
-        threads: int | None = None,
-        network: Path | None = None,
-    ) -> None:
-        self.batch_size = batch_size
-
-    def bound_batch(self, most: int) -> None:
-        """Its rows are small."""
-
-    def __call__(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        _Backbone.shown += len(pixels)
-        rows = pixels[:, 40:42, 40:56].reshape(len(pixels), 2, 2, 8, 3)[..., 0].astype(np.float32)
-        return rows, rows.mean(axis=(1, 2))
-
-
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No network takes long, and no pause either; what a test opened is closed with it."""
-    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", _Backbone)
+    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", StandIn)
     monkeypatch.setattr(remote, "_PAUSE", 0.01)
     monkeypatch.setattr(remote, "SILENCE", 0.5)
-    monkeypatch.setattr(_Backbone, "shown", 0)
+    monkeypatch.setattr(StandIn, "computed", 0)
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(remote, "_only", remote._State(os.getpid()))
@@ -263,12 +239,15 @@ def test_a_body_beyond_the_limit_is_not_read(site: Site, monkeypatch: pytest.Mon
     assert site.asked["GET", "/a"] == 1
 
 
-def test_no_more_requests_at_once_than_are_allowed(site: Site) -> None:
-    site.pages["/a"] = Page(b"x", delay=0.05)
+def test_no_more_requests_at_once_than_are_allowed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "SILENCE", 120)
+    three_ask = threading.Event()
+    site.pages["/a"] = Page(b"x", delay=0.05, until=three_ask)
     remote.limit_connections(3)
+    found = once(lambda: site.at_once == 3, three_ask)
     with ThreadPoolExecutor(12) as pool:
         assert set(pool.map(lambda _: remote.fetch(f"{site.address}/a").data, range(24))) == {b"x"}
-    assert site.most_at_once == 3
+    assert (found, site.most_at_once) == ([True], 3)
 
 
 # Archives
@@ -359,10 +338,10 @@ def test_a_manifest_with_failing_addresses(site: Site, workspace: Workspace, tmp
 
     site.asked.clear()
     site.pages["/27.png"] = Page(png(27))
-    shown = _Backbone.shown
+    shown = StandIn.computed
     assert counts(features(dataset, workspace)) == (1, 56, 0, 3)
     assert site.gets() == {"/7.png": 1, "/27.png": 1, "/47.png": 3}
-    assert _Backbone.shown == shown + 1
+    assert StandIn.computed == shown + 1
 
 
 def test_the_rows_are_those_of_the_same_files(site: Site, workspace: Workspace, tmp_path: Path) -> None:
@@ -373,7 +352,7 @@ def test_the_rows_are_those_of_the_same_files(site: Site, workspace: Workspace, 
     here = manifest(tmp_path / "here.csv", [f"{i}.png" for i in range(6)])
     there = manifest(tmp_path / "there.csv", [f"{site.address}/{i}.png" for i in range(6)])
     assert counts(features(here, workspace)) == (6, 0, 0, 0)
-    shown = _Backbone.shown
+    shown = StandIn.computed
     assert counts(features(there, workspace)) == (0, 6, 0, 0)
     assert set(site.gets().values()) == {1}
     moved = manifest(tmp_path / "moved.csv", [f"{site.address}/{i}.png?moved" for i in range(6)])
@@ -384,7 +363,7 @@ def test_the_rows_are_those_of_the_same_files(site: Site, workspace: Workspace, 
     mixed = manifest(tmp_path / "mixed.csv", ["0.png", f"{site.address}/0.png", f"{site.address}/9.png", "1.png"])
     site.pages["/9.png"] = Page(png(9))
     assert counts(features(mixed, workspace)) == (1, 2, 1, 0)
-    assert _Backbone.shown == shown + 1
+    assert StandIn.computed == shown + 1
 
 
 def test_copies_behind_addresses_nobody_has_read_are_computed_once(
@@ -394,7 +373,7 @@ def test_copies_behind_addresses_nobody_has_read_are_computed_once(
         site.pages[f"/{i}.png"] = Page(png(i % 3))
     dataset = manifest(tmp_path / "list.csv", [f"{site.address}/{i}.png" for i in (*range(12), 5, 5, 99, 99)])
     assert counts(features(dataset, workspace)) == (3, 0, 11, 2)
-    assert _Backbone.shown == 3
+    assert StandIn.computed == 3
     assert set(site.gets().values()) == {1}
 
 
@@ -430,26 +409,47 @@ def test_a_server_that_is_gone_costs_no_row_and_no_memory_of_it(
     assert site.count("GET") == 0
 
 
-def test_one_that_hangs_holds_up_no_other(site: Site, workspace: Workspace, tmp_path: Path) -> None:
+def once(condition: Callable[[], bool], event: threading.Event) -> list[bool]:
+    """Set the event once the condition holds, or after a minute; what is returned gets to hold whether it did."""
+    found = list[bool]()
+
+    def wait() -> None:
+        end = time.monotonic() + 60
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.01)
+        found.append(condition())
+        event.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    return found
+
+
+def test_one_that_hangs_holds_up_no_other(
+    site: Site, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "SILENCE", 120)
+    others_came = threading.Event()
     for i in range(40):
-        site.pages[f"/{i}.png"] = Page(png(i), delay=60 if i % 4 == 0 else 0)
+        site.pages[f"/{i}.png"] = Page(png(i), until=others_came if i % 4 == 0 else None)
     dataset = manifest(tmp_path / "list.csv", [f"{site.address}/{i}.png" for i in range(40)])
-    start = time.monotonic()
-    assert counts(features(dataset, workspace)) == (30, 0, 0, 10)
-    assert time.monotonic() - start < 10 * 1.5  # which those ten take one after the other, without anything else
+    found = once(lambda: len(site.gets()) == 40, others_came)
+    assert counts(extract(dataset, workspace, UNTRAINED, ComputeOptions(shard_rows=40, batch_size=4))) == (40, 0, 0, 0)
+    assert found == [True]
 
 
 def test_what_lies_far_away_is_read_by_many_threads_and_few_decode(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(remote, "SILENCE", 120)
+    all_ask = threading.Event()
     for i in range(64):
-        site.pages[f"/{i}.png"] = Page(png(i), delay=0.2)
+        site.pages[f"/{i}.png"] = Page(png(i), until=all_ask)
     dataset = manifest(tmp_path / "list.csv", [f"{site.address}/{i}.png" for i in range(64)])
-    start = time.monotonic()
+    found = once(lambda: site.at_once == remote.DEFAULT_CONNECTIONS, all_ask)
     with ThreadPoolExecutor(2) as pool, Loader(dataset, 32, "squash", 10**6) as loader:
-        found = {image.i: image.key for image in loader.stream(pool, range(64), lambda image: image, ahead=4)}
-    assert time.monotonic() - start < 64 * 0.2 / 4
-    assert found == {i: digest(png(i)) for i in range(64)}
+        keys = {image.i: image.key for image in loader.stream(pool, range(64), lambda image: image, ahead=4)}
+    assert keys == {i: digest(png(i)) for i in range(64)}
+    assert found == [True]
     assert site.most_at_once == remote.DEFAULT_CONNECTIONS
 
 

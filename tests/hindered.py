@@ -1,0 +1,71 @@
+"""Files that cannot be read by any process at any time; workers import this module and nothing else of the tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from pipeline.dataset import Dataset
+from pipeline.dataset.base import FileSource
+
+
+@dataclass(frozen=True)
+class _Hindered(FileSource):
+    def take(self, rows: np.ndarray) -> Self:
+        return replace(self, names=super().take(rows).names)
+
+
+@dataclass(frozen=True)
+class Held(_Hindered):
+    """Files of which some cannot be read until `folder / "open"` is there; whoever waits for it leaves its number."""
+
+    folder: Path
+    held: frozenset[str]
+
+    def read(self, i: int) -> bytes:
+        if self.names[i] in self.held:
+            (self.folder / str(os.getpid())).touch()
+            while not (self.folder / "open").exists():
+                time.sleep(0.02)
+        return super().read(i)
+
+
+@dataclass(frozen=True)
+class Poison(_Hindered):
+    """Reading the file "poison.png" ends the process, unless it is the one that began the test."""
+
+    spared: int
+
+    def read(self, i: int) -> bytes:
+        if self.names[i].endswith("poison.png") and os.getpid() != self.spared:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(i)
+
+
+@dataclass(frozen=True)
+class Blind(_Hindered):
+    """Nothing can be read in a process that is told so, however well it is vetted; other workers wait for that."""
+
+    failed: Path
+    spared: int
+
+    def read(self, i: int) -> bytes:
+        if os.environ.get("BLIND"):
+            self.failed.touch()
+            raise PermissionError(13, "Permission denied")
+        while os.getpid() != self.spared and not self.failed.exists():
+            time.sleep(0.02)
+        return super().read(i)
+
+
+def hindered(kind: type[_Hindered], dataset: Dataset, *settings: object) -> Dataset:
+    """Return a dataset of files with another kind of source."""
+    source = dataset.source
+    assert isinstance(source, FileSource)
+    return replace(dataset, source=kind(source.root, source.names, *settings))
