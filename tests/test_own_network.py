@@ -470,7 +470,7 @@ ARCHITECTURES = {
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_refused_architecture(tmp_path: Path, good: Path, case: str) -> None:
+def test_an_architecture_of_other_than_plain_layers_is_refused(tmp_path: Path, good: Path, case: str) -> None:
     change, message = ARCHITECTURES[case]
     assert_refused(with_config(good, tmp_path / "bad.keras", change), message)
 
@@ -510,7 +510,7 @@ BUILT = {
 
 
 @pytest.mark.parametrize("case", BUILT)
-def test_refused_when_it_is_built(tmp_path: Path, case: str) -> None:
+def test_an_output_that_is_no_row_of_an_image_is_refused_when_it_is_built(tmp_path: Path, case: str) -> None:
     make, message = BUILT[case]
     path = saved(make(), tmp_path / "bad.keras")
     with pytest.raises(SpecError) as refused:
@@ -668,7 +668,7 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("case", ARCHIVES)
-def test_refused_archive(tmp_path: Path, good: Path, case: str) -> None:
+def test_an_archive_that_keras_did_not_write_so_is_refused(tmp_path: Path, good: Path, case: str) -> None:
     write, message = ARCHIVES[case]
     assert_refused(write(tmp_path / "bad.keras", members(good)), message)
 
@@ -693,7 +693,7 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_refused_file(tmp_path: Path, case: str) -> None:
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, case: str) -> None:
     make, message = OTHERS[case]
     make(tmp_path / "bad.keras")
     assert_refused(tmp_path / "bad.keras", message)
@@ -737,7 +737,7 @@ READ = {
 
 
 @pytest.mark.parametrize("case", READ)
-def test_refused_weights(tmp_path: Path, good: Path, case: str) -> None:
+def test_weights_that_are_not_plain_numbers_in_the_file_are_refused(tmp_path: Path, good: Path, case: str) -> None:
     change, message = READ[case]
     assert_refused(with_weights(good, tmp_path / "bad.keras", change), message, WeightsError)
 

@@ -26,6 +26,7 @@ import pytest
 from conftest import ROOT, command_line, environment, picture
 from own_networks import StandIn
 from served import Bucket, Page, Site, bucket_server, served
+from test_extract import counts
 
 import pipeline.shard_task
 from pipeline.cache.digests import digest, identify
@@ -89,11 +90,6 @@ def manifest(path: Path, names: list[str], label: Callable[[int], str] = lambda 
 
 def features(dataset: Dataset, workspace: Workspace, **options: Any) -> Extraction:
     return extract(dataset, workspace, UNTRAINED, ComputeOptions(shard_rows=8, batch_size=4), **options)
-
-
-def counts(done: Extraction) -> tuple[int, int, int, int]:
-    assert done.rows + len(done.quarantined) == done.images
-    return done.computed, done.reused, done.duplicates, len(done.quarantined)
 
 
 # What an address is
@@ -225,7 +221,7 @@ def test_the_users_own_configuration_counts(site: Site, monkeypatch: pytest.Monk
     assert site.headers["If-Match"] == "mine"
 
 
-def test_nobody_there() -> None:
+def test_a_refused_connection_and_an_unknown_host_are_named() -> None:
     with pytest.raises(OSError, match=r"^connection refused$"):
         remote.fetch("http://127.0.0.1:9/a.png")
     assert str(refusal.failure(socket.gaierror(-2, "Name or service not known"), 30)) == "no such host"
@@ -269,7 +265,7 @@ def archive(kind: str, members: dict[str, bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_members_of_archives_here_and_elsewhere(site: Site, kind: str, tmp_path: Path) -> None:
+def test_members_of_archives_are_read_here_and_elsewhere(site: Site, kind: str, tmp_path: Path) -> None:
     members = {f"in/{i}.png": png(i) for i in range(8)}
     content = archive(kind, members)
     (tmp_path / f"x.{kind}").write_bytes(content)
@@ -283,7 +279,7 @@ def test_members_of_archives_here_and_elsewhere(site: Site, kind: str, tmp_path:
     assert site.count("GET") < len(members)  # parts of it that hold many
 
 
-def test_an_archive_that_is_none(site: Site, tmp_path: Path) -> None:
+def test_a_file_that_is_no_archive_or_lacks_the_member_is_named(site: Site, tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(b"text" * 1000)
     with pytest.raises(OSError, match=r"^not a whole archive$"):
         remote.fetch(f"zip://a::{tmp_path}/x.zip")
@@ -294,7 +290,9 @@ def test_an_archive_that_is_none(site: Site, tmp_path: Path) -> None:
         remote.fetch(f"zip://a::{site.address}/x.zip")
 
 
-def test_a_member_that_unpacks_to_more_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_that_unpacks_to_more_than_the_limit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "LARGEST", 1000)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as made:
         made.writestr("a.png", bytes(100_000))
@@ -316,7 +314,9 @@ def test_an_archive_that_was_exchanged_is_opened_anew(site: Site, workspace: Wor
 # Datasets
 
 
-def test_a_manifest_with_failing_addresses(site: Site, workspace: Workspace, tmp_path: Path) -> None:
+def test_addresses_that_fail_are_named_and_tried_again_and_nothing_else_is(
+    site: Site, workspace: Workspace, tmp_path: Path
+) -> None:
     """Cached + failed = rows; causes named; nothing fetched twice; what failed is tried again, and nothing else."""
     for i in range(60):
         site.pages[f"/{i}.png"] = Page(png(i), says=("etag", "date")[i % 2])
@@ -490,7 +490,9 @@ def test_a_source_with_addresses_can_be_sent_to_another_process(site: Site, tmp_
 # An S3-compatible server
 
 
-def test_a_bucket(bucket: Bucket, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_a_bucket_are_fetched_once_and_known_by_their_etags(
+    bucket: Bucket, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Images of a bucket, one of them in an archive: fetched once, known by their ETags, changed, and gone."""
     for i in range(10):
         bucket.put(f"in/{i}.png", png(i))
