@@ -191,6 +191,7 @@ shape_of_a_row: Callable[..., Any] = lambda requirements: (4, 4, 64)  # noqa: E7
         (end_worker, fleet_worker.run_task, "before it had done anything"),
         (shape_of_a_row, end_worker, "at work with nothing done in between"),
     ],
+    ids=["when they are vetted", "at work"],
 )
 def test_workers_started_here_that_are_killed_again_and_again_are_given_up(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vet: Any, run_task: Any, when: str
