@@ -424,17 +424,19 @@ def once(condition: Callable[[], bool], event: threading.Event) -> list[bool]:
     return found
 
 
-def test_one_that_hangs_holds_up_no_other(
-    site: Site, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_hangs_holds_up_no_other(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "SILENCE", 120)
-    others_came = threading.Event()
+    others_came, loaded, ahead = threading.Event(), list[int](), 4
     for i in range(40):
         site.pages[f"/{i}.png"] = Page(png(i), until=others_came if i % 4 == 0 else None)
     dataset = manifest(tmp_path / "list.csv", [f"{site.address}/{i}.png" for i in range(40)])
-    found = once(lambda: len(site.gets()) == 40, others_came)
-    assert counts(extract(dataset, workspace, UNTRAINED, ComputeOptions(shard_rows=40, batch_size=4))) == (40, 0, 0, 0)
+    found = once(lambda: len(loaded) == 30 - ahead, others_came)
+    with ThreadPoolExecutor(2) as pool, Loader(dataset, 32, "squash", 10**6) as loader:
+        for image in loader.stream(pool, range(40), lambda image: image, ahead):
+            loaded.append(image.i)
     assert found == [True]
+    assert sorted(loaded) == list(range(40))
+    assert all(i % 4 for i in loaded[: 30 - ahead])
 
 
 def test_what_lies_far_away_is_read_by_many_threads_and_few_decode(

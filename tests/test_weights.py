@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import shutil
-import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -95,10 +94,7 @@ def set_url(monkeypatch: pytest.MonkeyPatch, server: str) -> None:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     """Empty folders, and a backbone whose weights are published at an address where nobody answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        closed = free.getsockname()[1]
-    set_url(monkeypatch, f"http://127.0.0.1:{closed}")
+    set_url(monkeypatch, "http://127.0.0.1:9")
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
