@@ -311,10 +311,14 @@ def test_a_worker_that_falls_silent_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(pipeline.link, "SILENT_S", 3.0)
     victim, gate = cluster.worker_pids(2)[0], tmp_path / "gate"
     dataset = held(images, gate)
-    thread = while_held(gate, lambda: os.kill(victim, signal.SIGSTOP), victim)
+
+    def silence() -> None:
+        os.kill(victim, signal.SIGSTOP)
+        monkeypatch.setattr(pipeline.link, "SILENT_S", 3.0)
+
+    thread = while_held(gate, silence, victim)
     try:
         done = run(tmp_path, dataset, ClusterChoice(scheduler=cluster.address))
         thread.join()
