@@ -98,7 +98,7 @@ def first_of_a_module(row: Backbone) -> Any:
 
 
 # Others of a module have the same code, and their numbers are held by the test above.
-@pytest.mark.parametrize("row", map(first_of_a_module, BACKBONES.values()))
+@pytest.mark.parametrize("row", [first_of_a_module(row) for row in BACKBONES.values()])
 def test_a_row_says_what_keras_builds(row: Backbone, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keras.Model, "load_weights", lambda model, path: None)
     with keras.StatelessScope(initialize_variables=False):  # shapes without numbers: the largest have gigabytes
