@@ -115,7 +115,7 @@ def test_missing_rows_name_the_command_that_makes_them(data: Path) -> None:
     assert_one_line(done, 1, "1,497 of 1,797 images", f"cli.py --data-dir {data} features --dataset digits")
     assert "1,497 of 1,797" in done.json["error"]
     other = tiny_head(data, "--head", "logreg", "--layer", "middle", "--fit", "pad")
-    assert_one_line(other, 1, "300 of 300", "features --dataset digits --limit 300", "--layer middle --fit pad")
+    assert_one_line(other, 1, "300 of 300", "features --dataset digits --limit 300", "--layer middle", "--fit pad")
 
 
 @pytest.mark.parametrize(
