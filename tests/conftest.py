@@ -96,7 +96,7 @@ def icebox(data: Path, *arguments: str | Path, cwd: Path = ROOT, **env: str) -> 
 
 def _written(file: IO[bytes]) -> str:
     file.seek(0)
-    return io.TextIOWrapper(file, "utf-8").read()
+    return io.TextIOWrapper(file, "utf-8", "surrogateescape").read()
 
 
 def picture(seed: int, height: int = 40, width: int = 50, channels: int = 3) -> np.ndarray:

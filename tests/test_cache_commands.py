@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import closing
 from dataclasses import replace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import SPEC, icebox, mark, write_picture
 from made import made, spoil
+from own_networks import tiny_options
 
 from pipeline.cache.digests import digest, identify
 from pipeline.cache.shard import Rows
@@ -162,10 +164,8 @@ def test_quarantine_lists_reason_date_and_place(data: Path, tmp_path: Path) -> N
     bad = tmp_path / "bad" / "class" / "text.png"
     bad.parent.mkdir(parents=True)
     bad.write_text("no image")
-    import os
-
     os.utime(bad, (0, 0))
-    options = ("--dataset", tmp_path / "bad", *UNTRAINED)
+    options = ("--dataset", tmp_path / "bad", *tiny_options())
     done = icebox(data, "features", *options, "--json")
     assert done.code == 3
     (listed,) = icebox(data, "cache", "quarantine", "--json").json["contents"]
@@ -186,7 +186,7 @@ def test_quarantine_lists_reason_date_and_place(data: Path, tmp_path: Path) -> N
 
 def test_a_failure_to_read_is_never_remembered(data: Path, tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path,label\nmissing.png,a\n")
-    done = icebox(data, "features", "--dataset", tmp_path / "list.csv", *UNTRAINED, "--json")
+    done = icebox(data, "features", "--dataset", tmp_path / "list.csv", *tiny_options(), "--json")
     assert done.code == 3
     (bad,) = done.json["quarantined_images"]
     assert bad == {"path": "missing.png", "reason": "cannot be read: No such file or directory", "since": None}
@@ -198,8 +198,8 @@ def test_on_error_fail_ends_at_the_first_bad_image_and_keeps_what_was_computed(
 ) -> None:
     """Ten good images come before the bad one: all of them are computed and kept."""
     mark(images[10], b"LUCK")
-    options = ("--dataset", photos, *UNTRAINED, "--batch-size", "4", "--on-error", "fail")
-    done = icebox(data, "features", *options, PYTHONPATH=str(dangerous))
+    options = ("--dataset", photos, *tiny_options(), "--batch-size", "4", "--on-error", "fail")
+    done = icebox(data, "features", *options)
     assert done.code == 1
     name = str(images[10].relative_to(photos))
     (error,) = re.findall("^error: (.*)", done.err, re.MULTILINE)
@@ -207,10 +207,10 @@ def test_on_error_fail_ends_at_the_first_bad_image_and_keeps_what_was_computed(
     assert error.endswith("mend or remove it, or leave out --on-error fail")
     rows = icebox(data, "cache", "ls", "--json").json["rows"]
     assert rows == 10
-    again = icebox(data, "features", *options, PYTHONPATH=str(dangerous))
+    again = icebox(data, "features", *options)
     assert (again.code, re.findall("^error: (.*)", again.err, re.MULTILINE)) == (1, [error]), "known from before"
     images[10].unlink()
-    mended = icebox(data, "features", *options, "--json", PYTHONPATH=str(dangerous))
+    mended = icebox(data, "features", *options, "--json")
     assert (mended.code, mended.json["rows"], mended.json["reused"]) == (0, 11, 10)
 
 
@@ -260,27 +260,43 @@ def test_a_space_that_is_not_there_is_told(data: Path) -> None:
 # The canary
 
 
-def test_rows_computed_afresh_are_those_in_the_cache(data: Path, photos: Path) -> None:
-    options = ("--dataset", photos, *UNTRAINED, "--batch-size", "4")
-    assert icebox(data, "features", *options).code == 0
+def tiny_space(data: Path, *options: str | Path) -> FeatureSpec:
+    """Compute features by the tiny network; return what the one space in `data` is."""
+    done = icebox(data, "features", *options, *tiny_options())
+    assert done.code == 0, done.err
+    with closing(Cache(data / "cache")) as cache:
+        (space,) = cache.spaces()
+        return space.spec
+
+
+@pytest.mark.parametrize("network", ["inception_v3", "tiny"])
+def test_rows_computed_afresh_are_those_in_the_cache(network: str, data: Path, photos: Path) -> None:
+    named = UNTRAINED if network == "inception_v3" else tiny_options()
+    options = ("--dataset", photos, *named, "--batch-size", "4")
+    space = icebox(data, "features", *options, "--limit", "6", "--json").json["space"]
     done = icebox(data, "cache", "verify", "--recompute", "5", "--dataset", photos, "--json")
     assert done.code == 0, done.err
     (drift,) = done.json["recomputed"]
-    assert (drift["space"], drift["rows"], drift["identical"]) == (SPEC.directory, 5, 5)
+    assert (drift["space"], drift["rows"], drift["identical"]) == (space, 5, 5)
+    assert (space == SPEC.directory) == (network == "inception_v3")
     assert (drift["max_difference"], drift["max_relative"]) == (0, 0)
 
 
 def test_rows_of_another_making_are_noticed(data: Path, tmp_path: Path) -> None:
     digits = limit(open_dataset("digits", downloads=tmp_path), 3)
     keys = np.stack([np.frombuffer(digest(digits.read(i)), np.uint8) for i in range(3)])
-    rows = made([0, 1, 2], SPEC, (8, 8, 2048))
+    spec = tiny_space(data, "--limit", "3")
+    rows = made([0, 1, 2], spec, (4, 4, 64))
     with closing(Cache(data / "cache")) as cache:
-        space = cache.create(SPEC, {})
+        space = cache.open(spec.directory)
+        (shard,) = space.shards.glob("*.h5")
+        space.index.forget_shards(space.name, [shard.stem])
+        shard.unlink()
         space.register(space.write(Rows(rows.features, rows.pooled, keys, rows.views)))
     done = icebox(data, "cache", "verify", "--recompute", "2")
     assert done.code == 1
     assert re.search(r"0 of 2 rows computed afresh are identical, greatest difference \d", done.err)
-    assert f"the features of {SPEC.directory} are not what this machine computes now" in done.err
+    assert f"the features of {spec.directory} are not what this machine computes now" in done.err
 
 
 def test_images_that_are_not_at_hand_are_asked_for(data: Path, images: list[Path]) -> None:
@@ -293,15 +309,14 @@ def test_images_that_are_not_at_hand_are_asked_for(data: Path, images: list[Path
 def test_with_several_spaces_those_whose_images_are_at_hand_are_compared(
     data: Path, photos: Path, images: list[Path]
 ) -> None:
-    options = ("--dataset", photos, *UNTRAINED, "--batch-size", "4")
-    assert icebox(data, "features", *options, "--limit", "4").code == 0
-    other = replace(SPEC, fit="pad")
+    computed = tiny_space(data, "--dataset", photos, "--limit", "4")
+    other = replace(computed, fit="pad")
     with closing(Cache(data / "cache")) as cache:
         space = cache.create(other, {})
         space.register(space.write(made([1, 2, 3], other)))
     done = icebox(data, "cache", "verify", "--recompute", "2", "--dataset", photos, "--json")
     assert done.code == 0, done.err
-    assert [drift["space"] for drift in done.json["recomputed"]] == [SPEC.directory]
+    assert [drift["space"] for drift in done.json["recomputed"]] == [computed.directory]
     assert f"none of the images of {other.directory} is at hand" in done.err
 
 

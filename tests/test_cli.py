@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -12,19 +13,24 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
 import h5py
 import numpy as np
 import pytest
+import warm
 from cached import fill, listed, write_images
 from conftest import ROOT, Finished, command_line, environment, icebox, picture, write_picture
+from own_networks import tiny_options
 from PIL import Image
 
 import cli
+from pipeline import terminal
 from pipeline.commands.shared import called
 from pipeline.spelling import spelt
 from pipeline.workspace import Workspace
@@ -41,16 +47,32 @@ HEAD_KEYS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory with the features of 300 digits."""
+    """A data directory with the features of 300 digits, by the tiny network."""
     data = tmp_path_factory.mktemp("data")
-    done = icebox(data, "features", "--limit", "300", "--shard-rows", "96", "--json")
+    done = icebox(data, "features", "--limit", "300", "--shard-rows", "96", *tiny_options(), "--json")
     assert done.code == 0, done.err
     assert done.json.keys() >= FEATURE_KEYS
-    assert (done.json["rows"], done.json["computed"], done.json["weights"]) == (300, 300, "untrained")
+    assert (done.json["rows"], done.json["computed"], done.json["precision"]) == (300, 300, "float32")
     assert done.json["images_per_second"] > 0
-    assert "UNTRAINED" in done.err
-    assert re.search(r"300 images to compute: about \d+ s, [\d.,]+ [GM]B on disk", done.err)
+    assert re.search(r"300 images to compute: about \d+ s, [\d.,]+ [kGM]B on disk", done.err)
     return data
+
+
+def tiny_head(data: Path, *options: str) -> Finished:
+    """Train a head from the rows in `data`."""
+    return icebox(data, "train-head", "--limit", "300", *tiny_options(), *options)
+
+
+def test_without_any_option_the_features_are_inception_v3s(tmp_path: Path) -> None:
+    """The real network, untrained as there is no net to fetch weights from; a head learns from its rows."""
+    limited = ("--limit", "32", "--json")
+    done = icebox(tmp_path, "features", *limited)
+    assert done.code == 0, done.err
+    assert (done.json["rows"], done.json["computed"], done.json["weights"]) == (32, 32, "untrained")
+    assert "inception_v3-mixed10-" in done.json["space"]
+    assert "UNTRAINED" in done.err
+    trained = icebox(tmp_path, "train-head", "--head", "logreg", *limited)
+    assert (trained.code, trained.json["features_computed"]) == (0, 0), trained.err
 
 
 def assert_one_line(done: Finished, code: int, *words: str) -> None:
@@ -66,12 +88,12 @@ def assert_one_line(done: Finished, code: int, *words: str) -> None:
     ("head", "options"),
     [
         ("logreg", ("--C", "0.5")),
-        ("gap", ("--epochs", "8")),
+        ("gap", ("--epochs", "30")),
         ("flatten", ("--epochs", "8", "--hidden", "64", "--dropout", "0")),
     ],
 )
 def test_each_head_trains_from_the_cache(data: Path, head: str, options: tuple[str, ...]) -> None:
-    done = icebox(data, "train-head", "--head", head, "--limit", "300", *options, "--json")
+    done = tiny_head(data, "--head", head, *options, "--json")
     assert done.code == 0, done.err
     assert done.json.keys() >= HEAD_KEYS
     assert (done.json["head"], done.json["stage"], done.json["features_computed"]) == (head, "head", 0)
@@ -89,11 +111,11 @@ def test_settings_a_head_does_not_have_are_wrong_usage(data: Path) -> None:
 
 
 def test_missing_rows_name_the_command_that_makes_them(data: Path) -> None:
-    done = icebox(data, "train-head", "--head", "logreg", "--json")
+    done = icebox(data, "train-head", "--head", "logreg", *tiny_options(), "--json")
     assert_one_line(done, 1, "1,497 of 1,797 images", f"cli.py --data-dir {data} features --dataset digits")
     assert "1,497 of 1,797" in done.json["error"]
-    other = icebox(data, "train-head", "--head", "logreg", "--limit", "300", "--layer", "mixed8", "--fit", "pad")
-    assert_one_line(other, 1, "300 of 300", "features --dataset digits --limit 300 --layer mixed8 --fit pad")
+    other = tiny_head(data, "--head", "logreg", "--layer", "middle", "--fit", "pad")
+    assert_one_line(other, 1, "300 of 300", "features --dataset digits --limit 300", "--layer middle", "--fit pad")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +130,7 @@ def test_missing_rows_name_the_command_that_makes_them(data: Path) -> None:
         (("features", "--weights", "nothing.h5", "--limit", "310"), 1, ("nothing.h5", "untrained")),
         (("features", "--weights", "untrained:x"), 2, ("untrained:SEED",)),
         (("features", "--layer", "mixed11", "--limit", "5"), 1, ("mixed11", "mixed10")),
-        (("features", "--space", "none-such"), 1, ("none-such", "inception_v3-mixed10-")),
+        (("features", "--space", "none-such"), 1, ("none-such", "own_")),
         (("features", "--archive", "README.md"), 2, ("--archive",)),
         (("features", "--max-bad", "2"), 2, ("--max-bad",)),
         (("train-head", "--head", "forest"), 2, ("logreg",)),
@@ -164,7 +186,7 @@ def small_bomb() -> bytes:
 
 def test_bad_images_are_named_and_the_exit_code_says_so(tmp_path: Path) -> None:
     bad = write_mixture(tmp_path / "mixture")
-    command = ("features", "--dataset", tmp_path / "mixture", "--weights", "untrained")
+    command = ("features", "--dataset", tmp_path / "mixture", *tiny_options())
     done = icebox(tmp_path / "data", *command, "--json")
     assert done.code == 3
     assert (done.json["rows"], done.json["quarantined"], done.json["images"]) == (6, 4, 10)
@@ -181,7 +203,7 @@ def test_files_passed_over_are_said(tmp_path: Path) -> None:
     write_picture(tmp_path / "mixed" / "a" / "1.png", 1)
     write_picture(tmp_path / "mixed" / "b" / "2.png", 2)
     (tmp_path / "mixed" / "a" / "notes.txt").write_text("hello")
-    done = icebox(tmp_path / "data", "features", "--dataset", tmp_path / "mixed", "--weights", "untrained")
+    done = icebox(tmp_path / "data", "features", "--dataset", tmp_path / "mixed", *tiny_options())
     assert done.code == 0
     assert "passed over" in done.err
     assert ".txt 1" in done.err
@@ -221,20 +243,24 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 
 
 def test_logreg_and_listing_start_no_tensorflow(data: Path) -> None:
-    for arguments in (("train-head", "--head", "logreg", "--limit", "300"), ("cache", "ls"), ("weights",)):
-        words = command_line(data, *arguments)[2:]
-        script = "import sys, cli; cli.main(sys.argv[1:]); sys.exit('tensorflow' in sys.modules)"
-        done = subprocess.run(
-            [sys.executable, "-c", script, *words], capture_output=True, text=True, env=environment(), cwd=ROOT
-        )
-        assert done.returncode == 0, arguments
+    logreg = ("train-head", "--head", "logreg", "--limit", "300", *tiny_options())
+    lines = [command_line(data, *arguments)[2:] for arguments in (logreg, ("cache", "ls"), ("weights",))]
+    script = (
+        "import json, sys, cli\n"
+        "for line in json.loads(sys.argv[1]):\n"
+        "    if cli.main(line) or 'tensorflow' in sys.modules:\n"
+        "        sys.exit(' '.join(line))\n"
+    )
+    command = [sys.executable, "-c", script, json.dumps(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_summaries_are_for_people(data: Path) -> None:
-    assert icebox(data, "train-head", "--head", "logreg", "--C", "0.5", "--limit", "300").code == 0
+    assert tiny_head(data, "--head", "logreg", "--C", "0.5").code == 0
     shown = icebox(data, "evaluate", "latest").err
     assert re.search(r"^accuracy interval +0\.\d{3} … [01]\.\d{3}$", shown, re.MULTILINE)
-    explained = icebox(data, "cache", "explain", "--limit", "300").err.splitlines()
+    explained = icebox(data, "cache", "explain", "--limit", "300", *tiny_options()).err.splitlines()
     assert explained[-1].split() == ["cached", "300"], "no empty table of images that lack rows"
 
 
@@ -252,8 +278,9 @@ def test_runs_of_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     data, names = tmp_path / "data", list[str]()
     for folder in ("pond", "pets"):
         images = tmp_path / folder / "images"
-        assert icebox(data, "features", "--dataset", images, "--weights", "untrained").code == 0
-        names.append(icebox(data, "train-head", "--dataset", images, "--head", "logreg", "--json").json["run"])
+        assert icebox(data, "features", "--dataset", images, *tiny_options()).code == 0
+        trained = icebox(data, "train-head", "--dataset", images, "--head", "logreg", *tiny_options(), "--json")
+        names.append(trained.json["run"])
     table = icebox(data, "runs", "ls").err.splitlines()
     assert [line.split()[2] for line in table] == ["dataset", "pond/images", "pets/images"]
     listed = icebox(data, "runs", "ls", "--json").json["runs"]
@@ -291,10 +318,11 @@ def test_an_output_that_takes_nothing_is_one_line(tmp_path: Path, target: str, c
     assert done.stderr == ("error: [Errno 28] No space left on device\n" if code else "")
 
 
-@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-", "<&- 2>&- >out"])
+# Each is a program from its start; the second, which the third contains, is left to --all.
+@pytest.mark.parametrize("closed", ["2>&-", pytest.param("<&- 2>&-", marks=pytest.mark.long), "<&- 2>&- >out"])
 def test_streams_that_are_closed_hinder_nobody(tmp_path: Path, photos: Path, closed: str) -> None:
     """Not even while Keras is loaded, which works on what native libraries see of stderr."""
-    command = command_line(tmp_path / "data", "features", "--dataset", photos, "--weights", "untrained", "--json")
+    command = command_line(tmp_path / "data", "features", "--dataset", photos, *tiny_options(), "--json")
     done = subprocess.run(
         ["bash", "-c", f"{shlex.join(command)} {closed}"],
         cwd=tmp_path,
@@ -336,8 +364,7 @@ def test_without_the_packages_one_line_says_where_they_come_from() -> None:
 
 def test_cache_ls_counts(data: Path) -> None:
     listed = icebox(data, "cache", "ls", "--json").json
-    plain = [space for space in listed["spaces"] if space["spec"]["layer"] == "mixed10"]
-    assert [space["rows"] for space in plain] == [300]
+    assert [(space["spec"]["layer"], space["rows"]) for space in listed["spaces"]] == [("top", 300)]
     shards = list(data.glob("cache/*/shards/*.h5"))
     assert listed["bytes"] == sum(path.stat().st_size for path in shards)
     assert listed["shards"] == len(shards)
@@ -392,7 +419,7 @@ def test_the_constant_in_the_command_line_is_the_librarys() -> None:
 def test_one_broken_run_or_space_does_not_hide_the_others(tmp_path: Path) -> None:
     write_picture(tmp_path / "two" / "a" / "1.png", 1)
     write_picture(tmp_path / "two" / "b" / "2.png", 2)
-    assert icebox(tmp_path, "features", "--dataset", tmp_path / "two", "--weights", "untrained").code == 0
+    assert icebox(tmp_path, "features", "--dataset", tmp_path / "two", *tiny_options()).code == 0
     (good,) = (tmp_path / "cache").glob("*/space.json")
     for name, text in (("bad", "{"), ("moved", good.read_text()), ("worse", '{"spec": {}, "made_by": []}')):
         (tmp_path / "cache" / name).mkdir()
@@ -408,19 +435,38 @@ def test_one_broken_run_or_space_does_not_hide_the_others(tmp_path: Path) -> Non
     assert all(str(tmp_path / "runs" / name) in runs.err for name in ("cut", "empty"))
 
 
-def test_a_batch_systems_stop_is_as_clean_as_ctrl_c(data: Path) -> None:
-    command = command_line(data, "train-head", "--head", "gap", "--limit", "300", "--epochs", "100000", "--json")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
-    assert process.stderr
-    assert any(line.startswith("training gap: ") for line in process.stderr), "a line every ten seconds"
-    (partial,) = (data / "runs").glob(".partial-*")
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "Traceback" not in err, err
-    command = f"python cli.py --data-dir {data} train-head --resume {partial.name.removeprefix('.partial-')}"
-    assert json.loads(out) == {"error": f"stopped; what was trained so far is kept; go on by: {command}"}, err
+def test_a_batch_systems_stop_is_as_clean_as_ctrl_c(data: Path, tmp_path: Path) -> None:
+    command = ("train-head", "--head", "gap", "--limit", "300", "--epochs", "100000", *tiny_options(), "--json")
+    with (tmp_path / "out").open("w+") as out, (tmp_path / "err").open("w+") as err:
+        process = warm.Process(command_line(data, *command)[2:], env=environment(), stdout=out, stderr=err)
+        try:
+            while not (kept := list((data / "runs").glob(".partial-*/checkpoint.npz"))):
+                assert process.poll() is None, Path(err.name).read_text()
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(300) == 1
+        finally:
+            process.kill()
+    said, told = (Path(file.name).read_text() for file in (out, err))
+    (partial,) = (each.parent for each in kept)
+    assert "Traceback" not in told, told
+    line = f"python cli.py --data-dir {data} train-head --resume {partial.name.removeprefix('.partial-')}"
+    assert json.loads(said) == {"error": f"stopped; what was trained so far is kept; go on by: {line}"}, told
     assert (partial / "checkpoint.npz").exists()
+
+
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = itertools.count()
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    with terminal.progress("training gap", 100, "epochs") as advance:
+        for _ in range(29):
+            advance(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "training gap: 10 of 100 epochs, 1.0/s, 90 s left",
+        "training gap: 20 of 100 epochs, 1.0/s, 80 s left",
+    ]
 
 
 def test_a_stop_that_native_code_turns_into_an_error_is_a_stop(
@@ -470,9 +516,8 @@ def test_any_name_that_a_file_system_takes_goes_through_every_command(workspace:
         assert done.code == 0, (command, done.err)
         assert "Traceback" not in done.err
     paths = {os.fsencode(path) for path in photos.rglob("*.png")}
-    line = command_line(data, "predict", trained.json["run"], str(photos), "--csv")
-    said = subprocess.run(line, capture_output=True, check=True, env=environment(), cwd=ROOT).stdout
-    rows = list(csv.DictReader(io.StringIO(said.decode("utf-8", "surrogateescape"), newline="")))
+    said = icebox(data, "predict", trained.json["run"], photos, "--csv").out
+    rows = list(csv.DictReader(io.StringIO(said, newline="")))
     assert {os.fsencode(row["path"]) for row in rows} == paths
     assert {row["label"] for row in rows} <= set(ANY_NAMES[:8])
     exported = icebox(data, "cache", "export", tmp_path / "rows.h5", "--dataset", photos)

@@ -115,6 +115,13 @@ def test_pyproject_of_the_current_folder_is_read(asked: Any, tmp_path: Path) -> 
     assert asked("--config", os.devnull, "train-head").images.limit is None, "all files put aside"
 
 
+def test_what_is_typed_wins_over_a_commands_table_and_that_over_what_stands_above(asked: Any, tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.toml", "limit = 40\n[train-head]\nlimit = 20\n")
+    assert asked("--config", file, "train-head", "--limit", "10").images.limit == 10
+    assert asked("--config", file, "train-head").images.limit == 20
+    assert asked("--config", file, "freeze").images.limit == 40
+
+
 IMPLIED = """
 [tool.icebox]
 data-dir = "theirs"

@@ -11,8 +11,8 @@ import pickle
 import random
 import tarfile
 import threading
-import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -465,7 +465,7 @@ def one_after_the_other(folder: Path, prefix: str = "", above: tuple[Path, ...] 
 def test_folders_are_listed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classes = [f"class{n}" for n in range(8)]
     write(tmp_path, *(f"{name}/1.png" for name in classes))
-    met, list_one = threading.Barrier(len(classes), timeout=20), pipeline.dataset.folder._entries
+    met, list_one = threading.Barrier(len(classes), timeout=120), pipeline.dataset.folder._entries
 
     def slow(folder: Path) -> list[os.DirEntry[str]]:
         if folder != tmp_path:
@@ -478,20 +478,28 @@ def test_folders_are_listed_together(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_folder_that_cannot_be_listed_ends_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, *(f"{n}/1.png" for n in range(100)))
-    seen, list_one = list[Path](), pipeline.dataset.folder._entries
+    seen, list_one, ended = list[Path](), pipeline.dataset.folder._entries, threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            ended.set()
+            super().shutdown(wait=wait)
 
     def broken(folder: Path) -> list[os.DirEntry[str]]:
         seen.append(folder)
         if folder.name.isdigit():
-            time.sleep(0.01)  # so that the first failure is met before the last folder's turn
+            if len(seen) > 2:
+                ended.wait(120)  # until the first failure is met
             raise DatasetError(f"cannot list the folder {folder}: gone")
         return list_one(folder)
 
+    monkeypatch.setattr(pipeline.dataset.folder, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(pipeline.dataset.folder, "_entries", broken)
     monkeypatch.setattr(pipeline.dataset.folder, "_LISTED_AT_ONCE", 1)
     with pytest.raises(DatasetError, match=r"cannot list the folder .*: gone"):
         list(images_below(tmp_path, Counter()))
-    assert len(seen) < 100  # those that were waiting are let be
+    assert len(seen) <= 3  # those that were waiting are let be
 
 
 def test_a_broken_link_is_listed_and_fails_when_read(tmp_path: Path) -> None:

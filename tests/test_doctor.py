@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ import cv2
 import numpy as np
 import pytest
 from cached import fill, listed, write_images
-from conftest import ROOT, environment, icebox, picture, write_picture
+from conftest import icebox, picture, write_picture
+from own_networks import tiny, tiny_options
 from PIL import Image
 
 from pipeline.workspace import Workspace
@@ -99,51 +98,53 @@ def test_the_advice_is_about_all_of_it(told: dict[str, Any]) -> None:
 
 def test_on_the_terminal_and_once_it_is_cached(photos: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
-    before = icebox(data, "doctor", photos, *UNTRAINED)
-    assert f"features --dataset {photos} --weights untrained" in before.err
+    before = icebox(data, "doctor", photos, *tiny_options())
+    assert f"features --dataset {photos} --backbone {tiny()}" in before.err
     assert "0 of 12 rows" in before.err
-    assert icebox(data, "features", "--dataset", photos, *UNTRAINED).code == 0
-    done = icebox(data, "doctor", photos)
+    assert icebox(data, "features", "--dataset", photos, *tiny_options()).code == 0
+    done = icebox(data, "doctor", photos, *tiny_options())
     assert done.code == 0, done.err
-    assert "12 of 12 rows in inception_v3-mixed10-" in done.err
+    assert "12 of 12 rows in own_" in done.err
     assert "near copies" in done.err
-    told = icebox(data, "doctor", photos, "--json").json
+    told = icebox(data, "doctor", photos, *tiny_options(), "--json").json
     assert (told["estimate"], told["rows"]["missing"]) == (None, 0)
 
 
-def test_what_is_left_out_of_a_list_is_counted(photos: Path, tmp_path: Path) -> None:
+def test_what_is_left_out_of_a_list_is_counted(photos: Path, workspace: Workspace) -> None:
+    fill(workspace, listed(photos))
     for i in range(14):
         (photos / "cats" / f"broken {i}.png").write_bytes(f"{i}".encode())
     (photos / "Cats").mkdir()
     shutil.copy(photos / "cats" / "1.png", photos / "Cats")
     (photos / "emus").mkdir()
     (photos / "emus" / "1.heic").write_bytes(b"x")
-    said = icebox(tmp_path / "data", "doctor", photos, *UNTRAINED).err
+    said = icebox(workspace.root, "doctor", photos).err
     assert said.count("bad: cats/broken") == 10 and "and 4 more bad images; --json lists them all" in said
     assert "notice: passed over: .heic 1 (HEIC; convert to JPEG or PNG)" in said
     assert "notice: 1 folder holds no images: emus" in said
     assert "notice: classes that look alike are kept apart: 'Cats' and 'cats'" in said
-    told = icebox(tmp_path / "data", "doctor", photos, *UNTRAINED, "--json").json
+    told = icebox(workspace.root, "doctor", photos, "--json").json
     assert len(told["quarantined_images"]) == 14
     assert (told["folders_without_images"], told["classes_alike"]) == (["emus"], [["Cats", "cats"]])
 
 
-def test_groups_that_leave_no_image_to_test_on_are_named(photos: Path, tmp_path: Path) -> None:
+def test_groups_that_leave_no_image_to_test_on_are_named(photos: Path, workspace: Workspace) -> None:
+    fill(workspace, listed(photos))
     lines = [f"{path.relative_to(photos)},{path.parent.name},one" for path in sorted(photos.glob("*/*"))]
     (photos / "list.csv").write_text("\n".join(["path,label,group", *lines]))
-    advice = "\n".join(icebox(tmp_path / "data", "doctor", photos / "list.csv", *UNTRAINED, "--json").json["advice"])
+    advice = "\n".join(icebox(workspace.root, "doctor", photos / "list.csv", "--json").json["advice"])
     assert "2 of 2; 12 of 12 images belong to 1 group, each of which stays on one side" in advice
 
 
 def test_the_command_it_ends_with_does_what_it_says(photos: Path, tmp_path: Path) -> None:
     (photos / "cats" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    said = icebox(tmp_path / "da 'ta", "doctor", photos, *UNTRAINED).err.splitlines()[-1]
+    data = tmp_path / "da 'ta"
+    said = icebox(data, "doctor", photos, *tiny_options()).err.splitlines()[-1]
     _, _, command = said.partition("to compute them: ")
-    done = subprocess.run(
-        [sys.executable, *shlex.split(command)[1:]], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, "what cannot be read is allowed for"
-    assert icebox(tmp_path / "da 'ta", "doctor", photos, *UNTRAINED, "--json").json["rows"]["cached"] == 12
+    words = shlex.split(command)
+    assert words[:4] == ["python", "cli.py", "--data-dir", str(data)]
+    assert icebox(data, *words[4:]).code == 0, "what cannot be read is allowed for"
+    assert icebox(data, "doctor", photos, *tiny_options(), "--json").json["rows"]["cached"] == 12
 
 
 def test_without_a_dataset_it_is_about_the_machine(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_an_unknown_dataset_is_refused(tmp_path: Path) -> None:
 
 
 def test_digits_are_no_files(tmp_path: Path) -> None:
-    told = icebox(tmp_path, "doctor", "digits", "--limit", "40", *UNTRAINED, "--json").json
+    told = icebox(tmp_path, "doctor", "digits", "--limit", "40", *tiny_options(), "--json").json
     assert told["formats"] == {"pixels": 40}
     assert told["quarantined"] == 0
 
@@ -174,6 +175,8 @@ def test_json_lists_every_group_whole(workspace: Workspace, tmp_path: Path) -> N
     fill(workspace, listed(root))
     done = icebox(workspace.root, "doctor", root, "--json")
     assert done.code == 0, done.err
+    assert done.json["space"].startswith("inception_v3-mixed10-"), "whatever weights it was made with"
+    assert done.json["rows"] == {"cached": 61, "duplicates": 60, "missing": 0}
     assert done.json["copies"]["groups"] == len(done.json["copies_listed"]) == 60
     assert [len(group) for group in done.json["near_copies_listed"]] == [61], "all show the same"
     told = icebox(workspace.root, "doctor", root)

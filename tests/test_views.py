@@ -102,6 +102,11 @@ def test_draws_are_the_same_everywhere() -> None:
     assert many.mean(axis=0) == pytest.approx(np.full(8, 0.5), abs=0.08)
 
 
+def test_each_view_of_an_image_is_drawn_anew() -> None:
+    drawn = np.stack([augment.draws(bytes(32), number) for number in Views(5).numbers])
+    assert (np.diff(np.sort(drawn, axis=0), axis=0) > 0).all(), "no number is drawn twice"
+
+
 def warped(recipe: Augmentation, **at: float) -> np.ndarray:
     """Warp by draws that are in the middle but for those named."""
     names = ("rotation", "width_shift", "height_shift", "shear", "zoom_x", "zoom_y", "horizontal_flip", "vertical_flip")
