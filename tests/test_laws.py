@@ -51,7 +51,7 @@ def features_of(pixels: np.ndarray) -> np.ndarray:
 
 
 class Network:
-    """What a network is to the cache: a function of pixels. The real one stands in test_crash.py; it takes longer."""
+    """What a network is to the cache: a function of pixels. A real one stands in test_crash.py; it takes longer."""
 
     computed = 0
     row_shape = (2, 2, 3)

@@ -15,6 +15,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import shutil
 import signal
@@ -46,12 +47,15 @@ class Process:
         stdin: int | IO[Any] = subprocess.DEVNULL,
         stdout: int | IO[Any] = subprocess.DEVNULL,
         stderr: int | IO[Any] = subprocess.DEVNULL,
+        program: str = "cli",
+        start_new_session: bool = False,
     ) -> None:
+        """Start `cli.py`, or another module as `python -m` does."""
         self.args = arguments
         self.returncode: int | None = None
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(_server())
-        message = json.dumps([arguments, str(cwd), env]).encode()
+        message = json.dumps([program, arguments, str(cwd), env, start_new_session]).encode()
         with Path(os.devnull).open("r+b") as nowhere:
             streams = [nowhere if each == subprocess.DEVNULL else each for each in (stdin, stdout, stderr)]
             numbers = [each if isinstance(each, int) else each.fileno() for each in streams]
@@ -136,8 +140,7 @@ def _start_and_wait(connection: socket.socket) -> NoReturn:
     process = os.fork()
     if process == 0:
         connection.close()
-        arguments, folder, environment = json.loads(message)
-        _run(arguments, folder, environment, streams)
+        _run(streams, *json.loads(message))
     for stream in (*streams, 0, 1):
         os.close(stream)
     try:
@@ -149,19 +152,31 @@ def _start_and_wait(connection: socket.socket) -> NoReturn:
     os._exit(0)
 
 
-def _run(arguments: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> NoReturn:
+def _run(
+    streams: list[int],
+    program: str,
+    arguments: list[str],
+    folder: str,
+    environment: dict[str, str],
+    in_new_session: bool,
+) -> NoReturn:
     import cli
 
+    if in_new_session:
+        os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = [str(ROOT / "cli.py"), *arguments]
+    sys.argv = [str(ROOT / "cli.py") if program == "cli" else program, *arguments]
     code = 1
     try:
-        cli.run_and_exit()
+        if program == "cli":
+            cli.run_and_exit()
+        else:
+            runpy.run_module(program, run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:
