@@ -1065,7 +1065,9 @@ def test_the_quarantine_goes_by_content_decoder_and_limit(tmp_path: Path) -> Non
     assert reasons(keys, "opencv 6", 1_000) == {}
     assert reasons(keys, "opencv 5", 2_000) == {}
     assert {found.key for found in index.all_quarantined()} == {key(1), key(2)}
-    assert began <= datetime.fromisoformat(index.all_quarantined()[0].since) <= datetime.now(UTC)
+    since = index.all_quarantined()[0].since
+    assert since
+    assert began <= datetime.fromisoformat(since) <= datetime.now(UTC)
     index.forget_quarantined([key(1)])
     assert reasons(keys, "opencv 5", 1_000) == {key(2): "text"}
     index.close()

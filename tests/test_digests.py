@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import finished
-from identify import files, keys_of
+from identified import files, keys_of
 
 import pipeline.cache.digests
 from pipeline.cache.digests import Identities, digest, file_stamp, identify, remembered_digest
@@ -95,7 +95,7 @@ class Identified:
 
 def identified(root: Path, index: Index, names: list[str] = NAMES) -> Identified:
     """Identify the files in another process that counts which of them Python opens."""
-    done = finished([str(root), str(index.path), json.dumps(names)], program="identify")
+    done = finished([str(root), str(index.path), json.dumps(names)], program="identified")
     assert done.code == 0, done.err
     keys, unread, opened = json.loads(done.out)
     return Identified([key and bytes.fromhex(key) for key in keys], {int(i): why for i, why in unread.items()}, opened)
