@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -9,7 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +87,13 @@ def icebox(data: Path, *arguments: str | Path, cwd: Path = ROOT, **env: str) -> 
     if env:
         done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment(**env), timeout=900)
         return Finished(done.returncode, done.stdout, done.stderr)
+    return finished(line[2:], cwd)
+
+
+def finished(arguments: list[str], cwd: Path = ROOT, program: str = "cli") -> Finished:
+    """Run `cli.py`, or another program, in a warm process to its end."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = warm.Process(line[2:], cwd=cwd, env=environment(), stdout=out, stderr=err)
+        process = warm.Process(arguments, cwd=cwd, env=environment(), stdout=out, stderr=err, program=program)
         try:
             code = process.wait(900)
         finally:
@@ -97,6 +104,15 @@ def icebox(data: Path, *arguments: str | Path, cwd: Path = ROOT, **env: str) -> 
 def _written(file: IO[bytes]) -> str:
     file.seek(0)
     return io.TextIOWrapper(file, "utf-8", "surrogateescape").read()
+
+
+def wait_until(condition: Callable[[], T | None], seconds: float = 120) -> T:
+    """Return what `condition` does once that is true; the test fails if it never is."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return found
 
 
 def picture(seed: int, height: int = 40, width: int = 50, channels: int = 3) -> np.ndarray:
@@ -126,6 +142,25 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
     monkeypatch.delenv("ICEBOX_INDEX", raising=False)
     with closing(Cache(tmp_path / "cache")) as cache:
         yield cache
+
+
+def build_backbones_once(patch: pytest.MonkeyPatch) -> None:
+    """Have each backbone built once for all tests of this process that ask for it."""
+    import pipeline.shard_task
+
+    patch.setattr(pipeline.shard_task, "FrozenBackbone", build_backbone)
+
+
+@functools.cache
+def build_backbone(*arguments: Any) -> Any:
+    from pipeline.backbone.frozen import FrozenBackbone
+
+    return FrozenBackbone(*arguments)
+
+
+@pytest.fixture
+def one_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    build_backbones_once(monkeypatch)
 
 
 @pytest.fixture

@@ -1,26 +1,27 @@
 """Icebox with something wrong under it: the Nth file-system call of the cache fails, or the process dies just before.
 
-As a program, for deaths: python tests/faults.py N ARGUMENT…  runs `cli.py ARGUMENT…` and kills it at call N. What
-it prints on its last line otherwise is how many calls there were.
+As a program it is `cli.py` that sends itself a signal at such a call; `signalled` starts it.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+from typing import TYPE_CHECKING
 
 from pipeline.cache import storage
+
+if TYPE_CHECKING:
+    from conftest import Finished
 
 INDEX_CALLS = {"open index", "make index", "query", "commit"}  # SQLite's, which tells of failures in its own way
 WRITES = {"make folder", "create", "write", "sync", "rename", "make index", "commit", "lock"}
@@ -73,26 +74,35 @@ def disk_full(call: str, path: Path) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def die(call: str, path: Path) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def signalled(
+    at: int,
+    data: Path,
+    *arguments: str | Path,
+    number: int = signal.SIGKILL,
+    among: Collection[str] = (),
+    within: Collection[Path] = (),
+) -> Finished:
+    """Run `cli.py` in a process that sends itself a signal just before the call numbered `at`, as `Watcher` counts."""
+    from conftest import command_line, finished  # not above: the process itself needs none of it
+
+    watch = json.dumps([at, number, list(among), list(map(str, within))])
+    return finished([watch, *command_line(data, *arguments)[2:]], program="faults")
 
 
-def call_and_die(number: int, within: tuple[Path, ...], arguments: list[str]) -> None:
-    """Run `cli.py` with these arguments in a process made for it, and kill it at a call within these folders."""
+def _run_signalled() -> int:
     import cli
 
-    with watched(Watcher(number, die, within=within)):
-        sys.exit(cli.main(arguments))
-
-
-def main() -> int:
-    import cli
-
-    with watched(Watcher(int(sys.argv[1]), die)) as watcher:
-        code = cli.main(sys.argv[2:])
-    print(len(watcher.calls))
-    return code
+    at, number, among, within = json.loads(sys.argv[1])
+    with watched(
+        Watcher(
+            at,
+            lambda call, path: os.kill(os.getpid(), number),
+            among=frozenset(among),
+            within=tuple(map(Path, within)),
+        )
+    ):
+        return cli.main(sys.argv[2:])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_run_signalled())

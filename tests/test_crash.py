@@ -1,6 +1,6 @@
 """Killed anywhere, failed anywhere, full at any moment: the rows are those of a run that was never disturbed.
 
-`make test-all` leaves no call out; otherwise some are, at even distances, as it takes a quarter of an hour.
+By default each kind of call fails, or is the last, at least once; by `make test-all` every call.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import multiprocessing
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +26,29 @@ import h5py
 import hdf5plugin  # noqa: F401  registers the filter
 import made
 import pytest
+import warm
 from cached import fill, listed, write_images
-from conftest import ROOT, command_line, environment, icebox
-from faults import WRITES, Watcher, call_and_die, disk_full, io_error, watched
+from conftest import build_backbones_once, command_line, environment, icebox, wait_until
+from faults import WRITES, Watcher, disk_full, io_error, signalled, watched
+from own_networks import tiny_options
 
 import cli
-import pipeline.extract
 import pipeline.shard_task
-from pipeline.backbone.frozen import FrozenBackbone
+from pipeline import pictures
 from pipeline.cache import storage
 from pipeline.cache.space import Cache
 from pipeline.runs import published_names, read_run, unfinished
 from pipeline.workspace import Workspace
 
-FEATURES = (
-    "features", "--dataset", "digits", "--limit", "6", "--batch-size", "2", "--shard-rows", "2",
-    "--weights", "untrained", "--precision", "float32",
-)  # fmt: skip
+SIX = ("features", "--dataset", "digits", "--limit", "6")
 VERIFY = ("cache", "verify", "--read-data")
+pytestmark = pytest.mark.usefixtures("one_backbone")
 
-_frozen_backbone = functools.cache(FrozenBackbone)
 
-
-@pytest.fixture(autouse=True)
-def _one_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Build the real backbone once, not once a run."""
-    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", _frozen_backbone)
+@functools.cache
+def features() -> tuple[str, ...]:
+    """Return the command that makes six rows, in three shards."""
+    return (*SIX, "--batch-size", "2", "--shard-rows", "2", *tiny_options())
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +74,9 @@ def rows_of(data: Path) -> dict[bytes, tuple[bytes, bytes]]:
                 row = (features.tobytes(), pooled.tobytes())
                 assert found.setdefault(key.tobytes(), row) == row
     return found
+
+
+rows_once = functools.cache(rows_of)  # of what stays as it is
 
 
 def stored_rows(data: Path) -> int:
@@ -117,8 +117,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data of a run that nothing happened to."""
     data = tmp_path_factory.mktemp("undisturbed") / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.shard_task, "FrozenBackbone", _frozen_backbone)
-        assert call(data, *FEATURES) == 0
+        build_backbones_once(patch)
+        assert call(data, *features()) == 0
     assert len(rows_of(data)) == 6
     return data
 
@@ -149,7 +149,7 @@ def scenario(request: pytest.FixtureRequest, tmp_path: Path) -> Scenario:
         "repair": lambda: request.getfixturevalue("damaged"),
     }
     commands = {"gc": ("cache", "gc"), "repair": (*VERIFY, "--repair")}
-    return Scenario(name, templates[name](), *commands.get(name, FEATURES))
+    return Scenario(name, templates[name](), *commands.get(name, features()))
 
 
 SCENARIOS = ("features", "gc", "no index", "repair")
@@ -159,12 +159,12 @@ def check_after(scenario: Scenario, data: Path, undisturbed: Path, where: str) -
     """Nothing torn, nothing lost but what is in hand; the same command again ends as if nothing had happened."""
     if scenario.name != "repair":
         assert call(data, *VERIFY) == 0, where
-    assert rows_of_sound(data).items() <= rows_of(undisturbed).items(), where
+    assert rows_of_sound(data).items() <= rows_once(undisturbed).items(), where
     if scenario.name in ("gc", "no index"):
-        assert rows_of(data) == rows_of(undisturbed), where
-    for command in dict.fromkeys((scenario.command, FEATURES)):
+        assert rows_of(data) == rows_once(undisturbed), where
+    for command in dict.fromkeys((scenario.command, features())):
         assert call(data, *command) == 0, where
-    assert rows_of_sound(data) == rows_of(undisturbed), where
+    assert rows_of_sound(data) == rows_once(undisturbed), where
     assert call(data, *VERIFY) == 0, where
     assert leftovers(data / "cache") == [], where
 
@@ -193,9 +193,7 @@ def test_every_call_may_fail(
         assert call(scenario.fresh(tmp_path / "data"), *scenario.command) == 0
     total, codes = len(watcher.calls), Counter[int]()
     assert total >= 4
-    steps = {("features", True): 4, ("features", False): 3, ("gc", True): 3, ("gc", False): 3}
-    step = 1 if request.config.getoption("all") else steps.get((scenario.name, for_good), 1)
-    for number in range(1, total + 1, step):
+    for number in telling(watcher.calls, request.config):
         data = scenario.fresh(tmp_path / "data")
         capsys.readouterr()
         with watched(Watcher(number, act, for_good, among)) as watcher:
@@ -211,9 +209,19 @@ def test_every_call_may_fail(
         print(f"\n{scenario.name}, {act.__name__}{' for good' if for_good else ''}: {total} calls, exit codes {codes}")
 
 
-def killed_at(number: int, data: Path, command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(ROOT / "tests" / "faults.py"), str(number), "--data-dir", str(data), *command]
-    return subprocess.run(line, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+def telling(calls: list[tuple[str, Path]], config: pytest.Config) -> list[int]:
+    """Return the numbers of the first and the last call of each kind, each name given or taken; by `--all` of all.
+
+    The calls on shards are of kinds of their own.
+    """
+    if config.getoption("all"):
+        return list(range(1, len(calls) + 1))
+    first, last = dict[str, int](), dict[tuple[str, str], int]()
+    for number, (kind, path) in enumerate(calls, 1):
+        first.setdefault(kind, number)
+        named = kind in ("rename", "remove") and re.sub("[0-9a-f]{8,}|[0-9]+", "", path.name)
+        last[kind, named or ".h5" * (path.suffix == ".h5")] = number
+    return sorted({*first.values(), *last.values()})
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, indirect=True)
@@ -222,39 +230,28 @@ def test_every_call_may_be_the_last(
 ) -> None:
     with watched(Watcher()) as watcher:
         assert call(scenario.fresh(tmp_path / "data"), *scenario.command) == 0
-    numbers = list(range(1, len(watcher.calls) + 1))
-    if not request.config.getoption("all"):
-        numbers = first_of_each_kind(watcher.calls) if scenario.name == "features" else numbers[::4]
-    for number in numbers:
+    for number in telling(watcher.calls, request.config):
         data = scenario.fresh(tmp_path / "data")
-        done = killed_at(number, data, scenario.command)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        check_after(scenario, data, undisturbed, f"killed at call {number}: {watcher.calls[number - 1]}")
-
-
-def first_of_each_kind(calls: list[tuple[str, Path]]) -> list[int]:
-    """Return the numbers of the calls by which a shard comes to be, and of the last call."""
-    of_shard = [number for number, (_, path) in enumerate(calls, 1) if path.suffix == ".h5"]
-    kinds = {calls[number - 1][0]: number for number in reversed(of_shard)}
-    commits = [number for number, (kind, _) in enumerate(calls, 1) if kind == "commit" and number > of_shard[0]]
-    return sorted({*kinds.values(), commits[0], len(calls)})
+        where = f"killed at call {number}: {watcher.calls[number - 1]}"
+        assert signalled(number, data, *scenario.command).code == -signal.SIGKILL, where
+        check_after(scenario, data, undisturbed, where)
 
 
 # A sweep, from its beginning to its end
 
-FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported what a sweep needs, and no more
-FORKS.set_forkserver_preload(["cli", "pipeline.sweep", "pipeline.heads.logreg", "sklearn.linear_model"])
 SWEEP = ("sweep", "--head", "logreg", "--set", "C=0.01,1", "--quiet")
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     """A small sweep over rows that are there."""
     folder = tmp_path_factory.mktemp("swept")
     write_images(folder / "photos", 20)
     with closing(Cache(folder / "data" / "cache")) as cache:
         fill(Workspace(folder / "data", cache), listed(folder / "photos"))
-    return Scenario("sweep", folder / "data", *SWEEP, "--dataset", str(folder / "photos"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "_rendered", lambda *_: b"a picture")  # drawing would be most of the time
+        yield Scenario("sweep", folder / "data", *SWEEP, "--dataset", str(folder / "photos"))
 
 
 def check_sweep(scenario: Scenario, data: Path, capsys: pytest.CaptureFixture[str], where: str) -> None:
@@ -285,17 +282,11 @@ def test_every_call_of_a_sweep_may_be_the_last(
     with watched(Watcher(within=(data / "runs", data / "sweeps"))) as watcher:
         assert call(data, *swept.command) == 0
     check_sweep(swept, data, capsys, "undisturbed")
-    numbers = range(1, len(watcher.calls) + 1)
-    if not request.config.getoption("all"):
-        numbers = telling_calls_of_sweep(watcher.calls)
-    for number in numbers:
+    for number in telling(watcher.calls, request.config):
         swept.fresh(data)
-        line = ["--data-dir", str(data), *swept.command]
-        process = FORKS.Process(target=call_and_die, args=(number, watcher.within, line))
-        process.start()
-        process.join(300)
-        assert process.exitcode == -signal.SIGKILL
-        check_sweep(swept, data, capsys, f"killed at call {number}: {watcher.calls[number - 1]}")
+        where = f"killed at call {number}: {watcher.calls[number - 1]}"
+        assert signalled(number, data, *swept.command, within=watcher.within).code == -signal.SIGKILL, where
+        check_sweep(swept, data, capsys, where)
 
 
 @pytest.mark.parametrize(("act", "for_good"), [(io_error, False), (disk_full, True)])
@@ -311,10 +302,7 @@ def test_every_call_of_a_sweep_may_fail(
     within = (data / "runs", data / "sweeps")
     with watched(Watcher(among=among, within=within)) as watcher:
         assert call(swept.fresh(data), *swept.command) == 0
-    numbers = range(1, len(watcher.calls) + 1)
-    if not request.config.getoption("all"):
-        numbers = telling_calls_of_sweep(watcher.calls)
-    for number in numbers:
+    for number in telling(watcher.calls, request.config):
         swept.fresh(data)
         capsys.readouterr()
         with watched(Watcher(number, act, for_good, among, within)) as failing:
@@ -325,28 +313,27 @@ def test_every_call_of_a_sweep_may_fail(
         check_sweep(swept, data, capsys, where)
 
 
-def telling_calls_of_sweep(calls: list[tuple[str, Path]]) -> list[int]:
-    """Return the numbers of the calls that give a file its name or take it away, and of one of each other kind."""
-    named = {(kind, path.name): n for n, (kind, path) in enumerate(calls, 1) if kind in ("rename", "remove")}
-    others = {kind: n for n, (kind, _) in enumerate(calls, 1)}
-    return sorted({*named.values(), *others.values()})
-
-
 def test_two_at_once_killed_at_random_moments(undisturbed: Path, tmp_path: Path) -> None:
-    """The real program, from its start to its end; `benchmarks/kills.py` does this some hundred times with one."""
-    data, rng, quiet = tmp_path / "data", random.Random(7), subprocess.DEVNULL
-    for _ in range(3):
-        line = command_line(data, *FEATURES)
-        programs = [subprocess.Popen(line, env=environment(), stdout=quiet, stderr=quiet) for _ in range(2)]
-        for program in programs:
-            try:
-                program.wait(rng.uniform(0.1, 12))
-            except subprocess.TimeoutExpired:
-                program.send_signal(signal.SIGKILL)
-            assert program.wait() in (0, -signal.SIGKILL)
-        assert call(data, *VERIFY) == 0
-    assert call(data, *FEATURES) == 0
-    assert rows_of(data) == rows_of(undisturbed)
+    """`benchmarks/kills.py` does this some hundred times with one, from the start of the real program to its end."""
+    line = command_line(tmp_path / "data", *features())[2:]
+    start = time.monotonic()
+    assert icebox(tmp_path / "alone", *features()).code == 0
+    rng, longest = random.Random(7), 1.5 * (time.monotonic() - start)
+    for _ in range(6):
+        both = [warm.Process(line, env=environment()) for _ in range(2)]
+        for process in both:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.05, 1) * longest)
+            process.kill()
+            assert process.wait() in (0, -signal.SIGKILL)
+        assert call(tmp_path / "data", *VERIFY) == 0
+    check_whole(tmp_path / "data", undisturbed)
+
+
+def check_whole(data: Path, undisturbed: Path) -> None:
+    """The command ends as if nothing had happened, each row there once."""
+    assert call(data, *features()) == 0
+    assert rows_of(data) == rows_once(undisturbed)
     assert stored_rows(data) == 6
     assert leftovers(data) == []
 
@@ -358,7 +345,7 @@ def test_a_full_disk_is_told_before_anything_is_computed(
     monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
     monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", None)  # not even loaded
     before = rows_of(data)
-    assert call(data, *(argument if argument != "6" else "8" for argument in FEATURES)) == 1
+    assert call(data, *(argument if argument != "6" else "8" for argument in features())) == 1
     assert re.search(r"2 rows need about [\d.]+ kB in \S+, 1\.00 kB are free", capsys.readouterr().err)
     assert rows_of(data) == before
 
@@ -370,20 +357,22 @@ def mounted(folder: Path, size: str) -> None:
         pytest.skip("no right to mount a file system here")
 
 
-def test_a_disk_too_small_is_told_and_the_run_goes_on_when_it_grows(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_disk_too_small_is_told_and_the_run_goes_on_when_it_grows(tmp_path: Path) -> None:
     """A real full file system: large enough for the first shards and the estimate's own error, not for the rest."""
     disk = tmp_path / "disk"
-    mounted(disk, "700k")
+    mounted(disk, "300k")
     try:
         data = disk / "data"
-        options = ("--shard-rows", "1", "--batch-size", "2")  # the estimate is of the first batch, and is refused
-        done = icebox(data, *FEATURES, *options)
+        network = ("--backbone", "mobilenet", "--weights", "untrained", "--precision", "float32")  # of larger rows
+        command = (*SIX, "--batch-size", "2", *network)
+        done = icebox(data, *command, "--shard-rows", "1")  # the estimate is of the first batch, and is refused
         assert done.code == 1
         assert re.search(r"6 rows need about [\d.]+ [kM]B in \S+, [\d.]+ kB are free; make room", done.err)
         assert icebox(data, *VERIFY).code == 0
         subprocess.run(["mount", "-o", "remount,size=2M", str(disk)], check=True)
-        assert icebox(data, *FEATURES).code == 0
-        assert rows_of(data) == rows_of(undisturbed)
+        assert icebox(data, *command).code == 0
+        assert icebox(tmp_path / "data", *command).code == 0
+        assert rows_of(data) == rows_of(tmp_path / "data")
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -414,65 +403,54 @@ def test_a_disk_that_fills_meanwhile_is_told_and_the_run_goes_on(undisturbed: Pa
 
         storage.watcher = at_third_shard
         try:
-            code = call(data, *FEATURES)
+            code = call(data, *features())
         finally:
             storage.watcher = None
         assert code == 1
         assert len(rows_of(data)) == 4
         ballast.unlink()
         assert call(data, *VERIFY) == 0
-        assert call(data, *FEATURES) == 0
-        assert rows_of(data) == rows_of(undisturbed)
+        assert call(data, *features()) == 0
+        assert rows_of(data) == rows_once(undisturbed)
         assert leftovers(data) == []
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_two_runs_at_once_compute_every_row_once(undisturbed: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    programs = [
-        subprocess.Popen(
-            command_line(data, *FEATURES, "--json"),
-            env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
-    said = [program.communicate(timeout=300) for program in programs]
-    assert [program.returncode for program in programs] == [0, 0], said
-    assert stored_rows(data) == 6
-    assert rows_of(data) == rows_of(undisturbed)
+    with ThreadPoolExecutor(2) as both:
+        done = list(both.map(lambda _: icebox(tmp_path / "data", *features(), "--json"), range(2)))
+    assert [each.code for each in done] == [0, 0], done
+    assert sum(each.json["computed"] for each in done) == 6
+    check_whole(tmp_path / "data", undisturbed)
 
 
 def test_the_lock_of_a_dead_holder_is_taken_over(undisturbed: Path, tmp_path: Path) -> None:
     """Killed while it held the lock and was writing; the next one neither waits nor asks."""
     data = tmp_path / "data"
     with watched(Watcher()) as watcher:
-        assert call(data, *FEATURES) == 0
+        assert call(data, *features()) == 0
     writes = [number for number, (kind, path) in enumerate(watcher.calls, 1) if kind == "write" and path.suffix]
     shutil.rmtree(data)
     # One call later, while the file is made durable: threads may have got their numbers in another order.
-    assert killed_at(writes[0] + 1, data, FEATURES).returncode == -signal.SIGKILL
+    assert signalled(writes[0] + 1, data, *features()).code == -signal.SIGKILL
     (lock,) = data.glob("cache/*/.lock")
     assert lock.read_text().startswith("process ")
     assert leftovers(data) != []
-    start = time.monotonic()
-    assert call(data, *FEATURES) == 0
-    assert time.monotonic() - start < 120
-    assert rows_of(data) == rows_of(undisturbed)
-    assert leftovers(data) == []
+    done = icebox(data, *features())
+    assert done.code == 0
+    assert "waiting" not in done.err
+    check_whole(data, undisturbed)
 
 
 def test_who_waits_is_told_for_whom(undisturbed: Path, tmp_path: Path) -> None:
     data = shutil.copytree(undisturbed, tmp_path / "data")
+    said = tmp_path / "said"
     with closing(Cache(data / "cache")) as cache:
         (space,) = cache.spaces()
         with space.lock(lambda holder: None):
-            program = subprocess.Popen(
-                command_line(data, "cache", "gc"), env=environment(), cwd=ROOT, text=True, stderr=subprocess.PIPE
-            )
-            assert program.stderr is not None
-            line = program.stderr.readline()
-            assert re.match(r"notice: waiting: process \d+ on \S+ is using inception_v3-mixed10-", line)
-            assert program.poll() is None
-    program.communicate(timeout=60)
-    assert program.returncode == 0
+            process = warm.Process(command_line(data, "cache", "gc")[2:], env=environment(), stderr=said.open("wb"))
+            wait_until(lambda: "\n" in said.read_text())
+            assert re.match(rf"notice: waiting: process {os.getpid()} on \S+ is using own_", said.read_text())
+            assert process.poll() is None
+        assert process.wait(300) == 0

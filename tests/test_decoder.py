@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, command_line, environment, icebox, mark, write_picture
+import warm
+from conftest import command_line, environment, icebox, mark, wait_until, write_picture
+from own_networks import tiny_options
 
 from pipeline import images
 from pipeline.cache.digests import digest
@@ -89,7 +88,7 @@ def test_an_image_is_given_a_second_process_before_it_is_blamed(
 def test_an_image_that_never_ends_is_named_and_the_next_is_decoded(
     tmp_path: Path, dangerous: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.decoder.SECONDS", 3.0)
+    monkeypatch.setattr("pipeline.decoder.SECONDS", 6.0)
     paths = [write_picture(tmp_path / f"{i}.png", i) for i in range(3)]
     mark(paths[1], b"HANG")
     with Loader(of_files("some", paths), 299, "squash", 10**6) as loader:
@@ -99,7 +98,7 @@ def test_an_image_that_never_ends_is_named_and_the_next_is_decoded(
         assert not hanging.is_running()
         assert len(_decoding(psutil.Process())) == 1
     assert bad.key == digest(paths[1].read_bytes())
-    assert bad.reason == "keeps the decoder busy for more than 3 s"
+    assert bad.reason == "keeps the decoder busy for more than 6 s"
     for each, path in ((first, paths[0]), (last, paths[2])):
         assert np.array_equal(each.pixels, images.decode(path.read_bytes()))  # type: ignore[arg-type]
 
@@ -151,18 +150,18 @@ def test_until_stops_at_the_first_that_is_enough(tmp_path: Path) -> None:
 
 
 def test_an_image_that_crashes_the_decoder_is_quarantined_and_the_run_goes_on(
-    photos: Path, tmp_path: Path, dangerous: Path
+    photos: Path, tmp_path: Path, dangerous: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark(photos / "cats" / "3.png", b"SEGV")
-    options = ("features", "--dataset", photos, "--weights", "untrained", "--json")
-    done = icebox(tmp_path / "data", *options, PYTHONPATH=str(dangerous))
+    options = ("features", "--dataset", photos, *tiny_options(), "--json")
+    done = icebox(tmp_path / "data", *options)
     assert (done.code, done.json["computed"]) == (3, 11)
     (bad,) = done.json["quarantined_images"]
     assert (bad["path"], bad["reason"]) == ("cats/3.png", "crashes the decoder (SIGSEGV)")
-    again = icebox(tmp_path / "data", *options, PYTHONPATH=str(dangerous))
+    again = icebox(tmp_path / "data", *options)
     assert (again.json["computed"], again.json["quarantined"]) == (0, 1)
-    # A sound decoder reads it, once it is asked to.
-    retried = icebox(tmp_path / "data", *options, "--retry-failed", PYTHONPATH="")
+    monkeypatch.delenv("PYTHONPATH")  # a sound decoder reads it, once it is asked to
+    retried = icebox(tmp_path / "data", *options, "--retry-failed")
     assert (retried.code, retried.json["computed"], retried.json["quarantined"]) == (0, 1, 0)
 
 
@@ -170,14 +169,14 @@ def test_a_killed_run_leaves_no_decoder_behind(tmp_path: Path) -> None:
     folder = tmp_path / "many"
     for i in range(400):
         write_picture(folder / "class" / f"{i}.png", i)
-    command = command_line(tmp_path / "data", "features", "--dataset", folder, "--weights", "untrained")
-    program = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL, cwd=ROOT)
+    command = command_line(tmp_path / "data", "features", "--dataset", folder, *tiny_options())
+    program = warm.Process(command[2:], env=environment())
     try:
         decoders = _decoders_of(program)
     finally:
-        program.send_signal(signal.SIGKILL)
+        program.kill()
         program.wait()
-    _, alive = psutil.wait_procs(decoders, timeout=20)
+    _, alive = psutil.wait_procs(decoders, timeout=60)
     assert alive == []
 
 
@@ -185,16 +184,16 @@ def _decoding(parent: psutil.Process) -> list[psutil.Process]:
     return [each for each in parent.children(recursive=True) if "decode_process" in " ".join(each.cmdline())]
 
 
-def _decoders_of(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def _decoders_of(program: warm.Process) -> list[psutil.Process]:
     """Wait until the program has decoders, and return them."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+
+    def decoders() -> list[psutil.Process]:
         assert program.poll() is None
         with suppress(psutil.Error):  # one that ended meanwhile
-            if decoders := _decoding(psutil.Process(program.pid)):
-                return decoders
-        time.sleep(0.02)
-    pytest.fail("no decoder was ever started")
+            return _decoding(psutil.Process(program.pid))
+        return []
+
+    return wait_until(decoders)
 
 
 def test_a_decoding_process_that_cannot_start_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

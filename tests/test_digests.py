@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,16 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import finished
+from identified import files, keys_of
 
 import pipeline.cache.digests
 from pipeline.cache.digests import Identities, digest, file_stamp, identify, remembered_digest
 from pipeline.cache.index import Index
 from pipeline.cache.keys import Keys
 from pipeline.dataset import Dataset
-from pipeline.dataset.base import ArraySource, FileSource
+from pipeline.dataset.base import ArraySource
 from pipeline.errors import CacheError
 
-ROOT = Path(__file__).parent.parent
 NAMES = ["a.png", "b.png", "c.png"]
 GRAIN_S = 2.0
 Fault = Callable[[Path], None]
@@ -48,10 +47,6 @@ def sha256(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def files(root: Path, names: list[str]) -> Dataset:
-    return Dataset("made", ("a",), names, np.zeros(len(names), np.int32), None, None, FileSource(root, names))
-
-
 def arrays(pixels: np.ndarray) -> Dataset:
     names = [str(i) for i in range(len(pixels))]
     return Dataset("made", ("a",), names, np.zeros(len(pixels), np.int32), None, None, ArraySource(pixels))
@@ -59,10 +54,6 @@ def arrays(pixels: np.ndarray) -> Dataset:
 
 def content(name: str) -> bytes:
     return f"content of {name}".encode() * 10
-
-
-def keys_of(dataset: Dataset, index: Index) -> Identities:
-    return identify(dataset, index, lambda n: None)
 
 
 @pytest.fixture
@@ -102,28 +93,11 @@ class Identified:
     opened: list[str]  # the names of the image files that were opened, sorted
 
 
-_IDENTIFY = """
-import json
-from pathlib import Path
-root = Path(sys.argv[1])
-opened = []
-def watch(event, arguments):
-    if event == "open" and str(arguments[0]).startswith(str(root)):
-        opened.append(Path(arguments[0]).name)
-sys.addaudithook(watch)
-from test_digests import Index, files, keys_of
-found = keys_of(files(root, json.loads(sys.argv[3])), Index(Path(sys.argv[2])))
-print(json.dumps([[key and key.hex() for key in found.keys], found.unread, sorted(opened)]))
-"""
-
-
 def identified(root: Path, index: Index, names: list[str] = NAMES) -> Identified:
     """Identify the files in another process that counts which of them Python opens."""
-    code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n" + _IDENTIFY
-    command = [sys.executable, "-c", code, str(root), str(index.path), json.dumps(names)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    keys, unread, opened = json.loads(done.stdout)
+    done = finished([str(root), str(index.path), json.dumps(names)], program="identified")
+    assert done.code == 0, done.err
+    keys, unread, opened = json.loads(done.out)
     return Identified([key and bytes.fromhex(key) for key in keys], {int(i): why for i, why in unread.items()}, opened)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import pty
 import sqlite3
-import subprocess
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, command_line, environment, icebox, write_picture
+import warm
+from conftest import command_line, environment, icebox, write_picture
 from faults import Watcher, disk_full, watched
 from made import SPEC, add, key, made, shard_file, spoil
 
@@ -245,13 +245,13 @@ def test_at_a_terminal_it_asks(answer: str, code: int, left: int, data: Path) ->
     ours, its = pty.openpty()
     os.write(ours, f"{answer}\n".encode())
     command = command_line(data, "cache", "gc", "--dataset", data.parent / "kept")
-    done = subprocess.run(
-        command, stdin=its, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=60, check=False
-    )
+    with (data.parent / "said").open("w+") as said:
+        process = warm.Process(command[2:], env=environment(), stdin=its, stderr=said)
+        assert process.wait(300) == code
+        said.seek(0)
+        assert "3 rows of features will be removed; go on?" in said.read()
     os.close(ours)
     os.close(its)
-    assert done.returncode == code, done.stderr
-    assert "3 rows of features will be removed; go on?" in done.stderr
     assert icebox(data, "cache", "ls", "--json").json["rows"] == left
 
 

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, icebox, picture
+from own_networks import tiny_options
 from PIL import Image
 from test_decoder import load
 
@@ -163,13 +164,18 @@ def test_a_decoding_process_hears_of_one_image_what_is_about_it(tmp_path: Path) 
     assert np.array_equal(found[0].pixels, found[2].pixels)  # type: ignore[arg-type]
 
 
-def test_rows_of_damaged_images_stay_until_they_are_looked_for(photos: Path, tmp_path: Path) -> None:
+def test_rows_of_damaged_images_stay_until_they_are_looked_for(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, place = encoded(), photos / "cats" / "broken.jpg"
     place.write_bytes(data[: len(data) // 2] + b"\xff\xd9")
     (tmp_path / "deaf").mkdir()  # as an earlier version was
     (tmp_path / "deaf" / "sitecustomize.py").write_text(DEAF)
     deaf = f"{tmp_path / 'deaf'}:{ROOT}"
-    made = icebox(tmp_path / "data", *FEATURES, photos, PYTHONPATH=deaf)
+    features = ("features", *tiny_options(), "--json", "--dataset", photos)
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", deaf)
+        made = icebox(tmp_path / "data", *features)
     assert (made.code, made.json["rows"]) == (0, 13)
     verify = ("cache", "verify", "--images", photos, "--json")
     for _ in range(2):
@@ -177,12 +183,13 @@ def test_rows_of_damaged_images_stay_until_they_are_looked_for(photos: Path, tmp
         assert (found.code, found.json["images"]["images"]) == (1, 13)
         (bad,) = found.json["images"]["quarantined"]
         assert (bad["path"], bad["reason"][:20]) == ("cats/broken.jpg", "JPEG damaged inside:")
-    after = icebox(tmp_path / "data", *FEATURES, photos, "--retry-failed", "--max-pixels", "1000000")
+    after = icebox(tmp_path / "data", *features, "--retry-failed", "--max-pixels", "1000000")
     assert (after.code, after.json["rows"], after.json["quarantined"]) == (3, 12, 1)
-    # A decoder that finds nothing wrong with it releases it.
-    released = icebox(tmp_path / "data", *verify, PYTHONPATH=deaf)
+    with monkeypatch.context() as patch:  # a decoder that finds nothing wrong with it releases it
+        patch.setenv("PYTHONPATH", deaf)
+        released = icebox(tmp_path / "data", *verify)
     assert (released.code, released.json["images"]["released"]) == (0, 1)
-    assert icebox(tmp_path / "data", *FEATURES, photos).json["rows"] == 13
+    assert icebox(tmp_path / "data", *features).json["rows"] == 13
 
 
 DEAF = """
@@ -191,4 +198,3 @@ if any("decode_process" in argument for argument in sys.orig_argv):
     import pipeline.jpeg
     pipeline.jpeg.damage = lambda *all: ""
 """
-FEATURES = ("features", "--weights", "untrained", "--precision", "float32", "--json", "--dataset")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import pickle
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from cached import SPEC, fill, listed, write_images
-from conftest import command_line, environment, icebox
+from conftest import icebox
+from faults import signalled
 
 from pipeline import images, runs
 from pipeline.asked import Asked, DatasetChoice
@@ -133,7 +131,7 @@ def test_stopped_while_it_is_published_nothing_is_trained_again(
 def test_folds_that_are_finished_are_not_trained_again(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = asked(photos, SPECS["gap"], folds=3)
+    wanted = asked(photos, SPECS["gap"], folds=2)
     whole = train_head(listed(photos), workspace, wanted, "features")
     name = stop(workspace, photos, wanted, monkeypatch, at=8)  # in the second fold
     first = workspace.runs / f".partial-{name}" / "fold-1" / "head.json"
@@ -182,8 +180,8 @@ def test_nor_is_one_whose_groups_changed(
         (tmp_path / "list.csv").write_text("\n".join(lines))
         return tmp_path / "list.csv"
 
-    wanted = asked(manifest(1), SPECS["gap"], folds=3)
-    name = stop(workspace, tmp_path / "list.csv", wanted, monkeypatch, at=8)
+    wanted = asked(manifest(1), SPECS["gap"], folds=2)
+    name = stop(workspace, tmp_path / "list.csv", wanted, monkeypatch, at=8)  # in the second fold
     manifest(8)
     with pytest.raises(RunError, match="no longer those it began with"):
         go_on(workspace, tmp_path / "list.csv", name)
@@ -266,24 +264,18 @@ def test_a_checkpoint_that_is_none_is_refused(
 
 
 def test_the_command_is_killed_listed_and_resumed(workspace: Workspace, photos: Path) -> None:
-    options = ("--dataset", photos, "--head", "gap", "--epochs", "400", "--batch-size", "4")
-    whole = icebox(workspace.root, "train-head", *options, "--json").json
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(
-        command_line(workspace.root, "train-head", *options), stderr=quiet, stdout=quiet, env=environment()
-    )
-    deadline = time.monotonic() + 120
-    while not list(workspace.runs.glob(".partial-*/checkpoint.npz")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = ("train-head", "--dataset", photos, "--head", "gap", "--epochs", "5")
+    whole = icebox(workspace.root, *command, "--json").json
+    # Before the third file gets its name: those before are the request and a checkpoint.
+    killed = signalled(3, workspace.root, *command, among=["rename"], within=[workspace.runs])
+    assert killed.code == -signal.SIGKILL
     (name,) = icebox(workspace.root, "runs", "ls", "--json").json["unfinished"]
+    assert (workspace.runs / f".partial-{name}" / "checkpoint.npz").exists()
     refused = icebox(workspace.root, "train-head", "--resume", name, "--epochs", "3")
     assert refused.code == 2
     assert "leave out --epochs" in refused.err
     done = icebox(workspace.root, "train-head", "--resume", name, "--json").json
-    read = functools.partial(runs.read_run)
-    assert read(workspace.runs / done["run"])["summary"]["epochs"] == 400
+    assert runs.read_run(workspace.runs / done["run"])["summary"]["epochs"] == 5
     histories = [(workspace.runs / run["run"] / "history.json").read_text() for run in (whole, done)]
     assert histories[0] == histories[1]
     assert icebox(workspace.root, "train-head", "--resume", "").err.count("nothing named ''") == 1
