@@ -177,8 +177,9 @@ def _run(
             cli.run_and_exit()
         else:
             runpy.run_module(program, run_name="__main__")
+        code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 1
+        code = 0 if end.code is None else end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:
