@@ -9,10 +9,12 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT, command_line, environment, icebox, write_picture
 from deployed import Deployed
 
@@ -125,9 +127,10 @@ def test_odd_bytes_of_names_are_spelt_too() -> None:
 def complete(line: str, shell: str = "bash") -> list[str]:
     words = line.split(" ")
     env = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_CLI.PY_COMPLETE": f"complete_{shell}"}
-    command = [sys.executable, "cli.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, check=False)
-    return done.stdout.split()
+    with tempfile.TemporaryFile() as out:
+        warm.Process([], env=environment(**env), stdout=out).wait()
+        out.seek(0)
+        return out.read().decode().split()
 
 
 def test_a_shell_completes_commands_options_and_names(deployed: Deployed, tmp_path: Path) -> None:

@@ -46,11 +46,12 @@ class Process:
         stdin: int | IO[Any] = subprocess.DEVNULL,
         stdout: int | IO[Any] = subprocess.DEVNULL,
         stderr: int | IO[Any] = subprocess.DEVNULL,
+        listening: str | None = None,
     ) -> None:
         self.args = arguments
         self.returncode: int | None = None
         self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.connect(_server())
+        self._connection.connect(listening or server())
         message = json.dumps([arguments, str(cwd), env]).encode()
         with Path(os.devnull).open("r+b") as nowhere:
             streams = [nowhere if each == subprocess.DEVNULL else each for each in (stdin, stdout, stderr)]
@@ -90,15 +91,18 @@ class Process:
 
 
 @functools.cache
-def _server() -> str:
-    """Return where the server of this process listens; it ends when this process does."""
+def server() -> str:
+    """Return where the server of this process listens; it ends when this process does.
+
+    A `Process` of another process may be one of its children, if it is told so: `listening`.
+    """
     path = f"{tempfile.mkdtemp(prefix='warm-')}/socket"
-    server = subprocess.Popen(
+    started = subprocess.Popen(
         [sys.executable, __file__, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.__stderr__
     )
-    assert server.stdout is not None
-    assert server.stdin is not None
-    assert server.stdout.readline() == b"ready\n"
+    assert started.stdout is not None
+    assert started.stdin is not None
+    assert started.stdout.readline() == b"ready\n"
     return path
 
 
