@@ -2,8 +2,8 @@
 
 A warm process is forked from a server, one for each process of pytest, in which what commands import is there and
 nothing has been computed. It has its own standard streams, environment and folder; it ends by itself and can be killed.
-What is read as a program starts it does not show, as the variables that libraries look at, or the encoding of the
-streams: for that, tests start `cli.py` itself.
+What is read as a program starts it does not show, as the variables that libraries look at: for that, tests start
+`cli.py` itself. Only the encoding of the streams is as PYTHONIOENCODING says.
 
 As a program it is the server: python tests/warm.py SOCKET
 """
@@ -163,6 +163,9 @@ def _run(arguments: list[str], folder: str, environment: dict[str, str], streams
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = [str(ROOT / "cli.py"), *arguments]
+    if "PYTHONIOENCODING" in environment:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding=environment["PYTHONIOENCODING"])  # type: ignore[union-attr]
     code = 1
     try:
         cli.run_and_exit()
