@@ -31,9 +31,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = ("make test", "source .venv/bin/activate")
 # Run by Python itself and with InceptionV3, as all of them are by --all.
 STARTED = ("datasets.md", "remote.md")
+# Accuracies of the quickstart: with InceptionV3 on all digits, and with the small network on 600 of them.
 LEAST = {
     True: {"logreg": 0.92, "gap": 0.90, "flatten": 0.90},
-    False: {"logreg": 0.92, "gap": 0.90, "flatten": 0.90},
+    False: {"logreg": 0.65, "gap": 0.65, "flatten": 0.80},
 }
 
 
@@ -186,7 +187,6 @@ def check_quickstart(said: str, least: dict[str, float]) -> None:
         number for number, line in enumerate(lines) if line.split()[:4] == ["run", "head", "dataset", "accuracy"]
     )
     accuracies = {line.split()[1]: float(line.split()[3]) for line in lines[head + 1 : head + 4]}
-    print(said)
     assert accuracies.keys() == least.keys()
     assert all(accuracies[name] >= least[name] for name in least)
     assert "likely wrong labels" in "\n".join(lines[head + 4 :])  # of the report of the best
