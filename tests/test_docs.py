@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 import warnings
 from collections.abc import Iterator
@@ -151,16 +150,12 @@ def test_page(project: Path, page: Path, pytestconfig: pytest.Config) -> None:
     for language, code in blocks(page):
         if language == "sh":
             for line in commands(code):
-                start = time.monotonic()
                 # A port of the page may be another's on this machine.
                 check_command(project, re.sub("|".join(ports) or "$^", lambda port: ports[port[0]], line), LEAST[real])
-                print(f"{time.monotonic() - start:6.2f} {line}", file=sys.__stderr__, flush=True)
         elif language == "toml":  # whose first line is its name
             (project / code.partition("\n")[0].removeprefix("# ")).write_text(code)
         else:
-            start = time.monotonic()
             check_snippet(project, code)
-            print(f"{time.monotonic() - start:6.2f} {code}", file=sys.__stderr__, flush=True)
 
 
 def check_command(project: Path, line: str, least: dict[str, float]) -> None:
