@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ FOLDER = ROOT / "benchmarks"
 PROGRAMS = sorted(path.name for path in FOLDER.glob("*.py"))
 
 
+@functools.cache
 def help_of(name: str) -> str:
     done = subprocess.run([sys.executable, str(FOLDER / name), "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import pytest
 from conftest import icebox, write_picture
+from own_networks import tiny_options
 from test_imports import python
 
 from pipeline import environment
@@ -160,7 +161,7 @@ def test_rows_heads_and_pictures_are_the_same_in_odd_surroundings(tmp_path: Path
     told = {name: {**DECIDING, **HARMLESS}[name] for name in names} | {"PYTHONWARNINGS": "error"}
     found = []
     for data, env in ((tmp_path / "one", {}), (tmp_path / "other", told)):
-        asked = ("--dataset", tmp_path / "photos", "--weights", "untrained", "--precision", "float32")
+        asked = ("--dataset", tmp_path / "photos", *tiny_options(), "--storage", "float32")
         made = icebox(data, "features", *asked, cwd=odd if env else tmp_path, **env)
         assert made.code == 0, made.err
         assert ("not heeded, as no variable decides numbers here" in made.err) == bool(env)

@@ -9,10 +9,12 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT, command_line, environment, icebox, write_picture
 from deployed import Deployed
 
@@ -101,14 +103,20 @@ def test_quiet_leaves_warnings(deployed: Deployed) -> None:
 def test_what_an_encoding_lacks_is_spelt(tmp_path: Path, encoding: str) -> None:
     """In help, tables and notices alike, on both streams."""
 
-    def said(*words: str | Path) -> str:
-        line = command_line(tmp_path / "data", *words)
-        env = environment(PYTHONIOENCODING=encoding)
-        done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, check=True)
-        assert b"Traceback" not in done.stderr
-        return (done.stdout + done.stderr).decode(encoding)
+    env = environment(PYTHONIOENCODING=encoding)
 
-    assert re.search(r"NAME=VALUE,\.\.\.", said("train-head", "--help"))
+    def said(*words: str | Path) -> str:
+        with tempfile.TemporaryFile() as written:
+            line = command_line(tmp_path / "data", *words)[2:]
+            assert warm.Process(line, env=env, stdout=written, stderr=written).wait() == 0
+            written.seek(0)
+            text = written.read().decode(encoding)
+        assert "Traceback" not in text
+        return text
+
+    line = command_line(tmp_path / "data", "train-head", "--help")
+    helped = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, check=True).stdout.decode(encoding)
+    assert re.search(r"NAME=VALUE,\.\.\.", helped)
     for i, name in enumerate(("caf\u00e9", "\u732b")):
         write_picture(tmp_path / "photos" / name / f"{i}.png", seed=i)
     shown = said("doctor", tmp_path / "photos", "--json") + said("doctor", tmp_path / "photos")
@@ -125,9 +133,10 @@ def test_odd_bytes_of_names_are_spelt_too() -> None:
 def complete(line: str, shell: str = "bash") -> list[str]:
     words = line.split(" ")
     env = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_CLI.PY_COMPLETE": f"complete_{shell}"}
-    command = [sys.executable, "cli.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, check=False)
-    return done.stdout.split()
+    with tempfile.TemporaryFile() as out:
+        warm.Process([], env=environment(**env), stdout=out).wait()
+        out.seek(0)
+        return out.read().decode().split()
 
 
 def test_a_shell_completes_commands_options_and_names(deployed: Deployed, tmp_path: Path) -> None:

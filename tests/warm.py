@@ -2,8 +2,8 @@
 
 A warm process is forked from a server, one for each process of pytest, in which what commands import is there and
 nothing has been computed. It has its own standard streams, environment and folder; it ends by itself and can be killed.
-What is read as a program starts it does not show, as the variables that libraries look at, or the encoding of the
-streams: for that, tests start `cli.py` itself.
+What is read as a program starts it does not show, as the variables that libraries look at: for that, tests start
+`cli.py` itself. Only the encoding of the streams is as PYTHONIOENCODING says.
 
 As a program it is the server: python tests/warm.py SOCKET
 """
@@ -49,12 +49,13 @@ class Process:
         stderr: int | IO[Any] = subprocess.DEVNULL,
         program: str = "cli",
         start_new_session: bool = False,
+        listening: str | None = None,
     ) -> None:
         """Start `cli.py`, or another module as `python -m` does."""
         self.args = arguments
         self.returncode: int | None = None
         self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.connect(_server())
+        self._connection.connect(listening or server())
         message = json.dumps([program, arguments, str(cwd), env, start_new_session]).encode()
         with Path(os.devnull).open("r+b") as nowhere:
             streams = [nowhere if each == subprocess.DEVNULL else each for each in (stdin, stdout, stderr)]
@@ -94,15 +95,18 @@ class Process:
 
 
 @functools.cache
-def _server() -> str:
-    """Return where the server of this process listens; it ends when this process does."""
+def server() -> str:
+    """Return where the server of this process listens; it ends when this process does.
+
+    A `Process` of another process may be one of its children, if it is told so: `listening`.
+    """
     path = f"{tempfile.mkdtemp(prefix='warm-')}/socket"
-    server = subprocess.Popen(
+    started = subprocess.Popen(
         [sys.executable, __file__, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.__stderr__
     )
-    assert server.stdout is not None
-    assert server.stdin is not None
-    assert server.stdout.readline() == b"ready\n"
+    assert started.stdout is not None
+    assert started.stdin is not None
+    assert started.stdout.readline() == b"ready\n"
     return path
 
 
@@ -171,6 +175,9 @@ def _run(
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = [str(ROOT / "cli.py") if program == "cli" else program, *arguments]
+    if "PYTHONIOENCODING" in environment:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding=environment["PYTHONIOENCODING"])  # type: ignore[union-attr]
     code = 1
     try:
         if program == "cli":
