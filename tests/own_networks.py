@@ -28,9 +28,9 @@ def own_choice(path: Path) -> FeatureChoice:
     return FeatureChoice(backbone=str(path), scaling=SCALING, precision="float32", storage="float32")
 
 
-def write_sides(root: Path) -> Path:
-    """Write a dataset of two classes: 12 images to train on, 4 to validate, 4 to test; return its folder."""
-    for number, (side, count) in enumerate((("train", 12), ("val", 4), ("test", 4))):
+def write_sides(root: Path, counts: tuple[int, int, int] = (12, 4, 4)) -> Path:
+    """Write a dataset of two classes, so many images to train on, to validate and to test; return its folder."""
+    for number, (side, count) in enumerate(zip(("train", "val", "test"), counts, strict=True)):
         for i in range(count):
             write_picture(root / side / ("cats" if i % 2 else "dogs") / f"{i}.png", seed=100 * number + i)
     return root

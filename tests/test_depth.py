@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import picture
+from own_networks import own_choice, tiny
 
 from pipeline import images
 from pipeline.asked import Asked, DatasetChoice
@@ -32,7 +33,7 @@ from pipeline.trained import TrainedRun, open_run
 from pipeline.workspace import Workspace
 
 MOST = images.DEFAULT_MAX_PIXELS
-FULL = FeatureChoice(weights="untrained", precision="float32", storage="float32")
+FULL = own_choice(tiny())
 TWELVE = replace(FULL, depth=12)
 
 
@@ -89,7 +90,7 @@ def test_another_depth_is_another_space_and_its_rows_are_those_of_the_whole_rang
     assert (place.first.effort.peak, place.twelve.effort.peak, place.twelve.computed) == (4095, 4095, 24)
     right = pooled(place.shallow, place, FULL)
     assert np.allclose(pooled(place.deep, place, TWELVE), right, atol=1e-4)
-    assert not np.allclose(pooled(place.deep, place, FULL), right, atol=0.1)
+    assert not np.allclose(pooled(place.deep, place, FULL), right, atol=0.01)
 
 
 def test_dark_pictures_are_told_of_and_those_of_the_right_depth_are_not(
@@ -114,12 +115,14 @@ def test_a_space_is_chosen_by_the_depth_and_a_named_one_brings_its_own(place: Pl
     def space(choice: FeatureChoice) -> str:
         return gather(place.deep, place.workspace, choice, MOST, "features").space.name
 
-    assert space(FeatureChoice()) == place.first.space.name
-    assert space(FeatureChoice(depth=16)) == place.first.space.name
-    assert space(FeatureChoice(depth=12)) == place.twelve.space.name
+    own = FeatureChoice(backbone=FULL.backbone)
+    assert space(own) == place.first.space.name
+    assert space(replace(own, depth=16)) == place.first.space.name
+    assert space(replace(own, depth=12)) == place.twelve.space.name
     assert space(FeatureChoice(space=place.twelve.space.name)) == place.twelve.space.name
     root = place.workspace.root
-    with open_features(root.parent / "deep", data_dir=root, what="pooled", depth=12) as features:
+    deep = root.parent / "deep"
+    with open_features(deep, data_dir=root, what="pooled", depth=12, backbone=FULL.backbone) as features:
         assert features.space == place.twelve.space.name
     with pytest.raises(SpecError, match="decode is rgb8"):
         space(FeatureChoice(space=place.twelve.space.name, depth=14))

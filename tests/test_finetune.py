@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
 import time
 import zipfile
 from collections.abc import Iterator
@@ -16,15 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import command_line, environment, icebox, unseal, write_picture
-from own_networks import SIZE, own_choice, write_network
+import warm
+from cached import fill
+from conftest import SPEC, command_line, environment, icebox, unseal, write_picture
+from own_networks import SIZE, own_choice, tiny, write_network, write_sides
 
-from pipeline import images, network, runs
+from pipeline import heads, images, network, runs
 from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked, command_of
-from pipeline.backbone.build import build as build_backbone
-from pipeline.backbone.build import load_weights
-from pipeline.backbone.graph import cut_layers
+from pipeline.backbone.graph import cut_layers, layer_names
+from pipeline.cache.digests import digest
 from pipeline.cache.keys import split
 from pipeline.cache.space import Cache
 from pipeline.choice import FeatureChoice
@@ -34,6 +33,7 @@ from pipeline.errors import DatasetError, RunError, SpecError, UsageError, Weigh
 from pipeline.extract import extract
 from pipeline.finetune import FullRun, _warn_of_collapse, train_full
 from pipeline.gather import gather_images
+from pipeline.keras_start import import_keras
 from pipeline.network import Network
 from pipeline.origin import origin_of
 from pipeline.pixels import Pixels
@@ -44,23 +44,30 @@ from pipeline.train import train_head
 from pipeline.trained import open_run
 from pipeline.workspace import Workspace
 
-EXACT = FeatureChoice(weights="untrained", precision="float32", storage="float32")
-SETTINGS = {"epochs": 3, "batch_size": 8, "optimizer": "adagrad", "learning_rate": 1e-4}
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+TINY = own_choice(tiny())
+INCEPTION = FeatureChoice(weights="untrained", precision="float32", storage="float32")
+SETTINGS = {"epochs": 3, "batch_size": 8, "optimizer": "adagrad", "learning_rate": 0.01}
+TWO_BY_TWO = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-4}  # two steps in each of two epochs
 
 
 @dataclass(frozen=True)
 class Place:
-    """A workspace and a folder of images: 20 to train on, 6 to validate, 6 to test."""
+    """A workspace and a folder of images, which a network is trained on that is frozen up to a layer."""
 
     workspace: Workspace
     photos: Path
+    features: FeatureChoice = TINY
+    until: str = "middle"
 
     @property
     def dataset(self) -> Dataset:
         return open_dataset(str(self.photos), downloads=self.photos)
 
     def asked(self, stage: str = "finetune", head: str = "gap", **more: Any) -> FullAsked:
-        given = {"features": EXACT, "max_pixels": images.DEFAULT_MAX_PIXELS, "freeze_until": "mixed9", **more}
+        most = images.DEFAULT_MAX_PIXELS
+        given = {"features": self.features, "max_pixels": most, "freeze_until": self.until, **more}
         settings = {**SETTINGS, **given.pop("settings", {})}
         return FullAsked(
             stage=stage, images=DatasetChoice(str(self.photos)), head=HeadSpec.make(head, **settings), **given
@@ -72,12 +79,18 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Images for the tiny network: 20 to train on, 6 to validate, 6 to test."""
     root = tmp_path_factory.mktemp("finetune")
-    for number, (side, count) in enumerate((("train", 20), ("val", 6), ("test", 6))):
-        for i in range(count):
-            write_picture(root / "photos" / side / ("cats" if i % 2 else "dogs") / f"{i}.png", seed=100 * number + i)
     with closing(Cache(root / "data" / "cache")) as cache:
-        yield Place(Workspace(root / "data", cache), root / "photos")
+        yield Place(Workspace(root / "data", cache), write_sides(root / "photos", (20, 6, 6)))
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Images for InceptionV3: 8 to train on, 2 to validate, 2 to test."""
+    root = tmp_path_factory.mktemp("inception")
+    with closing(Cache(root / "data" / "cache")) as cache:
+        yield Place(Workspace(root / "data", cache), write_sides(root / "photos", (8, 2, 2)), INCEPTION, "mixed9")
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +104,37 @@ def from_cache(place: Place) -> FullRun:
 
 
 @pytest.fixture(scope="module")
+def inception_from_cache(inception: Place) -> FullRun:
+    return inception.train(from_cache=True, settings=TWO_BY_TWO)
+
+
+def regression_on(place: Place) -> Path:
+    """Train a regression on the rows that the workspace has; return the folder of its run."""
+    chosen = DatasetChoice(str(place.photos))
+    asked = Asked(chosen, place.features, HeadSpec.make("logreg"), images.DEFAULT_MAX_PIXELS)
+    return train_head(place.dataset, place.workspace, asked, "features").path
+
+
+@pytest.fixture(scope="module")
 def logreg(place: Place) -> str:
-    """A regression trained on cached rows; the folder of its run."""
-    extract(place.dataset, place.workspace, EXACT, ComputeOptions())
-    chosen = Asked(DatasetChoice(str(place.photos)), EXACT, HeadSpec.make("logreg"), images.DEFAULT_MAX_PIXELS)
-    return str(train_head(place.dataset, place.workspace, chosen, "features").path)
+    """The folder of a regression on rows of the tiny network."""
+    extract(place.dataset, place.workspace, TINY, ComputeOptions())
+    return str(regression_on(place))
+
+
+@pytest.fixture(scope="module")
+def made_up(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """The images with rows (2, 2, 8) that pass for InceptionV3's, for what is refused before anything is computed."""
+    root = tmp_path_factory.mktemp("made-up")
+    with closing(Cache(root / "cache")) as cache:
+        there = Place(Workspace(root, cache), place.photos, FeatureChoice(), "mixed9")
+        fill(there.workspace, there.dataset, spec=SPEC)
+        yield there
+
+
+@pytest.fixture(scope="module")
+def made_up_logreg(made_up: Place) -> str:
+    return str(regression_on(made_up))
 
 
 def history(run: FullRun) -> list[dict[str, float]]:
@@ -110,12 +149,24 @@ def predictions(run: FullRun) -> np.ndarray:
 # From images and from the cache
 
 
-def test_both_ways_train_alike(from_images: FullRun, from_cache: FullRun) -> None:
+def check_alike(from_images: FullRun, from_cache: FullRun) -> None:
     for ours, theirs in zip(history(from_images), history(from_cache), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-3)
     assert history(from_images)[0]["loss"] != pytest.approx(history(from_images)[-1]["loss"], rel=1e-3)
     assert np.allclose(predictions(from_images), predictions(from_cache), atol=1e-3)
+
+
+def test_both_ways_train_alike(from_images: FullRun, from_cache: FullRun) -> None:
+    check_alike(from_images, from_cache)
+
+
+def test_inception_trains_alike_both_ways(inception: Place, inception_from_cache: FullRun) -> None:
+    from_images = inception.train(settings=TWO_BY_TWO)
+    check_alike(from_images, inception_from_cache)
+    for said in (from_images.summary, inception_from_cache.summary):
+        assert (said["trains"][0], said["trains"][-2:]) == ("conv2d_89", ["hidden", "probabilities"])
+        assert (said["frozen_until"], said["weights"]) == ("mixed9", "untrained")
 
 
 def test_both_ways_leave_the_same_files_and_the_same_model(from_images: FullRun, from_cache: FullRun) -> None:
@@ -126,12 +177,28 @@ def test_both_ways_leave_the_same_files_and_the_same_model(from_images: FullRun,
         assert np.allclose(one, other, atol=1e-3)
 
 
+def convolution_after_middle() -> str:
+    """Return the name of the tiny network's last convolution."""
+    names = tiny_layers()[0]
+    return names[names.index("middle") + 1]
+
+
+def tiny_layers() -> tuple[list[str], list[str]]:
+    """Return the names of the tiny network's layers, and of those where it can be cut."""
+    whole = own_backbone()
+    return layer_names(whole), cut_layers(whole)
+
+
+def own_backbone() -> Any:
+    """Return the tiny network with its weights."""
+    return import_keras().models.load_model(tiny(), compile=False)
+
+
 def test_the_summary_says_what_trained(from_images: FullRun, from_cache: FullRun) -> None:
     for run in (from_images, from_cache):
         said = run.summary
-        assert said["trains"][0] == "conv2d_89"
-        assert said["trains"][-2:] == ["hidden", "probabilities"]
-        assert (said["stage"], said["head"], said["frozen_until"]) == ("finetune", "gap", "mixed9")
+        assert said["trains"] == [convolution_after_middle(), "hidden", "probabilities"]
+        assert (said["stage"], said["head"], said["frozen_until"]) == ("finetune", "gap", "middle")
         assert said["first_loss"] == history(run)[0]["loss"]
         assert said["last_loss"] == history(run)[-1]["loss"]
         assert said["max_difference"] <= 1e-3
@@ -141,12 +208,12 @@ def test_the_summary_says_what_trained(from_images: FullRun, from_cache: FullRun
 
 
 def test_only_what_comes_after_the_layer_has_changed(from_cache: FullRun) -> None:
-    before = build_backbone("inception_v3")
-    load_weights(before, "untrained:glorot_centred_1:0", None)
+    before = own_backbone()
     after = Network.load(from_cache.path, open_run(from_cache.path.parent, from_cache.name).spec).whole
+    assert len(before.layers) == len(after.layers)
     changed = [
         layer.name
-        for layer, other in zip(before.layers, after.layers, strict=True)
+        for layer, other in ((layer, after.get_layer(layer.name)) for layer in before.layers)
         if any(not np.array_equal(a, b) for a, b in zip(layer.get_weights(), other.get_weights(), strict=True))
     ]
     assert changed == from_cache.summary["trains"][:-2]
@@ -158,27 +225,34 @@ def test_the_second_time_nothing_is_computed(place: Place, from_cache: FullRun) 
     assert history(again) == history(from_cache)[:1]
 
 
-def test_it_is_evaluated_from_images(place: Place, from_cache: FullRun, caplog: pytest.LogCaptureFixture) -> None:
-    run = open_run(place.workspace.runs, from_cache.name)
+def test_it_is_evaluated_from_images(
+    inception: Place, inception_from_cache: FullRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = open_run(inception.workspace.runs, inception_from_cache.name)
     options: Any = {"max_pixels": images.DEFAULT_MAX_PIXELS}
-    done = evaluate_run(run, place.dataset, place.workspace, "features", **options)
+    done = evaluate_run(run, inception.dataset, inception.workspace, "features", **options)
     assert "UNTRAINED" in caplog.text, "said of a backbone whose weights are a file by now"
-    assert done.metrics["accuracy"] == from_cache.summary["accuracy"]
+    assert done.metrics["accuracy"] == inception_from_cache.summary["accuracy"]
     assert done.metrics["log_loss"] == pytest.approx(
-        json.loads((from_cache.path / "metrics.json").read_text())["test"]["log_loss"], rel=1e-3
+        json.loads((run.path / "metrics.json").read_text())["test"]["log_loss"], rel=1e-3
     )
     for name, value in (("space", "any"), ("memory", 1000)):
         with pytest.raises(UsageError, match=f"is a full model, which reads images; leave out --{name}"):
-            evaluate_run(run, place.dataset, place.workspace, "features", **{name: value}, **options)
+            evaluate_run(run, inception.dataset, inception.workspace, "features", **{name: value}, **options)
 
 
-def test_its_backbone_makes_features_of_its_own(place: Place, from_cache: FullRun) -> None:
+def test_its_backbone_makes_features_of_its_own(inception: Place, inception_from_cache: FullRun) -> None:
     """And the head in the run says of those rows what the full model says of the images."""
-    weights = from_cache.path / network.WEIGHTS_FILE
-    done = extract(place.dataset, place.workspace, replace(EXACT, weights=str(weights)), ComputeOptions())
-    assert done.computed == 32
+    weights, dataset = inception_from_cache.path / network.WEIGHTS_FILE, inception.dataset
+    done = extract(dataset, inception.workspace, replace(INCEPTION, weights=str(weights)), ComputeOptions())
+    assert done.computed == 12
     assert done.space is not None
-    assert done.space.spec == open_run(place.workspace.runs, from_cache.name).spec
+    assert done.space.spec == open_run(inception.workspace.runs, inception_from_cache.name).spec
+    lines = (inception_from_cache.path / "predictions.csv").read_text().splitlines()[1:]
+    keys = [digest(dataset.read(dataset.names.index(line.split(",")[0]))) for line in lines]
+    rows = done.space.reader("features").read(done.space.locate(keys))
+    said = heads.load(inception_from_cache.path).predict(rows)
+    assert np.allclose(said, predictions(inception_from_cache), atol=1e-3)
 
 
 # Views and augmentation
@@ -205,11 +279,11 @@ def test_freeze_trains_the_head_alone_on_images_that_are_warped_afresh(
     run = place.train("freeze", augment=Augmentation(), settings={"epochs": 2, "learning_rate": 0.02})
     assert [len(some) for some in seen] == [20, 20], "the training images, once an epoch"
     assert (seen[0] != seen[1]).reshape(20, -1).any(axis=1).all()
-    assert run.summary["trainable_parameters"] == 2048 * 64 + 64 + 64 * 2 + 2
+    assert run.summary["trainable_parameters"] == 64 * 64 + 64 + 64 * 2 + 2
     assert run.summary["trains"] == ["hidden", "probabilities"]
     about = runs.read_run(run.path)
     assert about["features"] == about["base"]["features"], "its backbone is still the one it began with"
-    assert about["base"]["unchanged_until"] == "mixed10"
+    assert about["base"]["unchanged_until"] == "top"
 
 
 # Begun with a run
@@ -231,48 +305,56 @@ def test_a_regression_goes_on_from_what_it_knows(place: Place, logreg: str) -> N
 
 
 def test_a_fine_tuned_run_goes_on_in_the_rows_its_backbone_still_gives(place: Place, from_cache: FullRun) -> None:
-    """Up to mixed9 nothing changed, so those rows serve; deeper they are another space's."""
+    """Up to the middle nothing changed, so those rows serve; deeper they are another space's."""
     asked = place.asked(from_cache=True, init=str(from_cache.path), features=FeatureChoice())
     origin = origin_of(asked, place.dataset, place.workspace)
-    assert (origin.cut, origin.settled.choice.weights) == ("mixed9", "untrained:0")
-    deeper = origin_of(replace(asked, freeze_until="mixed10"), place.dataset, place.workspace)
-    assert (deeper.cut, deeper.settled.choice.weights) == ("mixed10", str(from_cache.path / network.WEIGHTS_FILE))
-    names, cuts = origin_layers(place)
-    assert origin.unchanged_until(names, cuts) == "mixed9"
-    assert origin.unchanged_until(names, cuts[: cuts.index("mixed8") + 1]) == "mixed8"
-    once = replace(asked, head=HeadSpec.make("gap", **{**SETTINGS, "epochs": 1}))
-    run = train_full(place.dataset, place.workspace, once)
+    assert (origin.cut, origin.settled.choice.weights) == ("middle", "auto"), "those of the file"
+    deeper = origin_of(replace(asked, freeze_until="top"), place.dataset, place.workspace)
+    assert (deeper.cut, deeper.settled.choice.weights) == ("top", str(from_cache.path / network.WEIGHTS_FILE))
+    names, cuts = tiny_layers()
+    assert origin.unchanged_until(names, cuts) == "middle"
+    assert origin.unchanged_until(names, cuts[: cuts.index("early") + 1]) == "early"
+    still = replace(asked, head=HeadSpec.make("gap", **{**SETTINGS, "epochs": 1, "learning_rate": 1e-12}))
+    run = train_full(place.dataset, place.workspace, still)
     assert run.summary["features_computed"] == 0
-    assert history(run)[0]["loss"] < history(from_cache)[0]["loss"] / 2, "it begins where the other one ended"
+    losses = [epoch["val_loss"] for epoch in history(from_cache)]
+    assert history(run)[0]["val_loss"] == pytest.approx(min(losses), rel=1e-4), "it begins where the other one ended"
+    assert min(losses) < 0.99 * losses[0]
 
 
-def origin_layers(place: Place) -> tuple[list[str], list[str]]:
-    whole = build_backbone("inception_v3")
-    return [layer.name for layer in whole.layers], cut_layers(whole)
+def test_rows_of_inceptions_unchanged_part_serve_a_fine_tuned_run(
+    inception: Place, inception_from_cache: FullRun
+) -> None:
+    """Up to mixed9 they are those of the weights it began with, deeper those of its own."""
+    asked = inception.asked(from_cache=True, init=str(inception_from_cache.path), features=FeatureChoice())
+    own = str(inception_from_cache.path / network.WEIGHTS_FILE)
+    for until, weights in (("mixed8", "untrained:0"), ("mixed9", "untrained:0"), ("mixed10", own)):
+        origin = origin_of(replace(asked, freeze_until=until), inception.dataset, inception.workspace)
+        assert (origin.cut, origin.settled.choice.weights) == (until, weights)
 
 
-def test_other_classes_and_contradictions_are_refused(place: Place, logreg: str, tmp_path: Path) -> None:
-    begun = place.asked(from_cache=True, init=logreg, features=FeatureChoice())
+def test_other_classes_and_contradictions_are_refused(made_up: Place, made_up_logreg: str, tmp_path: Path) -> None:
+    begun = made_up.asked(from_cache=True, init=made_up_logreg, features=FeatureChoice())
     for i in range(6):
         write_picture(tmp_path / "others" / ("ants" if i % 2 else "bees") / f"{i}.png", seed=i)
     others = open_dataset(str(tmp_path / "others"), downloads=tmp_path)
     with pytest.raises(DatasetError, match="knows other classes than others: cats, dogs"):
-        origin_of(begun, others, place.workspace)
+        origin_of(begun, others, made_up.workspace)
     for choice, message in (
         (FeatureChoice(weights="untrained:7"), "began with other weights than untrained:7"),
         (FeatureChoice(fit="crop"), "trained on images made square by squash, not crop"),
         (FeatureChoice(layer="mixed8"), "stands on mixed10, not on mixed8"),
     ):
         with pytest.raises(SpecError, match=message):
-            origin_of(replace(begun, features=choice), place.dataset, place.workspace)
+            origin_of(replace(begun, features=choice), made_up.dataset, made_up.workspace)
     with pytest.raises(SpecError, match=r"no head can stand on 'conv2d_80'; take one of .*mixed10"):
-        origin_of(place.asked(features=replace(EXACT, layer="conv2d_80")), place.dataset, place.workspace)
+        origin_of(made_up.asked(features=replace(INCEPTION, layer="conv2d_80")), made_up.dataset, made_up.workspace)
 
 
-def test_weights_that_are_gone_are_asked_for(place: Place, logreg: str, tmp_path: Path) -> None:
+def test_weights_that_are_gone_are_asked_for(made_up: Place, made_up_logreg: str, tmp_path: Path) -> None:
     elsewhere = tmp_path / "run"
     elsewhere.mkdir()
-    for path in Path(logreg).iterdir():
+    for path in Path(made_up_logreg).iterdir():
         if path.is_file():
             (elsewhere / path.name).write_bytes(path.read_bytes())
     unseal(elsewhere)
@@ -280,7 +362,7 @@ def test_weights_that_are_gone_are_asked_for(place: Place, logreg: str, tmp_path
     about["features"]["weights"] = "sha256:" + "0" * 64
     runs.write_json(elsewhere / "run.json", about)
     with pytest.raises(WeightsError, match="which are not on this machine; give the file by `--weights FILE`"):
-        origin_of(place.asked(init=str(elsewhere), features=FeatureChoice()), place.dataset, place.workspace)
+        origin_of(made_up.asked(init=str(elsewhere), features=FeatureChoice()), made_up.dataset, made_up.workspace)
 
 
 def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
@@ -309,20 +391,20 @@ def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
         begin()
 
 
-def test_a_head_of_another_run_is_not_begun_with(place: Place, logreg: str, tmp_path: Path) -> None:
-    origin = origin_of(place.asked(init=logreg, features=FeatureChoice()), place.dataset, place.workspace)
+def test_a_head_of_another_run_is_not_begun_with(made_up: Place, made_up_logreg: str) -> None:
+    origin = origin_of(made_up.asked(init=made_up_logreg, features=FeatureChoice()), made_up.dataset, made_up.workspace)
     with pytest.raises(RunError, match="is of another run: it does not tell 2 classes apart by rows of 8x8x16"):
         origin.head(HeadSpec.make("gap"), (8, 8, 16), 2)
     with pytest.raises(RunError, match="it does not tell 5 classes apart"):
-        origin.head(HeadSpec.make("gap"), (8, 8, 2048), 5)
+        origin.head(HeadSpec.make("gap"), (2, 2, 8), 5)
 
 
-def test_an_ensemble_is_refused_before_anything_is_computed(place: Place, logreg: str, tmp_path: Path) -> None:
+def test_an_ensemble_is_refused_before_anything_is_computed(made_up: Place, made_up_logreg: str) -> None:
     gap = HeadSpec.make("gap", epochs=1, hidden="none")
-    chosen = Asked(DatasetChoice(str(place.photos)), EXACT, gap, images.DEFAULT_MAX_PIXELS, folds=2)
-    run = train_head(place.dataset, place.workspace, chosen, "features")
+    chosen = Asked(DatasetChoice(str(made_up.photos)), made_up.features, gap, images.DEFAULT_MAX_PIXELS, folds=2)
+    run = train_head(made_up.dataset, made_up.workspace, chosen, "features")
     with pytest.raises(SpecError, match="is an ensemble of heads; take a run that was trained without --folds"):
-        origin_of(place.asked(init=str(run.path), features=FeatureChoice()), place.dataset, place.workspace)
+        origin_of(made_up.asked(init=str(run.path), features=FeatureChoice()), made_up.dataset, made_up.workspace)
 
 
 # Stopped, and gone on with
@@ -336,7 +418,7 @@ def test_begun_with_a_run_it_is_gone_on_with(
         "from_cache": True,
         "init": str(from_cache.path),
         "features": FeatureChoice(),
-        "freeze_until": "mixed10",
+        "freeze_until": "top",
     }
     whole = place.train(**options)
     save = Network.save
@@ -353,22 +435,21 @@ def test_begun_with_a_run_it_is_gone_on_with(
     done = train_full(place.dataset, place.workspace, asked, resume=name)
     assert history(done) == history(whole)
     assert whole.summary["trains"] == ["hidden", "probabilities"]
-    assert runs.read_run(done.path)["base"]["unchanged_until"] == "mixed9"
+    assert runs.read_run(done.path)["base"]["unchanged_until"] == "middle"
 
 
 def test_killed_in_an_epoch_it_goes_on_as_if_it_never_was(place: Place, from_cache: FullRun) -> None:
-    options = ["--dataset", place.photos, "--from-cache", "--freeze-until", "mixed9", "--weights", "untrained"]
-    options += ["--precision", "float32", "--storage", "float32", "--batch-size", "4", "--epochs", "5"]
+    options = ["--dataset", place.photos, "--from-cache", "--freeze-until", "middle", "--backbone", tiny()]
+    options += ["--precision", "float32", "--storage", "float32", "--batch-size", "1", "--epochs", "30"]
     data = place.workspace.root
     uninterrupted = icebox(data, "finetune", *options, "--json")
     whole = uninterrupted.json
-    assert "5 epochs of 20 images take about" in uninterrupted.err
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(command_line(data, "finetune", *options), stderr=quiet, stdout=quiet, env=environment())
-    deadline = time.monotonic() + 240
-    while not list(place.workspace.runs.glob(".partial-*/checkpoint.npz")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    assert "30 epochs of 20 images take about" in uninterrupted.err
+    process = warm.Process(command_line(data, "finetune", *options)[2:], env=environment())
+    while not list(place.workspace.runs.glob(".partial-*/checkpoint.npz")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
     process.wait()
     (name,) = runs.unfinished(place.workspace.runs)
     assert command_of(runs.read_request(place.workspace.runs, name)) == "finetune"
@@ -389,7 +470,7 @@ def test_killed_in_an_epoch_it_goes_on_as_if_it_never_was(place: Place, from_cac
     )
     done = icebox(data, "finetune", "--resume", name, "--json").json
     histories = [(place.workspace.runs / run["run"] / "history.json").read_text() for run in (whole, done)]
-    assert len(json.loads(histories[0])) == 5
+    assert len(json.loads(histories[0])) == 30
     assert histories[0] == histories[1]
     assert done["accuracy"] == whole["accuracy"]
 

@@ -11,17 +11,21 @@ import keras
 import numpy as np
 import pytest
 from conftest import SPEC
+from own_networks import SIZE, tiny_choice
 
 from pipeline import heads, network
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.build import load_weights
-from pipeline.backbone.frozen import FrozenBackbone
+from pipeline.backbone.frozen import ENGINES, FrozenBackbone
 from pipeline.backbone.graph import cut, layer_names
+from pipeline.backbone.source import resolve
+from pipeline.choice import settle
 from pipeline.errors import RunError, SpecError, UsageError, WeightsError
 from pipeline.heads import Data, Watch, fit
 from pipeline.heads.dense import DenseHead, build
 from pipeline.network import Network
 from pipeline.spec import HeadSpec
+from pipeline.workspace import Workspace
 
 CLASSES = 10
 GAP, FLATTEN = HeadSpec.make("gap"), HeadSpec.make("flatten")
@@ -125,17 +129,26 @@ def test_it_answers_in_bfloat16_as_cached_features_do(gap: Network) -> None:
     rows, _ = FrozenBackbone(spec, None, 4)(pixels)
     expected = gap.head.model.predict_on_batch(rows)
     assert np.abs(network.compiled(half)(pixels) - expected).max() < 1e-5
-    for layer in ("mixed8", "mixed10"):
-        cut, _ = FrozenBackbone(replace(spec, layer=layer), None, 4)(pixels)
-        assert np.abs(network.compiled(half, layer)(cut) - expected).max() < 1e-5
-    old = replace(spec, engine="keras")
-    half.spec = old
-    rows, _ = FrozenBackbone(old, None, 4)(pixels)
-    expected = gap.head.model.predict_on_batch(rows)
+    below, _ = FrozenBackbone(replace(spec, layer="mixed8"), None, 4)(pixels)
+    assert np.abs(network.compiled(half, "mixed8")(below) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_answers_in_bfloat16_by_either_engine_as_features_cached_by_it_do(engine: str, workspace: Workspace) -> None:
+    settled = settle(workspace, tiny_choice())
+    weights = resolve(settled.source, "auto", workspace)
+    spec = replace(settled.new_spec(weights), precision="bfloat16", engine=engine)
+    half = Network(spec, lambda shape: DenseHead(build(GAP, shape, CLASSES), GAP), weights.network)
+    half.load_backbone(spec.weights, weights.path)
+    pixels = np.random.default_rng(1).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
+
+    def rows(layer: str) -> np.ndarray:
+        return FrozenBackbone(replace(spec, layer=layer), weights.path, 4, network=weights.network)(pixels)[0]
+
+    expected = half.head.model.predict_on_batch(rows("top"))
     assert np.abs(network.compiled(half)(pixels) - expected).max() < 1e-5
-    for layer in ("mixed8", "mixed10"):
-        cut, _ = FrozenBackbone(replace(old, layer=layer), None, 4)(pixels)
-        assert np.abs(network.compiled(half, layer)(cut) - expected).max() < 1e-5
+    for layer in ("early", "middle", "top"):
+        assert np.abs(network.compiled(half, layer)(rows(layer)) - expected).max() < 1e-5
 
 
 # Networks of other kinds

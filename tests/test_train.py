@@ -35,6 +35,8 @@ from pipeline.spec import FeatureSpec, HeadSpec
 from pipeline.train import HeadRun, train_head
 from pipeline.workspace import Workspace
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(__file__).parent.parent
 COMMAND = "icebox features --dataset photos"
 LOGREG = HeadSpec.make("logreg")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -15,10 +14,8 @@ import made
 import numpy as np
 import pytest
 from conftest import icebox, picture
+from own_networks import SIZE, tiny, tiny_choice
 
-import pipeline.canary
-import pipeline.extract
-import pipeline.shard_task
 from pipeline import augment, images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.backbone.frozen import FrozenBackbone
@@ -38,6 +35,8 @@ from pipeline.prepare import prepared
 from pipeline.spec import Augmentation, HeadSpec, Views
 from pipeline.train import train_head
 from pipeline.workspace import Workspace, open_workspace
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 STILL = Augmentation(0, 0, 0, 0, 0, horizontal_flip=False)
 PIXELS = picture(3, 31, 41)
@@ -153,10 +152,6 @@ def test_zoom_and_shear_move_places_by_what_they_say() -> None:
 # In the cache
 
 
-_frozen_backbone = functools.cache(FrozenBackbone)
-UNTRAINED = FeatureChoice(weights="untrained", precision="float32")
-
-
 @pytest.fixture
 def digits(tmp_path: Path) -> Dataset:
     return limit(open_dataset("digits", downloads=tmp_path), 3)
@@ -164,13 +159,12 @@ def digits(tmp_path: Path) -> Dataset:
 
 def computed(tmp_path: Path, dataset: Dataset, views: Views) -> Extraction:
     with open_workspace(tmp_path / "data") as workspace:
-        return extract(dataset, workspace, UNTRAINED, ComputeOptions(shard_rows=4, batch_size=4), views=views)
+        return extract(dataset, workspace, tiny_choice(), ComputeOptions(shard_rows=4, batch_size=4), views=views)
 
 
 def test_views_are_computed_once_and_are_what_the_backbone_says_of_the_warped_image(
-    tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, digits: Dataset
 ) -> None:
-    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", _frozen_backbone)
     three = Views(3)
     done = computed(tmp_path, digits, three)
     assert (done.rows, done.computed, done.reused, done.duplicates) == (9, 9, 0, 0)
@@ -185,10 +179,10 @@ def test_views_are_computed_once_and_are_what_the_backbone_says_of_the_warped_im
 
     with open_workspace(tmp_path / "data") as workspace:
         (space,) = workspace.cache.spaces()
-        backbone = _frozen_backbone(space.spec, None, 4)
+        backbone = FrozenBackbone(space.spec, tiny(), 4, network=tiny())
         for i in range(3):
             key = digest(digits.read(i))
-            plain = images.decode(np.asarray(digits.read(i)))
+            plain = images.decode(np.asarray(digits.read(i)), size=SIZE)
             drawn = [augment.draws(key, number) for number in three.numbers[1:]]
             seen = np.stack([plain, *(augment.warp(plain, three.recipe, each) for each in drawn)])
             stored = space.reader("features").read(space.locate([key] * 3, three.numbers))
@@ -201,10 +195,7 @@ def test_views_are_computed_once_and_are_what_the_backbone_says_of_the_warped_im
     assert described == {str(number): recipe for number, recipe in Views(4).recipes.items()}
 
 
-def test_an_image_that_cannot_be_decoded_is_set_aside_in_all_views(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", _frozen_backbone)
+def test_an_image_that_cannot_be_decoded_is_set_aside_in_all_views(tmp_path: Path) -> None:
     (tmp_path / "photos" / "a").mkdir(parents=True)
     (tmp_path / "photos" / "b").mkdir()
     (tmp_path / "photos" / "a" / "bad.png").write_bytes(b"no image")
@@ -374,9 +365,7 @@ def test_explain_tells_of_views_in_a_bad_shard(workspace: Workspace, photos: Pat
     assert explain(dataset, workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS).counts == {"cached": 60}
 
 
-def test_the_canary_computes_views_afresh_too(tmp_path: Path, digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", _frozen_backbone)
-    monkeypatch.setattr(pipeline.canary, "FrozenBackbone", _frozen_backbone)
+def test_the_canary_computes_views_afresh_too(tmp_path: Path, digits: Dataset) -> None:
     computed(tmp_path, digits, Views(3))
     with open_workspace(tmp_path / "data") as workspace:
         (space,) = workspace.cache.spaces()
