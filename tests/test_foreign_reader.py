@@ -17,7 +17,7 @@ from pipeline.spec import view_number
 
 @pytest.mark.parametrize("what", ["features", "pooled"])
 def test_its_rows_are_ours(what: Any, deployed: Deployed) -> None:
-    with open_features(str(deployed.photos), what=what, data_dir=deployed.data, layer="mixed10") as features:
+    with open_features(str(deployed.photos), what=what, data_dir=deployed.data, layer="top") as features:
         ours, _ = features.arrays("train")
         files = [deployed.photos / name for name in features.names("train")]
         theirs = read_features(deployed.data / "cache" / features.space, files, what)
@@ -26,7 +26,7 @@ def test_its_rows_are_ours(what: Any, deployed: Deployed) -> None:
 
 
 def test_it_refuses_what_the_page_says_to_refuse(deployed: Deployed, tmp_path: Path) -> None:
-    space = next(path.parent for path in (deployed.data / "cache").glob("*mixed10*/space.json"))
+    space = next(path.parent for path in (deployed.data / "cache").glob("*-top-*/space.json"))
     copy = tmp_path / space.name
     shutil.copytree(space, copy)
     with pytest.raises(KeyError):
