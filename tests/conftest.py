@@ -136,6 +136,12 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
         yield Workspace(tmp_path / "data", cache)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no plot rendered, which takes longer than fitting a regression: for tests that look at none."""
+    monkeypatch.setattr("pipeline.pictures._rendered", lambda figure, as_png: b"\x89PNG" if as_png else b"<svg/>")
+
+
 def small_model(size: int) -> Any:
     """A network of three classes, of the layers that InceptionV3 and the heads consist of, as `export` makes it."""
     from pipeline.backbone.scaling import scale
