@@ -662,9 +662,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, 
         yield workspace, published(workspace, root / "photos", by_eight), root / "photos"
 
 
-def test_a_run_of_many_classes_is_kept_small_and_read_again(
-    many: tuple[Workspace, str, Path], tmp_path: Path
-) -> None:
+def test_a_run_of_many_classes_is_kept_small_and_read_again(many: tuple[Workspace, str, Path], tmp_path: Path) -> None:
     workspace, name, photos = many
     folder = workspace.runs / name
     test = json.loads((folder / "metrics.json").read_text())["test"]
@@ -687,9 +685,7 @@ def test_a_run_of_many_classes_is_kept_small_and_read_again(
     assert (done.path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_of_many_classes_made_before_is_read(
-    many: tuple[Workspace, str, Path], tmp_path: Path
-) -> None:
+def test_a_run_of_many_classes_made_before_is_read(many: tuple[Workspace, str, Path], tmp_path: Path) -> None:
     """Its confusion matrix is whole, and each image has a probability of every class."""
     workspace, name, _ = many
     _, data = reported(workspace, name, tmp_path / "page.html")
