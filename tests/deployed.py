@@ -6,15 +6,16 @@ import fcntl
 import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from conftest import write_picture
-from own_networks import tiny_choice
+from own_networks import tiny, tiny_choice
 
 from pipeline import images
 from pipeline.asked import Asked, DatasetChoice, FullAsked
+from pipeline.cache.digests import remembered_digest
 from pipeline.cache.space import Cache
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
@@ -29,14 +30,19 @@ from pipeline.workspace import Workspace
 MOST = images.DEFAULT_MAX_PIXELS
 _SHORT = {"epochs": 2, "batch_size": 8}
 _HEADS: dict[str, tuple[HeadSpec, int]] = {
-    "logreg": (HeadSpec.make("logreg", C="0.01"), 0),
+    "logreg": (HeadSpec.make("logreg", C="10"), 0),
     "gap": (HeadSpec.make("gap", **_SHORT), 0),
     "flatten": (HeadSpec.make("flatten", hidden=8, **_SHORT), 0),
     "folds": (HeadSpec.make("gap", hidden=4, **_SHORT), 2),
 }
 _FULL: dict[str, dict[str, Any]] = {
-    "freeze": {"stage": "freeze"},
-    "finetune": {"stage": "finetune", "freeze_until": "middle", "from_cache": True},
+    "freeze": {"stage": "freeze", "head": HeadSpec.make("gap", **_SHORT)},
+    "finetune": {
+        "stage": "finetune",
+        "freeze_until": "middle",
+        "from_cache": True,
+        "head": HeadSpec.make("gap", learning_rate=1e-4, **_SHORT),
+    },
 }
 KINDS = (*_HEADS, *_FULL)
 
@@ -70,12 +76,17 @@ class Deployed:
 
 def deploy(root: Path) -> Deployed:
     """Make runs of every kind on the tiny network below `root`, unless another process has."""
-    return _made_once(root, KINDS, tiny_choice)
+    return _made_once(root, KINDS, lambda: replace(tiny_choice(), storage="float32"))
 
 
 def deploy_inception(root: Path) -> Deployed:
     """Make a `gap` run on untrained InceptionV3 below `root`, unless another process has."""
     return _made_once(root, ("gap",), lambda: FeatureChoice(weights="untrained", precision="float32"))
+
+
+def know_tiny(cache: Cache) -> None:
+    """Have a cache without rows know the tiny network, which it could not find otherwise."""
+    remembered_digest(tiny(), cache.index)
 
 
 def _made_once(root: Path, kinds: tuple[str, ...], features: Callable[[], FeatureChoice]) -> Deployed:
@@ -101,7 +112,6 @@ def _make(place: Deployed, kinds: tuple[str, ...], features: FeatureChoice) -> N
                 asked = Asked(chosen, features, spec, MOST, folds=folds)
                 names[kind] = train_head(place.dataset, workspace, asked, "features").name
             else:
-                head = HeadSpec.make("gap", **_SHORT)
-                asked = FullAsked(images=chosen, features=features, head=head, max_pixels=MOST, **_FULL[kind])
+                asked = FullAsked(images=chosen, features=features, max_pixels=MOST, **_FULL[kind])
                 names[kind] = train_full(place.dataset, workspace, asked).name
     (place.data / "names.json").write_text(json.dumps(names))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SPEC, Finished, command_line, environment, icebox, unseal, write_picture
-from deployed import KINDS, MOST, Deployed
+from deployed import KINDS, MOST, Deployed, know_tiny
 from own_networks import SIZE, own_choice, write_network, write_sides
 from served import Page, served
 
@@ -51,6 +51,7 @@ NO_IMAGE = "not an image in a supported format (JPEG, PNG, WebP, BMP, TIFF, GIF)
 def elsewhere(tmp_path: Path) -> Iterator[Workspace]:
     """A data directory without a single row."""
     with closing(Cache(tmp_path / "elsewhere" / "cache")) as cache:
+        know_tiny(cache)
         yield Workspace(tmp_path / "elsewhere", cache)
 
 
@@ -96,6 +97,7 @@ def test_the_test_split_is_answered_as_it_was_measured(deployed: Deployed, kind:
     with deployed.workspace() as workspace:
         answers = said([run], [deployed.photos / name for name in measured], workspace)
     assert len(measured) == 6
+    assert np.ptp(list(measured.values())) > 0.02, "another image's would do"
     assert probabilities(answers)[:, 0] == pytest.approx(list(measured.values()), abs=2e-3)
 
 
@@ -230,11 +232,11 @@ def test_a_head_of_other_classes_than_its_run_is_refused(deployed: Deployed, els
                 said([run], deployed.files, workspace)
 
 
-def test_weights_that_are_gone_are_asked_for(deployed: Deployed, elsewhere: Workspace, tmp_path: Path) -> None:
-    run = deployed.run("logreg")
+def test_weights_that_are_gone_are_asked_for(deployed_inception: Deployed, elsewhere: Workspace) -> None:
+    run = deployed_inception.run("gap")
     lost = replace(run, spec=replace(run.spec, weights="sha256:" + "0" * 64), weights="mine.weights.h5")
     with pytest.raises(WeightsError, match=r"was computed with mine\.weights\.h5 .* give the file by `--weights FILE`"):
-        said([lost], deployed.files, elsewhere)
+        said([lost], deployed_inception.files, elsewhere)
 
 
 def test_weights_given_by_name_are_taken(deployed_inception: Deployed, elsewhere: Workspace, tmp_path: Path) -> None:
@@ -334,7 +336,9 @@ def test_wrong_use(deployed: Deployed, arguments: tuple[str, ...], code: int, te
 
 @pytest.fixture
 def copied(deployed: Deployed, tmp_path: Path) -> Deployed:
-    """The runs, and nothing else, where they may be changed."""
+    """The runs, and no rows, where they may be changed."""
+    with closing(Cache(tmp_path / "copy" / "cache")) as cache:
+        know_tiny(cache)
     shutil.copytree(deployed.data / "runs", tmp_path / "copy" / "runs")
     shutil.copy(deployed.data / "names.json", tmp_path / "copy")
     return Deployed(tmp_path / "copy", deployed.photos)
