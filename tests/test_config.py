@@ -320,7 +320,8 @@ def test_like_a_run_is_what_it_was_asked_for(kind: str, asked: Any, deployed: De
     assert run.asked is not None
     command = run.asked.stage if isinstance(run.asked, FullAsked) else "train-head"
     again = asked("--data-dir", deployed.data, command, "--like", run.name)
-    features = {name: getattr(run.base, name) for name in ("layer", "precision", "fit", "weights")}
+    named = ("layer", "precision", "fit", "weights", "input_size")
+    features = {name: getattr(run.base, name) for name in named}
     stored = not isinstance(run.asked, FullAsked) or run.asked.from_cache
     features["storage"] = run.base.storage if stored else "auto"
     expected = replace(run.asked, features=replace(run.asked.features, **features))

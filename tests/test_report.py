@@ -67,7 +67,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     (photos / "test" / CLASSES[1] / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     allowed = ("--max-bad", "0.1")
     assert icebox(data, "features", "--dataset", photos, *tiny_options(), *allowed).code == 0
-    trained = icebox(data, "train-head", "--dataset", photos, "--head", "gap", "--epochs", "3", *allowed, "--json")
+    head = ("--head", "gap", "--epochs", "3")
+    trained = icebox(data, "train-head", "--dataset", photos, *tiny_options(), *head, *allowed, "--json")
     assert trained.code == 0, trained.err
     done = icebox(data, "report", trained.json["run"], "--json")
     assert done.code == 0, done.err
@@ -280,7 +281,8 @@ def test_a_sweep_has_a_page(tmp_path: Path, browser: Any) -> None:
         side = ("train", "train", "val", "test")[i % 4]
         write_picture(photos / side / ("cats" if i % 8 < 4 else "dogs") / f"{i}.png", seed=i)
     assert icebox(data, "features", "--dataset", photos, *tiny_options()).code == 0
-    swept = icebox(data, "sweep", "--dataset", photos, "--head", "logreg", "--set", "C=0.01,0.1", "--json")
+    heads = ("--head", "logreg", "--set", "C=0.01,0.1")
+    swept = icebox(data, "sweep", "--dataset", photos, *tiny_options(), *heads, "--json")
     assert swept.code == 0, swept.err
     done = icebox(data, "report", "latest", "--sweep", "--json")
     assert done.code == 0, done.err
