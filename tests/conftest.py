@@ -9,11 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import cv2
@@ -80,23 +79,19 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "http_proxy": closed, "https_proxy": closed, "no_proxy": "", "COLUMNS": "200", **more}
 
 
-def icebox(
-    data: Path,
-    *arguments: str | Path,
-    cwd: Path = ROOT,
-    variables: Mapping[str, str] = MappingProxyType({}),
-    **env: str,
-) -> Finished:
-    """Run `cli.py` with its data in `data`, in a warm process; given variables of the environment, from the start.
-
-    `variables` are some that are read when they are needed, or by what it starts: a warm process has them in time.
-    """
+def icebox(data: Path, *arguments: str | Path, cwd: Path = ROOT, **env: str) -> Finished:
+    """Run `cli.py` with its data in `data`, in a warm process; given variables of the environment, from the start."""
     line = command_line(data, *arguments)
     if env:
         done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment(**env), timeout=900)
         return Finished(done.returncode, done.stdout, done.stderr)
+    return run_warm(line, environment(), cwd)
+
+
+def run_warm(line: list[str], env: dict[str, str], cwd: Path = ROOT) -> Finished:
+    """Run a `command_line` in a warm process, of whose variables those count that are read when they are needed."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = warm.Process(line[2:], cwd=cwd, env=environment(**variables), stdout=out, stderr=err)
+        process = warm.Process(line[2:], cwd=cwd, env=env, stdout=out, stderr=err)
         try:
             code = process.wait(900)
         finally:

@@ -31,7 +31,17 @@ import h5py
 import made
 import numpy as np
 import pytest
-from conftest import DANGEROUS_DECODER, ROOT, icebox, picture, unseal, write_picture
+from conftest import (
+    DANGEROUS_DECODER,
+    ROOT,
+    command_line,
+    environment,
+    icebox,
+    picture,
+    run_warm,
+    unseal,
+    write_picture,
+)
 from own_networks import tiny_options
 
 from pipeline import images
@@ -84,7 +94,7 @@ def test_what_comes_from_elsewhere_is_refused_as_the_table_says(
     index = [str(part).partition("=")[2] for part in given if str(part).startswith("ICEBOX_INDEX=")]
     given = [part for part in given if not str(part).startswith("ICEBOX_INDEX=")]
     variables = {"PYTHONPATH": str(tmp_path)} | ({"ICEBOX_INDEX": index[0]} if index else {})
-    done = icebox(tmp_path / "data", *shlex.split(command), *given, variables=variables)
+    done = run_warm(command_line(tmp_path / "data", *shlex.split(command), *given), environment(**variables))
     said = " ".join((done.err + done.out).split())
     wanted = ".*".join(re.escape(part.strip()) for part in message.replace(r"\|", "|").split("…"))
     assert re.search(wanted, said), said
