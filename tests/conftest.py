@@ -90,10 +90,12 @@ def icebox(data: Path, *arguments: str | Path, cwd: Path = ROOT, **env: str) -> 
     return finished(line[2:], cwd)
 
 
-def finished(arguments: list[str], cwd: Path = ROOT, program: str = "cli") -> Finished:
-    """Run `cli.py`, or another program, in a warm process to its end."""
+def finished(
+    arguments: list[str], cwd: Path = ROOT, program: str = "cli", env: dict[str, str] | None = None
+) -> Finished:
+    """Run `cli.py`, or another program, in a warm process to its end; variables count that are read when needed."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = warm.Process(arguments, cwd=cwd, env=environment(), stdout=out, stderr=err, program=program)
+        process = warm.Process(arguments, cwd=cwd, env=env or environment(), stdout=out, stderr=err, program=program)
         try:
             code = process.wait(900)
         finally:
@@ -278,9 +280,39 @@ def drawn(cases: Sequence[T], most: int, config: pytest.Config) -> list[T]:
 
 
 @pytest.fixture(scope="session")
-def deployed(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Deployed:
+def deployed(common: Path) -> Deployed:
     """Trained runs of every kind, shared by all test processes; nobody may change them."""
     from deployed import deploy  # not above: it imports this module
 
+    return deploy(common / "deployed")
+
+
+@pytest.fixture(scope="session")
+def deployed_inception(common: Path) -> Deployed:
+    """A trained run on InceptionV3, shared like `deployed`, for tests of the network that is taken unless named."""
+    from deployed import deploy_inception  # not above: it imports this module
+
+    return deploy_inception(common / "inception")
+
+
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The folder of this run of the tests that all of its processes have in common."""
     base = tmp_path_factory.getbasetemp()
-    return deploy((base if worker_id == "master" else base.parent) / "deployed")
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser for `looked.Looked`. Not for longer than a module: meanwhile asyncio takes the thread for busy."""
+    from looked import CHROMIUM, PATIENCE_MS
+
+    if not CHROMIUM.exists():
+        pytest.skip("NOT TESTED: there is no Chromium here; install Debian's package chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags, timeout=PATIENCE_MS)
+        yield browser
+        browser.close()

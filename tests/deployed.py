@@ -1,19 +1,21 @@
-"""One trained run of each kind on a few images and untrained weights, made once for all test processes."""
+"""One trained run of each kind on a few images, of a tiny network and of InceptionV3, made once for all processes."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from conftest import write_picture
+from own_networks import tiny, tiny_choice
 
 from pipeline import images
 from pipeline.asked import Asked, DatasetChoice, FullAsked
+from pipeline.cache.digests import remembered_digest
 from pipeline.cache.space import Cache
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
@@ -25,18 +27,22 @@ from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
 from pipeline.workspace import Workspace
 
-FEATURES = FeatureChoice(weights="untrained", precision="float32")
 MOST = images.DEFAULT_MAX_PIXELS
 _SHORT = {"epochs": 2, "batch_size": 8}
 _HEADS: dict[str, tuple[HeadSpec, int]] = {
-    "logreg": (HeadSpec.make("logreg", C="0.01"), 0),
+    "logreg": (HeadSpec.make("logreg", C="10"), 0),
     "gap": (HeadSpec.make("gap", **_SHORT), 0),
     "flatten": (HeadSpec.make("flatten", hidden=8, **_SHORT), 0),
     "folds": (HeadSpec.make("gap", hidden=4, **_SHORT), 2),
 }
 _FULL: dict[str, dict[str, Any]] = {
-    "freeze": {"stage": "freeze"},
-    "finetune": {"stage": "finetune", "freeze_until": "mixed9", "from_cache": True},
+    "freeze": {"stage": "freeze", "head": HeadSpec.make("gap", **_SHORT)},
+    "finetune": {
+        "stage": "finetune",
+        "freeze_until": "middle",
+        "from_cache": True,
+        "head": HeadSpec.make("gap", learning_rate=1e-4, **_SHORT),
+    },
 }
 KINDS = (*_HEADS, *_FULL)
 
@@ -69,28 +75,43 @@ class Deployed:
 
 
 def deploy(root: Path) -> Deployed:
-    """Make everything below `root`, unless another process has."""
+    """Make runs of every kind on the tiny network below `root`, unless another process has."""
+    return _made_once(root, KINDS, lambda: replace(tiny_choice(), storage="float32"))
+
+
+def deploy_inception(root: Path) -> Deployed:
+    """Make a `gap` run on untrained InceptionV3 below `root`, unless another process has."""
+    return _made_once(root, ("gap",), lambda: FeatureChoice(weights="untrained", precision="float32"))
+
+
+def know_tiny(cache: Cache) -> None:
+    """Have a cache without rows know the tiny network, which it could not find otherwise."""
+    remembered_digest(tiny(), cache.index)
+
+
+def _made_once(root: Path, kinds: tuple[str, ...], features: Callable[[], FeatureChoice]) -> Deployed:
     root.mkdir(exist_ok=True)
     found = Deployed(root / "data", root / "photos")
     with (root / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (found.data / "names.json").exists():
-            _make(found)
+            _make(found, kinds, features())
     return found
 
 
-def _make(place: Deployed) -> None:
+def _make(place: Deployed, kinds: tuple[str, ...], features: FeatureChoice) -> None:
     for number, (side, count) in enumerate((("train", 20), ("val", 6), ("test", 6))):
         for i in range(count):
             write_picture(place.photos / side / ("cats" if i % 2 else "dogs") / f"{i}.png", seed=100 * number + i)
     chosen, names = DatasetChoice(str(place.photos)), dict[str, str]()
     with place.workspace() as workspace:
-        extract(place.dataset, workspace, FEATURES, ComputeOptions())
-        for kind, (spec, folds) in _HEADS.items():
-            asked = Asked(chosen, FEATURES, spec, MOST, folds=folds)
-            names[kind] = train_head(place.dataset, workspace, asked, "features").name
-        for kind, more in _FULL.items():
-            settings = HeadSpec.make("gap", **_SHORT)
-            asked = FullAsked(images=chosen, features=FEATURES, head=settings, max_pixels=MOST, **more)
-            names[kind] = train_full(place.dataset, workspace, asked).name
+        extract(place.dataset, workspace, features, ComputeOptions())
+        for kind in kinds:
+            if kind in _HEADS:
+                spec, folds = _HEADS[kind]
+                asked = Asked(chosen, features, spec, MOST, folds=folds)
+                names[kind] = train_head(place.dataset, workspace, asked, "features").name
+            else:
+                asked = FullAsked(images=chosen, features=features, max_pixels=MOST, **_FULL[kind])
+                names[kind] = train_full(place.dataset, workspace, asked).name
     (place.data / "names.json").write_text(json.dumps(names))

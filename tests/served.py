@@ -145,58 +145,72 @@ class Bucket:
         self.client.put_object(Bucket=self.name, Key=key, Body=content)
 
 
+_PORTS = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc")
+
+
 @contextmanager
 def bucket_server(folder: Path) -> Iterator[Bucket]:
     """Run SeaweedFS on ports of the loopback interface, with its data in `folder`."""
-    from botocore.exceptions import BotoCoreError, ClientError
-    from botocore.session import Session
-
-    names = ("master", "master.grpc", "volume", "volume.grpc", "filer", "filer.grpc", "s3", "s3.grpc")
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
     keys = {"accessKey": "icebox", "secretKey": "of-a-test"}
     identity = {"name": "icebox", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List"]}
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    for last in (False, False, False, True):  # it cannot be given open sockets, and a free port may be taken meanwhile
+        ports: dict[str, int] = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+        process = _start_weed(folder, ports)
+        try:
+            bucket = _bucket(process, ports["s3"], keys)
+            if bucket is not None:
+                yield bucket
+                return
+            assert not last, (folder / "log").read_text()
+        finally:
+            process.kill()  # asked politely it waits for itself
+            process.wait()
+            for name, port in ports.items():  # which it leaves behind
+                Path(f"/tmp/seaweedfs-{name.replace('.', '-')}-{port}.sock").unlink(missing_ok=True)
+
+
+def _start_weed(folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
     options = [
-        f"-{name.replace('.grpc', '.port.grpc') if '.' in name else name + '.port'}={ports[name]}" for name in names
+        f"-{name.replace('.grpc', '.port.grpc') if '.' in name else name + '.port'}={ports[name]}" for name in ports
     ]
     command = [
         *(Path(sys.prefix) / "bin" / "weed", "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
         *("-filer", "-s3", f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0", *options),
         *("-volume.max=8", "-master.volumeSizeLimitMB=64"),
     ]
+    with (folder / "log").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+
+
+def _bucket(process: subprocess.Popen[bytes], port: int, keys: dict[str, str]) -> Bucket | None:
+    """Return a new bucket of a server that has just been started, or None if it has ended or is never ready."""
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.session import Session
+
     environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": keys["accessKey"],
         "AWS_SECRET_ACCESS_KEY": keys["secretKey"],
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
-    try:
-        client = Session().create_client(
-            "s3",
-            endpoint_url=environment["AWS_ENDPOINT_URL"],
-            aws_access_key_id=keys["accessKey"],
-            aws_secret_access_key=keys["secretKey"],
-            region_name="us-east-1",
-        )
-        bucket, deadline = Bucket("pictures", environment, client), time.monotonic() + 90
-        while True:
-            try:
-                client.create_bucket(Bucket=bucket.name)
-                bucket.put("ready", b"")
-                break
-            except (BotoCoreError, ClientError):
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.2)
-        yield bucket
-    finally:
-        process.kill()  # asked politely it waits for itself
-        process.wait()
-        for name, port in ports.items():  # which it leaves behind
-            Path(f"/tmp/seaweedfs-{name.replace('.', '-')}-{port}.sock").unlink(missing_ok=True)
+    client = Session().create_client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id=keys["accessKey"],
+        aws_secret_access_key=keys["secretKey"],
+        region_name="us-east-1",
+    )
+    bucket, deadline = Bucket("pictures", environment, client), time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            client.create_bucket(Bucket=bucket.name)
+            bucket.put("ready", b"")
+            return bucket
+        except (BotoCoreError, ClientError):
+            time.sleep(0.2)
+    return None
 
 
 def free_ports(count: int) -> list[int]:

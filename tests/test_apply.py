@@ -14,7 +14,7 @@ from cached import SPEC, fill, listed, write_images
 from conftest import unseal
 from sklearn.metrics import accuracy_score, log_loss
 
-from pipeline import images, runs
+from pipeline import images, pictures, runs
 from pipeline.apply import Evaluation, evaluate_run
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.digests import digest
@@ -27,6 +27,7 @@ from pipeline.train import train_head
 from pipeline.trained import open_run
 from pipeline.workspace import Workspace
 
+RENDERED = pictures._rendered
 KINDS: dict[str, dict[str, Any]] = {
     "flatten": {"spec": HeadSpec.make("flatten", epochs=3, learning_rate=0.01, batch_size=16, hidden=16)},
     "gap": {"spec": HeadSpec.make("gap", epochs=4, learning_rate=0.02, batch_size=16)},
@@ -42,7 +43,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def rows(workspace: Workspace, photos: Path) -> None:
+def rows(workspace: Workspace, photos: Path, undrawn: None) -> None:
     fill(workspace, listed(photos))
 
 
@@ -58,8 +59,11 @@ def evaluated(workspace: Workspace, name: str, photos: Path, **more: Any) -> Eva
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_run_says_again_what_it_said(workspace: Workspace, photos: Path, kind: str) -> None:
+def test_every_kind_of_run_says_again_what_it_said(
+    workspace: Workspace, photos: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = trained(workspace, photos, kind)
+    monkeypatch.setattr(pictures, "_rendered", RENDERED)
     before = json.loads((workspace.runs / name / "metrics.json").read_text())["test"]
     done = evaluated(workspace, name, photos)
     assert done.split == "test"

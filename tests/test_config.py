@@ -327,7 +327,8 @@ def test_like_a_run_is_what_it_was_asked_for(kind: str, asked: Any, deployed: De
     assert run.asked is not None
     command = run.asked.stage if isinstance(run.asked, FullAsked) else "train-head"
     again = asked("--data-dir", deployed.data, command, "--like", run.name)
-    features = {name: getattr(run.base, name) for name in ("layer", "precision", "fit")}
+    named = ("layer", "precision", "fit", "weights", "input_size")
+    features = {name: getattr(run.base, name) for name in named}
     stored = not isinstance(run.asked, FullAsked) or run.asked.from_cache
     features["storage"] = run.base.storage if stored else "auto"
     expected = replace(run.asked, features=replace(run.asked.features, **features))
@@ -336,6 +337,14 @@ def test_like_a_run_is_what_it_was_asked_for(kind: str, asked: Any, deployed: De
         expected, again, other = (replace(each, freeze_until="none") for each in (expected, again, other))
     assert again == expected
     assert other == replace(again, images=replace(again.images, limit=20))
+
+
+def test_like_a_run_on_inception_names_no_network(asked: Any, deployed_inception: Deployed) -> None:
+    run = deployed_inception.run("gap")
+    assert run.asked is not None
+    again = asked("--data-dir", deployed_inception.data, "train-head", "--like", run.name)
+    features = {name: getattr(run.base, name) for name in ("layer", "precision", "fit", "storage")}
+    assert again == replace(run.asked, features=replace(run.asked.features, **features))
 
 
 def test_like_wins_over_a_file_and_another_head_keeps_what_it_has(

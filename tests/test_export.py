@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 from conftest import icebox, unseal
 from deployed import MOST, Deployed
-from own_networks import SIZE, own_choice, write_network, write_sides
+from own_networks import SIZE, own_choice, tiny, write_network, write_sides
 
 from pipeline import export
 from pipeline.answering import grouped
 from pipeline.asked import Asked, DatasetChoice
-from pipeline.backbone.untrained import initialise, recipe_of
 from pipeline.cache.lock import new_folder_held
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, open_dataset
@@ -36,8 +35,8 @@ from pipeline.workspace import Workspace
 CLASSES = ["cats", "dogs"]
 
 
-def pixels_of(place: Deployed, count: int) -> np.ndarray:
-    with Loader(place.dataset, 299, "squash", MOST) as load:
+def pixels_of(place: Deployed, count: int, size: int = SIZE) -> np.ndarray:
+    with Loader(place.dataset, size, "squash", MOST) as load:
         loaded = [load(i).pixels for i in range(count)]
     return np.stack([pixels for pixels in loaded if pixels is not None])
 
@@ -48,9 +47,10 @@ def exported(place: Deployed, kind: str, form: str, out: Path) -> Exported:
 
 
 # The others are written and loaded in tests/test_formats.py, and at full size by the commands of docs/deploy.md.
-def test_what_is_exported_is_the_full_model(deployed: Deployed, tmp_path: Path) -> None:
+def test_what_is_exported_is_the_full_model(deployed_inception: Deployed, tmp_path: Path) -> None:
+    """And it is that with InceptionV3, where there is no Icebox."""
     out = tmp_path / "mine"
-    done = exported(deployed, "gap", "keras", out)
+    done = exported(deployed_inception, "gap", "keras", out)
     assert done.path == out / "model.keras"
     assert done.about["max_difference"] <= 1e-4
     assert done.about["difference_to_run"] <= 2e-3  # that is float32 too, but for its rows
@@ -58,8 +58,8 @@ def test_what_is_exported_is_the_full_model(deployed: Deployed, tmp_path: Path) 
     assert json.loads((out / "classes.json").read_text()) == CLASSES
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     assert size == pytest.approx(done.about["bytes"], abs=2000)
-    pixels = pixels_of(deployed, 3)
-    expected = np.asarray(network_of(deployed, "gap").on_pixels().predict_on_batch(pixels))
+    pixels = pixels_of(deployed_inception, 3, 299)
+    expected = np.asarray(network_of(deployed_inception, "gap").on_pixels().predict_on_batch(pixels))
     assert np.abs(FORMATS["keras"].load(done.path)(pixels) - expected).max() < 1e-4
     check_alone(done.path, 299)
 
@@ -98,7 +98,9 @@ def test_what_says_something_else_is_not_published(
 ) -> None:
     def spoilt(network: Any, *, named: bool) -> Any:
         made = deployable(network, named=named)
-        initialise(network.whole, recipe_of("inception_v3"), 5)
+        for weight in network.whole.weights:
+            if weight.name == "kernel":
+                weight.assign(-weight)
         return made
 
     monkeypatch.setattr(export, "deployable", spoilt)
@@ -188,7 +190,9 @@ def test_the_command_names_what_it_lacks(deployed: Deployed, tmp_path: Path) -> 
     (data / "runs" / "gap" / "run.json").write_text(json.dumps(about))
     done = icebox(data, "export", "gap")
     assert (done.code, "are not to be had" in done.err, "name some by --images" in done.err) == (1, True, True)
-    done = icebox(data, "export", "gap", "--images", moved, "--json")
+    done = icebox(data, "export", "gap", "--images", moved)
+    assert (done.code, "which is not on this machine; give the file by `--backbone" in done.err) == (1, True), done.err
+    done = icebox(data, "export", "gap", "--images", moved, "--backbone", tiny(), "--json")
     assert done.code == 0, done.err
     assert done.json["path"] == str(data / "exports" / "gap-keras" / "model.keras")
     assert done.json["compared_images"] == 6

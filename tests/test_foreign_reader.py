@@ -16,17 +16,19 @@ from pipeline.spec import view_number
 
 
 @pytest.mark.parametrize("what", ["features", "pooled"])
-def test_its_rows_are_ours(what: Any, deployed: Deployed) -> None:
-    with open_features(str(deployed.photos), what=what, data_dir=deployed.data, layer="mixed10") as features:
+def test_its_rows_are_ours(what: Any, deployed_inception: Deployed) -> None:
+    with open_features(
+        str(deployed_inception.photos), what=what, data_dir=deployed_inception.data, layer="mixed10"
+    ) as features:
         ours, _ = features.arrays("train")
-        files = [deployed.photos / name for name in features.names("train")]
-        theirs = read_features(deployed.data / "cache" / features.space, files, what)
+        files = [deployed_inception.photos / name for name in features.names("train")]
+        theirs = read_features(deployed_inception.data / "cache" / features.space, files, what)
     np.testing.assert_array_equal(theirs, ours)
     assert theirs.dtype == ours.dtype
 
 
-def test_it_refuses_what_the_page_says_to_refuse(deployed: Deployed, tmp_path: Path) -> None:
-    space = next(path.parent for path in (deployed.data / "cache").glob("*mixed10*/space.json"))
+def test_it_refuses_what_the_page_says_to_refuse(deployed_inception: Deployed, tmp_path: Path) -> None:
+    space = next(path.parent for path in (deployed_inception.data / "cache").glob("*mixed10*/space.json"))
     copy = tmp_path / space.name
     shutil.copytree(space, copy)
     with pytest.raises(KeyError):
@@ -34,7 +36,7 @@ def test_it_refuses_what_the_page_says_to_refuse(deployed: Deployed, tmp_path: P
     shard = next((copy / "shards").glob("*.h5"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match="its sha256 is not its name"):
-        read_features(copy, deployed.files[:1])
+        read_features(copy, deployed_inception.files[:1])
 
 
 def test_the_view_number_on_the_page() -> None:

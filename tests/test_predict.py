@@ -9,17 +9,18 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SPEC, Finished, icebox, unseal, write_picture
-from deployed import KINDS, MOST, Deployed
+from conftest import SPEC, Finished, command_line, environment, icebox, unseal, write_picture
+from deployed import KINDS, MOST, Deployed, know_tiny
 from own_networks import SIZE, own_choice, write_network, write_sides
 from served import Page, served
 
@@ -50,6 +51,7 @@ NO_IMAGE = "not an image in a supported format (JPEG, PNG, WebP, BMP, TIFF, GIF)
 def elsewhere(tmp_path: Path) -> Iterator[Workspace]:
     """A data directory without a single row."""
     with closing(Cache(tmp_path / "elsewhere" / "cache")) as cache:
+        know_tiny(cache)
         yield Workspace(tmp_path / "elsewhere", cache)
 
 
@@ -64,15 +66,25 @@ def probabilities(answers: list[Answer]) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_is_answered_as_its_cached_row_is(deployed: Deployed, elsewhere: Workspace, kind: str) -> None:
-    run = deployed.run(kind)
-    computed = said([run], deployed.files, elsewhere)
-    assert [answer.name for answer in computed] == [str(path) for path in deployed.files]
+    check_answered_as_its_row_is(deployed, elsewhere, kind)
+
+
+def test_with_inception_an_image_is_answered_as_its_cached_row_is(
+    deployed_inception: Deployed, elsewhere: Workspace
+) -> None:
+    check_answered_as_its_row_is(deployed_inception, elsewhere, "gap")
+
+
+def check_answered_as_its_row_is(place: Deployed, elsewhere: Workspace, kind: str) -> None:
+    run = place.run(kind)
+    computed = said([run], place.files, elsewhere)
+    assert [answer.name for answer in computed] == [str(path) for path in place.files]
     assert not any(answer.cached for answer in computed)
     shares = probabilities(computed)
     assert shares.shape == (32, 2)
     assert np.allclose(shares.sum(axis=1), 1, atol=1e-5)
-    with deployed.workspace() as workspace:
-        read = said([run], deployed.files, workspace)
+    with place.workspace() as workspace:
+        read = said([run], place.files, workspace)
     assert all(answer.cached for answer in read) == (kind != "finetune")  # whose backbone no rows are of
     assert np.abs(shares - probabilities(read)).max() <= 2e-3  # rows are float16
 
@@ -85,6 +97,7 @@ def test_the_test_split_is_answered_as_it_was_measured(deployed: Deployed, kind:
     with deployed.workspace() as workspace:
         answers = said([run], [deployed.photos / name for name in measured], workspace)
     assert len(measured) == 6
+    assert np.ptp(list(measured.values())) > 0.02, "another image's would do"
     assert probabilities(answers)[:, 0] == pytest.approx(list(measured.values()), abs=2e-3)
 
 
@@ -219,32 +232,31 @@ def test_a_head_of_other_classes_than_its_run_is_refused(deployed: Deployed, els
                 said([run], deployed.files, workspace)
 
 
-def test_weights_that_are_gone_are_asked_for(deployed: Deployed, elsewhere: Workspace, tmp_path: Path) -> None:
-    run = deployed.run("logreg")
+def test_weights_that_are_gone_are_asked_for(deployed_inception: Deployed, elsewhere: Workspace) -> None:
+    run = deployed_inception.run("gap")
     lost = replace(run, spec=replace(run.spec, weights="sha256:" + "0" * 64), weights="mine.weights.h5")
     with pytest.raises(WeightsError, match=r"was computed with mine\.weights\.h5 .* give the file by `--weights FILE`"):
-        said([lost], deployed.files, elsewhere)
+        said([lost], deployed_inception.files, elsewhere)
 
 
-def test_weights_given_by_name_are_taken(deployed: Deployed, elsewhere: Workspace, tmp_path: Path) -> None:
+def test_weights_given_by_name_are_taken(deployed_inception: Deployed, elsewhere: Workspace, tmp_path: Path) -> None:
     """Features of a file that the index has never seen."""
-    run, path = deployed.run("gap"), tmp_path / "mine.weights.h5"
+    run, path, some = deployed_inception.run("gap"), tmp_path / "mine.weights.h5", deployed_inception.files[:2]
     network = build_backbone("inception_v3")
     initialise(network, recipe_of("inception_v3"), 0)
     network.save_weights(path)
     renamed = replace(run, spec=replace(run.spec, weights="sha256:" + storage.sha256_file(path)))
-    answers = said([renamed], deployed.files[:2], elsewhere, weights=str(path))
-    assert np.allclose(probabilities(answers), probabilities(said([run], deployed.files[:2], elsewhere)), atol=1e-5)
+    answers = said([renamed], some, elsewhere, weights=str(path))
+    given = said([run], some, elsewhere, weights="untrained:0")
+    assert np.allclose(probabilities(answers), probabilities(given), atol=1e-5)
 
 
-def test_weights_of_something_else_are_refused(deployed: Deployed, elsewhere: Workspace) -> None:
-    for kind in ("logreg", "finetune"):
+def test_weights_of_something_else_are_refused(
+    deployed_inception: Deployed, deployed: Deployed, elsewhere: Workspace
+) -> None:
+    for run in (deployed_inception.run("gap"), deployed.run("finetune")):
         with pytest.raises(SpecError, match="were computed with other weights than untrained:7; leave it out"):
-            said([deployed.run(kind)], deployed.files, elsewhere, weights="untrained:7")
-    assert (
-        said([deployed.run("logreg")], deployed.files[:1], elsewhere, weights="untrained:0")[0].probabilities
-        is not None
-    )
+            said([run], deployed.files, elsewhere, weights="untrained:7")
 
 
 def test_the_likeliest_are_in_order() -> None:
@@ -284,23 +296,15 @@ def test_as_csv(deployed: Deployed, tmp_path: Path) -> None:
     odd = tmp_path / os.fsdecode(b'a "b", \xff\n.png')
     shutil.copy(deployed.files[0], odd)
     (bad := tmp_path / "bad.png").write_text("no image")
-    done = subprocess_bytes(deployed, odd, bad, "--csv")
-    rows = list(csv.DictReader(io.StringIO(done.decode("utf-8", "surrogateescape"), newline="")))
+    arguments = ("predict", deployed.name("logreg"), odd, bad, "--csv")
+    done = subprocess.run(command_line(deployed.data, *arguments), capture_output=True, env=environment(), timeout=900)
+    rows = list(csv.DictReader(io.StringIO(done.stdout.decode("utf-8", "surrogateescape"), newline="")))
     assert [row["path"] for row in rows] == [str(odd), str(bad)]
     assert list(rows[0]) == ["path", "label", "probability", "label_2", "probability_2", "error"]
     assert {rows[0]["label"], rows[0]["label_2"]} == {"cats", "dogs"}
     assert float(rows[0]["probability"]) + float(rows[0]["probability_2"]) == pytest.approx(1, abs=1e-5)
     assert (rows[0]["error"], rows[1]["label"], rows[1]["probability_2"]) == ("", "", "")
     assert rows[1]["error"].startswith("not an image")
-
-
-def subprocess_bytes(place: Deployed, *arguments: str | Path) -> bytes:
-    import subprocess
-
-    from conftest import command_line, environment
-
-    words = command_line(place.data, "predict", place.name("logreg"), *arguments)
-    return subprocess.run(words, capture_output=True, env=environment(), timeout=300).stdout
 
 
 def test_as_a_table(deployed: Deployed) -> None:
@@ -332,7 +336,9 @@ def test_wrong_use(deployed: Deployed, arguments: tuple[str, ...], code: int, te
 
 @pytest.fixture
 def copied(deployed: Deployed, tmp_path: Path) -> Deployed:
-    """The runs, and nothing else, where they may be changed."""
+    """The runs, and no rows, where they may be changed."""
+    with closing(Cache(tmp_path / "copy" / "cache")) as cache:
+        know_tiny(cache)
     shutil.copytree(deployed.data / "runs", tmp_path / "copy" / "runs")
     shutil.copy(deployed.data / "names.json", tmp_path / "copy")
     return Deployed(tmp_path / "copy", deployed.photos)
@@ -433,8 +439,6 @@ def test_a_run_of_the_first_version_has_none_and_is_taken(copied: Deployed) -> N
 
 
 def test_the_checksums_are_those_of_coreutils(deployed: Deployed) -> None:
-    import subprocess
-
     run = deployed.data / "runs" / deployed.name("folds")
     done = subprocess.run(["sha256sum", "--check", "--strict", CHECKSUMS], cwd=run, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -476,44 +480,51 @@ def test_a_damaged_index_has_nothing_printed_twice(
 # Networks of one's own
 
 
-@pytest.fixture
-def owns(workspace: Workspace, tmp_path: Path) -> dict[str, tuple[Path, TrainedRun]]:
-    """Heads on three networks of one's own, one for vectors, one for small images: the network's file, and the run."""
-    found, photos = {}, write_sides(tmp_path / "photos")
-    for kind, head, size in (("vector", "gap", SIZE), ("nested", "logreg", 24), ("depthwise", "logreg", SIZE)):
-        path = write_network(tmp_path / f"{kind}.keras", kind, size=size)
-        dataset = open_dataset(str(photos), downloads=tmp_path)
-        extract(dataset, workspace, own_choice(path), ComputeOptions())
-        spec = HeadSpec.make(head, **({"epochs": 2} if head == "gap" else {}))
-        asked = Asked(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
-        made = train_head(dataset, workspace, asked, "features")
-        found[kind] = path, open_run(workspace.runs, made.name)
-    return found
+@dataclass(frozen=True)
+class Owns:
+    """Heads on three networks of one's own, by kind: the network's file, and the run; and the images they learnt."""
+
+    workspace: Workspace
+    runs: dict[str, tuple[Path, TrainedRun]]
+    images: list[Path]
 
 
-def test_elsewhere_a_head_asks_for_its_own_network(
-    owns: dict[str, tuple[Path, TrainedRun]], workspace: Workspace, elsewhere: Workspace, tmp_path: Path
-) -> None:
-    images = sorted((tmp_path / "photos").rglob("*.png"))[:4]
-    (path, run), (other, _) = owns["vector"], owns["depthwise"]
+@pytest.fixture(scope="module")
+def owns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owns]:
+    """One of the networks is for vectors, one for small images; nobody may change them."""
+    root = tmp_path_factory.mktemp("owns")
+    found, photos = dict[str, tuple[Path, TrainedRun]](), write_sides(root / "photos")
+    with closing(Cache(root / "data" / "cache")) as cache:
+        workspace = Workspace(root / "data", cache)
+        for kind, head, size in (("vector", "gap", SIZE), ("nested", "logreg", 24), ("depthwise", "logreg", SIZE)):
+            path = write_network(root / f"{kind}.keras", kind, size=size)
+            dataset = open_dataset(str(photos), downloads=root)
+            extract(dataset, workspace, own_choice(path), ComputeOptions())
+            spec = HeadSpec.make(head, **({"epochs": 2} if head == "gap" else {}))
+            asked = Asked(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
+            made = train_head(dataset, workspace, asked, "features")
+            found[kind] = path, open_run(workspace.runs, made.name)
+        yield Owns(workspace, found, sorted(photos.rglob("*.png")))
+
+
+def test_elsewhere_a_head_asks_for_its_own_network(owns: Owns, elsewhere: Workspace, tmp_path: Path) -> None:
+    images, (path, run), (other, _) = owns.images[:4], owns.runs["vector"], owns.runs["depthwise"]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     asking = re.escape(f"vector.keras (sha256 {digest}), which is not on this machine; give the file by `--backbone")
     with pytest.raises(WeightsError, match=asking):
         said([run], images, elsewhere)
     with pytest.raises(SpecError, match="is another network than the one the features were computed with"):
         said([run], images, elsewhere, weights=str(other))
-    moved = path.rename(path.with_name("moved.keras"))
+    moved = shutil.copy(path, tmp_path / "moved.keras")
     computed = said([run], images, elsewhere, weights=str(moved))
     assert not any(answer.cached for answer in computed)
-    assert np.abs(probabilities(computed) - probabilities(said([run], images, workspace))).max() < 1e-5
+    assert np.abs(probabilities(computed) - probabilities(said([run], images, owns.workspace))).max() < 1e-5
     assert np.array_equal(probabilities(said([run], images, elsewhere)), probabilities(computed)), "it is known by now"
 
 
-def test_runs_of_several_backbones_are_averaged(
-    owns: dict[str, tuple[Path, TrainedRun]], workspace: Workspace, elsewhere: Workspace, tmp_path: Path
-) -> None:
-    images, files = sorted((tmp_path / "photos").rglob("*.png"))[:4], [str(path) for path, _ in owns.values()]
-    found = [run for _, run in owns.values()]
+def test_runs_of_several_backbones_are_averaged(owns: Owns, elsewhere: Workspace) -> None:
+    images, files = owns.images[:4], [str(path) for path, _ in owns.runs.values()]
+    found, workspace = [run for _, run in owns.runs.values()], owns.workspace
     with pytest.raises(WeightsError, match=r"vector\.keras .* is not on this machine"):
         said(found, images, elsewhere, weights=files[-1])  # which is that of the last run alone
     alone = [

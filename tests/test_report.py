@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +22,13 @@ import pytest
 from cached import CLASSES as CACHED_CLASSES
 from cached import SPEC, fill, listed, spec_of, write_images
 from conftest import Finished, icebox, picture, unseal, write_picture
+from looked import Looked
+from own_networks import tiny_options
 
 from pipeline import near, rates, reproduce
 from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked, SweepAsked
+from pipeline.cache.space import Cache
 from pipeline.choice import FeatureChoice
 from pipeline.dataset import Dataset
 from pipeline.evaluate import confusion_cells
@@ -37,54 +42,14 @@ from pipeline.run_dataset import RunDataset
 from pipeline.spec import HeadSpec
 from pipeline.sweep import sweep
 from pipeline.train import train_head
-from pipeline.trained import open_run
+from pipeline.trained import TrainedRun, open_run
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
     from deployed import Deployed
 
-CHROMIUM = Path("/usr/bin/chromium")
-PATIENCE_MS = 300_000.0  # a busy machine takes its time
-UNTRAINED = ("--weights", "untrained", "--precision", "float32")
 STRANGE = "<script>window.broken=1<\N{DIVISION SLASH}script>"
 CLASSES = (STRANGE, "\"quotes\" & 'more'", "😀 الفئة ‮right-to-left")
-
-
-class Looked:
-    """A page in a browser, and whatever it asked for or complained of."""
-
-    def __init__(self, browser: Any, path: Path, **context: Any) -> None:
-        self.context = browser.new_context(**context)
-        self.context.set_default_timeout(PATIENCE_MS)
-        self.page = self.context.new_page()
-        self.asked, self.said = list[str](), list[str]()
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.goto(path.as_uri())
-
-    def violations(self) -> list[str]:
-        from axe_playwright_python.sync_playwright import Axe
-
-        found = Axe().run(self.page).response["violations"]
-        return [f"{each['id']}: {each['nodes'][0]['html'][:200]}" for each in found]
-
-    def check_quiet(self) -> None:
-        assert self.said == []
-        assert all(url.startswith(("file:", "data:")) for url in self.asked)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if not CHROMIUM.exists():
-        pytest.skip("NOT TESTED: there is no Chromium here; install Debian's package chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags, timeout=PATIENCE_MS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +66,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     (photos / "test" / CLASSES[1] / "copy'.png").write_bytes(first.read_bytes() + b"more")
     (photos / "test" / CLASSES[1] / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     allowed = ("--max-bad", "0.1")
-    assert icebox(data, "features", "--dataset", photos, *UNTRAINED, *allowed).code == 0
-    trained = icebox(data, "train-head", "--dataset", photos, "--head", "gap", "--epochs", "3", *allowed, "--json")
+    assert icebox(data, "features", "--dataset", photos, *tiny_options(), *allowed).code == 0
+    head = ("--head", "gap", "--epochs", "3")
+    trained = icebox(data, "train-head", "--dataset", photos, *tiny_options(), *head, *allowed, "--json")
     assert trained.code == 0, trained.err
     done = icebox(data, "report", trained.json["run"], "--json")
     assert done.code == 0, done.err
@@ -121,16 +87,16 @@ def test_what_is_told_of_it(made: tuple[Path, Finished]) -> None:
 
 
 def test_names_from_outside_are_text(made: tuple[Path, Finished], browser: Any) -> None:
-    look = Looked(browser, made[0])
+    look = Looked(browser, made[0].as_uri())
     assert look.page.evaluate("window.broken") is None
     assert look.page.locator("#classes tbody th").all_inner_texts() == sorted(CLASSES)
     look.page.locator("#mistakes .tile, #uncertain .tile").first.wait_for()
-    assert "UNTRAINED" in look.page.locator(".warn").inner_text()
+    assert look.page.locator(".warn").count() == 0
     look.check_quiet()
 
 
 def test_a_cell_of_the_matrix_shows_its_images(made: tuple[Path, Finished], browser: Any) -> None:
-    look = Looked(browser, made[0])
+    look = Looked(browser, made[0].as_uri())
     buttons = look.page.locator("#confusion button")
     assert sum(map(int, buttons.all_inner_texts())) == 25
     for at in (0, buttons.count() - 1):
@@ -144,7 +110,7 @@ def test_a_cell_of_the_matrix_shows_its_images(made: tuple[Path, Finished], brow
 
 
 def test_tables_sort(made: tuple[Path, Finished], browser: Any) -> None:
-    look = Looked(browser, made[0])
+    look = Looked(browser, made[0].as_uri())
     head = look.page.locator("#classes th", has_text="recall")
     for expected in ("descending", "ascending"):
         head.locator("button").click()
@@ -155,7 +121,7 @@ def test_tables_sort(made: tuple[Path, Finished], browser: Any) -> None:
 
 
 def test_the_map_is_pointed_at_and_walked_over(made: tuple[Path, Finished], browser: Any) -> None:
-    look = Looked(browser, made[0])
+    look = Looked(browser, made[0].as_uri())
     canvas, tip = look.page.locator("#map"), look.page.locator("#tip")
     canvas.scroll_into_view_if_needed()
     place = look.page.evaluate(
@@ -182,7 +148,7 @@ def test_the_map_is_pointed_at_and_walked_over(made: tuple[Path, Finished], brow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_it_can_be_read_by_everybody(scheme: Any, width: int, made: tuple[Path, Finished], browser: Any) -> None:
     """At phone and desktop width, in light and dark: no violation that axe-core knows, nothing sticks out."""
-    look = Looked(browser, made[0], color_scheme=scheme, viewport={"width": width, "height": 800})
+    look = Looked(browser, made[0].as_uri(), color_scheme=scheme, viewport={"width": width, "height": 800})
     background = "getComputedStyle(document.body).backgroundColor"
     was = look.page.evaluate(background)
     assert (sum(map(int, re.findall(r"\d+", was)[:3])) < 200) == (scheme == "dark")
@@ -197,23 +163,41 @@ def test_it_can_be_read_by_everybody(scheme: Any, width: int, made: tuple[Path, 
 
 @pytest.mark.parametrize("kind", ["logreg", "flatten", "folds", "freeze", "finetune"])
 def test_every_kind_of_run_has_one(kind: str, deployed: Deployed, tmp_path: Path, browser: Any) -> None:
-    out = tmp_path / "page.html"
-    done = icebox(deployed.data, "report", deployed.name(kind), "--out", out, "--json")
+    check_page(deployed, kind, tmp_path / "page.html", browser).check_quiet()
+
+
+def test_a_run_on_untrained_weights_has_a_page_that_says_so(
+    deployed_inception: Deployed, tmp_path: Path, browser: Any
+) -> None:
+    look = check_page(deployed_inception, "gap", tmp_path / "page.html", browser)
+    assert "UNTRAINED" in look.page.locator(".warn").inner_text()
+    look.check_quiet()
+
+
+def check_page(place: Deployed, kind: str, out: Path, browser: Any) -> Looked:
+    done = icebox(place.data, "report", place.name(kind), "--out", out, "--json")
     assert done.code == 0, done.err
     assert done.json["left_out"] == []
-    look = Looked(browser, out)
+    look = Looked(browser, out.as_uri())
     assert look.page.locator("#mistakes .tile").count() + look.page.locator("#uncertain .tile").count() > 0
     assert (
         f" {'train-head' if kind not in ('freeze', 'finetune') else kind} --dataset "
         in look.page.locator("pre").inner_text()
     )
-    look.check_quiet()
+    return look
 
 
 @pytest.mark.parametrize("kind", ["logreg", "folds", "finetune"])
 def test_its_commands_make_the_run_again(kind: str, deployed: Deployed, tmp_path: Path) -> None:
+    check_made_again(deployed.run(kind), kind, tmp_path)
+
+
+def test_its_commands_make_a_run_on_inception_again(deployed_inception: Deployed, tmp_path: Path) -> None:
+    check_made_again(deployed_inception.run("gap"), "gap", tmp_path)
+
+
+def check_made_again(run: TrainedRun, kind: str, tmp_path: Path) -> None:
     """Typed into an empty data directory, they lead to a run that was asked for the same, with the same answers."""
-    run = deployed.run(kind)
     lines = reproduce.commands(run, ["python", "cli.py"], 0)
     assert lines[0].startswith("python cli.py features" if kind != "finetune" else "python cli.py finetune")
     for line in lines:
@@ -248,7 +232,7 @@ def test_more_classes_than_a_matrix_can_show(tmp_path: Path, browser: Any) -> No
     }  # fmt: skip
     data = {"classes": classes, "confusion": confusion_cells(confusion, count).tolist(), "images": None}
     out.write_text(page.render("report_run.html", data, **told))
-    look = Looked(browser, out)
+    look = Looked(browser, out.as_uri())
     body = look.page.locator("#confusion tbody tr")
     assert [line.split("\t") for line in body.all_inner_texts()] == [
         ["class 7", "class 9", "3", "37.5%"],
@@ -262,21 +246,11 @@ def test_more_classes_than_a_matrix_can_show(tmp_path: Path, browser: Any) -> No
 
 
 def test_without_the_images_it_still_tells_what_the_run_knows(deployed: Deployed, tmp_path: Path, browser: Any) -> None:
-    folder = tmp_path / "runs" / "alone"
-    folder.parent.mkdir()
-    folder.mkdir()
-    source = deployed.data / "runs" / deployed.name("logreg")
-    about = json.loads((source / "run.json").read_text())
-    about["asked"]["images"]["dataset"] = str(tmp_path / "gone")
-    about.pop("checksums")
-    for path in source.iterdir():
-        if path.is_file() and path.name != "SHA256SUMS":
-            (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "run.json").write_text(json.dumps(about))
+    copied(deployed, tmp_path, tmp_path / "gone")
     done = icebox(tmp_path, "report", "alone", "--json")
     assert done.code == 0, done.err
     assert "gone" in done.json["left_out"][0]
-    look = Looked(browser, Path(done.json["page"]))
+    look = Looked(browser, Path(done.json["page"]).as_uri())
     assert look.page.locator("#classes tbody tr").count() == 2
     look.check_quiet()
 
@@ -286,7 +260,7 @@ def test_several_runs_are_compared(deployed: Deployed, tmp_path: Path, browser: 
     names = [deployed.name(kind) for kind in ("logreg", "gap", "finetune")]
     done = icebox(deployed.data, "report", *names, "--compare", "--out", out, "--json")
     assert done.code == 0, done.err
-    look = Looked(browser, out)
+    look = Looked(browser, out.as_uri())
     assert set(look.page.locator("#leaderboard tbody tr td:first-child").all_inner_texts()) == set(names)
     assert look.violations() == []
     look.check_quiet()
@@ -306,12 +280,13 @@ def test_a_sweep_has_a_page(tmp_path: Path, browser: Any) -> None:
     for i in range(24):
         side = ("train", "train", "val", "test")[i % 4]
         write_picture(photos / side / ("cats" if i % 8 < 4 else "dogs") / f"{i}.png", seed=i)
-    assert icebox(data, "features", "--dataset", photos, *UNTRAINED).code == 0
-    swept = icebox(data, "sweep", "--dataset", photos, "--head", "logreg", "--set", "C=0.01,0.1", "--json")
+    assert icebox(data, "features", "--dataset", photos, *tiny_options()).code == 0
+    heads = ("--head", "logreg", "--set", "C=0.01,0.1")
+    swept = icebox(data, "sweep", "--dataset", photos, *tiny_options(), *heads, "--json")
     assert swept.code == 0, swept.err
     done = icebox(data, "report", "latest", "--sweep", "--json")
     assert done.code == 0, done.err
-    look = Looked(browser, Path(done.json["page"]))
+    look = Looked(browser, Path(done.json["page"]).as_uri())
     assert look.page.locator("#leaderboard tbody tr").count() == done.json["runs"]
     assert look.violations() == []
     look.check_quiet()
@@ -330,7 +305,7 @@ def test_a_sweep_over_backbones_shows_accuracy_against_cost(workspace: Workspace
     asked = SweepAsked(DatasetChoice(str(tmp_path / "photos")), choices, specs, DEFAULT_MAX_PIXELS)
     done = sweep(listed(tmp_path / "photos"), workspace, asked, ["", "", ""])
     of_sweep(done.path, tmp_path / "page.html")
-    look = Looked(browser, tmp_path / "page.html")
+    look = Looked(browser, (tmp_path / "page.html").as_uri())
     assert set(look.page.locator("#backbones tbody tr td:first-child").all_inner_texts()) == set(names)
     assert look.page.locator("#leaderboard tbody tr").count() == 6
     drawn = look.page.locator("figure").first.inner_text()
@@ -343,14 +318,15 @@ def test_a_sweep_over_backbones_shows_accuracy_against_cost(workspace: Workspace
     look.check_quiet()
 
 
-def copied(deployed: Deployed, root: Path) -> Path:
-    """A run of one's own, without checksums, as of a time when there were none."""
+def copied(deployed: Deployed, root: Path, photos: Path | None = None) -> Path:
+    """Copy a run, without checksums, as of a time when there were none; it is of `photos` if they are given."""
     folder = root / "runs" / "alone"
     shutil.copytree(deployed.data / "runs" / deployed.name("logreg"), folder)
-    about = json.loads((folder / "run.json").read_text())
-    about.pop("checksums")
-    (folder / "run.json").write_text(json.dumps(about))
-    (folder / "SHA256SUMS").unlink()
+    unseal(folder)
+    if photos is not None:
+        about = json.loads((folder / "run.json").read_text())
+        about["asked"]["images"]["dataset"] = str(photos)
+        (folder / "run.json").write_text(json.dumps(about))
     return folder
 
 
@@ -405,12 +381,9 @@ def test_pictures_that_cannot_be_made_are_counted(deployed: Deployed, tmp_path: 
 
 def copied_with_photos(deployed: Deployed, root: Path) -> Path:
     """A run of one's own on images of one's own, in the folder that is returned."""
-    folder, photos = copied(deployed, root), root / "photos"
-    shutil.copytree(deployed.photos, photos)
-    about = json.loads((folder / "run.json").read_text())
-    about["asked"]["images"]["dataset"] = str(photos)
-    (folder / "run.json").write_text(json.dumps(about))
-    return photos
+    shutil.copytree(deployed.photos, root / "photos")
+    copied(deployed, root, root / "photos")
+    return root / "photos"
 
 
 def test_images_that_are_others_by_now_are_noticed(deployed: Deployed, tmp_path: Path) -> None:
@@ -479,6 +452,7 @@ def test_planted_labels_are_found() -> None:
     assert len(found.near) == 0
 
 
+@functools.cache
 def pictures(count: int) -> Looks:
     """What so many different pictures look like."""
     made = [near.fingerprint(picture(seed, 299, 299)) for seed in range(count)]
@@ -680,17 +654,18 @@ def by_eight(dataset: Dataset) -> Dataset:
     return replace(dataset, labels=dataset.labels % 8)
 
 
-@pytest.fixture
-def many(workspace: Workspace, tmp_path: Path) -> tuple[str, Path]:
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Workspace, str, Path]]:
     """A run of more classes than are kept whole, and the folder of its images."""
-    write_images(tmp_path / "many", 20, MANY)
-    return published(workspace, tmp_path / "many", by_eight), tmp_path / "many"
+    root = tmp_path_factory.mktemp("many")
+    write_images(root / "photos", 8, MANY)
+    with closing(Cache(root / "data" / "cache")) as cache:
+        workspace = Workspace(root / "data", cache)
+        yield workspace, published(workspace, root / "photos", by_eight), root / "photos"
 
 
-def test_a_run_of_many_classes_is_kept_small_and_read_again(
-    workspace: Workspace, many: tuple[str, Path], tmp_path: Path
-) -> None:
-    name, photos = many
+def test_a_run_of_many_classes_is_kept_small_and_read_again(many: tuple[Workspace, str, Path], tmp_path: Path) -> None:
+    workspace, name, photos = many
     folder = workspace.runs / name
     test = json.loads((folder / "metrics.json").read_text())["test"]
     assert {len(cell) for cell in test["confusion"]} == {3}
@@ -712,13 +687,12 @@ def test_a_run_of_many_classes_is_kept_small_and_read_again(
     assert (done.path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_of_many_classes_made_before_is_read(
-    workspace: Workspace, many: tuple[str, Path], tmp_path: Path
-) -> None:
+def test_a_run_of_many_classes_made_before_is_read(many: tuple[Workspace, str, Path], tmp_path: Path) -> None:
     """Its confusion matrix is whole, and each image has a probability of every class."""
-    name, _ = many
-    folder = workspace.runs / name
+    workspace, name, _ = many
     _, data = reported(workspace, name, tmp_path / "page.html")
+    folder = workspace.runs / "before"
+    shutil.copytree(workspace.runs / name, folder)
     unseal(folder)
     metrics = json.loads((folder / "metrics.json").read_text())
     for measured in metrics.values():
@@ -732,7 +706,7 @@ def test_a_run_of_many_classes_made_before_is_read(
         writer = csv.writer(file)
         writer.writerow([*lines[0][:5], *(f"p:{each}" for each in MANY)])
         writer.writerows([*line[:5], *["0.1"] * 201] for line in lines[1:])
-    _, again = reported(workspace, name, tmp_path / "again.html")
+    _, again = reported(workspace, "before", tmp_path / "again.html")
     assert again == data
 
 

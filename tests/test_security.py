@@ -11,9 +11,11 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import sqlite3
 import struct
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -29,7 +31,18 @@ import h5py
 import made
 import numpy as np
 import pytest
-from conftest import DANGEROUS_DECODER, ROOT, icebox, picture, unseal, write_picture
+from conftest import (
+    DANGEROUS_DECODER,
+    ROOT,
+    command_line,
+    environment,
+    finished,
+    icebox,
+    picture,
+    unseal,
+    write_picture,
+)
+from own_networks import tiny_options
 
 from pipeline import images
 from pipeline.asked import Asked, DatasetChoice
@@ -81,7 +94,8 @@ def test_what_comes_from_elsewhere_is_refused_as_the_table_says(
     index = [str(part).partition("=")[2] for part in given if str(part).startswith("ICEBOX_INDEX=")]
     given = [part for part in given if not str(part).startswith("ICEBOX_INDEX=")]
     variables = {"PYTHONPATH": str(tmp_path)} | ({"ICEBOX_INDEX": index[0]} if index else {})
-    done = icebox(tmp_path / "data", *shlex.split(command), *given, cwd=ROOT, **variables)
+    line = command_line(tmp_path / "data", *shlex.split(command), *given)
+    done = finished(line[2:], env=environment(**variables))
     said = " ".join((done.err + done.out).split())
     wanted = ".*".join(re.escape(part.strip()) for part in message.replace(r"\|", "|").split("…"))
     assert re.search(wanted, said), said
@@ -101,7 +115,7 @@ def evil(folder: Path, name: str, content: bytes) -> list[str | Path]:
     path = folder / "images" / "evil" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-    return ["--dataset", folder / "images", "--weights", "untrained"]
+    return ["--dataset", folder / "images", *tiny_options()]
 
 
 def encoded(ending: str) -> bytes:
@@ -150,7 +164,7 @@ def _(folder: Path) -> list[str | Path]:
 @case("a named pipe")
 def _(folder: Path) -> list[str | Path]:
     os.mkfifo(folder / "pipe.png")
-    return manifest(folder, "path,label\npipe.png,a\n")
+    return [*manifest(folder, "path,label\npipe.png,a\n")[:2], *tiny_options()]
 
 
 @case("a file name with terminal escapes")
@@ -760,8 +774,11 @@ def _(folder: Path) -> list[str | Path]:
 # Trained runs
 
 
-def trained_run(folder: Path, change: Callable[[Path], object]) -> list[str | Path]:
-    """Train a regression on made-up rows, change its folder, and return an image that has a row."""
+@functools.cache
+def trained() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder with the data directory of a regression trained on made-up rows, and its images."""
+    made = tempfile.TemporaryDirectory()
+    folder = Path(made.name)
     cached.write_images(folder / "photos", 12)
     photos = cached.listed(folder / "photos")
     with closing(Cache(folder / "data" / "cache")) as cache:
@@ -769,7 +786,15 @@ def trained_run(folder: Path, change: Callable[[Path], object]) -> list[str | Pa
         cached.fill(workspace, photos)
         chosen = DatasetChoice(str(folder / "photos"))
         asked = Asked(chosen, FeatureChoice(), HeadSpec.make("logreg", C="0.1"), images.DEFAULT_MAX_PIXELS)
-        change(train_head(photos, workspace, asked, "features").path)
+        train_head(photos, workspace, asked, "features")
+    return made
+
+
+def trained_run(folder: Path, change: Callable[[Path], object]) -> list[str | Path]:
+    """Copy a trained run and the rows it reads, change its folder, and return an image that has a row."""
+    shutil.copytree(trained().name, folder, dirs_exist_ok=True)
+    (run,) = (folder / "data" / "runs").iterdir()
+    change(run)
     return [folder / "photos" / "ant" / "000.png"]
 
 

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
-import subprocess
+import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import cv2
 import httpx
 import numpy as np
 import pytest
+import warm
 from conftest import command_line, environment, icebox, picture
 from deployed import Deployed
+from looked import Looked
 
 from pipeline import patience, serve, web
 from pipeline.images import FULL_DEPTH
 from pipeline.serve import Batcher, Pixels
 
-CHROMIUM = Path("/usr/bin/chromium")
 PATIENCE_S = 300.0  # a busy machine takes its time
 ASK: Any = {"timeout": PATIENCE_S, "trust_env": False}
 MOST = 1_000_000
@@ -36,7 +38,7 @@ MOST = 1_000_000
 class Service:
     """A server that runs, and what it said when it was ready."""
 
-    process: subprocess.Popen[str]
+    process: warm.Process
     said: dict[str, Any]
 
     @property
@@ -47,44 +49,67 @@ class Service:
         return httpx.post(f"{self.url}/predict", files={"image": (name, data)}, **ASK, **more)
 
 
-def started(place: Deployed, *arguments: str) -> Service:
-    line = command_line(place.data, "serve", *arguments, "--port", "0", "--json")
-    process = subprocess.Popen(line, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None and process.stderr is not None
-    said = process.stdout.readline()
-    assert said, process.stderr.read()
-    return Service(process, json.loads(said))
+@contextmanager
+def started(place: Deployed, *arguments: str) -> Iterator[Service]:
+    """Serve runs until an interrupt while an upload is still coming, which must end the server in an orderly way."""
+    line = command_line(place.data, "serve", *arguments, "--port", "0", "--json")[2:]
+    read, write = os.pipe()
+    with os.fdopen(read) as out, tempfile.TemporaryFile("w+") as err:
+        process = warm.Process(line, env=environment(), stdout=write, stderr=err)
+        os.close(write)
+        try:
+            said = out.readline()
+            assert said, written(err)
+            found = Service(process, json.loads(said))
+            yield found
+            host, _, port = found.url.removeprefix("http://").rpartition(":")
+            with socket.create_connection((host, int(port))) as half:
+                head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n"
+                half.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n--x".encode())
+                httpx.get(f"{found.url}/about", **ASK)  # which is answered after the beginning of that was read
+                process.send_signal(signal.SIGINT)
+                code = process.wait(PATIENCE_S)
+            assert code == 0, written(err)
+            assert written(err).splitlines()[-1] == "stopped"
+            assert "Traceback" not in written(err)
+        finally:
+            process.kill()
 
 
-def stopped(service: Service, by: int = signal.SIGINT) -> tuple[int, str]:
-    service.process.send_signal(by)
-    _, said = service.process.communicate(timeout=PATIENCE_S)
-    return service.process.returncode, said
+def written(err: IO[str]) -> str:
+    err.seek(0)
+    return err.read()
 
 
+LIMITS = ("--max-bytes", f"{MOST}", "--max-pixels", "1000000")
 ALLOWED = ("--allow-host", "Pictures.Example.org", "--allow-host", "b\u00fccher.example")
 
 
 @pytest.fixture(scope="module")
 def service(deployed: Deployed) -> Iterator[Service]:
     names = [deployed.name("logreg"), "--also", deployed.name("finetune")]
-    found = started(deployed, *names, "--max-bytes", f"{MOST}", "--max-pixels", "1000000", *ALLOWED)
-    yield found
-    host, _, port = found.url.removeprefix("http://").rpartition(":")
-    with socket.create_connection((host, int(port))) as half:  # an upload that is still coming
-        head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\nContent-Type: multipart/form-data; "
-        half.sendall((head + "boundary=x\r\n\r\n--x").encode())
-        time.sleep(0.5)
-        code, said = stopped(found)
-    assert code == 0, said
-    assert said.splitlines()[-1] == "stopped"
-    assert "Traceback" not in said
+    with started(deployed, *names, *LIMITS, *ALLOWED) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def inception_service(deployed_inception: Deployed) -> Iterator[Service]:
+    with started(deployed_inception, deployed_inception.name("gap"), *LIMITS) as found:
+        yield found
 
 
 def test_it_says_what_predict_says(deployed: Deployed, service: Service) -> None:
-    names = [deployed.name("logreg"), "--also", deployed.name("finetune")]
-    files = deployed.files[:3]
-    expected = icebox(deployed.data, "predict", *names, *files, "--json").json["predictions"]
+    check_says_what_predict_says(service, deployed, deployed.name("logreg"), "--also", deployed.name("finetune"))
+
+
+def test_of_inception_it_says_what_predict_says(deployed_inception: Deployed, inception_service: Service) -> None:
+    check_says_what_predict_says(inception_service, deployed_inception, deployed_inception.name("gap"))
+    assert httpx.get(f"{inception_service.url}/about", **ASK).json()["untrained"] is True
+
+
+def check_says_what_predict_says(service: Service, place: Deployed, *names: str) -> None:
+    files = place.files[:3]
+    expected = icebox(place.data, "predict", *names, *files, "--json").json["predictions"]
     for path, theirs in zip(files, expected, strict=True):
         response = service.predict(path.read_bytes(), path.name)
         assert response.status_code == 200
@@ -111,7 +136,7 @@ def test_it_describes_itself(deployed: Deployed, service: Service) -> None:
     assert about == {
         "runs": [deployed.name("logreg"), deployed.name("finetune")],
         "classes": ["cats", "dogs"],
-        "untrained": True,
+        "untrained": False,
         "max_bytes": MOST,
     }
     assert service.said == {"url": service.url, "runs": about["runs"], "classes": about["classes"]}
@@ -335,14 +360,14 @@ def test_what_waits_meanwhile_is_answered_together() -> None:
     sizes, go = list[int](), threading.Event()
 
     def answer(batch: Sequence[Pixels]) -> np.ndarray:
-        go.wait(10)
+        go.wait(PATIENCE_S)
         sizes.append(len(batch))
         return np.stack([pixels[WAY] * 2 for pixels in batch])
 
     with Batcher(answer) as batcher:
         futures = [batcher(one(i)) for i in range(100)]
         go.set()
-        assert [int(future.result(10)[0]) for future in futures] == [2 * i for i in range(100)]
+        assert [int(future.result(PATIENCE_S)[0]) for future in futures] == [2 * i for i in range(100)]
     assert sum(sizes) == 100
     assert max(sizes) == 32
 
@@ -355,8 +380,8 @@ def test_an_error_belongs_to_those_who_asked() -> None:
 
     with Batcher(answer) as batcher:
         with pytest.raises(ValueError, match="thirteen"):
-            batcher(one(13)).result(10)
-        assert batcher(one(5)).result(10)[0] == 5
+            batcher(one(13)).result(PATIENCE_S)
+        assert batcher(one(5)).result(PATIENCE_S)[0] == 5
 
 
 # The command
@@ -405,45 +430,34 @@ def test_without_a_folder_for_uploads_it_does_not_begin(deployed: Deployed, monk
         serve.serve([], workspace, host="127.0.0.1", port=0, top=1, max_bytes=1, max_pixels=1)
 
 
-def test_the_page_in_a_browser(deployed: Deployed, service: Service, tmp_path: Path) -> None:
+def test_the_page_in_a_browser(
+    deployed_inception: Deployed, inception_service: Service, tmp_path: Path, browser: Any
+) -> None:
     """Images dropped by hand, chosen and bad ones; nothing is fetched from elsewhere, and nothing complains."""
-    if not CHROMIUM.exists():
-        pytest.skip("NOT TESTED: there is no Chromium here; install Debian's package chromium")
-    from playwright.sync_api import sync_playwright
-
     (bad := tmp_path / "x.jpg").write_text("no image")
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_playwright() as playwright:
-        most = 1000 * PATIENCE_S
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags, timeout=most)
-        page = browser.new_page()
-        page.set_default_timeout(most)
-        asked, said = list[str](), list[str]()
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto(service.url)
-        page.get_by_text("2 classes, on UNTRAINED weights").wait_for()
-        name, content = "<b>bold</b>.png", list(deployed.files[0].read_bytes())
-        page.evaluate(
-            """([name, content]) => {
-                const transfer = new DataTransfer();
-                transfer.items.add(new File([new Uint8Array(content)], name));
-                document.dispatchEvent(new DragEvent("drop", {dataTransfer: transfer, bubbles: true}));
-            }""",
-            [name, content],
-        )
-        card = page.locator("#answers > li")
-        card.locator("ol li").nth(1).wait_for()
-        assert card.locator(".name").inner_text() == name  # text, not markup
-        answer = service.predict(deployed.files[0].read_bytes()).json()
-        first = card.locator("ol li").first.inner_text().split("\n")
-        assert first == [answer["label"], f"{100 * answer['probability']:.1f} %"]
-        assert said == []
-        page.set_input_files("#pick", [str(deployed.files[1]), str(bad)])
-        page.locator("#answers > li", has_text="not an image in a supported format").wait_for()
-        page.locator("#answers > li ol").nth(1).wait_for()
-        page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.id") == "pick"
-        assert all(url.startswith((service.url, "blob:", "data:")) for url in asked)
-        browser.close()
+    service, files = inception_service, deployed_inception.files
+    look = Looked(browser, service.url)
+    page = look.page
+    page.get_by_text("2 classes, on UNTRAINED weights").wait_for()
+    name, content = "<b>bold</b>.png", list(files[0].read_bytes())
+    page.evaluate(
+        """([name, content]) => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([new Uint8Array(content)], name));
+            document.dispatchEvent(new DragEvent("drop", {dataTransfer: transfer, bubbles: true}));
+        }""",
+        [name, content],
+    )
+    card = page.locator("#answers > li")
+    card.locator("ol li").nth(1).wait_for()
+    assert card.locator(".name").inner_text() == name  # text, not markup
+    answer = service.predict(files[0].read_bytes()).json()
+    first = card.locator("ol li").first.inner_text().split("\n")
+    assert first == [answer["label"], f"{100 * answer['probability']:.1f} %"]
+    look.check_quiet(service.url, "blob:")
+    page.set_input_files("#pick", [str(files[1]), str(bad)])
+    page.locator("#answers > li", has_text="not an image in a supported format").wait_for()
+    page.locator("#answers > li ol").nth(1).wait_for()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "pick"
+    assert all(url.startswith((service.url, "blob:", "data:")) for url in look.asked)
