@@ -27,7 +27,7 @@ from pipeline.backbone.build import load_weights
 from pipeline.backbone.graph import cut_layers
 from pipeline.cache.keys import split
 from pipeline.cache.space import Cache
-from pipeline.choice import FeatureChoice
+from pipeline.choice import FeatureChoice, weights_of
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.errors import DatasetError, RunError, SpecError, UsageError, WeightsError
@@ -545,6 +545,19 @@ def test_another_network_in_the_place_of_an_own_one_is_not_gone_on_with(
 
 def interrupt(*arguments: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_the_backbone_of_a_run_of_an_own_network_makes_features_of_its_own(place: Place, tmp_path: Path) -> None:
+    path = write_network(tmp_path / "own.keras", "plain")
+    trained = place.train(features=own_choice(path), from_cache=True, freeze_until="middle", settings={"epochs": 1})
+    weights = trained.path / network.WEIGHTS_FILE
+    choice = FeatureChoice(backbone=str(path), weights=str(weights), precision="float32")  # the scaling is known
+    done = extract(place.dataset, place.workspace, choice, ComputeOptions())
+    assert done.computed == 32
+    assert done.space is not None
+    assert done.space.spec == replace(open_run(place.workspace.runs, trained.name).spec, storage="float16")
+    found = weights_of(done.space, place.workspace)
+    assert (found.path, found.network) == (weights, path)
 
 
 def test_a_run_of_an_own_network_is_begun_with(place: Place, tmp_path: Path) -> None:

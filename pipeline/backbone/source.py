@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ def open_source(choice: str | None, input_size: int | None, scaling: str | None,
     scaling = None if scaling is None else canonical(scaling)
     found = architecture(choice)
     specs = [each.spec for each in cache.spaces()] if found.file else []
-    known = [spec for spec in specs if (spec.backbone, spec.weights) == (found.name, found.weights)]
+    specs = [spec for spec in specs if spec.backbone == found.name]
+    known = [spec for spec in specs if spec.weights == found.weights] or specs  # with the weights of a run, perhaps
     return Source(
         found.name,
         input_size or found.input_size or int(_only(found, "--input-size", {str(spec.input_size) for spec in known})),
@@ -128,8 +129,10 @@ def resolve(source: Source, choice: str, workspace: Workspace, *, offline: bool 
                 f"--weights {choice!r:.80}: an own network brings its weights; name its file by --backbone FILE"
             )
         return weights.resolve(choice, source.name, workspace.downloads, index, offline=offline, progress=progress)
-    _refuse_other_weights(source, choice)
     remembered_digest(source.file, index)  # by which the file is found again
+    if weights.is_path(choice):  # weights of this network, as a fine-tuned run has them
+        return replace(weights.from_file(choice, index), network=source.file)
+    _refuse_other_weights(source, choice)
     return Weights("file", str(source.weights), source.file, source.file)
 
 
@@ -224,6 +227,9 @@ def describe(choice: str | None, stated: str | None, workspace: Workspace) -> di
     found = architecture(choice)
     if found.file is None:
         return weights.describe(stated, workspace, found.name)
+    if stated is not None and weights.is_path(stated):
+        other = weights.from_file(stated, workspace.cache.index)
+        return {"weights": other.label, "identity": other.identity, "path": str(other.path)}
     _refuse_other_weights(found, stated or "auto")
     own_weights = {"weights": found.label, "identity": found.weights, "path": str(found.file)}
     return own_weights if stated else {"backbone": found.name, **own_weights}
