@@ -115,18 +115,31 @@ def _require_same_reading(run: TrainedRun) -> None:
 
 def _stated(runs: Sequence[TrainedRun], workspace: Workspace, weights: str) -> dict[FeatureSpec, Weights]:
     """Return the weights, or the own network, that were stated, by the features that are computed with them."""
-    found, refused = dict[FeatureSpec, Weights](), None
-    for spec in dict.fromkeys(run.spec for run in runs if not run.full):
+    found, refused = dict[FeatureSpec, Weights](), list[Exception]()
+    first: dict[FeatureSpec, TrainedRun] = {}
+    for run in runs:
+        if not run.full:
+            first.setdefault(run.spec, run)
+    for spec, run in first.items():
         try:
             given = networks.given(spec, weights, workspace)
         except (SpecError, UsageError, WeightsError) as error:  # it may be that of another run
-            refused = refused or error
+            refused.append(error)
             continue
-        if given.identity == spec.weights:
+        if given is None:
+            refused.append(_others(run, weights, workspace))
+        else:
             found[spec] = given
     if not found:
         names = ", ".join(run.name for run in runs)
-        raise refused or SpecError(
-            f"the features of {names} were computed with other weights than {weights}; leave it out"
-        )
+        raise refused[0] if refused else SpecError(f"{names}: a full model has its own weights; leave out {weights}")
     return found
+
+
+def _others(run: TrainedRun, weights: str, workspace: Workspace) -> SpecError:
+    """Return the error for weights, or an own network, that are not those of a run."""
+    own = run.network_record is not None
+    wanted = networks.file_of(run.network_record) if own else f"{run.weights} ({run.spec.weights})"
+    at_hand = networks.find(run.spec, run.network_record, workspace)
+    advice = "leave it out" if at_hand else f"give that file by {'--backbone' if own else '--weights'} FILE"
+    return SpecError(f"the features of {run.name} were computed with {wanted}, not with {weights}; {advice}")

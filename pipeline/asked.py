@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from pipeline import dataset, machine
+from pipeline.backbone import own
+from pipeline.backbone import source as networks
+from pipeline.backbone.own import OwnNetwork
 from pipeline.choice import FeatureChoice
 from pipeline.dataset import Dataset
-from pipeline.errors import RunError, UsageError
+from pipeline.errors import RunError, SpecError, UsageError, WeightsError
 from pipeline.runs import latest_of, read_request, unfinished
 from pipeline.spec import BATCH_NORMS, PLAIN_VIEW, STAGES, Augmentation, HeadSpec, Views
 from pipeline.workspace import Workspace
@@ -236,3 +240,47 @@ def stopped_run(workspace: Workspace, name: str, command: str) -> tuple[str, dic
     if (found := command_of(request)) != command:
         raise RunError(f"{name} was begun by {found}; go on by: {workspace.command(found)} --resume {name}")
     return name, request
+
+
+def with_network(asked: FullAsked, request: Mapping[str, Any], given: str | None, workspace: Workspace) -> FullAsked:
+    """Return the same for a stopped run, with the file of its own network where that lies by now.
+
+    It is the file that is `given`, else the one that was asked for, else one that is known by its content.
+
+    Raises
+    ------
+    UsageError
+        If a file is given for a network of the table.
+    SpecError
+        If the file that is given is another network.
+    WeightsError
+        If none of them is that network.
+    """
+    noted, former = request.get("network"), asked.features.backbone
+    if not isinstance(noted, dict):
+        if given is not None:
+            raise UsageError(f"the run did not begin with a network of your own; leave out --backbone {given}")
+        return asked
+    wanted = f"the run began with the network {networks.file_of(noted)}"
+    if given is not None:
+        path = machine.at_home(given).absolute()
+        if not _is_network(own.read(path), noted):
+            raise SpecError(f"{wanted}, and {given} is another one; give that file")
+        return _on_file(asked, path)
+    if former is None:
+        return asked  # it began with a run, which says where its network lies
+    at_hand = networks.network_file(noted, workspace.cache.index)
+    for path in (Path(former), *([at_hand] if at_hand else [])):
+        with suppress(SpecError, WeightsError):
+            if _is_network(own.read(path), noted):
+                return _on_file(asked, path)
+    problem = "is another one by now" if Path(former).exists() else "is no longer there"
+    raise WeightsError(f"{wanted}, and {former} {problem}; give its file beside --resume: --backbone FILE")
+
+
+def _is_network(found: OwnNetwork, noted: Mapping[str, Any]) -> bool:
+    return (found.name, found.weights) == (noted.get("backbone"), noted.get("weights"))
+
+
+def _on_file(asked: FullAsked, path: Path) -> FullAsked:
+    return replace(asked, features=replace(asked.features, backbone=str(path)))

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import rates
-from pipeline.backbone import own
+from pipeline.backbone import keras_config, own
 from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import ENGINE
 from pipeline.backbone.source import Architecture
 from pipeline.backbone.table import BACKBONES, Backbone
 from pipeline.backbone.weights import imagenet_place
 from pipeline.cache.space import FeatureSpace
+from pipeline.errors import SpecError
 from pipeline.spec import OWN
 from pipeline.workspace import Workspace
 
 _FLOAT16 = 2  # bytes
 _FLOAT32 = 4
+_OWN_DIGITS, _WEIGHTS_DIGITS = len(OWN) + 8, len("sha256:") + 8  # of the hashes that tell networks of one name apart
 
 Rate = Mapping[str, Any]  # as `rates.known` gives it
 
@@ -31,9 +33,10 @@ Rate = Mapping[str, Any]  # as `rates.known` gives it
 class Listed:
     """A network and what is known of it here; None where nothing is.
 
-    `row` is (h, w, c). `bytes_per_row` is what its largest feature space takes on disk, `uncompressed` what a row
-    takes in memory, in float16. `images_per_second` is at the precision that was asked for; `rates` has those of all.
-    `weights` is "yes" where ImageNet's lie on this machine, "no" where not, "file" where an own network's file does.
+    `row` is (h, w, c). `bytes_per_row` is what the largest feature space of that layer and size takes on disk,
+    `uncompressed` what a row takes in memory, in float16. `images_per_second` is at the precision that was asked for;
+    `rates` has those of all. `weights` is "yes" where ImageNet's lie on this machine, "no" where not, "file" where an
+    own network's file does.
     """
 
     name: str
@@ -67,11 +70,27 @@ def gather(names: Sequence[str], workspace: Workspace, precision: str) -> list[L
     rows = [BACKBONES[each.name] for each in wanted if each.file is None] if names else list(BACKBONES.values())
     files = {(each.name, str(each.weights)): each for each in wanted if each.file is not None}
     listed = [_named(row, spaces, known, precision, workspace) for row in rows]
-    in_spaces = _largest_of_own(spaces)
-    for identity in dict.fromkeys([*files, *(() if names else in_spaces)]):
-        space = in_spaces.get(identity)
-        listed.append(_own(files.get(identity) or _of_space(in_spaces[identity], workspace), space, known, precision))
+    of_own = _largest_of_own(spaces)
+    identities = list(dict.fromkeys([*files, *(() if names else of_own)]))
+    found = [
+        _own(files.get(each) or _of_space(of_own[each], workspace), spaces, known, precision) for each in identities
+    ]
+    marks = [f"{name[:_OWN_DIGITS]}, {weights[:_WEIGHTS_DIGITS]}" for name, weights in identities]
+    apart = networks.told_apart([each.name for each in found], marks)
+    listed += [replace(each, name=name) for each, name in zip(found, apart, strict=True)]
     return sorted(listed, key=lambda each: (each.own, each.multiplications or 0, each.name))
+
+
+def with_size(network: Architecture, spaces: Iterable[FeatureSpace]) -> Architecture:
+    """Return the same; a network of any size with that of its features: of its default layer, if there are some.
+
+    Of several sizes it is that of the space with most rows.
+    """
+    if network.input_size is not None:
+        return network
+    some = _of_network(network, spaces)
+    found = next((each for each in some if each.spec.layer == network.default_layer), some[0] if some else None)
+    return replace(network, input_size=found.spec.input_size) if found else network
 
 
 def _named(
@@ -98,23 +117,26 @@ def _named(
     )
 
 
-def _own(network: Architecture, space: FeatureSpace | None, known: Iterable[Rate], precision: str) -> Listed:
-    """Return what is known of an own network, of which `space` is the largest, if there is one."""
-    size, layer = (space.spec.input_size, space.spec.layer) if space else (network.input_size, network.default_layer)
-    made_by = space.provenance if space else {}
-    row = tuple(made_by.get("row_shape") or ()) or None
-    speeds, path = _rates_of(known, network.name, layer, size), network.file
-    stored = dict(made_by.get("network") or {})
+def _own(network: Architecture, spaces: Iterable[FeatureSpace], known: Iterable[Rate], precision: str) -> Listed:
+    """Return what is known of an own network: of its default layer and size, as of those of the table."""
+    all_of_it = _of_network(network, spaces)
+    network = with_size(network, all_of_it)
+    of_default = network.default_layer, network.input_size
+    same = [each for each in all_of_it if (each.spec.layer, each.spec.input_size) == of_default]
+    space = same[0] if same else None
+    row = tuple(space.provenance.get("row_shape") or ()) or None if space else None
+    speeds, path = _rates_of(known, network.name, *of_default), network.file
+    stored = next((dict(found) for each in all_of_it if (found := each.provenance.get("network"))), {})
     return Listed(
         name=str(stored.get("file") or network.label),
         own=True,
-        input_size=size,
-        scaling=space.spec.scaling if space else None,
-        layer=layer,
+        input_size=network.input_size,
+        scaling=space.spec.scaling if space else network.scaling,
+        layer=network.default_layer,
         row=row,
         parameters=stored.get("parameters") or (own.count_parameters(path) if path else None),
         multiplications=None,
-        bytes_per_row=_bytes_per_row([space] if space else []),
+        bytes_per_row=_bytes_per_row(same),
         uncompressed=_uncompressed(row) if row else None,
         images_per_second=speeds.get(precision),
         rates=speeds,
@@ -124,9 +146,19 @@ def _own(network: Architecture, space: FeatureSpace | None, known: Iterable[Rate
 
 
 def _of_space(space: FeatureSpace, workspace: Workspace) -> Architecture:
-    """Return the own network of a space, with its file if that is on this machine; it is not opened."""
+    """Return the own network of a space.
+
+    Its file says the default layer and size; where it is not on this machine, they are those of the space.
+    """
     spec, path = space.spec, networks.network_file(space.provenance.get("network"), workspace.cache.index)
-    return Architecture(spec.backbone, spec.input_size, spec.scaling, spec.layer, path, spec.weights)
+    layer, size = spec.layer, spec.input_size
+    try:
+        if path is not None:
+            config = own.checked_architecture(path)
+            layer, size = keras_config.output_layer(config), keras_config.input_size(config)
+    except SpecError:  # as another version refuses it
+        path = None
+    return Architecture(spec.backbone, size, spec.scaling, layer, path, spec.weights)
 
 
 def _largest_of_own(spaces: Iterable[FeatureSpace]) -> dict[tuple[str, str], FeatureSpace]:
@@ -136,6 +168,12 @@ def _largest_of_own(spaces: Iterable[FeatureSpace]) -> dict[tuple[str, str], Fea
         if space.spec.backbone.startswith(OWN):
             found[space.spec.backbone, space.spec.weights] = space
     return found
+
+
+def _of_network(network: Architecture, spaces: Iterable[FeatureSpace]) -> list[FeatureSpace]:
+    """Return the spaces of an own network, that with most rows first."""
+    some = [each for each in spaces if (each.spec.backbone, each.spec.weights) == (network.name, network.weights)]
+    return sorted(some, key=lambda each: each.totals().rows, reverse=True)
 
 
 def _rates_of(known: Iterable[Rate], backbone: str, layer: str, size: int | None) -> dict[str, float]:

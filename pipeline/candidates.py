@@ -134,8 +134,5 @@ def _cost(workspace: Workspace, material: Material) -> ExtractionCost:
 
 def _told_apart(costs: Sequence[ExtractionCost]) -> list[ExtractionCost]:
     """Return the same, networks of one name, as two files may have, named by their spaces too."""
-    names = [cost.backbone for cost in costs]
-    return [
-        replace(cost, backbone=f"{cost.backbone} ({cost.space})") if names.count(cost.backbone) > 1 else cost
-        for cost in costs
-    ]
+    names = networks.told_apart([cost.backbone for cost in costs], [cost.space for cost in costs])
+    return [replace(cost, backbone=name) for cost, name in zip(costs, names, strict=True)]

@@ -134,7 +134,7 @@ def settle(workspace: Workspace, choice: FeatureChoice) -> Settled:
         size, scaling = choice.input_size, choice.scaling
         if space is not None:
             size, scaling = size or space.spec.input_size, space.spec.scaling if scaling is None else scaling
-        source = networks.open_source(choice.backbone, size, scaling, workspace.cache)
+        source = networks.open_source(choice.backbone, size, scaling, workspace)
     settled = Settled(choice, source, networks.stated(source, choice.weights, workspace), space)
     if space is not None and (differing := settled.request().differences(space.spec)):
         found = {**space.spec.to_dict(), "backbone": networks.label(space.spec, space.provenance.get("network"))}

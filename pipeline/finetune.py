@@ -91,7 +91,7 @@ def train_full(dataset: Dataset, workspace: Workspace, asked: FullAsked, *, resu
         until = asked.freeze_until or (setting.network.layers[setting.until] if setting.until >= 0 else "none")
         asked = replace(asked, features=settled, freeze_until=until)  # what `auto` turned out to mean
         digest = hashlib.sha256((images.digest() + _network_of(origin)).encode()).hexdigest()
-        with _run(workspace, asked, images, digest, resume) as (name, directory):
+        with _run(workspace, asked, images, digest, resume, _own_network(origin, workspace)) as (name, directory):
             summary = _train_and_write(name, directory, asked, setting, workspace, start)
     return FullRun(name, workspace.runs / name, summary, images.quarantined)
 
@@ -113,6 +113,14 @@ def _network_of(origin: Origin) -> str:
     """Return what the network that is trained is known by: of one's own, others may have weights as its own are."""
     backbone = origin.base.backbone
     return origin.weights.identity + (backbone if backbone.startswith(OWN) else "")
+
+
+def _own_network(origin: Origin, workspace: Workspace) -> dict[str, Any] | None:
+    """Return by what an own network, and its file, are known again; None for a network of the table."""
+    if not origin.base.backbone.startswith(OWN):
+        return None
+    recorded = origin.network_record or networks.record(origin.weights, workspace.cache.index) or {}
+    return {**recorded, "backbone": origin.base.backbone, "weights": origin.base.weights}
 
 
 @contextmanager
@@ -162,7 +170,12 @@ def _network(origin: Origin, spec: FeatureSpec, asked: FullAsked, classes: int) 
 
 @contextmanager
 def _run(
-    workspace: Workspace, asked: FullAsked, images: Sorted, digest: str, resume: str | None
+    workspace: Workspace,
+    asked: FullAsked,
+    images: Sorted,
+    digest: str,
+    resume: str | None,
+    own_network: dict[str, Any] | None,
 ) -> Iterator[tuple[str, Path]]:
     """Give name and folder of the run: a new one, or the one to go on with if its images and weights are the same."""
     if resume is not None:
@@ -173,7 +186,7 @@ def _run(
     title = f"{images.dataset.name}-{asked.stage}"
     with runs.new_run(workspace.runs, title, workspace.command(asked.stage)) as (name, directory):
         space = images.space.name if isinstance(images, Material) else None
-        runs.write_request(directory, asked.to_dict(), digest, space)
+        runs.write_request(directory, asked.to_dict(), digest, space, own_network)
         yield name, directory
 
 

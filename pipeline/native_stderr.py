@@ -63,7 +63,8 @@ def held_back(loaded: str) -> Iterator[None]:
         with _faults_to(faults):
             yield
     except Exception:
-        os.write(2, b"\0")
+        with contextlib.suppress(BrokenPipeError):  # it is gone, and what failed is what is to be heard of
+            os.write(2, b"\0")
         holder.wait()
         raise
     finally:

@@ -231,7 +231,7 @@ def _base_weights(begun: Begun, stated: FeatureChoice, workspace: Workspace) -> 
     scaling = spec.scaling if stated.scaling is None else canonical(stated.scaling)
     source = Source(spec.backbone, size, scaling, spec.layer)
     if stated.backbone is not None:
-        source = networks.open_source(stated.backbone, size, scaling, workspace.cache)
+        source = networks.open_source(stated.backbone, size, scaling, workspace)
     for what, mine, theirs in (
         ("backbone", spec.backbone, source.name),
         ("input size", spec.input_size, source.input_size),
@@ -243,6 +243,9 @@ def _base_weights(begun: Begun, stated: FeatureChoice, workspace: Workspace) -> 
     if found is None:
         return networks.find(begun.base, network_record(begun.about), workspace)
     if found.identity != begun.base.weights:
+        if stated.backbone is not None and spec.backbone.startswith(OWN):
+            wanted = networks.file_of(network_record(begun.about))
+            raise SpecError(f"{name} began with {wanted}, not with the weights in {stated.backbone}; give that file")
         raise SpecError(f"{name} began with other weights than {stated.weights}; leave out --weights")
     return found
 

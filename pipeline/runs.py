@@ -138,9 +138,20 @@ def _of_unfinished(folder: Path) -> list[Path]:
     return [path for path in spent if path.exists()]
 
 
-def write_request(folder: Path, asked: Mapping[str, Any], material: str, space: str | Sequence[str] | None) -> None:
-    """Note in an unfinished run's folder what was asked for, the digest of its rows or images, and their spaces."""
+def write_request(
+    folder: Path,
+    asked: Mapping[str, Any],
+    material: str,
+    space: str | Sequence[str] | None,
+    network: Mapping[str, Any] | None = None,
+) -> None:
+    """Note in an unfinished run's folder what was asked for, the digest of its rows or images, and their spaces.
+
+    Of an own `network` it notes what `source.record` gives, with its two hashes.
+    """
     request = {"asked": dict(asked), "material": material, "space": space, "created": now()}
+    if network is not None:
+        request["network"] = dict(network)
     write_json(folder / REQUEST, request)
 
 

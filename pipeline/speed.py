@@ -13,6 +13,7 @@ from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.backbone.scaling import NONE
 from pipeline.backbone.source import Architecture, Source
 from pipeline.backbone.table import BACKBONES
+from pipeline.backbones import with_size
 from pipeline.cache.shard import SHARD_BYTES
 from pipeline.choice import FeatureChoice, Settled
 from pipeline.compute import default_batch
@@ -39,11 +40,12 @@ def measure(names: Sequence[str], workspace: Workspace, precision: str) -> None:
     Raises
     ------
     UsageError
-        If there is no such network, or one takes images of any size.
+        If there is no such network, or one takes images of any size and has no features.
     SpecError
         If a file is refused.
     """
-    found = [networks.architecture(name) for name in names or _cheapest_first()]
+    spaces = workspace.cache.spaces()
+    found = [with_size(networks.architecture(name), spaces) for name in names or _cheapest_first()]
     sources = [_source(each) for each in found if _fits(each)]
     seconds = [_expected_seconds(source) for source in sources]
     logger.info(
@@ -65,7 +67,9 @@ def _cheapest_first() -> list[str]:
 def _source(network: Architecture) -> Source:
     """Return a network as it can be built; how pixels go in does not change how fast it is."""
     if network.input_size is None:
-        raise UsageError(f"{network.label} takes images of any size; `features --input-size N` measures it")
+        raise UsageError(
+            f"{network.label} takes images of any size; make features of one first: `features --input-size N`"
+        )
     scaling = network.scaling or NONE
     return Source(network.name, network.input_size, scaling, network.default_layer, network.file, network.weights)
 

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 from cached import SPEC, fill, listed, write_images
 from conftest import icebox
+from own_networks import SIZE, own_choice, write_network
 
 from pipeline import machine, rates, speed
 from pipeline.backbone import frozen, own
 from pipeline.backbone.table import BACKBONES
 from pipeline.backbones import Listed, gather
 from pipeline.cache.space import FeatureSpace
+from pipeline.compute import ComputeOptions
 from pipeline.errors import UsageError
+from pipeline.extract import extract
 from pipeline.keras_start import import_keras
 from pipeline.speed import measure
 from pipeline.workspace import Workspace
@@ -142,8 +145,51 @@ def test_a_network_of_ones_own_is_measured(
     assert [each["images"] for each in rates.known(workspace)] == [3], "a batch of large rows has fewer images"
 
 
-def test_one_that_takes_any_size_is_not(workspace: Workspace, tmp_path: Path) -> None:
-    keras = import_keras()
-    keras.Sequential([keras.Input((None, None, 3)), keras.layers.Conv2D(4, 3)]).save(tmp_path / "any.keras")
-    with pytest.raises(UsageError, match=r"any.keras takes images of any size; `features --input-size N` measures it"):
-        measure([str(tmp_path / "any.keras")], workspace, "float32")
+def test_one_that_takes_any_size_is_measured_at_that_of_its_features(workspace: Workspace, tmp_path: Path) -> None:
+    path = write_network(tmp_path / "any.keras", "plain", size=None)
+    with pytest.raises(UsageError, match=r"any.keras takes images of any size; make features of one first: `features"):
+        measure([str(path)], workspace, "float32")
+    write_images(tmp_path / "images", 2)
+    choice = replace(own_choice(path), input_size=40)
+    extract(listed(tmp_path / "images"), workspace, choice, ComputeOptions())
+    measure([str(path)], workspace, "float32")
+    (found,) = gather([str(path)], workspace, "float32")
+    assert found.input_size == 40
+    assert found.images_per_second
+
+
+def test_an_own_network_is_listed_by_its_default_layer_and_size(workspace: Workspace, tmp_path: Path) -> None:
+    """As one of the table is; where its file is gone, by the space with most rows."""
+    path = write_network(tmp_path / "own.keras", "plain")
+    for name, count in (("few", 1), ("many", 2)):
+        write_images(tmp_path / name, count)
+    choice, few, many = own_choice(path), listed(tmp_path / "few"), listed(tmp_path / "many")
+    extract(few, workspace, choice, ComputeOptions())
+    extract(many, workspace, replace(choice, layer="middle"), ComputeOptions())
+    extract(many, workspace, replace(choice, input_size=40), ComputeOptions())
+    default = own.read(path).default_layer
+    for names in ([], [str(path)]):
+        found = gather(names, workspace, "float32")[-1]
+        (space,) = (s for s in workspace.cache.spaces() if (s.spec.layer, s.spec.input_size) == (default, SIZE))
+        assert (found.layer, found.input_size) == (default, SIZE)
+        assert found.bytes_per_row == space.totals().bytes_per_row
+        assert found.row == tuple(space.provenance["row_shape"])
+    path.unlink()
+    gone = gather([], workspace, "float32")[-1]
+    assert (gone.layer, gone.input_size) != (default, SIZE)
+    assert gone.weights == "no"
+
+
+def test_own_networks_of_one_name_are_told_apart(workspace: Workspace, tmp_path: Path) -> None:
+    write_images(tmp_path / "few", 1)
+    paths = [tmp_path / folder / "net.keras" for folder in "ab"]
+    for seed, path in enumerate(paths):
+        path.parent.mkdir()
+        extract(listed(tmp_path / "few"), workspace, own_choice(write_network(path, "plain", seed)), ComputeOptions())
+    told = icebox(workspace.root, "backbones").err.splitlines()
+    lines = [line for line in told if line.startswith("net.keras")]
+    assert len(set(lines)) == 2
+    for path in paths:
+        network = own.read(path)
+        assert any(f"net.keras ({network.name[:12]}, {network.weights[:15]})" in line for line in lines)
+    assert [each.name for each in gather([str(paths[0])], workspace, "float32")] == ["net.keras"]

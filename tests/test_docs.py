@@ -20,8 +20,8 @@ import keras
 import psutil
 import pytest
 import warm
-from clusters import free_port
 from conftest import ROOT, environment, icebox, small_model, write_picture
+from served import free_ports
 
 from pipeline.formats import FORMATS
 
@@ -146,7 +146,7 @@ def run(project: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
 def test_page(project: Path, page: Path, pytestconfig: pytest.Config) -> None:
     real = pytestconfig.getoption("all") or page.name in STARTED
     write_python(project, real)
-    ports = {number: str(free_port()) for number in re.findall(r"(?<=127.0.0.1:)\d+", page.read_text())}
+    ports = {number: str(free_ports(1)[0]) for number in re.findall(r"(?<=127.0.0.1:)\d+", page.read_text())}
     for language, code in blocks(page):
         if language == "sh":
             for line in commands(code):

@@ -615,6 +615,9 @@ def test_an_own_network_under_two_scalings_is_two_spaces(
     with pytest.raises(UsageError, match=r"--scaling takes none, .* found ''"):
         run(photos, replace(own_choice(path), scaling=""))
     sized = replace(own_choice(path), input_size=32)
+    both = r"not known from before: say by --input-size how many pixels a side it is given, and by --scaling how its"
+    with pytest.raises(UsageError, match=both):
+        run(photos, FeatureChoice(backbone=str(path)))
     with pytest.raises(UsageError, match="is not known from before: say by --input-size how many pixels a side"):
         run(photos, own_choice(path))
     for scaling in ("127,128", "x/255"):
@@ -630,6 +633,9 @@ def test_an_own_network_under_two_scalings_is_two_spaces(
     assert counts(run(photos, replace(sized, input_size=40))) == (12, 0, 0, 0)
     with pytest.raises(SpecError, match=r"own\.keras is known with --input-size 32 and 40; say which"):
         run(photos, own_choice(path))
+    both = r"own\.keras is known with --input-size 32 and 40, and with --scaling 127,128 and x/255; say which"
+    with pytest.raises(SpecError, match=both):
+        run(photos, FeatureChoice(backbone=str(path)))
     with pytest.raises(SpecError, match=r"Keras cannot build .*own\.keras for images of 2 pixels"):
         run(photos, replace(sized, input_size=2))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -26,7 +27,7 @@ from pipeline.backbone.graph import cut_layers, layer_names
 from pipeline.cache.digests import digest
 from pipeline.cache.keys import split
 from pipeline.cache.space import Cache
-from pipeline.choice import FeatureChoice
+from pipeline.choice import FeatureChoice, settle, weights_of
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.errors import DatasetError, RunError, SpecError, UsageError, WeightsError
@@ -597,6 +598,23 @@ def test_what_trains_of_an_own_network(place: Place, tmp_path: Path) -> None:
         place.train(**{**asked, "features": replace(own_choice(path), layer="re_lu_9")})
 
 
+def test_a_published_run_makes_its_own_network_known(place: Place, tmp_path: Path) -> None:
+    """Its size and scaling, though nothing of it is in the cache."""
+    path = write_network(tmp_path / "own.keras", "plain", seed=9, size=None)
+    asked: dict[str, Any] = {"freeze_until": None, "settings": {"epochs": 1}}
+    unsaid = FeatureChoice(backbone=str(path), precision="float32", storage="float32")
+    with pytest.raises(UsageError, match=r"say by --input-size .*, and by --scaling"):
+        place.train("freeze", features=unsaid, **asked)
+    first = place.train("freeze", features=replace(own_choice(path), input_size=SIZE), **asked)
+    again = place.train("freeze", features=unsaid, **asked)
+    assert predictions(first) == pytest.approx(predictions(again))
+    (place.workspace.runs / "broken").mkdir()
+    (place.workspace.runs / "broken" / "run.json").write_text('{"features": 1}')
+    settled = settle(place.workspace, unsaid).source
+    assert (settled.input_size, settled.scaling) == (SIZE, "127,128")
+    shutil.rmtree(place.workspace.runs / "broken")
+
+
 def test_another_network_in_the_place_of_an_own_one_is_not_gone_on_with(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -626,6 +644,51 @@ def test_another_network_in_the_place_of_an_own_one_is_not_gone_on_with(
 
 def interrupt(*arguments: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_the_backbone_of_a_run_of_an_own_network_makes_features_of_its_own(place: Place, tmp_path: Path) -> None:
+    path = write_network(tmp_path / "own.keras", "plain")
+    trained = place.train(features=own_choice(path), from_cache=True, freeze_until="middle", settings={"epochs": 1})
+    weights = trained.path / network.WEIGHTS_FILE
+    choice = FeatureChoice(backbone=str(path), weights=str(weights), precision="float32")  # the scaling is known
+    done = extract(place.dataset, place.workspace, choice, ComputeOptions())
+    assert done.computed == 32
+    assert done.space is not None
+    assert done.space.spec == replace(open_run(place.workspace.runs, trained.name).spec, storage="float16")
+    found = weights_of(done.space, place.workspace)
+    assert (found.path, found.network) == (weights, path)
+
+
+def test_a_stopped_run_finds_its_own_network_by_content_or_is_given_it(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, data = write_network(tmp_path / "own.keras", "plain"), place.workspace.root
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    before = set(runs.unfinished(place.workspace.runs))
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.finetune._measured", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                place.train(features=own_choice(path), freeze_until="middle", settings={"epochs": 1})
+    first, second = sorted(set(runs.unfinished(place.workspace.runs)) - before)
+    moved = path.rename(tmp_path / "moved.keras")
+    wanted = f"the run began with the network own.keras (sha256 {digest})"
+    gone = icebox(data, "finetune", "--resume", first)
+    assert gone.code == 1
+    assert f"{wanted}, and {path} is no longer there; give its file beside --resume: --backbone FILE" in gone.err
+    other = write_network(path, "plain", seed=2)
+    replaced = icebox(data, "finetune", "--resume", first)
+    assert replaced.code == 1
+    assert f"{wanted}, and {path} is another one by now" in replaced.err
+    refused = icebox(data, "finetune", "--resume", first, "--backbone", other)
+    assert refused.code == 1
+    assert f"{wanted}, and {other} is another one; give that file" in refused.err
+    given = icebox(data, "finetune", "--resume", first, "--backbone", moved, "--json")
+    assert given.code == 0, given.err
+    assert given.json["run"] == first
+    known = icebox(data, "finetune", "--resume", second, "--json")
+    assert known.code == 0, known.err
+    assert known.json["run"] == second
 
 
 def test_a_run_of_an_own_network_is_begun_with(place: Place, tmp_path: Path) -> None:

@@ -123,6 +123,13 @@ def shared(x: Any) -> Any:
     return layers.Add(name="sum")([norm(conv(x)), norm(conv(layers.ReLU()(x)))])
 
 
+def by_keyword(x: Any) -> Any:
+    convolved = layers.Conv2D(4, 3)(inputs=x)
+    again = keras.Input(convolved.shape[1:])
+    inner = keras.Model(again, layers.BatchNormalization()(layers.DepthwiseConv2D(3)(again)))
+    return inner(inputs=layers.BatchNormalization()(inputs=convolved))
+
+
 def nested(x: Any) -> Any:
     inner = keras.Sequential(
         [keras.Input((SIZE, SIZE, 3)), layers.Conv2D(4, 3), layers.BatchNormalization(), layers.Dropout(0.5)],
@@ -134,6 +141,7 @@ def nested(x: Any) -> Any:
 BODIES = {
     "bare operations": lambda x: hard_swish(layers.BatchNormalization()(layers.Conv2D(4, 3)(x))),
     "keywords": lambda x: ops.clip(layers.Conv2D(4, 3)(x), x_min=-0.5, x_max=0.5),
+    "layers called by keyword": by_keyword,
     "several outputs": lambda x: ops.concatenate(ops.split(layers.Conv2D(4, 3)(x), 2, axis=-1)[::-1], axis=-1),
     "a layer called twice": shared,
     "a nested model": nested,

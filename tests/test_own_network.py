@@ -505,6 +505,7 @@ BUILT = {
         "expected one of known size: (h, w, c) or (c,)",
     ),
     "several rows an image": (lambda: model_of(lambda x: ops.reshape(x, (-1, 3))), "gives 512 rows for 2 images"),
+    "nothing but its input": (lambda: model_of(lambda x: x), "its output is its input"),
     "sizes that do not fit": (lambda: keras.Sequential([image(), layers.Reshape((768,))]), "Keras cannot build"),
 }
 
@@ -519,8 +520,17 @@ def test_an_output_that_is_no_row_of_an_image_is_refused_when_it_is_built(tmp_pa
     assert "\n" not in str(refused.value)
 
 
-def test_a_network_that_mixes_images_is_refused(tmp_path: Path) -> None:
-    mixing = model_of(lambda x: layers.Conv2D(4, 3)(x - ops.mean(x, axis=0, keepdims=True)))
+MIXING: dict[str, Callable[[Any], Any]] = {
+    "all": lambda x: x - ops.mean(x, axis=0, keepdims=True),
+    "those before it": lambda x: ops.cumsum(x, axis=0),
+    "those behind it": lambda x: ops.flip(ops.cumsum(ops.flip(x, axis=0), axis=0), axis=0),
+    "one elsewhere": lambda x: ops.roll(x, 2, axis=0),
+}
+
+
+@pytest.mark.parametrize("mixed", MIXING)
+def test_a_network_that_mixes_images_is_refused(tmp_path: Path, mixed: str) -> None:
+    mixing = model_of(lambda x: layers.Conv2D(4, 3)(MIXING[mixed](x)))
     for model, refused in ((mixing, True), (functional(), False)):
         path = saved(model, tmp_path / "any.keras")
         network = own.read(path)
@@ -564,6 +574,24 @@ def test_an_output_on_the_way_that_no_memory_takes_is_refused(tmp_path: Path) ->
     with pytest.raises(
         SpecError, match=r"has an output of \(1600000, 1600000, 3\) at 'up_sampling2d', too large for one"
     ):
+        own.build(bad)
+
+
+def test_an_output_in_a_nested_model_that_no_memory_takes_is_refused(tmp_path: Path) -> None:
+    any_size = keras.Input((None, None, 3))
+    inner = keras.Model(any_size, layers.GlobalAveragePooling2D()(layers.UpSampling2D(2)(any_size)))
+    path = saved(model_of(inner), tmp_path / "good.keras")
+
+    def enlarge(config: dict[str, Any]) -> None:
+        layer(layer(config, 1), 1)["config"]["size"] = [100_000, 100_000]
+
+    with pytest.raises(SpecError, match=r"has an output of \(1600000, 1600000, 3\) at '.*', too large for one"):
+        own.build(with_config(path, tmp_path / "bad.keras", enlarge))
+
+
+def test_why_a_layer_cannot_be_built_is_said(tmp_path: Path, good: Path) -> None:
+    bad = with_config(good, tmp_path / "bad.keras", lambda config: layer(config, 1)["config"].update(padding="weird"))
+    with pytest.raises(SpecError, match="padding"):
         own.build(bad)
 
 

@@ -254,9 +254,14 @@ def test_weights_given_by_name_are_taken(deployed_inception: Deployed, elsewhere
 def test_weights_of_something_else_are_refused(
     deployed_inception: Deployed, deployed: Deployed, elsewhere: Workspace
 ) -> None:
-    for run in (deployed_inception.run("gap"), deployed.run("finetune")):
-        with pytest.raises(SpecError, match="were computed with other weights than untrained:7; leave it out"):
+    head = deployed_inception.run("gap")
+    for run, message in (
+        (head, r"were computed with untrained.* \(untrained:.*\), not with untrained:7; leave it out"),
+        (deployed.run("finetune"), "a full model has its own weights; leave out untrained:7"),
+    ):
+        with pytest.raises(SpecError, match=message):
             said([run], deployed.files, elsewhere, weights="untrained:7")
+    assert said([head], deployed.files[:1], elsewhere, weights="untrained:0")[0].probabilities is not None
 
 
 def test_the_likeliest_are_in_order() -> None:
@@ -513,8 +518,13 @@ def test_elsewhere_a_head_asks_for_its_own_network(owns: Owns, elsewhere: Worksp
     asking = re.escape(f"vector.keras (sha256 {digest}), which is not on this machine; give the file by `--backbone")
     with pytest.raises(WeightsError, match=asking):
         said([run], images, elsewhere)
-    with pytest.raises(SpecError, match="is another network than the one the features were computed with"):
-        said([run], images, elsewhere, weights=str(other))
+    others = write_network(tmp_path / "others.keras", "vector", seed=2)
+    for wrong in (other, others):
+        named = re.escape(f"computed with vector.keras (sha256 {digest}), not with {wrong}; ")
+        with pytest.raises(SpecError, match=f"{named}give that file by --backbone FILE"):
+            said([run], images, elsewhere, weights=str(wrong))
+        with pytest.raises(SpecError, match=f"{named}leave it out"):
+            said([run], images, owns.workspace, weights=str(wrong))
     moved = shutil.copy(path, tmp_path / "moved.keras")
     computed = said([run], images, elsewhere, weights=str(moved))
     assert not any(answer.cached for answer in computed)

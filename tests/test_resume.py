@@ -154,6 +154,14 @@ def test_it_goes_on_in_the_space_it_began_with(
     assert go_on(workspace, photos, name).summary["space"] == SPEC.directory
 
 
+def test_a_head_on_an_own_network_goes_on_without_its_file(
+    workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = fill(workspace, listed(photos), spec=replace(SPEC, backbone="own:" + "1" * 64, layer="last"))
+    wanted = replace(asked(photos, SPECS["gap"]), features=FeatureChoice(space=space.name))
+    assert go_on(workspace, photos, stop(workspace, photos, wanted, monkeypatch)).summary["space"] == space.name
+
+
 def relabel(photos: Path) -> None:
     (photos / "ant" / "000.png").rename(photos / "bee" / "moved.png")
 

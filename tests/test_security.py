@@ -94,8 +94,8 @@ def test_what_comes_from_elsewhere_is_refused_as_the_table_says(
     index = [str(part).partition("=")[2] for part in given if str(part).startswith("ICEBOX_INDEX=")]
     given = [part for part in given if not str(part).startswith("ICEBOX_INDEX=")]
     variables = {"PYTHONPATH": str(tmp_path)} | ({"ICEBOX_INDEX": index[0]} if index else {})
-    line = command_line(tmp_path / "data", *shlex.split(command), *given)
-    done = finished(line[2:], env=environment(**variables))
+    typed = command_line(tmp_path / "data", *shlex.split(command), *given)
+    done = finished(typed[2:], env=environment(**variables))
     said = " ".join((done.err + done.out).split())
     wanted = ".*".join(re.escape(part.strip()) for part in message.replace(r"\|", "|").split("…"))
     assert re.search(wanted, said), said

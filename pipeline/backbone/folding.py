@@ -44,20 +44,22 @@ def _run(model: KerasModel, begin: Any, value: Any) -> list[Any]:
 
     folded = _foldable(model, begin)
     taken = set(folded.values())
+    values = {id(begin): tf.cast(value, begin.dtype)}
 
     def call(node: Any, args: Any, kwargs: Any) -> Any:
+        fed = values[id(node.input_tensors[0])]  # which may have been given by its place or by keyword
         if node in taken:
-            return args[0]  # for the batch norm, which comes with the convolution
+            return fed  # for the batch norm, which comes with the convolution
         if node in folded:
-            return _convolve(folded[node].operation, node.operation, args[0])
+            return _convolve(folded[node].operation, node.operation, fed)
         if is_depthwise(node.operation):
-            return _convolve(node.operation, None, args[0])
+            return _convolve(node.operation, None, fed)
         graph, tensors = functional(node.operation), node.input_tensors
         if graph is not None and len(tensors) == 1 and len(tensors[0].shape) == len(graph.inputs[0].shape):
-            return _run(graph, graph.inputs[0], args[0])
+            return _run(graph, graph.inputs[0], fed)
         return _call(model, node.operation, args, kwargs)
 
-    values = walk(model, {id(begin): tf.cast(value, begin.dtype)}, call)
+    walk(model, values, call)
     return [values[id(tensor)] for tensor in model.outputs]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import statistics
@@ -174,15 +175,18 @@ def _require_room(layer: str, row_shape: tuple[int, ...]) -> None:
 
 
 def _require_rows_of_their_own(model: KerasModel, spec: FeatureSpec) -> None:
-    """Raise SpecError unless the row of an image is the same beside any other image."""
+    """Raise SpecError unless the row of an image is the same at each place of a batch, beside any other images."""
     import tensorflow as tf
 
     random = np.random.default_rng(0)
-    image, *others = random.integers(0, 256, (3, 1, spec.input_size, spec.input_size, 3), np.uint8)
-    pairs = [np.concatenate([image, each]) for each in others]
-    one, other = (tf.cast(features_of(model, pair, spec)[0], tf.float32).numpy() for pair in pairs)
-    if np.isfinite(one).all() and not np.abs(one - other).max() <= _MOST_MIXED * np.abs(one).max():
-        raise SpecError("the network mixes images with one another: a row depends on those computed beside it")
+    image, *others = random.integers(0, 256, (5, spec.input_size, spec.input_size, 3), np.uint8)
+    first: np.ndarray | None = None
+    for beside, place in itertools.product((others[:2], others[2:]), range(3)):
+        batch = np.insert(np.stack(beside), place, image, axis=0)
+        row = tf.cast(features_of(model, batch, spec)[place], tf.float32).numpy()
+        first = row if first is None else first
+        if np.isfinite(first).all() and not np.abs(row - first).max() <= _MOST_MIXED * np.abs(first).max():
+            raise SpecError("the network mixes images with one another: a row depends on those computed beside it")
 
 
 def best_batch(size: int, most: int, rate: float, rate_of: Callable[[int], float]) -> int:

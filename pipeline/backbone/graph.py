@@ -147,10 +147,8 @@ def _refusal(model: KerasModel, layer: str, cuts: list[str]) -> str:
         reason = (
             f"it gives {', '.join(str(tensor.shape[1:]) for tensor in calls[0].outputs)}, not one (h, w, c) or (c,)"
         )
-    return (
-        f"the output of {layer!r} does not carry {model.name} on by itself: {reason}; the nearest layers that work: "
-        f"{nearest}"
-    )
+    works = f"the nearest layers that work: {nearest}" if nearest else "no other layer's does"
+    return f"the output of {layer!r} does not carry {model.name} on by itself: {reason}; {works}"
 
 
 def rest_of(model: KerasModel, layer: str, name: str | None = None) -> KerasModel:
@@ -175,6 +173,12 @@ def multiplications(layer: Any) -> int:
 
 def _work(node: Any) -> int:
     return sum(_of_call(*call) for call in _calls(node.operation, node.input_tensors, node.outputs))
+
+
+def output_shapes(model: KerasModel) -> list[tuple[str, tuple[int | None, ...]]]:
+    """Return what each call in `model` gives for one image, as the operation's name and a shape without the batch."""
+    calls = [call for node in nodes(model) for call in _calls(node.operation, node.input_tensors, node.outputs)]
+    return [(operation.name, tuple(tensor.shape[1:])) for operation, _, given in calls for tensor in given]
 
 
 def _of_call(operation: Any, inputs: list[Any], outputs: list[Any]) -> int:
@@ -212,8 +216,7 @@ def work(model: KerasModel, after: str = "") -> list[tuple[Any, int]]:
 
 def activations(model: KerasModel) -> int:
     """Return how many numbers the layers of `model` give for one image, all together: training keeps them."""
-    calls = [call for node in nodes(model) for call in _calls(node.operation, node.input_tensors, node.outputs)]
-    return sum(math.prod(size or 1 for size in tensor.shape[1:]) for *_, outputs in calls for tensor in outputs)
+    return sum(math.prod(size or 1 for size in shape) for _, shape in output_shapes(model))
 
 
 def allow_any_names(model: KerasModel) -> None:

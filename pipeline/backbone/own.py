@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backbone import keras_archive, keras_config, weights_file
+from pipeline.backbone.graph import output_shapes
 from pipeline.cache import storage
 from pipeline.errors import SpecError, UsageError, WeightsError
 from pipeline.keras_start import KerasModel, import_keras
@@ -247,10 +248,11 @@ def _allocated_if(require: Callable[[int], None], config: dict[str, Any]) -> Ker
 
 def _require_features(model: KerasModel, what: str) -> None:
     """Raise SpecError if the output is not (h, w, c) or (c,) of known size, or an output on the way is absurd."""
-    for operation in model.operations:
-        for shape in _shapes(operation):
-            if math.prod(shape) > _MOST_VALUES:
-                raise SpecError(f"{what} has an output of {shape} at {operation.name!r}, too large for one image")
+    if model.output is model.input:
+        raise SpecError(f"{what} gives the images as they are: its output is its input")
+    for name, shape in output_shapes(model):
+        if math.prod(size or 1 for size in shape) > _MOST_VALUES:
+            raise SpecError(f"{what} has an output of {shape} at {name!r}, too large for one image")
     if taken := next((layer.name for layer in model.layers if layer.name in _TAKEN), None):
         raise SpecError(
             f"{what} has a layer named {taken!r}, as the program names one of its own; save it under another"
@@ -268,11 +270,7 @@ def _require_features(model: KerasModel, what: str) -> None:
         raise SpecError(f"{what} gives {rows} rows for 2 images: it mixes images with one another; save a model of one")
 
 
-def _shapes(operation: Any) -> list[tuple[int, ...]]:
-    """Return the shapes of what an operation gives for one image, as far as they are known."""
-    shapes = [tuple(each.shape[1:]) for node in operation._inbound_nodes for each in node.output_tensors]
-    return [shape for shape in shapes if None not in shape]
-
-
 def _reason(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+    # Of one that Keras met while it built a layer it says much before it comes to that.
+    text = str(error).rpartition("Exception encountered: ")[2].strip()
+    return text.split("\n")[0][:200] or type(error).__name__

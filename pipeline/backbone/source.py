@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from pipeline.backbone import keras_archive, own, weights
 from pipeline.backbone.scaling import CHOICES, canonical
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone, find_backbone
 from pipeline.backbone.weights import Weights
+from pipeline.cache import storage
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.index import Index
-from pipeline.cache.space import Cache
 from pipeline.errors import SpecError, UsageError, WeightsError
 from pipeline.spec import OWN, FeatureSpec
 from pipeline.workspace import Workspace
@@ -79,10 +80,10 @@ def architecture(choice: str | None) -> Architecture:
     return Architecture(found.name, found.input_size, None, found.default_layer, found.path, found.weights)
 
 
-def open_source(choice: str | None, input_size: int | None, scaling: str | None, cache: Cache) -> Source:
+def open_source(choice: str | None, input_size: int | None, scaling: str | None, workspace: Workspace) -> Source:
     """Return the network that `--backbone`, `--input-size` and `--scaling` mean.
 
-    What is not said of an own network is taken from its feature spaces on disk.
+    What is not said of an own network is taken from its feature spaces on disk and from published runs.
 
     Raises
     ------
@@ -93,16 +94,41 @@ def open_source(choice: str | None, input_size: int | None, scaling: str | None,
     """
     scaling = None if scaling is None else canonical(scaling)
     found = architecture(choice)
-    specs = [each.spec for each in cache.spaces()] if found.file else []
-    known = [spec for spec in specs if (spec.backbone, spec.weights) == (found.name, found.weights)]
-    return Source(
-        found.name,
-        input_size or found.input_size or int(_only(found, "--input-size", {str(spec.input_size) for spec in known})),
-        scaling or found.scaling or _only(found, "--scaling", {spec.scaling for spec in known}),
-        found.default_layer,
-        found.file,
-        found.weights,
-    )
+    input_size, scaling = input_size or found.input_size, scaling or found.scaling
+    if input_size is None or scaling is None:
+        known = _known(found, workspace)
+        values = {
+            "--input-size": {str(spec.input_size) for spec in known} if input_size is None else {str(input_size)},
+            "--scaling": {spec.scaling for spec in known} if scaling is None else {scaling},
+        }
+        size, scaling = _only(found, values)
+        input_size = int(size)
+    return Source(found.name, input_size, scaling, found.default_layer, found.file, found.weights)
+
+
+def lacks_scaling(choice: str, workspace: Workspace) -> bool:
+    """Return whether the scaling of an own network must be said: it is known with none, or with several."""
+    return len({spec.scaling for spec in _known(architecture(choice), workspace)}) != 1
+
+
+def _known(found: Architecture, workspace: Workspace) -> list[FeatureSpec]:
+    """Return the features of an own network that are on disk, and those that published runs began with.
+
+    If there are none with the weights in its file, those with other weights, as of a fine-tuned run.
+    """
+    specs = [*(each.spec for each in workspace.cache.spaces()), *_of_runs(workspace.runs)]
+    specs = [spec for spec in specs if spec.backbone == found.name]
+    return [spec for spec in specs if spec.weights == found.weights] or specs
+
+
+def _of_runs(root: Path) -> Iterator[FeatureSpec]:
+    """Yield the features that each published run began with; a run that does not say is passed over."""
+    for path in sorted(root.glob("[!.]*/run.json")):
+        try:
+            about = json.loads(storage.read_small(path, own.MOST_STORED))
+            yield FeatureSpec.from_dict((about.get("base") or about)["features"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SpecError):
+            continue
 
 
 _MEANING = {
@@ -111,12 +137,13 @@ _MEANING = {
 }
 
 
-def _only(found: Architecture, option: str, known: set[str]) -> str:
-    if len(known) == 1:
-        return known.pop()
-    if known:
-        raise SpecError(f"{found.label} is known with {option} {' and '.join(sorted(known))}; say which")
-    raise UsageError(f"{found.label} is not known from before: say by {option} {_MEANING[option]}")
+def _only(found: Architecture, values: Mapping[str, set[str]]) -> list[str]:
+    """Return the one value of each option; whatever must still be said is told at once."""
+    if several := [f"{option} {' and '.join(sorted(each))}" for option, each in values.items() if len(each) > 1]:
+        raise SpecError(f"{found.label} is known with {', and with '.join(several)}; say which")
+    if lacking := [f"by {option} {_MEANING[option]}" for option, each in values.items() if not each]:
+        raise UsageError(f"{found.label} is not known from before: say {', and '.join(lacking)}")
+    return [value for each in values.values() for value in each]
 
 
 def resolve(source: Source, choice: str, workspace: Workspace, *, offline: bool = False) -> Weights:
@@ -128,8 +155,10 @@ def resolve(source: Source, choice: str, workspace: Workspace, *, offline: bool 
                 f"--weights {choice!r:.80}: an own network brings its weights; name its file by --backbone FILE"
             )
         return weights.resolve(choice, source.name, workspace.downloads, index, offline=offline, progress=progress)
-    _refuse_other_weights(source, choice)
     remembered_digest(source.file, index)  # by which the file is found again
+    if weights.is_path(choice):  # weights of this network, as a fine-tuned run has them
+        return replace(weights.from_file(choice, index), network=source.file)
+    _refuse_other_weights(source, choice)
     return Weights("file", str(source.weights), source.file, source.file)
 
 
@@ -153,21 +182,16 @@ def stated(source: Source, choice: str, workspace: Workspace) -> Weights | None:
     return resolve(source, choice, workspace)
 
 
-def given(spec: FeatureSpec, choice: str, workspace: Workspace) -> Weights:
-    """Return the weights, or the own network, that a person names for features of `spec`.
-
-    Raises
-    ------
-    SpecError
-        If the file is another network.
-    """
+def given(spec: FeatureSpec, choice: str, workspace: Workspace) -> Weights | None:
+    """Return the weights, or the own network, that a person names for features of `spec`; None if it has others."""
     if not spec.backbone.startswith(OWN):
-        return weights.resolve(
+        found = weights.resolve(
             choice, spec.backbone, workspace.downloads, workspace.cache.index, progress=workspace.progress
         )
-    source = open_source(choice, spec.input_size, spec.scaling, workspace.cache)
-    if source.name != spec.backbone:
-        raise SpecError(f"{choice} is another network than the one the features were computed with")
+        return found if found.identity == spec.weights else None
+    source = open_source(choice, spec.input_size, spec.scaling, workspace)
+    if (source.name, source.weights) != (spec.backbone, spec.weights):
+        return None
     return resolve(source, "auto", workspace)
 
 
@@ -185,9 +209,20 @@ def network_file(recorded: Mapping[str, Any] | None, index: Index) -> Path | Non
     return next(_at_hand(str((recorded or {}).get("sha256", "")), index), None)
 
 
+def file_of(recorded: Mapping[str, Any] | None) -> str:
+    """Return how people can tell the file of an own network, by its `record`: its name and its digest."""
+    about = recorded or {}
+    return f"{about.get('file', 'a file')} (sha256 {about.get('sha256', '?')})"
+
+
 def label(spec: FeatureSpec, recorded: Mapping[str, Any] | None) -> str:
     """Return what people call the network of `spec`: the name of a row, or of the file."""
     return str((recorded or {}).get("file", spec.backbone))
+
+
+def told_apart(labels: Sequence[str], marks: Sequence[str]) -> list[str]:
+    """Return the same; labels that stand more than once, as two files may have one name, each with its mark."""
+    return [f"{each} ({mark})" if labels.count(each) > 1 else each for each, mark in zip(labels, marks, strict=True)]
 
 
 def find(spec: FeatureSpec, recorded: Mapping[str, Any] | None, workspace: Workspace) -> Weights | None:
@@ -224,6 +259,9 @@ def describe(choice: str | None, stated: str | None, workspace: Workspace) -> di
     found = architecture(choice)
     if found.file is None:
         return weights.describe(stated, workspace, found.name)
+    if stated is not None and weights.is_path(stated):
+        other = weights.from_file(stated, workspace.cache.index)
+        return {"weights": other.label, "identity": other.identity, "path": str(other.path)}
     _refuse_other_weights(found, stated or "auto")
     own_weights = {"weights": found.label, "identity": found.weights, "path": str(found.file)}
     return own_weights if stated else {"backbone": found.name, **own_weights}
@@ -245,10 +283,9 @@ def require(
     if found := find(spec, recorded, workspace):
         return found
     if spec.backbone.startswith(OWN):
-        about = recorded or {}
         raise WeightsError(
-            f"{of} was computed with an own network, {about.get('file', 'a file')} (sha256 {about.get('sha256', '?')})"
-            ", which is not on this machine; give the file by `--backbone FILE`"
+            f"{of} was computed with an own network, {file_of(recorded)}, which is not on this machine; give the file "
+            "by `--backbone FILE`"
         )
     raise WeightsError(
         f"{of} was computed with {label} ({spec.weights}), which are not on this machine; give the file by "

@@ -83,7 +83,7 @@ def resolve(
         if row.weights_hash is None:
             _note_digest(path, row, downloads)
         return _from_file("imagenet", path, index)
-    return _from_file("file", machine.at_home(choice), index)
+    return from_file(choice, index)
 
 
 def anchored(choice: str) -> str:
@@ -218,6 +218,11 @@ def _download_unhashed(backbone: Backbone, downloads: Path, progress: Progress) 
         path = fetch(backbone.weights_url, None, Path(aside), progress, backbone.weights_file)
         weights_file.check(path)
         return path.replace(downloads / backbone.weights_file)
+
+
+def from_file(choice: str, index: Index) -> Weights:
+    """Return the weights in the Keras weights file at a path that was given. Raises WeightsError if it is none."""
+    return _from_file("file", machine.at_home(choice), index)
 
 
 def _from_file(kind: Literal["imagenet", "file"], path: Path, index: Index) -> Weights:

@@ -196,7 +196,7 @@ def finetune(
 
 
 def _run(stage: str, context: typer.Context) -> None:
-    from pipeline.asked import FullAsked, stopped_run
+    from pipeline.asked import FullAsked, stopped_run, with_network
     from pipeline.finetune import train_full
 
     given = context.params
@@ -204,13 +204,14 @@ def _run(stage: str, context: typer.Context) -> None:
     if resume is None:
         _refuse_what_does_not_go_together(context)
     else:
-        refuse_beside_resume(context)
+        refuse_beside_resume(context, "backbone")
     with opened(context) as workspace:
         if resume is None:
             asked = _asked(stage, context, workspace.runs)
         else:
             resume, request = stopped_run(workspace, resume, stage)
-            asked = FullAsked.from_dict(request.get("asked", {}))
+            file = given["backbone"] if "backbone" in typed(context) else None
+            asked = with_network(FullAsked.from_dict(request.get("asked", {})), request, file, workspace)
         images = asked.images.open(workspace)
         run = train_full(images, workspace, asked, resume=resume)
     finish(run.summary, given["as_json"], _SHOWN, note=f"kept in {run.path}")

@@ -27,6 +27,6 @@ ScalingOption = Annotated[
     typer.Option(
         metavar="HOW",
         help="How pixels are scaled: none, x/127.5-1, x/255, imagenet, bgr-means, or MEAN,STD in grey levels.  "
-        "[default: the named network's own; of your own file, that of its features on disk]",
+        "[default: the named network's own; of your own file, that of its features and runs on disk]",
     ),
 ]

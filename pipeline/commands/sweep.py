@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,12 +51,13 @@ from pipeline.commands.shared import (
     typed,
     views_choice,
 )
-from pipeline.progress import counted, size_text
+from pipeline.progress import size_text
 
 if TYPE_CHECKING:
     from pipeline.asked import SweepAsked
     from pipeline.choice import FeatureChoice
     from pipeline.sweep import Sweep
+    from pipeline.workspace import Workspace
 
 _HEADS = ("flatten", "gap", "logreg")
 _MOST_LISTED = 30
@@ -106,8 +108,8 @@ def sweep(
         typer.Option(
             metavar="NAME|FILE,…",
             help="Networks to compare: names that `backbones` lists, or .keras files of your own; may be repeated. "
-            "With several, --scaling is for the only file among them, --weights (auto, imagenet, untrained) for the "
-            "named ones.  [default: inception_v3]",
+            "With several, --scaling is for the file among them that is not known with one, --weights (auto, imagenet, "
+            "untrained) for the named ones.  [default: inception_v3]",
             autocompletion=backbone_names,
         ),
     ] = None,
@@ -135,20 +137,19 @@ def sweep(
     from pipeline.sweep import sweep as run_sweep
 
     start, cluster = time.perf_counter(), cluster_choice(context)
-    begun = _begun(context) if resume is None else None  # wrong usage is told before the cache is opened
+    choices = _choices(context) if resume is None else ()
+    begun = _asked(context, choices) if choices else None  # wrong usage is told before the cache is opened
     with opened(context) as workspace:
-        resume, asked, commands = begun or _resumed(context, str(resume), workspace.sweeps)
-        chosen = asked.images if begun is None else dataset_choice(context)
-        images = chosen.open(workspace)
+        if begun is None:
+            resume, asked, commands = _resumed(context, str(resume), workspace.sweeps)
+        else:
+            choices = _scaled(choices, workspace)
+            asked = replace(begun, features=tuple(choice.anchored() for choice in choices))
+            commands = [_features_command(context, each, len(choices) > 1) for each in choices]
+        images = (asked.images if begun is None else dataset_choice(context)).open(workspace)
         done = run_sweep(images, workspace, asked, commands, resume=resume, cluster=cluster, compute=compute)
     _finish(done, round(time.perf_counter() - start, 3), as_json)
     exit_for_bad(done.quarantined, len(images), max_bad)
-
-
-def _begun(context: typer.Context) -> tuple[None, SweepAsked, list[str]]:
-    """Return that nothing is resumed, what a new sweep is asked for, and what makes the features of each backbone."""
-    choices = _choices(context)
-    return None, _asked(context, choices), [_features_command(context, each, len(choices) > 1) for each in choices]
 
 
 def _choices(context: typer.Context) -> tuple[FeatureChoice, ...]:
@@ -163,7 +164,7 @@ def _choices(context: typer.Context) -> tuple[FeatureChoice, ...]:
     if len(names) < 2:
         return (feature_choice(context, backbone=names[0] if names else None),)
     own = [name for name in names if is_file(name)]
-    _refuse_for_several(context, len(own))
+    _refuse_for_several(context, own)
     return tuple(
         feature_choice(
             context,
@@ -183,7 +184,7 @@ def _backbones(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.strip() for some in parts for name in some if name.strip()))
 
 
-def _refuse_for_several(context: typer.Context, own: int) -> None:
+def _refuse_for_several(context: typer.Context, own: Sequence[str]) -> None:
     """Raise UsageError if an option can be meant for one backbone only."""
     from pipeline.errors import UsageError
 
@@ -191,17 +192,33 @@ def _refuse_for_several(context: typer.Context, own: int) -> None:
     for option, of in (("space", "features of one backbone"), ("layer", "a layer of one backbone")):
         if given[option] is not None:
             raise UsageError(f"--{option} names {of}, so it does not go with several --backbone; leave it out")
-    if given["scaling"] is not None and own != 1:
-        raise UsageError(
-            f"--scaling is of one network of your own, found {counted(own, 'file')} among --backbone; leave it out, as "
-            "that of a file is known once `features --backbone FILE --scaling …` has begun"
-        )
+    if given["scaling"] is not None and not own:
+        raise UsageError("--scaling is of a network of your own, found no file among --backbone; leave it out")
     weights = given["weights"]
     if weights not in ("auto", "imagenet") and weights.partition(":")[0] != "untrained":
         raise UsageError(
             f"--weights {weights!r:.80} are of one backbone; with several it takes auto, imagenet or untrained, and "
             "auto finds the features that were made by `features --weights FILE`"
         )
+
+
+def _scaled(choices: Sequence[FeatureChoice], workspace: Workspace) -> tuple[FeatureChoice, ...]:
+    """Return the same; of several files only the one that is not known with one scaling is meant by --scaling."""
+    from pipeline.backbone.source import lacks_scaling
+    from pipeline.errors import UsageError
+
+    own = [str(choice.backbone) for choice in choices if choice.scaling is not None]
+    if len(choices) == 1 or len(own) < 2:
+        return tuple(choices)
+    lacking = [name for name in own if lacks_scaling(name, workspace)]
+    if not lacking:
+        raise UsageError(f"--scaling: each of the {len(own)} files among --backbone is known with one; leave it out")
+    if len(lacking) > 1:
+        raise UsageError(
+            f"--scaling is for one file, found {len(lacking)} that need it: {', '.join(lacking)}; a file that has "
+            "features by one scaling needs none: `features --backbone FILE --scaling …` makes them"
+        )
+    return tuple(choice if choice.backbone in lacking else replace(choice, scaling=None) for choice in choices)
 
 
 def _features_command(context: typer.Context, choice: FeatureChoice, is_one_of_several: bool) -> str:
