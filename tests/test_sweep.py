@@ -22,7 +22,7 @@ import pytest
 import warm
 from cached import CLASSES, SPEC, fill, listed, row_of, spec_of, write_images
 from clusters import by_hand
-from conftest import command_line, environment, icebox, write_picture
+from conftest import command_line, environment, icebox, wait_until, write_picture
 from distributed import Client, LocalCluster
 
 import pipeline.cluster
@@ -622,11 +622,13 @@ def test_workers_started_here_that_are_killed_again_and_again_are_given_up(
 def test_a_worker_whose_memory_limit_is_too_small_is_given_up_and_the_limit_named(
     workspace: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Dask pauses it; that a nanny ends it instead, test_fleet.py shows."""
     monkeypatch.setattr(pipeline.worker_health, "PAUSED_S", 2.0)
     fill(workspace, listed(photos))
     with by_hand(tmp_path / "cluster", workers=0) as cluster:
-        cluster.start_worker(memory_limit="100MB")
-        cluster.wait_for_workers(1)
+        cluster.start_worker(memory_limit="100MB", DASK_DISTRIBUTED__WORKER__MEMORY__TERMINATE="False")
+        with Client(cluster.address, set_as_default=False, timeout=60) as client:
+            wait_until(lambda: [each["status"] for each in client.scheduler_info()["workers"].values()] == ["paused"])
         with pytest.raises(IceboxError, match=r"its memory limit (of|is) 100 MB"):
             run(workspace, photos, GRID[-1:], cluster=ClusterChoice(scheduler=cluster.address))
 
