@@ -11,5 +11,6 @@ import sys
 import dask
 
 if __name__ == "__main__":
+    dask.config.refresh()  # what the environment says: the server has read its own
     dask.config.set({"distributed.worker.multiprocessing-method": "fork"})
     importlib.import_module(f"distributed.cli.dask_{sys.argv[1]}").main(sys.argv[2:])
