@@ -28,7 +28,7 @@ import made
 import pytest
 import warm
 from cached import fill, listed, write_images
-from conftest import build_backbones_once, command_line, environment, icebox, wait_until
+from conftest import build_backbones_once, command_line, drawn, environment, icebox, wait_until
 from faults import WRITES, Watcher, disk_full, io_error, signalled, watched
 from own_networks import tiny_options
 
@@ -282,7 +282,7 @@ def test_every_call_of_a_sweep_may_be_the_last(
     with watched(Watcher(within=(data / "runs", data / "sweeps"))) as watcher:
         assert call(data, *swept.command) == 0
     check_sweep(swept, data, capsys, "undisturbed")
-    for number in telling(watcher.calls, request.config):
+    for number in drawn(telling(watcher.calls, request.config), 12, request.config):
         swept.fresh(data)
         where = f"killed at call {number}: {watcher.calls[number - 1]}"
         assert signalled(number, data, *swept.command, within=watcher.within).code == -signal.SIGKILL, where
@@ -302,7 +302,7 @@ def test_every_call_of_a_sweep_may_fail(
     within = (data / "runs", data / "sweeps")
     with watched(Watcher(among=among, within=within)) as watcher:
         assert call(swept.fresh(data), *swept.command) == 0
-    for number in telling(watcher.calls, request.config):
+    for number in drawn(telling(watcher.calls, request.config), 12, request.config):
         swept.fresh(data)
         capsys.readouterr()
         with watched(Watcher(number, act, for_good, among, within)) as failing:
