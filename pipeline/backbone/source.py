@@ -112,13 +112,9 @@ def lacks_scaling(choice: str, workspace: Workspace) -> bool:
 
 
 def _known(found: Architecture, workspace: Workspace) -> list[FeatureSpec]:
-    """Return the features of an own network that are on disk, and those that published runs began with.
-
-    If there are none with the weights in its file, those with other weights, as of a fine-tuned run.
-    """
+    """Return the features of an own network that are on disk, and those that published runs began with."""
     specs = [*(each.spec for each in workspace.cache.spaces()), *_of_runs(workspace.runs)]
-    specs = [spec for spec in specs if spec.backbone == found.name]
-    return [spec for spec in specs if spec.weights == found.weights] or specs
+    return [spec for spec in specs if (spec.backbone, spec.weights) == (found.name, found.weights)]
 
 
 def _of_runs(root: Path) -> Iterator[FeatureSpec]:
