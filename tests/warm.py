@@ -126,6 +126,7 @@ def _serve(path: str) -> None:
     listener.bind(path)
     listener.listen()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, whose end is this one's
     print("ready", flush=True)
     while 0 not in select.select([listener, 0], [], [])[0]:
         connection = listener.accept()[0]
@@ -166,6 +167,7 @@ def _run(
 ) -> NoReturn:
     import cli
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if in_new_session:
         os.setsid()
     for number, stream in enumerate(streams):
