@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,8 @@ def tiny() -> Path:
     """
     folder = ROOT / ".pytest_cache" / "networks"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16] / "tiny.keras"
+    made_by = Path(__file__).read_bytes() + importlib.metadata.version("keras").encode()
+    path = folder / hashlib.sha256(made_by).hexdigest()[:16] / "tiny.keras"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():

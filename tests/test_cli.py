@@ -9,12 +9,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +28,7 @@ import pytest
 import warm
 from cached import fill, listed, write_images
 from conftest import ROOT, Finished, command_line, environment, icebox, picture, write_picture
+from deployed import Deployed
 from own_networks import tiny_options
 from PIL import Image
 
@@ -102,6 +105,42 @@ def test_each_head_trains_from_the_cache(data: Path, head: str, options: tuple[s
     assert json.loads((run / "run.json").read_text())["head"]["head"] == head
     listed = icebox(data, "runs", "ls", "--json").json["runs"]
     assert done.json["run"] in [each["run"] for each in listed]
+
+
+@pytest.fixture(scope="module")
+def own(deployed: Deployed, tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    """A data directory with rows and runs that may be changed."""
+    return replace(deployed, data=shutil.copytree(deployed.data, tmp_path_factory.mktemp("own") / "data"))
+
+
+SHORT = ("--epochs", "1", "--batch-size", "8")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("train-head", "--head", "gap", *SHORT),
+        pytest.param(("train-head", "--head", "flatten", "--hidden", "4", *SHORT), marks=pytest.mark.long),
+        ("finetune", "--from-cache", "--freeze-until", "middle", *SHORT),
+        pytest.param(("freeze", *SHORT), marks=pytest.mark.long),
+        ("sweep", "--head", "logreg", "--set", "C=0.01,1"),
+        ("evaluate", "finetune"),
+        ("export", "gap", "--format", "keras"),
+    ],
+    ids=lambda command: "-".join(command[:3]),
+)
+def test_a_command_starts_from_nothing(own: Deployed, tmp_path: Path, command: tuple[str, ...]) -> None:
+    """Most tests fork a process in which all is imported; what a command imports, and in which order, this shows."""
+    name, *options = command
+    if name in ("evaluate", "export"):
+        options = [own.name(options[0]), *options[1:]]
+        options += ["--out", str(tmp_path / "out.keras")] if name == "export" else []
+    else:
+        options += ["--dataset", str(own.photos), *tiny_options()]
+    done = icebox(own.data, name, *options, "--json", COLUMNS="200")
+    assert done.code == 0, done.err
+    assert done.json
+    assert not re.search(r"oneDNN|cuda|TF-TRT|cpu_feature_guard|Traceback|Warning", done.err), done.err
 
 
 def test_settings_a_head_does_not_have_are_wrong_usage(data: Path) -> None:

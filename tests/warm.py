@@ -10,7 +10,6 @@ As a program it is the server: python tests/warm.py SOCKET
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib
 import json
@@ -23,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -33,6 +33,9 @@ _IMPORTED = (
     "pipeline.compute", "pipeline.finetune", "pipeline.report", "pipeline.sweep", "pipeline.train",
 )  # fmt: skip
 _LENGTH = 8  # bytes of the number before each message
+_ENVIRONMENT = dict(os.environ)  # before any test has changed it
+_STARTING = threading.Lock()
+_servers: dict[str, subprocess.Popen[bytes]] = {}  # address → process; one, once it is needed
 
 
 class Process:
@@ -82,7 +85,7 @@ class Process:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            os.kill(self.pid, number)  # it keeps its number until its exit code is read here
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
@@ -94,20 +97,20 @@ class Process:
         return int.from_bytes(_exactly(self._connection, _LENGTH), signed=True)
 
 
-@functools.cache
 def server() -> str:
     """Return where the server of this process listens; it ends when this process does.
 
     A `Process` of another process may be one of its children, if it is told so: `listening`.
     """
-    path = f"{tempfile.mkdtemp(prefix='warm-')}/socket"
-    started = subprocess.Popen(
-        [sys.executable, __file__, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.__stderr__
-    )
-    assert started.stdout is not None
-    assert started.stdin is not None
-    assert started.stdout.readline() == b"ready\n"
-    return path
+    with _STARTING:
+        if not _servers:
+            path = f"{tempfile.mkdtemp(prefix='warm-')}/socket"
+            line, pipe = [sys.executable, __file__, path], subprocess.PIPE
+            started = subprocess.Popen(line, cwd=ROOT, env=_ENVIRONMENT, stdin=pipe, stdout=pipe, stderr=sys.__stderr__)
+            assert started.stdout is not None
+            assert started.stdout.readline() == b"ready\n"
+            _servers[path] = started
+    return next(iter(_servers))
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:
@@ -150,10 +153,13 @@ def _start_and_wait(connection: socket.socket) -> NoReturn:
         os.close(stream)
     try:
         connection.sendall(process.to_bytes(_LENGTH, signed=True))
-        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        ended = os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
         connection.sendall(code.to_bytes(_LENGTH, signed=True))
+        connection.recv(1)  # only when it has been read may the process's number go to another
     except OSError:
-        pass  # who started it has ended
+        pass  # the one who started it is gone
     os._exit(0)
 
 
