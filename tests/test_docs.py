@@ -146,11 +146,12 @@ def run(project: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
 def test_page(project: Path, page: Path, pytestconfig: pytest.Config) -> None:
     real = pytestconfig.getoption("all") or page.name in STARTED
     write_python(project, real)
-    ports = dict(zip(("8786", "8787"), map(str, free_ports(2)), strict=True))  # the page's may be taken here
+    scheduler, dashboard = map(str, free_ports(2))
+    ports = {"8786": scheduler, "8787": dashboard}  # the page's may be taken here
     for language, code in blocks(page):
         if language == "sh":
             for line in commands(code):
-                check_command(project, re.sub(r"\b878[67]\b", lambda port: ports[port[0]], line), LEAST[real])
+                check_command(project, re.sub(r"\b878[67]\b", lambda port: ports[str(port[0])], line), LEAST[real])
         elif language == "toml":  # whose first line is its name
             (project / code.partition("\n")[0].removeprefix("# ")).write_text(code)
         else:
