@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
+import signal
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import warm
 from cached import fill
-from conftest import SPEC, command_line, environment, icebox, unseal, write_picture
+from conftest import SPEC, icebox, unseal, write_picture
+from faults import signalled
 from own_networks import SIZE, own_choice, tiny, write_network, write_sides
 
 from pipeline import heads, images, network, runs
@@ -446,13 +446,11 @@ def test_killed_in_an_epoch_it_goes_on_as_if_it_never_was(place: Place, from_cac
     uninterrupted = icebox(data, "finetune", *options, "--json")
     whole = uninterrupted.json
     assert "30 epochs of 20 images take about" in uninterrupted.err
-    process = warm.Process(command_line(data, "finetune", *options)[2:], env=environment())
-    while not list(place.workspace.runs.glob(".partial-*/checkpoint.npz")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    # Before the third file gets its name: those before are the request and the checkpoint of the first epoch.
+    killed = signalled(3, data, "finetune", *options, among=["rename"], within=[place.workspace.runs])
+    assert killed.code == -signal.SIGKILL
     (name,) = runs.unfinished(place.workspace.runs)
+    assert (place.workspace.runs / f".partial-{name}" / "checkpoint.npz").exists()
     assert command_of(runs.read_request(place.workspace.runs, name)) == "finetune"
     assert f"finetune --resume {name}" in icebox(data, "runs", "ls").err
     for number, content in enumerate((b"[]", b"{")):

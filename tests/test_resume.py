@@ -131,11 +131,12 @@ def test_stopped_while_it_is_published_nothing_is_trained_again(
 def test_folds_that_are_finished_are_not_trained_again(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = asked(photos, SPECS["gap"], folds=2)
+    wanted = asked(photos, SPECS["gap"], folds=3)
     whole = train_head(listed(photos), workspace, wanted, "features")
     name = stop(workspace, photos, wanted, monkeypatch, at=8)  # in the second fold
-    first = workspace.runs / f".partial-{name}" / "fold-1" / "head.json"
-    before = first.stat().st_mtime_ns
+    partial = workspace.runs / f".partial-{name}"
+    before = (partial / "fold-1" / "head.json").stat().st_mtime_ns
+    assert not (partial / "fold-3").exists(), "one that had not begun"
     done = go_on(workspace, photos, name)
     assert (done.path / "fold-1" / "head.json").stat().st_mtime_ns == before
     assert history(done) == history(whole)

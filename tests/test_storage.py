@@ -17,7 +17,7 @@ from pipeline.cache.shard import write_shard
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """What is flushed and what is renamed, in order: the step, the name, and the bytes of the file at that moment."""
     found: list[tuple[str, str, int]] = []
-    fsync, replace = os.fsync, Path.replace
+    fsync, replace, rename = os.fsync, Path.replace, Path.rename
 
     def noted_fsync(handle: int) -> None:
         path = Path(f"/proc/self/fd/{handle}").readlink()
@@ -28,8 +28,13 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
         found.append(("rename", target.name, path.stat().st_size))
         return replace(path, target)
 
+    def noted_rename(path: Path, target: Path) -> Path:
+        found.append(("rename", target.name, path.stat().st_size))
+        return rename(path, target)
+
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "replace", noted_replace)
+    monkeypatch.setattr(Path, "rename", noted_rename)
     return found
 
 
@@ -65,4 +70,4 @@ def test_a_file_that_moves_has_its_new_name_on_the_disk(tmp_path: Path, steps: l
     (tmp_path / "file").touch()
     (tmp_path / "aside").mkdir()
     storage.move(tmp_path / "file", tmp_path / "aside" / "file")
-    assert steps == [("fsync", "aside", 0)]
+    assert steps == [("rename", "file", 0), ("fsync", "aside", 0)], "in this order"

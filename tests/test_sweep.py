@@ -19,11 +19,11 @@ from typing import Any
 import dask
 import numpy as np
 import pytest
-import warm
 from cached import CLASSES, SPEC, fill, listed, row_of, spec_of, write_images
 from clusters import by_hand
-from conftest import command_line, environment, icebox, wait_until, write_picture
+from conftest import icebox, wait_until, write_picture
 from distributed import Client, LocalCluster
+from faults import signalled
 
 import pipeline.cluster
 import pipeline.link
@@ -707,19 +707,17 @@ def test_the_command_ends_in_a_leaderboard(workspace: Workspace, photos: Path) -
 def test_a_killed_command_is_listed_and_resumed(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
     options = ("--dataset", photos, "--head", "gap", "--set", "seed=0,1,2,3", "--set", "epochs=20")
-    process = warm.Process(command_line(workspace.root, "sweep", *options)[2:], env=environment())
-    while not list(workspace.sweeps.glob(".partial-*/trials/*/trial.json")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    # Before the first file is removed: the checkpoint of a setting whose outcome is written.
+    killed = signalled(1, workspace.root, "sweep", *options, among=["remove"], within=[workspace.sweeps])
+    assert killed.code == -signal.SIGKILL
+    assert len(list(workspace.sweeps.glob(".partial-*/trials/*/trial.json"))) == 1
     (name,) = icebox(workspace.root, "runs", "ls", "--json").json["unfinished_sweeps"]
     refused = icebox(workspace.root, "sweep", "--resume", name, "--set", "seed=1")
     assert refused.code == 2
     assert "leave out --set" in refused.err
     done = icebox(workspace.root, "sweep", "--resume", name, "--json")
     assert done.code == 0, done.err
-    assert done.json["reused"] >= 1
+    assert done.json["reused"] == 1
     assert len(done.json["runs"]) == 4
     again = icebox(workspace.root, "sweep", "--resume", name)
     assert again.code == 1
