@@ -14,11 +14,10 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -322,21 +321,33 @@ def test_every_call_of_a_sweep_may_fail(
         check_sweep(swept, data, capsys, where)
 
 
-def test_two_at_once_killed_at_random_moments(undisturbed: Path, tmp_path: Path) -> None:
+def test_two_at_once_killed_at_random_moments(
+    undisturbed: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """`benchmarks/kills.py` does this some hundred times with one, from the start of the real program to its end."""
-    line = command_line(tmp_path / "data", *features())[2:]
-    start = time.monotonic()
-    assert icebox(tmp_path / "alone", *features()).code == 0
-    rng, longest = random.Random(7), 1.5 * (time.monotonic() - start)
-    for _ in range(6):
-        both = [warm.Process(line, env=environment()) for _ in range(2)]
-        for process in both:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0.05, 1) * longest)
-            process.kill()
-            assert process.wait() in (0, -signal.SIGKILL)
-        assert call(tmp_path / "data", *VERIFY) == 0
-    check_whole(tmp_path / "data", undisturbed)
+    with watched(Watcher()) as watcher:
+        assert call(tmp_path / "alone", *features()) == 0
+    rng, data = random.Random(7), tmp_path / "data"
+    codes, rows = Counter[int](), Counter[int]()
+
+    def killed(at: int) -> int:
+        return signalled(at, data, *features()).code
+
+    warm.server()  # both processes are to start at the same time
+    with ThreadPoolExecutor(2) as both:
+        for _ in range(100 if request.config.getoption("all") else 10):
+            codes.update(both.map(killed, [rng.randint(1, len(watcher.calls)) for _ in range(2)]))
+            assert call(data, *VERIFY) == 0
+            found = rows_of(data)
+            assert found.items() <= rows_once(undisturbed).items()
+            rows[len(found)] += 1
+            if len(found) == 6:  # nothing is left to be interrupted
+                check_whole(data, undisturbed)
+                shutil.rmtree(data)
+    assert set(codes) <= {0, -signal.SIGKILL}
+    assert codes[-signal.SIGKILL] > 0
+    assert any(0 < count < 6 for count in rows), rows
+    check_whole(data, undisturbed)
 
 
 def check_whole(data: Path, undisturbed: Path) -> None:
