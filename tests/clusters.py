@@ -55,12 +55,12 @@ class Cluster:
         self.start_worker()
 
     def wait_for_workers(self, count: int) -> None:
-        with Client(self.address, set_as_default=False, timeout=60) as client:
+        with Client(self.address, set_as_default=False, timeout=300) as client:
             client.wait_for_workers(count)
 
     def worker_pids(self, count: int) -> list[int]:
         """Return the process numbers of all workers once there are `count`: a nanny takes a while to start one."""
-        with Client(self.address, set_as_default=False, timeout=60) as client:
+        with Client(self.address, set_as_default=False, timeout=300) as client:
             while len(pids := list(dict[str, int](client.run(os.getpid)).values())) < count:  # type: ignore[arg-type]
                 time.sleep(0.05)
             return pids
@@ -90,7 +90,7 @@ def by_hand(scratch: Path, workers: int, protocol: str = "tcp", options: tuple[s
 
 def _wait_for(cluster: Cluster) -> None:
     host, port = cluster.address.split("//")[1].rsplit(":", 1)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while time.monotonic() < end:
         with suppress(OSError), socket.create_connection((host, int(port)), 1):
             return

@@ -481,7 +481,7 @@ except CacheError as error:
 
 @pytest.mark.parametrize("room", [0, 3_000, 100_000])
 def test_a_disk_that_fills_up_leaves_nothing_and_crashes_nobody(tmp_path: Path, room: int) -> None:
-    done = subprocess.run(python(_FULL_DISK, tmp_path, str(room)), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(python(_FULL_DISK, tmp_path, str(room)), capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (1, "")
     assert "make room" in done.stdout
     assert files_in(tmp_path) == []
@@ -872,7 +872,7 @@ def holder(space: FeatureSpace) -> Iterator[subprocess.Popen[str]]:
     yield process
     process.kill()
     with suppress(BrokenPipeError):
-        process.communicate(timeout=30)
+        process.communicate(timeout=300)
 
 
 def release(holder: subprocess.Popen[str]) -> None:
@@ -1084,7 +1084,7 @@ from pipeline.cache.index import Index
 index = Index(Path(sys.argv[1]))
 print(index.totals("a"), index.quarantined([key(1)], "d", 1)[key(1)].reason)
 """
-    done = subprocess.run(python(code, tmp_path / "cache.db"), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(python(code, tmp_path / "cache.db"), capture_output=True, text=True, timeout=300)
     assert done.stdout == "(1, 2, 1) text\n", done.stderr
     index.close()
 
@@ -1206,7 +1206,7 @@ def test_the_cache_and_the_weights_do_not_load_tensorflow() -> None:
 import pipeline.cache.space, pipeline.cache.digests, pipeline.backbone.weights
 print(sorted({"tensorflow", "keras", "torch", "jax"} & {name.split(".")[0] for name in sys.modules}))
 """
-    done = subprocess.run(python(code), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(python(code), capture_output=True, text=True, timeout=300)
     assert done.stdout == "[]\n", done.stderr
 
 

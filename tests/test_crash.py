@@ -14,11 +14,10 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import made
 import pytest
 import warm
 from cached import fill, listed, write_images
-from conftest import build_backbones_once, command_line, drawn, environment, icebox, wait_until
+from conftest import build_backbones_once, command_line, environment, icebox, wait_until
 from faults import WRITES, Watcher, disk_full, io_error, signalled, watched
 from own_networks import tiny_options
 
@@ -209,10 +208,10 @@ def test_every_call_may_fail(
         print(f"\n{scenario.name}, {act.__name__}{' for good' if for_good else ''}: {total} calls, exit codes {codes}")
 
 
-def telling(calls: list[tuple[str, Path]], config: pytest.Config) -> list[int]:
+def telling(calls: list[tuple[str, Path]], config: pytest.Config, *, firsts: bool = True) -> list[int]:
     """Return the numbers of the first and the last call of each kind, each name given or taken; by `--all` of all.
 
-    The calls on shards are of kinds of their own.
+    The calls on shards are of kinds of their own. Without `firsts`, the first call of each kind is left out.
     """
     if config.getoption("all"):
         return list(range(1, len(calls) + 1))
@@ -221,7 +220,7 @@ def telling(calls: list[tuple[str, Path]], config: pytest.Config) -> list[int]:
         first.setdefault(kind, number)
         named = kind in ("rename", "remove") and re.sub("[0-9a-f]{8,}|[0-9]+", "", path.name)
         last[kind, named or ".h5" * (path.suffix == ".h5")] = number
-    return sorted({*first.values(), *last.values()})
+    return sorted({*(first.values() if firsts else ()), *last.values()})
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, indirect=True)
@@ -277,16 +276,25 @@ def check_sweep(scenario: Scenario, data: Path, capsys: pytest.CaptureFixture[st
 def test_every_call_of_a_sweep_may_be_the_last(
     swept: Scenario, tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
-    """Killed between any two of its calls, while it publishes its winner and itself too."""
+    """Killed between any two of its calls, while it publishes its winner and itself too; the first calls only fail."""
     data = swept.fresh(tmp_path / "data")
     with watched(Watcher(within=(data / "runs", data / "sweeps"))) as watcher:
         assert call(data, *swept.command) == 0
     check_sweep(swept, data, capsys, "undisturbed")
-    for number in drawn(telling(watcher.calls, request.config), 12, request.config):
+    for number in telling(watcher.calls, request.config, firsts=False):
         swept.fresh(data)
         where = f"killed at call {number}: {watcher.calls[number - 1]}"
         assert signalled(number, data, *swept.command, within=watcher.within).code == -signal.SIGKILL, where
         check_sweep(swept, data, capsys, where)
+
+
+def share(act: Callable[[str, Path], None], calls: list[tuple[str, Path]], config: pytest.Config) -> list[int]:
+    """Return the numbers of the calls that fail by `act`: every second write by each of both; by `--all` of all."""
+    numbers = telling(calls, config)
+    if config.getoption("all"):
+        return numbers
+    on_full_disk = [number for number in numbers if calls[number - 1][0] in WRITES][1::2]
+    return on_full_disk if act is disk_full else [number for number in numbers if number not in on_full_disk]
 
 
 @pytest.mark.parametrize(("act", "for_good"), [(io_error, False), (disk_full, True)])
@@ -302,7 +310,7 @@ def test_every_call_of_a_sweep_may_fail(
     within = (data / "runs", data / "sweeps")
     with watched(Watcher(among=among, within=within)) as watcher:
         assert call(swept.fresh(data), *swept.command) == 0
-    for number in drawn(telling(watcher.calls, request.config), 12, request.config):
+    for number in share(act, watcher.calls, request.config):
         swept.fresh(data)
         capsys.readouterr()
         with watched(Watcher(number, act, for_good, among, within)) as failing:
@@ -313,21 +321,33 @@ def test_every_call_of_a_sweep_may_fail(
         check_sweep(swept, data, capsys, where)
 
 
-def test_two_at_once_killed_at_random_moments(undisturbed: Path, tmp_path: Path) -> None:
+def test_two_at_once_killed_at_random_moments(
+    undisturbed: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """`benchmarks/kills.py` does this some hundred times with one, from the start of the real program to its end."""
-    line = command_line(tmp_path / "data", *features())[2:]
-    start = time.monotonic()
-    assert icebox(tmp_path / "alone", *features()).code == 0
-    rng, longest = random.Random(7), 1.5 * (time.monotonic() - start)
-    for _ in range(6):
-        both = [warm.Process(line, env=environment()) for _ in range(2)]
-        for process in both:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0.05, 1) * longest)
-            process.kill()
-            assert process.wait() in (0, -signal.SIGKILL)
-        assert call(tmp_path / "data", *VERIFY) == 0
-    check_whole(tmp_path / "data", undisturbed)
+    with watched(Watcher()) as watcher:
+        assert call(tmp_path / "alone", *features()) == 0
+    rng, data = random.Random(7), tmp_path / "data"
+    codes, rows = Counter[int](), Counter[int]()
+
+    def killed(at: int) -> int:
+        return signalled(at, data, *features()).code
+
+    warm.server()  # both processes are to start at the same time
+    with ThreadPoolExecutor(2) as both:
+        for _ in range(100 if request.config.getoption("all") else 10):
+            codes.update(both.map(killed, [rng.randint(1, len(watcher.calls)) for _ in range(2)]))
+            assert call(data, *VERIFY) == 0
+            found = rows_of(data)
+            assert found.items() <= rows_once(undisturbed).items()
+            rows[len(found)] += 1
+            if len(found) == 6:  # nothing is left to be interrupted
+                check_whole(data, undisturbed)
+                shutil.rmtree(data)
+    assert set(codes) <= {0, -signal.SIGKILL}
+    assert codes[-signal.SIGKILL] > 0
+    assert any(0 < count < 6 for count in rows), rows
+    check_whole(data, undisturbed)
 
 
 def check_whole(data: Path, undisturbed: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -165,18 +166,20 @@ def test_an_image_that_crashes_the_decoder_is_quarantined_and_the_run_goes_on(
     assert (retried.code, retried.json["computed"], retried.json["quarantined"]) == (0, 1, 0)
 
 
-def test_a_killed_run_leaves_no_decoder_behind(tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_decoder_behind(tmp_path: Path, dangerous: Path) -> None:
     folder = tmp_path / "many"
     for i in range(400):
-        write_picture(folder / "class" / f"{i}.png", i)
+        write_picture(folder / "class" / f"{i:03}.png", i)
+    mark(folder / "class" / "399.png", b"HANG")  # the program cannot end before it is killed
     command = command_line(tmp_path / "data", "features", "--dataset", folder, *tiny_options())
     program = warm.Process(command[2:], env=environment())
     try:
         decoders = _decoders_of(program)
     finally:
         program.kill()
-        program.wait()
-    _, alive = psutil.wait_procs(decoders, timeout=60)
+        code = program.wait()
+    assert code == -signal.SIGKILL
+    _, alive = psutil.wait_procs(decoders, timeout=300)
     assert alive == []
 
 

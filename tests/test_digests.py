@@ -181,7 +181,7 @@ def test_many_files_are_identified_in_their_order(tmp_path: Path, index: Index) 
 
 
 def test_files_are_read_together(tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    met, read_one = threading.Barrier(len(NAMES), timeout=20), pipeline.cache.digests._identify_file
+    met, read_one = threading.Barrier(len(NAMES), timeout=300), pipeline.cache.digests._identify_file
 
     def slow(path: Path, known: Any) -> Any:
         met.wait()  # raises unless all are being read at once

@@ -439,7 +439,7 @@ def test_workers_end_with_the_program_and_what_they_published_stays(
     started = psutil.Process(program.pid).children(recursive=True)
     program.kill()
     program.wait()
-    gone, alive = psutil.wait_procs(started, timeout=60)
+    gone, alive = psutil.wait_procs(started, timeout=300)
     assert len(gone) >= 2
     assert not alive
     kept = len(stored(tmp_path))

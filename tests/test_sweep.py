@@ -627,7 +627,7 @@ def test_a_worker_whose_memory_limit_is_too_small_is_given_up_and_the_limit_name
     fill(workspace, listed(photos))
     with by_hand(tmp_path / "cluster", workers=0) as cluster:
         cluster.start_worker(memory_limit="100MB", DASK_DISTRIBUTED__WORKER__MEMORY__TERMINATE="False")
-        with Client(cluster.address, set_as_default=False, timeout=60) as client:
+        with Client(cluster.address, set_as_default=False, timeout=300) as client:
             wait_until(lambda: [each["status"] for each in client.scheduler_info()["workers"].values()] == ["paused"])
         with pytest.raises(IceboxError, match=r"its memory limit (of|is) 100 MB"):
             run(workspace, photos, GRID[-1:], cluster=ClusterChoice(scheduler=cluster.address))
