@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline import runs
 from pipeline.backbone.frozen import ENGINE
+from pipeline.cache import storage
 from pipeline.choice import FeatureChoice, warn_untrained
 from pipeline.compute import DEFAULT_BATCH_SIZE
 from pipeline.dataset import Dataset
@@ -25,11 +26,11 @@ from pipeline.pictures import draw_calibration, draw_confusion
 from pipeline.pixels import Pixels, decoding
 from pipeline.planning import Quarantined
 from pipeline.predictions import Predictions, write_predictions
-from pipeline.progress import counted
 from pipeline.rows import Wanted, open_rows
 from pipeline.run_images import SEEN, RunImages
 from pipeline.seen_images import seen_images
 from pipeline.trained import TrainedRun
+from pipeline.units import counted
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -250,7 +251,7 @@ def _keep(run: TrainedRun, title: str, predictions: Predictions, metrics: dict[s
     heading = f"{run.name}\non {title}: accuracy {metrics['accuracy']:.3f}, {counted(metrics['images'], 'image')}"
     try:
         with runs.new_folder(final) as folder:
-            runs.write_json(folder / "metrics.json", metrics)
+            storage.write_json(folder / "metrics.json", metrics)
             write_predictions(folder / "predictions.csv", [predictions], run.classes)
             draw_confusion(
                 folder / "confusion.png", confusion_cells(metrics["confusion"], len(run.classes)), run.classes, heading

@@ -18,8 +18,8 @@ from pipeline.compute import DEFAULT_BATCH_SIZE, batch_of
 from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.decoder import Loaded, Loader
 from pipeline.errors import MissingRowsError, SpecError
-from pipeline.progress import counted
 from pipeline.spec import Augmentation
+from pipeline.units import counted
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)

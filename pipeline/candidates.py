@@ -22,7 +22,7 @@ from pipeline.extract import extract
 from pipeline.gather import Material, gather
 from pipeline.leaderboard import ExtractionCost
 from pipeline.planning import Quarantined
-from pipeline.progress import counted
+from pipeline.units import counted
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ from pipeline.cache import storage
 from pipeline.errors import RunError
 
 CHECKSUMS = "SHA256SUMS"  # of all files of a published run, as `sha256sum --check` reads it
-MOST_BYTES = 2**28  # of each JSON file of a run: what lists images or classes is written and read up to this
 _VOUCHING = ("run.json", "network.json", "head.json", "fold-*/head.json")  # the last three hold the weights' digests
 
 
@@ -33,7 +32,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        lines = storage.read_small(path, MOST_BYTES).decode("utf-8", "surrogateescape").splitlines()
+        lines = storage.read_small(path, storage.MOST_JSON_BYTES).decode("utf-8", "surrogateescape").splitlines()
     except OSError as error:
         raise _unknown(path, error) from error
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -68,6 +67,6 @@ def _unknown(path: Path, error: OSError) -> RunError:
 
 def _content(path: Path) -> bytes:
     try:
-        return storage.read_small(path, MOST_BYTES)
+        return storage.read_small(path, storage.MOST_JSON_BYTES)
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error}); restore it, or train anew") from error

@@ -14,7 +14,7 @@ from pipeline.cache.digests import identify
 from pipeline.choice import FeatureChoice, find_space, settle
 from pipeline.cost import Cost
 from pipeline.dataset import Dataset, Split, alike, assign
-from pipeline.gather import SPLITS
+from pipeline.dataset.split import SPLITS
 from pipeline.images import FULL_DEPTH, depth_of
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined
 from pipeline.spec import PLAIN_VIEW, Views

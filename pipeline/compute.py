@@ -26,7 +26,7 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded
 from pipeline.errors import DecodeError, DoNotFitError
-from pipeline.progress import Advance, Progress, counted, duration, size_text
+from pipeline.progress import Advance, Progress
 from pipeline.shard_task import (
     AT_ONCE,
     Met,
@@ -39,6 +39,7 @@ from pipeline.shard_task import (
     nothing_there,
 )
 from pipeline.spec import FeatureSpec
+from pipeline.units import counted, duration, size_text
 
 logger = logging.getLogger(__name__)
 

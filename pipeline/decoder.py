@@ -22,11 +22,11 @@ from typing import TypeVar, cast
 import numpy as np
 
 from pipeline import images, machine
-from pipeline.cache.digests import digest, unreadable
 from pipeline.containers import Header, read_header
 from pipeline.dataset import Dataset, remote
 from pipeline.decode_process import BUG, NO_MEMORY, PIXELS
-from pipeline.errors import DecodeError
+from pipeline.errors import DecodeError, read_failure
+from pipeline.hashing import image_key
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -205,8 +205,8 @@ class Loader:
     def _decode(self, read: _Read) -> Loaded:
         i, data = read.i, read.data
         if data is None:
-            return Loaded(i, None, None, unreadable(read.error or OSError("no data")))
-        key = digest(data)
+            return Loaded(i, None, None, read_failure(read.error or OSError("no data")))
+        key = image_key(data)
         try:
             pixels, peak = self._pixels(data)
             return Loaded(i, key, pixels, validator=read.validator, header=self._header(data), peak=peak)

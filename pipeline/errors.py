@@ -150,3 +150,8 @@ class InterruptedComputationError(IceboxError):
 
 class UnfitWorkerError(IceboxError):
     """A process that was to compute lacks something or has another version of it; the text says what, not where."""
+
+
+def read_failure(error: OSError) -> str:
+    """Return the reason to list for a file that could not be read; such a failure is never remembered."""
+    return f"cannot be read: {error.strerror or error}"

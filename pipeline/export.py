@@ -29,8 +29,8 @@ from pipeline.images import depth_of
 from pipeline.keras_start import KerasModel, import_keras
 from pipeline.network import Network
 from pipeline.predict import predict
-from pipeline.progress import counted
 from pipeline.trained import TrainedRun
+from pipeline.units import counted
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,8 @@ def export_run(
             "bytes": size,
             "seconds": round(time.perf_counter() - start, 3),
         }
-        runs.write_json(folder / CLASSES, run.classes)
-        runs.write_json(folder / ABOUT, about)
+        storage.write_json(folder / CLASSES, run.classes)
+        storage.write_json(folder / ABOUT, about)
     return Exported(final / form.file, about)
 
 

@@ -35,10 +35,10 @@ from pipeline.origin import Origin, origin_of
 from pipeline.pixels import Pixels, decoding
 from pipeline.planning import Quarantined
 from pipeline.prepare import Prepared, check_sides, prepared_pixels, prepared_tensors
-from pipeline.progress import counted, duration
 from pipeline.rows import Rows, StoredRows, select
 from pipeline.seen_images import initial_images
 from pipeline.spec import OWN, FeatureSpec
+from pipeline.units import counted, duration
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)

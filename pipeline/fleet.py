@@ -27,8 +27,9 @@ from pipeline.errors import IceboxError, InterruptedComputationError, UnfitWorke
 from pipeline.fleet_members import Hand, Worker
 from pipeline.fleet_worker import Requirements, run_task, vet
 from pipeline.link import Link, LostError
-from pipeline.progress import Advance, counted, size_text
+from pipeline.progress import Advance
 from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, There, nothing_there
+from pipeline.units import counted, size_text
 
 logger = logging.getLogger(__name__)
 

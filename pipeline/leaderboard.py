@@ -13,8 +13,8 @@ import numpy as np
 
 from pipeline.evaluate import wilson_interval
 from pipeline.pictures import CostPoint, draw_ranking
-from pipeline.progress import counted, size_text
 from pipeline.spec import HeadSpec
+from pipeline.units import counted, size_text
 
 SIGNIFICANCE = 0.05
 _MOST_DRAWN = 40

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pipeline import limits
 from pipeline.errors import MORE_MEMORY, MORE_THREADS, IceboxError, UsageError
-from pipeline.progress import size_text
+from pipeline.units import size_text
 
 # What decides a row's value, and how it is written.
 FEATURE_PACKAGES = ("icebox", "tensorflow", "keras", "opencv-python", "pillow", "h5py", "hdf5plugin")

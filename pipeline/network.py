@@ -19,13 +19,13 @@ from pipeline.backbone.graph import allow_any_names, cut, cut_layers, cut_tensor
 from pipeline.backbone.scaling import scale
 from pipeline.backbone.weights import Weights
 from pipeline.cache import storage
+from pipeline.cache.storage import write_json
 from pipeline.errors import IceboxError, RunError, SpecError, UsageError, did_you_mean
 from pipeline.heads.dense import DenseHead, average, build, from_logreg
 from pipeline.heads.logreg import LogregHead
 from pipeline.keras_start import KerasModel, import_keras
 from pipeline.loop import finalize
 from pipeline.rows import Rows, read_ahead
-from pipeline.runs import write_json
 from pipeline.spec import FREEZE_UNTIL, FeatureSpec
 
 WEIGHTS_FILE = "backbone.weights.h5"

@@ -14,14 +14,15 @@ from pipeline import heads
 from pipeline.cache.digests import identify
 from pipeline.choice import warn_untrained
 from pipeline.dataset import Dataset, assign, few_groups
+from pipeline.dataset.split import SPLITS
 from pipeline.errors import DatasetError
-from pipeline.gather import SPLITS, Material, Sorted
+from pipeline.gather import Material, Sorted
 from pipeline.images import FULL_DEPTH
 from pipeline.pixels import Pixels, decoding
 from pipeline.predictions import Predictions
-from pipeline.progress import counted
 from pipeline.rows import Rows, StoredRows, Wanted, hold, select, stored_rows
 from pipeline.spec import HeadSpec
+from pipeline.units import counted
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import runs
+from pipeline.cache import storage
 from pipeline.checksums import CHECKSUMS
 from pipeline.evaluate import evaluate
 from pipeline.gather import Sorted
@@ -73,11 +74,11 @@ def write(
         },
         "classes": list(dataset.classes),
     }
-    runs.write_json(directory / "run.json", {**common, **about}, runs.MOST_ABOUT)
+    storage.write_json(directory / "run.json", {**common, **about}, runs.MOST_ABOUT)
     images.run_images(joined=bool(about["asked"].get("folds"))).write(directory)
-    runs.write_json(directory / "metrics.json", metrics)
-    runs.write_json(directory / "history.json", history)
+    storage.write_json(directory / "metrics.json", metrics)
+    storage.write_json(directory / "history.json", history)
     runs.write_history(directory / "history.csv", history)
-    runs.write_json(directory / "quarantined.json", [asdict(bad) for bad in images.quarantined])
+    storage.write_json(directory / "quarantined.json", [asdict(bad) for bad in images.quarantined])
     write_predictions(directory / "predictions.csv", predictions, dataset.classes)
     draw_curves(directory / "curves.png", history, x, f"{about['summary']['head']} on {dataset.name}")

@@ -16,7 +16,7 @@ from pipeline import machine
 from pipeline.cache.index import Located
 from pipeline.cache.space import FeatureSpace, ShardReader
 from pipeline.errors import UsageError
-from pipeline.progress import size_text
+from pipeline.units import size_text
 
 logger = logging.getLogger(__name__)
 

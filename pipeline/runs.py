@@ -17,7 +17,8 @@ from typing import Any
 
 from pipeline.cache import storage
 from pipeline.cache.lock import abandoned, done_without, held_if_abandoned, new_folder_held, remove_abandoned
-from pipeline.checksums import MOST_BYTES, check_files, write_checksums
+from pipeline.cache.storage import MOST_JSON_BYTES
+from pipeline.checksums import check_files, write_checksums
 from pipeline.errors import CheckpointError, RunError, did_you_mean
 from pipeline.run_dataset import RunDataset
 
@@ -152,7 +153,7 @@ def write_request(
     request = {"asked": dict(asked), "material": material, "space": space, "created": now()}
     if network is not None:
         request["network"] = dict(network)
-    write_json(folder / REQUEST, request)
+    storage.write_json(folder / REQUEST, request)
 
 
 def now() -> str:
@@ -177,7 +178,7 @@ def read_request(root: Path, name: str) -> dict[str, Any]:
     """Return what was asked of the unfinished run `name`. Raises RunError."""
     path = _partial(root, name) / REQUEST
     try:
-        request = json.loads(storage.read_small(path, MOST_BYTES))
+        request = json.loads(storage.read_small(path, MOST_JSON_BYTES))
         if not isinstance(request, dict):
             raise ValueError("not an object")
     except FileNotFoundError:
@@ -347,15 +348,6 @@ def _whole(about: Any) -> bool:
     numbers += interval if isinstance(interval, list) and len(interval) == 2 else [None]
     finite = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
     return finite and summary.keys() >= _SUMMARY
-
-
-def write_json(path: Path, value: Any, most: int = MOST_BYTES) -> None:
-    """Write readable JSON, the whole file or none. Raises RunError if nobody would read so large a file."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    content = text.encode("utf-8", "backslashreplace")  # a file name's odd byte, as JSON spells it
-    if len(content) > most:
-        raise RunError(f"{path.name} would have {len(content):,} bytes; {most:,} are read at most")
-    storage.write_whole(path, content)
 
 
 def write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:

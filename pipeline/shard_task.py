@@ -25,8 +25,8 @@ from pipeline.cache.shard import Gathering, Rows, ShardInfo, write_shard
 from pipeline.dataset import Dataset, remote
 from pipeline.decoder import Decoders, Loaded, Loader, batched, decoding_pool, in_threads
 from pipeline.errors import CacheError
-from pipeline.progress import size_text
 from pipeline.spec import PLAIN_VIEW, FeatureSpec, Views
+from pipeline.units import size_text
 
 There = Callable[[bytes, int], bool]  # whether the row of this key and view need not be computed
 

@@ -19,7 +19,7 @@ from pipeline.choice import FeatureChoice, Settled
 from pipeline.compute import default_batch
 from pipeline.errors import UsageError
 from pipeline.keras_start import import_keras
-from pipeline.progress import counted, duration, size_text
+from pipeline.units import counted, duration, size_text
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)

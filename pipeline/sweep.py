@@ -37,11 +37,11 @@ from pipeline.leaderboard import (
 from pipeline.pictures import draw_cost
 from pipeline.planning import Quarantined
 from pipeline.prepare import memory_needed, prepared
-from pipeline.progress import counted
 from pipeline.spec import HeadSpec
 from pipeline.train import write_run
 from pipeline.trial import TRIAL, read_json, read_trial, run_trial
 from pipeline.trial_tasks import submitted
+from pipeline.units import counted
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -282,7 +282,7 @@ def _publish_best(workspace: Workspace, asked: SweepAsked, best: _Setting, folde
         prepared(candidate.material, [spec], asked.memory, sides=("val", "test")) as ready,
         runs.new_run(workspace.runs, title, workspace.command("train-head")) as (name, directory),
     ):
-        runs.write_json(folder / runs.WINNER, {"run": name})  # first: published, the run is known to be the winner
+        storage.write_json(folder / runs.WINNER, {"run": name})  # first: published, the run is known to be the winner
         head = heads.load(best.folder)
         fitted = heads.Fitted(head, found["history"], found["x"], found["seconds_per_epoch"], found["facts"])
         said = (answers(head, ready.rows[side], side) for side in ("val", "test"))
@@ -323,7 +323,7 @@ def _write(
         "runs": rows,
         "best": summary,
     }
-    runs.write_json(folder / _ABOUT, about)
+    storage.write_json(folder / _ABOUT, about)
     write_leaderboard(folder / "leaderboard.csv", rows)
     draw_leaderboard(folder / "leaderboard.png", rows, f"{name}: {counted(len(rows), 'setting')}")
     if has_several_backbones(rows) and (points := cost_points(rows)):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import heads, runs
+from pipeline import heads
 from pipeline.cache import storage
 from pipeline.cache.lock import exclusive
 from pipeline.checkpoint import Checkpoint
@@ -40,7 +40,7 @@ def run_trial(
         try:
             fitted = _fitted(spec, data, folder, advance)
         except (NotFiniteError, DoNotFitError) as error:
-            runs.write_json(folder / TRIAL, {"error": str(error), "seconds": time.perf_counter() - start})
+            storage.write_json(folder / TRIAL, {"error": str(error), "seconds": time.perf_counter() - start})
             return
         said = answers(fitted.head, data.val, "val")
         val_loss, _ = measure(said, data.val_labels)
@@ -58,7 +58,7 @@ def run_trial(
             "seconds_per_epoch": fitted.seconds_per_epoch,
             "facts": fitted.facts,
         }
-        runs.write_json(folder / TRIAL, outcome)
+        storage.write_json(folder / TRIAL, outcome)
         Checkpoint(folder).remove()
         heads.release()
 

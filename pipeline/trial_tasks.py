@@ -18,9 +18,9 @@ from pipeline.cluster import Client, ClusterChoice
 from pipeline.errors import IceboxError, UsageError
 from pipeline.heads import Data
 from pipeline.keras_start import import_keras, limit_threads
-from pipeline.progress import size_text
 from pipeline.rows import StoredRows, hold
 from pipeline.spec import HeadSpec
+from pipeline.units import size_text
 from pipeline.worker_health import WorkerHealth
 
 _SHARE_OF_LIMIT = 0.8  # of a worker's memory; with more in use Dask gives it nothing to do

@@ -13,9 +13,9 @@ import numpy as np
 
 from pipeline.backbone.table import BACKBONES
 from pipeline.cache import shard
-from pipeline.cache.digests import digest
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset, open_dataset
+from pipeline.hashing import image_key
 from pipeline.spec import PLAIN_VIEW, FeatureSpec, Views
 from pipeline.workspace import Workspace
 
@@ -70,7 +70,7 @@ def fill(
     first: dict[bytes, int] = {}
     for i in range(len(dataset)):
         if i not in leave_out:
-            first.setdefault(digest(dataset.read(i)), i)
+            first.setdefault(image_key(dataset.read(i)), i)
     keys = list(first)
     order = np.random.default_rng(1).permutation(len(keys)).tolist()
     for start in range(3):

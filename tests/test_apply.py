@@ -17,10 +17,10 @@ from sklearn.metrics import accuracy_score, log_loss
 from pipeline import images, pictures, runs
 from pipeline.apply import Evaluation, evaluate_run
 from pipeline.asked import Asked, DatasetChoice
-from pipeline.cache.digests import digest
 from pipeline.choice import FeatureChoice
 from pipeline.dataset import limit
 from pipeline.errors import DatasetError, MissingRowsError, RunError, SpecError, UsageError
+from pipeline.hashing import image_key
 from pipeline.run_images import FILE, RunImages
 from pipeline.spec import HeadSpec
 from pipeline.train import train_head
@@ -233,7 +233,7 @@ def test_a_part_of_its_own_images_is_measured_where_it_is_new(workspace: Workspa
     done = evaluate_run(run, some, workspace, "features", max_pixels=images.DEFAULT_MAX_PIXELS)
     known = RunImages.read(run.path)
     assert known is not None
-    new = known.contains([digest(some.read(i)) for i in range(60)], "test").sum()
+    new = known.contains([image_key(some.read(i)) for i in range(60)], "test").sum()
     assert (done.metrics["images"], done.left_out) == (new, 60 - new)
 
 
@@ -266,7 +266,7 @@ def test_nothing_but_what_it_was_trained_on_is_no_measure(workspace: Workspace, 
     assert known is not None
 
     def seen(image: str) -> bool:
-        return bool(known.contains([digest((photos / image).read_bytes())], "train")[0])
+        return bool(known.contains([image_key((photos / image).read_bytes())], "train")[0])
 
     copied(photos, tmp_path / "copy", seen)
     with pytest.raises(DatasetError, match=r"(\d+) of these \1 images were trained on .*: none is left"):

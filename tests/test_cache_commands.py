@@ -15,10 +15,11 @@ from conftest import SPEC, icebox, mark, write_picture
 from made import made, spoil
 from own_networks import tiny_options
 
-from pipeline.cache.digests import digest, identify
+from pipeline.cache.digests import identify
 from pipeline.cache.shard import Rows
 from pipeline.cache.space import Cache
 from pipeline.dataset import limit, open_dataset
+from pipeline.hashing import image_key
 from pipeline.spec import FeatureSpec
 
 UNTRAINED = ("--weights", "untrained", "--precision", "float32")
@@ -27,7 +28,7 @@ UNTRAINED = ("--weights", "untrained", "--precision", "float32")
 def fill(data: Path, paths: list[Path], spec: FeatureSpec = SPEC) -> None:
     """Give these images made-up rows, a shard for each two."""
     rows = made(list(range(len(paths))), spec)
-    keys = np.stack([np.frombuffer(digest(path.read_bytes()), np.uint8) for path in paths])
+    keys = np.stack([np.frombuffer(image_key(path.read_bytes()), np.uint8) for path in paths])
     with closing(Cache(data / "cache")) as cache:
         space = cache.create(spec, {"created": "2026-01-02T03:04:05+00:00", "weights": "untrained"})
         for at in range(0, len(paths), 2):
@@ -137,7 +138,7 @@ def test_explain_sees_that_a_file_changed(data: Path, photos: Path, images: list
         # As of files that were there for some time.
         from pipeline.cache.digests import file_stamp
 
-        cache.index.remember_digests({path: (file_stamp(path), digest(path.read_bytes())) for path in images})
+        cache.index.remember_digests({path: (file_stamp(path), image_key(path.read_bytes())) for path in images})
         identify(dataset, cache.index, lambda n: None)
     write_picture(images[3], 77)
     found = states(data, photos, *UNTRAINED)
@@ -170,7 +171,7 @@ def test_quarantine_lists_reason_date_and_place(data: Path, tmp_path: Path) -> N
     assert done.code == 3
     (listed,) = icebox(data, "cache", "quarantine", "--json").json["contents"]
     assert "not an image" in listed["reason"]
-    assert listed["key"] == digest(b"no image").hex()
+    assert listed["key"] == image_key(b"no image").hex()
     assert 0 <= (datetime.now(UTC) - datetime.fromisoformat(listed["since"])).total_seconds() < 300
     assert done.json["quarantined_images"] == [
         {"path": "class/text.png", "reason": listed["reason"], "since": listed["since"]}
@@ -284,7 +285,7 @@ def test_rows_computed_afresh_are_those_in_the_cache(network: str, data: Path, p
 
 def test_rows_of_another_making_are_noticed(data: Path, tmp_path: Path) -> None:
     digits = limit(open_dataset("digits", downloads=tmp_path), 3)
-    keys = np.stack([np.frombuffer(digest(digits.read(i)), np.uint8) for i in range(3)])
+    keys = np.stack([np.frombuffer(image_key(digits.read(i)), np.uint8) for i in range(3)])
     spec = tiny_space(data, "--limit", "3")
     rows = made([0, 1, 2], spec, (4, 4, 64))
     with closing(Cache(data / "cache")) as cache:

@@ -16,9 +16,9 @@ from conftest import command_line, environment, icebox, mark, wait_until, write_
 from own_networks import tiny_options
 
 from pipeline import images
-from pipeline.cache.digests import digest
 from pipeline.dataset import of_files, open_dataset
 from pipeline.decoder import Loaded, Loader
+from pipeline.hashing import image_key
 
 
 def load(paths: list[Path], **options: int) -> list[Loaded]:
@@ -29,7 +29,7 @@ def load(paths: list[Path], **options: int) -> list[Loaded]:
 def test_pixels_and_key_are_those_of_the_file(tmp_path: Path) -> None:
     path = write_picture(tmp_path / "a.png", 1)
     (loaded,) = load([path])
-    assert loaded.key == digest(path.read_bytes())
+    assert loaded.key == image_key(path.read_bytes())
     assert loaded.pixels is not None
     assert loaded.pixels.dtype == np.uint8
     assert np.array_equal(loaded.pixels, images.decode(path.read_bytes()))
@@ -51,7 +51,7 @@ def test_what_cannot_be_decoded_has_key_and_reason(tmp_path: Path) -> None:
     empty.touch()
     found = load([text, large, empty], max_pixels=100)
     assert [each.pixels for each in found] == [None] * 3
-    assert [each.key for each in found] == [digest(path.read_bytes()) for path in (text, large, empty)]
+    assert [each.key for each in found] == [image_key(path.read_bytes()) for path in (text, large, empty)]
     assert "50 x 40 pixels, over the limit of 100" in found[1].reason
     assert all(found[i].reason for i in (0, 2))
 
@@ -70,7 +70,7 @@ def test_an_image_that_crashes_the_decoder_is_named_and_the_next_is_decoded(
     paths = [write_picture(tmp_path / f"{i}.png", i) for i in range(3)]
     mark(paths[1], ending)
     first, bad, last = load(paths)
-    assert bad.key == digest(paths[1].read_bytes())
+    assert bad.key == image_key(paths[1].read_bytes())
     assert bad.reason == f"crashes the decoder ({name})"
     for each, path in ((first, paths[0]), (last, paths[2])):
         assert each.pixels is not None
@@ -98,7 +98,7 @@ def test_an_image_that_never_ends_is_named_and_the_next_is_decoded(
         bad, last = loader(1), loader(2)
         assert not hanging.is_running()
         assert len(_decoding(psutil.Process())) == 1
-    assert bad.key == digest(paths[1].read_bytes())
+    assert bad.key == image_key(paths[1].read_bytes())
     assert bad.reason == "keeps the decoder busy for more than 6 s"
     for each, path in ((first, paths[0]), (last, paths[2])):
         assert np.array_equal(each.pixels, images.decode(path.read_bytes()))  # type: ignore[arg-type]

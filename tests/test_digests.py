@@ -18,12 +18,13 @@ from conftest import finished
 from identified import files, keys_of
 
 import pipeline.cache.digests
-from pipeline.cache.digests import Identities, digest, file_stamp, identify, remembered_digest
+from pipeline.cache.digests import Identities, file_stamp, identify, remembered_digest
 from pipeline.cache.index import Index
 from pipeline.cache.keys import Keys
 from pipeline.dataset import Dataset
 from pipeline.dataset.base import ArraySource
 from pipeline.errors import CacheError
+from pipeline.hashing import image_key
 
 NAMES = ["a.png", "b.png", "c.png"]
 GRAIN_S = 2.0
@@ -105,13 +106,13 @@ def identified(root: Path, index: Index, names: list[str] = NAMES) -> Identified
 
 
 def test_the_key_of_encoded_bytes_is_their_sha256() -> None:
-    assert digest(b"some bytes") == sha256(b"some bytes")
+    assert image_key(b"some bytes") == sha256(b"some bytes")
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3), (1, 1)])
 def test_the_key_of_pixels_is_the_sha256_of_the_raw_pixels(shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    assert digest(pixels) == sha256(pixels.tobytes())
+    assert image_key(pixels) == sha256(pixels.tobytes())
 
 
 def test_the_key_of_pixels_does_not_depend_on_how_they_lie_in_memory() -> None:
@@ -120,14 +121,14 @@ def test_the_key_of_pixels_does_not_depend_on_how_they_lie_in_memory() -> None:
     wide[:, ::2] = pixels
     for same in (np.asfortranarray(pixels), wide[:, ::2], pixels[::-1].copy()[::-1]):
         assert not same.flags.c_contiguous
-        assert digest(same) == sha256(pixels.tobytes())
+        assert image_key(same) == sha256(pixels.tobytes())
 
 
 def test_one_pixel_makes_another_image() -> None:
     pixels = np.zeros((8, 8), np.uint8)
     other = pixels.copy()
     other[7, 7] = 1
-    assert digest(pixels) != digest(other)
+    assert image_key(pixels) != image_key(other)
 
 
 # Whole datasets

@@ -24,9 +24,9 @@ from made import flip, key, made, spoil
 
 from pipeline.cache import export as shard_export
 from pipeline.cache import shard, storage
-from pipeline.cache.digests import digest
 from pipeline.cache.shard import Rows
 from pipeline.cache.space import Cache
+from pipeline.hashing import image_key
 
 N = 24
 SPACE = ("--space", SPEC.directory)
@@ -40,7 +40,7 @@ def data(tmp_path: Path) -> Path:
     for i in range(N):
         split = ("train", "train", "val", "test")[i % 4]
         path = write_picture(tmp_path / "photos" / split / ("cats" if i % 3 else "dogs") / f"ü{i}.png", i)
-        keys.append(np.frombuffer(digest(path.read_bytes()), np.uint8))
+        keys.append(np.frombuffer(image_key(path.read_bytes()), np.uint8))
     with closing(Cache(tmp_path / "data" / "cache")) as cache:
         space = cache.create(SPEC, {})
         order = np.random.default_rng(0).permutation(N)  # rows lie in another order than the images
@@ -100,7 +100,7 @@ def test_every_row_stands_beside_its_image(what: str, virtual: bool, data: Path)
         assert [classes[label] for label in column(file, "label")] == [Path(name).parent.name for name in names]
         assert list(column(file, "split")) == [Path(name).parts[0] for name in names]
         paths = [data.parent / "photos" / name for name in names]
-        assert [key.tobytes() for key in column(file, "key")] == [digest(path.read_bytes()) for path in paths]
+        assert [key.tobytes() for key in column(file, "key")] == [image_key(path.read_bytes()) for path in paths]
         assert column(file, "present").all()
         spec: Any = file.attrs["spec"]
         assert json.loads(spec) == SPEC.to_dict()

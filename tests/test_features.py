@@ -15,9 +15,9 @@ from cached import CLASSES, fill, listed, row_of, write_images
 from conftest import ROOT
 
 from pipeline import Features, open_features
-from pipeline.cache.digests import digest
 from pipeline.cache.space import Cache
 from pipeline.errors import DatasetError, MissingRowsError, UsageError
+from pipeline.hashing import image_key
 from pipeline.rows import StoredRows
 from pipeline.spec import Views
 from pipeline.workspace import Workspace
@@ -46,7 +46,7 @@ def expected(photos: Path) -> dict[str, tuple[np.ndarray, int]]:
     dataset = listed(photos)
     found = {}
     for i, name in enumerate(dataset.names):
-        row = row_of(digest(dataset.read(i)), int(dataset.labels[i])).astype(np.float16)
+        row = row_of(image_key(dataset.read(i)), int(dataset.labels[i])).astype(np.float16)
         found[name] = (row[..., :-1], int(dataset.labels[i]))
     return found
 

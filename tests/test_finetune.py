@@ -24,7 +24,7 @@ from pipeline import heads, images, network, runs
 from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked, command_of
 from pipeline.backbone.graph import cut_layers, layer_names
-from pipeline.cache.digests import digest
+from pipeline.cache import storage
 from pipeline.cache.keys import split
 from pipeline.cache.space import Cache
 from pipeline.choice import FeatureChoice, settle, weights_of
@@ -34,6 +34,7 @@ from pipeline.errors import DatasetError, RunError, SpecError, UsageError, Weigh
 from pipeline.extract import extract
 from pipeline.finetune import FullRun, _warn_of_collapse, train_full
 from pipeline.gather import gather_images
+from pipeline.hashing import image_key
 from pipeline.keras_start import import_keras
 from pipeline.network import Network
 from pipeline.origin import origin_of
@@ -250,7 +251,7 @@ def test_its_backbone_makes_features_of_its_own(inception: Place, inception_from
     assert done.space is not None
     assert done.space.spec == open_run(inception.workspace.runs, inception_from_cache.name).spec
     lines = (inception_from_cache.path / "predictions.csv").read_text().splitlines()[1:]
-    keys = [digest(dataset.read(dataset.names.index(line.split(",")[0]))) for line in lines]
+    keys = [image_key(dataset.read(dataset.names.index(line.split(",")[0]))) for line in lines]
     rows = done.space.reader("features").read(done.space.locate(keys))
     said = heads.load(inception_from_cache.path).predict(rows)
     assert np.allclose(said, predictions(inception_from_cache), atol=1e-3)
@@ -361,7 +362,7 @@ def test_weights_that_are_gone_are_asked_for(made_up: Place, made_up_logreg: str
     unseal(elsewhere)
     about = runs.read_run(elsewhere)
     about["features"]["weights"] = "sha256:" + "0" * 64
-    runs.write_json(elsewhere / "run.json", about)
+    storage.write_json(elsewhere / "run.json", about)
     with pytest.raises(WeightsError, match="which are not on this machine; give the file by `--weights FILE`"):
         origin_of(made_up.asked(init=str(elsewhere), features=FeatureChoice()), made_up.dataset, made_up.workspace)
 
@@ -387,7 +388,7 @@ def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
         begin()
     about = runs.read_run(run)
     about["base"]["unchanged_until"] = "zzz"
-    runs.write_json(run / "run.json", about)
+    storage.write_json(run / "run.json", about)
     with pytest.raises(RunError, match=r"is not that of a trained model \('zzz'\)"):
         begin()
 

@@ -192,10 +192,10 @@ def data(tmp_path: Path) -> Path:
         for n, name in enumerate(("kept", "gone")):
             paths = [write_picture(tmp_path / name / "class" / f"{i}.png", 10 * n + i) for i in range(3)]
             rows = made(list(range(3)))
-            from pipeline.cache.digests import digest
             from pipeline.cache.shard import Rows
+            from pipeline.hashing import image_key
 
-            keys = np.stack([np.frombuffer(digest(path.read_bytes()), np.uint8) for path in paths])
+            keys = np.stack([np.frombuffer(image_key(path.read_bytes()), np.uint8) for path in paths])
             space.register(space.write(Rows(rows.features, rows.pooled, keys, rows.views)))
     return tmp_path / "data"
 

@@ -29,7 +29,6 @@ import pipeline.decoder
 import pipeline.extract
 import pipeline.shard_task
 from pipeline import augment, images
-from pipeline.cache.digests import digest
 from pipeline.cache.gc import Keep, collect
 from pipeline.cache.shard import ShardDamagedError, read_info, read_rows, write_shard
 from pipeline.cache.verify import verify
@@ -39,6 +38,7 @@ from pipeline.dataset import of_files
 from pipeline.decoder import Loader
 from pipeline.errors import CacheError, DecodeError
 from pipeline.extract import Extraction, extract
+from pipeline.hashing import image_key
 from pipeline.spec import Augmentation, Views
 from pipeline.workspace import open_workspace
 
@@ -81,7 +81,7 @@ def expected(number: int, view: int) -> np.ndarray:
     """What the network says of an image in one of `Views(3)`."""
     pixels = images.decode(content(number))
     if view:
-        pixels = augment.warp(pixels, Augmentation(), augment.draws(digest(content(number)), view))
+        pixels = augment.warp(pixels, Augmentation(), augment.draws(image_key(content(number)), view))
     return StandIn.features_of(pixels[None])[0]
 
 
@@ -144,7 +144,7 @@ class Life(RuleBasedStateMachine):
     @rule(keep=st.none() | st.sets(CONTENTS))
     def gc(self, keep: set[int] | None) -> None:
         with open_workspace(self.folder / "data") as workspace:
-            collect(workspace.cache, Keep(None if keep is None else {digest(content(number)) for number in keep}))
+            collect(workspace.cache, Keep(None if keep is None else {image_key(content(number)) for number in keep}))
 
     @rule()
     def repair(self) -> None:
@@ -219,7 +219,7 @@ class Life(RuleBasedStateMachine):
         with self.readable() as workspace:
             for space in workspace.cache.spaces():
                 for number in range(8):
-                    image = digest(content(number))
+                    image = image_key(content(number))
                     located = space.locate([image] * 3, Views(3).numbers)
                     for at in np.flatnonzero(located.found):
                         try:
@@ -246,7 +246,7 @@ class Life(RuleBasedStateMachine):
     def lacking(self, views: int) -> int:
         """Return how many rows of different images, in so many views, cannot be read."""
         contents = {path.read_bytes() for path in self.present()}
-        wanted = [digest(each) for each in contents if each.startswith(b"\x89PNG")]
+        wanted = [image_key(each) for each in contents if each.startswith(b"\x89PNG")]
         with self.readable() as workspace:
             spaces = workspace.cache.spaces()
             rows = [(space, view) for space in spaces for view in Views(views).numbers]
@@ -305,7 +305,7 @@ def test_any_bytes_give_pixels_or_a_reason(
     data = edited(SAMPLES[kind], edits)
     (scratch / "image").write_bytes(data)
     loaded = loader(0)
-    assert loaded.key == digest(data)
+    assert loaded.key == image_key(data)
     if loaded.pixels is None:
         assert loaded.reason
         assert "\n" not in loaded.reason

@@ -11,9 +11,9 @@ from conftest import write_picture
 
 from pipeline import images
 from pipeline.batches import Shuffled
-from pipeline.cache.digests import digest
 from pipeline.dataset import open_dataset
 from pipeline.errors import DatasetError
+from pipeline.hashing import image_key
 from pipeline.pixels import Decoding, Pixels, decoding
 from pipeline.rows import read_ahead, select
 from pipeline.spec import Augmentation
@@ -25,7 +25,7 @@ SIZE = 32
 def source(photos: Path) -> Iterator[Decoding]:
     dataset = open_dataset(str(photos), downloads=photos)
     usable = np.arange(len(dataset))[::-1]
-    keys = [digest(dataset.read(int(i))) for i in usable]
+    keys = [image_key(dataset.read(int(i))) for i in usable]
     with decoding(dataset, keys, usable, SIZE, "squash", images.DEFAULT_MAX_PIXELS) as found:
         yield found
 

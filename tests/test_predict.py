@@ -29,13 +29,13 @@ from pipeline.asked import Asked, DatasetChoice
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.untrained import initialise, recipe_of
 from pipeline.cache import storage
-from pipeline.cache.digests import digest
 from pipeline.cache.space import Cache
 from pipeline.checksums import CHECKSUMS
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import open_dataset, open_images
 from pipeline.errors import DatasetError, IndexDamagedError, RunError, SpecError, WeightsError
 from pipeline.extract import extract
+from pipeline.hashing import image_key
 from pipeline.predict import Answer, likeliest
 from pipeline.serve import service
 from pipeline.spec import HeadSpec
@@ -105,7 +105,7 @@ def test_cached_rows_are_what_the_head_reads(deployed: Deployed) -> None:
     run = deployed.run("gap")
     with deployed.workspace() as workspace:
         space = workspace.cache.open(run.spec.directory)
-        keys = [digest(path.read_bytes()) for path in deployed.files]
+        keys = [image_key(path.read_bytes()) for path in deployed.files]
         expected = heads.load(run.path).predict(space.read(keys, "pooled"))
         assert np.array_equal(probabilities(said([run], deployed.files, workspace)), expected)
 
@@ -127,7 +127,7 @@ def test_folds_count_as_one_run_each(deployed: Deployed) -> None:
     run, other = deployed.run("folds"), deployed.run("gap")
     with deployed.workspace() as workspace:
         space = workspace.cache.open(run.spec.directory)
-        rows = space.read([digest(path.read_bytes()) for path in deployed.files], "pooled")
+        rows = space.read([image_key(path.read_bytes()) for path in deployed.files], "pooled")
         members = [heads.load(run.path / f"fold-{number}").predict(rows) for number in (1, 2)]
         assert np.allclose(probabilities(said([run], deployed.files, workspace)), np.mean(members, axis=0), atol=1e-6)
         both = probabilities(said([run, other], deployed.files, workspace))
@@ -362,7 +362,7 @@ def piped(path: Path) -> None:
 
 def other_classes(path: Path) -> None:
     about = json.loads(path.read_text())
-    runs.write_json(path, {**about, "classes": about["classes"][::-1]})
+    storage.write_json(path, {**about, "classes": about["classes"][::-1]})
 
 
 def with_lambda(path: Path) -> None:
@@ -401,7 +401,7 @@ def test_a_full_model_made_up_around_a_lambda_layer_runs_no_code(copied: Deploye
     unseal(run)
     about = json.loads((run / "network.json").read_text())
     about["sha256"] = hashlib.sha256((run / "backbone.weights.h5").read_bytes()).hexdigest()
-    runs.write_json(run / "network.json", about)
+    storage.write_json(run / "network.json", about)
     done = command(copied, copied.files[0], kind="finetune")
     assert done.code == 1
     assert "holds a model with Lambda layers, which are code" in done.err
@@ -411,7 +411,7 @@ def test_a_class_stands_once(copied: Deployed) -> None:
     run = copied.data / "runs" / copied.name("logreg")
     unseal(run)
     about = json.loads((run / "run.json").read_text())
-    runs.write_json(run / "run.json", {**about, "classes": ["cats", "cats"]})
+    storage.write_json(run / "run.json", {**about, "classes": ["cats", "cats"]})
     with pytest.raises(RunError, match=r"is not that of a trained head .*a class stands twice"):
         copied.run("logreg")
 

@@ -29,7 +29,7 @@ from served import Bucket, Page, Site, bucket_server, served
 from test_extract import counts
 
 import pipeline.shard_task
-from pipeline.cache.digests import digest, identify
+from pipeline.cache.digests import identify
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
 from pipeline.dataset import Dataset, open_dataset, open_images, refusal, remote
@@ -38,6 +38,7 @@ from pipeline.errors import DatasetError, MissingRowsError, UsageError
 from pipeline.explain import explain
 from pipeline.extract import Extraction, extract
 from pipeline.gather import gather, gather_images
+from pipeline.hashing import image_key
 from pipeline.pixels import Pixels, decoding
 from pipeline.workspace import Workspace
 
@@ -449,7 +450,7 @@ def test_what_lies_far_away_is_read_by_many_threads_and_few_decode(site: Site, t
     found = once(lambda: site.at_once == remote.DEFAULT_CONNECTIONS, all_ask)
     with ThreadPoolExecutor(2) as pool, Loader(dataset, 32, "squash", 10**6) as loader:
         keys = {image.i: image.key for image in loader.stream(pool, range(64), lambda image: image, ahead=4)}
-    assert keys == {i: digest(png(i)) for i in range(64)}
+    assert keys == {i: image_key(png(i)) for i in range(64)}
     assert found == [True]
     assert site.most_at_once == remote.DEFAULT_CONNECTIONS
 
@@ -559,7 +560,7 @@ def test_images_to_train_on_are_fetched_once_to_be_checked(site: Site, workspace
     site.pages["/6.png"] = Page(b"no image")
     dataset = manifest(tmp_path / "list.csv", [f"{site.address}/{i}.png" for i in range(7)])
     images = gather_images(dataset, workspace, 10**6, "squash")
-    assert images.keys == [digest(png(i)) for i in range(6)]
+    assert images.keys == [image_key(png(i)) for i in range(6)]
     assert [bad.path for bad in images.quarantined] == [f"{site.address}/6.png"]
     assert set(site.gets().values()) == {1}
     with decoding(dataset, images.keys, images.usable, 32, "squash", 10**6) as source:
@@ -571,7 +572,7 @@ def test_whoever_needs_all_keys_reads_what_nobody_read(site: Site, workspace: Wo
     site.pages = {"/a.png": Page(png(1)), "/b.png": Page(png(1))}
     dataset = manifest(tmp_path / "list.csv", [f"{site.address}/{name}.png" for name in "aab"])
     found = identify(dataset, workspace.cache.index, lambda n: None)
-    assert found.keys == [digest(png(1))] * 3
+    assert found.keys == [image_key(png(1))] * 3
     assert set(site.gets().values()) == {1}
     site.asked.clear()
     assert identify(dataset, workspace.cache.index, lambda n: None).keys == found.keys

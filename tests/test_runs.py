@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.cache.storage import write_json
 from pipeline.checksums import write_checksums
 from pipeline.errors import RunError
 from pipeline.pictures import draw_curves
@@ -27,7 +28,6 @@ from pipeline.runs import (
     published_names,
     remove_leftovers,
     unfinished,
-    write_json,
     write_request,
 )
 

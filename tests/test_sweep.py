@@ -29,9 +29,8 @@ import pipeline.cluster
 import pipeline.link
 import pipeline.sweep
 import pipeline.worker_health
-from pipeline import heads, images, rates, runs, trial_tasks
+from pipeline import hashing, heads, images, rates, runs, trial_tasks
 from pipeline.asked import Asked, DatasetChoice, SweepAsked
-from pipeline.cache import digests
 from pipeline.cache.space import Cache
 from pipeline.checkpoint import Checkpoint
 from pipeline.choice import FeatureChoice
@@ -350,7 +349,7 @@ def test_an_image_without_a_row_in_one_space_is_left_out_of_all(
 ) -> None:
     """So that the same images are compared: it is undecodable by now."""
     dataset = listed(photos)
-    keys = [digests.digest(dataset.read(i)) for i in range(len(dataset))]
+    keys = [hashing.image_key(dataset.read(i)) for i in range(len(dataset))]
     validated = np.flatnonzero(assign(dataset, keys).sides == "val").tolist()
     fill_both(workspace, photos, leave_out={validated[1]})
     bad = {keys[validated[1]]: "torn"}

@@ -23,12 +23,12 @@ from PIL import Image
 from pipeline import heads, images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache import shard
-from pipeline.cache.digests import digest
 from pipeline.cache.space import Cache
 from pipeline.choice import FeatureChoice
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.errors import CacheError, DatasetError, MissingRowsError, RunError, SpecError, UsageError
 from pipeline.gather import gather
+from pipeline.hashing import image_key
 from pipeline.prepare import on_sides
 from pipeline.run_images import RunImages
 from pipeline.spec import FeatureSpec, HeadSpec
@@ -271,7 +271,7 @@ def test_the_saved_head_gives_the_predictions_of_the_run(made: tuple[HeadRun, Da
     stored = []
     for row in some:
         i = labels[row["image"]]
-        exact = row_of(digest(dataset.read(i)), dataset.labels[i])
+        exact = row_of(image_key(dataset.read(i)), dataset.labels[i])
         reads_tensors = heads.READS[run.summary["head"]] == "features"
         stored.append(exact.astype(np.float16) if reads_tensors else exact.mean(axis=(0, 1)))
     expected = [[float(row[f"p:{name}"]) for name in CLASSES] for row in some]
@@ -490,7 +490,7 @@ def test_features_of_another_kind_than_asked_for_do_not_serve(photos: Path, work
 
 
 def quarantine(workspace: Workspace, dataset: Dataset, bad: list[int]) -> None:
-    reasons = {digest(dataset.read(i)): "not an image" for i in bad}
+    reasons = {image_key(dataset.read(i)): "not an image" for i in bad}
     workspace.cache.index.remember_quarantined(reasons, images.decoder_version(), images.DEFAULT_MAX_PIXELS)
 
 
@@ -652,7 +652,7 @@ def test_untrained_features_are_said_and_recorded(
 def test_digits_are_trained_from_pixels_without_files(workspace: Workspace, tmp_path: Path) -> None:
     dataset = open_dataset("digits", downloads=tmp_path).take(np.arange(300))
     space = workspace.cache.create(SPEC, {})
-    keys = np.frombuffer(b"".join(digest(dataset.read(i)) for i in range(300)), np.uint8).reshape(-1, 32)
+    keys = np.frombuffer(b"".join(image_key(dataset.read(i)) for i in range(300)), np.uint8).reshape(-1, 32)
     pixels = np.stack([np.asarray(dataset.read(i), np.float32) / 255 for i in range(300)])  # (300, 8, 8)
     tensors = pixels.reshape(300, 2, 4, 2, 4).transpose(0, 1, 3, 2, 4).reshape(300, 2, 2, 16)
     back = np.arange(300)[::-1]

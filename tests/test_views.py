@@ -20,7 +20,6 @@ from pipeline import augment, images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache import shard
-from pipeline.cache.digests import digest
 from pipeline.cache.gc import Keep, collect
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.canary import recompute
@@ -31,6 +30,7 @@ from pipeline.errors import MissingRowsError, ShardDamagedError, UsageError
 from pipeline.explain import explain
 from pipeline.extract import Extraction, extract
 from pipeline.gather import gather
+from pipeline.hashing import image_key
 from pipeline.prepare import prepared
 from pipeline.spec import Augmentation, HeadSpec, Views
 from pipeline.train import train_head
@@ -95,7 +95,7 @@ def test_draws_are_the_same_everywhere() -> None:
     drawn = augment.draws(bytes(32), 1)
     assert drawn.shape == (augment.DRAWS,)
     assert drawn[:2] == pytest.approx([0.3400060928566906, 0.6325918671350831], abs=1e-15)
-    many = np.stack([augment.draws(digest(bytes([i])), 7) for i in range(256)])
+    many = np.stack([augment.draws(image_key(bytes([i])), 7) for i in range(256)])
     assert many.min() >= 0
     assert many.max() < 1
     assert many.mean(axis=0) == pytest.approx(np.full(8, 0.5), abs=0.08)
@@ -181,7 +181,7 @@ def test_views_are_computed_once_and_are_what_the_backbone_says_of_the_warped_im
         (space,) = workspace.cache.spaces()
         backbone = FrozenBackbone(space.spec, tiny(), 4, network=tiny())
         for i in range(3):
-            key = digest(digits.read(i))
+            key = image_key(digits.read(i))
             plain = images.decode(np.asarray(digits.read(i)), size=SIZE)
             drawn = [augment.draws(key, number) for number in three.numbers[1:]]
             seen = np.stack([plain, *(augment.warp(plain, three.recipe, each) for each in drawn)])

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from pipeline.cache.index import FileStamp, Index
 from pipeline.cache.keys import Keys
 from pipeline.dataset import Dataset, remote
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, read_failure
+from pipeline.hashing import image_key
 
 # A file touched less than this before it was hashed may be touched again within the clock's grain and look
 # the same. Two seconds is the coarsest grain in use (FAT).
@@ -53,11 +52,6 @@ class Identities:
         """Have the index remember what was fetched, and forget it here."""
         index.remember_urls(self.fetched)
         self.fetched.clear()
-
-
-def digest(data: bytes | np.ndarray) -> bytes:
-    """Return the key of an image: sha256 of its encoded bytes, or of its raw pixels in C order."""
-    return hashlib.sha256(np.ascontiguousarray(data).data if isinstance(data, np.ndarray) else data).digest()
 
 
 def identify(
@@ -105,7 +99,7 @@ def _identify_block(
         if path is not None:
             files[i] = path.absolute()
         elif dataset.url(i) is None:
-            found.keys[i] = digest(dataset.read(i))
+            found.keys[i] = image_key(dataset.read(i))
     paths = list(files.values())
     known = index.file_digests(paths)
     together = max(1, min(_TOGETHER, -(-len(paths) // _THREADS)))
@@ -138,7 +132,7 @@ def _identify_urls(dataset: Dataset, block: range, index: Index, found: Identiti
         for i, url in urls.items():
             before, now = known[i], said.get(remote.whole(url))
             if isinstance(now, OSError):
-                found.unread[i] = unreadable(now)
+                found.unread[i] = read_failure(now)
             elif before and now is not None and now == before[0]:
                 found.keys[i] = before[1]
             elif read_unseen or (before and now is None):  # it may be what it was
@@ -147,7 +141,7 @@ def _identify_urls(dataset: Dataset, block: range, index: Index, found: Identiti
                 found.unseen.add(i)
         for (url, some), read in zip(to_read.items(), pool.map(_read, to_read), strict=True):
             if isinstance(read, OSError):
-                found.unread.update(dict.fromkeys(some, unreadable(read)))
+                found.unread.update(dict.fromkeys(some, read_failure(read)))
                 continue
             found.fetched[url] = read
             for i in some:
@@ -167,7 +161,7 @@ def read_some(dataset: Dataset, found: Identities) -> None:
             remote.hold(url, read)
             if isinstance(read, OSError):
                 continue
-            key = digest(read.data)
+            key = image_key(read.data)
             found.fetched[url] = read.validator, key
             for twin in (i, *found.twins.pop(i, ())):
                 found.keys[twin] = key
@@ -191,7 +185,7 @@ def _fetch(url: str) -> remote.Fetched | OSError:
 def _read(url: str) -> tuple[str | None, bytes] | OSError:
     """Return validator and digest of what is behind an address, or why it cannot be read."""
     fetched = _fetch(url)
-    return fetched if isinstance(fetched, OSError) else (fetched.validator, digest(fetched.data))
+    return fetched if isinstance(fetched, OSError) else (fetched.validator, image_key(fetched.data))
 
 
 _Identified = tuple[FileStamp, bytes, bool]  # stamp, key, and whether to remember it
@@ -228,7 +222,7 @@ def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> _Identi
         touched = stamp.ctime if stamp.mtime > now else max(stamp.mtime, stamp.ctime)
         return _hashed(path, stamp, now - touched > _GRAIN_NS)
     except OSError as error:
-        return unreadable(error)
+        return read_failure(error)
 
 
 def _identify_dated(path: Path, before: FileStamp) -> _Identified | str:
@@ -237,7 +231,7 @@ def _identify_dated(path: Path, before: FileStamp) -> _Identified | str:
         stamp = file_stamp(path)
         return _hashed(path, stamp, stamp == before)
     except OSError as error:
-        return unreadable(error)
+        return read_failure(error)
 
 
 def _hashed(path: Path, stamp: FileStamp, lay_still: bool) -> _Identified:
@@ -253,11 +247,6 @@ def file_stamp(path: Path) -> FileStamp:
 
 def _stamp(found: os.stat_result) -> FileStamp:
     return FileStamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino % 2**63)  # SQLite's largest
-
-
-def unreadable(error: OSError) -> str:
-    """Return the reason to list for a file that could not be read; such a failure is never remembered."""
-    return f"cannot be read: {error.strerror or error}"
 
 
 def remembered_digest(path: Path, index: Index) -> bytes:

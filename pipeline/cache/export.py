@@ -31,8 +31,8 @@ from pipeline.cache.lock import done_without, hold_alone
 from pipeline.cache.shard import check_bytes, damage_named, h5_in, opened, row_filters, row_layout
 from pipeline.cache.space import FeatureSpace
 from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError
-from pipeline.progress import size_text
 from pipeline.spelling import spelt
+from pipeline.units import size_text
 
 FORMAT = "icebox-export"
 VERSION = 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -18,11 +19,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from pipeline.errors import CacheError
+from pipeline.errors import CacheError, RunError
 
 _BLOCK = 2**20  # bytes that are read at once
+MOST_JSON_BYTES = 2**28  # of one file: what lists images or classes is written and read up to this
 PARTIAL_PREFIX = ".partial-"
 _BLOCK = 2**20  # written at a time: a full disk is met between two of them
 
@@ -99,6 +101,15 @@ def write_whole(path: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: Any, most: int = MOST_JSON_BYTES) -> None:
+    """Write readable JSON, the whole file or none. Raises RunError if nobody would read so large a file."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    content = text.encode("utf-8", "backslashreplace")  # a file name's odd byte, as JSON spells it
+    if len(content) > most:
+        raise RunError(f"{path.name} would have {len(content):,} bytes; {most:,} are read at most")
+    write_whole(path, content)
 
 
 @contextmanager

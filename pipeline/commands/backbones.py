@@ -55,7 +55,7 @@ def backbones(
 
 
 def _row(each: Listed) -> tuple[str, ...]:
-    from pipeline.progress import size_text
+    from pipeline.units import size_text
 
     stored, memory = each.bytes_per_row, each.uncompressed
     return (

@@ -36,7 +36,7 @@ from pipeline.commands.shared import (
     open_dataset,
     opened,
 )
-from pipeline.progress import counted
+from pipeline.units import counted
 
 if TYPE_CHECKING:
     from pipeline.cache.gc import Keep

@@ -35,7 +35,7 @@ from pipeline.commands.shared import (
     opened,
     views_choice,
 )
-from pipeline.progress import counted
+from pipeline.units import counted
 
 if TYPE_CHECKING:
     from pipeline.cache.verify import Verification

@@ -35,7 +35,7 @@ from pipeline.commands.shared import (
     typed,
     views_choice,
 )
-from pipeline.progress import counted
+from pipeline.units import counted
 
 if TYPE_CHECKING:
     from pipeline.checkup import Checkup
@@ -113,7 +113,7 @@ def doctor(
 
 def _show(found: Checkup, about: dict[str, Any]) -> None:
     from pipeline import terminal
-    from pipeline.progress import counted, duration, size_text
+    from pipeline.units import counted, duration, size_text
 
     rows = [(name, *counts.values()) for name, counts in about["classes"].items()]
     terminal.table(rows[:_MOST_CLASSES], ("class", *next(iter(about["classes"].values()))))

@@ -28,7 +28,7 @@ from pipeline.commands.shared import (
     memory_bytes,
     opened,
 )
-from pipeline.progress import counted
+from pipeline.units import counted
 
 if TYPE_CHECKING:
     from pipeline.asked import DatasetChoice

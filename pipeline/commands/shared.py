@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.commands.completion import dataset_names, run_names, space_names, stopped_names
-from pipeline.progress import counted, size_text
+from pipeline.units import counted, size_text
 
 if TYPE_CHECKING:
     from pipeline.asked import Asked, DatasetChoice

@@ -51,7 +51,7 @@ from pipeline.commands.shared import (
     typed,
     views_choice,
 )
-from pipeline.progress import size_text
+from pipeline.units import size_text
 
 if TYPE_CHECKING:
     from pipeline.asked import SweepAsked

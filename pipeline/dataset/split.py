@@ -16,6 +16,9 @@ _VAL_BELOW = 0.2
 _DRAWN = "80/10/10 by content hash"
 
 
+SPLITS = ("train", "val", "test")
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """The side of each image, and what is to be said about it.

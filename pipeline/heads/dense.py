@@ -15,16 +15,16 @@ from pipeline import machine
 from pipeline.backbone import weights_file
 from pipeline.batches import Shuffled
 from pipeline.cache import storage
+from pipeline.cache.storage import write_json
 from pipeline.errors import DatasetError, DoNotFitError, RunError
 from pipeline.heads.base import JSON_FILE, Data, Fitted, class_weights, measure, not_numbers, require_numbers
 from pipeline.heads.logreg import LogregHead
 from pipeline.heads.parts import dense_in_parts, gradients_in_bfloat16
 from pipeline.keras_start import KerasModel, import_keras
 from pipeline.loop import NotFiniteError, Watch, finalize, train
-from pipeline.progress import size_text
 from pipeline.rows import Rows, in_order
-from pipeline.runs import write_json
 from pipeline.spec import HeadSpec
+from pipeline.units import size_text
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.cache.storage import write_json
 from pipeline.heads.base import JSON_FILE, Head
 from pipeline.rows import Rows
-from pipeline.runs import write_json
 
 
 def member_name(number: int) -> str:

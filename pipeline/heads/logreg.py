@@ -18,14 +18,14 @@ import numpy as np
 
 from pipeline import machine
 from pipeline.cache import storage
+from pipeline.cache.storage import write_json
 from pipeline.errors import DatasetError, DoNotFitError, RunError
 from pipeline.heads.base import JSON_FILE, Data, Fitted, cross_entropy, not_numbers, stratified_folds
 from pipeline.imports import without
 from pipeline.loop import Watch
-from pipeline.progress import counted, size_text
 from pipeline.rows import Rows, StoredRows, in_order
-from pipeline.runs import write_json
 from pipeline.spec import HeadSpec
+from pipeline.units import counted, size_text
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from pipeline.leaderboard import (
     unmeasured_sentence,
     varied,
 )
-from pipeline.progress import counted, size_text
 from pipeline.report import page
 from pipeline.report.single import publish, require_target, trained_on
 from pipeline.run_dataset import RunDataset, distinct, told_apart
+from pipeline.units import counted, size_text
 from pipeline.workspace import Workspace
 
 _MOST_DRAWN = 60  # points
@@ -167,7 +167,7 @@ def _interval(low: float | None, high: float | None) -> str:
 def of_sweep(folder: Path, out: Path) -> dict[str, Any]:
     """Write a page about the sweep in a folder: all settings that were tried, ranked. Raises RunError."""
     try:
-        about = json.loads(storage.read_small(folder / "sweep.json", runs.MOST_BYTES))
+        about = json.loads(storage.read_small(folder / "sweep.json", storage.MOST_JSON_BYTES))
         if (about["format"], about["version"]) != (sweep.FORMAT, sweep.VERSION):
             raise ValueError("another format")
         text = _page_of_sweep(about)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.choice import FeatureChoice
+from pipeline.dataset.split import SPLITS
 from pipeline.errors import IceboxError, MissingRowsError
-from pipeline.gather import SPLITS, Material, Sorted, gather, gather_images
+from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.images import depth_of
 from pipeline.predictions import Answers
 from pipeline.report import findings, page
