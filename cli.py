@@ -22,7 +22,6 @@ try:
 except ModuleNotFoundError:
     sys.exit("error: Icebox's packages are not here: `make setup`, then `source .venv/bin/activate`")
 
-from pipeline import environment
 from pipeline.commands.about import summary, weights_command
 from pipeline.commands.backbones import backbones
 from pipeline.commands.cache import cache_app
@@ -37,6 +36,7 @@ from pipeline.commands.predict import predict
 from pipeline.commands.report import report
 from pipeline.commands.runs import runs_app
 from pipeline.commands.sweep import sweep
+from pipeline.core import environment
 
 app = typer.Typer(
     help="Freeze a pretrained network once, keep its features on disk, train as many heads from them as you like.",
@@ -92,7 +92,7 @@ def main_options(
     helped = not {"-h", "--help"}.isdisjoint(context.obj)  # which tells of the program, not of a file
     named = None
     if not helped:
-        from pipeline.machine import limit_libraries, require_room, usable_cores
+        from pipeline.core.machine import limit_libraries, require_room, usable_cores
 
         limit_libraries()  # before any of them is loaded
         require_room("NumPy", 700_000_000, 2 * usable_cores())  # with what else every command imports
@@ -116,8 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         import sqlite3
 
-        from pipeline.errors import IceboxError, MissingRowsError, UsageError, exhausted
-        from pipeline.imports import failed_import
+        from pipeline.core.errors import IceboxError, MissingRowsError, UsageError, exhausted
+        from pipeline.core.lazy_imports import failed_import
 
         if not stopped and (text := exhausted(error) or failed_import(error)):
             return _fail(text, 1, arguments)
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise  # a bug: the traceback is what helps
         code = _INTERRUPTED  # native code that is interrupted may turn that into an error of its own
     if code == _INTERRUPTED:
-        from pipeline.errors import StoppedError
+        from pipeline.core.errors import StoppedError
 
         return _fail(str(StoppedError(KeyboardInterrupt())), 1, arguments)
     return code
@@ -188,7 +188,7 @@ def _run(arguments: list[str]) -> int:
     try:
         return _command()(arguments, prog_name=_NAME, standalone_mode=False, obj=arguments) or 0
     except OSError as error:
-        from pipeline.errors import IndexDamagedError
+        from pipeline.core.errors import IndexDamagedError
 
         if not isinstance(error, IndexDamagedError):
             raise
@@ -243,7 +243,7 @@ def run_and_exit() -> NoReturn:
     extract = sys.modules.get("pipeline.extract")
     if extract is not None and any(thread.name == extract.LOADING for thread in threading.enumerate()):
         # All is said and done, and TensorFlow, which is being loaded for nothing, would take its time to see that.
-        from pipeline.native_stderr import drop
+        from pipeline.core.native_stderr import drop
 
         drop()
         for stream in (sys.stdout, sys.stderr):

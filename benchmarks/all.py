@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 sys.path.insert(0, str(HERE.parent))
 
-from pipeline import machine  # noqa: E402
+from pipeline.core import machine  # noqa: E402
 
 PACKAGES = ("tensorflow", "keras", "h5py", "hdf5plugin", "scikit-learn", "opencv-python", "openvino", "numpy")
 

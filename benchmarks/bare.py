@@ -80,11 +80,11 @@ def timed(once: Callable[[], int]) -> float:
 
 def ours(precision: str, weights: Path) -> float:
     """Return the rate of our network, as many batches at a time as `features` computes."""
-    from pipeline import machine
     from pipeline.backbone.frozen import FrozenBackbone, streams
     from pipeline.backbone.source import of_row
     from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
     from pipeline.choice import FeatureChoice, Settled
+    from pipeline.core import machine
 
     cores = machine.usable_cores()
     chosen = Settled(FeatureChoice(precision=precision), of_row(BACKBONES[DEFAULT_BACKBONE]), None, None)

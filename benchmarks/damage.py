@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.cache.space import Cache, FeatureSpace  # noqa: E402
 from pipeline.cache.verify import verify  # noqa: E402
-from pipeline.errors import CacheError  # noqa: E402
+from pipeline.core.errors import CacheError  # noqa: E402
 
 
 class Damage:

@@ -34,8 +34,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pipeline import images  # noqa: E402
+from pipeline.core.errors import DecodeError  # noqa: E402
 from pipeline.decode_process import decode_whole, listen  # noqa: E402
-from pipeline.errors import DecodeError  # noqa: E402
 
 HOW = 299, "squash", images.DEFAULT_MAX_PIXELS, images.FULL_DEPTH
 SMALL = 4000  # bytes of a file that is as good as empty

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pipeline import open_features  # noqa: E402
+from pipeline.core.spec import C_PATH, HeadSpec  # noqa: E402
 from pipeline.heads import Data, Watch, fit  # noqa: E402
-from pipeline.spec import C_PATH, HeadSpec  # noqa: E402
 
 
 def main() -> None:

@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def summary(turns: list[dict[str, float]], parts: dict[str, float]) -> dict[str, Any]:
-    from pipeline import machine
+    from pipeline.core import machine
 
     rates = {name: [turn[name] for turn in turns] for name in RATES}
     ratios = {
@@ -119,9 +119,9 @@ def for_keras(given: argparse.Namespace, network: str) -> list[str]:
 
 def loaded(given: argparse.Namespace, network: str) -> Any:
     """Return the frozen network as `features` has it."""
-    from pipeline import machine
     from pipeline.backbone.frozen import FrozenBackbone
     from pipeline.choice import FeatureChoice, settle
+    from pipeline.core import machine
     from pipeline.workspace import open_workspace
 
     own = is_file(network)
@@ -138,8 +138,8 @@ def loaded(given: argparse.Namespace, network: str) -> Any:
 
 def bare(given: argparse.Namespace, network: str) -> dict[str, float]:
     """Return the rate of the network alone, as many batches at a time as `features` computes."""
-    from pipeline import machine
     from pipeline.backbone.frozen import streams
+    from pipeline.core import machine
 
     model, count = loaded(given, network), streams(machine.usable_cores())
     size = model.spec.input_size

@@ -63,11 +63,11 @@ def network(weights: Path) -> Callable[[], object]:
     """Return what computes one batch of features."""
     from bare import BATCH, pixels, weights_of
 
-    from pipeline import machine
     from pipeline.backbone.frozen import FrozenBackbone
     from pipeline.backbone.source import of_row
     from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
     from pipeline.choice import FeatureChoice, Settled
+    from pipeline.core import machine
 
     chosen = Settled(FeatureChoice(), of_row(BACKBONES[DEFAULT_BACKBONE]), None, None)
     spec = chosen.new_spec(weights_of(weights))
@@ -79,9 +79,9 @@ def head() -> Callable[[], object]:
     """Return what trains a `flatten` head on one batch."""
     import keras
 
+    from pipeline.core.spec import HeadSpec
     from pipeline.heads import dense
     from pipeline.loop import optimizer
-    from pipeline.spec import HeadSpec
 
     spec = HeadSpec.make("flatten")
     model = dense.build(spec, (8, 8, 2048), 10, quick=True)

@@ -33,7 +33,7 @@ from pipeline import images  # noqa: E402
 from pipeline.backbone.frozen import ENGINE  # noqa: E402
 from pipeline.cache.shard import Rows  # noqa: E402
 from pipeline.cache.space import Cache  # noqa: E402
-from pipeline.spec import FeatureSpec  # noqa: E402
+from pipeline.core.spec import FeatureSpec  # noqa: E402
 
 CLASSES, SHARD_ROWS = 10, 256
 SPEC = FeatureSpec(

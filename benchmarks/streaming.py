@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 from pipeline import images  # noqa: E402
 from pipeline.cache.shard import Rows  # noqa: E402
 from pipeline.cache.space import Cache  # noqa: E402
-from pipeline.spec import FeatureSpec  # noqa: E402
+from pipeline.core.spec import FeatureSpec  # noqa: E402
 
 SHARD_ROWS, CLASSES, SHAPE = 256, 10, (8, 8, 2048)
 ZEROS = 0.85  # of the numbers, as InceptionV3's trained weights leave

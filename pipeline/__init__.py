@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if "ICEBOX_LOCKS" in os.environ:  # before anything loads HDF5
-    from pipeline.cache.lock import spare_hdf5
+    from pipeline.core.locks import spare_hdf5
 
     spare_hdf5()
 

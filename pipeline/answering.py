@@ -15,11 +15,11 @@ from pipeline.backbone import source as networks
 from pipeline.backbone.weights import Weights
 from pipeline.cache.space import FeatureSpace
 from pipeline.choice import other_version, warn_untrained
-from pipeline.errors import SpecError, UsageError, WeightsError
+from pipeline.core.errors import SpecError, UsageError, WeightsError
+from pipeline.core.spec import FeatureSpec
 from pipeline.heads.dense import DenseHead, average
 from pipeline.network import Network, stitched
 from pipeline.rows import Wanted, stored_rows
-from pipeline.spec import FeatureSpec
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
 

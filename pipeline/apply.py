@@ -12,11 +12,12 @@ import numpy as np
 
 from pipeline import runs
 from pipeline.backbone.frozen import ENGINE
-from pipeline.cache import storage
 from pipeline.choice import FeatureChoice, warn_untrained
 from pipeline.compute import DEFAULT_BATCH_SIZE
+from pipeline.core import files
+from pipeline.core.errors import DatasetError, MissingRowsError, RunError, UsageError
+from pipeline.core.units import counted
 from pipeline.dataset import Dataset
-from pipeline.errors import DatasetError, MissingRowsError, RunError, UsageError
 from pipeline.evaluate import confusion_cells, evaluate
 from pipeline.fitting import answers
 from pipeline.gather import Material, Sorted, gather, gather_images
@@ -30,7 +31,6 @@ from pipeline.rows import Wanted, open_rows
 from pipeline.run_images import SEEN, RunImages
 from pipeline.seen_images import seen_images
 from pipeline.trained import TrainedRun
-from pipeline.units import counted
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ def _keep(run: TrainedRun, title: str, predictions: Predictions, metrics: dict[s
     heading = f"{run.name}\non {title}: accuracy {metrics['accuracy']:.3f}, {counted(metrics['images'], 'image')}"
     try:
         with runs.new_folder(final) as folder:
-            storage.write_json(folder / "metrics.json", metrics)
+            files.write_json(folder / "metrics.json", metrics)
             write_predictions(folder / "predictions.csv", [predictions], run.classes)
             draw_confusion(
                 folder / "confusion.png", confusion_cells(metrics["confusion"], len(run.classes)), run.classes, heading

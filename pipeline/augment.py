@@ -8,7 +8,7 @@ import math
 import cv2
 import numpy as np
 
-from pipeline.spec import Augmentation
+from pipeline.core.spec import Augmentation
 
 DRAWS = 8  # numbers that decide one warp
 _BORDERS = {

@@ -18,8 +18,8 @@ from pipeline.backbone.source import Architecture
 from pipeline.backbone.table import BACKBONES, Backbone
 from pipeline.backbone.weights import imagenet_place
 from pipeline.cache.space import FeatureSpace
-from pipeline.errors import SpecError
-from pipeline.spec import OWN
+from pipeline.core.errors import SpecError
+from pipeline.core.spec import OWN
 from pipeline.workspace import Workspace
 
 _FLOAT16 = 2  # bytes

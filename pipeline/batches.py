@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.errors import DoNotFitError
+from pipeline.core.errors import DoNotFitError
 from pipeline.rows import Rows, StoredRows, read_ahead, read_ahead_in_place
 
 _BLOCK = 32  # rows read side by side; smaller in a small window, that it may still hold many blocks

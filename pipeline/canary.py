@@ -15,11 +15,11 @@ from pipeline.cache.digests import identify
 from pipeline.cache.space import FeatureSpace
 from pipeline.choice import other_version, weights_of
 from pipeline.compute import DEFAULT_BATCH_SIZE, batch_of
+from pipeline.core.errors import MissingRowsError, SpecError
+from pipeline.core.spec import Augmentation
+from pipeline.core.units import counted
 from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.decoder import Loaded, Loader
-from pipeline.errors import MissingRowsError, SpecError
-from pipeline.spec import Augmentation
-from pipeline.units import counted
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)

@@ -10,19 +10,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline import machine, rates
+from pipeline import rates
 from pipeline.asked import SweepAsked
 from pipeline.backbone import source as networks
 from pipeline.choice import FeatureChoice
 from pipeline.cluster import ClusterChoice
 from pipeline.compute import ComputeOptions
+from pipeline.core import machine
+from pipeline.core.errors import MissingRowsError, RunError, UsageError
+from pipeline.core.units import counted
 from pipeline.dataset import Dataset
-from pipeline.errors import MissingRowsError, RunError, UsageError
 from pipeline.extract import extract
 from pipeline.gather import Material, gather
 from pipeline.leaderboard import ExtractionCost
 from pipeline.planning import Quarantined
-from pipeline.units import counted
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)

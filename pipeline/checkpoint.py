@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache import storage
-from pipeline.errors import CheckpointError, RunError
+from pipeline.core import files
+from pipeline.core.errors import CheckpointError, RunError
 
 FILE = "checkpoint.npz"
 _STATE = "state.json"
@@ -63,7 +63,7 @@ class Checkpoint:
         text = np.frombuffer(json.dumps({**state, **counts}).encode(), np.uint8)
         named = {f"{name}/{i}": each for name, arrays in groups.items() for i, each in enumerate(arrays)}
         try:
-            with storage.new_file(self.path) as file, zipfile.ZipFile(file, "w") as archive:
+            with files.new_file(self.path) as file, zipfile.ZipFile(file, "w") as archive:
                 for name, each in {_STATE: text, **named}.items():
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                         np.lib.format.write_array(entry, np.asarray(each), allow_pickle=False)
@@ -74,4 +74,4 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Remove the file: the training has ended."""
-        storage.remove(self.path)
+        files.remove(self.path)

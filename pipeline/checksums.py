@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cache import storage
-from pipeline.errors import RunError
+from pipeline.core import files
+from pipeline.core.errors import RunError
 
 CHECKSUMS = "SHA256SUMS"  # of all files of a published run, as `sha256sum --check` reads it
 _VOUCHING = ("run.json", "network.json", "head.json", "fold-*/head.json")  # the last three hold the weights' digests
@@ -16,8 +16,8 @@ _VOUCHING = ("run.json", "network.json", "head.json", "fold-*/head.json")  # the
 def write_checksums(folder: Path, but: Sequence[str]) -> None:
     """Write the checksums of all files in a run's folder, but of those with these names."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (CHECKSUMS, *but)]
-    lines = [f"{storage.sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
-    storage.write_whole(folder / CHECKSUMS, "".join(lines).encode("utf-8", "surrogateescape"))
+    lines = [f"{files.sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
+    files.write_whole(folder / CHECKSUMS, "".join(lines).encode("utf-8", "surrogateescape"))
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
@@ -32,7 +32,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        lines = storage.read_small(path, storage.MOST_JSON_BYTES).decode("utf-8", "surrogateescape").splitlines()
+        lines = files.read_small(path, files.MOST_JSON_BYTES).decode("utf-8", "surrogateescape").splitlines()
     except OSError as error:
         raise _unknown(path, error) from error
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -67,6 +67,6 @@ def _unknown(path: Path, error: OSError) -> RunError:
 
 def _content(path: Path) -> bytes:
     try:
-        return storage.read_small(path, storage.MOST_JSON_BYTES)
+        return files.read_small(path, files.MOST_JSON_BYTES)
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error}); restore it, or train anew") from error

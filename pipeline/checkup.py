@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import cost, machine, near
-from pipeline.cache import storage
+from pipeline import cost, near
 from pipeline.cache.digests import identify
 from pipeline.choice import FeatureChoice, find_space, settle
+from pipeline.core import files, machine
+from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.cost import Cost
 from pipeline.dataset import Dataset, Split, alike, assign
 from pipeline.dataset.split import SPLITS
 from pipeline.images import FULL_DEPTH, depth_of
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined
-from pipeline.spec import PLAIN_VIEW, Views
 from pipeline.survey import survey
 from pipeline.workspace import Workspace
 
@@ -111,7 +111,7 @@ def check(
         space.name if space else None,
         plan,
         took,
-        storage.free_bytes(workspace.root),
+        files.free_bytes(workspace.root),
         machine.available_memory(),
         depth,
         settled.source.input_size,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from pipeline import images, machine
+from pipeline import images
 from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import ENGINE, ENGINES
 from pipeline.backbone.scaling import canonical
@@ -16,10 +16,11 @@ from pipeline.backbone.table import BACKBONES
 from pipeline.backbone.weights import Weights, anchored
 from pipeline.cache.digests import Identities
 from pipeline.cache.space import FeatureSpace
+from pipeline.core import machine
+from pipeline.core.errors import SpecError
+from pipeline.core.spec import OWN, PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
 from pipeline.dataset import Dataset
-from pipeline.errors import SpecError
 from pipeline.planning import DEFAULT_FIT
-from pipeline.spec import OWN, PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)

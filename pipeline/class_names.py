@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from pipeline.core.errors import DatasetError
 from pipeline.dataset import Dataset
-from pipeline.errors import DatasetError
 
 _MOST_NAMED = 5  # classes in a message
 

@@ -15,8 +15,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from pipeline import machine
-from pipeline.errors import IceboxError, UsageError, exhausted
+from pipeline.core import machine
+from pipeline.core.errors import IceboxError, UsageError, exhausted
 
 logger = logging.getLogger(__name__)
 

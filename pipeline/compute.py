@@ -17,16 +17,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline import images, machine
-from pipeline.cache import storage
+from pipeline import images
 from pipeline.cache.digests import Identities
 from pipeline.cache.index import Index
 from pipeline.cache.shard import SHARD_BYTES
 from pipeline.cache.space import FeatureSpace
+from pipeline.core import files, machine
+from pipeline.core.errors import DecodeError, DoNotFitError
+from pipeline.core.progress import Advance, Progress
+from pipeline.core.spec import FeatureSpec
+from pipeline.core.units import counted, duration, size_text
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded
-from pipeline.errors import DecodeError, DoNotFitError
-from pipeline.progress import Advance, Progress
 from pipeline.shard_task import (
     AT_ONCE,
     Met,
@@ -38,8 +40,6 @@ from pipeline.shard_task import (
     There,
     nothing_there,
 )
-from pipeline.spec import FeatureSpec
-from pipeline.units import counted, duration, size_text
 
 logger = logging.getLogger(__name__)
 
@@ -347,5 +347,5 @@ def _announce(job: Job, row_seconds: float, row_bytes: float, count: int) -> Non
         counted(count, "image"),
         duration(row_seconds * count),
         size_text(row_bytes * count),
-        size_text(storage.free_bytes(job.space.path)),
+        size_text(files.free_bytes(job.space.path)),
     )

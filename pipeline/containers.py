@@ -18,7 +18,7 @@ from PIL import BmpImagePlugin, JpegImagePlugin
 from PIL import TiffImagePlugin as Tiff
 
 from pipeline import jpeg
-from pipeline.errors import DecodeError
+from pipeline.core.errors import DecodeError
 from pipeline.foreign import CONVERT, RAW, foreign
 
 # These tell of odd metadata (a damaged EXIF block, say), once per file; no pixel depends on it.

@@ -10,7 +10,6 @@ from itertools import islice
 
 import numpy as np
 
-from pipeline import machine
 from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.backbone.table import BACKBONES
@@ -19,10 +18,11 @@ from pipeline.cache.shard import SHARD_BYTES, Rows, shard_image
 from pipeline.cache.space import FeatureSpace
 from pipeline.choice import Settled, weights_of
 from pipeline.compute import batch_of, default_batch
+from pipeline.core import machine
+from pipeline.core.spec import OWN
 from pipeline.decoder import Loader
 from pipeline.images import depth_of
 from pipeline.planning import Plan, Planning
-from pipeline.spec import OWN
 from pipeline.workspace import Workspace
 
 _UNIT = 1024 if sys.platform.startswith("linux") else 1  # of what the system says of a process's memory

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from pipeline import images, jpeg
-from pipeline.errors import DecodeError
+from pipeline.core.errors import DecodeError
 
 PIXELS, REFUSED, NO_MEMORY, BUG = b"P", b"R", b"M", b"B"
 _STDERR = 2

@@ -21,12 +21,13 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-from pipeline import images, machine
+from pipeline import images
 from pipeline.containers import Header, read_header
+from pipeline.core import machine
+from pipeline.core.errors import DecodeError, read_failure
+from pipeline.core.hashing import image_key
 from pipeline.dataset import Dataset, remote
 from pipeline.decode_process import BUG, NO_MEMORY, PIXELS
-from pipeline.errors import DecodeError, read_failure
-from pipeline.hashing import image_key
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -6,10 +6,9 @@ import platform
 from dataclasses import asdict
 from typing import Any
 
-from pipeline import machine
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
 from pipeline.backbone.weights import find_imagenet
-from pipeline.cache import storage
+from pipeline.core import files, machine
 from pipeline.workspace import Workspace
 
 _PACKAGES = ("tensorflow", "keras", "opencv-python", "h5py", "hdf5plugin", "scikit-learn", "typer")
@@ -31,7 +30,7 @@ def examine(workspace: Workspace) -> dict[str, Any]:
         "tensorflow_gpus": _tensorflow_gpus(),
         "precision_auto": machine.best_precision(),
         "data_dir": str(workspace.root),
-        "data_dir_free": storage.free_bytes(workspace.root),
+        "data_dir_free": files.free_bytes(workspace.root),
         "imagenet_weights": str(imagenet) if imagenet else "not downloaded",
         "cache_spaces": len(spaces),
         "cache_rows": sum(totals.rows for totals in spaces),

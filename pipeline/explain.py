@@ -13,10 +13,10 @@ from pipeline.backbone.source import label
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
 from pipeline.choice import FeatureChoice, find_space, settle
+from pipeline.core.errors import UsageError
+from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.dataset import Dataset
-from pipeline.errors import UsageError
 from pipeline.planning import Plan, Planning
-from pipeline.spec import PLAIN_VIEW, Views
 from pipeline.workspace import Workspace
 
 State = Literal["cached", "copy", "quarantined", "bad shard", "other space", "changed", "new"]

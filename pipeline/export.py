@@ -19,18 +19,18 @@ import numpy as np
 from pipeline import runs
 from pipeline.answering import grouped
 from pipeline.backbone.scaling import scale
-from pipeline.cache import storage
-from pipeline.cache.lock import remove_abandoned
+from pipeline.core import files
+from pipeline.core.errors import DatasetError, IceboxError, RunError, UsageError, exhausted
+from pipeline.core.locks import remove_abandoned
+from pipeline.core.units import counted
 from pipeline.dataset import Dataset, limit
 from pipeline.decoder import Loader
-from pipeline.errors import DatasetError, IceboxError, RunError, UsageError, exhausted
 from pipeline.formats import CLASSES, FORMATS, Format
 from pipeline.images import depth_of
 from pipeline.keras_start import KerasModel, import_keras
 from pipeline.network import Network
 from pipeline.predict import predict
 from pipeline.trained import TrainedRun
-from pipeline.units import counted
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,8 @@ def export_run(
             "bytes": size,
             "seconds": round(time.perf_counter() - start, 3),
         }
-        storage.write_json(folder / CLASSES, run.classes)
-        storage.write_json(folder / ABOUT, about)
+        files.write_json(folder / CLASSES, run.classes)
+        files.write_json(folder / ABOUT, about)
     return Exported(final / form.file, about)
 
 
@@ -224,8 +224,8 @@ def _difference(form: Format, path: Path, pixels: np.ndarray, expected: np.ndarr
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove what exports that were killed left behind."""
-    for name in storage.folders(folder):
-        if storage.is_partial(name) and name.endswith(_PARTIAL):
+    for name in files.list_folders(folder):
+        if files.is_partial(name) and name.endswith(_PARTIAL):
             remove_abandoned(folder / name)
 
 
@@ -242,7 +242,7 @@ def _require_free(final: Path) -> None:
 
 def _is_export(path: Path) -> bool:
     try:
-        about = json.loads(storage.read_small(path, _MOST_ABOUT))
+        about = json.loads(files.read_small(path, _MOST_ABOUT))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(about, dict) and about.get("format") == FORMAT

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import images, machine, rates
+from pipeline import images, rates
 from pipeline.backbone import source as networks
 from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import identify, read_some
@@ -38,12 +38,13 @@ from pipeline.compute import (
     require_memory,
     row_bytes,
 )
+from pipeline.core import machine
+from pipeline.core.errors import InterruptedComputationError
+from pipeline.core.spec import PLAIN_VIEW, FeatureSpec, Views
 from pipeline.dataset import Dataset, remote
-from pipeline.errors import InterruptedComputationError
 from pipeline.keras_start import import_keras
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.shard_task import Setup, ShardWorker, check_room
-from pipeline.spec import PLAIN_VIEW, FeatureSpec, Views
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)

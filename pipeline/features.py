@@ -16,12 +16,12 @@ from pipeline import images
 from pipeline.asked import DatasetChoice
 from pipeline.batches import Shuffled
 from pipeline.choice import FeatureChoice, warn_untrained
+from pipeline.core.errors import DatasetError, UsageError
+from pipeline.core.spec import Augmentation, Views
 from pipeline.dataset import few_groups
 from pipeline.dataset.split import SPLITS
-from pipeline.errors import DatasetError, UsageError
 from pipeline.gather import Material, gather
 from pipeline.rows import Rows, Wanted, held, room_for, stored_rows
-from pipeline.spec import Augmentation, Views
 from pipeline.workspace import open_workspace
 
 SplitName = Literal["train", "val", "test"]

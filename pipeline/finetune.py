@@ -21,8 +21,10 @@ from pipeline.batches import Shuffled
 from pipeline.checkpoint import Checkpoint
 from pipeline.choice import FeatureChoice, warn_untrained
 from pipeline.compute import ComputeOptions
+from pipeline.core.errors import RunError
+from pipeline.core.spec import OWN, FeatureSpec
+from pipeline.core.units import counted, duration
 from pipeline.dataset import Dataset
-from pipeline.errors import RunError
 from pipeline.extract import extract
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.heads import dense
@@ -37,8 +39,6 @@ from pipeline.planning import Quarantined
 from pipeline.prepare import Prepared, check_sides, prepared_pixels, prepared_tensors
 from pipeline.rows import Rows, StoredRows, select
 from pipeline.seen_images import initial_images
-from pipeline.spec import OWN, FeatureSpec
-from pipeline.units import counted, duration
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)

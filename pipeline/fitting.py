@@ -11,14 +11,14 @@ import numpy as np
 
 from pipeline import heads, tracking
 from pipeline.asked import Asked
-from pipeline.cache.storage import write_json
 from pipeline.checkpoint import Checkpoint
+from pipeline.core.files import write_json
+from pipeline.core.progress import Progress
+from pipeline.core.spec import HeadSpec
 from pipeline.heads.base import JSON_FILE, Predicts, require_numbers, stratified_folds
 from pipeline.heads.ensemble import Ensemble, member_name
 from pipeline.prepare import Prepared
-from pipeline.progress import Progress
 from pipeline.rows import Rows
-from pipeline.spec import HeadSpec
 
 _HISTORY = "history.json"
 

@@ -18,18 +18,18 @@ from uuid import uuid4
 
 import numpy as np
 
-from pipeline import link, machine
-from pipeline.cache import storage
+from pipeline import link
 from pipeline.cluster import ClusterChoice
 from pipeline.compute import Effort, Settle
+from pipeline.core import files, machine
+from pipeline.core.errors import IceboxError, InterruptedComputationError, UnfitWorkerError
+from pipeline.core.progress import Advance
+from pipeline.core.units import counted, size_text
 from pipeline.dataset import Dataset
-from pipeline.errors import IceboxError, InterruptedComputationError, UnfitWorkerError
 from pipeline.fleet_members import Hand, Worker
 from pipeline.fleet_worker import Requirements, run_task, vet
 from pipeline.link import Link, LostError
-from pipeline.progress import Advance
 from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, There, nothing_there
-from pipeline.units import counted, size_text
 
 logger = logging.getLogger(__name__)
 
@@ -378,7 +378,7 @@ def _readable(path: Path | None) -> bool:
     if path is None:
         return False
     try:
-        storage.try_to_read(path)
+        files.try_to_read(path)
     except OSError:
         return False
     return True
@@ -389,7 +389,7 @@ def _published(path: Path, size: int) -> bool:
     start = time.monotonic()
     while True:
         with suppress(OSError):
-            return storage.size(path) == size
+            return files.size(path) == size
         if time.monotonic() - start > _GRACE_S:
             return False
         time.sleep(0.2)

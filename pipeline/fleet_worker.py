@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import machine
 from pipeline.backbone import own
-from pipeline.cache import storage
+from pipeline.core import files, machine
+from pipeline.core.errors import SpecError, UnfitWorkerError, UsageError, WeightsError
 from pipeline.dataset import remote
-from pipeline.errors import SpecError, UnfitWorkerError, UsageError, WeightsError
 from pipeline.shard_task import RowsThere, Setup, ShardDone, ShardTask, ShardWorker, There, nothing_there
 
 
@@ -92,7 +91,7 @@ def _check_files(requirements: Requirements) -> None:
         raise UnfitWorkerError(f"may not write to the cache {cache}")
     for path in requirements.samples:
         try:
-            storage.try_to_read(path)
+            files.try_to_read(path)
         except OSError as error:
             raise UnfitWorkerError(f"cannot read the image {path} ({error.strerror or error})") from error
 
@@ -110,7 +109,7 @@ def _check_weights(setup: Setup) -> None:
 def _identity(weights: Path, network: Path | None) -> str:
     """Return the identity of weights in a file: those in a file with an own network are known by their content."""
     if network is None or weights != network:
-        return f"sha256:{storage.sha256_file(weights)}"
+        return f"sha256:{files.sha256_file(weights)}"
     try:
         return own.read(network).weights
     except (SpecError, WeightsError) as error:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline import jpeg
 from pipeline.containers import Header, one_line, read_header
-from pipeline.errors import DecodeError, SpecError, UsageError
+from pipeline.core.errors import DecodeError, SpecError, UsageError
 from pipeline.foreign import CONVERT
 
 Fit = Literal["squash", "crop", "pad"]

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import environment, machine
-from pipeline.errors import IceboxError
-from pipeline.imports import import_matplotlib, without
-from pipeline.native_stderr import held_back
+from pipeline.core import environment, machine
+from pipeline.core.errors import IceboxError
+from pipeline.core.lazy_imports import import_matplotlib, without
+from pipeline.core.native_stderr import held_back
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.spec import HeadSpec
+from pipeline.core.units import counted, size_text
 from pipeline.evaluate import wilson_interval
 from pipeline.pictures import CostPoint, draw_ranking
-from pipeline.spec import HeadSpec
-from pipeline.units import counted, size_text
 
 SIGNIFICANCE = 0.05
 _MOST_DRAWN = 40

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from pipeline.cluster import Client, ClusterChoice, connected
-from pipeline.errors import IceboxError, InterruptedComputationError, UsageError
+from pipeline.core.errors import IceboxError, InterruptedComputationError, UsageError
 from pipeline.worker_health import WorkerHealth
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import CheckpointError, RunError
+from pipeline.core.errors import CheckpointError, RunError
 from pipeline.keras_start import KerasModel, import_keras
 
 Entry = dict[str, float]

@@ -18,15 +18,15 @@ from pipeline.backbone.frozen import features_of
 from pipeline.backbone.graph import allow_any_names, cut, cut_layers, cut_tensor, layer_names, rest_of, work
 from pipeline.backbone.scaling import scale
 from pipeline.backbone.weights import Weights
-from pipeline.cache import storage
-from pipeline.cache.storage import write_json
-from pipeline.errors import IceboxError, RunError, SpecError, UsageError, did_you_mean
+from pipeline.core import files
+from pipeline.core.errors import IceboxError, RunError, SpecError, UsageError, did_you_mean
+from pipeline.core.files import write_json
+from pipeline.core.spec import FREEZE_UNTIL, FeatureSpec
 from pipeline.heads.dense import DenseHead, average, build, from_logreg
 from pipeline.heads.logreg import LogregHead
 from pipeline.keras_start import KerasModel, import_keras
 from pipeline.loop import finalize
 from pipeline.rows import Rows, read_ahead
-from pipeline.spec import FREEZE_UNTIL, FeatureSpec
 
 WEIGHTS_FILE = "backbone.weights.h5"
 JSON_FILE = "network.json"
@@ -150,7 +150,7 @@ class Network:
     def save(self, directory: Path) -> str:
         """Write backbone, head and our JSON; return the identity of the backbone's weights, as a spec names them."""
         weights_file.save(self.whole, directory / WEIGHTS_FILE)
-        digest = storage.sha256_file(directory / WEIGHTS_FILE)
+        digest = files.sha256_file(directory / WEIGHTS_FILE)
         self.head.save(directory)
         about: dict[str, Any] = {
             "backbone": self.spec.backbone,
@@ -207,11 +207,11 @@ def _in_inference_mode(model: KerasModel) -> Any:
 
 
 def _described(directory: Path) -> dict[str, Any]:
-    return json.loads(storage.read_small(directory / JSON_FILE, _MOST_BYTES))
+    return json.loads(files.read_small(directory / JSON_FILE, _MOST_BYTES))
 
 
 def _require_saved(directory: Path, made: dict[str, Any]) -> None:
-    if storage.sha256_file(directory / WEIGHTS_FILE) != made["sha256"]:
+    if files.sha256_file(directory / WEIGHTS_FILE) != made["sha256"]:
         raise RunError(f"{directory / WEIGHTS_FILE} is not the file that was saved")
 
 

@@ -20,13 +20,13 @@ from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import identify
 from pipeline.choice import FeatureChoice, Settled, find_space, settle, weights_for, weights_of
 from pipeline.class_names import missing, with_classes
+from pipeline.core.errors import DatasetError, RunError, SpecError
+from pipeline.core.spec import FREEZE_UNTIL, OWN, SHAPE, FeatureSpec, HeadSpec
 from pipeline.dataset import Dataset
-from pipeline.errors import DatasetError, RunError, SpecError
 from pipeline.heads.dense import DenseHead
 from pipeline.heads.dense import build as build_head
 from pipeline.images import depth_of
 from pipeline.runs import network_record, read_run
-from pipeline.spec import FREEZE_UNTIL, OWN, SHAPE, FeatureSpec, HeadSpec
 from pipeline.workspace import Workspace
 
 

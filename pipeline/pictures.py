@@ -19,9 +19,9 @@ from typing import IO, Any, Concatenate, ParamSpec
 
 import numpy as np
 
+from pipeline.core.lazy_imports import import_matplotlib
+from pipeline.core.utf8 import spelt
 from pipeline.evaluate import MOST_DENSE
-from pipeline.imports import import_matplotlib
-from pipeline.spelling import spelt
 
 logger = logging.getLogger(__name__)
 

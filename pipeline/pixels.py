@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import numpy as np
 
 from pipeline import augment
+from pipeline.core.errors import DatasetError
+from pipeline.core.spec import Augmentation
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded, Loader, decoding_pool
-from pipeline.errors import DatasetError
 from pipeline.images import FULL_DEPTH
-from pipeline.spec import Augmentation
 
 
 class Decoding:

@@ -15,10 +15,10 @@ from pipeline.cache.index import Index
 from pipeline.cache.keys import comparable, split
 from pipeline.cache.space import FeatureSpace
 from pipeline.compute import note_bad, note_key
+from pipeline.core.progress import Progress
+from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded, Loader, decoding_pool
-from pipeline.progress import Progress
-from pipeline.spec import PLAIN_VIEW, Views
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from pipeline import images as decoding_policy
 from pipeline.answering import Group, grouped
 from pipeline.cache.digests import Identities, identify
 from pipeline.compute import note_bad, note_key
+from pipeline.core.errors import IndexDamagedError
 from pipeline.dataset import Dataset
 from pipeline.decoder import Loaded, Loader, batched, decoding_pool
-from pipeline.errors import IndexDamagedError
 from pipeline.network import Answerer, compiled
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.utf8 import spelt
 from pipeline.evaluate import MOST_DENSE
-from pipeline.spelling import spelt
 
 _TOP = 10  # classes whose probabilities are kept of each image where there are more than MOST_DENSE
 

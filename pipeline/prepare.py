@@ -13,16 +13,16 @@ import numpy as np
 from pipeline import heads
 from pipeline.cache.digests import identify
 from pipeline.choice import warn_untrained
+from pipeline.core.errors import DatasetError
+from pipeline.core.spec import HeadSpec
+from pipeline.core.units import counted
 from pipeline.dataset import Dataset, assign, few_groups
 from pipeline.dataset.split import SPLITS
-from pipeline.errors import DatasetError
 from pipeline.gather import Material, Sorted
 from pipeline.images import FULL_DEPTH
 from pipeline.pixels import Pixels, decoding
 from pipeline.predictions import Predictions
 from pipeline.rows import Rows, StoredRows, Wanted, hold, select, stored_rows
-from pipeline.spec import HeadSpec
-from pipeline.units import counted
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)

@@ -14,10 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import machine
-from pipeline.cache import storage
-from pipeline.cache.lock import done_without, exclusive
-from pipeline.spec import FeatureSpec
+from pipeline.core import files, machine
+from pipeline.core.locks import done_without, exclusive
+from pipeline.core.spec import FeatureSpec
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -51,13 +50,13 @@ def remember(workspace: Workspace, spec: FeatureSpec, images_per_second: float, 
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     try:
-        storage.make_folder(path.parent)
+        files.make_folder(path.parent)
         with exclusive(path.with_name(f".{FILE}.lock"), lambda holder: None):
             if not done_without():
-                storage.remove_partials(path.parent)  # of a program that was killed here
+                files.remove_partials(path.parent)  # of a program that was killed here
             others = [each for each in _read(path) if not _is_of(each, key)]
             about = {"format": _FORMAT, "version": _VERSION, "rates": [*others, entry]}
-            storage.write_whole(path, (json.dumps(about, indent=1) + "\n").encode())
+            files.write_whole(path, (json.dumps(about, indent=1) + "\n").encode())
     except OSError as error:  # a cache that cannot be written can still be read
         logger.warning("%s cannot be written (%s): how fast %s is will be measured again", path, error, spec.backbone)
 
@@ -93,10 +92,10 @@ def _is_of(entry: dict[str, Any], key: dict[str, Any]) -> bool:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """Return the rates in a file, the oldest first; none if there is no such file, or it cannot be read."""
-    if not storage.exists(path):
+    if not files.exists(path):
         return []
     try:
-        about = json.loads(storage.read_small(path, _MOST_BYTES))
+        about = json.loads(files.read_small(path, _MOST_BYTES))
         if (about["format"], about["version"]) != (_FORMAT, _VERSION):
             raise ValueError("another format")
         return [dict(each) for each in about["rates"] if _is_rate(dict(each).get("images_per_second"))]

@@ -11,9 +11,9 @@ from pipeline.asked import Asked, FullAsked
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
 from pipeline.backbone.weights import is_path
 from pipeline.choice import FeatureChoice
-from pipeline.errors import UsageError
+from pipeline.core.errors import UsageError
+from pipeline.core.spec import OWN, SHAPE, HeadSpec
 from pipeline.images import DEFAULT_MAX_PIXELS, FULL_DEPTH, depth_of
-from pipeline.spec import OWN, SHAPE, HeadSpec
 from pipeline.trained import TrainedRun
 
 Option = tuple[str, Any]  # its name and value: None leaves it out, True makes it a flag

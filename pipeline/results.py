@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import runs
-from pipeline.cache import storage
 from pipeline.checksums import CHECKSUMS
+from pipeline.core import files
 from pipeline.evaluate import evaluate
 from pipeline.gather import Sorted
 from pipeline.loop import Entry
@@ -74,11 +74,11 @@ def write(
         },
         "classes": list(dataset.classes),
     }
-    storage.write_json(directory / "run.json", {**common, **about}, runs.MOST_ABOUT)
+    files.write_json(directory / "run.json", {**common, **about}, runs.MOST_ABOUT)
     images.run_images(joined=bool(about["asked"].get("folds"))).write(directory)
-    storage.write_json(directory / "metrics.json", metrics)
-    storage.write_json(directory / "history.json", history)
+    files.write_json(directory / "metrics.json", metrics)
+    files.write_json(directory / "history.json", history)
     runs.write_history(directory / "history.csv", history)
-    storage.write_json(directory / "quarantined.json", [asdict(bad) for bad in images.quarantined])
+    files.write_json(directory / "quarantined.json", [asdict(bad) for bad in images.quarantined])
     write_predictions(directory / "predictions.csv", predictions, dataset.classes)
     draw_curves(directory / "curves.png", history, x, f"{about['summary']['head']} on {dataset.name}")

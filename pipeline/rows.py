@@ -12,11 +12,11 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline import machine
 from pipeline.cache.index import Located
 from pipeline.cache.space import FeatureSpace, ShardReader
-from pipeline.errors import UsageError
-from pipeline.units import size_text
+from pipeline.core import machine
+from pipeline.core.errors import UsageError
+from pipeline.core.units import size_text
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from pipeline.cache import storage
 from pipeline.cache.keys import KEY_BYTES, Keys, comparable, in_order, raw
 from pipeline.checksums import not_published, read_checksums
-from pipeline.errors import RunError
+from pipeline.core import files
+from pipeline.core.errors import RunError
 
 FILE = "images.npz"
 SPLITS = ("train", "val", "test", "initial")
@@ -80,7 +80,7 @@ class RunImages:
 
     def write(self, folder: Path) -> None:
         """Write the file into a run's folder."""
-        with storage.new_file(folder / FILE) as file:
+        with files.new_file(folder / FILE) as file:
             np.savez(file, key=self.digests, split=self.splits, splits=np.array(SPLITS), complete=self.complete)
 
     @classmethod
@@ -96,7 +96,7 @@ class RunImages:
         if FILE not in known and not path.exists():
             return None
         try:
-            with storage.open_regular(path, 0) as file:
+            with files.open_regular(path, 0) as file:
                 if known and hashlib.file_digest(file, "sha256").hexdigest() != known.get(FILE):  # pyright: ignore[reportArgumentType]
                     raise not_published(path)
                 _check_size(file)

@@ -15,11 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import storage
-from pipeline.cache.lock import abandoned, done_without, held_if_abandoned, new_folder_held, remove_abandoned
-from pipeline.cache.storage import MOST_JSON_BYTES
 from pipeline.checksums import check_files, write_checksums
-from pipeline.errors import CheckpointError, RunError, did_you_mean
+from pipeline.core import files
+from pipeline.core.errors import CheckpointError, RunError, did_you_mean
+from pipeline.core.files import MOST_JSON_BYTES
+from pipeline.core.locks import abandoned, done_without, held_if_abandoned, new_folder_held, remove_abandoned
 from pipeline.run_dataset import RunDataset
 
 logger = logging.getLogger(__name__)
@@ -64,17 +64,17 @@ def new_folder(final: Path, ending: str = "") -> Iterator[Path]:
 
     Killed, it leaves a ".partial-…" folder that nobody holds, whose name has this `ending`.
     """
-    partial, former = (storage.partial_name(final.parent, ending) for _ in range(2))
+    partial, former = (files.partial_name(final.parent, ending) for _ in range(2))
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with new_folder_held(partial):
             yield partial
             for path in partial.rglob("*"):
-                storage.fsync(path)
+                files.fsync(path)
             if final.exists():
                 final.rename(former)
             try:
-                storage.publish(partial, final)
+                files.publish(partial, final)
             except BaseException:
                 if former.exists():
                     former.rename(final)
@@ -103,8 +103,8 @@ def reopened(root: Path, name: str, command: str = "train-head") -> Iterator[tup
             raise RunError(f"the run {name} is being worked on by another process")
         if done_without():
             logger.warning("without locks, nothing keeps another process from going on with %s too", name)
-        for path in partial.rglob(f"{storage.PARTIAL_PREFIX}*"):  # what was being written when it was killed
-            storage.remove(path)
+        for path in partial.rglob(f"{files.PARTIAL_PREFIX}*"):  # what was being written when it was killed
+            files.remove(path)
         with _published(partial, root / name, command):
             yield name, partial
 
@@ -116,8 +116,8 @@ def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
         if (partial / "run.json").exists():  # a sweep has none
             write_checksums(partial, _SPENT)
         for path in partial.rglob("*"):
-            storage.fsync(path)
-        storage.publish(partial, final)
+            files.fsync(path)
+        files.publish(partial, final)
     except BaseException as error:
         if not _can_resume(partial):
             shutil.rmtree(partial, ignore_errors=True)
@@ -128,7 +128,7 @@ def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
         raise
     for path in _of_unfinished(final):  # only now: killed before, it can still be gone on with
         try:
-            storage.remove(path)
+            files.remove(path)
         except OSError as error:  # what was made is whole
             logger.warning("%s cannot be removed (%s) and is of no use any more; `cache gc` removes it", path, error)
 
@@ -153,7 +153,7 @@ def write_request(
     request = {"asked": dict(asked), "material": material, "space": space, "created": now()}
     if network is not None:
         request["network"] = dict(network)
-    storage.write_json(folder / REQUEST, request)
+    files.write_json(folder / REQUEST, request)
 
 
 def now() -> str:
@@ -169,7 +169,7 @@ def _in_order(described: Mapping[str, Path]) -> list[str]:
 def _created(path: Path) -> float:
     """Return the instant, in POSIX seconds; of a file that does not say it when the file was written."""
     try:
-        return datetime.fromisoformat(json.loads(storage.read_small(path, MOST_ABOUT))["created"]).timestamp()
+        return datetime.fromisoformat(json.loads(files.read_small(path, MOST_ABOUT))["created"]).timestamp()
     except (OSError, ValueError, LookupError, TypeError, RecursionError):  # whoever reads it says what is wrong
         return path.stat().st_mtime if path.exists() else 0.0
 
@@ -178,7 +178,7 @@ def read_request(root: Path, name: str) -> dict[str, Any]:
     """Return what was asked of the unfinished run `name`. Raises RunError."""
     path = _partial(root, name) / REQUEST
     try:
-        request = json.loads(storage.read_small(path, MOST_JSON_BYTES))
+        request = json.loads(files.read_small(path, MOST_JSON_BYTES))
         if not isinstance(request, dict):
             raise ValueError("not an object")
     except FileNotFoundError:
@@ -205,7 +205,7 @@ def latest_of(names: Sequence[str], root: Path) -> str:
 
 def unfinished(root: Path) -> list[str]:
     """Return the names of the runs that were stopped and can be resumed, the oldest first."""
-    found = [name.removeprefix(storage.PARTIAL_PREFIX) for name in storage.folders(root) if storage.is_partial(name)]
+    found = [name.removeprefix(files.PARTIAL_PREFIX) for name in files.list_folders(root) if files.is_partial(name)]
     some = [name for name in found if _can_resume(_partial(root, name)) and abandoned(_partial(root, name))]
     return _in_order({name: _partial(root, name) / REQUEST for name in some})
 
@@ -215,12 +215,12 @@ def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> t
 
     Those of `resumable` runs are removed only if so asked. Returns what is removed and its bytes.
     """
-    folders = [root / name for name in storage.folders(root)]
-    unnamed = [folder for folder in folders if storage.is_partial(folder.name)]
-    unnamed += sorted(root.glob(f"[!.]*/evaluations/{storage.PARTIAL_PREFIX}*"))
+    folders = [root / name for name in files.list_folders(root)]
+    unnamed = [folder for folder in folders if files.is_partial(folder.name)]
+    unnamed += sorted(root.glob(f"[!.]*/evaluations/{files.PARTIAL_PREFIX}*"))
     killed = [] if done_without() else [folder for folder in unnamed if abandoned(folder)]
     dead = [folder for folder in killed if resumable or not _can_resume(folder)]
-    spent = [path for folder in folders if not storage.is_partial(folder.name) for path in _of_unfinished(folder)]
+    spent = [path for folder in folders if not files.is_partial(folder.name) for path in _of_unfinished(folder)]
     sizes = {folder: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in dead}
     sizes |= {path: path.stat().st_size for path in spent}
     if not dry_run:
@@ -228,7 +228,7 @@ def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> t
             if not remove_abandoned(folder):  # somebody has just taken it up
                 del sizes[folder]
         for path in spent:
-            storage.remove(path)
+            files.remove(path)
     return list(sizes), sum(sizes.values())
 
 
@@ -293,7 +293,7 @@ def backbone_of(about: Mapping[str, Any]) -> str:
 def _partial(root: Path, name: str) -> Path:
     if name != slug(name):
         raise RunError(_not_resumable(root, name))
-    return root / f"{storage.PARTIAL_PREFIX}{name}"
+    return root / f"{files.PARTIAL_PREFIX}{name}"
 
 
 def _can_resume(folder: Path) -> bool:
@@ -328,7 +328,7 @@ def list_datasets(root: Path) -> list[RunDataset]:
 
 def _read_about(path: Path) -> dict[str, Any]:
     try:
-        about = json.loads(storage.read_small(path, MOST_ABOUT))
+        about = json.loads(files.read_small(path, MOST_ABOUT))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error}); move its folder out of the runs") from error
     if not _whole(about):
@@ -367,7 +367,7 @@ def _reserve(root: Path, wanted: str, held: ExitStack) -> tuple[str, Path]:
     """Return a free name and its hidden folder, made and `held` now: only who made that folder may take the name."""
     for number in itertools.count(1):
         name = wanted if number == 1 else f"{wanted}-{number}"
-        partial = root / f"{storage.PARTIAL_PREFIX}{name}"
+        partial = root / f"{files.PARTIAL_PREFIX}{name}"
         try:
             held.enter_context(new_folder_held(partial))
         except FileExistsError:

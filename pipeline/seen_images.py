@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.asked import FullAsked
-from pipeline.cache import storage
-from pipeline.cache.storage import MOST_JSON_BYTES
 from pipeline.class_names import with_classes
-from pipeline.errors import IceboxError, RunError
+from pipeline.core import files
+from pipeline.core.errors import IceboxError, RunError
+from pipeline.core.files import MOST_JSON_BYTES
 from pipeline.gather import Sorted, list_images
 from pipeline.run_images import RunImages
 from pipeline.trained import TrainedRun, open_run
@@ -86,6 +86,6 @@ def _quarantined(run: TrainedRun) -> set[str]:
     """Return the names of the images that a run was made without: another decoder may take them by now."""
     path = run.path / "quarantined.json"
     try:
-        return {str(bad["path"]) for bad in json.loads(storage.read_small(path, MOST_JSON_BYTES))}
+        return {str(bad["path"]) for bad in json.loads(files.read_small(path, MOST_JSON_BYTES))}
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error})") from error

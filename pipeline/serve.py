@@ -16,14 +16,14 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
-from pipeline import machine
 from pipeline.answering import Group, grouped
+from pipeline.core import machine
+from pipeline.core.errors import IceboxError, UsageError
+from pipeline.core.utf8 import spelt
 from pipeline.decoder import Decoders, decoding_pool
-from pipeline.errors import IceboxError, UsageError
 from pipeline.images import depth_of
 from pipeline.network import compiled
 from pipeline.predict import likeliest
-from pipeline.spelling import spelt
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
 

@@ -19,14 +19,14 @@ import numpy as np
 
 from pipeline import augment, images
 from pipeline.backbone.frozen import FrozenBackbone, images_within, streams
-from pipeline.cache import storage
 from pipeline.cache.index import row_mark
 from pipeline.cache.shard import Gathering, Rows, ShardInfo, write_shard
+from pipeline.core import files
+from pipeline.core.errors import CacheError
+from pipeline.core.spec import PLAIN_VIEW, FeatureSpec, Views
+from pipeline.core.units import size_text
 from pipeline.dataset import Dataset, remote
 from pipeline.decoder import Decoders, Loaded, Loader, batched, decoding_pool, in_threads
-from pipeline.errors import CacheError
-from pipeline.spec import PLAIN_VIEW, FeatureSpec, Views
-from pipeline.units import size_text
 
 There = Callable[[bytes, int], bool]  # whether the row of this key and view need not be computed
 
@@ -314,7 +314,7 @@ def check_room(directory: Path, count: int, row_bytes: float) -> None:
     CacheError
         If they need more than is free.
     """
-    free = storage.free_bytes(directory)
+    free = files.free_bytes(directory)
     if row_bytes * count > free:
         raise CacheError(
             f"{count:,} rows need about {size_text(row_bytes * count)} in {directory}, {size_text(free)} are free; "

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeline import machine, rates
+from pipeline import rates
 from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.backbone.scaling import NONE
@@ -17,9 +17,10 @@ from pipeline.backbones import with_size
 from pipeline.cache.shard import SHARD_BYTES
 from pipeline.choice import FeatureChoice, Settled
 from pipeline.compute import default_batch
-from pipeline.errors import UsageError
+from pipeline.core import machine
+from pipeline.core.errors import UsageError
+from pipeline.core.units import counted, duration, size_text
 from pipeline.keras_start import import_keras
-from pipeline.units import counted, duration, size_text
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import Any
 from pipeline.backbone.build import build
 from pipeline.backbone.graph import cut, cut_layers, nodes, work
 from pipeline.backbone.source import architecture
+from pipeline.core.spec import HeadSpec
 from pipeline.heads.dense import build as build_head
-from pipeline.spec import HeadSpec
 
 
 def summarize(

@@ -7,10 +7,10 @@ import numpy as np
 from pipeline import near
 from pipeline.cache.keys import Grouped
 from pipeline.compute import note_bad, note_key
+from pipeline.core.progress import Progress
 from pipeline.decoder import Loaded, Loader, decoding_pool
 from pipeline.images import FULL_DEPTH, orientation
 from pipeline.planning import DEFAULT_FIT, Planning
-from pipeline.progress import Progress
 
 # What is noted of an image. Sizes are in pixels, as stored; `kind` is "" where nobody could look.
 LOOK = np.dtype(

@@ -20,11 +20,13 @@ from typing import Any
 
 from pipeline import heads, runs
 from pipeline.asked import SweepAsked
-from pipeline.cache import storage
 from pipeline.candidates import Candidate, compute_missing, digest, find_candidates
 from pipeline.cluster import ClusterChoice, connected
+from pipeline.core import files
+from pipeline.core.errors import RunError
+from pipeline.core.spec import HeadSpec
+from pipeline.core.units import counted
 from pipeline.dataset import Dataset
-from pipeline.errors import RunError
 from pipeline.fitting import Outcome, answers
 from pipeline.leaderboard import (
     Trial,
@@ -37,11 +39,9 @@ from pipeline.leaderboard import (
 from pipeline.pictures import draw_cost
 from pipeline.planning import Quarantined
 from pipeline.prepare import memory_needed, prepared
-from pipeline.spec import HeadSpec
 from pipeline.train import write_run
 from pipeline.trial import TRIAL, read_json, read_trial, run_trial
 from pipeline.trial_tasks import submitted
-from pipeline.units import counted
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def sweep(
         rows = leaderboard(list(trials.values()))
         best = min(settings, key=lambda setting: trials[setting.name].order)
         if (error := trials[best.name].error) is not None:
-            storage.remove_folder(folder / "trials")  # going on with them would end as this does
+            files.remove_folder(folder / "trials")  # going on with them would end as this does
             raise RunError(f"none of {counted(len(trials), 'setting')} could be trained, the first: {error}")
         summary = _publish_best(workspace, asked, best, folder)
         _write(folder, name, asked, candidates, best, rows, summary)
@@ -265,7 +265,7 @@ class _Podium:
         self._best, *others = sorted(both, key=lambda each: each[0].order)
         for _, folder in others:
             for path in folder.glob("head.*"):
-                storage.remove(path)
+                files.remove(path)
         return trial
 
 
@@ -282,7 +282,7 @@ def _publish_best(workspace: Workspace, asked: SweepAsked, best: _Setting, folde
         prepared(candidate.material, [spec], asked.memory, sides=("val", "test")) as ready,
         runs.new_run(workspace.runs, title, workspace.command("train-head")) as (name, directory),
     ):
-        storage.write_json(folder / runs.WINNER, {"run": name})  # first: published, the run is known to be the winner
+        files.write_json(folder / runs.WINNER, {"run": name})  # first: published, the run is known to be the winner
         head = heads.load(best.folder)
         fitted = heads.Fitted(head, found["history"], found["x"], found["seconds_per_epoch"], found["facts"])
         said = (answers(head, ready.rows[side], side) for side in ("val", "test"))
@@ -323,7 +323,7 @@ def _write(
         "runs": rows,
         "best": summary,
     }
-    storage.write_json(folder / _ABOUT, about)
+    files.write_json(folder / _ABOUT, about)
     write_leaderboard(folder / "leaderboard.csv", rows)
     draw_leaderboard(folder / "leaderboard.png", rows, f"{name}: {counted(len(rows), 'setting')}")
     if has_several_backbones(rows) and (points := cost_points(rows)):

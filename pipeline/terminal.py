@@ -15,8 +15,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from pipeline.progress import Advance
-from pipeline.units import duration
+from pipeline.core.progress import Advance
+from pipeline.core.units import duration
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 

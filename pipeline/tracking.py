@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline import machine
+from pipeline.core import machine
 from pipeline.keras_start import import_keras
 
 FOLDER = "tensorboard"

@@ -14,8 +14,8 @@ import numpy as np
 from pipeline import heads, results, runs, tracking
 from pipeline.asked import Asked
 from pipeline.backbone import source as networks
+from pipeline.core.errors import RunError
 from pipeline.dataset import Dataset
-from pipeline.errors import RunError
 from pipeline.fitting import Outcome, fit_asked
 from pipeline.gather import Material, gather
 from pipeline.planning import Quarantined

@@ -15,11 +15,11 @@ from pipeline import heads, runs
 from pipeline.asked import Asked, FullAsked
 from pipeline.backbone import source as networks
 from pipeline.class_names import listed, missing, normalised, other_classes, with_classes
+from pipeline.core.errors import RunError, SpecError
+from pipeline.core.spec import FeatureSpec
 from pipeline.dataset import Dataset
-from pipeline.errors import RunError, SpecError
 from pipeline.network import Network
 from pipeline.rows import Rows
-from pipeline.spec import FeatureSpec
 
 logger = logging.getLogger(__name__)
 

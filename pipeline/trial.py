@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from pipeline import heads
-from pipeline.cache import storage
-from pipeline.cache.lock import exclusive
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import DoNotFitError, RunError
+from pipeline.core import files
+from pipeline.core.errors import DoNotFitError, RunError
+from pipeline.core.locks import exclusive
+from pipeline.core.spec import HeadSpec
 from pipeline.fitting import answers, fit_head
 from pipeline.heads.base import measure
 from pipeline.leaderboard import ExtractionCost, Trial
 from pipeline.loop import NotFiniteError, OtherCheckpointError
-from pipeline.spec import HeadSpec
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def run_trial(
         try:
             fitted = _fitted(spec, data, folder, advance)
         except (NotFiniteError, DoNotFitError) as error:
-            storage.write_json(folder / TRIAL, {"error": str(error), "seconds": time.perf_counter() - start})
+            files.write_json(folder / TRIAL, {"error": str(error), "seconds": time.perf_counter() - start})
             return
         said = answers(fitted.head, data.val, "val")
         val_loss, _ = measure(said, data.val_labels)
@@ -58,7 +58,7 @@ def run_trial(
             "seconds_per_epoch": fitted.seconds_per_epoch,
             "facts": fitted.facts,
         }
-        storage.write_json(folder / TRIAL, outcome)
+        files.write_json(folder / TRIAL, outcome)
         Checkpoint(folder).remove()
         heads.release()
 
@@ -75,7 +75,7 @@ def _fitted(spec: HeadSpec, data: heads.Data, folder: Path, advance: Callable[[f
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of an unfinished sweep. Raises RunError."""
     try:
-        return dict(json.loads(storage.read_small(path, _MOST_BYTES)))
+        return dict(json.loads(files.read_small(path, _MOST_BYTES)))
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{path} cannot be read ({error}); remove it and resume the sweep") from error
 

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pipeline import link, machine
+from pipeline import link
 from pipeline.cluster import Client, ClusterChoice
-from pipeline.errors import IceboxError, UsageError
+from pipeline.core import machine
+from pipeline.core.errors import IceboxError, UsageError
+from pipeline.core.spec import HeadSpec
+from pipeline.core.units import size_text
 from pipeline.heads import Data
 from pipeline.keras_start import import_keras, limit_threads
 from pipeline.rows import StoredRows, hold
-from pipeline.spec import HeadSpec
-from pipeline.units import size_text
 from pipeline.worker_health import WorkerHealth
 
 _SHARE_OF_LIMIT = 0.8  # of a worker's memory; with more in use Dask gives it nothing to do

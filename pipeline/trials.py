@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UsageError
-from pipeline.spec import HEADS, WHOLE, HeadSpec
+from pipeline.core.errors import UsageError
+from pipeline.core.spec import HEADS, WHOLE, HeadSpec
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.errors import DecodeError
+from pipeline.core.errors import DecodeError
 
 _OVERHEAD = 2**16  # bytes of a form around the file in it
 _PATIENCE_S = 60.0  # for an upload to come in

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cache.space import Cache
-from pipeline.progress import Progress, silent
+from pipeline.core.progress import Progress, silent
 
 
 @dataclass(frozen=True)

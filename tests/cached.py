@@ -14,9 +14,9 @@ import numpy as np
 from pipeline.backbone.table import BACKBONES
 from pipeline.cache import shard
 from pipeline.cache.space import FeatureSpace
+from pipeline.core.hashing import image_key
+from pipeline.core.spec import PLAIN_VIEW, FeatureSpec, Views
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.hashing import image_key
-from pipeline.spec import PLAIN_VIEW, FeatureSpec, Views
 from pipeline.workspace import Workspace
 
 SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)

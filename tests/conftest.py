@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, settings
 
 from pipeline import images
 from pipeline.cache.space import Cache
-from pipeline.spec import FeatureSpec
+from pipeline.core.spec import FeatureSpec
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:

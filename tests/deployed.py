@@ -19,10 +19,10 @@ from pipeline.cache.digests import remembered_digest
 from pipeline.cache.space import Cache
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
+from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.extract import extract
 from pipeline.finetune import train_full
-from pipeline.spec import HeadSpec
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
 from pipeline.workspace import Workspace

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cache import storage
+from pipeline.core import files
 
 if TYPE_CHECKING:
     from conftest import Finished
@@ -53,11 +53,11 @@ class Watcher:
 
 @contextmanager
 def watched(watcher: Watcher) -> Iterator[Watcher]:
-    storage.watcher = watcher
+    files.watcher = watcher
     try:
         yield watcher
     finally:
-        storage.watcher = None
+        files.watcher = None
 
 
 def io_error(call: str, path: Path) -> None:

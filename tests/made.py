@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.cache.shard import Rows, ShardInfo
 from pipeline.cache.space import FeatureSpace
-from pipeline.spec import FeatureSpec
+from pipeline.core.spec import FeatureSpec
 
 SPEC = replace(conftest.SPEC, weights="untrained:glorot:0", decode="decode-1", resize="resize-1")
 

@@ -18,7 +18,7 @@ from conftest import ROOT, SPEC, write_picture
 from pipeline.backbone import own
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.choice import FeatureChoice
-from pipeline.spec import FeatureSpec
+from pipeline.core.spec import FeatureSpec
 
 SIZE = 32
 SCALING = "127,128"

@@ -18,11 +18,11 @@ from pipeline import images, pictures, runs
 from pipeline.apply import Evaluation, evaluate_run
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.choice import FeatureChoice
+from pipeline.core.errors import DatasetError, MissingRowsError, RunError, SpecError, UsageError
+from pipeline.core.hashing import image_key
+from pipeline.core.spec import HeadSpec
 from pipeline.dataset import limit
-from pipeline.errors import DatasetError, MissingRowsError, RunError, SpecError, UsageError
-from pipeline.hashing import image_key
 from pipeline.run_images import FILE, RunImages
-from pipeline.spec import HeadSpec
 from pipeline.train import train_head
 from pipeline.trained import open_run
 from pipeline.workspace import Workspace

@@ -15,15 +15,16 @@ import tensorflow as tf
 from conftest import SPEC, picture
 from own_networks import frozen_tiny
 
-from pipeline import images, machine
+from pipeline import images
 from pipeline.backbone import folding
 from pipeline.backbone import frozen as frozen_module
 from pipeline.backbone.build import build, load_weights
 from pipeline.backbone.frozen import FrozenBackbone, best_batch, streams
 from pipeline.backbone.graph import cut, cut_layers
 from pipeline.backbone.scaling import scale
-from pipeline.errors import IceboxError, SpecError, WeightsError
-from pipeline.spec import HeadSpec
+from pipeline.core import machine
+from pipeline.core.errors import IceboxError, SpecError, WeightsError
+from pipeline.core.spec import HeadSpec
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,14 @@ from cached import SPEC, fill, listed, write_images
 from conftest import icebox
 from own_networks import SIZE, own_choice, write_network
 
-from pipeline import machine, rates, speed
+from pipeline import rates, speed
 from pipeline.backbone import frozen, own
 from pipeline.backbone.table import BACKBONES
 from pipeline.backbones import Listed, gather
 from pipeline.cache.space import FeatureSpace
 from pipeline.compute import ComputeOptions
-from pipeline.errors import UsageError
+from pipeline.core import machine
+from pipeline.core.errors import UsageError
 from pipeline.extract import extract
 from pipeline.keras_start import import_keras
 from pipeline.speed import measure

@@ -12,11 +12,11 @@ from made import SPEC, add, key
 from pipeline import heads
 from pipeline.batches import Shuffled, block_order
 from pipeline.cache.space import Cache
-from pipeline.errors import DatasetError, DoNotFitError
+from pipeline.core.errors import DatasetError, DoNotFitError
+from pipeline.core.spec import HeadSpec
 from pipeline.heads import Data, Watch
 from pipeline.heads.base import stratified_folds
 from pipeline.rows import Rows, Wanted, open_rows
-from pipeline.spec import HeadSpec
 from pipeline.tracking import tensorboard
 
 N = 400

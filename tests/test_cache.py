@@ -29,13 +29,13 @@ import pytest
 from made import SPEC, add, chunk_places, key, made, shard_file
 
 import pipeline.cache.index
-from pipeline.cache import storage
 from pipeline.cache.index import FileStamp, Index, Quarantine
 from pipeline.cache.keys import Keys
 from pipeline.cache.shard import ShardInfo, read_info, read_rows, row_layout, write_shard
 from pipeline.cache.space import Cache, FeatureSpace
-from pipeline.errors import CacheError, IndexDamagedError, MissingRowsError, ShardDamagedError, SpecError
-from pipeline.spec import FeatureRequest, FeatureSpec, canonical_json
+from pipeline.core import files
+from pipeline.core.errors import CacheError, IndexDamagedError, MissingRowsError, ShardDamagedError, SpecError
+from pipeline.core.spec import FeatureRequest, FeatureSpec, canonical_json
 
 ROOT = Path(__file__).parent.parent
 REQUEST = FeatureRequest("inception_v3", "mixed10", "squash", "decode-1", "resize-1", 299, "x/127.5-1", "folded")
@@ -468,7 +468,7 @@ import resource, signal
 from pathlib import Path
 from made import SPEC, made
 from pipeline.cache.shard import write_shard
-from pipeline.errors import CacheError
+from pipeline.core.errors import CacheError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 try:
@@ -489,19 +489,19 @@ def test_a_disk_that_fills_up_leaves_nothing_and_crashes_nobody(tmp_path: Path, 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    storage.write_whole(path, b"old")
-    storage.write_whole(path, b"new")
+    files.write_whole(path, b"old")
+    files.write_whole(path, b"new")
     assert path.read_bytes() == b"new"
     assert files_in(tmp_path) == ["a.json"]
     (tmp_path / "b.json").mkdir()
     with pytest.raises(OSError):
-        storage.write_whole(tmp_path / "b.json", b"new")
+        files.write_whole(tmp_path / "b.json", b"new")
     assert files_in(tmp_path) == ["a.json", "b.json"]
 
 
 def test_free_bytes_of_a_folder_still_to_be_made(tmp_path: Path) -> None:
-    assert storage.free_bytes(tmp_path / "a" / "b") > 0
-    assert storage.sha256_file(Path(__file__)) == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    assert files.free_bytes(tmp_path / "a" / "b") > 0
+    assert files.sha256_file(Path(__file__)) == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
 # A space and its index
@@ -810,7 +810,7 @@ def test_a_space_without_any_of_the_rows_is_not_chosen(cache: Cache) -> None:
 
 def test_what_killed_writers_left_is_removed_under_the_lock_only(opener: Opener, space: FeatureSpace) -> None:
     add(space, [1])
-    partial = storage.partial_name(space.path / "shards", ".h5")
+    partial = files.partial_name(space.path / "shards", ".h5")
     partial.write_bytes(b"half a shard")
     again = opener().open(space.name)
     again.sync()
@@ -910,7 +910,7 @@ def test_a_second_writer_waits_for_the_first_and_says_for_whom(
 def test_a_partial_file_is_safe_while_its_writer_holds_the_lock(
     space: FeatureSpace, holder: subprocess.Popen[str]
 ) -> None:
-    partial = storage.partial_name(space.path / "shards", ".h5")
+    partial = files.partial_name(space.path / "shards", ".h5")
     partial.write_bytes(b"in the making")
 
     def look(_: str) -> None:
@@ -1230,7 +1230,7 @@ def test_where_locks_are_done_without_rows_are_added_but_nothing_is_removed(
     space: FeatureSpace, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ICEBOX_LOCKS", "off")
-    partial = storage.partial_name(space.shards, ".h5")
+    partial = files.partial_name(space.shards, ".h5")
     partial.write_bytes(b"in the making elsewhere")
     with space.lock(print):  # though another process holds it
         space.remove_leftovers()

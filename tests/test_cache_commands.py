@@ -18,9 +18,9 @@ from own_networks import tiny_options
 from pipeline.cache.digests import identify
 from pipeline.cache.shard import Rows
 from pipeline.cache.space import Cache
+from pipeline.core.hashing import image_key
+from pipeline.core.spec import FeatureSpec
 from pipeline.dataset import limit, open_dataset
-from pipeline.hashing import image_key
-from pipeline.spec import FeatureSpec
 
 UNTRAINED = ("--weights", "untrained", "--precision", "float32")
 

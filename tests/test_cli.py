@@ -35,7 +35,7 @@ from PIL import Image
 import cli
 from pipeline import terminal
 from pipeline.commands.shared import called
-from pipeline.spelling import spelt
+from pipeline.core.utf8 import spelt
 from pipeline.workspace import Workspace
 
 FEATURE_KEYS = {

@@ -19,7 +19,7 @@ import cli
 from pipeline.asked import Asked, FullAsked, stopped_run
 from pipeline.cache.space import Cache
 from pipeline.commands import config
-from pipeline.errors import IceboxError
+from pipeline.core.errors import IceboxError
 from pipeline.reproduce import options_like
 from pipeline.workspace import Workspace
 

@@ -34,8 +34,8 @@ from own_networks import tiny_options
 import cli
 import pipeline.shard_task
 from pipeline import pictures
-from pipeline.cache import storage
 from pipeline.cache.space import Cache
+from pipeline.core import files
 from pipeline.runs import published_names, read_run, unfinished
 from pipeline.workspace import Workspace
 
@@ -362,7 +362,7 @@ def test_a_full_disk_is_told_before_anything_is_computed(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = shutil.copytree(undisturbed, tmp_path / "data")
-    monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
     monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", None)  # not even loaded
     before = rows_of(data)
     assert call(data, *(argument if argument != "6" else "8" for argument in features())) == 1
@@ -421,11 +421,11 @@ def test_a_disk_that_fills_meanwhile_is_told_and_the_run_goes_on(undisturbed: Pa
             if creates[0] == 3:
                 fill(call_, path)
 
-        storage.watcher = at_third_shard
+        files.watcher = at_third_shard
         try:
             code = call(data, *features())
         finally:
-            storage.watcher = None
+            files.watcher = None
         assert code == 1
         assert len(rows_of(data)) == 4
         ballast.unlink()

@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipeline.dataset.folder
+from pipeline.core.errors import DatasetError, UsageError
 from pipeline.dataset import Dataset, alike, limit, notices, open_dataset, open_images
 from pipeline.dataset.base import SPLIT_NAMES
 from pipeline.dataset.cifar import CIFAR10, CIFAR100, Published, open_cifar
 from pipeline.dataset.folder import images_below
-from pipeline.errors import DatasetError, UsageError
 
 
 def write(root: Path, *names: str) -> Path:

@@ -16,9 +16,9 @@ from conftest import command_line, environment, icebox, mark, wait_until, write_
 from own_networks import tiny_options
 
 from pipeline import images
+from pipeline.core.hashing import image_key
 from pipeline.dataset import of_files, open_dataset
 from pipeline.decoder import Loaded, Loader
-from pipeline.hashing import image_key
 
 
 def load(paths: list[Path], **options: int) -> list[Loaded]:

@@ -19,15 +19,15 @@ from pipeline.cache.space import Cache
 from pipeline.checkup import check, told
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
+from pipeline.core.errors import SpecError
+from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, of_files, open_dataset
-from pipeline.errors import SpecError
 from pipeline.extract import Extraction, extract
 from pipeline.features import open_features
 from pipeline.gather import gather, gather_images
 from pipeline.predict import predict
 from pipeline.reproduce import commands, options_like
 from pipeline.serve import service
-from pipeline.spec import HeadSpec
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
 from pipeline.workspace import Workspace

@@ -21,10 +21,10 @@ import pipeline.cache.digests
 from pipeline.cache.digests import Identities, file_stamp, identify, remembered_digest
 from pipeline.cache.index import Index
 from pipeline.cache.keys import Keys
+from pipeline.core.errors import CacheError
+from pipeline.core.hashing import image_key
 from pipeline.dataset import Dataset
 from pipeline.dataset.base import ArraySource
-from pipeline.errors import CacheError
-from pipeline.hashing import image_key
 
 NAMES = ["a.png", "b.png", "c.png"]
 GRAIN_S = 2.0

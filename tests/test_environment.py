@@ -15,7 +15,7 @@ from conftest import icebox, write_picture
 from own_networks import tiny_options
 from test_imports import python
 
-from pipeline import environment
+from pipeline.core import environment
 
 DECIDING = {
     "TF_ENABLE_ONEDNN_OPTS": "0",
@@ -139,7 +139,7 @@ def test_a_keras_json_that_makes_no_sense_is_named(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     (tmp_path / "keras.json").write_text('{"floatx": "float99"}')
     script = (
-        "from pipeline.errors import IceboxError\n"
+        "from pipeline.core.errors import IceboxError\n"
         "try:\n"
         "    import_keras()\n"
         "except IceboxError as error:\n"

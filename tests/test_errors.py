@@ -8,7 +8,7 @@ import os
 import pytest
 
 import cli
-from pipeline.errors import CacheError, exhausted
+from pipeline.core.errors import CacheError, exhausted
 
 
 class ResourceExhaustedError(Exception):

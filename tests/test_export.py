@@ -19,15 +19,15 @@ from own_networks import SIZE, own_choice, tiny, write_network, write_sides
 from pipeline import export
 from pipeline.answering import grouped
 from pipeline.asked import Asked, DatasetChoice
-from pipeline.cache.lock import new_folder_held
 from pipeline.compute import ComputeOptions
+from pipeline.core.errors import DatasetError, RunError, UsageError
+from pipeline.core.locks import new_folder_held
+from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.decoder import Loader
-from pipeline.errors import DatasetError, RunError, UsageError
 from pipeline.export import Exported, deployable, export_run
 from pipeline.extract import extract
 from pipeline.formats import FORMATS
-from pipeline.spec import HeadSpec
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
 from pipeline.workspace import Workspace
@@ -133,7 +133,7 @@ def test_one_that_cannot_be_published_leaves_the_earlier_one(tmp_path: Path, mon
     def fail(partial: Path, final: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export.storage, "publish", fail)
+    monkeypatch.setattr(export.files, "publish", fail)
     with (
         pytest.raises(RunError, match=r"nothing can be exported to .*: No space left"),
         export._published(tmp_path / "mine"),

@@ -23,10 +23,11 @@ from conftest import ROOT, SPEC, icebox, write_picture
 from made import flip, key, made, spoil
 
 from pipeline.cache import export as shard_export
-from pipeline.cache import shard, storage
+from pipeline.cache import shard
 from pipeline.cache.shard import Rows
 from pipeline.cache.space import Cache
-from pipeline.hashing import image_key
+from pipeline.core import files
+from pipeline.core.hashing import image_key
 
 N = 24
 SPACE = ("--space", SPEC.directory)
@@ -266,7 +267,7 @@ def test_images_that_cannot_be_decoded_are_left_out_and_listed(data: Path) -> No
 def test_a_disk_too_small_is_told_before_anything_is_written(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import cli
 
-    monkeypatch.setattr(storage, "free_bytes", lambda path: 10)
+    monkeypatch.setattr(files, "free_bytes", lambda path: 10)
     arguments = ["cache", "export", str(data.parent / "out.h5"), "--dataset", str(data.parent / "photos"), *SPACE]
     assert cli.main(["--data-dir", str(data), *arguments]) == 1
     assert list(data.parent.glob("*.h5")) == []

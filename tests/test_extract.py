@@ -41,17 +41,17 @@ from own_networks import own_choice, tiny, tiny_choice, tiny_options, write_netw
 
 import pipeline.extract
 import pipeline.shard_task
-from pipeline import machine
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache import digests
 from pipeline.cache.index import Index
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions, batch_of
+from pipeline.core import machine
+from pipeline.core.errors import CacheError, DoNotFitError, SpecError, UsageError, WeightsError
+from pipeline.core.spec import FeatureSpec
 from pipeline.dataset import Dataset, limit, open_dataset
-from pipeline.errors import CacheError, DoNotFitError, SpecError, UsageError, WeightsError
 from pipeline.extract import Extraction, extract
 from pipeline.keras_start import import_keras
-from pipeline.spec import FeatureSpec
 from pipeline.workspace import open_workspace
 
 UNTRAINED = FeatureChoice(weights="untrained", precision="float32")

@@ -24,24 +24,24 @@ from pipeline import heads, images, network, runs
 from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked, command_of
 from pipeline.backbone.graph import cut_layers, layer_names
-from pipeline.cache import storage
 from pipeline.cache.keys import split
 from pipeline.cache.space import Cache
 from pipeline.choice import FeatureChoice, settle, weights_of
 from pipeline.compute import ComputeOptions
+from pipeline.core import files
+from pipeline.core.errors import DatasetError, RunError, SpecError, UsageError, WeightsError
+from pipeline.core.hashing import image_key
+from pipeline.core.spec import Augmentation, HeadSpec, Views
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.errors import DatasetError, RunError, SpecError, UsageError, WeightsError
 from pipeline.extract import extract
 from pipeline.finetune import FullRun, _warn_of_collapse, train_full
 from pipeline.gather import gather_images
-from pipeline.hashing import image_key
 from pipeline.keras_start import import_keras
 from pipeline.network import Network
 from pipeline.origin import origin_of
 from pipeline.pixels import Pixels
 from pipeline.prepare import prepared_pixels
 from pipeline.run_images import RunImages
-from pipeline.spec import Augmentation, HeadSpec, Views
 from pipeline.train import train_head
 from pipeline.trained import open_run
 from pipeline.workspace import Workspace
@@ -362,7 +362,7 @@ def test_weights_that_are_gone_are_asked_for(made_up: Place, made_up_logreg: str
     unseal(elsewhere)
     about = runs.read_run(elsewhere)
     about["features"]["weights"] = "sha256:" + "0" * 64
-    storage.write_json(elsewhere / "run.json", about)
+    files.write_json(elsewhere / "run.json", about)
     with pytest.raises(WeightsError, match="which are not on this machine; give the file by `--weights FILE`"):
         origin_of(made_up.asked(init=str(elsewhere), features=FeatureChoice()), made_up.dataset, made_up.workspace)
 
@@ -388,7 +388,7 @@ def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
         begin()
     about = runs.read_run(run)
     about["base"]["unchanged_until"] = "zzz"
-    storage.write_json(run / "run.json", about)
+    files.write_json(run / "run.json", about)
     with pytest.raises(RunError, match=r"is not that of a trained model \('zzz'\)"):
         begin()
 

@@ -31,14 +31,15 @@ import pipeline.fleet
 import pipeline.link
 import pipeline.worker_health
 from pipeline import cluster as clusters
-from pipeline import fleet_worker, machine
+from pipeline import fleet_worker
 from pipeline.backbone import own
 from pipeline.cache.space import Cache
 from pipeline.choice import FeatureChoice
 from pipeline.cluster import ClusterChoice, connected
 from pipeline.compute import ComputeOptions
+from pipeline.core import machine
+from pipeline.core.errors import IceboxError, UnfitWorkerError, UsageError
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.errors import IceboxError, UnfitWorkerError, UsageError
 from pipeline.extract import Extraction, extract
 from pipeline.fleet_worker import Requirements
 from pipeline.shard_task import Setup

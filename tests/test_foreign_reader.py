@@ -12,7 +12,7 @@ from deployed import Deployed
 from foreign_reader import read_features
 
 from pipeline import open_features
-from pipeline.spec import view_number
+from pipeline.core.spec import view_number
 
 
 @pytest.mark.parametrize("what", ["features", "pooled"])

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import small_model
 
-from pipeline import machine
 from pipeline.backbone.scaling import scale
-from pipeline.errors import UsageError
+from pipeline.core import machine
+from pipeline.core.errors import UsageError
 from pipeline.formats import FORMATS
 from pipeline.keras_start import import_keras
 

@@ -22,7 +22,7 @@ from pipeline.cache.gc import Collected, Keep, collect
 from pipeline.cache.index import FileStamp
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.verify import verify
-from pipeline.errors import CacheError
+from pipeline.core.errors import CacheError
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def data(tmp_path: Path) -> Path:
             paths = [write_picture(tmp_path / name / "class" / f"{i}.png", 10 * n + i) for i in range(3)]
             rows = made(list(range(3)))
             from pipeline.cache.shard import Rows
-            from pipeline.hashing import image_key
+            from pipeline.core.hashing import image_key
 
             keys = np.stack([np.frombuffer(image_key(path.read_bytes()), np.uint8) for path in paths])
             space.register(space.write(Rows(rows.features, rows.pooled, keys, rows.views)))
@@ -277,7 +277,7 @@ def test_a_dataset_that_cannot_be_read_removes_nothing(data: Path) -> None:
 
 def test_folders_of_killed_runs_go_and_those_at_work_stay(data: Path) -> None:
     root = data / "runs"
-    dead = root / f"{runs.storage.PARTIAL_PREFIX}20260101-000000-dead"
+    dead = root / f"{runs.files.PARTIAL_PREFIX}20260101-000000-dead"
     dead.mkdir(parents=True)
     (dead / "head.weights.h5").write_bytes(bytes(5000))
     with runs.new_run(root, "alive") as (_, partial):

@@ -28,7 +28,7 @@ from pipeline.backbone.graph import (
     rest_of,
     work,
 )
-from pipeline.errors import SpecError
+from pipeline.core.errors import SpecError
 
 layers: Any = keras.layers
 ops: Any = keras.ops

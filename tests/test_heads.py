@@ -18,16 +18,17 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipeline import heads, machine
+from pipeline import heads
 from pipeline.batches import Shuffled
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import DoNotFitError, RunError
+from pipeline.core import machine
+from pipeline.core.errors import DoNotFitError, RunError
+from pipeline.core.spec import HEAD_DEFAULTS, HEADS, HeadSpec
 from pipeline.heads import READS, Data, Fitted, Watch, dense, fit, load, parts
 from pipeline.heads.dense import DenseHead, build, channel_statistics, normalise
 from pipeline.heads.parts import gradients_in_bfloat16
 from pipeline.keras_start import import_keras
 from pipeline.loop import OtherCheckpointError, optimizer
-from pipeline.spec import HEAD_DEFAULTS, HEADS, HeadSpec
 
 SHAPES = {"flatten": (2, 2, 8), "gap": (8,), "logreg": (8,)}
 DTYPES = {"flatten": np.float16, "gap": np.float32, "logreg": np.float32}  # as the cache stores them
@@ -622,7 +623,7 @@ def test_adam_in_one_kernel_is_adam(decay: float) -> None:
 
 
 def test_a_regression_whose_tables_do_not_fit_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.machine.available_memory", lambda: 1_339)
+    monkeypatch.setattr("pipeline.core.machine.available_memory", lambda: 1_339)
     rows, labels = np.zeros((40, 8), np.float32), np.arange(40) % 3
     data = Data(rows, labels, rows, labels, 3)
     with pytest.raises(DoNotFitError, match=r"logreg of 40 rows and 3 classes takes 1.44 kB of memory, and 1.34 kB"):

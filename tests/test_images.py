@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline import images
 from pipeline.containers import read_header
-from pipeline.errors import DecodeError, SpecError, UsageError
+from pipeline.core.errors import DecodeError, SpecError, UsageError
 from pipeline.images import DEFAULT_MAX_PIXELS, FITS, decode, decoder_version, resize
 
 # pytest undoes the filter that the program installs.

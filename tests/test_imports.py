@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment, icebox, write_picture
 
-from pipeline.imports import failed_import
-from pipeline.native_stderr import held_back
+from pipeline.core.lazy_imports import failed_import
+from pipeline.core.native_stderr import held_back
 
 HAS = "[name for name in ('matplotlib', 'pandas', 'sklearn') if name in sys.modules]"
 
@@ -42,7 +42,7 @@ def test_other_threads_import_meanwhile_what_they_need() -> None:
         "import threading\n"
         "loading = threading.Thread(target=import_keras)\n"
         "loading.start()\n"
-        "while not any(type(finder).__module__ == 'pipeline.imports' for finder in sys.meta_path):\n"
+        "while not any(type(finder).__module__ == 'pipeline.core.lazy_imports' for finder in sys.meta_path):\n"
         "    pass\n"
         "import matplotlib\n"
         "print('keras.src.wrappers' in sys.modules)\n"
@@ -159,7 +159,7 @@ def test_why_a_library_cannot_be_loaded(
 
 def test_faults_of_our_own_are_no_failed_imports() -> None:
     def lacking_name() -> None:
-        from pipeline.machine import nothing  # pyright: ignore  # noqa: F401
+        from pipeline.core.machine import nothing  # pyright: ignore  # noqa: F401
 
     for faulty in (lacking_name, lambda: importlib.import_module("pipeline.nothing"), lambda: 1 / 0):
         with pytest.raises(Exception, match=r"\w") as caught:

@@ -16,8 +16,8 @@ from PIL import Image
 from test_decoder import load
 
 from pipeline import images, jpeg
+from pipeline.core.errors import DecodeError
 from pipeline.decode_process import decode_whole
-from pipeline.errors import DecodeError
 from pipeline.images import DEFAULT_MAX_PIXELS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -34,12 +34,12 @@ from pipeline.cache.shard import ShardDamagedError, read_info, read_rows, write_
 from pipeline.cache.verify import verify
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
+from pipeline.core.errors import CacheError, DecodeError
+from pipeline.core.hashing import image_key
+from pipeline.core.spec import Augmentation, Views
 from pipeline.dataset import of_files
 from pipeline.decoder import Loader
-from pipeline.errors import CacheError, DecodeError
 from pipeline.extract import Extraction, extract
-from pipeline.hashing import image_key
-from pipeline.spec import Augmentation, Views
 from pipeline.workspace import open_workspace
 
 EXAMPLES = settings().max_examples  # of conftest.py's profile; fewer where each is a whole life
@@ -232,7 +232,7 @@ class Life(RuleBasedStateMachine):
     def readable(self) -> Iterator[Any]:
         """Open the workspace; an index that turns out to be damaged on the way is derived again, as `cli.py` does."""
         from pipeline.cache.index_file import set_aside
-        from pipeline.errors import IndexDamagedError
+        from pipeline.core.errors import IndexDamagedError
 
         try:
             with open_workspace(self.folder / "data") as workspace:

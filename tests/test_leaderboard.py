@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from pipeline.core.spec import HeadSpec
 from pipeline.leaderboard import (
     ExtractionCost,
     Trial,
@@ -26,7 +27,6 @@ from pipeline.leaderboard import (
     write_leaderboard,
 )
 from pipeline.pictures import draw_cost
-from pipeline.spec import HeadSpec
 
 COST = ExtractionCost("small.keras", "own_00000000-out-00000000", 100.0, 500)
 GAP = [HeadSpec.make("gap", learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]

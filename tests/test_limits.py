@@ -14,7 +14,8 @@ import psutil
 import pytest
 from conftest import ROOT, environment
 
-from pipeline import limits, machine, trial_tasks
+from pipeline import trial_tasks
+from pipeline.core import machine, resource_limits
 from pipeline.decoder import decoding_pool
 
 GB = 10**9
@@ -56,7 +57,7 @@ class Groups:
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Groups:
     """No control group at first, on a machine of 64 cores and 256 GB of which 200 are free."""
-    monkeypatch.setattr(limits, "_ROOT", tmp_path)
+    monkeypatch.setattr(resource_limits, "_ROOT", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=256 * GB, available=200 * GB))
     return Groups(tmp_path)

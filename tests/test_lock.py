@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import runs
-from pipeline.cache.lock import abandoned, held_if_abandoned
-from pipeline.errors import CacheError, RunError
+from pipeline.core.errors import CacheError, RunError
+from pipeline.core.locks import abandoned, held_if_abandoned
 
 
 @pytest.fixture

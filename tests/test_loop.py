@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import pytest
 
+from pipeline.core.spec import HeadSpec
 from pipeline.loop import Watch, train
-from pipeline.spec import HeadSpec
 
 ROWS = np.random.default_rng(0).normal(size=(70, 4)).astype(np.float32)
 LABELS = (ROWS[:, 0] > 0).astype(int)

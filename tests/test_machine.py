@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import Finished, command_line, environment
 
-from pipeline import machine
-from pipeline.errors import IceboxError
+from pipeline.core import machine
+from pipeline.core.errors import IceboxError
 
 FEW_THREADS = "error: NumPy starts threads, and of"
 
@@ -87,6 +87,6 @@ def test_an_extra_is_installed_as_icebox_is(
     root.mkdir()
     if place != "site-packages":
         (root / "pyproject.toml").touch()
-    monkeypatch.setattr(machine, "__file__", str(root / "pipeline" / "machine.py"))
+    monkeypatch.setattr(machine, "__file__", str(root / "pipeline" / "core" / "machine.py"))
     monkeypatch.setattr(sys, "prefix", str(tmp_path / prefix))
     assert machine.installs("serve") == command.format(root=root)

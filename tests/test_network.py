@@ -20,11 +20,11 @@ from pipeline.backbone.frozen import ENGINES, FrozenBackbone
 from pipeline.backbone.graph import cut, layer_names
 from pipeline.backbone.source import resolve
 from pipeline.choice import settle
-from pipeline.errors import RunError, SpecError, UsageError, WeightsError
+from pipeline.core.errors import RunError, SpecError, UsageError, WeightsError
+from pipeline.core.spec import HeadSpec
 from pipeline.heads import Data, Watch, fit
 from pipeline.heads.dense import DenseHead, build
 from pipeline.network import Network
-from pipeline.spec import HeadSpec
 from pipeline.workspace import Workspace
 
 CLASSES = 10

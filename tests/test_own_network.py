@@ -24,8 +24,8 @@ from keras.src.applications.efficientnet import EfficientNet
 
 from pipeline.backbone import build, keras_archive, keras_objects, own
 from pipeline.backbone.frozen import FrozenBackbone
-from pipeline.errors import IceboxError, SpecError, UsageError, WeightsError
-from pipeline.spec import FeatureSpec
+from pipeline.core.errors import IceboxError, SpecError, UsageError, WeightsError
+from pipeline.core.spec import FeatureSpec
 
 SIZE = 16
 CONFIG, WEIGHTS = "config.json", "model.weights.h5"

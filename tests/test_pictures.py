@@ -9,7 +9,8 @@ from typing import Any
 import matplotlib as mpl
 import pytest
 
-from pipeline import imports, pictures
+from pipeline import pictures
+from pipeline.core import lazy_imports
 from pipeline.pictures import draw_calibration, draw_curves
 from pipeline.report import page
 
@@ -76,5 +77,5 @@ def test_a_folder_that_takes_no_file_is_an_error(tmp_path: Path) -> None:
 
 def test_a_backend_that_is_not_there_is_left_to_those_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "module://nowhere.backend")
-    assert imports.import_matplotlib() is mpl
+    assert lazy_imports.import_matplotlib() is mpl
     assert os.environ["MPLBACKEND"] == "module://nowhere.backend"

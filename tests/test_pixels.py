@@ -11,12 +11,12 @@ from conftest import write_picture
 
 from pipeline import images
 from pipeline.batches import Shuffled
+from pipeline.core.errors import DatasetError
+from pipeline.core.hashing import image_key
+from pipeline.core.spec import Augmentation
 from pipeline.dataset import open_dataset
-from pipeline.errors import DatasetError
-from pipeline.hashing import image_key
 from pipeline.pixels import Decoding, Pixels, decoding
 from pipeline.rows import read_ahead, select
-from pipeline.spec import Augmentation
 
 SIZE = 32
 

@@ -18,10 +18,10 @@ from pipeline.cache.index import Quarantine
 from pipeline.cache.keys import Keys
 from pipeline.cache.shard import ShardInfo
 from pipeline.cache.space import Cache, FeatureSpace
+from pipeline.core.errors import IndexDamagedError
+from pipeline.core.spec import FeatureRequest, Views
 from pipeline.dataset.base import of_files
-from pipeline.errors import IndexDamagedError
 from pipeline.planning import Planning
-from pipeline.spec import FeatureRequest, Views
 
 DECODER, LIMIT = images.decoder_version(), 1_000
 SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)

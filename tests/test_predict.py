@@ -28,17 +28,17 @@ from pipeline import heads, predict, runs
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.untrained import initialise, recipe_of
-from pipeline.cache import storage
 from pipeline.cache.space import Cache
 from pipeline.checksums import CHECKSUMS
 from pipeline.compute import ComputeOptions
+from pipeline.core import files
+from pipeline.core.errors import DatasetError, IndexDamagedError, RunError, SpecError, WeightsError
+from pipeline.core.hashing import image_key
+from pipeline.core.spec import HeadSpec
 from pipeline.dataset import open_dataset, open_images
-from pipeline.errors import DatasetError, IndexDamagedError, RunError, SpecError, WeightsError
 from pipeline.extract import extract
-from pipeline.hashing import image_key
 from pipeline.predict import Answer, likeliest
 from pipeline.serve import service
-from pipeline.spec import HeadSpec
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
 from pipeline.workspace import Workspace
@@ -245,7 +245,7 @@ def test_weights_given_by_name_are_taken(deployed_inception: Deployed, elsewhere
     network = build_backbone("inception_v3")
     initialise(network, recipe_of("inception_v3"), 0)
     network.save_weights(path)
-    renamed = replace(run, spec=replace(run.spec, weights="sha256:" + storage.sha256_file(path)))
+    renamed = replace(run, spec=replace(run.spec, weights="sha256:" + files.sha256_file(path)))
     answers = said([renamed], some, elsewhere, weights=str(path))
     given = said([run], some, elsewhere, weights="untrained:0")
     assert np.allclose(probabilities(answers), probabilities(given), atol=1e-5)
@@ -362,7 +362,7 @@ def piped(path: Path) -> None:
 
 def other_classes(path: Path) -> None:
     about = json.loads(path.read_text())
-    storage.write_json(path, {**about, "classes": about["classes"][::-1]})
+    files.write_json(path, {**about, "classes": about["classes"][::-1]})
 
 
 def with_lambda(path: Path) -> None:
@@ -401,7 +401,7 @@ def test_a_full_model_made_up_around_a_lambda_layer_runs_no_code(copied: Deploye
     unseal(run)
     about = json.loads((run / "network.json").read_text())
     about["sha256"] = hashlib.sha256((run / "backbone.weights.h5").read_bytes()).hexdigest()
-    storage.write_json(run / "network.json", about)
+    files.write_json(run / "network.json", about)
     done = command(copied, copied.files[0], kind="finetune")
     assert done.code == 1
     assert "holds a model with Lambda layers, which are code" in done.err
@@ -411,7 +411,7 @@ def test_a_class_stands_once(copied: Deployed) -> None:
     run = copied.data / "runs" / copied.name("logreg")
     unseal(run)
     about = json.loads((run / "run.json").read_text())
-    storage.write_json(run / "run.json", {**about, "classes": ["cats", "cats"]})
+    files.write_json(run / "run.json", {**about, "classes": ["cats", "cats"]})
     with pytest.raises(RunError, match=r"is not that of a trained head .*a class stands twice"):
         copied.run("logreg")
 

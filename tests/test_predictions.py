@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.core.utf8 import spelt
 from pipeline.predictions import Predictions, read_answers, write_predictions
-from pipeline.spelling import spelt
 
 ODD_NAMES = ["a,b.png", 'quo"te.png', "two\nlines.png", "carriage\rreturn.png", "\udcff\udc80.png", "=1+1", "é漢.png"]
 

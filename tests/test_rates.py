@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from conftest import SPEC
 
-from pipeline import machine, rates
+from pipeline import rates
+from pipeline.core import machine
 from pipeline.workspace import Workspace
 
 
@@ -63,7 +64,7 @@ def test_a_cache_that_cannot_be_written_is_a_notice(
     def refused(*_: object) -> None:
         raise PermissionError("no")
 
-    monkeypatch.setattr("pipeline.rates.storage.write_whole", refused)
+    monkeypatch.setattr("pipeline.rates.files.write_whole", refused)
     rates.remember(workspace, SPEC, 10.0, 100)
     assert "rates.json cannot be written" in caplog.text
     assert rates.recall(workspace, SPEC) is None

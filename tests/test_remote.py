@@ -32,13 +32,13 @@ import pipeline.shard_task
 from pipeline.cache.digests import identify
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
+from pipeline.core.errors import DatasetError, MissingRowsError, UsageError
+from pipeline.core.hashing import image_key
 from pipeline.dataset import Dataset, open_dataset, open_images, refusal, remote
 from pipeline.decoder import Loader
-from pipeline.errors import DatasetError, MissingRowsError, UsageError
 from pipeline.explain import explain
 from pipeline.extract import Extraction, extract
 from pipeline.gather import gather, gather_images
-from pipeline.hashing import image_key
 from pipeline.pixels import Pixels, decoding
 from pipeline.workspace import Workspace
 

@@ -30,16 +30,16 @@ from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked, SweepAsked
 from pipeline.cache.space import Cache
 from pipeline.choice import FeatureChoice
+from pipeline.core.progress import silent
+from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset
 from pipeline.evaluate import confusion_cells
 from pipeline.images import DEFAULT_MAX_PIXELS
-from pipeline.progress import silent
 from pipeline.report import compare, findings, page, shown, single
 from pipeline.report.compare import notes_of, of_sweep
 from pipeline.report.single import trained_on
 from pipeline.report.tiles import Looks
 from pipeline.run_dataset import RunDataset
-from pipeline.spec import HeadSpec
 from pipeline.sweep import sweep
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run

@@ -18,11 +18,11 @@ from faults import signalled
 
 from pipeline import images, runs
 from pipeline.asked import Asked, DatasetChoice
-from pipeline.cache import storage
 from pipeline.checkpoint import Checkpoint
 from pipeline.choice import FeatureChoice
-from pipeline.errors import RunError
-from pipeline.spec import HeadSpec
+from pipeline.core import files
+from pipeline.core.errors import RunError
+from pipeline.core.spec import HeadSpec
 from pipeline.train import HeadRun, train_head
 from pipeline.workspace import Workspace
 
@@ -109,7 +109,7 @@ def test_stopped_while_it_is_published_nothing_is_trained_again(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     whole = train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
-    real = storage.publish
+    real = files.publish
 
     def publish(partial: Path, final: Path) -> None:
         if final.parent == workspace.runs:
@@ -117,7 +117,7 @@ def test_stopped_while_it_is_published_nothing_is_trained_again(
         real(partial, final)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "publish", publish)
+        patch.setattr(files, "publish", publish)
         patch.setattr(Checkpoint, "save", interrupted(-1))
         with pytest.raises(type(error)):
             train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
@@ -208,14 +208,14 @@ def test_where_nothing_is_there_to_go_on_with_nobody_is_told_to(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No checkpoint could be written, or there is but a head that is fitted anew each time."""
-    real = storage.new_file
+    real = files.new_file
 
     def full(path: Path) -> Any:
         if path.name == "checkpoint.npz":
             raise OSError(28, "No space left on device")
         return real(path)
 
-    monkeypatch.setattr(storage, "new_file", full)
+    monkeypatch.setattr(files, "new_file", full)
     with pytest.raises(RunError, match=r"checkpoint\.npz cannot be written \(.*\); make room$"):
         train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
     monkeypatch.setattr("pipeline.train._check_saved", lambda *_: 1 / 0)
@@ -228,7 +228,7 @@ def test_where_nothing_is_there_to_go_on_with_nobody_is_told_to(
 def test_where_a_checkpoint_was_written_before_the_disk_was_full_it_is_told_how_to_go_on(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real, written = storage.new_file, list[Path]()
+    real, written = files.new_file, list[Path]()
 
     def full(path: Path) -> Any:
         written.extend([path] if path.name == "checkpoint.npz" else [])
@@ -236,7 +236,7 @@ def test_where_a_checkpoint_was_written_before_the_disk_was_full_it_is_told_how_
             raise OSError(28, "No space left on device")
         return real(path)
 
-    monkeypatch.setattr(storage, "new_file", full)
+    monkeypatch.setattr(files, "new_file", full)
     monkeypatch.setattr("pipeline.checkpoint._SHARE", 1e9)  # worth it after each epoch
     with pytest.raises(RunError, match=r"make room$"):
         train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")

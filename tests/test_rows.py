@@ -14,10 +14,10 @@ import pytest
 
 from pipeline.cache import shard
 from pipeline.cache.space import Cache, FeatureSpace
-from pipeline.errors import CacheError, UsageError
+from pipeline.core.errors import CacheError, UsageError
+from pipeline.core.spec import HeadSpec
 from pipeline.heads import Data, Watch, fit
 from pipeline.rows import StoredRows, Wanted, in_order, open_rows
-from pipeline.spec import HeadSpec
 
 SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
 N = 120

@@ -9,7 +9,7 @@ import pytest
 from made import key
 
 from pipeline.checksums import write_checksums
-from pipeline.errors import RunError
+from pipeline.core.errors import RunError
 from pipeline.run_images import FILE, SEEN, RunImages
 
 KEYS = {"train": [key(1), key(2), key(2)], "val": [key(3)], "test": [key(4), key(1)]}

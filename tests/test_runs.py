@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.cache.storage import write_json
 from pipeline.checksums import write_checksums
-from pipeline.errors import RunError
+from pipeline.core.errors import RunError
+from pipeline.core.files import write_json
 from pipeline.pictures import draw_curves
 from pipeline.runs import (
     find_run,

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from pipeline.backbone.scaling import NAMED, canonical, scale
 from pipeline.backbone.table import BACKBONES, Backbone
-from pipeline.errors import UsageError
+from pipeline.core.errors import UsageError
 
 EVERY = (*NAMED, "127,128", "127.5,127.5", "-3.5,0.25")
 

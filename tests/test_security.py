@@ -48,7 +48,7 @@ from pipeline import images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.choice import FeatureChoice
-from pipeline.spec import FeatureSpec, HeadSpec
+from pipeline.core.spec import FeatureSpec, HeadSpec
 from pipeline.train import train_head
 from pipeline.workspace import Workspace
 

@@ -13,12 +13,12 @@ from conftest import unseal
 from pipeline import images
 from pipeline.asked import Asked, DatasetChoice, FullAsked
 from pipeline.choice import FeatureChoice
+from pipeline.core.spec import HeadSpec
 from pipeline.finetune import with_initial
 from pipeline.gather import Material, gather
 from pipeline.origin import Origin, begun_from
 from pipeline.run_images import FILE, RunImages
 from pipeline.seen_images import seen_images
-from pipeline.spec import HeadSpec
 from pipeline.train import train_head
 from pipeline.trained import open_run
 from pipeline.workspace import Workspace

@@ -12,8 +12,8 @@ from typing import Any
 import conftest
 import pytest
 
-from pipeline.errors import SpecError, UsageError
-from pipeline.spec import HEAD_DEFAULTS, HEADS, FeatureRequest, FeatureSpec, HeadSpec, canonical_json
+from pipeline.core.errors import SpecError, UsageError
+from pipeline.core.spec import HEAD_DEFAULTS, HEADS, FeatureRequest, FeatureSpec, HeadSpec, canonical_json
 
 SPEC = replace(conftest.SPEC, weights="untrained:glorot:0", decode="decode-1", resize="resize-1")
 # Another legal value of every field.

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from made import SPEC, made
 
-from pipeline.cache import storage
 from pipeline.cache.shard import write_shard
+from pipeline.core import files
 
 
 @pytest.fixture
@@ -39,13 +39,13 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
 
 
 def write_new_file(folder: Path) -> Path:
-    with storage.new_file(folder / "file") as file:
+    with files.new_file(folder / "file") as file:
         file.write(b"some bytes")
     return folder / "file"
 
 
 def write_whole_file(folder: Path) -> Path:
-    storage.write_whole(folder / "file", b"some bytes")
+    files.write_whole(folder / "file", b"some bytes")
     return folder / "file"
 
 
@@ -61,7 +61,7 @@ def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(
     size = path.stat().st_size
     (first, partial, flushed), *others = steps
     assert (first, flushed) == ("fsync", size), "all of it is on the disk"
-    assert storage.is_partial(partial)
+    assert files.is_partial(partial)
     assert others == [("rename", path.name, size), ("fsync", tmp_path.name, 0)]
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
@@ -69,5 +69,5 @@ def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(
 def test_a_file_that_moves_has_its_new_name_on_the_disk(tmp_path: Path, steps: list[tuple[str, str, int]]) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "aside").mkdir()
-    storage.move(tmp_path / "file", tmp_path / "aside" / "file")
+    files.move(tmp_path / "file", tmp_path / "aside" / "file")
     assert steps == [("rename", "file", 0), ("fsync", "aside", 0)], "in this order"

@@ -29,19 +29,20 @@ import pipeline.cluster
 import pipeline.link
 import pipeline.sweep
 import pipeline.worker_health
-from pipeline import hashing, heads, images, rates, runs, trial_tasks
+from pipeline import heads, images, rates, runs, trial_tasks
 from pipeline.asked import Asked, DatasetChoice, SweepAsked
 from pipeline.cache.space import Cache
 from pipeline.checkpoint import Checkpoint
 from pipeline.choice import FeatureChoice
 from pipeline.cluster import ClusterChoice
+from pipeline.core import hashing
+from pipeline.core.errors import IceboxError, MissingRowsError, RunError, UsageError
+from pipeline.core.spec import HeadSpec
 from pipeline.dataset import assign
-from pipeline.errors import IceboxError, MissingRowsError, RunError, UsageError
 from pipeline.gather import gather
 from pipeline.keras_start import import_keras
 from pipeline.prepare import prepared
 from pipeline.rows import StoredRows
-from pipeline.spec import HeadSpec
 from pipeline.sweep import Sweep, sweep
 from pipeline.train import train_head
 from pipeline.trial import run_trial

@@ -22,7 +22,7 @@ from keras.src.utils import file_utils
 from pipeline.backbone.build import build, load_weights
 from pipeline.backbone.scaling import scale
 from pipeline.backbone.table import BACKBONES, Backbone, find_backbone
-from pipeline.errors import SpecError, UsageError
+from pipeline.core.errors import SpecError, UsageError
 
 # Of each module of keras.applications, the first in the table.
 FIRST = {getattr(keras.applications, row.application).__module__: row.name for row in reversed(BACKBONES.values())}

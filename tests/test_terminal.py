@@ -20,7 +20,7 @@ from deployed import Deployed
 
 import cli
 from pipeline import terminal
-from pipeline.units import size_text
+from pipeline.core.units import size_text
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 

@@ -25,13 +25,13 @@ from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache import shard
 from pipeline.cache.space import Cache
 from pipeline.choice import FeatureChoice
+from pipeline.core.errors import CacheError, DatasetError, MissingRowsError, RunError, SpecError, UsageError
+from pipeline.core.hashing import image_key
+from pipeline.core.spec import FeatureSpec, HeadSpec
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.errors import CacheError, DatasetError, MissingRowsError, RunError, SpecError, UsageError
 from pipeline.gather import gather
-from pipeline.hashing import image_key
 from pipeline.prepare import on_sides
 from pipeline.run_images import RunImages
-from pipeline.spec import FeatureSpec, HeadSpec
 from pipeline.train import HeadRun, train_head
 from pipeline.workspace import Workspace
 
@@ -594,7 +594,7 @@ from pipeline import images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.dataset import open_dataset
 from pipeline.choice import FeatureChoice
-from pipeline.spec import HeadSpec
+from pipeline.core.spec import HeadSpec
 from pipeline.train import train_head
 from pipeline.workspace import open_workspace
 def run(photos, data, head, **settings):

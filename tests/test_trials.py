@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from pipeline.errors import UsageError
-from pipeline.spec import HEADS
+from pipeline.core.errors import UsageError
+from pipeline.core.spec import HEADS
 from pipeline.trials import DEFAULTS, make_trials
 
 

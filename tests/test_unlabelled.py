@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import write_picture
 
+from pipeline.core.errors import DatasetError, UsageError
 from pipeline.dataset import open_images
-from pipeline.errors import DatasetError, UsageError
 
 
 @pytest.fixture

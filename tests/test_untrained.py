@@ -17,7 +17,7 @@ from pipeline.backbone import moments
 from pipeline.backbone.build import build, load_weights
 from pipeline.backbone.moments import Moments
 from pipeline.backbone.untrained import initialise, recipe_of
-from pipeline.errors import SpecError
+from pipeline.core.errors import SpecError
 
 layers: Any = keras.layers
 RECIPE = "unit_variance_1"

@@ -21,12 +21,12 @@ from conftest import icebox, write_picture
 from made import SPEC, add, chunk_places, flip, key, made, shard_file, spoil
 
 import cli
-from pipeline.cache import storage
 from pipeline.cache.digests import file_stamp
 from pipeline.cache.shard import ShardInfo, row_filters
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.verify import Verification, verify
-from pipeline.errors import CacheError, IndexDamagedError, ShardDamagedError, SpecError
+from pipeline.core import files
+from pipeline.core.errors import CacheError, IndexDamagedError, ShardDamagedError, SpecError
 
 ROWS = 8  # in a shard
 
@@ -410,14 +410,14 @@ def test_a_shard_that_merely_cannot_be_read_is_not_moved(
 def test_a_description_that_may_not_be_read_is_not_written_anew(
     cache: Cache, space: FeatureSpace, shards: list[ShardInfo], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, before = storage.read_small, (space.path / "space.json").read_bytes()
+    real, before = files.read_small, (space.path / "space.json").read_bytes()
 
     def refusing(path: Path, most: int) -> bytes:
         if path.name == "space.json":
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, most)
 
-    monkeypatch.setattr(storage, "read_small", refusing)
+    monkeypatch.setattr(files, "read_small", refusing)
     assert not verify(cache, repair=True).sound
     monkeypatch.undo()
     assert (space.path / "space.json").read_bytes() == before

@@ -25,14 +25,14 @@ from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.canary import recompute
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
+from pipeline.core.errors import MissingRowsError, ShardDamagedError, UsageError
+from pipeline.core.hashing import image_key
+from pipeline.core.spec import Augmentation, HeadSpec, Views
 from pipeline.dataset import Dataset, limit, open_dataset
-from pipeline.errors import MissingRowsError, ShardDamagedError, UsageError
 from pipeline.explain import explain
 from pipeline.extract import Extraction, extract
 from pipeline.gather import gather
-from pipeline.hashing import image_key
 from pipeline.prepare import prepared
-from pipeline.spec import Augmentation, HeadSpec, Views
 from pipeline.train import train_head
 from pipeline.workspace import Workspace, open_workspace
 

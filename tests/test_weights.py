@@ -24,7 +24,7 @@ from pipeline.backbone.weights import Weights, describe, find_by_identity, find_
 from pipeline.cache.digests import file_stamp
 from pipeline.cache.index import Index
 from pipeline.choice import FeatureChoice, Settled
-from pipeline.errors import SpecError, UsageError, WeightsError
+from pipeline.core.errors import SpecError, UsageError, WeightsError
 from pipeline.workspace import open_workspace
 
 PUBLISHED = b"what the weights file on the net holds" * 100

@@ -13,9 +13,9 @@ import pytest
 from conftest import ROOT, Finished, environment
 
 from pipeline import heads
-from pipeline.errors import IceboxError
+from pipeline.core.errors import IceboxError
+from pipeline.core.spec import HeadSpec
 from pipeline.heads.dense import DenseHead, build
-from pipeline.spec import HeadSpec
 
 
 def python(script: str, *arguments: str | Path, **env: str) -> Finished:

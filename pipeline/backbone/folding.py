@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.backbone.graph import cut_tensor, functional, nodes, walk
-from pipeline.errors import SpecError
+from pipeline.core.errors import SpecError
 from pipeline.keras_start import KerasModel, import_keras
 
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import machine
 from pipeline.backbone import folding
 from pipeline.backbone.build import build, check_weights, load_weights
 from pipeline.backbone.graph import allow_any_names, cut, rest_of
 from pipeline.backbone.scaling import scale
 from pipeline.cache.shard import MAX_ROW_BYTES
-from pipeline.errors import IceboxError, SpecError
+from pipeline.core import machine
+from pipeline.core.errors import IceboxError, SpecError
+from pipeline.core.spec import OWN, FeatureSpec
 from pipeline.keras_start import KerasModel, import_keras, limit_threads
-from pipeline.spec import OWN, FeatureSpec
 
 logger = logging.getLogger(__name__)
 

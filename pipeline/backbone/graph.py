@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.errors import SpecError, did_you_mean
+from pipeline.core.errors import SpecError, did_you_mean
 from pipeline.keras_start import KerasModel, import_keras
 
 _PROPOSED = 5  # layers, in an error message

@@ -23,9 +23,9 @@ import h5py
 import numpy as np
 
 from pipeline.backbone import weights_file
-from pipeline.cache import storage
-from pipeline.errors import SpecError, WeightsError
-from pipeline.spec import canonical_json
+from pipeline.core import files
+from pipeline.core.errors import SpecError, WeightsError
+from pipeline.core.spec import canonical_json
 
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
 _MOST = {CONFIG: 2**23, METADATA: 2**16, WEIGHTS: 2**32}  # bytes unpacked; NASNetLarge's config has 1.3 MB
@@ -40,7 +40,7 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, Valu
 
 def is_archive(path: Path) -> bool:
     """Return whether a file begins as a zip archive does. Raises OSError if it cannot be read."""
-    with storage.open_regular(path, os.O_RDONLY) as file:
+    with files.open_regular(path, os.O_RDONLY) as file:
         return file.read(4) == b"PK\x03\x04"
 
 
@@ -123,7 +123,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         if path.is_dir():
             raise SpecError(f"{path} {_folder(path)}")
-        file = storage.open_regular(path, os.O_RDONLY)
+        file = files.open_regular(path, os.O_RDONLY)
     except OSError as error:
         raise SpecError(f"{path} cannot be read ({error.strerror or error}); expected a .keras file") from error
     with file:

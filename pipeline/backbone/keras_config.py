@@ -28,8 +28,8 @@ from pipeline.backbone.keras_objects import (
     require_known_or_none,
     require_policy,
 )
-from pipeline.errors import SpecError
-from pipeline.spec import OWN, canonical_json
+from pipeline.core.errors import SpecError
+from pipeline.core.spec import OWN, canonical_json
 
 Config = dict[str, Any]
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.errors import SpecError
+from pipeline.core.errors import SpecError
 
 TENSOR = "__keras_tensor__"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pipeline.errors import SpecError
+from pipeline.core.errors import SpecError
 
 
 def _names(text: str) -> frozenset[str]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from pipeline.backbone import keras_archive, keras_config, weights_file
 from pipeline.backbone.graph import output_shapes
-from pipeline.cache import storage
-from pipeline.errors import SpecError, UsageError, WeightsError
+from pipeline.core import files
+from pipeline.core.errors import SpecError, UsageError, WeightsError
 from pipeline.keras_start import KerasModel, import_keras
 
 MOST_STORED = 2**26  # bytes of the JSON that a run keeps
@@ -108,7 +108,7 @@ def checked_architecture(path: Path) -> dict[str, Any]:
     if keras_archive.is_archive(path):
         return architecture(path)
     try:
-        stored = json.loads(storage.read_small(path, MOST_STORED))["architecture"]
+        stored = json.loads(files.read_small(path, MOST_STORED))["architecture"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SpecError(f"{path} holds no architecture of a network ({error})") from error
     return keras_config.check(stored)

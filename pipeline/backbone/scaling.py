@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UsageError, did_you_mean
+from pipeline.core.errors import UsageError, did_you_mean
 
 # The three modes of keras.applications.imagenet_utils.preprocess_input ("tf", "torch", "caffe"), and two plain ones.
 TANH, IMAGENET, BGR_MEANS, UNIT, NONE = "x/127.5-1", "imagenet", "bgr-means", "x/255", "none"

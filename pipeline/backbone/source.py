@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import machine
 from pipeline.backbone import keras_archive, own, weights
 from pipeline.backbone.scaling import CHOICES, canonical
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone, find_backbone
 from pipeline.backbone.weights import Weights
-from pipeline.cache import storage
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.index import Index
-from pipeline.errors import SpecError, UsageError, WeightsError
-from pipeline.spec import OWN, FeatureSpec
+from pipeline.core import files, machine
+from pipeline.core.errors import SpecError, UsageError, WeightsError
+from pipeline.core.spec import OWN, FeatureSpec
 from pipeline.workspace import Workspace
 
 
@@ -121,7 +120,7 @@ def _of_runs(root: Path) -> Iterator[FeatureSpec]:
     """Yield the features that each published run began with; a run that does not say is passed over."""
     for path in sorted(root.glob("[!.]*/run.json")):
         try:
-            about = json.loads(storage.read_small(path, own.MOST_STORED))
+            about = json.loads(files.read_small(path, own.MOST_STORED))
             yield FeatureSpec.from_dict((about.get("base") or about)["features"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SpecError):
             continue

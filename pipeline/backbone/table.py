@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import PurePosixPath
 
 from pipeline.backbone.scaling import BGR_MEANS, IMAGENET, NONE, TANH
-from pipeline.errors import UsageError, did_you_mean
+from pipeline.core.errors import UsageError, did_you_mean
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import numpy as np
 
 from pipeline.backbone import moments
 from pipeline.backbone.moments import Moments
-from pipeline.errors import SpecError
+from pipeline.core.errors import SpecError
 from pipeline.keras_start import import_keras
 
 _GLOROT_CENTRED, _UNIT_VARIANCE = "glorot_centred_1", "unit_variance_1"

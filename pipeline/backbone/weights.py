@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline import machine
 from pipeline.backbone import weights_file
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone, find_backbone
 from pipeline.backbone.untrained import recipe_of
-from pipeline.cache import storage
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.index import Index
-from pipeline.download import cause, fetch
-from pipeline.errors import UsageError, WeightsError
-from pipeline.progress import Progress, silent
+from pipeline.core import files, machine
+from pipeline.core.download import cause, fetch
+from pipeline.core.errors import UsageError, WeightsError
+from pipeline.core.progress import Progress, silent
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -167,7 +166,7 @@ def _noted(backbone: Backbone, downloads: Path) -> str | None:
     """Return the noted digest as "sha256:…", None if there is none. Raises WeightsError on a note that holds none."""
     note = _note(backbone, downloads)
     try:
-        text = storage.read_small(note, _MOST_OF_NOTE).decode(errors="replace")
+        text = files.read_small(note, _MOST_OF_NOTE).decode(errors="replace")
     except FileNotFoundError:
         return None
     if not (found := re.match(r"[0-9a-f]{64}\b", text)):
@@ -180,10 +179,10 @@ def _note_digest(path: Path, backbone: Backbone, downloads: Path) -> None:
     note = _note(backbone, downloads)
     if note.exists():
         return
-    digest = storage.sha256_file(path)
+    digest = files.sha256_file(path)
     try:
-        storage.make_folder(downloads)
-        storage.write_whole(note, f"{digest}  {backbone.weights_file}\n".encode())
+        files.make_folder(downloads)
+        files.write_whole(note, f"{digest}  {backbone.weights_file}\n".encode())
     except OSError as error:
         raise WeightsError(f"{note} cannot be written ({error}); make its folder writable") from error
     logger.warning(
@@ -214,7 +213,7 @@ def _download(backbone: Backbone, downloads: Path, progress: Progress) -> Path:
 def _download_unhashed(backbone: Backbone, downloads: Path, progress: Progress) -> Path:
     """Return a file that nothing is known of, downloaded beside its place and moved there if it is whole."""
     downloads.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=storage.PARTIAL_PREFIX, dir=downloads) as aside:
+    with tempfile.TemporaryDirectory(prefix=files.PARTIAL_PREFIX, dir=downloads) as aside:
         path = fetch(backbone.weights_url, None, Path(aside), progress, backbone.weights_file)
         weights_file.check(path)
         return path.replace(downloads / backbone.weights_file)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import h5py
 
-from pipeline.errors import WeightsError
+from pipeline.core.errors import WeightsError
 from pipeline.keras_start import KerasModel
 
 _MOST_BYTES = 2**31  # unpacked; InceptionV3 has 87 MB, with an optimizer's state three times that

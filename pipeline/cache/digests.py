@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pipeline.cache.index import FileStamp, Index
 from pipeline.cache.keys import Keys
+from pipeline.core.errors import CacheError, read_failure
+from pipeline.core.hashing import image_key
 from pipeline.dataset import Dataset, remote
-from pipeline.errors import CacheError, read_failure
-from pipeline.hashing import image_key
 
 # A file touched less than this before it was hashed may be touched again within the clock's grain and look
 # the same. Two seconds is the coarsest grain in use (FAT).

@@ -25,14 +25,14 @@ from typing import Any, BinaryIO, Literal
 import h5py
 import numpy as np
 
-from pipeline.cache import storage
 from pipeline.cache.index import Located
-from pipeline.cache.lock import done_without, hold_alone
 from pipeline.cache.shard import check_bytes, damage_named, h5_in, opened, row_filters, row_layout
 from pipeline.cache.space import FeatureSpace
-from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError
-from pipeline.spelling import spelt
-from pipeline.units import size_text
+from pipeline.core import files
+from pipeline.core.errors import CacheError, MissingRowsError, ShardDamagedError
+from pipeline.core.locks import done_without, hold_alone
+from pipeline.core.units import size_text
+from pipeline.core.utf8 import spelt
 
 FORMAT = "icebox-export"
 VERSION = 1
@@ -75,9 +75,9 @@ def export(space: FeatureSpace, columns: Columns, out: Path, what: What, *, virt
         if not located.found.any():
             raise MissingRowsError(f"none of the rows is in {space.name}; run `features`")
         job = _Export(space, columns, located, what)
-        partial = out.with_name(f"{storage.PARTIAL_PREFIX}{out.name}")
+        partial = out.with_name(f"{files.PARTIAL_PREFIX}{out.name}")
         if done_without():  # nothing keeps two exports from writing to one name
-            partial = storage.partial_name(out.parent, ".h5")
+            partial = files.partial_name(out.parent, ".h5")
         try:
             job.check_room(out, virtual)
             if virtual:
@@ -90,7 +90,7 @@ def export(space: FeatureSpace, columns: Columns, out: Path, what: What, *, virt
                     else:
                         job.write_rows(file, sink)
                 job.read_back(partial, virtual)
-                storage.publish(partial, out)
+                files.publish(partial, out)
         except BlockingIOError as error:
             raise CacheError(f"another process is writing {out}; wait for it, or name another file") from error
         except OSError as error:
@@ -103,7 +103,7 @@ def export(space: FeatureSpace, columns: Columns, out: Path, what: What, *, virt
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    return storage.size(out)
+    return files.size(out)
 
 
 class _Export:
@@ -125,7 +125,7 @@ class _Export:
         totals = self._space.totals()
         row = totals.bytes / totals.rows if self._what == "features" else math.prod(self._shape) * self._dtype.itemsize
         row = _VIRTUAL_ROW_BYTES if virtual else row
-        needed, free = round(len(self._columns.keys) * row * _MARGIN), storage.free_bytes(out.parent)
+        needed, free = round(len(self._columns.keys) * row * _MARGIN), files.free_bytes(out.parent)
         if needed > free:
             raise CacheError(f"{out} needs about {size_text(needed)}, {size_text(free)} are free; make room")
 
@@ -284,8 +284,8 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 
     Raises BlockingIOError if another process is writing it.
     """
-    storage.about_to("create", path)
-    with storage.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW) as raw:
+    files.about_to("create", path)
+    with files.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW) as raw:
         hold_alone(raw, path)
         raw.truncate(0)
         yield raw
@@ -294,7 +294,7 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def _written(raw: BinaryIO, path: Path) -> Iterator[tuple[h5py.File, _Sink]]:
     """Give a new HDF5 file in `raw`. Its disk may fill up: HDF5 would crash the process at its end, so is not told."""
-    sink = _Sink(raw.fileno(), lambda: storage.about_to("write", path))
+    sink = _Sink(raw.fileno(), lambda: files.about_to("write", path))
     with h5_in(sink) as file:
         yield file, sink
     if sink.error is not None:

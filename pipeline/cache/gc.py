@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache import storage
 from pipeline.cache.index import Index, ShardRecord
 from pipeline.cache.shard import SHARD_BYTES, Rows, read_info, read_whole, row_layout
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.verify import ASIDE
-from pipeline.errors import ShardDamagedError, ShardUnreadableError
+from pipeline.core import files
+from pipeline.core.errors import ShardDamagedError, ShardUnreadableError
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _waiting(space: FeatureSpace) -> Callable[[str], None]:
 
 def _collect_space(space: FeatureSpace, keep: Keep, damaged: bool, dry_run: bool, done: Collected) -> None:
     for folder in (space.path, space.shards):
-        _remove_files(folder, list(filter(storage.is_partial, storage.files(folder))), dry_run, done)
+        _remove_files(folder, list(filter(files.is_partial, files.list_files(folder))), dry_run, done)
     if damaged:
         _remove_aside(space.path / ASIDE, dry_run, done)
     dead, spent = _disposable(space, keep, dry_run)
@@ -103,7 +103,7 @@ def _remove_aside(folder: Path, dry_run: bool, done: Collected) -> None:
     if folder.is_symlink():  # what lies elsewhere is not ours to remove
         logger.warning("%s is a link, and is left as it is", folder)
         return
-    _remove_files(folder, list(storage.files(folder)), dry_run, done)
+    _remove_files(folder, list(files.list_files(folder)), dry_run, done)
 
 
 def _disposable(space: FeatureSpace, keep: Keep, dry_run: bool) -> tuple[list[_Shard], list[_Shard]]:
@@ -232,30 +232,30 @@ def _remove_shards(space: FeatureSpace, shards: Sequence[_Shard], dry_run: bool,
         # The index first: killed in between, the shard is met again as unknown, and nobody misses it.
         space.index.forget_shards(space.name, [shard.record.name for shard in shards])
         for shard in shards:
-            storage.remove(space.shard_path(shard.record.name))
-        storage.fsync(space.shards)
+            files.remove(space.shard_path(shard.record.name))
+        files.fsync(space.shards)
 
 
 def _remove_files(folder: Path, names: Sequence[str], dry_run: bool, done: Collected) -> None:
-    sizes = storage.files(folder)
+    sizes = files.list_files(folder)
     for name in names:
         done.leftovers += 1
         done.bytes_freed += sizes[name].st_size if name in sizes else 0
         done.removed.append(folder / name)
         if not dry_run:
-            storage.remove(folder / name)
+            files.remove(folder / name)
 
 
 def _tidy_index(cache: Cache, dry_run: bool, done: Collected) -> None:
     """Drop what the index knows of files and spaces that are no more, and damaged indexes set aside before."""
     path = cache.index.path
-    old = [name for name in storage.files(path.parent) if name.startswith(f"{path.name}.damaged-")]
+    old = [name for name in files.list_files(path.parent) if name.startswith(f"{path.name}.damaged-")]
     _remove_files(path.parent, old, dry_run, done)
     if not dry_run:
         _forget_vanished(cache.index, set(cache.names()))
 
 
 def _forget_vanished(index: Index, spaces: Collection[str]) -> None:
-    index.forget_digests([path for path in index.files() if not storage.exists(path)])
+    index.forget_digests([path for path in index.files() if not files.exists(path)])
     for space in set(index.spaces()) - set(spaces):
         index.forget_shards(space, index.shards(space))

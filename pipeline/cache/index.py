@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.cache.index_file import IndexFile
 from pipeline.cache.keys import KEY_BYTES, comparable, in_order, raw, split
 from pipeline.cache.shard import ShardInfo
-from pipeline.errors import IndexDamagedError
+from pipeline.core.errors import IndexDamagedError
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import storage
-from pipeline.errors import CacheError, IndexDamagedError
+from pipeline.core import files
+from pipeline.core.errors import CacheError, IndexDamagedError
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class IndexFile:
         self.path = path
         self._of = of
         try:
-            storage.make_folder(path.parent)
+            files.make_folder(path.parent)
             self._db = self._opened()
         except (sqlite3.Error, OSError) as error:
             if isinstance(error, CacheError):
@@ -188,7 +188,7 @@ class IndexFile:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        storage.about_to("query", self.path)
+        files.about_to("query", self.path)
         with damage_named(self.path):
             yield self._db
 
@@ -210,7 +210,7 @@ class IndexFile:
         with self._reading() as db:
             try:
                 yield db
-                storage.about_to("commit", self.path)
+                files.about_to("commit", self.path)
                 db.commit()
             except BaseException:
                 db.rollback()
@@ -245,8 +245,8 @@ def set_aside(damage: IndexDamagedError) -> None:
     # The journal first: SQLite would take it for the new file's and undo what that never did.
     for ending in ("-journal", "-wal", "-shm", ""):
         found = damage.path.with_name(damage.path.name + ending)
-        if storage.exists(found):
-            storage.move(found, aside.with_name(aside.name + ending))
+        if files.exists(found):
+            files.move(found, aside.with_name(aside.name + ending))
 
 
 def _sound(path: Path) -> bool:
@@ -259,9 +259,9 @@ def _sound(path: Path) -> bool:
 
 def connect(path: Path) -> sqlite3.Connection:
     """Open the index at `path`, made or brought up to date if need be. Raises IndexDamagedError and CacheError."""
-    if not storage.exists(path):
-        storage.make_file(path)  # SQLite's own are closed to the group, whatever the umask says; its journals follow
-    storage.about_to("open index", path)
+    if not files.exists(path):
+        files.make_file(path)  # SQLite's own are closed to the group, whatever the umask says; its journals follow
+    files.about_to("open index", path)
     db = sqlite3.connect(path, timeout=60)
     try:
         with damage_named(path):
@@ -285,7 +285,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
     if objects != _OBJECTS.get(version):
         raise IndexDamagedError(path, "it is not one that Icebox made", foreign=True)
     if version < VERSION:  # one that is up to date may lie where nothing can be written
-        storage.about_to("make index", path)
+        files.about_to("make index", path)
         _bring_up_to_date(db)
 
 

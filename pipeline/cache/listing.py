@@ -7,11 +7,11 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.cache import storage
 from pipeline.cache.shard import row_layout
 from pipeline.cache.space import FeatureSpace
 from pipeline.cache.verify import ASIDE
-from pipeline.errors import CacheError
+from pipeline.core import files
+from pipeline.core.errors import CacheError
 
 
 def describe(space: FeatureSpace) -> dict[str, Any]:
@@ -19,9 +19,9 @@ def describe(space: FeatureSpace) -> dict[str, Any]:
 
     The ratio is of the rows' bytes in memory to those on disk; None if there is no row.
     """
-    totals, files = space.totals(), space.shard_files()
-    aside = storage.files(space.path / ASIDE)
-    newest = max((stat.st_mtime for stat in files.values()), default=None)
+    totals, shards = space.totals(), space.shard_files()
+    aside = files.list_files(space.path / ASIDE)
+    newest = max((stat.st_mtime for stat in shards.values()), default=None)
     return {
         "space": space.name,
         "backbone": _label(space),

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.cache.index import Located
 from pipeline.cache.shard import read_rows, row_layout
-from pipeline.errors import CacheError, MissingRowsError
+from pipeline.core.errors import CacheError, MissingRowsError
 
 
 class ShardReader:

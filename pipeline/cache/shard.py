@@ -29,9 +29,9 @@ import h5py
 import hdf5plugin
 import numpy as np
 
-from pipeline.cache import storage
-from pipeline.errors import CacheError, ShardDamagedError, ShardUnreadableError
-from pipeline.spec import FeatureSpec, canonical_json
+from pipeline.core import files
+from pipeline.core.errors import CacheError, ShardDamagedError, ShardUnreadableError
+from pipeline.core.spec import FeatureSpec, canonical_json
 
 FORMAT = "icebox-shard"
 VERSION = 1
@@ -122,13 +122,13 @@ def write_shard(
     CacheError
         If the disk is full or cannot be written; nothing is left behind then.
     """
-    partial = storage.partial_name(directory, ".h5")
+    partial = files.partial_name(directory, ".h5")
     try:
         image = shard_image(rows, spec)
         check(len(image))
         name = hashlib.sha256(image).hexdigest()
-        storage.write_file(partial, image)
-        storage.publish(partial, directory / f"{name}.h5")
+        files.write_file(partial, image)
+        files.publish(partial, directory / f"{name}.h5")
     except CacheError:
         raise
     except OSError as error:
@@ -200,7 +200,7 @@ def read_info(path: Path, spec: FeatureSpec) -> ShardInfo:
             raise ShardDamagedError(path, f"is damaged: its features are {features.dtype}")
         keys, views = _all(file, "key"), _all(file, "view")
         _recipes(file, views, path)
-        return ShardInfo(path.stem, storage.size(path), keys, views, features.shape[1:])
+        return ShardInfo(path.stem, files.size(path), keys, views, features.shape[1:])
 
 
 def check_bytes(path: Path) -> None:
@@ -212,7 +212,7 @@ def check_bytes(path: Path) -> None:
         If they differ, or it cannot be read.
     """
     try:
-        found = storage.sha256_file(path)
+        found = files.sha256_file(path)
     except OSError as error:
         raise _unreadable(path, error) from error
     if found != path.stem:
@@ -323,7 +323,7 @@ def _read(dataset: Any, positions: np.ndarray, out: np.ndarray, at: np.ndarray) 
 
 def opened(path: Path) -> h5py.File:
     """Open a shard for reading, refusing anything that is not laid out as we write it."""
-    storage.about_to("open shard", path)
+    files.about_to("open shard", path)
     try:
         # Shards never change, so no lock is needed; asking for one fails on NFS and Lustre.
         file = h5py.File(path, "r", locking=False)

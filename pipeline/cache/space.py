@@ -23,16 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import machine
-from pipeline.cache import storage
 from pipeline.cache.index import Index, Located, ShardRecord
 from pipeline.cache.keys import Keys
-from pipeline.cache.lock import done_without, exclusive, shared
 from pipeline.cache.reader import ShardReader
 from pipeline.cache.shard import Rows, ShardInfo, check_bytes, read_info, read_recipes, row_layout, write_shard
-from pipeline.errors import CacheError, MissingRowsError, ShardDamagedError, SpecError, did_you_mean
-from pipeline.progress import Progress, silent
-from pipeline.spec import Augmentation, FeatureRequest, FeatureSpec
+from pipeline.core import files, machine
+from pipeline.core.errors import CacheError, MissingRowsError, ShardDamagedError, SpecError, did_you_mean
+from pipeline.core.locks import done_without, exclusive, shared
+from pipeline.core.progress import Progress, silent
+from pipeline.core.spec import Augmentation, FeatureRequest, FeatureSpec
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class FeatureSpace:
 
     def shard_files(self) -> dict[str, os.stat_result]:
         """Return name → stat of the files in the shards' folder that are named as shards are."""
-        found = storage.files(self.shards)
+        found = files.list_files(self.shards)
         return {name: stat for name, stat in found.items() if _SHARD_NAME.fullmatch(name)}
 
     def examine(self, name: str) -> ShardInfo:
@@ -186,21 +185,21 @@ class FeatureSpace:
     def lock(self, on_wait: Callable[[str], None]) -> Iterator[None]:
         """Be the only writer of this space; on entry what others wrote meanwhile is known."""
         with exclusive(self.path / ".lock", on_wait):
-            storage.make_folder(self.shards)  # what copies a cache may leave empty folders out
+            files.make_folder(self.shards)  # what copies a cache may leave empty folders out
             self.sync()
             yield
 
     def require_writable(self) -> None:
         """Raise CacheError unless rows can be added and noted. Not for `gc`, which makes room on a full disk."""
-        storage.require_writable(self.shards)
+        files.require_writable(self.shards)
         self.index.require_writable()
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left behind. Only the holder of `lock` may call this."""
         if done_without():  # somebody may be writing them
             return
-        storage.remove_partials(self.shards)
-        storage.remove_partials(self.path)
+        files.remove_partials(self.shards)
+        files.remove_partials(self.path)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -275,8 +274,8 @@ def _finite(text: str) -> float:
 
 def is_lost(folder: Path) -> bool:
     """Return whether a folder was a space, and holds shards, but has lost its description."""
-    described = storage.exists(folder / "space.json")
-    return not described and not all(map(storage.is_partial, storage.files(folder / "shards")))
+    described = files.exists(folder / "space.json")
+    return not described and not all(map(files.is_partial, files.list_files(folder / "shards")))
 
 
 class Cache:
@@ -300,12 +299,12 @@ class Cache:
 
     def names(self) -> list[str]:
         """Return the names of the spaces on disk, sorted."""
-        return [name for name in storage.folders(self.root) if storage.exists(self.root / name / "space.json")]
+        return [name for name in files.list_folders(self.root) if files.exists(self.root / name / "space.json")]
 
     def spaces(self) -> list[FeatureSpace]:
         """Return every space on disk that can be opened; of the others it is said why not."""
         found = []
-        for name in storage.folders(self.root):
+        for name in files.list_folders(self.root):
             if is_lost(self.root / name):
                 logger.warning(
                     "%s holds shards but no space.json, and is passed over; `cache verify --repair` writes it again",
@@ -332,7 +331,7 @@ class Cache:
             near = did_you_mean(name, self.names())
             raise SpecError(f"no feature space named {name!r} in {self.root}; there are: {have}{near}")
         try:
-            text = storage.read_small(path / "space.json", MOST_DESCRIPTION)
+            text = files.read_small(path / "space.json", MOST_DESCRIPTION)
             stored = json.loads(text, parse_constant=_no_number, parse_float=_finite)
             spec = FeatureSpec.from_dict(stored["spec"])
             made_by = dict(stored["made_by"])
@@ -358,9 +357,9 @@ class Cache:
             If it cannot be written.
         """
         path = self.root / spec.directory
-        if not storage.exists(path / "space.json"):
+        if not files.exists(path / "space.json"):
             try:
-                storage.make_folder(path / "shards")
+                files.make_folder(path / "shards")
                 with exclusive(path / ".lock", lambda holder: None):  # leftovers are removed by whoever holds it
                     self.describe(path, spec, made_by)
             except CacheError:
@@ -375,7 +374,7 @@ class Cache:
     def describe(self, path: Path, spec: FeatureSpec, made_by: Mapping[str, Any]) -> None:
         """Write the description of the space in folder `path`."""
         text = json.dumps({"spec": spec.to_dict(), "made_by": dict(made_by)}, indent=1)
-        storage.write_whole(path / "space.json", text.encode())
+        files.write_whole(path / "space.json", text.encode())
 
     def choose(self, request: FeatureRequest, keys: Keys, views: Sequence[int] = (0,)) -> FeatureSpace | None:
         """Return the space that agrees with all stated fields and holds most of `keys` in `views`; None if none does.

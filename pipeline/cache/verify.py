@@ -18,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import machine
-from pipeline.cache import storage
 from pipeline.cache.index import ShardRecord
-from pipeline.cache.lock import exclusive
 from pipeline.cache.shard import ShardInfo, check_bytes, read_info, read_spec
 from pipeline.cache.space import GONE, MOST_DESCRIPTION, Cache, FeatureSpace, is_lost
-from pipeline.errors import CacheError, IndexDamagedError, ShardDamagedError, ShardUnreadableError, SpecError
+from pipeline.core import files, machine
+from pipeline.core.errors import CacheError, IndexDamagedError, ShardDamagedError, ShardUnreadableError, SpecError
+from pipeline.core.locks import exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ def _check_index(cache: Cache, done: Verification) -> None:
 
 def _folders(cache: Cache, space: str | None) -> list[str]:
     """Return the folders that are spaces, or were: one without its description still has its shards."""
-    names = [name for name in storage.folders(cache.root) if _holds_something(cache.root / name)]
+    names = [name for name in files.list_folders(cache.root) if _holds_something(cache.root / name)]
     if space is None:
         return names
     if space not in names:
@@ -104,7 +103,7 @@ def _folders(cache: Cache, space: str | None) -> list[str]:
 
 def _holds_something(folder: Path) -> bool:
     """Return whether a folder is more than what is left if its maker was killed before it described the space."""
-    return storage.exists(folder / "space.json") or is_lost(folder)
+    return files.exists(folder / "space.json") or is_lost(folder)
 
 
 def _open(cache: Cache, name: str, repair: bool, done: Verification) -> FeatureSpace | None:
@@ -112,7 +111,7 @@ def _open(cache: Cache, name: str, repair: bool, done: Verification) -> FeatureS
     try:
         return cache.open(name, sync=False)
     except SpecError as error:
-        problem = str(error) if storage.exists(path / "space.json") else "is missing"
+        problem = str(error) if files.exists(path / "space.json") else "is missing"
         mended = repair and _may_be_replaced(path / "space.json") and _describe_again(cache, path)
         rows = sum(record.rows for record in cache.index.shards(name).values())
         done.problems.append(Problem(path / "space.json", problem, rows, repaired=mended))
@@ -122,7 +121,7 @@ def _open(cache: Cache, name: str, repair: bool, done: Verification) -> FeatureS
 def _may_be_replaced(path: Path) -> bool:
     """Return whether a description is gone, or can be read and is no good: one without permission may be whole."""
     try:
-        storage.read_small(path, MOST_DESCRIPTION)
+        files.read_small(path, MOST_DESCRIPTION)
     except FileNotFoundError:
         return True
     except OSError:
@@ -132,7 +131,7 @@ def _may_be_replaced(path: Path) -> bool:
 
 def _describe_again(cache: Cache, path: Path) -> bool:
     """Write space.json from what a shard says of its space; return whether one did."""
-    for name in storage.files(path / "shards"):
+    for name in files.list_files(path / "shards"):
         try:
             spec = read_spec(path / "shards" / name)
         except (CacheError, SpecError):
@@ -156,9 +155,9 @@ class _Space:
     def check(self) -> None:
         # The index first: a shard published in between is then merely unknown, which is no fault.
         known = self._index.shards(self._space.name)
-        files = self._space.shard_files()
-        self._foreign(storage.everything(self._space.shards) - files.keys())
-        sizes = {name.removesuffix(".h5"): stat.st_size for name, stat in files.items()}
+        shards = self._space.shard_files()
+        self._foreign(files.list_entries(self._space.shards) - shards.keys())
+        sizes = {name.removesuffix(".h5"): stat.st_size for name, stat in shards.items()}
         if sizes.keys() - known.keys() and known.keys() - sizes.keys():
             # Another machine may have repacked shards, by an index of its own: then no row is lost.
             self._space.sync()
@@ -169,7 +168,7 @@ class _Space:
 
     def _foreign(self, names: Iterable[str]) -> None:
         for name in sorted(names):
-            if not storage.is_partial(name):
+            if not files.is_partial(name):
                 path = self._space.shards / name
                 self._report(Problem(path, "is not named as a shard is, by the hash of its bytes"))
 
@@ -204,7 +203,7 @@ class _Space:
             except ShardDamagedError as error:
                 result = error
         if isinstance(result, CacheError):
-            if storage.exists(path) or self._still_good(name):  # else `gc` removed it meanwhile
+            if files.exists(path) or self._still_good(name):  # else `gc` removed it meanwhile
                 self._report(Problem(path, _reason(result), rows), name, is_damage=_is_damage(result))
             return
         self._done.shards += 1
@@ -256,14 +255,14 @@ class _Space:
         self._done.problems.append(replace(problem, repaired=repair))
 
     def _move_aside(self, path: Path) -> None:
-        if not storage.exists(path):
+        if not files.exists(path):
             return
         aside = self._space.path / ASIDE
-        storage.make_folder(aside)
+        files.make_folder(aside)
         target = aside / path.name
-        if storage.exists(target):
+        if files.exists(target):
             target = aside / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S-%f}{path.suffix}"
-        storage.move(path, target)
+        files.move(path, target)
 
 
 def _is_damage(error: CacheError) -> bool:

@@ -33,8 +33,9 @@ def backbones(
     quiet: QuietOption = False,
 ) -> None:
     """List the networks: input size, parameters, bytes a row, images/s on this machine."""
-    from pipeline import machine, terminal
+    from pipeline import terminal
     from pipeline.backbones import gather
+    from pipeline.core import machine
 
     here = machine.best_precision() if precision == "auto" else precision
     with opened(context) as workspace:
@@ -55,7 +56,7 @@ def backbones(
 
 
 def _row(each: Listed) -> tuple[str, ...]:
-    from pipeline.units import size_text
+    from pipeline.core.units import size_text
 
     stored, memory = each.bytes_per_row, each.uncompressed
     return (

@@ -36,7 +36,7 @@ from pipeline.commands.shared import (
     open_dataset,
     opened,
 )
-from pipeline.units import counted
+from pipeline.core.units import counted
 
 if TYPE_CHECKING:
     from pipeline.cache.gc import Keep
@@ -146,7 +146,7 @@ def cache_gc(
     With --dataset or --space, every row that belongs to none of those named is removed as well.
     """
     from pipeline.cache.gc import collect
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
     from pipeline.runs import remove_leftovers
 
     if not dataset and (archive or image_root):
@@ -180,7 +180,7 @@ def _keep(
     from pipeline.asked import DatasetChoice
     from pipeline.cache.digests import identify
     from pipeline.cache.gc import Keep
-    from pipeline.errors import DatasetError
+    from pipeline.core.errors import DatasetError
 
     for name in spaces:
         workspace.cache.open(name, sync=False)  # a name mistyped must not cost a space
@@ -203,7 +203,7 @@ def _ask(rows: int) -> None:
     """Ask before features are removed. Raises UsageError where there is nobody to answer."""
     import sys
 
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
 
     if not rows:
         return
@@ -248,7 +248,7 @@ def cache_export(
     """Write the features of a dataset, with labels, paths, splits and class names, to one HDF5 file."""
     from dataclasses import asdict
 
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
     from pipeline.export_rows import export_dataset
 
     if out.exists() and not out.is_file():

@@ -35,7 +35,7 @@ from pipeline.commands.shared import (
     opened,
     views_choice,
 )
-from pipeline.units import counted
+from pipeline.core.units import counted
 
 if TYPE_CHECKING:
     from pipeline.cache.verify import Verification
@@ -77,7 +77,7 @@ def cache_verify(
     from dataclasses import asdict
 
     from pipeline.cache.verify import verify
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
 
     if read_data and sample is not None:
         raise UsageError("--read-data reads all, --sample a share: give one of the two")
@@ -109,7 +109,7 @@ def cache_verify(
 def _recomputed(workspace: Workspace, context: typer.Context, space: str | None, count: int) -> list[Drift]:
     from pipeline import terminal
     from pipeline.canary import recompute
-    from pipeline.errors import MissingRowsError
+    from pipeline.core.errors import MissingRowsError
 
     dataset = open_dataset(workspace, context) if context.params["dataset"] is not None else None
     spaces = [workspace.cache.open(space)] if space else workspace.cache.spaces()

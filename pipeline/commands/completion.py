@@ -24,7 +24,7 @@ def _quiet(names: Callable[[typer.Context, str], list[str]]) -> Callable[[typer.
 
     @wraps(names)
     def of(context: typer.Context, incomplete: str) -> list[str]:
-        from pipeline.errors import IceboxError
+        from pipeline.core.errors import IceboxError
 
         try:
             return names(context, incomplete)

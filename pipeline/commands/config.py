@@ -91,7 +91,7 @@ def _data_dir(file: Path, values: dict[str, Any]) -> Path | None:
         return None
     if not isinstance(data, str) or not data:
         raise _wrong(file, f"data-dir must be a folder's name, found {data!r:.60}")
-    from pipeline import machine
+    from pipeline.core import machine
 
     return machine.at_home(data)
 
@@ -107,8 +107,8 @@ def origin(error: Any) -> str:
 def _read(file: Path) -> dict[str, Any]:
     import tomllib
 
-    from pipeline.cache.storage import read_small
-    from pipeline.errors import IceboxError
+    from pipeline.core.errors import IceboxError
+    from pipeline.core.files import read_small
 
     try:
         return tomllib.loads(read_small(file, _MOST_BYTES).decode("utf-8-sig"))
@@ -119,7 +119,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _wrong(file: Path, what: str) -> Exception:
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
 
     return UsageError(f"{file}: {what}")
 
@@ -208,7 +208,7 @@ class _Config:
         return _text(value)
 
     def _unknown(self, key: str, where: str, names: Any, owners: Sequence[str] = ()) -> Exception:
-        from pipeline.errors import did_you_mean
+        from pipeline.core.errors import did_you_mean
 
         place = f" in {where}" if where else ""
         hint = f"; it belongs into {' or '.join(owners)}" if owners else did_you_mean(key, names)
@@ -231,7 +231,7 @@ def _text(value: Any) -> str:
     """Return a value as it would be typed: 64,[128,64] for a list in a list, none for an empty one."""
     if isinstance(value, list):
         return ",".join(f"[{_text(each)}]" if isinstance(each, list) else _text(each) for each in value) or "none"
-    from pipeline import machine
+    from pipeline.core import machine
 
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return str(machine.at_home(text)) if text.startswith("~") else text  # a value need not be a path

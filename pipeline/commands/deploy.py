@@ -63,8 +63,8 @@ def export(
 
 
 def _images(run: TrainedRun, workspace: Workspace, named: list[str] | None, image_root: Path | None) -> Dataset:
+    from pipeline.core.errors import IceboxError, RunError, UsageError
     from pipeline.dataset import open_images
-    from pipeline.errors import IceboxError, RunError, UsageError
 
     if named:
         return open_images(named, image_root)
@@ -97,7 +97,7 @@ def serve(
 ) -> None:
     """Answer over HTTP: a page to drop images on, and an endpoint."""
     from pipeline import terminal
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
     from pipeline.serve import serve as serve_runs
 
     most = size_in_bytes("--max-bytes", max_bytes)

@@ -35,7 +35,7 @@ from pipeline.commands.shared import (
     typed,
     views_choice,
 )
-from pipeline.units import counted
+from pipeline.core.units import counted
 
 if TYPE_CHECKING:
     from pipeline.checkup import Checkup
@@ -79,7 +79,7 @@ def doctor(
     With DATASET: what is in it, what should be mended, what is cached, and what the rest will take here.
     """
     from pipeline import terminal
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
 
     if dataset is None:
         if others := [name for name in typed(context) if name not in ("as_json", "quiet")]:
@@ -113,7 +113,7 @@ def doctor(
 
 def _show(found: Checkup, about: dict[str, Any]) -> None:
     from pipeline import terminal
-    from pipeline.units import counted, duration, size_text
+    from pipeline.core.units import counted, duration, size_text
 
     rows = [(name, *counts.values()) for name, counts in about["classes"].items()]
     terminal.table(rows[:_MOST_CLASSES], ("class", *next(iter(about["classes"].values()))))

@@ -28,7 +28,7 @@ from pipeline.commands.shared import (
     memory_bytes,
     opened,
 )
-from pipeline.units import counted
+from pipeline.core.units import counted
 
 if TYPE_CHECKING:
     from pipeline.asked import DatasetChoice
@@ -119,7 +119,7 @@ def evaluate(
 
 def _images(context: typer.Context, run: TrainedRun) -> tuple[DatasetChoice, bool]:
     """Return which images were named, and whether they are the run's own."""
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
 
     given = context.params
     if given["dataset"] is None:

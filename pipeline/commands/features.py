@@ -99,8 +99,9 @@ def features(
     quiet: QuietOption = False,
 ) -> None:
     """Compute the features that are missing, and keep them."""
-    from pipeline import machine, terminal
+    from pipeline import terminal
     from pipeline.compute import ComputeOptions
+    from pipeline.core import machine
     from pipeline.dataset import remote
     from pipeline.extract import extract
 

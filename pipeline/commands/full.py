@@ -41,7 +41,7 @@ from pipeline.commands.shared import (
 
 if TYPE_CHECKING:
     from pipeline.asked import FullAsked
-    from pipeline.spec import Augmentation
+    from pipeline.core.spec import Augmentation
 
 _TRAINING = (
     "epochs", "batch_size", "optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing",
@@ -219,7 +219,7 @@ def _run(stage: str, context: typer.Context) -> None:
 
 
 def _refuse_what_does_not_go_together(context: typer.Context) -> None:
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
 
     given, said = context.params, typed(context)
     if given.get("init") is not None:
@@ -241,7 +241,7 @@ def _asked(stage: str, context: typer.Context, root: Path) -> FullAsked:
     from pipeline import runs
     from pipeline.asked import FullAsked
     from pipeline.choice import FeatureChoice
-    from pipeline.spec import HeadSpec, Views
+    from pipeline.core.spec import HeadSpec, Views
 
     given = context.params
     cached = given.get("from_cache", False)
@@ -275,6 +275,6 @@ def _asked(stage: str, context: typer.Context, root: Path) -> FullAsked:
 
 
 def _afresh(text: str | None) -> Augmentation | None:
-    from pipeline.spec import Augmentation
+    from pipeline.core.spec import Augmentation
 
     return None if text is None else Augmentation.parse(text)

@@ -44,7 +44,7 @@ from pipeline.commands.shared import (
 
 if TYPE_CHECKING:
     from pipeline.asked import Asked
-    from pipeline.spec import HeadSpec
+    from pipeline.core.spec import HeadSpec
     from pipeline.workspace import Workspace
 
 _SETTINGS = (
@@ -172,7 +172,7 @@ def _asked(context: typer.Context) -> Asked:
 def _head(context: typer.Context) -> HeadSpec:
     """Return the head and its settings; what a file or --like says of another kind of head is left out, aloud."""
     from pipeline import terminal
-    from pipeline.spec import HEAD_DEFAULTS, HeadSpec
+    from pipeline.core.spec import HEAD_DEFAULTS, HeadSpec
 
     head = context.params["head"]
     given = {name: context.params["c" if name == "C" else name] for name in _SETTINGS}

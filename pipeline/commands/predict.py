@@ -67,8 +67,8 @@ def predict(
     quiet: QuietOption = False,
 ) -> None:
     """Say of new images what they show, by a trained run or several."""
+    from pipeline.core.errors import UsageError
     from pipeline.dataset import open_images, remote
-    from pipeline.errors import UsageError
     from pipeline.predict import likeliest
     from pipeline.predict import predict as answers_of
 

@@ -64,7 +64,7 @@ def report(
 
     Mistakes, classes, a map of the images, doubtful labels, near copies; the file opens offline.
     """
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
     from pipeline.report.single import require_target
 
     if compare and sweep:

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.commands.completion import dataset_names, run_names, space_names, stopped_names
-from pipeline.units import counted, size_text
+from pipeline.core.units import counted, size_text
 
 if TYPE_CHECKING:
     from pipeline.asked import Asked, DatasetChoice
     from pipeline.choice import FeatureChoice
     from pipeline.cluster import ClusterChoice
+    from pipeline.core.spec import Views
     from pipeline.dataset import Dataset
     from pipeline.planning import Quarantined
-    from pipeline.spec import Views
     from pipeline.trained import TrainedRun
     from pipeline.workspace import Workspace
 
@@ -192,8 +192,9 @@ def opened(context: typer.Context) -> Iterator[Workspace]:
     StoppedError
         If the command is interrupted.
     """
-    from pipeline import environment, terminal
-    from pipeline.errors import StoppedError
+    from pipeline import terminal
+    from pipeline.core import environment
+    from pipeline.core.errors import StoppedError
     from pipeline.workspace import open_workspace
 
     terminal.begin(quiet=context.params["quiet"])
@@ -240,8 +241,8 @@ def feature_choice(context: typer.Context, **instead: Any) -> FeatureChoice:
 
 def views_choice(context: typer.Context) -> Views:
     """Return what `--views` and `--augment` say."""
-    from pipeline.errors import UsageError
-    from pipeline.spec import Augmentation, Views
+    from pipeline.core.errors import UsageError
+    from pipeline.core.spec import Augmentation, Views
 
     count, augment = context.params["views"], context.params["augment"]
     if count == 1 and "augment" not in typed(context):
@@ -319,7 +320,7 @@ def asked_features_line(context: typer.Context, asked: Asked) -> str:
 
 def refuse_beside_resume(context: typer.Context, *allowed: str) -> None:
     """Raise UsageError if more was said beside `--resume` than how to report, or what is `allowed`."""
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
 
     fine = ("resume", "as_json", "quiet", "max_bad", *allowed)
     if others := [option for option in typed(context) if option not in fine]:
@@ -337,7 +338,7 @@ def size_in_bytes(option: str, text: str) -> int:
     """Return the bytes that "1.5GB", "800MiB" or "200000" say. Raises UsageError."""
     from dask.utils import parse_bytes
 
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
 
     try:
         return int(parse_bytes(text))

@@ -51,7 +51,7 @@ from pipeline.commands.shared import (
     typed,
     views_choice,
 )
-from pipeline.units import size_text
+from pipeline.core.units import size_text
 
 if TYPE_CHECKING:
     from pipeline.asked import SweepAsked
@@ -155,7 +155,7 @@ def sweep(
 def _choices(context: typer.Context) -> tuple[FeatureChoice, ...]:
     """Return what the options say about the features of each backbone."""
     from pipeline.backbone.source import is_file
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
 
     texts = context.params["backbone"] or ()
     names = _backbones(texts)
@@ -178,7 +178,7 @@ def _choices(context: typer.Context) -> tuple[FeatureChoice, ...]:
 
 def _backbones(texts: Iterable[str]) -> list[str]:
     """Return the names and files in lists with commas, each once; a text that is a file is one, whatever its name."""
-    from pipeline import machine
+    from pipeline.core import machine
 
     parts = [[text] if machine.at_home(text).is_file() else text.split(",") for text in texts]
     return list(dict.fromkeys(name.strip() for some in parts for name in some if name.strip()))
@@ -186,7 +186,7 @@ def _backbones(texts: Iterable[str]) -> list[str]:
 
 def _refuse_for_several(context: typer.Context, own: Sequence[str]) -> None:
     """Raise UsageError if an option can be meant for one backbone only."""
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
 
     given = context.params
     for option, of in (("space", "features of one backbone"), ("layer", "a layer of one backbone")):
@@ -205,7 +205,7 @@ def _refuse_for_several(context: typer.Context, own: Sequence[str]) -> None:
 def _scaled(choices: Sequence[FeatureChoice], workspace: Workspace) -> tuple[FeatureChoice, ...]:
     """Return the same; of several files only the one that is not known with one scaling is meant by --scaling."""
     from pipeline.backbone.source import lacks_scaling
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
 
     own = [str(choice.backbone) for choice in choices if choice.scaling is not None]
     if len(choices) == 1 or len(own) < 2:
@@ -230,7 +230,7 @@ def _features_command(context: typer.Context, choice: FeatureChoice, is_one_of_s
 
 def _asked(context: typer.Context, choices: tuple[FeatureChoice, ...]) -> SweepAsked:
     from pipeline.asked import SweepAsked
-    from pipeline.errors import UsageError
+    from pipeline.core.errors import UsageError
     from pipeline.trials import make_trials
 
     given = context.params

@@ -6,7 +6,9 @@ import itertools
 import logging
 from pathlib import Path
 
-from pipeline import machine
+from pipeline.core import machine
+from pipeline.core.errors import DatasetError, UsageError, did_you_mean
+from pipeline.core.progress import Progress, silent
 from pipeline.dataset.base import Dataset, Source, alike, limit, of_files
 from pipeline.dataset.cifar import CIFAR10, CIFAR100, open_cifar
 from pipeline.dataset.digits import open_digits
@@ -15,8 +17,6 @@ from pipeline.dataset.manifest import MANIFEST_ENDINGS, open_manifest
 from pipeline.dataset.notices import notices
 from pipeline.dataset.split import Split, assign, few_groups, groups
 from pipeline.dataset.unlabelled import open_images
-from pipeline.errors import DatasetError, UsageError, did_you_mean
-from pipeline.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 

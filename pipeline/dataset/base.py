@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pipeline.core.errors import DatasetError, UsageError
 from pipeline.dataset import remote
-from pipeline.errors import DatasetError, UsageError
 
 # What people call the three sides, in lower case, and what we call them.
 SPLIT_NAMES: Mapping[str, str] = {

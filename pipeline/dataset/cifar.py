@@ -12,10 +12,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from pipeline.core.download import cause, fetch
+from pipeline.core.errors import DatasetError
+from pipeline.core.progress import Progress, silent
 from pipeline.dataset.base import ArraySource, Dataset, remap
-from pipeline.download import cause, fetch
-from pipeline.errors import DatasetError
-from pipeline.progress import Progress, silent
 
 _PIXELS = 3 * 32 * 32
 _MAX_MEMBER = 256 << 20  # bytes; the largest published member, CIFAR-100's train, has 155 MB

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.core.errors import DatasetError
 from pipeline.dataset.base import SPLIT_NAMES, Dataset, FileSource, brought, index_labels
 from pipeline.dataset.ignored import file_ignored_as, folder_ignored_as, ignored_text
 from pipeline.dataset.layout import class_depth
-from pipeline.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from pipeline.core.errors import DatasetError
 from pipeline.dataset.base import SPLIT_NAMES
-from pipeline.errors import DatasetError
 
 _NAMED = 5  # folders that a message names
 _MANIFEST = "name the class and the split of each image in a manifest (a CSV file with the columns path,label,split)"

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.errors import DatasetError
 from pipeline.dataset import remote
 from pipeline.dataset.base import SPLIT_NAMES, Dataset, FileSource, brought, index_labels
 from pipeline.dataset.diagnosis import foreign_format, line_that_is_not_utf8, missing_file
-from pipeline.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
+from pipeline.core.errors import UsageError
+from pipeline.core.machine import require_packages
 from pipeline.dataset.marks import GRAIN, of_answer, of_file
 from pipeline.dataset.refusal import RefusedError, check_status, failure
-from pipeline.errors import UsageError
-from pipeline.machine import require_packages
 
 T = TypeVar("T")
 

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import machine
+from pipeline.core import machine
+from pipeline.core.errors import DatasetError, UsageError
 from pipeline.dataset import remote
 from pipeline.dataset.base import Dataset, of_files
 from pipeline.dataset.folder import images_below
 from pipeline.dataset.ignored import ignored_text
 from pipeline.dataset.manifest import MANIFEST_ENDINGS, manifest_images
 from pipeline.dataset.notices import notices
-from pipeline.errors import DatasetError, UsageError
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import storage
-from pipeline.errors import IceboxError, RunError
+from pipeline.core import files
+from pipeline.core.errors import IceboxError, RunError
+from pipeline.core.spec import HeadSpec
 from pipeline.heads.base import JSON_FILE, Data, Fitted, Head
 from pipeline.heads.ensemble import Ensemble, member_name
 from pipeline.loop import Watch
-from pipeline.spec import HeadSpec
 
 READS = {"flatten": "features", "gap": "pooled", "logreg": "pooled"}
 _MOST_MEMBERS = 1000
@@ -106,7 +106,7 @@ def load(directory: Path) -> Head:
         If the files are missing, or are not what the JSON says.
     """
     try:
-        made = json.loads(storage.read_small(directory / JSON_FILE, _MOST_BYTES))
+        made = json.loads(files.read_small(directory / JSON_FILE, _MOST_BYTES))
         return _loaded(directory, made)
     except Exception as error:
         # JSON, Keras, HDF5, zip and skops readers raise many kinds, some of them over dozens of lines.

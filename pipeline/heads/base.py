@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.errors import DatasetError
+from pipeline.core.errors import DatasetError
 from pipeline.loop import Entry
 from pipeline.rows import Rows, in_order
 

@@ -11,20 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import machine
 from pipeline.backbone import weights_file
 from pipeline.batches import Shuffled
-from pipeline.cache import storage
-from pipeline.cache.storage import write_json
-from pipeline.errors import DatasetError, DoNotFitError, RunError
+from pipeline.core import files, machine
+from pipeline.core.errors import DatasetError, DoNotFitError, RunError
+from pipeline.core.files import write_json
+from pipeline.core.spec import HeadSpec
+from pipeline.core.units import size_text
 from pipeline.heads.base import JSON_FILE, Data, Fitted, class_weights, measure, not_numbers, require_numbers
 from pipeline.heads.logreg import LogregHead
 from pipeline.heads.parts import dense_in_parts, gradients_in_bfloat16
 from pipeline.keras_start import KerasModel, import_keras
 from pipeline.loop import NotFiniteError, Watch, finalize, train
 from pipeline.rows import Rows, in_order
-from pipeline.spec import HeadSpec
-from pipeline.units import size_text
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +58,14 @@ class DenseHead:
             "settings": about,
             "input_shape": list(self.model.input_shape[1:]),
             "classes": self.model.output_shape[-1],
-            "sha256": storage.sha256_file(directory / _WEIGHTS_FILE),
+            "sha256": files.sha256_file(directory / _WEIGHTS_FILE),
         }
         write_json(directory / JSON_FILE, made)
 
     @classmethod
     def load(cls, directory: Path, made: Mapping[str, Any]) -> DenseHead:
         """Return the head that `save` wrote, rebuilt from our JSON `made` and filled with plain arrays."""
-        if storage.sha256_file(directory / _WEIGHTS_FILE) != made["sha256"]:
+        if files.sha256_file(directory / _WEIGHTS_FILE) != made["sha256"]:
             raise RunError(f"{_WEIGHTS_FILE} is not the file that was saved")
         spec = HeadSpec.make(made["head"], **made["settings"])
         model = build(spec, tuple(made["input_shape"]), made["classes"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.storage import write_json
+from pipeline.core.files import write_json
 from pipeline.heads.base import JSON_FILE, Head
 from pipeline.rows import Rows
 

@@ -16,16 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import machine
-from pipeline.cache import storage
-from pipeline.cache.storage import write_json
-from pipeline.errors import DatasetError, DoNotFitError, RunError
+from pipeline.core import files, machine
+from pipeline.core.errors import DatasetError, DoNotFitError, RunError
+from pipeline.core.files import write_json
+from pipeline.core.lazy_imports import without
+from pipeline.core.spec import HeadSpec
+from pipeline.core.units import counted, size_text
 from pipeline.heads.base import JSON_FILE, Data, Fitted, cross_entropy, not_numbers, stratified_folds
-from pipeline.imports import without
 from pipeline.loop import Watch
 from pipeline.rows import Rows, StoredRows, in_order
-from pipeline.spec import HeadSpec
-from pipeline.units import counted, size_text
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class LogregHead:
     def save(self, directory: Path) -> None:
         """Write a skops file and our JSON."""
         _skops().dump(self.pipeline, directory / _SKOPS_FILE)
-        digest = storage.sha256_file(directory / _SKOPS_FILE)
+        digest = files.sha256_file(directory / _SKOPS_FILE)
         write_json(directory / JSON_FILE, {"head": "logreg", "classes": self.classes, "sha256": digest})
 
     @classmethod
@@ -71,7 +70,7 @@ class LogregHead:
 
         skops = _skops()
         path = directory / _SKOPS_FILE
-        if storage.sha256_file(path) != made["sha256"]:
+        if files.sha256_file(path) != made["sha256"]:
             raise RunError(f"{_SKOPS_FILE} is not the file that was saved")
         if strange := skops.get_untrusted_types(file=path):
             raise RunError(f"{path} holds types that a logistic regression does not: {', '.join(strange)}")

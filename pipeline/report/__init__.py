@@ -1,1 +1,1 @@
-"""A run, or several, as one HTML page that opens offline."""
+"""Pages to look at: one run, several runs or a sweep as HTML, and what `doctor` finds before anything is computed."""

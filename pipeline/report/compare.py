@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import runs, sweep
-from pipeline.cache import storage
-from pipeline.errors import RunError, did_you_mean
+from pipeline.core import files
+from pipeline.core.errors import RunError, did_you_mean
+from pipeline.core.units import counted, size_text
 from pipeline.leaderboard import (
     best_of_each,
     cost_points,
@@ -23,7 +24,6 @@ from pipeline.leaderboard import (
 from pipeline.report import page
 from pipeline.report.single import publish, require_target, trained_on
 from pipeline.run_dataset import RunDataset, distinct, told_apart
-from pipeline.units import counted, size_text
 from pipeline.workspace import Workspace
 
 _MOST_DRAWN = 60  # points
@@ -167,7 +167,7 @@ def _interval(low: float | None, high: float | None) -> str:
 def of_sweep(folder: Path, out: Path) -> dict[str, Any]:
     """Write a page about the sweep in a folder: all settings that were tried, ranked. Raises RunError."""
     try:
-        about = json.loads(storage.read_small(folder / "sweep.json", storage.MOST_JSON_BYTES))
+        about = json.loads(files.read_small(folder / "sweep.json", files.MOST_JSON_BYTES))
         if (about["format"], about["version"]) != (sweep.FORMAT, sweep.VERSION):
             raise ValueError("another format")
         text = _page_of_sweep(about)

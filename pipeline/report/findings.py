@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import near
+from pipeline.core.progress import Progress
 from pipeline.heads.base import deal_folds
-from pipeline.progress import Progress
 from pipeline.report.tiles import Looks
 from pipeline.rows import Rows, in_order
 

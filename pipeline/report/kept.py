@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import storage
-from pipeline.cache.storage import MOST_JSON_BYTES
-from pipeline.errors import RunError
+from pipeline.core import files
+from pipeline.core.errors import RunError
+from pipeline.core.files import MOST_JSON_BYTES
+from pipeline.core.units import counted
 from pipeline.evaluate import confusion_cells
 from pipeline.predictions import Answers, read_answers
 from pipeline.report import page
 from pipeline.reproduce import commands
 from pipeline.trained import TrainedRun
-from pipeline.units import counted
 
 _MOST_CLASSES = 1_000  # in the table; a page with more is slow to open
 _MEASURES = ("precision", "recall", "f1", "roc_auc", "support")
@@ -103,7 +103,7 @@ def _measures(of_class: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(storage.read_small(path, MOST_JSON_BYTES))
+    return json.loads(files.read_small(path, MOST_JSON_BYTES))
 
 
 def _curves(history: Sequence[Mapping[str, float]]) -> list[Row]:

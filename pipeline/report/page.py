@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import IO, Any
 
+from pipeline.core.utf8 import spelt
 from pipeline.pictures import INK, CostPoint, draw_calibration, draw_cost, draw_curves, picture
-from pipeline.spelling import spelt
 
 _PAGES = resources.files("pipeline") / "pages"
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.choice import FeatureChoice
+from pipeline.core.errors import IceboxError, MissingRowsError
+from pipeline.core.utf8 import spelt
 from pipeline.dataset.split import SPLITS
-from pipeline.errors import IceboxError, MissingRowsError
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.images import depth_of
 from pipeline.predictions import Answers
@@ -17,7 +18,6 @@ from pipeline.report import findings, page
 from pipeline.report.findings import Findings
 from pipeline.report.tiles import Looks, Tiles, look, packed
 from pipeline.rows import Wanted, open_rows
-from pipeline.spelling import spelt
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import storage
-from pipeline.errors import RunError
+from pipeline.core import files
+from pipeline.core.errors import RunError
 from pipeline.report import kept, page
 from pipeline.report.shown import MOST_LISTED, Shown, crossing, gather_shown, named, script_data
 from pipeline.runs import read_run
@@ -118,6 +118,6 @@ def require_target(out: Path) -> None:
 def publish(out: Path, text: str) -> None:
     """Write a page, the whole file or none; of a link, what it leads to. Raises RunError."""
     try:
-        storage.write_whole(out.resolve(), text.encode("utf-8"))
+        files.write_whole(out.resolve(), text.encode("utf-8"))
     except OSError as error:
         raise RunError(f"the report cannot be written to {out}: {error.strerror or error}") from error

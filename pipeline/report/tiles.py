@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 
 from pipeline import near
+from pipeline.core.progress import Progress
 from pipeline.decoder import Loaded, Loader, decoding_pool
 from pipeline.gather import Sorted
-from pipeline.progress import Progress
 
 _COLUMNS = 16
 _ON_A_SHEET = _COLUMNS**2

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import limits
-from pipeline.errors import MORE_MEMORY, MORE_THREADS, IceboxError, UsageError
-from pipeline.units import size_text
+from pipeline.core import resource_limits
+from pipeline.core.errors import MORE_MEMORY, MORE_THREADS, IceboxError, UsageError
+from pipeline.core.units import size_text
 
 # What decides a row's value, and how it is written.
 FEATURE_PACKAGES = ("icebox", "tensorflow", "keras", "opencv-python", "pillow", "h5py", "hdf5plugin")
@@ -65,14 +65,14 @@ def total_memory() -> int:
     """Return the bytes this process may use at most: what the machine has, or a limit that is less."""
     import psutil
 
-    return min([psutil.virtual_memory().total, *(limit.most for limit in limits.memory_limits())])
+    return min([psutil.virtual_memory().total, *(limit.most for limit in resource_limits.memory_limits())])
 
 
 def available_memory() -> int:
     """Return the bytes this process may still take: what the machine has left, or a limit leaves, if less."""
     import psutil
 
-    return min([psutil.virtual_memory().available, *(limit.left for limit in limits.memory_limits())])
+    return min([psutil.virtual_memory().available, *(limit.left for limit in resource_limits.memory_limits())])
 
 
 def at_home(path: str) -> Path:
@@ -85,7 +85,7 @@ def usable_cores() -> int:
 
     Those it may run on, or as many as its control group gives it time for, if fewer; one that it has half of counts.
     """
-    return max(1, min([_cores_to_run_on(), *map(math.ceil, limits.cpu_quotas())]))
+    return max(1, min([_cores_to_run_on(), *map(math.ceil, resource_limits.cpu_quotas())]))
 
 
 def _cores_to_run_on() -> int:
@@ -224,7 +224,7 @@ def _require_threads(what: str, count: int) -> None:
 
 def installs(extra: str) -> str:
     """Return the command that installs an extra the way Icebox itself was installed."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / "pyproject.toml").is_file():
         return f"pip install 'icebox[{extra}]'"
     if Path(sys.prefix).resolve() == (root / ".venv").resolve():  # which `make setup` works on

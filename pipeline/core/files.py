@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.errors import CacheError, RunError
+from pipeline.core.errors import CacheError, RunError
 
 _BLOCK = 2**20  # bytes that are read at once
 MOST_JSON_BYTES = 2**28  # of one file: what lists images or classes is written and read up to this
@@ -191,7 +191,7 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def files(directory: Path) -> dict[str, os.stat_result]:
+def list_files(directory: Path) -> dict[str, os.stat_result]:
     """Return name → stat of the regular files in `directory`; empty if there is no such folder."""
     about_to("list", directory)
     try:
@@ -205,7 +205,7 @@ def files(directory: Path) -> dict[str, os.stat_result]:
     return {name: found for name, found in stats.items() if found is not None and stat.S_ISREG(found.st_mode)}
 
 
-def everything(directory: Path) -> set[str]:
+def list_entries(directory: Path) -> set[str]:
     """Return the names of whatever lies in `directory`; empty if there is no such folder."""
     about_to("list", directory)
     try:
@@ -225,7 +225,7 @@ def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
         raise
 
 
-def folders(directory: Path) -> list[str]:
+def list_folders(directory: Path) -> list[str]:
     """Return the names of the folders in `directory`, sorted; empty if there is no such folder."""
     about_to("list", directory)
     try:
@@ -270,7 +270,7 @@ def is_partial(name: str) -> bool:
 
 def remove_partials(directory: Path) -> int:
     """Remove what killed writers left behind and return its bytes. Only the holder of the lock may call this."""
-    leftovers = {name: stat for name, stat in files(directory).items() if is_partial(name)}
+    leftovers = {name: stat for name, stat in list_files(directory).items() if is_partial(name)}
     for name in leftovers:
         remove(directory / name)
     return sum(found.st_size for found in leftovers.values())

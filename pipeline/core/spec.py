@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from pipeline.errors import SpecError, UsageError
+from pipeline.core.errors import SpecError, UsageError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 STORAGES = ("float16", "float32")

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.cache import storage
-from pipeline.errors import CacheError
+from pipeline.core import files
+from pipeline.core.errors import CacheError
 
 
 def done_without() -> bool:
@@ -43,10 +43,10 @@ def exclusive(path: Path, on_wait: Callable[[str], None], *, needed: bool = Fals
             raise CacheError(f"{path.parent}: what removes or replaces files needs locks; unset ICEBOX_LOCKS")
         yield
         return
-    storage.about_to("lock", path)
+    files.about_to("lock", path)
     try:
         # Not through a link: a space from somebody else must not have another file written to.
-        file = storage.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        file = files.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
         raise CacheError(f"{path} cannot be written ({error.strerror or error}), so nothing is added") from error
     handle, waited = file.fileno(), True
@@ -97,9 +97,9 @@ def shared(path: Path) -> Iterator[None]:
     if done_without():
         yield
         return
-    storage.about_to("lock", path)
+    files.about_to("lock", path)
     try:
-        file = storage.open_regular(path, os.O_RDONLY | os.O_CREAT)
+        file = files.open_regular(path, os.O_RDONLY | os.O_CREAT)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOSPC):
             raise CacheError(f"{path} cannot be opened ({error.strerror or error})") from error
@@ -125,7 +125,7 @@ def new_folder_held(folder: Path) -> Iterator[None]:
         If something of that name is there.
     """
     with _alone_in(folder.parent):  # made and held in one: in between, another process would find it abandoned
-        storage.about_to("make folder", folder)
+        files.about_to("make folder", folder)
         folder.mkdir()
         handle = os.open(folder, os.O_RDONLY)
         with suppress(OSError):  # NFS has no locks for folders: `abandoned` then says no, and the folder is left alone
@@ -166,7 +166,7 @@ def remove_abandoned(folder: Path) -> bool:
         return False
     with held_if_abandoned(folder) as held:
         if held:
-            storage.remove_folder(folder)
+            files.remove_folder(folder)
         return held
 
 

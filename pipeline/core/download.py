@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from pipeline.progress import Progress
+from pipeline.core.progress import Progress
 
 logger = logging.getLogger(__name__)
 
