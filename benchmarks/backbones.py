@@ -34,8 +34,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from pipeline import images  # noqa: E402
 from pipeline.backbone.table import BACKBONES, Backbone  # noqa: E402
+from pipeline.images import decoding  # noqa: E402
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
 Rows = dict[str, np.ndarray]  # "tensor" (2, h, w, c) and "pooled" (2, c), float32
@@ -85,7 +85,7 @@ def two_of(folder: Path) -> list[bytes]:
 
 def measured(row: Backbone, files: list[bytes], seed: int) -> dict[str, Any]:
     start = time.perf_counter()
-    pixels = np.stack([images.decode(each, size=row.input_size) for each in files])  # (2, size, size, 3)
+    pixels = np.stack([decoding.decode(each, size=row.input_size) for each in files])  # (2, size, size, 3)
     ours = {precision: our_rows(row, pixels, seed, precision) for precision in POLICIES}
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "untrained.weights.h5"

@@ -33,11 +33,11 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline import images  # noqa: E402
 from pipeline.core.errors import DecodeError  # noqa: E402
-from pipeline.decode_process import decode_whole, listen  # noqa: E402
+from pipeline.images import decoding  # noqa: E402
+from pipeline.images.decode_process import decode_whole, listen  # noqa: E402
 
-HOW = 299, "squash", images.DEFAULT_MAX_PIXELS, images.FULL_DEPTH
+HOW = 299, "squash", decoding.DEFAULT_MAX_PIXELS, decoding.FULL_DEPTH
 SMALL = 4000  # bytes of a file that is as good as empty
 Encoder = Callable[[np.ndarray, np.random.Generator], bytes]
 
@@ -98,7 +98,7 @@ def caught(damaged: list[tuple[str, bytes]]) -> dict[str, Any]:
 
 def rates(files: list[bytes], runs: int) -> dict[str, Any]:
     """Return images/s without and with the check, in turn."""
-    ways = {"before": images.decode_with_peak, "after": decode_whole}
+    ways = {"before": decoding.decode_with_peak, "after": decode_whole}
     measured: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(runs):
         for name, decode in ways.items():

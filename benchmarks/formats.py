@@ -24,10 +24,10 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline import images  # noqa: E402
 from pipeline.dataset import open_images  # noqa: E402
-from pipeline.decoder import Loader  # noqa: E402
 from pipeline.formats import FORMATS  # noqa: E402
+from pipeline.images import decoding  # noqa: E402
+from pipeline.images.loader import Loader  # noqa: E402
 
 BATCH = 32
 
@@ -67,7 +67,7 @@ def exported(data: str, run: str, name: str) -> dict[str, Any]:
 
 def pixels_of(folder: str, count: int) -> np.ndarray:
     found = open_images([folder])
-    with Loader(found, 299, "squash", images.DEFAULT_MAX_PIXELS) as load:
+    with Loader(found, 299, "squash", decoding.DEFAULT_MAX_PIXELS) as load:
         loaded = [load(i).pixels for i in range(count)]
     return np.stack([pixels for pixels in loaded if pixels is not None])
 

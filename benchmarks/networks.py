@@ -154,20 +154,20 @@ def bare(given: argparse.Namespace, network: str) -> dict[str, float]:
 
 def parts(given: argparse.Namespace, network: str) -> dict[str, float]:
     """Return the milliseconds an image that one core takes for what is not the network."""
-    from pipeline import images
     from pipeline.cache.shard import Rows, shard_image
+    from pipeline.images import decoding
 
     model = loaded(given, network)
     size, files = model.spec.input_size, sorted(path for path in given.folder.rglob("*") if path.is_file())
     data = [path.read_bytes() for path in files[:: max(1, len(files) // BATCH)][:BATCH]]
-    pixels = np.stack([images.decode(each, size=size) for each in data])
+    pixels = np.stack([decoding.decode(each, size=size) for each in data])
     tensor, pooled = model(pixels)
     rows = Rows(tensor, pooled, np.zeros((len(data), 32), np.uint8), np.zeros(len(data), np.int64))
     packed = shard_image(rows, model.spec)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard"
         ways: dict[str, Callable[[], Any]] = {
-            "decode": lambda: [images.decode(each, size=size) for each in data],
+            "decode": lambda: [decoding.decode(each, size=size) for each in data],
             "compress": lambda: shard_image(rows, model.spec),
             "write": lambda: write(path, bytes(packed)),
         }

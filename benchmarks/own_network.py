@@ -83,15 +83,15 @@ def keras_rows(given: argparse.Namespace, split: str) -> np.ndarray:
     """Return what Keras makes of the images of a split, in the order of their paths: (n, h, w, c) float32."""
     import keras
 
-    from pipeline import images
     from pipeline.backbone.scaling import canonical
+    from pipeline.images import decoding
 
     models: Any = keras.models
     model = models.load_model(given.network, compile=False)
     size, scaling = model.input_shape[1], canonical(given.scaling)
     files, found = paths(given, split), []
     for at in range(0, len(files), BATCH):
-        pixels = [images.decode(path.read_bytes(), size=size) for path in files[at : at + BATCH]]
+        pixels = [decoding.decode(path.read_bytes(), size=size) for path in files[at : at + BATCH]]
         found.append(model.predict_on_batch(by_hand(np.stack(pixels).astype(np.float32), scaling)))
     return np.concatenate(found)
 

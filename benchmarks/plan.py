@@ -26,20 +26,20 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline import images  # noqa: E402
 from pipeline.cache.digests import Identities  # noqa: E402
 from pipeline.cache.keys import Keys  # noqa: E402
 from pipeline.cache.shard import ShardInfo  # noqa: E402
 from pipeline.cache.space import Cache  # noqa: E402
 from pipeline.core.spec import FeatureRequest, FeatureSpec  # noqa: E402
 from pipeline.dataset.base import of_files  # noqa: E402
+from pipeline.images import decoding  # noqa: E402
 from pipeline.planning import Planning  # noqa: E402
 
 SHARD_ROWS, SHAPE = 256, (8, 8, 2048)
 SHARD_BYTES = 2**20  # as recorded, and as the sparse file says
 MISSING = {"all cached": 0.0, "1% missing": 0.01, "none cached": 1.0}
 SPEC = FeatureSpec(
-    "inception_v3", "sha256:" + "0" * 64, "mixed10", 299, images.DECODE_POLICY, images.RESIZE_POLICY, "squash",
+    "inception_v3", "sha256:" + "0" * 64, "mixed10", 299, decoding.DECODE_POLICY, decoding.RESIZE_POLICY, "squash",
     "x/127.5-1", "bfloat16", "keras", "float16",
 )  # fmt: skip
 REQUEST = FeatureRequest(
@@ -101,7 +101,7 @@ def planned(root: Path, rows: int, missing: float) -> dict[str, Any]:
         times.append(time.perf_counter())
         space = cache.choose(REQUEST, keys)
         times.append(time.perf_counter())
-        plan = Planning(of_files("synthetic", []), Identities(keys, {}), cache.index, images.DEFAULT_MAX_PIXELS)
+        plan = Planning(of_files("synthetic", []), Identities(keys, {}), cache.index, decoding.DEFAULT_MAX_PIXELS)
         found = plan.plan(space)
         times.append(time.perf_counter())
     assert (found.missing, found.rows) == (others, rows)

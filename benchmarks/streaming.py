@@ -31,16 +31,16 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline import images  # noqa: E402
 from pipeline.cache.shard import Rows  # noqa: E402
 from pipeline.cache.space import Cache  # noqa: E402
 from pipeline.core.spec import FeatureSpec  # noqa: E402
+from pipeline.images import decoding  # noqa: E402
 
 SHARD_ROWS, CLASSES, SHAPE = 256, 10, (8, 8, 2048)
 ZEROS = 0.85  # of the numbers, as InceptionV3's trained weights leave
 GROUPS = Path("/sys/fs/cgroup/memory")
 SPEC = FeatureSpec(
-    "inception_v3", "sha256:" + "0" * 64, "mixed10", 299, images.DECODE_POLICY, images.RESIZE_POLICY, "squash",
+    "inception_v3", "sha256:" + "0" * 64, "mixed10", 299, decoding.DECODE_POLICY, decoding.RESIZE_POLICY, "squash",
     "x/127.5-1", "bfloat16", "keras", "float16",
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ from pipeline.dataset import Dataset
 from pipeline.evaluate import confusion_cells, evaluate
 from pipeline.fitting import answers
 from pipeline.gather import Material, Sorted, gather, gather_images
-from pipeline.images import depth_of
+from pipeline.images.decoding import depth_of
 from pipeline.network import compiled, probabilities
 from pipeline.pictures import draw_calibration, draw_confusion
 from pipeline.pixels import Pixels, decoding

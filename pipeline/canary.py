@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline import augment, images
 from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache.digests import identify
@@ -19,7 +18,8 @@ from pipeline.core.errors import MissingRowsError, SpecError
 from pipeline.core.spec import Augmentation
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset, of_files, open_dataset
-from pipeline.decoder import Loaded, Loader
+from pipeline.images import augment, decoding
+from pipeline.images.loader import Loaded, Loader
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -110,8 +110,8 @@ def _draw(space: FeatureSpace, count: int, sources: list[Dataset], workspace: Wo
             if has_row
         ]
         random.shuffle(rows)
-        how = space.spec.input_size, space.spec.fit, images.DEFAULT_MAX_PIXELS
-        with Loader(dataset, *how, depth=images.depth_of(space.spec.decode)) as loader:
+        how = space.spec.input_size, space.spec.fit, decoding.DEFAULT_MAX_PIXELS
+        with Loader(dataset, *how, depth=decoding.depth_of(space.spec.decode)) as loader:
             for key, view in rows:
                 if len(found) >= count:
                     break

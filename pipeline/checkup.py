@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import cost, near
+from pipeline import cost
 from pipeline.cache.digests import identify
 from pipeline.choice import FeatureChoice, find_space, settle
 from pipeline.core import files, machine
@@ -16,7 +16,8 @@ from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.cost import Cost
 from pipeline.dataset import Dataset, Split, alike, assign
 from pipeline.dataset.split import SPLITS
-from pipeline.images import FULL_DEPTH, depth_of
+from pipeline.images import near_duplicates
+from pipeline.images.decoding import FULL_DEPTH, depth_of
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined
 from pipeline.survey import survey
 from pipeline.workspace import Workspace
@@ -123,8 +124,8 @@ def _near(looks: np.ndarray, split: Split, first: np.ndarray, workspace: Workspa
     """Return groups of distinct images that look nearly the same."""
     seen = np.sort(first[looks["kind"][first] != ""])
     with workspace.progress("comparing images", 8, "passes") as advance:
-        pairs = near.near_pairs(looks["fingerprint"][seen], looks["thumb"][seen], advance)
-    return _copies([seen[group].tolist() for group in near.clusters(pairs, len(seen))], split)
+        pairs = near_duplicates.near_pairs(looks["fingerprint"][seen], looks["thumb"][seen], advance)
+    return _copies([seen[group].tolist() for group in near_duplicates.clusters(pairs, len(seen))], split)
 
 
 def _copies(groups: list[list[int]], split: Split) -> Copies:

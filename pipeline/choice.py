@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from pipeline import images
 from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import ENGINE, ENGINES
 from pipeline.backbone.scaling import canonical
@@ -20,6 +19,7 @@ from pipeline.core import machine
 from pipeline.core.errors import SpecError
 from pipeline.core.spec import OWN, PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
 from pipeline.dataset import Dataset
+from pipeline.images import decoding
 from pipeline.planning import DEFAULT_FIT
 from pipeline.workspace import Workspace
 
@@ -79,8 +79,8 @@ class Settled:
             backbone=source.name,
             layer=choice.layer if named else self.layer,
             fit=choice.fit if named else choice.fit or DEFAULT_FIT,
-            decode=tuple(images.DECODE_POLICIES) if any_depth else images.decode_policy(choice.depth),
-            resize=images.RESIZE_POLICY,
+            decode=tuple(decoding.DECODE_POLICIES) if any_depth else decoding.decode_policy(choice.depth),
+            resize=decoding.RESIZE_POLICY,
             input_size=source.input_size,
             scaling=source.scaling,
             engine=ENGINES,
@@ -97,8 +97,8 @@ class Settled:
             weights=weights.identity,
             layer=self.layer,
             input_size=source.input_size,
-            decode=images.decode_policy(choice.depth),
-            resize=images.RESIZE_POLICY,
+            decode=decoding.decode_policy(choice.depth),
+            resize=decoding.RESIZE_POLICY,
             fit=choice.fit or DEFAULT_FIT,
             scaling=source.scaling,
             precision=machine.best_precision() if choice.precision == "auto" else choice.precision,
@@ -174,8 +174,8 @@ def weights_of(space: FeatureSpace, workspace: Workspace) -> Weights:
 def other_version(spec: FeatureSpec) -> dict[str, tuple[str, str]]:
     """Return the fields in which `spec` could not be of this version: name → what it has, what this version has."""
     ours: dict[str, Sequence[str]] = {
-        "decode": tuple(images.DECODE_POLICIES),
-        "resize": (images.RESIZE_POLICY,),
+        "decode": tuple(decoding.DECODE_POLICIES),
+        "resize": (decoding.RESIZE_POLICY,),
         "engine": ENGINES,
     }
     if not spec.backbone.startswith(OWN):

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline import images
 from pipeline.cache.digests import Identities
 from pipeline.cache.index import Index
 from pipeline.cache.shard import SHARD_BYTES
@@ -28,7 +27,8 @@ from pipeline.core.progress import Advance, Progress
 from pipeline.core.spec import FeatureSpec
 from pipeline.core.units import counted, duration, size_text
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loaded
+from pipeline.images import decoding
+from pipeline.images.loader import Loaded
 from pipeline.shard_task import (
     AT_ONCE,
     Met,
@@ -153,7 +153,7 @@ class ComputeOptions:
 
     shard_rows: int | None = None  # None: 256, or as many as take SHARD_BYTES
     batch_size: int | None = None  # None: that of the space, or what is fastest
-    max_pixels: int = images.DEFAULT_MAX_PIXELS
+    max_pixels: int = decoding.DEFAULT_MAX_PIXELS
     strict: bool = False  # end at the first image that cannot be decoded
     threads: int | None = None  # cores that TensorFlow uses for nothing else in this process
 
@@ -313,7 +313,7 @@ def note_bad(image: Met | Loaded, dataset: Dataset, identities: Identities, inde
     """Remember that an image could not be decoded, or note that it could not be read, which is not remembered."""
     note_key(image, dataset, identities, index)
     if image.key is not None:
-        index.remember_quarantined({image.key: image.reason}, images.decoder_version(), max_pixels)
+        index.remember_quarantined({image.key: image.reason}, decoding.decoder_version(), max_pixels)
 
 
 def note_key(image: Met | Loaded, dataset: Dataset, identities: Identities, index: Index) -> None:

@@ -20,8 +20,8 @@ from pipeline.choice import Settled, weights_of
 from pipeline.compute import batch_of, default_batch
 from pipeline.core import machine
 from pipeline.core.spec import OWN
-from pipeline.decoder import Loader
-from pipeline.images import depth_of
+from pipeline.images.decoding import depth_of
+from pipeline.images.loader import Loader
 from pipeline.planning import Plan, Planning
 from pipeline.workspace import Workspace
 

@@ -24,9 +24,9 @@ from pipeline.core.errors import DatasetError, IceboxError, RunError, UsageError
 from pipeline.core.locks import remove_abandoned
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset, limit
-from pipeline.decoder import Loader
 from pipeline.formats import CLASSES, FORMATS, Format
-from pipeline.images import depth_of
+from pipeline.images.decoding import depth_of
+from pipeline.images.loader import Loader
 from pipeline.keras_start import KerasModel, import_keras
 from pipeline.network import Network
 from pipeline.predict import predict

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import images, rates
+from pipeline import rates
 from pipeline.backbone import source as networks
 from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import identify, read_some
@@ -42,6 +42,7 @@ from pipeline.core import machine
 from pipeline.core.errors import InterruptedComputationError
 from pipeline.core.spec import PLAIN_VIEW, FeatureSpec, Views
 from pipeline.dataset import Dataset, remote
+from pipeline.images import decoding
 from pipeline.keras_start import import_keras
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.shard_task import Setup, ShardWorker, check_room
@@ -115,7 +116,7 @@ def extract(
         _keep_rate(workspace, space.spec, plan.reused - before, effort, cluster)
     if space is not None:
         warn_untrained(space.spec)
-        warn_dark(effort.peak, images.depth_of(space.spec.decode))
+        warn_dark(effort.peak, decoding.depth_of(space.spec.decode))
     failed = name_quarantined(dataset, plan)
     return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, effort, space)
 

@@ -12,7 +12,6 @@ from typing import Any, Literal, Self, cast
 
 import numpy as np
 
-from pipeline import images
 from pipeline.asked import DatasetChoice
 from pipeline.batches import Shuffled
 from pipeline.choice import FeatureChoice, warn_untrained
@@ -21,6 +20,7 @@ from pipeline.core.spec import Augmentation, Views
 from pipeline.dataset import few_groups
 from pipeline.dataset.split import SPLITS
 from pipeline.gather import Material, gather
+from pipeline.images import decoding
 from pipeline.rows import Rows, Wanted, held, room_for, stored_rows
 from pipeline.workspace import open_workspace
 
@@ -91,7 +91,7 @@ def open_features(
         chosen = FeatureChoice(
             space=space, layer=layer, depth=depth, backbone=name, input_size=input_size, scaling=scaling
         )
-        limits = images.DEFAULT_MAX_PIXELS
+        limits = decoding.DEFAULT_MAX_PIXELS
         material = gather(choice.open(workspace), workspace, chosen, limits, command, views=wanted)
         stack.enter_context(material.space.reading())
         warn_untrained(material.space.spec)

@@ -29,7 +29,7 @@ from pipeline.extract import extract
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.heads import dense
 from pipeline.heads.base import class_weights, measure, require_numbers
-from pipeline.images import depth_of
+from pipeline.images.decoding import depth_of
 from pipeline.keras_start import KerasModel
 from pipeline.loop import Entry, NotFiniteError, Trained, Watch, train
 from pipeline.network import Network

@@ -19,7 +19,7 @@ from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset, Split, assign, groups
 from pipeline.dataset.split import SPLITS
-from pipeline.images import FULL_DEPTH
+from pipeline.images.decoding import FULL_DEPTH
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.run_images import SEEN, RunImages
 from pipeline.workspace import Workspace

@@ -19,13 +19,13 @@ from pipeline.backbone.table import DEFAULT_BACKBONE
 from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import identify
 from pipeline.choice import FeatureChoice, Settled, find_space, settle, weights_for, weights_of
-from pipeline.class_names import missing, with_classes
 from pipeline.core.errors import DatasetError, RunError, SpecError
 from pipeline.core.spec import FREEZE_UNTIL, OWN, SHAPE, FeatureSpec, HeadSpec
 from pipeline.dataset import Dataset
+from pipeline.dataset.class_names import missing, with_classes
 from pipeline.heads.dense import DenseHead
 from pipeline.heads.dense import build as build_head
-from pipeline.images import depth_of
+from pipeline.images.decoding import depth_of
 from pipeline.runs import network_record, read_run
 from pipeline.workspace import Workspace
 

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from pipeline import augment
 from pipeline.core.errors import DatasetError
 from pipeline.core.spec import Augmentation
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loaded, Loader, decoding_pool
-from pipeline.images import FULL_DEPTH
+from pipeline.images import augment
+from pipeline.images.decoding import FULL_DEPTH
+from pipeline.images.loader import Loaded, Loader, decoding_pool
 
 
 class Decoding:

@@ -9,7 +9,6 @@ from typing import Self
 
 import numpy as np
 
-from pipeline import images
 from pipeline.cache.digests import Identities
 from pipeline.cache.index import Index
 from pipeline.cache.keys import comparable, split
@@ -18,7 +17,8 @@ from pipeline.compute import note_bad, note_key
 from pipeline.core.progress import Progress
 from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loaded, Loader, decoding_pool
+from pipeline.images import decoding
+from pipeline.images.loader import Loaded, Loader, decoding_pool
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Planning:
 
         Only of images that lack rows, (m,) bool, is it asked, but for those whose rows are condemned.
         """
-        known = self.index.refused(images.decoder_version(), self.max_pixels) if lacks.any() else {}
+        known = self.index.refused(decoding.decoder_version(), self.max_pixels) if lacks.any() else {}
         condemned = self.index.condemned()
         is_refused = self._among(some, condemned)
         is_refused[lacks] |= self._among(some[lacks], known)
@@ -210,7 +210,7 @@ class Quarantined:
 
 def warn_dark(peak: int, depth: int) -> None:
     """Say what to do about 16-bit images taken for `depth` bits, if their largest value, `peak`, shows other bits."""
-    if advice := images.depth_advice(peak, depth):
+    if advice := decoding.depth_advice(peak, depth):
         logger.warning("of the images with 16 bits a channel that were decoded now %s", advice)
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline import images as decoding_policy
 from pipeline.answering import Group, grouped
 from pipeline.cache.digests import Identities, identify
 from pipeline.compute import note_bad, note_key
 from pipeline.core.errors import IndexDamagedError
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loaded, Loader, batched, decoding_pool
+from pipeline.images import decoding as decoding_policy
+from pipeline.images.loader import Loaded, Loader, batched, decoding_pool
 from pipeline.network import Answerer, compiled
 from pipeline.trained import TrainedRun
 from pipeline.workspace import Workspace

@@ -19,7 +19,7 @@ from pipeline.core.units import counted
 from pipeline.dataset import Dataset, assign, few_groups
 from pipeline.dataset.split import SPLITS
 from pipeline.gather import Material, Sorted
-from pipeline.images import FULL_DEPTH
+from pipeline.images.decoding import FULL_DEPTH
 from pipeline.pixels import Pixels, decoding
 from pipeline.predictions import Predictions
 from pipeline.rows import Rows, StoredRows, Wanted, hold, select, stored_rows

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline import images
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.index import CONDEMNED
 from pipeline.cache.space import FeatureSpace
 from pipeline.dataset import Dataset
-from pipeline.decoder import Loader, decoding_pool
+from pipeline.images import decoding
+from pipeline.images.loader import Loader, decoding_pool
 from pipeline.planning import DEFAULT_FIT, Quarantined
 from pipeline.workspace import Workspace
 
@@ -59,7 +59,7 @@ def recheck(dataset: Dataset, workspace: Workspace, space: str | None = None) ->
             elif image.key is not None:
                 sound.add(image.key)
             advance(1)
-    index.remember_quarantined(reasons, images.decoder_version(), CONDEMNED)
+    index.remember_quarantined(reasons, decoding.decoder_version(), CONDEMNED)
     released = sound & set(condemned)
     index.forget_quarantined(released, condemned=True)
     since = index.condemned()

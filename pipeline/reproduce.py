@@ -13,7 +13,7 @@ from pipeline.backbone.weights import is_path
 from pipeline.choice import FeatureChoice
 from pipeline.core.errors import UsageError
 from pipeline.core.spec import OWN, SHAPE, HeadSpec
-from pipeline.images import DEFAULT_MAX_PIXELS, FULL_DEPTH, depth_of
+from pipeline.images.decoding import DEFAULT_MAX_PIXELS, FULL_DEPTH, depth_of
 from pipeline.trained import TrainedRun
 
 Option = tuple[str, Any]  # its name and value: None leaves it out, True makes it a flag

@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.class_names import normalised
 from pipeline.core import machine
 from pipeline.core.errors import RunError
 from pipeline.dataset import is_known
+from pipeline.dataset.class_names import normalised
 from pipeline.run_images import RunImages
 
 logger = logging.getLogger(__name__)

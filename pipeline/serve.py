@@ -20,8 +20,8 @@ from pipeline.answering import Group, grouped
 from pipeline.core import machine
 from pipeline.core.errors import IceboxError, UsageError
 from pipeline.core.utf8 import spelt
-from pipeline.decoder import Decoders, decoding_pool
-from pipeline.images import depth_of
+from pipeline.images.decoding import depth_of
+from pipeline.images.loader import Decoders, decoding_pool
 from pipeline.network import compiled
 from pipeline.predict import likeliest
 from pipeline.trained import TrainedRun

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import augment, images
 from pipeline.backbone.frozen import FrozenBackbone, images_within, streams
 from pipeline.cache.index import row_mark
 from pipeline.cache.shard import Gathering, Rows, ShardInfo, write_shard
@@ -26,7 +25,8 @@ from pipeline.core.errors import CacheError
 from pipeline.core.spec import PLAIN_VIEW, FeatureSpec, Views
 from pipeline.core.units import size_text
 from pipeline.dataset import Dataset, remote
-from pipeline.decoder import Decoders, Loaded, Loader, batched, decoding_pool, in_threads
+from pipeline.images import augment, decoding
+from pipeline.images.loader import Decoders, Loaded, Loader, batched, decoding_pool, in_threads
 
 There = Callable[[bytes, int], bool]  # whether the row of this key and view need not be computed
 
@@ -73,7 +73,7 @@ class Setup:
     weights: Path | None
     batch_size: int
     directory: Path  # of the shards
-    max_pixels: int = images.DEFAULT_MAX_PIXELS
+    max_pixels: int = decoding.DEFAULT_MAX_PIXELS
     views: Views = PLAIN_VIEW
     strict: bool = False  # stop at the first image that cannot be decoded
     connections: int = remote.DEFAULT_CONNECTIONS  # requests of one process at once
@@ -184,7 +184,7 @@ class ShardWorker:
         self._model = FrozenBackbone(setup.spec, setup.weights, setup.batch_size, threads, setup.network)
         if setup.batch_bytes is not None:
             self._model.bound_batch(setup.batch_bytes)
-        depth = images.depth_of(setup.spec.decode)
+        depth = decoding.depth_of(setup.spec.decode)
         self._decoders = Decoders(setup.spec.input_size, setup.spec.fit, setup.max_pixels, depth)
         self._pool = decoding_pool(threads)
         self._streams = streams(threads)

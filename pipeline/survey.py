@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline import near
 from pipeline.cache.keys import Grouped
 from pipeline.compute import note_bad, note_key
 from pipeline.core.progress import Progress
-from pipeline.decoder import Loaded, Loader, decoding_pool
-from pipeline.images import FULL_DEPTH, orientation
+from pipeline.images import near_duplicates
+from pipeline.images.decoding import FULL_DEPTH, orientation
+from pipeline.images.loader import Loaded, Loader, decoding_pool
 from pipeline.planning import DEFAULT_FIT, Planning
 
 # What is noted of an image. Sizes are in pixels, as stored; `kind` is "" where nobody could look.
@@ -23,7 +23,7 @@ LOOK = np.dtype(
         ("alpha", np.bool_),  # may be transparent in places
         ("turned", np.bool_),  # EXIF says that it is to be turned
         ("fingerprint", np.uint64),
-        ("thumb", np.uint8, (near.THUMB, near.THUMB)),
+        ("thumb", np.uint8, (near_duplicates.THUMB, near_duplicates.THUMB)),
     ]
 )
 _SIZE = 299  # of the pixels that fingerprints are made of
@@ -81,5 +81,5 @@ def _look(image: Loaded) -> tuple | None:
         image.peak,
         header.alpha,
         turned,
-        *near.fingerprint(image.pixels),
+        *near_duplicates.fingerprint(image.pixels),
     )

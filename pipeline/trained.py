@@ -14,10 +14,10 @@ import numpy as np
 from pipeline import heads, runs
 from pipeline.asked import Asked, FullAsked
 from pipeline.backbone import source as networks
-from pipeline.class_names import listed, missing, normalised, other_classes, with_classes
 from pipeline.core.errors import RunError, SpecError
 from pipeline.core.spec import FeatureSpec
 from pipeline.dataset import Dataset
+from pipeline.dataset.class_names import listed, missing, normalised, other_classes, with_classes
 from pipeline.network import Network
 from pipeline.rows import Rows
 

@@ -23,9 +23,9 @@ import pytest
 import warm
 from hypothesis import HealthCheck, settings
 
-from pipeline import images
 from pipeline.cache.space import Cache
 from pipeline.core.spec import FeatureSpec
+from pipeline.images import decoding
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ SPEC = FeatureSpec(
     weights="untrained:glorot_centred_1:0",
     layer="mixed10",
     input_size=299,
-    decode=images.DECODE_POLICY,
-    resize=images.RESIZE_POLICY,
+    decode=decoding.DECODE_POLICY,
+    resize=decoding.RESIZE_POLICY,
     fit="squash",
     scaling="x/127.5-1",
     precision="float32",

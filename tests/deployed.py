@@ -13,7 +13,6 @@ from typing import Any
 from conftest import write_picture
 from own_networks import tiny, tiny_choice
 
-from pipeline import images
 from pipeline.asked import Asked, DatasetChoice, FullAsked
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.space import Cache
@@ -23,11 +22,12 @@ from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.extract import extract
 from pipeline.finetune import train_full
+from pipeline.images import decoding
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
 from pipeline.workspace import Workspace
 
-MOST = images.DEFAULT_MAX_PIXELS
+MOST = decoding.DEFAULT_MAX_PIXELS
 _SHORT = {"epochs": 2, "batch_size": 8}
 _HEADS: dict[str, tuple[HeadSpec, int]] = {
     "logreg": (HeadSpec.make("logreg", C="10"), 0),

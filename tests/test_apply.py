@@ -14,7 +14,7 @@ from cached import SPEC, fill, listed, write_images
 from conftest import unseal
 from sklearn.metrics import accuracy_score, log_loss
 
-from pipeline import images, pictures, runs
+from pipeline import pictures, runs
 from pipeline.apply import Evaluation, evaluate_run
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.choice import FeatureChoice
@@ -22,6 +22,7 @@ from pipeline.core.errors import DatasetError, MissingRowsError, RunError, SpecE
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import limit
+from pipeline.images import decoding
 from pipeline.run_images import FILE, RunImages
 from pipeline.train import train_head
 from pipeline.trained import open_run
@@ -48,14 +49,14 @@ def rows(workspace: Workspace, photos: Path, undrawn: None) -> None:
 
 
 def trained(workspace: Workspace, photos: Path, kind: str = "logreg") -> str:
-    asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), KINDS[kind]["spec"], images.DEFAULT_MAX_PIXELS,
+    asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), KINDS[kind]["spec"], decoding.DEFAULT_MAX_PIXELS,
                   folds=KINDS[kind].get("folds", 0))  # fmt: skip
     return train_head(listed(photos), workspace, asked, "features").name
 
 
 def evaluated(workspace: Workspace, name: str, photos: Path, **more: Any) -> Evaluation:
     run = open_run(workspace.runs, name)
-    return evaluate_run(run, listed(photos), workspace, "features", max_pixels=images.DEFAULT_MAX_PIXELS, **more)
+    return evaluate_run(run, listed(photos), workspace, "features", max_pixels=decoding.DEFAULT_MAX_PIXELS, **more)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -230,7 +231,7 @@ def test_a_part_of_its_own_images_is_measured_where_it_is_new(workspace: Workspa
     name = trained(workspace, photos)
     run = open_run(workspace.runs, name)
     some = limit(listed(photos), 60)
-    done = evaluate_run(run, some, workspace, "features", max_pixels=images.DEFAULT_MAX_PIXELS)
+    done = evaluate_run(run, some, workspace, "features", max_pixels=decoding.DEFAULT_MAX_PIXELS)
     known = RunImages.read(run.path)
     assert known is not None
     new = known.contains([image_key(some.read(i)) for i in range(60)], "test").sum()
@@ -320,7 +321,7 @@ def test_a_run_keeps_its_classes_whatever_their_order_and_unicode_form_by_now(
     path = workspace.runs / name / "run.json"
     run = open_run(workspace.runs, name)
     again = replace(listed(photos), classes=("cow", "bee", "ant"), labels=2 - listed(photos).labels)
-    done = evaluate_run(run, again, workspace, "features", max_pixels=images.DEFAULT_MAX_PIXELS)
+    done = evaluate_run(run, again, workspace, "features", max_pixels=decoding.DEFAULT_MAX_PIXELS)
     assert (done.metrics["accuracy"], done.left_out) == (
         metrics_of(workspace, name)["accuracy"],
         120 - done.metrics["images"],
@@ -330,7 +331,7 @@ def test_a_run_keeps_its_classes_whatever_their_order_and_unicode_form_by_now(
     run = open_run(workspace.runs, name)
     modern = replace(listed(photos), classes=("ant", "bee", "c\N{LATIN SMALL LETTER O WITH DIAERESIS}w"))
     assert run.classes[2] == "co\N{COMBINING DIAERESIS}w"
-    done = evaluate_run(run, modern, workspace, "features", max_pixels=images.DEFAULT_MAX_PIXELS)
+    done = evaluate_run(run, modern, workspace, "features", max_pixels=decoding.DEFAULT_MAX_PIXELS)
     assert done.metrics["accuracy"] == metrics_of(workspace, name)["accuracy"]
     twice = replace(run, classes=[*run.classes, modern.classes[2]])
     with pytest.raises(DatasetError, match="tells 2 classes apart that are called"):

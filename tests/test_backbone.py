@@ -15,7 +15,6 @@ import tensorflow as tf
 from conftest import SPEC, picture
 from own_networks import frozen_tiny
 
-from pipeline import images
 from pipeline.backbone import folding
 from pipeline.backbone import frozen as frozen_module
 from pipeline.backbone.build import build, load_weights
@@ -25,6 +24,7 @@ from pipeline.backbone.scaling import scale
 from pipeline.core import machine
 from pipeline.core.errors import IceboxError, SpecError, WeightsError
 from pipeline.core.spec import HeadSpec
+from pipeline.images import decoding
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def frozen() -> FrozenBackbone:
 def pixels() -> np.ndarray:
     """Six images of several kinds, (6, 299, 299, 3) uint8."""
     noise = np.random.default_rng(0).integers(0, 256, (299, 299, 3), np.uint8)
-    made = [images.resize(picture(i), 299, "squash") for i in range(3)]
+    made = [decoding.resize(picture(i), 299, "squash") for i in range(3)]
     return np.stack([*made, noise, np.zeros_like(noise), np.full_like(noise, 255)])
 
 
@@ -134,7 +134,7 @@ def test_bfloat16_rows_keep_no_noise_below_bfloat16(pixels: np.ndarray, frozen: 
 
 
 def small_pixels(count: int) -> np.ndarray:
-    return np.stack([images.resize(picture(i), 32, "squash") for i in range(count)])
+    return np.stack([decoding.resize(picture(i), 32, "squash") for i in range(count)])
 
 
 def test_features_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ import warm
 from conftest import command_line, environment, icebox, mark, wait_until, write_picture
 from own_networks import tiny_options
 
-from pipeline import images
 from pipeline.core.hashing import image_key
 from pipeline.dataset import of_files, open_dataset
-from pipeline.decoder import Loaded, Loader
+from pipeline.images import decoding
+from pipeline.images.loader import Loaded, Loader
 
 
 def load(paths: list[Path], **options: int) -> list[Loaded]:
@@ -32,7 +32,7 @@ def test_pixels_and_key_are_those_of_the_file(tmp_path: Path) -> None:
     assert loaded.key == image_key(path.read_bytes())
     assert loaded.pixels is not None
     assert loaded.pixels.dtype == np.uint8
-    assert np.array_equal(loaded.pixels, images.decode(path.read_bytes()))
+    assert np.array_equal(loaded.pixels, decoding.decode(path.read_bytes()))
 
 
 def test_images_that_are_pixels_need_no_process(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_images_that_are_pixels_need_no_process(tmp_path: Path) -> None:
         loaded = loader(5)
         assert psutil.Process().children() == before
     assert loaded.pixels is not None
-    assert np.array_equal(loaded.pixels, images.decode(digits.read(5)))
+    assert np.array_equal(loaded.pixels, decoding.decode(digits.read(5)))
 
 
 def test_what_cannot_be_decoded_has_key_and_reason(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_an_image_that_crashes_the_decoder_is_named_and_the_next_is_decoded(
     assert bad.reason == f"crashes the decoder ({name})"
     for each, path in ((first, paths[0]), (last, paths[2])):
         assert each.pixels is not None
-        assert np.array_equal(each.pixels, images.decode(path.read_bytes()))
+        assert np.array_equal(each.pixels, decoding.decode(path.read_bytes()))
 
 
 def test_an_image_is_given_a_second_process_before_it_is_blamed(
@@ -89,7 +89,7 @@ def test_an_image_is_given_a_second_process_before_it_is_blamed(
 def test_an_image_that_never_ends_is_named_and_the_next_is_decoded(
     tmp_path: Path, dangerous: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.decoder.SECONDS", 6.0)
+    monkeypatch.setattr("pipeline.images.loader.SECONDS", 6.0)
     paths = [write_picture(tmp_path / f"{i}.png", i) for i in range(3)]
     mark(paths[1], b"HANG")
     with Loader(of_files("some", paths), 299, "squash", 10**6) as loader:
@@ -101,15 +101,15 @@ def test_an_image_that_never_ends_is_named_and_the_next_is_decoded(
     assert bad.key == image_key(paths[1].read_bytes())
     assert bad.reason == "keeps the decoder busy for more than 6 s"
     for each, path in ((first, paths[0]), (last, paths[2])):
-        assert np.array_equal(each.pixels, images.decode(path.read_bytes()))  # type: ignore[arg-type]
+        assert np.array_equal(each.pixels, decoding.decode(path.read_bytes()))  # type: ignore[arg-type]
 
 
 def test_the_time_an_image_may_take_grows_with_what_may_be_large(
     tmp_path: Path, dangerous: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.decoder.SECONDS", 1.0)
+    monkeypatch.setattr("pipeline.images.loader.SECONDS", 1.0)
     path = mark(write_picture(tmp_path / "a.png", 1), b"HANG")
-    (bad,) = load([path], max_pixels=2 * images.DEFAULT_MAX_PIXELS)
+    (bad,) = load([path], max_pixels=2 * decoding.DEFAULT_MAX_PIXELS)
     assert bad.reason == "keeps the decoder busy for more than 2 s"
 
 
@@ -117,7 +117,7 @@ def test_a_decoder_that_does_not_even_listen_is_ended(tmp_path: Path, monkeypatc
     (tmp_path / "deaf").mkdir()
     (tmp_path / "deaf" / "sitecustomize.py").write_text("import signal\nsignal.pause()\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "deaf"))
-    monkeypatch.setattr("pipeline.decoder.SECONDS", 1.0)
+    monkeypatch.setattr("pipeline.images.loader.SECONDS", 1.0)
     large = tmp_path / "large.bmp"  # more than goes into the socket unread
     write_picture(large, 1, height=1000, width=1000)
     (bad,) = load([large], max_pixels=10**7)
@@ -138,7 +138,7 @@ def test_many_threads_load_at_once(tmp_path: Path) -> None:
         found = list(pool.map(loader, range(40)))
     for i, path in enumerate(paths):
         assert found[i].i == i
-        assert np.array_equal(found[i].pixels, images.decode(path.read_bytes(), fit="pad"))  # type: ignore[arg-type]
+        assert np.array_equal(found[i].pixels, decoding.decode(path.read_bytes(), fit="pad"))  # type: ignore[arg-type]
     assert psutil.Process().children() == before
 
 

@@ -13,7 +13,6 @@ import pytest
 from conftest import picture
 from own_networks import own_choice, tiny
 
-from pipeline import images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache
 from pipeline.checkup import check, told
@@ -25,6 +24,7 @@ from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.extract import Extraction, extract
 from pipeline.features import open_features
 from pipeline.gather import gather, gather_images
+from pipeline.images import decoding
 from pipeline.predict import predict
 from pipeline.reproduce import commands, options_like
 from pipeline.serve import service
@@ -32,7 +32,7 @@ from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
 from pipeline.workspace import Workspace
 
-MOST = images.DEFAULT_MAX_PIXELS
+MOST = decoding.DEFAULT_MAX_PIXELS
 FULL = own_choice(tiny())
 TWELVE = replace(FULL, depth=12)
 
@@ -85,8 +85,8 @@ def pooled(dataset: Dataset, place: Place, choice: FeatureChoice) -> np.ndarray:
 
 def test_another_depth_is_another_space_and_its_rows_are_those_of_the_whole_range(place: Place) -> None:
     assert place.first.space and place.twelve.space
-    assert place.first.space.spec.decode == images.DECODE_POLICY
-    assert place.twelve.space.spec.decode == f"{images.DECODE_POLICY}-depth_12"
+    assert place.first.space.spec.decode == decoding.DECODE_POLICY
+    assert place.twelve.space.spec.decode == f"{decoding.DECODE_POLICY}-depth_12"
     assert (place.first.effort.peak, place.twelve.effort.peak, place.twelve.computed) == (4095, 4095, 24)
     right = pooled(place.shallow, place, FULL)
     assert np.allclose(pooled(place.deep, place, TWELVE), right, atol=1e-4)

@@ -24,10 +24,10 @@ from pipeline.core.errors import DatasetError, RunError, UsageError
 from pipeline.core.locks import new_folder_held
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.decoder import Loader
 from pipeline.export import Exported, deployable, export_run
 from pipeline.extract import extract
 from pipeline.formats import FORMATS
+from pipeline.images.loader import Loader
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
 from pipeline.workspace import Workspace

@@ -127,8 +127,8 @@ def test_rows_equal_keras_on_the_same_pixels(tmp_path: Path, run: Callable[..., 
 
     import keras
 
-    from pipeline import images
     from pipeline.backbone import untrained
+    from pipeline.images import decoding
 
     folder = tmp_path / "kinds"
     for name, seed, channels in (("a/c.jpg", 1, 3), ("a/g.png", 2, 1), ("b/t.png", 3, 4), ("b/w.webp", 4, 3)):
@@ -141,7 +141,7 @@ def test_rows_equal_keras_on_the_same_pixels(tmp_path: Path, run: Callable[..., 
     untrained.initialise(reference, "glorot_centred_1", 0)
     for path in folder.glob("*/*"):
         data = path.read_bytes()
-        pixels = images.decode(data).astype(np.float32)[None]
+        pixels = decoding.decode(data).astype(np.float32)[None]
         expected = np.asarray(reference(keras.applications.inception_v3.preprocess_input(pixels)))[0]
         features, pooled = rows[hashlib.sha256(data).digest()]
         np.testing.assert_allclose(features, expected, rtol=2**-11, atol=2**-14)

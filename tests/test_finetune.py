@@ -20,7 +20,7 @@ from conftest import SPEC, icebox, unseal, write_picture
 from faults import signalled
 from own_networks import SIZE, own_choice, tiny, write_network, write_sides
 
-from pipeline import heads, images, network, runs
+from pipeline import heads, network, runs
 from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked, command_of
 from pipeline.backbone.graph import cut_layers, layer_names
@@ -36,6 +36,7 @@ from pipeline.dataset import Dataset, open_dataset
 from pipeline.extract import extract
 from pipeline.finetune import FullRun, _warn_of_collapse, train_full
 from pipeline.gather import gather_images
+from pipeline.images import decoding
 from pipeline.keras_start import import_keras
 from pipeline.network import Network
 from pipeline.origin import origin_of
@@ -68,7 +69,7 @@ class Place:
         return open_dataset(str(self.photos), downloads=self.photos)
 
     def asked(self, stage: str = "finetune", head: str = "gap", **more: Any) -> FullAsked:
-        most = images.DEFAULT_MAX_PIXELS
+        most = decoding.DEFAULT_MAX_PIXELS
         given = {"features": self.features, "max_pixels": most, "freeze_until": self.until, **more}
         settings = {**SETTINGS, **given.pop("settings", {})}
         return FullAsked(
@@ -113,7 +114,7 @@ def inception_from_cache(inception: Place) -> FullRun:
 def regression_on(place: Place) -> Path:
     """Train a regression on the rows that the workspace has; return the folder of its run."""
     chosen = DatasetChoice(str(place.photos))
-    asked = Asked(chosen, place.features, HeadSpec.make("logreg"), images.DEFAULT_MAX_PIXELS)
+    asked = Asked(chosen, place.features, HeadSpec.make("logreg"), decoding.DEFAULT_MAX_PIXELS)
     return train_head(place.dataset, place.workspace, asked, "features").path
 
 
@@ -231,7 +232,7 @@ def test_it_is_evaluated_from_images(
     inception: Place, inception_from_cache: FullRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = open_run(inception.workspace.runs, inception_from_cache.name)
-    options: Any = {"max_pixels": images.DEFAULT_MAX_PIXELS}
+    options: Any = {"max_pixels": decoding.DEFAULT_MAX_PIXELS}
     done = evaluate_run(run, inception.dataset, inception.workspace, "features", **options)
     assert "UNTRAINED" in caplog.text, "said of a backbone whose weights are a file by now"
     assert done.metrics["accuracy"] == inception_from_cache.summary["accuracy"]
@@ -403,7 +404,7 @@ def test_a_head_of_another_run_is_not_begun_with(made_up: Place, made_up_logreg:
 
 def test_an_ensemble_is_refused_before_anything_is_computed(made_up: Place, made_up_logreg: str) -> None:
     gap = HeadSpec.make("gap", epochs=1, hidden="none")
-    chosen = Asked(DatasetChoice(str(made_up.photos)), made_up.features, gap, images.DEFAULT_MAX_PIXELS, folds=2)
+    chosen = Asked(DatasetChoice(str(made_up.photos)), made_up.features, gap, decoding.DEFAULT_MAX_PIXELS, folds=2)
     run = train_head(made_up.dataset, made_up.workspace, chosen, "features")
     with pytest.raises(SpecError, match="is an ensemble of heads; take a run that was trained without --folds"):
         origin_of(made_up.asked(init=str(run.path), features=FeatureChoice()), made_up.dataset, made_up.workspace)
@@ -541,16 +542,16 @@ def test_an_image_that_cannot_be_decoded_is_quarantined_before_the_training(plac
     bad = tmp_path / "photos" / "train" / "cats" / "bad.png"
     bad.write_bytes(b"no image")
     dataset = open_dataset(str(tmp_path / "photos"), downloads=tmp_path)
-    found = gather_images(dataset, place.workspace, images.DEFAULT_MAX_PIXELS, "squash")
+    found = gather_images(dataset, place.workspace, decoding.DEFAULT_MAX_PIXELS, "squash")
     assert [each.path for each in found.quarantined] == ["train/cats/bad.png"]
     assert len(found.keys) == len(dataset) - 1 == 32
-    with prepared_pixels(found, 299, "squash", images.DEFAULT_MAX_PIXELS) as ready:
+    with prepared_pixels(found, 299, "squash", decoding.DEFAULT_MAX_PIXELS) as ready:
         assert [len(ready.rows[side]) for side in ("train", "val", "test")] == [20, 6, 6]
         pixels = ready.rows["train"][np.arange(20)]
     with pytest.raises(DatasetError, match="none of 32 can be decoded"):  # though they have rows
         gather_images(place.dataset, place.workspace, 100, "squash")
     names = found.names(found.members("train"))
-    decoded = [images.decode((tmp_path / "photos" / name).read_bytes()) for name in names]
+    decoded = [decoding.decode((tmp_path / "photos" / name).read_bytes()) for name in names]
     assert np.array_equal(pixels, np.stack(decoded)), "labels and pixels are of the same image"
     assert [dataset.classes[label] for label in ready.labels["train"]] == [name.split("/")[1] for name in names]
 

@@ -14,10 +14,10 @@ import PIL
 import pytest
 from PIL import Image
 
-from pipeline import images
-from pipeline.containers import read_header
 from pipeline.core.errors import DecodeError, SpecError, UsageError
-from pipeline.images import DEFAULT_MAX_PIXELS, FITS, decode, decoder_version, resize
+from pipeline.images import decoding
+from pipeline.images.containers import read_header
+from pipeline.images.decoding import DEFAULT_MAX_PIXELS, FITS, decode, decoder_version, resize
 
 # pytest undoes the filter that the program installs.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
@@ -52,7 +52,7 @@ def palette(colours: int = 32, pixels: np.ndarray = RGB) -> Image.Image:
 
 def full(data: bytes) -> np.ndarray:
     """Decode without resizing: what the program sees before it fits the picture to the network."""
-    return images._decode_file(data, DEFAULT_MAX_PIXELS)[0]
+    return decoding._decode_file(data, DEFAULT_MAX_PIXELS)[0]
 
 
 def seen(data: bytes) -> np.ndarray:
@@ -523,8 +523,8 @@ def test_opencvs_own_limits_are_named() -> None:
 
 def test_a_damaged_exif_block_warns_nobody() -> None:
     data = save(RGB, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09junk")
-    code = "import sys; from pipeline.images import decode; decode(sys.stdin.buffer.read())"
-    command, root = [sys.executable, "-W", "always", "-c", code], Path(images.__file__).parents[1]
+    code = "import sys; from pipeline.images.decoding import decode; decode(sys.stdin.buffer.read())"
+    command, root = [sys.executable, "-W", "always", "-c", code], Path(decoding.__file__).parents[2]
     done = subprocess.run(command, input=data, capture_output=True, check=True, cwd=root)
     assert b"PIL" not in done.stderr and b"EXIF" not in done.stderr
 
@@ -558,7 +558,7 @@ def test_a_picture_of_the_right_size_is_returned_unchanged() -> None:
 
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (2, 299), (299, 2), (300, 298), (7, 1000)])
-def test_any_shape_comes_out_square(shape: tuple[int, int], fit: images.Fit) -> None:
+def test_any_shape_comes_out_square(shape: tuple[int, int], fit: decoding.Fit) -> None:
     found = decode(np.full((*shape, 3), 200, np.uint8), fit=fit)
     assert (found.shape, found.dtype, found.flags.c_contiguous) == ((299, 299, 3), np.uint8, True)
     assert 200 in found
@@ -675,7 +675,7 @@ def test_a_raw_photo_is_not_taken_for_its_preview() -> None:
 
 
 @pytest.mark.parametrize("kind", ["png", "tiff", "tiff white is 0", "rgb", "rgba"])
-@pytest.mark.parametrize("depth", images.DEPTHS)
+@pytest.mark.parametrize("depth", decoding.DEPTHS)
 def test_a_depth_spreads_values_over_the_whole_range(kind: str, depth: int) -> None:
     most = 2**depth - 1
     levels = np.linspace(0, most, 256).round().astype(np.uint16).reshape(16, 16)
@@ -687,7 +687,7 @@ def test_a_depth_spreads_values_over_the_whole_range(kind: str, depth: int) -> N
         "rgb": lambda: png_of_rows(colours, 16, 2),
         "rgba": lambda: png_of_rows(np.dstack([colours, np.full((16, 16), 65535, np.uint16)]), 16, 6),
     }[kind]()
-    pixels, peak = images._decode_file(data, DEFAULT_MAX_PIXELS, depth)
+    pixels, peak = decoding._decode_file(data, DEFAULT_MAX_PIXELS, depth)
     shown = np.round(levels / most * 255)
     assert np.array_equal(pixels[..., 0], 255 - shown if kind == "tiff white is 0" else shown)
     assert peak == most
@@ -695,24 +695,26 @@ def test_a_depth_spreads_values_over_the_whole_range(kind: str, depth: int) -> N
 
 def test_values_above_the_depth_are_white() -> None:
     levels = np.array([[0, 4095, 4096, 65535]], np.uint16)
-    assert images._decode_file(png_of_rows(levels, 16, 0), 100, 12)[0][0, :, 0].tolist() == [0, 255, 255, 255]
+    assert decoding._decode_file(png_of_rows(levels, 16, 0), 100, 12)[0][0, :, 0].tolist() == [0, 255, 255, 255]
 
 
 def test_pictures_of_8_bits_have_no_depth() -> None:
     for name in ("jpeg", "png", "gif", "tiff", "png-rgba"):
-        pixels, peak = images._decode_file(RENDERED[name], DEFAULT_MAX_PIXELS, 12)
+        pixels, peak = decoding._decode_file(RENDERED[name], DEFAULT_MAX_PIXELS, 12)
         assert np.array_equal(pixels, full(RENDERED[name])) and peak == 0
 
 
 def test_each_depth_is_a_policy_of_its_own_and_16_bits_that_of_before() -> None:
-    assert images.decode_policy(None) == images.decode_policy(16) == images.DECODE_POLICY == "rgb8-exif-over_white-1"
-    assert images.decode_policy(12) == "rgb8-exif-over_white-1-depth_12"
-    assert [images.depth_of(images.decode_policy(depth)) for depth in images.DEPTHS] == list(images.DEPTHS)
+    assert (
+        decoding.decode_policy(None) == decoding.decode_policy(16) == decoding.DECODE_POLICY == "rgb8-exif-over_white-1"
+    )
+    assert decoding.decode_policy(12) == "rgb8-exif-over_white-1-depth_12"
+    assert [decoding.depth_of(decoding.decode_policy(depth)) for depth in decoding.DEPTHS] == list(decoding.DEPTHS)
     for depth in (8, 17):
         with pytest.raises(UsageError, match="9 … 16"):
-            images.decode_policy(depth)
+            decoding.decode_policy(depth)
     with pytest.raises(SpecError):
-        images.depth_of("rgb8-of-another-version")
+        decoding.depth_of("rgb8-of-another-version")
 
 
 @pytest.mark.parametrize(
@@ -722,5 +724,5 @@ def test_each_depth_is_a_policy_of_its_own_and_16_bits_that_of_before() -> None:
      (300, 16, "take --depth 9"), (100, 16, "take --depth 9"), (16_000, 12, "white; take --depth 14")],
 )  # fmt: skip
 def test_the_largest_value_of_all_tells_the_depth(peak: int, depth: int, text: str) -> None:
-    assert images.depth_advice(peak, depth).endswith(text)
-    assert bool(images.depth_advice(peak, depth)) == bool(text)
+    assert decoding.depth_advice(peak, depth).endswith(text)
+    assert bool(decoding.depth_advice(peak, depth)) == bool(text)

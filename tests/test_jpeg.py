@@ -15,10 +15,10 @@ from own_networks import tiny_options
 from PIL import Image
 from test_decoder import load
 
-from pipeline import images, jpeg
 from pipeline.core.errors import DecodeError
-from pipeline.decode_process import decode_whole
-from pipeline.images import DEFAULT_MAX_PIXELS
+from pipeline.images import decoding, jpeg
+from pipeline.images.decode_process import decode_whole
+from pipeline.images.decoding import DEFAULT_MAX_PIXELS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from damaged_jpegs import DAMAGES, ENCODERS, WARNED, damaged_files  # type: ignore[import-not-found]
@@ -39,14 +39,14 @@ def encoded(**options: object) -> bytes:
 @pytest.fixture
 def verdict(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[bytes], str]:
     """Decode in this process as the decoding process does, and return why a file is refused, or ""."""
-    monkeypatch.setattr("pipeline.decode_process.heard", lambda: capfd.readouterr().err)
+    monkeypatch.setattr("pipeline.images.decode_process.heard", lambda: capfd.readouterr().err)
 
     def decode(data: bytes) -> str:
         try:
             pixels, _ = decode_whole(data, 64, "squash", DEFAULT_MAX_PIXELS, 16)
         except DecodeError as error:
             return str(error)
-        assert np.array_equal(pixels, images.decode(data, size=64))
+        assert np.array_equal(pixels, decoding.decode(data, size=64))
         return ""
 
     return decode
@@ -195,6 +195,6 @@ def test_rows_of_damaged_images_stay_until_they_are_looked_for(
 DEAF = """
 import sys
 if any("decode_process" in argument for argument in sys.orig_argv):
-    import pipeline.jpeg
-    pipeline.jpeg.damage = lambda *all: ""
+    import pipeline.images.jpeg
+    pipeline.images.jpeg.damage = lambda *all: ""
 """

@@ -25,10 +25,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from made import key, made
 from own_networks import StandIn
 
-import pipeline.decoder
 import pipeline.extract
+import pipeline.images.loader
 import pipeline.shard_task
-from pipeline import augment, images
 from pipeline.cache.gc import Keep, collect
 from pipeline.cache.shard import ShardDamagedError, read_info, read_rows, write_shard
 from pipeline.cache.verify import verify
@@ -38,8 +37,9 @@ from pipeline.core.errors import CacheError, DecodeError
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import Augmentation, Views
 from pipeline.dataset import of_files
-from pipeline.decoder import Loader
 from pipeline.extract import Extraction, extract
+from pipeline.images import augment, decoding
+from pipeline.images.loader import Loader
 from pipeline.workspace import open_workspace
 
 EXAMPLES = settings().max_examples  # of conftest.py's profile; fewer where each is a whole life
@@ -48,11 +48,11 @@ EXAMPLES = settings().max_examples  # of conftest.py's profile; fewer where each
 class SameProcess:
     """Decodes here: starting a process for every step would be most of the time."""
 
-    def __init__(self, size: int, fit: images.Fit, max_pixels: int, depth: int) -> None:
+    def __init__(self, size: int, fit: decoding.Fit, max_pixels: int, depth: int) -> None:
         self.options: tuple[Any, ...] = (size, fit, max_pixels, depth)
 
     def decode(self, data: bytes) -> tuple[np.ndarray, int]:
-        return images.decode_with_peak(data, *self.options)
+        return decoding.decode_with_peak(data, *self.options)
 
     def stop(self) -> None:
         pass
@@ -79,7 +79,7 @@ def content(number: int) -> bytes:
 @functools.cache
 def expected(number: int, view: int) -> np.ndarray:
     """What the network says of an image in one of `Views(3)`."""
-    pixels = images.decode(content(number))
+    pixels = decoding.decode(content(number))
     if view:
         pixels = augment.warp(pixels, Augmentation(), augment.draws(image_key(content(number)), view))
     return StandIn.features_of(pixels[None])[0]
@@ -95,7 +95,7 @@ class Life(RuleBasedStateMachine):
         self.images.mkdir()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(pipeline.shard_task, "FrozenBackbone", StandIn)
-        self.patch.setattr(pipeline.decoder, "_Decoder", SameProcess)
+        self.patch.setattr(pipeline.images.loader, "_Decoder", SameProcess)
         self.choice = FeatureChoice(weights="untrained", precision="float32")
 
     def teardown(self) -> None:
@@ -317,7 +317,7 @@ def test_any_bytes_give_pixels_or_a_reason(
 @given(st.binary(max_size=300))
 def test_noise_is_no_image(data: bytes) -> None:
     with pytest.raises(DecodeError):
-        images.decode(data)
+        decoding.decode(data)
 
 
 # Shards

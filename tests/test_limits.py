@@ -16,7 +16,7 @@ from conftest import ROOT, environment
 
 from pipeline import trial_tasks
 from pipeline.core import machine, resource_limits
-from pipeline.decoder import decoding_pool
+from pipeline.images.loader import decoding_pool
 
 GB = 10**9
 V1_NONE = str(2**63 - 4096)  # how the kernel writes that there is no limit

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import picture
 
-from pipeline import near
+from pipeline.images import near_duplicates
 
 
 def scene(seed: int) -> np.ndarray:
@@ -33,9 +33,9 @@ CHANGES = {
 def test_a_picture_that_was_changed_a_little_is_found_among_others(change: str) -> None:
     pixels = [scene(seed) for seed in range(60)]
     pixels.append(CHANGES[change](pixels[17]))
-    marks, thumbs = zip(*map(near.fingerprint, pixels), strict=True)
+    marks, thumbs = zip(*map(near_duplicates.fingerprint, pixels), strict=True)
     passes: list[int] = []
-    pairs = near.near_pairs(np.array(marks, np.uint64), np.array(thumbs), passes.append)
+    pairs = near_duplicates.near_pairs(np.array(marks, np.uint64), np.array(thumbs), passes.append)
     assert pairs.tolist() == [[17, 60]]
     assert sum(passes) == 8
 
@@ -47,10 +47,10 @@ def test_every_pair_within_the_distance_is_found() -> None:
     marks = base[rng.integers(0, 40, 400)] ^ np.array(flips, np.uint64)
     marks = np.unique(marks)  # of equal ones not every pair is told
     rng.shuffle(marks)
-    same = np.zeros((len(marks), near.THUMB, near.THUMB), np.uint8)
-    found = near.near_pairs(marks, same, lambda n: None)
+    same = np.zeros((len(marks), near_duplicates.THUMB, near_duplicates.THUMB), np.uint8)
+    found = near_duplicates.near_pairs(marks, same, lambda n: None)
     apart = np.bitwise_count(marks[:, None] ^ marks[None, :])
-    left, right = np.nonzero(apart <= near.WITHIN)
+    left, right = np.nonzero(apart <= near_duplicates.WITHIN)
     expected = np.stack([left, right], axis=1)[left < right]
     assert len(expected) > 100
     assert np.array_equal(found, expected)
@@ -58,20 +58,20 @@ def test_every_pair_within_the_distance_is_found() -> None:
 
 def test_thousands_of_one_picture_are_one_group() -> None:
     marks = np.array([5, 9 << 40, *[7 << 20] * 3000], np.uint64)
-    thumbs = np.zeros((len(marks), near.THUMB, near.THUMB), np.uint8)
-    thumbs[:2] = np.random.default_rng(0).integers(0, 256, (2, near.THUMB, near.THUMB), np.uint8)
-    pairs = near.near_pairs(marks, thumbs, lambda n: None)
+    thumbs = np.zeros((len(marks), near_duplicates.THUMB, near_duplicates.THUMB), np.uint8)
+    thumbs[:2] = np.random.default_rng(0).integers(0, 256, (2, near_duplicates.THUMB, near_duplicates.THUMB), np.uint8)
+    pairs = near_duplicates.near_pairs(marks, thumbs, lambda n: None)
     assert len(pairs) == 2999
-    assert near.clusters(pairs, len(marks)) == [list(range(2, 3002))]
+    assert near_duplicates.clusters(pairs, len(marks)) == [list(range(2, 3002))]
 
 
 def test_plain_pictures_of_other_brightness_are_no_copies() -> None:
     white, grey, black = (np.full((50, 50, 3), value, np.uint8) for value in (255, 128, 0))
-    marks, thumbs = zip(*map(near.fingerprint, (white, grey, black, grey)), strict=True)
-    assert near.near_pairs(np.array(marks, np.uint64), np.array(thumbs), lambda n: None).tolist() == [[1, 3]]
+    marks, thumbs = zip(*map(near_duplicates.fingerprint, (white, grey, black, grey)), strict=True)
+    assert near_duplicates.near_pairs(np.array(marks, np.uint64), np.array(thumbs), lambda n: None).tolist() == [[1, 3]]
 
 
 def test_nothing_has_no_pairs() -> None:
-    none = np.zeros((0, near.THUMB, near.THUMB), np.uint8)
-    assert near.near_pairs(np.zeros(0, np.uint64), none, lambda n: None).shape == (0, 2)
-    assert near.clusters(np.zeros((0, 2), np.int64), 0) == []
+    none = np.zeros((0, near_duplicates.THUMB, near_duplicates.THUMB), np.uint8)
+    assert near_duplicates.near_pairs(np.zeros(0, np.uint64), none, lambda n: None).shape == (0, 2)
+    assert near_duplicates.clusters(np.zeros((0, 2), np.int64), 0) == []

@@ -12,7 +12,6 @@ import pytest
 import pipeline.cache.index
 import pipeline.cache.keys
 import pipeline.planning
-from pipeline import images
 from pipeline.cache.digests import Identities
 from pipeline.cache.index import Quarantine
 from pipeline.cache.keys import Keys
@@ -21,9 +20,10 @@ from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.core.errors import IndexDamagedError
 from pipeline.core.spec import FeatureRequest, Views
 from pipeline.dataset.base import of_files
+from pipeline.images import decoding
 from pipeline.planning import Planning
 
-DECODER, LIMIT = images.decoder_version(), 1_000
+DECODER, LIMIT = decoding.decoder_version(), 1_000
 SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
 OTHER = replace(SPEC, layer="mixed8")
 REQUEST = FeatureRequest(

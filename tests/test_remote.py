@@ -35,10 +35,10 @@ from pipeline.compute import ComputeOptions
 from pipeline.core.errors import DatasetError, MissingRowsError, UsageError
 from pipeline.core.hashing import image_key
 from pipeline.dataset import Dataset, open_dataset, open_images, refusal, remote
-from pipeline.decoder import Loader
 from pipeline.explain import explain
 from pipeline.extract import Extraction, extract
 from pipeline.gather import gather, gather_images
+from pipeline.images.loader import Loader
 from pipeline.pixels import Pixels, decoding
 from pipeline.workspace import Workspace
 

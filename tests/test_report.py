@@ -25,7 +25,7 @@ from conftest import Finished, icebox, picture, unseal, write_picture
 from looked import Looked
 from own_networks import tiny_options
 
-from pipeline import near, rates, reproduce
+from pipeline import rates, reproduce
 from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked, SweepAsked
 from pipeline.cache.space import Cache
@@ -34,7 +34,8 @@ from pipeline.core.progress import silent
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset
 from pipeline.evaluate import confusion_cells
-from pipeline.images import DEFAULT_MAX_PIXELS
+from pipeline.images import near_duplicates
+from pipeline.images.decoding import DEFAULT_MAX_PIXELS
 from pipeline.report import compare, findings, page, shown, single
 from pipeline.report.compare import notes_of, of_sweep
 from pipeline.report.single import trained_on
@@ -455,7 +456,7 @@ def test_planted_labels_are_found() -> None:
 @functools.cache
 def pictures(count: int) -> Looks:
     """What so many different pictures look like."""
-    made = [near.fingerprint(picture(seed, 299, 299)) for seed in range(count)]
+    made = [near_duplicates.fingerprint(picture(seed, 299, 299)) for seed in range(count)]
     marks, thumbs = zip(*made, strict=True)
     empty = np.zeros((count, 0, 0, 3), np.uint8)
     return Looks(empty, np.array(marks, np.uint64), np.array(thumbs), np.ones(count, bool), np.arange(count))
@@ -487,8 +488,8 @@ def test_near_copies_are_found_by_picture_or_by_features() -> None:
     rng = np.random.default_rng(0)
     some = pictures(40)
     marks, thumbs = some.fingerprints.copy(), some.thumbs.copy()
-    marks[30], thumbs[30] = near.fingerprint(cv2.convertScaleAbs(picture(3, 299, 299), alpha=0.9, beta=20))
-    marks[31], thumbs[31] = near.fingerprint(picture(4, 299, 299)[:, ::-1].copy())
+    marks[30], thumbs[30] = near_duplicates.fingerprint(cv2.convertScaleAbs(picture(3, 299, 299), alpha=0.9, beta=20))
+    marks[31], thumbs[31] = near_duplicates.fingerprint(picture(4, 299, 299)[:, ::-1].copy())
     components = rng.normal(size=(40, 16)).astype(np.float32)
     components[31] = components[4] + 0.1
     components[20] = components[5]
@@ -634,13 +635,13 @@ def test_copies_do_not_hide_what_is_nearly_the_same() -> None:
     some, rng = pictures(12), np.random.default_rng(0)
     marks, thumbs = some.fingerprints.copy(), some.thumbs.copy()
     marks[1:5], thumbs[1:5] = marks[0], thumbs[0]
-    marks[9], thumbs[9] = near.fingerprint(picture(0, 299, 299)[:, ::-1].copy())
+    marks[9], thumbs[9] = near_duplicates.fingerprint(picture(0, 299, 299)[:, ::-1].copy())
     components = rng.normal(size=(12, 16)).astype(np.float32)
     components[1:5], components[9] = components[0], components[0] + 0.1
     copy_of = np.array([0, 0, 0, 0, 0, *range(5, 12)])
     looks = replace(some, fingerprints=marks, thumbs=thumbs, copy_of=copy_of)
     pairs = findings.near_pairs(components, looks)
-    assert near.clusters(pairs, 12) == [[0, 1, 2, 3, 4, 9]]
+    assert near_duplicates.clusters(pairs, 12) == [[0, 1, 2, 3, 4, 9]]
 
 
 # Many classes, and names of every kind

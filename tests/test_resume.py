@@ -16,13 +16,14 @@ from cached import SPEC, fill, listed, write_images
 from conftest import icebox
 from faults import signalled
 
-from pipeline import images, runs
+from pipeline import runs
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.checkpoint import Checkpoint
 from pipeline.choice import FeatureChoice
 from pipeline.core import files
 from pipeline.core.errors import RunError
 from pipeline.core.spec import HeadSpec
+from pipeline.images import decoding
 from pipeline.train import HeadRun, train_head
 from pipeline.workspace import Workspace
 
@@ -44,7 +45,7 @@ def rows(workspace: Workspace, photos: Path) -> None:
 
 
 def asked(photos: Path, spec: HeadSpec, **more: Any) -> Asked:
-    return Asked(DatasetChoice(str(photos)), FeatureChoice(), spec, images.DEFAULT_MAX_PIXELS, **more)
+    return Asked(DatasetChoice(str(photos)), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, **more)
 
 
 def go_on(workspace: Workspace, photos: Path, name: str) -> HeadRun:

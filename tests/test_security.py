@@ -44,11 +44,11 @@ from conftest import (
 )
 from own_networks import tiny_options
 
-from pipeline import images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.choice import FeatureChoice
 from pipeline.core.spec import FeatureSpec, HeadSpec
+from pipeline.images import decoding
 from pipeline.train import train_head
 from pipeline.workspace import Workspace
 
@@ -785,7 +785,7 @@ def trained() -> tempfile.TemporaryDirectory[str]:
         workspace = Workspace(folder / "data", cache)
         cached.fill(workspace, photos)
         chosen = DatasetChoice(str(folder / "photos"))
-        asked = Asked(chosen, FeatureChoice(), HeadSpec.make("logreg", C="0.1"), images.DEFAULT_MAX_PIXELS)
+        asked = Asked(chosen, FeatureChoice(), HeadSpec.make("logreg", C="0.1"), decoding.DEFAULT_MAX_PIXELS)
         train_head(photos, workspace, asked, "features")
     return made
 

@@ -10,12 +10,12 @@ import pytest
 from cached import fill, listed, write_images
 from conftest import unseal
 
-from pipeline import images
 from pipeline.asked import Asked, DatasetChoice, FullAsked
 from pipeline.choice import FeatureChoice
 from pipeline.core.spec import HeadSpec
 from pipeline.finetune import with_initial
 from pipeline.gather import Material, gather
+from pipeline.images import decoding
 from pipeline.origin import Origin, begun_from
 from pipeline.run_images import FILE, RunImages
 from pipeline.seen_images import seen_images
@@ -38,13 +38,13 @@ def run(workspace: Workspace, photos: Path) -> Path:
 
 def trained(workspace: Workspace, photos: Path) -> Path:
     logreg = HeadSpec.make("logreg", C="0.1")
-    asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), logreg, images.DEFAULT_MAX_PIXELS)
+    asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), logreg, decoding.DEFAULT_MAX_PIXELS)
     return train_head(listed(photos), workspace, asked, "features").path
 
 
 def begun_with(run: Path, workspace: Workspace, photos: Path) -> Material:
     """The images of a model that begins with the run."""
-    gap, most = HeadSpec.make("gap"), images.DEFAULT_MAX_PIXELS
+    gap, most = HeadSpec.make("gap"), decoding.DEFAULT_MAX_PIXELS
     asked = FullAsked("finetune", DatasetChoice(str(photos)), FeatureChoice(), gap, most, init=str(run))
     return with_initial(gather(listed(photos), workspace, FeatureChoice(), most, "features"), asked, workspace)
 

@@ -26,7 +26,7 @@ from deployed import Deployed
 from looked import Looked
 
 from pipeline import patience, serve, web
-from pipeline.images import FULL_DEPTH
+from pipeline.images.decoding import FULL_DEPTH
 from pipeline.serve import Batcher, Pixels
 
 PATIENCE_S = 300.0  # a busy machine takes its time

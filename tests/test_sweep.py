@@ -29,7 +29,7 @@ import pipeline.cluster
 import pipeline.link
 import pipeline.sweep
 import pipeline.worker_health
-from pipeline import heads, images, rates, runs, trial_tasks
+from pipeline import heads, rates, runs, trial_tasks
 from pipeline.asked import Asked, DatasetChoice, SweepAsked
 from pipeline.cache.space import Cache
 from pipeline.checkpoint import Checkpoint
@@ -40,6 +40,7 @@ from pipeline.core.errors import IceboxError, MissingRowsError, RunError, UsageE
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import assign
 from pipeline.gather import gather
+from pipeline.images import decoding
 from pipeline.keras_start import import_keras
 from pipeline.prepare import prepared
 from pipeline.rows import StoredRows
@@ -67,7 +68,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(workspace: Workspace, photos: Path, specs: tuple[HeadSpec, ...] = GRID, **more: Any) -> Sweep:
-    asked = SweepAsked(DatasetChoice(str(photos)), (FeatureChoice(),), specs, images.DEFAULT_MAX_PIXELS)
+    asked = SweepAsked(DatasetChoice(str(photos)), (FeatureChoice(),), specs, decoding.DEFAULT_MAX_PIXELS)
     return sweep(listed(photos), workspace, asked, ["features"], **more)
 
 
@@ -116,7 +117,7 @@ def test_a_trial_is_what_train_head_makes_of_its_settings(
     fill(workspace, listed(photos))
     for row in done.rows:
         spec = HeadSpec.make(row["head"], **row["settings"])
-        asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), spec, images.DEFAULT_MAX_PIXELS)
+        asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS)
         alone = train_head(listed(photos), workspace, asked, "features")
         trial = json.loads((done.path / "trials" / spec.identity / "trial.json").read_text())
         assert json.loads((alone.path / "history.json").read_text()) == trial["history"]
@@ -158,7 +159,7 @@ def test_a_setting_that_diverges_is_ranked_last_and_the_sweep_goes_on(workspace:
 
 def test_a_regression_that_does_not_fit_memory_is_ranked_last(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
-    asked = SweepAsked(DatasetChoice(str(photos)), (FeatureChoice(),), GRID, images.DEFAULT_MAX_PIXELS, memory=2_000)
+    asked = SweepAsked(DatasetChoice(str(photos)), (FeatureChoice(),), GRID, decoding.DEFAULT_MAX_PIXELS, memory=2_000)
     done = sweep(listed(photos), workspace, replace(asked, specs=GRID[1:2] + GRID[3:]), ["features"])
     assert [row["head"] for row in done.rows] == ["gap", "logreg"]
     assert "logreg needs all rows in memory" in done.rows[1]["error"]
@@ -170,7 +171,7 @@ def test_a_sweep_none_of_whose_settings_could_be_trained_is_not_to_be_gone_on_wi
     """Which would end in the same way."""
     fill(workspace, listed(photos))
     asked = SweepAsked(
-        DatasetChoice(str(photos)), (FeatureChoice(),), GRID[3:], images.DEFAULT_MAX_PIXELS, memory=2_000
+        DatasetChoice(str(photos)), (FeatureChoice(),), GRID[3:], decoding.DEFAULT_MAX_PIXELS, memory=2_000
     )
     with pytest.raises(RunError, match="none of 1 setting could be trained, the first: logreg needs all rows"):
         sweep(listed(photos), workspace, asked, ["features"])
@@ -310,7 +311,7 @@ def run_both(
     workspace: Workspace, photos: Path, specs: tuple[HeadSpec, ...] = TWO, names: tuple[str, ...] = PAIR, **more: Any
 ) -> Sweep:
     choices = tuple(FeatureChoice(backbone=name) for name in names)
-    asked = SweepAsked(DatasetChoice(str(photos)), choices, specs, images.DEFAULT_MAX_PIXELS)
+    asked = SweepAsked(DatasetChoice(str(photos)), choices, specs, decoding.DEFAULT_MAX_PIXELS)
     return sweep(listed(photos), workspace, asked, [f"features {name}" for name in names], **more)
 
 
@@ -354,7 +355,7 @@ def test_an_image_without_a_row_in_one_space_is_left_out_of_all(
     validated = np.flatnonzero(assign(dataset, keys).sides == "val").tolist()
     fill_both(workspace, photos, leave_out={validated[1]})
     bad = {keys[validated[1]]: "torn"}
-    workspace.cache.index.remember_quarantined(bad, images.decoder_version(), images.DEFAULT_MAX_PIXELS)
+    workspace.cache.index.remember_quarantined(bad, decoding.decoder_version(), decoding.DEFAULT_MAX_PIXELS)
     done = run_both(workspace, photos, LINEAR[:2])
     assert "1 image is left out: undecodable by now" in caplog.text
     assert [each.reason for each in done.quarantined] == ["torn"]
@@ -375,7 +376,7 @@ def test_what_makes_missing_rows_is_said_for_all_backbones_at_once(workspace: Wo
 def test_one_space_under_two_names_is_refused(workspace: Workspace, photos: Path) -> None:
     space = fill(workspace, listed(photos)).name
     choices = (FeatureChoice(space=space), FeatureChoice(backbone="inception_v3"))
-    asked = SweepAsked(DatasetChoice(str(photos)), choices, TWO, images.DEFAULT_MAX_PIXELS)
+    asked = SweepAsked(DatasetChoice(str(photos)), choices, TWO, decoding.DEFAULT_MAX_PIXELS)
     with pytest.raises(UsageError, match=f"two of the backbones mean the same features, {space}"):
         sweep(listed(photos), workspace, asked, ["", ""])
 
@@ -548,7 +549,7 @@ def keep_rows(spec: HeadSpec, data: heads.Data, folder: Path) -> None:
 def test_workers_read_the_rows_of_each_sweep_anew(workspace: Workspace, photos: Path, tmp_path: Path) -> None:
     """Though it tries the same setting first, with rows at the same place in the memory of the program."""
     fill(workspace, listed(photos))
-    material = gather(listed(photos), workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, "features")
+    material = gather(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features")
     cluster, spec = ClusterChoice(workers=1), HeadSpec.make("logreg")
     with (
         prepared(material, [spec], None, sides=("train", "val"), held=False) as ready,
@@ -572,7 +573,7 @@ def test_a_worker_keeps_of_the_rows_what_its_memory_limit_leaves_room_for(
 ) -> None:
     """Not what the machine would."""
     fill(workspace, listed(photos))
-    material = gather(listed(photos), workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, "features")
+    material = gather(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features")
     with (
         prepared(material, [HeadSpec.make("logreg")], None, sides=("train", "val"), held=False) as ready,
         dask.config.set({"distributed.worker.memory.pause": False}),  # so that the least limit keeps it from nothing

@@ -20,7 +20,7 @@ import pytest
 from cached import CLASSES, SPEC, fill, listed, row_of, spec_of, write_images
 from PIL import Image
 
-from pipeline import heads, images
+from pipeline import heads
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache import shard
 from pipeline.cache.space import Cache
@@ -30,6 +30,7 @@ from pipeline.core.hashing import image_key
 from pipeline.core.spec import FeatureSpec, HeadSpec
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.gather import gather
+from pipeline.images import decoding
 from pipeline.prepare import on_sides
 from pipeline.run_images import RunImages
 from pipeline.train import HeadRun, train_head
@@ -70,7 +71,7 @@ def train(
     resume: str | None = None,
     **more: Any,
 ) -> HeadRun:
-    asked = Asked(DatasetChoice(dataset.name), choice or FeatureChoice(), spec, images.DEFAULT_MAX_PIXELS, **more)
+    asked = Asked(DatasetChoice(dataset.name), choice or FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, **more)
     return train_head(dataset, workspace, asked, COMMAND, resume=resume)
 
 
@@ -377,7 +378,7 @@ def test_where_every_test_image_was_trained_on_that_is_said_and_kept(
 def test_what_the_initial_model_was_trained_on_is_no_test(sided: Path, workspace: Workspace) -> None:
     dataset = listed(sided)
     fill(workspace, dataset)
-    images_of_it = gather(dataset, workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, COMMAND)
+    images_of_it = gather(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, COMMAND)
     tested = images_of_it.members("test")
     before = RunImages.of({"train": [images_of_it.keys[i] for i in tested[:4].tolist()]})
     members, labels = on_sides(replace(images_of_it, initial=before))
@@ -491,7 +492,7 @@ def test_features_of_another_kind_than_asked_for_do_not_serve(photos: Path, work
 
 def quarantine(workspace: Workspace, dataset: Dataset, bad: list[int]) -> None:
     reasons = {image_key(dataset.read(i)): "not an image" for i in bad}
-    workspace.cache.index.remember_quarantined(reasons, images.decoder_version(), images.DEFAULT_MAX_PIXELS)
+    workspace.cache.index.remember_quarantined(reasons, decoding.decoder_version(), decoding.DEFAULT_MAX_PIXELS)
 
 
 def test_quarantined_images_are_left_out_and_reported(photos: Path, workspace: Workspace) -> None:

@@ -16,7 +16,6 @@ import pytest
 from conftest import icebox, picture
 from own_networks import SIZE, tiny, tiny_choice
 
-from pipeline import augment, images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache import shard
@@ -32,6 +31,7 @@ from pipeline.dataset import Dataset, limit, open_dataset
 from pipeline.explain import explain
 from pipeline.extract import Extraction, extract
 from pipeline.gather import gather
+from pipeline.images import augment, decoding
 from pipeline.prepare import prepared
 from pipeline.train import train_head
 from pipeline.workspace import Workspace, open_workspace
@@ -182,7 +182,7 @@ def test_views_are_computed_once_and_are_what_the_backbone_says_of_the_warped_im
         backbone = FrozenBackbone(space.spec, tiny(), 4, network=tiny())
         for i in range(3):
             key = image_key(digits.read(i))
-            plain = images.decode(np.asarray(digits.read(i)), size=SIZE)
+            plain = decoding.decode(np.asarray(digits.read(i)), size=SIZE)
             drawn = [augment.draws(key, number) for number in three.numbers[1:]]
             seen = np.stack([plain, *(augment.warp(plain, three.recipe, each) for each in drawn)])
             stored = space.reader("features").read(space.locate([key] * 3, three.numbers))
@@ -254,7 +254,7 @@ def test_a_shard_that_does_not_say_what_its_views_are_is_refused(tmp_path: Path)
 def test_explain_tells_of_views_that_are_missing(tmp_path: Path, workspace: Workspace, photos: Path) -> None:
     dataset = cached.listed(photos)
     cached.fill(workspace, dataset, views=Views(2))
-    states = [explain(dataset, workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, Views(n)) for n in (1, 2, 4)]
+    states = [explain(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, Views(n)) for n in (1, 2, 4)]
     assert [each.counts for each in states] == [{"cached": 60}, {"cached": 60}, {"new": 60}]
     assert states[2].images[0].why == "2 of its augmented views have not been computed before"
 
@@ -270,7 +270,7 @@ def photos(tmp_path: Path) -> Path:
 
 def asked(photos: Path, spec: HeadSpec, views: Views, **more: Any) -> Asked:
     choice = DatasetChoice(str(photos))
-    return Asked(choice, FeatureChoice(), spec, images.DEFAULT_MAX_PIXELS, views=views, **more)
+    return Asked(choice, FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, views=views, **more)
 
 
 @pytest.mark.parametrize("memory", [None, 4_000])
@@ -278,7 +278,7 @@ def test_only_training_rows_come_in_all_views(workspace: Workspace, photos: Path
     views = Views(3)
     dataset = cached.listed(photos)
     cached.fill(workspace, dataset, views=views)
-    material = gather(dataset, workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, "features", views=views)
+    material = gather(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
     with prepared(material, [HeadSpec.make("flatten")], memory) as ready:
         data = ready.data()
         n = len(ready.members["train"])
@@ -311,7 +311,7 @@ def test_heads_train_on_views(workspace: Workspace, photos: Path, spec: HeadSpec
 def test_folds_hold_out_images_with_all_their_views(workspace: Workspace, photos: Path) -> None:
     dataset, views = cached.listed(photos), Views(2)
     cached.fill(workspace, dataset, views=views)
-    material = gather(dataset, workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, "features", views=views)
+    material = gather(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
     with prepared(material, [HeadSpec.make("gap")], None, folds=2) as ready:
         n = len(ready.members["train"])
         some, held = np.arange(0, n, 2), np.arange(1, n, 2)
@@ -347,9 +347,9 @@ def test_the_space_is_taken_that_holds_the_views(workspace: Workspace, photos: P
     one = cached.fill(workspace, dataset, spec=cached.SPEC)
     two = cached.fill(workspace, dataset, spec=replace(cached.SPEC, precision="bfloat16"), views=Views(3))
     for views, space in ((Views(1), min(one.name, two.name)), (Views(3), two.name)):
-        material = gather(dataset, workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, "features", views=views)
+        material = gather(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
         assert material.space.name == space
-    found = explain(dataset, workspace, FeatureChoice(space=one.name), images.DEFAULT_MAX_PIXELS, Views(3))
+    found = explain(dataset, workspace, FeatureChoice(space=one.name), decoding.DEFAULT_MAX_PIXELS, Views(3))
     assert found.counts == {"other space": 60}
     assert {each.space: each.rows for each in found.spaces} == {one.name: 60, two.name: 180}
 
@@ -360,9 +360,9 @@ def test_explain_tells_of_views_in_a_bad_shard(workspace: Workspace, photos: Pat
     augmented = [name for name, view in space.index.views(space.name) if view]
     path = space.shard_path(augmented[0])
     path.write_bytes(path.read_bytes()[:-100])
-    found = explain(dataset, workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS, Views(2))
+    found = explain(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, Views(2))
     assert set(found.counts) == {"cached", "bad shard"}
-    assert explain(dataset, workspace, FeatureChoice(), images.DEFAULT_MAX_PIXELS).counts == {"cached": 60}
+    assert explain(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS).counts == {"cached": 60}
 
 
 def test_the_canary_computes_views_afresh_too(tmp_path: Path, digits: Dataset) -> None:

@@ -180,7 +180,7 @@ RunWeightsOption = Annotated[
 ]
 
 CONNECTIONS = 16  # pipeline.dataset.remote.DEFAULT_CONNECTIONS
-MAX_PIXELS = 180_000_000  # pipeline.images.DEFAULT_MAX_PIXELS, not imported here as it brings OpenCV
+MAX_PIXELS = 180_000_000  # pipeline.images.decoding.DEFAULT_MAX_PIXELS, not imported here as it brings OpenCV
 
 
 @contextmanager

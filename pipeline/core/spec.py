@@ -125,7 +125,7 @@ class FeatureRequest:
         return [name for name, values in any_of.items() if getattr(spec, name) not in values]
 
 
-# Which affine warp `pipeline.augment` makes of a recipe: change it whenever the same recipe would give other pixels.
+# Which affine warp `images.augment` makes of a recipe: change it whenever the same recipe would give other pixels.
 AUGMENT_POLICY = "affine-linear-1"
 FILLS = ("nearest", "reflect", "wrap", "black")
 MOST_VIEWS = 100

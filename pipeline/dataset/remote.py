@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 from pipeline.core.errors import UsageError
 from pipeline.core.machine import require_packages
-from pipeline.dataset.marks import GRAIN, of_answer, of_file
+from pipeline.dataset.http_validators import GRAIN, of_answer, of_file
 from pipeline.dataset.refusal import RefusedError, check_status, failure
 
 T = TypeVar("T")

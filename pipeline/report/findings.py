@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import near
 from pipeline.core.progress import Progress
 from pipeline.heads.base import deal_folds
+from pipeline.images import near_duplicates
 from pipeline.report.tiles import Looks
 from pipeline.rows import Rows, in_order
 
@@ -234,10 +234,10 @@ def near_pairs(components: np.ndarray, looks: Looks) -> np.ndarray:
     (n, k) are closest; their pictures decide. Of copies only the first has neighbours: else each would have the others.
     """
     seen = np.flatnonzero(looks.seen)
-    by_picture = seen[near.near_pairs(looks.fingerprints[seen], looks.thumbs[seen], lambda n: None)]
+    by_picture = seen[near_duplicates.near_pairs(looks.fingerprints[seen], looks.thumbs[seen], lambda n: None)]
     first = np.unique(looks.copy_of[seen])
     close = first[_closest(components[first])]
-    close = close[near.alike(looks.thumbs, close, mirrored=True)]
+    close = close[near_duplicates.alike(looks.thumbs, close, mirrored=True)]
     return np.unique(np.concatenate([by_picture, close]), axis=0)
 
 

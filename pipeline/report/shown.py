@@ -12,7 +12,7 @@ from pipeline.core.errors import IceboxError, MissingRowsError
 from pipeline.core.utf8 import spelt
 from pipeline.dataset.split import SPLITS
 from pipeline.gather import Material, Sorted, gather, gather_images
-from pipeline.images import depth_of
+from pipeline.images.decoding import depth_of
 from pipeline.predictions import Answers
 from pipeline.report import findings, page
 from pipeline.report.findings import Findings

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from pipeline import near
 from pipeline.core.progress import Progress
-from pipeline.decoder import Loaded, Loader, decoding_pool
 from pipeline.gather import Sorted
+from pipeline.images import near_duplicates
+from pipeline.images.loader import Loaded, Loader, decoding_pool
 
 _COLUMNS = 16
 _ON_A_SHEET = _COLUMNS**2
@@ -66,7 +66,7 @@ def look(
     place = {int(images.usable[positions[i]]): i for i in of_key.values()}
     made = np.full((len(positions), side, side, 3), _MISSING, np.uint8)
     seen, fingerprints = np.zeros(len(positions), bool), np.zeros(len(positions), np.uint64)
-    thumbs = np.zeros((len(positions), near.THUMB, near.THUMB), np.uint8)
+    thumbs = np.zeros((len(positions), near_duplicates.THUMB, near_duplicates.THUMB), np.uint8)
     with (
         Loader(images.dataset, _SIZE, _FIT, max_pixels, depth=depth) as loader,
         decoding_pool() as pool,
@@ -88,7 +88,7 @@ def _marks(image: Loaded, side: int) -> tuple[np.ndarray, int, np.ndarray] | Non
         return None
     empty = np.empty((0, 0, 3), np.uint8)
     small = cv2.resize(image.pixels, (side, side), interpolation=cv2.INTER_AREA) if side else empty
-    return (small, *near.fingerprint(image.pixels))
+    return (small, *near_duplicates.fingerprint(image.pixels))
 
 
 def packed(pictures: np.ndarray) -> Tiles:

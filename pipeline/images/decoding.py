@@ -16,10 +16,10 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from pipeline import jpeg
-from pipeline.containers import Header, one_line, read_header
 from pipeline.core.errors import DecodeError, SpecError, UsageError
-from pipeline.foreign import CONVERT
+from pipeline.images import jpeg
+from pipeline.images.containers import Header, one_line, read_header
+from pipeline.images.foreign_formats import CONVERT
 
 Fit = Literal["squash", "crop", "pad"]
 FITS: tuple[str, ...] = get_args(Fit)

@@ -17,9 +17,9 @@ from typing import Any
 from PIL import BmpImagePlugin, JpegImagePlugin
 from PIL import TiffImagePlugin as Tiff
 
-from pipeline import jpeg
 from pipeline.core.errors import DecodeError
-from pipeline.foreign import CONVERT, RAW, foreign
+from pipeline.images import jpeg
+from pipeline.images.foreign_formats import CONVERT, RAW, foreign
 
 # These tell of odd metadata (a damaged EXIF block, say), once per file; no pixel depends on it.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.(Jpeg|Tiff|Bmp)ImagePlugin")

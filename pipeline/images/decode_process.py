@@ -1,4 +1,4 @@
-"""The other end of `pipeline.decoder`: decodes the image files that come in on descriptor 0, and may crash doing so.
+"""The other end of `images.loader`: decodes the image files that come in on descriptor 0, and may crash doing so.
 
 Each is answered by two messages: one byte that says what follows, of pixels with the largest value of 16-bit channels
 in two more, then that: pixels, or text. The process ends when
@@ -19,8 +19,8 @@ from typing import cast
 import cv2
 import numpy as np
 
-from pipeline import images, jpeg
 from pipeline.core.errors import DecodeError
+from pipeline.images import decoding, jpeg
 
 PIXELS, REFUSED, NO_MEMORY, BUG = b"P", b"R", b"M", b"B"
 _STDERR = 2
@@ -31,7 +31,7 @@ def main() -> None:
     for stop in (signal.SIGINT, signal.SIGTERM):  # they go to the whole group; our parent decides when it is over
         signal.signal(stop, signal.SIG_IGN)
     cv2.setNumThreads(1)  # as many processes run as there are cores
-    size, fit, max_pixels, depth = int(sys.argv[1]), cast(images.Fit, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    size, fit, max_pixels, depth = int(sys.argv[1]), cast(decoding.Fit, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     listen()
     with suppress(EOFError, ConnectionError), Connection(0) as parent:
         while True:
@@ -60,13 +60,13 @@ def heard() -> str:
     return text
 
 
-def decode_whole(data: bytes, size: int, fit: images.Fit, max_pixels: int, depth: int) -> tuple[np.ndarray, int]:
+def decode_whole(data: bytes, size: int, fit: decoding.Fit, max_pixels: int, depth: int) -> tuple[np.ndarray, int]:
     """Return what `images.decode_with_peak` does.
 
     Raises DecodeError also for a JPEG whose pixels are damaged.
     """
     heard()  # what was left by the last image
-    decoded = images.decode_with_peak(data, size, fit, max_pixels, depth)
+    decoded = decoding.decode_with_peak(data, size, fit, max_pixels, depth)
     warning = heard()
     looked_at = data.startswith(jpeg.MAGIC) and (warning or jpeg.is_suspect(data))
     if looked_at and (fault := jpeg.damage(data, warning, _warning_of)):
@@ -79,7 +79,7 @@ def _warning_of(data: bytes) -> str:
     return heard()
 
 
-def _decode(data: bytes, size: int, fit: images.Fit, max_pixels: int, depth: int) -> tuple[bytes, bytes | memoryview]:
+def _decode(data: bytes, size: int, fit: decoding.Fit, max_pixels: int, depth: int) -> tuple[bytes, bytes | memoryview]:
     try:
         pixels, peak = decode_whole(data, size, fit, max_pixels, depth)
         return PIXELS + peak.to_bytes(2, "big"), pixels.data.cast("B")

@@ -21,13 +21,13 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-from pipeline import images
-from pipeline.containers import Header, read_header
 from pipeline.core import machine
 from pipeline.core.errors import DecodeError, read_failure
 from pipeline.core.hashing import image_key
 from pipeline.dataset import Dataset, remote
-from pipeline.decode_process import BUG, NO_MEMORY, PIXELS
+from pipeline.images import decoding
+from pipeline.images.containers import Header, read_header
+from pipeline.images.decode_process import BUG, NO_MEMORY, PIXELS
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,7 +40,7 @@ _WAITS = 12
 _COMMAND = (sys.executable, "-P", "-c", "import os, sys; os.environ['OPENBLAS_NUM_THREADS'] = '1'; "
             "sys.path.insert(0, sys.argv.pop(1)); "
             "from pipeline import environment; environment.isolate(); environment.allow_pixels(int(sys.argv[3])); "
-            "from pipeline.decode_process import main; main()", str(Path(__file__).parent.parent))  # fmt: skip
+            "from pipeline.images.decode_process import main; main()", str(Path(__file__).parents[2]))  # fmt: skip
 # Who sends these ends a process for reasons of his own, as the kernel does when memory runs out.
 _STOPPED = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGXCPU}
 
@@ -78,7 +78,7 @@ class Decoders:
     Leaving the context ends the processes; no thread may be decoding then.
     """
 
-    def __init__(self, size: int, fit: str, max_pixels: int, depth: int = images.FULL_DEPTH) -> None:
+    def __init__(self, size: int, fit: str, max_pixels: int, depth: int = decoding.FULL_DEPTH) -> None:
         self._asked = size, fit, max_pixels, depth
         self._mine = threading.local()
         self._all: list[_Decoder] = []
@@ -126,7 +126,7 @@ class Loader:
         max_pixels: int,
         decoders: Decoders | None = None,
         headers: bool = False,
-        depth: int = images.FULL_DEPTH,
+        depth: int = decoding.FULL_DEPTH,
     ) -> None:
         """Load images of `dataset`, with their `headers` or not, 16-bit channels taken for `depth` bits.
 
@@ -134,7 +134,7 @@ class Loader:
         """
         self._dataset = dataset
         self._size = size
-        self._fit: images.Fit = cast(images.Fit, fit)
+        self._fit: decoding.Fit = cast(decoding.Fit, fit)
         self._max_pixels = max_pixels
         self._headers = headers
         self._own = Decoders(size, fit, max_pixels, depth)
@@ -224,7 +224,7 @@ class Loader:
 
     def _pixels(self, data: bytes | np.ndarray) -> tuple[np.ndarray, int]:
         if isinstance(data, np.ndarray):
-            return images.decode(data, size=self._size, fit=self._fit, max_pixels=self._max_pixels), 0
+            return decoding.decode(data, size=self._size, fit=self._fit, max_pixels=self._max_pixels), 0
         return self._decoders.with_peak(data)
 
 
@@ -234,7 +234,7 @@ class _Decoder:
     def __init__(self, size: int, fit: str, max_pixels: int, depth: int) -> None:
         self._shape = (size, size, 3)
         self._command = [*_COMMAND, str(size), fit, str(max_pixels), str(depth)]
-        self._limit = SECONDS * max(1.0, max_pixels / images.DEFAULT_MAX_PIXELS)
+        self._limit = SECONDS * max(1.0, max_pixels / decoding.DEFAULT_MAX_PIXELS)
         self._running: tuple[subprocess.Popen[bytes], Connection] | None = None
 
     def decode(self, data: bytes) -> tuple[np.ndarray, int]:
