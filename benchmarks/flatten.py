@@ -78,9 +78,9 @@ def deviation(losses: list[list[float]]) -> list[float] | None:
 
 def trained(what: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """Train a head in one of the two ways; return its rate, losses and accuracy."""
+    from pipeline.backbone.keras_start import import_keras
     from pipeline.core.spec import HeadSpec
     from pipeline.heads import dense
-    from pipeline.keras_start import import_keras
 
     keras = import_keras()
     splits = arrays(given)

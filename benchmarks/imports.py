@@ -22,7 +22,7 @@ from bare import spread
 ROOT = Path(__file__).parent.parent
 QUIET = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
 WAYS = {
-    "keras": ("import keras", "from pipeline.keras_start import import_keras; import_keras()"),
+    "keras": ("import keras", "from pipeline.backbone.keras_start import import_keras; import_keras()"),
     "skops": ("import skops.io", "from pipeline.heads import logreg; logreg._skops()"),
 }
 

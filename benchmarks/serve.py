@@ -30,11 +30,11 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.answering import grouped  # noqa: E402
 from pipeline.cache.space import Cache  # noqa: E402
+from pipeline.cache.workspace import Workspace  # noqa: E402
 from pipeline.dataset import open_images  # noqa: E402
 from pipeline.images.loader import Loader  # noqa: E402
 from pipeline.network import compiled  # noqa: E402
 from pipeline.trained import open_run  # noqa: E402
-from pipeline.workspace import Workspace  # noqa: E402
 
 ROUNDS = 5
 

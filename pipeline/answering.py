@@ -14,6 +14,7 @@ from pipeline import heads
 from pipeline.backbone import source as networks
 from pipeline.backbone.weights import Weights
 from pipeline.cache.space import FeatureSpace
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import other_version, warn_untrained
 from pipeline.core.errors import SpecError, UsageError, WeightsError
 from pipeline.core.spec import FeatureSpec
@@ -21,7 +22,6 @@ from pipeline.heads.dense import DenseHead, average
 from pipeline.network import Network, stitched
 from pipeline.rows import Wanted, stored_rows
 from pipeline.trained import TrainedRun
-from pipeline.workspace import Workspace
 
 _ROOM = 2**28  # bytes that cached rows may take in memory
 

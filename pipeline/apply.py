@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline import runs
 from pipeline.backbone.frozen import ENGINE
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice, warn_untrained
 from pipeline.compute import DEFAULT_BATCH_SIZE
 from pipeline.core import files
@@ -31,7 +32,6 @@ from pipeline.rows import Wanted, open_rows
 from pipeline.run_images import SEEN, RunImages
 from pipeline.seen_images import seen_images
 from pipeline.trained import TrainedRun
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from pipeline.backbone.source import Architecture
 from pipeline.backbone.table import BACKBONES, Backbone
 from pipeline.backbone.weights import imagenet_place
 from pipeline.cache.space import FeatureSpace
+from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import SpecError
 from pipeline.core.spec import OWN
-from pipeline.workspace import Workspace
 
 _FLOAT16 = 2  # bytes
 _FLOAT32 = 4

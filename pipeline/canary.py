@@ -12,6 +12,7 @@ from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache.digests import identify
 from pipeline.cache.space import FeatureSpace
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import other_version, weights_of
 from pipeline.compute import DEFAULT_BATCH_SIZE, batch_of
 from pipeline.core.errors import MissingRowsError, SpecError
@@ -20,7 +21,6 @@ from pipeline.core.units import counted
 from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.images import augment, decoding
 from pipeline.images.loader import Loaded, Loader
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ import numpy as np
 from pipeline import rates
 from pipeline.asked import SweepAsked
 from pipeline.backbone import source as networks
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice
 from pipeline.cluster import ClusterChoice
 from pipeline.compute import ComputeOptions
@@ -24,7 +25,6 @@ from pipeline.extract import extract
 from pipeline.gather import Material, gather
 from pipeline.leaderboard import ExtractionCost
 from pipeline.planning import Quarantined
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

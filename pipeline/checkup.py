@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline import cost
 from pipeline.cache.digests import identify
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice, find_space, settle
 from pipeline.core import files, machine
 from pipeline.core.spec import PLAIN_VIEW, Views
@@ -20,7 +21,6 @@ from pipeline.images import near_duplicates
 from pipeline.images.decoding import FULL_DEPTH, depth_of
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined
 from pipeline.survey import survey
-from pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from pipeline.backbone.table import BACKBONES
 from pipeline.backbone.weights import Weights, anchored
 from pipeline.cache.digests import Identities
 from pipeline.cache.space import FeatureSpace
+from pipeline.cache.workspace import Workspace
 from pipeline.core import machine
 from pipeline.core.errors import SpecError
 from pipeline.core.spec import OWN, PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
 from pipeline.dataset import Dataset
 from pipeline.images import decoding
 from pipeline.planning import DEFAULT_FIT
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

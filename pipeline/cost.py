@@ -16,6 +16,7 @@ from pipeline.backbone.table import BACKBONES
 from pipeline.backbone.weights import Weights, find_imagenet
 from pipeline.cache.shard import SHARD_BYTES, Rows, shard_image
 from pipeline.cache.space import FeatureSpace
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import Settled, weights_of
 from pipeline.compute import batch_of, default_batch
 from pipeline.core import machine
@@ -23,7 +24,6 @@ from pipeline.core.spec import OWN
 from pipeline.images.decoding import depth_of
 from pipeline.images.loader import Loader
 from pipeline.planning import Plan, Planning
-from pipeline.workspace import Workspace
 
 _UNIT = 1024 if sys.platform.startswith("linux") else 1  # of what the system says of a process's memory
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
 from pipeline.backbone.weights import find_imagenet
+from pipeline.cache.workspace import Workspace
 from pipeline.core import files, machine
-from pipeline.workspace import Workspace
 
 _PACKAGES = ("tensorflow", "keras", "opencv-python", "h5py", "hdf5plugin", "scikit-learn", "typer")
 
@@ -39,7 +39,7 @@ def examine(workspace: Workspace) -> dict[str, Any]:
 
 
 def _tensorflow_gpus() -> int:
-    from pipeline.keras_start import import_keras
+    from pipeline.backbone.keras_start import import_keras
 
     import_keras()
     import tensorflow as tf

@@ -12,12 +12,12 @@ from typing import Any, Literal
 from pipeline.backbone.source import label
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice, find_space, settle
 from pipeline.core.errors import UsageError
 from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.dataset import Dataset
 from pipeline.planning import Plan, Planning
-from pipeline.workspace import Workspace
 
 State = Literal["cached", "copy", "quarantined", "bad shard", "other space", "changed", "new"]
 

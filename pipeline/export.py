@@ -18,7 +18,9 @@ import numpy as np
 
 from pipeline import runs
 from pipeline.answering import grouped
+from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.backbone.scaling import scale
+from pipeline.cache.workspace import Workspace
 from pipeline.core import files
 from pipeline.core.errors import DatasetError, IceboxError, RunError, UsageError, exhausted
 from pipeline.core.locks import remove_abandoned
@@ -27,11 +29,9 @@ from pipeline.dataset import Dataset, limit
 from pipeline.formats import CLASSES, FORMATS, Format
 from pipeline.images.decoding import depth_of
 from pipeline.images.loader import Loader
-from pipeline.keras_start import KerasModel, import_keras
 from pipeline.network import Network
 from pipeline.predict import predict
 from pipeline.trained import TrainedRun
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.cache.export import Columns, What, export
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice
 from pipeline.dataset import Dataset
 from pipeline.gather import gather
 from pipeline.planning import Quarantined
-from pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True)

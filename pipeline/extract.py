@@ -16,12 +16,14 @@ from typing import Any
 
 from pipeline import rates
 from pipeline.backbone import source as networks
+from pipeline.backbone.keras_start import import_keras
 from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import identify, read_some
 from pipeline.cache.index import Index
 from pipeline.cache.keys import Keys
 from pipeline.cache.shard import SHARD_BYTES
 from pipeline.cache.space import Cache, FeatureSpace
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice, Settled, find_space, settle, warn_untrained, weights_for
 from pipeline.cluster import ClusterChoice
 from pipeline.compute import (
@@ -43,10 +45,8 @@ from pipeline.core.errors import InterruptedComputationError
 from pipeline.core.spec import PLAIN_VIEW, FeatureSpec, Views
 from pipeline.dataset import Dataset, remote
 from pipeline.images import decoding
-from pipeline.keras_start import import_keras
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.shard_task import Setup, ShardWorker, check_room
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

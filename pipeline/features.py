@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.asked import DatasetChoice
 from pipeline.batches import Shuffled
+from pipeline.cache.workspace import open_workspace
 from pipeline.choice import FeatureChoice, warn_untrained
 from pipeline.core.errors import DatasetError, UsageError
 from pipeline.core.spec import Augmentation, Views
@@ -22,7 +23,6 @@ from pipeline.dataset.split import SPLITS
 from pipeline.gather import Material, gather
 from pipeline.images import decoding
 from pipeline.rows import Rows, Wanted, held, room_for, stored_rows
-from pipeline.workspace import open_workspace
 
 SplitName = Literal["train", "val", "test"]
 What = Literal["features", "pooled"]
@@ -163,7 +163,7 @@ class Features:
 
         Rows are (None, …), labels (None,) int32.
         """
-        from pipeline.keras_start import import_keras
+        from pipeline.backbone.keras_start import import_keras
 
         import_keras(whole=True)  # quietly, and with GPU memory that grows as needed
         import tensorflow as tf

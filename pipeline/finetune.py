@@ -17,7 +17,9 @@ from pipeline import network, results, runs, tracking
 from pipeline.asked import FullAsked
 from pipeline.backbone import source as networks
 from pipeline.backbone.graph import activations
+from pipeline.backbone.keras_start import KerasModel
 from pipeline.batches import Shuffled
+from pipeline.cache.workspace import Workspace
 from pipeline.checkpoint import Checkpoint
 from pipeline.choice import FeatureChoice, warn_untrained
 from pipeline.compute import ComputeOptions
@@ -30,7 +32,6 @@ from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.heads import dense
 from pipeline.heads.base import class_weights, measure, require_numbers
 from pipeline.images.decoding import depth_of
-from pipeline.keras_start import KerasModel
 from pipeline.loop import Entry, NotFiniteError, Trained, Watch, train
 from pipeline.network import Network
 from pipeline.origin import Origin, origin_of
@@ -39,7 +40,6 @@ from pipeline.planning import Quarantined
 from pipeline.prepare import Prepared, check_sides, prepared_pixels, prepared_tensors
 from pipeline.rows import Rows, StoredRows, select
 from pipeline.seen_images import initial_images
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

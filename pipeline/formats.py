@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.backbone.folding import is_depthwise
+from pipeline.backbone.fold_batch_norm import is_depthwise
+from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.core import machine
 from pipeline.core.native_stderr import held_back
-from pipeline.keras_start import KerasModel, import_keras
 from pipeline.network import Answerer
 
 CLASSES = "classes.json"  # what the class names are called, inside a model and beside it

@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.backbone import source as networks
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice, find_space, settle
 from pipeline.core.errors import DatasetError, MissingRowsError
 from pipeline.core.spec import PLAIN_VIEW, Views
@@ -22,7 +23,6 @@ from pipeline.dataset.split import SPLITS
 from pipeline.images.decoding import FULL_DEPTH
 from pipeline.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.run_images import SEEN, RunImages
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

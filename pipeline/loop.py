@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.checkpoint import Checkpoint
 from pipeline.core.errors import CheckpointError, RunError
-from pipeline.keras_start import KerasModel, import_keras
 
 Entry = dict[str, float]
 

@@ -16,6 +16,7 @@ from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.build import check_weights, load_weights
 from pipeline.backbone.frozen import features_of
 from pipeline.backbone.graph import allow_any_names, cut, cut_layers, cut_tensor, layer_names, rest_of, work
+from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.backbone.scaling import scale
 from pipeline.backbone.weights import Weights
 from pipeline.core import files
@@ -24,7 +25,6 @@ from pipeline.core.files import write_json
 from pipeline.core.spec import FREEZE_UNTIL, FeatureSpec
 from pipeline.heads.dense import DenseHead, average, build, from_logreg
 from pipeline.heads.logreg import LogregHead
-from pipeline.keras_start import KerasModel, import_keras
 from pipeline.loop import finalize
 from pipeline.rows import Rows, read_ahead
 

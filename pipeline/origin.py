@@ -18,6 +18,7 @@ from pipeline.backbone.source import Source
 from pipeline.backbone.table import DEFAULT_BACKBONE
 from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import identify
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice, Settled, find_space, settle, weights_for, weights_of
 from pipeline.core.errors import DatasetError, RunError, SpecError
 from pipeline.core.spec import FREEZE_UNTIL, OWN, SHAPE, FeatureSpec, HeadSpec
@@ -27,7 +28,6 @@ from pipeline.heads.dense import DenseHead
 from pipeline.heads.dense import build as build_head
 from pipeline.images.decoding import depth_of
 from pipeline.runs import network_record, read_run
-from pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.answering import Group, grouped
 from pipeline.cache.digests import Identities, identify
+from pipeline.cache.workspace import Workspace
 from pipeline.compute import note_bad, note_key
 from pipeline.core.errors import IndexDamagedError
 from pipeline.dataset import Dataset
@@ -21,7 +22,6 @@ from pipeline.images import decoding as decoding_policy
 from pipeline.images.loader import Loaded, Loader, batched, decoding_pool
 from pipeline.network import Answerer, compiled
 from pipeline.trained import TrainedRun
-from pipeline.workspace import Workspace
 
 WINDOW = 512  # images whose answers are in memory together
 _BATCH = 32

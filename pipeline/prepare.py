@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline import heads
 from pipeline.cache.digests import identify
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import warn_untrained
 from pipeline.core.errors import DatasetError
 from pipeline.core.spec import HeadSpec
@@ -23,7 +24,6 @@ from pipeline.images.decoding import FULL_DEPTH
 from pipeline.pixels import Pixels, decoding
 from pipeline.predictions import Predictions
 from pipeline.rows import Rows, StoredRows, Wanted, hold, select, stored_rows
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

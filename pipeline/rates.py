@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache.workspace import Workspace
 from pipeline.core import files, machine
 from pipeline.core.locks import done_without, exclusive
 from pipeline.core.spec import FeatureSpec
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

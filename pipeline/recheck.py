@@ -10,11 +10,11 @@ import numpy as np
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.index import CONDEMNED
 from pipeline.cache.space import FeatureSpace
+from pipeline.cache.workspace import Workspace
 from pipeline.dataset import Dataset
 from pipeline.images import decoding
 from pipeline.images.loader import Loader, decoding_pool
 from pipeline.planning import DEFAULT_FIT, Quarantined
-from pipeline.workspace import Workspace
 
 _SMALL = 32  # pixels on a side, as nobody looks at them
 _ANY_SIZE = 2**40  # pixels: each was decoded before, within a limit that nobody remembers

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.asked import FullAsked
+from pipeline.cache.workspace import Workspace
 from pipeline.core import files
 from pipeline.core.errors import IceboxError, RunError
 from pipeline.core.files import MOST_JSON_BYTES
@@ -15,7 +16,6 @@ from pipeline.dataset.class_names import with_classes
 from pipeline.gather import Sorted, list_images
 from pipeline.run_images import RunImages
 from pipeline.trained import TrainedRun, open_run
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

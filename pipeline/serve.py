@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 
 from pipeline.answering import Group, grouped
+from pipeline.cache.workspace import Workspace
 from pipeline.core import machine
 from pipeline.core.errors import IceboxError, UsageError
 from pipeline.core.utf8 import spelt
@@ -25,7 +26,6 @@ from pipeline.images.loader import Decoders, decoding_pool
 from pipeline.network import compiled
 from pipeline.predict import likeliest
 from pipeline.trained import TrainedRun
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

@@ -10,18 +10,18 @@ from dataclasses import replace
 from pipeline import rates
 from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import FrozenBackbone
+from pipeline.backbone.keras_start import import_keras
 from pipeline.backbone.scaling import NONE
 from pipeline.backbone.source import Architecture, Source
 from pipeline.backbone.table import BACKBONES
 from pipeline.backbones import with_size
 from pipeline.cache.shard import SHARD_BYTES
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice, Settled
 from pipeline.compute import default_batch
 from pipeline.core import machine
 from pipeline.core.errors import UsageError
 from pipeline.core.units import counted, duration, size_text
-from pipeline.keras_start import import_keras
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

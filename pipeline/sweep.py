@@ -20,6 +20,7 @@ from typing import Any
 
 from pipeline import heads, runs
 from pipeline.asked import SweepAsked
+from pipeline.cache.workspace import Workspace
 from pipeline.candidates import Candidate, compute_missing, digest, find_candidates
 from pipeline.cluster import ClusterChoice, connected
 from pipeline.core import files
@@ -42,7 +43,6 @@ from pipeline.prepare import memory_needed, prepared
 from pipeline.train import write_run
 from pipeline.trial import TRIAL, read_json, read_trial, run_trial
 from pipeline.trial_tasks import submitted
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.backbone.keras_start import import_keras
 from pipeline.core import machine
-from pipeline.keras_start import import_keras
 
 FOLDER = "tensorboard"
 

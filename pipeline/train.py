@@ -14,6 +14,7 @@ import numpy as np
 from pipeline import heads, results, runs, tracking
 from pipeline.asked import Asked
 from pipeline.backbone import source as networks
+from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import RunError
 from pipeline.dataset import Dataset
 from pipeline.fitting import Outcome, fit_asked
@@ -21,7 +22,6 @@ from pipeline.gather import Material, gather
 from pipeline.planning import Quarantined
 from pipeline.prepare import Prepared, prepared
 from pipeline.rows import Rows
-from pipeline.workspace import Workspace
 
 _MOST_DIFFERENCE = 1e-5  # between the probabilities of a head in memory and the same one read back
 

@@ -14,13 +14,13 @@ from typing import Any
 from uuid import uuid4
 
 from pipeline import link
+from pipeline.backbone.keras_start import import_keras, limit_threads
 from pipeline.cluster import Client, ClusterChoice
 from pipeline.core import machine
 from pipeline.core.errors import IceboxError, UsageError
 from pipeline.core.spec import HeadSpec
 from pipeline.core.units import size_text
 from pipeline.heads import Data
-from pipeline.keras_start import import_keras, limit_threads
 from pipeline.rows import StoredRows, hold
 from pipeline.worker_health import WorkerHealth
 

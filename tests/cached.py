@@ -14,10 +14,10 @@ import numpy as np
 from pipeline.backbone.table import BACKBONES
 from pipeline.cache import shard
 from pipeline.cache.space import FeatureSpace
+from pipeline.cache.workspace import Workspace
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import PLAIN_VIEW, FeatureSpec, Views
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.workspace import Workspace
 
 SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
 CLASSES = ("ant", "bee", "cow")

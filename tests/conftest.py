@@ -24,9 +24,9 @@ import warm
 from hypothesis import HealthCheck, settings
 
 from pipeline.cache.space import Cache
+from pipeline.cache.workspace import Workspace
 from pipeline.core.spec import FeatureSpec
 from pipeline.images import decoding
-from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
     from deployed import Deployed
@@ -181,8 +181,8 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small_model(size: int) -> Any:
     """A network of three classes, of the layers that InceptionV3 and the heads consist of, as `export` makes it."""
+    from pipeline.backbone.keras_start import import_keras
     from pipeline.backbone.scaling import scale
-    from pipeline.keras_start import import_keras
 
     keras = import_keras()
     layers = keras.layers

@@ -16,6 +16,7 @@ from own_networks import tiny, tiny_choice
 from pipeline.asked import Asked, DatasetChoice, FullAsked
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.space import Cache
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
 from pipeline.core.spec import HeadSpec
@@ -25,7 +26,6 @@ from pipeline.finetune import train_full
 from pipeline.images import decoding
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
-from pipeline.workspace import Workspace
 
 MOST = decoding.DEFAULT_MAX_PIXELS
 _SHORT = {"epochs": 2, "batch_size": 8}

@@ -175,7 +175,7 @@ def write_network(path: Path, kind: str, seed: int = 1, size: int | None = SIZE)
 
     Each has a layer "middle" where it can be cut.
     """
-    from pipeline.keras_start import import_keras
+    from pipeline.backbone.keras_start import import_keras
 
     keras = import_keras()
     keras.utils.set_random_seed(seed)

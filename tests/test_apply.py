@@ -17,6 +17,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from pipeline import pictures, runs
 from pipeline.apply import Evaluation, evaluate_run
 from pipeline.asked import Asked, DatasetChoice
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice
 from pipeline.core.errors import DatasetError, MissingRowsError, RunError, SpecError, UsageError
 from pipeline.core.hashing import image_key
@@ -26,7 +27,6 @@ from pipeline.images import decoding
 from pipeline.run_images import FILE, RunImages
 from pipeline.train import train_head
 from pipeline.trained import open_run
-from pipeline.workspace import Workspace
 
 RENDERED = pictures._rendered
 KINDS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ import tensorflow as tf
 from conftest import SPEC, picture
 from own_networks import frozen_tiny
 
-from pipeline.backbone import folding
+from pipeline.backbone import fold_batch_norm
 from pipeline.backbone import frozen as frozen_module
 from pipeline.backbone.build import build, load_weights
 from pipeline.backbone.frozen import FrozenBackbone, best_batch, streams
@@ -73,7 +73,7 @@ def test_float32_rows_equal_keras_within_float16_rounding(
 
 def folded(model: Any) -> Any:
     """Return the function of TensorFlow that computes the model with its batch norms folded."""
-    return tf.function(lambda images: folding.run(model, images), autograph=False)
+    return tf.function(lambda images: fold_batch_norm.run(model, images), autograph=False)
 
 
 def test_folding_batch_norm_changes_nothing_but_rounding(whole: Any, spare: Any, pixels: np.ndarray) -> None:

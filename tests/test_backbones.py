@@ -14,16 +14,16 @@ from own_networks import SIZE, own_choice, write_network
 
 from pipeline import rates, speed
 from pipeline.backbone import frozen, own
+from pipeline.backbone.keras_start import import_keras
 from pipeline.backbone.table import BACKBONES
 from pipeline.backbones import Listed, gather
 from pipeline.cache.space import FeatureSpace
+from pipeline.cache.workspace import Workspace
 from pipeline.compute import ComputeOptions
 from pipeline.core import machine
 from pipeline.core.errors import UsageError
 from pipeline.extract import extract
-from pipeline.keras_start import import_keras
 from pipeline.speed import measure
-from pipeline.workspace import Workspace
 
 OWN = replace(SPEC, backbone="own:" + "1" * 64, layer="last", input_size=32, scaling="none")
 

@@ -34,9 +34,9 @@ from PIL import Image
 
 import cli
 from pipeline import terminal
+from pipeline.cache.workspace import Workspace
 from pipeline.commands.shared import called
 from pipeline.core.utf8 import spelt
-from pipeline.workspace import Workspace
 
 FEATURE_KEYS = {
     "rows", "computed", "reused", "duplicates", "quarantined", "seconds", "images_per_second", "space",

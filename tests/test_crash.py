@@ -35,9 +35,9 @@ import cli
 import pipeline.shard_task
 from pipeline import pictures
 from pipeline.cache.space import Cache
+from pipeline.cache.workspace import Workspace
 from pipeline.core import files
 from pipeline.runs import published_names, read_run, unfinished
-from pipeline.workspace import Workspace
 
 SIX = ("features", "--dataset", "digits", "--limit", "6")
 VERIFY = ("cache", "verify", "--read-data")

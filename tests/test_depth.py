@@ -15,6 +15,7 @@ from own_networks import own_choice, tiny
 
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache
+from pipeline.cache.workspace import Workspace
 from pipeline.checkup import check, told
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
@@ -30,7 +31,6 @@ from pipeline.reproduce import commands, options_like
 from pipeline.serve import service
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
-from pipeline.workspace import Workspace
 
 MOST = decoding.DEFAULT_MAX_PIXELS
 FULL = own_choice(tiny())

@@ -15,7 +15,7 @@ from conftest import icebox, picture, write_picture
 from own_networks import tiny, tiny_options
 from PIL import Image
 
-from pipeline.workspace import Workspace
+from pipeline.cache.workspace import Workspace
 
 UNTRAINED = ("--weights", "untrained", "--precision", "float32")
 

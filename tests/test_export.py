@@ -19,6 +19,7 @@ from own_networks import SIZE, own_choice, tiny, write_network, write_sides
 from pipeline import export
 from pipeline.answering import grouped
 from pipeline.asked import Asked, DatasetChoice
+from pipeline.cache.workspace import Workspace
 from pipeline.compute import ComputeOptions
 from pipeline.core.errors import DatasetError, RunError, UsageError
 from pipeline.core.locks import new_folder_held
@@ -30,7 +31,6 @@ from pipeline.formats import FORMATS
 from pipeline.images.loader import Loader
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
-from pipeline.workspace import Workspace
 
 CLASSES = ["cats", "dogs"]
 

@@ -42,8 +42,10 @@ from own_networks import own_choice, tiny, tiny_choice, tiny_options, write_netw
 import pipeline.extract
 import pipeline.shard_task
 from pipeline.backbone.frozen import FrozenBackbone
+from pipeline.backbone.keras_start import import_keras
 from pipeline.cache import digests
 from pipeline.cache.index import Index
+from pipeline.cache.workspace import open_workspace
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions, batch_of
 from pipeline.core import machine
@@ -51,8 +53,6 @@ from pipeline.core.errors import CacheError, DoNotFitError, SpecError, UsageErro
 from pipeline.core.spec import FeatureSpec
 from pipeline.dataset import Dataset, limit, open_dataset
 from pipeline.extract import Extraction, extract
-from pipeline.keras_start import import_keras
-from pipeline.workspace import open_workspace
 
 UNTRAINED = FeatureChoice(weights="untrained", precision="float32")
 OPTIONS = ComputeOptions(shard_rows=8, batch_size=4)

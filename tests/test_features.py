@@ -16,11 +16,11 @@ from conftest import ROOT
 
 from pipeline import Features, open_features
 from pipeline.cache.space import Cache
+from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import DatasetError, MissingRowsError, UsageError
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import Views
 from pipeline.rows import StoredRows
-from pipeline.workspace import Workspace
 
 LITTLE = 48 * 64  # bytes: 48 rows, less than a split has
 

@@ -24,8 +24,10 @@ from pipeline import heads, network, runs
 from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked, command_of
 from pipeline.backbone.graph import cut_layers, layer_names
+from pipeline.backbone.keras_start import import_keras
 from pipeline.cache.keys import split
 from pipeline.cache.space import Cache
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice, settle, weights_of
 from pipeline.compute import ComputeOptions
 from pipeline.core import files
@@ -37,7 +39,6 @@ from pipeline.extract import extract
 from pipeline.finetune import FullRun, _warn_of_collapse, train_full
 from pipeline.gather import gather_images
 from pipeline.images import decoding
-from pipeline.keras_start import import_keras
 from pipeline.network import Network
 from pipeline.origin import origin_of
 from pipeline.pixels import Pixels
@@ -45,7 +46,6 @@ from pipeline.prepare import prepared_pixels
 from pipeline.run_images import RunImages
 from pipeline.train import train_head
 from pipeline.trained import open_run
-from pipeline.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

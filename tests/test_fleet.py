@@ -34,6 +34,7 @@ from pipeline import cluster as clusters
 from pipeline import fleet_worker
 from pipeline.backbone import own
 from pipeline.cache.space import Cache
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice
 from pipeline.cluster import ClusterChoice, connected
 from pipeline.compute import ComputeOptions
@@ -43,7 +44,6 @@ from pipeline.dataset import Dataset, open_dataset
 from pipeline.extract import Extraction, extract
 from pipeline.fleet_worker import Requirements
 from pipeline.shard_task import Setup
-from pipeline.workspace import Workspace
 
 Stored = dict[bytes, tuple[np.ndarray, np.ndarray]]
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from conftest import small_model
 
+from pipeline.backbone.keras_start import import_keras
 from pipeline.backbone.scaling import scale
 from pipeline.core import machine
 from pipeline.core.errors import UsageError
 from pipeline.formats import FORMATS
-from pipeline.keras_start import import_keras
 
 CLASSES = ['a "b"', "猫, cat", "c\nd"]
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 from conftest import SPEC
 from own_networks import draw_statistics
 
-from pipeline.backbone import folding
+from pipeline.backbone import fold_batch_norm
 from pipeline.backbone import frozen as frozen_module
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.backbone.graph import (
@@ -54,7 +54,9 @@ def images(count: int = 4) -> Any:
 
 def run(model: Any, inputs: Any, after: str | None = None) -> tuple[np.ndarray, Counter[str]]:
     """Return what the walk gives, and which operations of TensorFlow it is made of."""
-    graph = tf.function(lambda given: folding.run(model, given, after), autograph=False).get_concrete_function(inputs)
+    graph = tf.function(lambda given: fold_batch_norm.run(model, given, after), autograph=False).get_concrete_function(
+        inputs
+    )
     return tf.cast(graph(inputs), tf.float32).numpy(), Counter(each.type for each in graph.graph.get_operations())
 
 

@@ -19,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pipeline import heads
+from pipeline.backbone.keras_start import import_keras
 from pipeline.batches import Shuffled
 from pipeline.checkpoint import Checkpoint
 from pipeline.core import machine
@@ -27,7 +28,6 @@ from pipeline.core.spec import HEAD_DEFAULTS, HEADS, HeadSpec
 from pipeline.heads import READS, Data, Fitted, Watch, dense, fit, load, parts
 from pipeline.heads.dense import DenseHead, build, channel_statistics, normalise
 from pipeline.heads.parts import gradients_in_bfloat16
-from pipeline.keras_start import import_keras
 from pipeline.loop import OtherCheckpointError, optimizer
 
 SHAPES = {"flatten": (2, 2, 8), "gap": (8,), "logreg": (8,)}

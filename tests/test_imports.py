@@ -19,7 +19,11 @@ HAS = "[name for name in ('matplotlib', 'pandas', 'sklearn') if name in sys.modu
 
 
 def python(script: str) -> str:
-    command = [sys.executable, "-c", f"import gc, sys\nfrom pipeline.keras_start import import_keras\n{script}"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import gc, sys\nfrom pipeline.backbone.keras_start import import_keras\n{script}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -90,7 +94,7 @@ def test_a_library_that_ends_the_process_while_it_is_loaded_is_heard(
     code: str, ended_by: int | None, words: list[str], tmp_path: Path
 ) -> None:
     env = environment(PYTHONPATH=f"{fake(tmp_path, 'tensorflow', code)}:{ROOT}")
-    script = "from pipeline.keras_start import import_keras; import_keras()"
+    script = "from pipeline.backbone.keras_start import import_keras; import_keras()"
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == (1 if ended_by is None else -ended_by)
     for each in words:
@@ -108,7 +112,7 @@ helper = subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL, stdout=sub
 pathlib.Path({str(child)!r}).write_text(str(helper.pid))
 """
     env = environment(PYTHONPATH=f"{fake(tmp_path, 'tensorflow', starts + ABORTS)}:{ROOT}")
-    script = "from pipeline.keras_start import import_keras; import_keras()"
+    script = "from pipeline.backbone.keras_start import import_keras; import_keras()"
     try:
         done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300)
     finally:

@@ -31,6 +31,7 @@ import pipeline.shard_task
 from pipeline.cache.gc import Keep, collect
 from pipeline.cache.shard import ShardDamagedError, read_info, read_rows, write_shard
 from pipeline.cache.verify import verify
+from pipeline.cache.workspace import open_workspace
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
 from pipeline.core.errors import CacheError, DecodeError
@@ -40,7 +41,6 @@ from pipeline.dataset import of_files
 from pipeline.extract import Extraction, extract
 from pipeline.images import augment, decoding
 from pipeline.images.loader import Loader
-from pipeline.workspace import open_workspace
 
 EXAMPLES = settings().max_examples  # of conftest.py's profile; fewer where each is a whole life
 

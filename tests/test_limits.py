@@ -218,7 +218,7 @@ import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from pipeline import machine
 from pipeline.backbone.frozen import streams
-from pipeline.keras_start import import_keras
+from pipeline.backbone.keras_start import import_keras
 keras = import_keras()
 import tensorflow as tf
 print(machine.usable_cores(), streams(), tf.config.threading.get_intra_op_parallelism_threads(),

@@ -19,13 +19,13 @@ from pipeline.backbone.build import load_weights
 from pipeline.backbone.frozen import ENGINES, FrozenBackbone
 from pipeline.backbone.graph import cut, layer_names
 from pipeline.backbone.source import resolve
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import settle
 from pipeline.core.errors import RunError, SpecError, UsageError, WeightsError
 from pipeline.core.spec import HeadSpec
 from pipeline.heads import Data, Watch, fit
 from pipeline.heads.dense import DenseHead, build
 from pipeline.network import Network
-from pipeline.workspace import Workspace
 
 CLASSES = 10
 GAP, FLATTEN = HeadSpec.make("gap"), HeadSpec.make("flatten")

@@ -29,6 +29,7 @@ from pipeline.asked import Asked, DatasetChoice
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.untrained import initialise, recipe_of
 from pipeline.cache.space import Cache
+from pipeline.cache.workspace import Workspace
 from pipeline.checksums import CHECKSUMS
 from pipeline.compute import ComputeOptions
 from pipeline.core import files
@@ -41,7 +42,6 @@ from pipeline.predict import Answer, likeliest
 from pipeline.serve import service
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
-from pipeline.workspace import Workspace
 
 GONE = "cannot be read: No such file or directory"
 NO_IMAGE = "not an image in a supported format (JPEG, PNG, WebP, BMP, TIFF, GIF)"

@@ -9,8 +9,8 @@ import pytest
 from conftest import SPEC
 
 from pipeline import rates
+from pipeline.cache.workspace import Workspace
 from pipeline.core import machine
-from pipeline.workspace import Workspace
 
 
 def test_the_last_rate_of_a_network_counts_whatever_its_weights(workspace: Workspace) -> None:

@@ -30,6 +30,7 @@ from test_extract import counts
 
 import pipeline.shard_task
 from pipeline.cache.digests import identify
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
 from pipeline.core.errors import DatasetError, MissingRowsError, UsageError
@@ -40,7 +41,6 @@ from pipeline.extract import Extraction, extract
 from pipeline.gather import gather, gather_images
 from pipeline.images.loader import Loader
 from pipeline.pixels import Pixels, decoding
-from pipeline.workspace import Workspace
 
 UNTRAINED = FeatureChoice(weights="untrained", precision="float32")
 LISTED = ("features", "--weights", "untrained", "--precision", "float32")

@@ -29,6 +29,7 @@ from pipeline import rates, reproduce
 from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked, SweepAsked
 from pipeline.cache.space import Cache
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice
 from pipeline.core.progress import silent
 from pipeline.core.spec import HeadSpec
@@ -44,7 +45,6 @@ from pipeline.run_dataset import RunDataset
 from pipeline.sweep import sweep
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
-from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
     from deployed import Deployed

@@ -18,6 +18,7 @@ from faults import signalled
 
 from pipeline import runs
 from pipeline.asked import Asked, DatasetChoice
+from pipeline.cache.workspace import Workspace
 from pipeline.checkpoint import Checkpoint
 from pipeline.choice import FeatureChoice
 from pipeline.core import files
@@ -25,7 +26,6 @@ from pipeline.core.errors import RunError
 from pipeline.core.spec import HeadSpec
 from pipeline.images import decoding
 from pipeline.train import HeadRun, train_head
-from pipeline.workspace import Workspace
 
 SPECS = {
     "gap": HeadSpec.make("gap", epochs=6, learning_rate=0.02, batch_size=16, dropout=0.3, schedule="cosine"),

@@ -46,11 +46,11 @@ from own_networks import tiny_options
 
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache, FeatureSpace
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice
 from pipeline.core.spec import FeatureSpec, HeadSpec
 from pipeline.images import decoding
 from pipeline.train import train_head
-from pipeline.workspace import Workspace
 
 Files = Callable[[Path], "list[str | Path]"]  # makes the hostile input in a folder, returns more arguments
 CASES: dict[str, Files] = {}

@@ -11,6 +11,7 @@ from cached import fill, listed, write_images
 from conftest import unseal
 
 from pipeline.asked import Asked, DatasetChoice, FullAsked
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice
 from pipeline.core.spec import HeadSpec
 from pipeline.finetune import with_initial
@@ -21,7 +22,6 @@ from pipeline.run_images import FILE, RunImages
 from pipeline.seen_images import seen_images
 from pipeline.train import train_head
 from pipeline.trained import open_run
-from pipeline.workspace import Workspace
 
 
 @pytest.fixture

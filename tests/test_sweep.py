@@ -31,7 +31,9 @@ import pipeline.sweep
 import pipeline.worker_health
 from pipeline import heads, rates, runs, trial_tasks
 from pipeline.asked import Asked, DatasetChoice, SweepAsked
+from pipeline.backbone.keras_start import import_keras
 from pipeline.cache.space import Cache
+from pipeline.cache.workspace import Workspace
 from pipeline.checkpoint import Checkpoint
 from pipeline.choice import FeatureChoice
 from pipeline.cluster import ClusterChoice
@@ -41,13 +43,11 @@ from pipeline.core.spec import HeadSpec
 from pipeline.dataset import assign
 from pipeline.gather import gather
 from pipeline.images import decoding
-from pipeline.keras_start import import_keras
 from pipeline.prepare import prepared
 from pipeline.rows import StoredRows
 from pipeline.sweep import Sweep, sweep
 from pipeline.train import train_head
 from pipeline.trial import run_trial
-from pipeline.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

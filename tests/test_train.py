@@ -24,6 +24,7 @@ from pipeline import heads
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache import shard
 from pipeline.cache.space import Cache
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice
 from pipeline.core.errors import CacheError, DatasetError, MissingRowsError, RunError, SpecError, UsageError
 from pipeline.core.hashing import image_key
@@ -34,7 +35,6 @@ from pipeline.images import decoding
 from pipeline.prepare import on_sides
 from pipeline.run_images import RunImages
 from pipeline.train import HeadRun, train_head
-from pipeline.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -597,7 +597,7 @@ from pipeline.dataset import open_dataset
 from pipeline.choice import FeatureChoice
 from pipeline.core.spec import HeadSpec
 from pipeline.train import train_head
-from pipeline.workspace import open_workspace
+from pipeline.cache.workspace import open_workspace
 def run(photos, data, head, **settings):
     dataset = open_dataset(photos, downloads=Path(data))
     with open_workspace(Path(data)) as workspace:

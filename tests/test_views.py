@@ -21,6 +21,7 @@ from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache import shard
 from pipeline.cache.gc import Keep, collect
 from pipeline.cache.space import Cache, FeatureSpace
+from pipeline.cache.workspace import Workspace, open_workspace
 from pipeline.canary import recompute
 from pipeline.choice import FeatureChoice
 from pipeline.compute import ComputeOptions
@@ -34,7 +35,6 @@ from pipeline.gather import gather
 from pipeline.images import augment, decoding
 from pipeline.prepare import prepared
 from pipeline.train import train_head
-from pipeline.workspace import Workspace, open_workspace
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

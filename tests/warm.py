@@ -206,7 +206,7 @@ def _run(
 def _import_all() -> None:
     """Import whatever commands import, and compute nothing: TensorFlow's threads would be missing in each copy."""
     sys.path.insert(0, str(ROOT))
-    from pipeline.keras_start import import_keras
+    from pipeline.backbone.keras_start import import_keras
 
     import_keras()  # first, as it is to find nothing imported that it leaves out
     for name in _IMPORTED:

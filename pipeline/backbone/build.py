@@ -10,10 +10,10 @@ from typing import Any
 
 from pipeline.backbone import keras_archive, own, weights_file
 from pipeline.backbone.keras_names import snake_case
+from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.backbone.table import BACKBONES, Backbone
 from pipeline.core.errors import SpecError, WeightsError
 from pipeline.core.spec import OWN
-from pipeline.keras_start import KerasModel, import_keras
 
 _KERAS_POLICY = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.backbone import folding
+from pipeline.backbone import fold_batch_norm
 from pipeline.backbone.build import build, check_weights, load_weights
 from pipeline.backbone.graph import allow_any_names, cut, rest_of
+from pipeline.backbone.keras_start import KerasModel, import_keras, limit_threads
 from pipeline.backbone.scaling import scale
 from pipeline.cache.shard import MAX_ROW_BYTES
 from pipeline.core import machine
 from pipeline.core.errors import IceboxError, SpecError
 from pipeline.core.spec import OWN, FeatureSpec
-from pipeline.keras_start import KerasModel, import_keras, limit_threads
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,7 @@ def features_of(model: KerasModel, inputs: Any, spec: FeatureSpec, after: str | 
     if after is None:
         inputs = scale(tf.cast(inputs, tf.float32), spec.scaling)
     if spec.engine != "keras":
-        return folding.run(model, inputs, after)
+        return fold_batch_norm.run(model, inputs, after)
     if after == spec.layer:
         return inputs
     rest = model if after is None else rest_of(model, after)

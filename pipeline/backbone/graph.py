@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.core.errors import SpecError, did_you_mean
-from pipeline.keras_start import KerasModel, import_keras
 
 _PROPOSED = 5  # layers, in an error message
 _ROW = "vector_as_row"

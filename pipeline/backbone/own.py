@@ -15,9 +15,9 @@ from typing import Any
 
 from pipeline.backbone import keras_archive, keras_config, weights_file
 from pipeline.backbone.graph import output_shapes
+from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.core import files
 from pipeline.core.errors import SpecError, UsageError, WeightsError
-from pipeline.keras_start import KerasModel, import_keras
 
 MOST_STORED = 2**26  # bytes of the JSON that a run keeps
 _TAKEN = ("gap_head", "flatten_head", "vector_as_row", "pixels", "full_model")

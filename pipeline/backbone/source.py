@@ -15,10 +15,10 @@ from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone, find_
 from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.index import Index
+from pipeline.cache.workspace import Workspace
 from pipeline.core import files, machine
 from pipeline.core.errors import SpecError, UsageError, WeightsError
 from pipeline.core.spec import OWN, FeatureSpec
-from pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.backbone import moments
+from pipeline.backbone.keras_start import import_keras
 from pipeline.backbone.moments import Moments
 from pipeline.core.errors import SpecError
-from pipeline.keras_start import import_keras
 
 _GLOROT_CENTRED, _UNIT_VARIANCE = "glorot_centred_1", "unit_variance_1"
 

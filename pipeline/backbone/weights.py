@@ -18,11 +18,11 @@ from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE, Backbone, find_
 from pipeline.backbone.untrained import recipe_of
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.index import Index
+from pipeline.cache.workspace import Workspace
 from pipeline.core import files, machine
 from pipeline.core.download import cause, fetch
 from pipeline.core.errors import UsageError, WeightsError
 from pipeline.core.progress import Progress, silent
-from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 

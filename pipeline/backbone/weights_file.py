@@ -15,8 +15,8 @@ from pathlib import Path
 
 import h5py
 
+from pipeline.backbone.keras_start import KerasModel
 from pipeline.core.errors import WeightsError
-from pipeline.keras_start import KerasModel
 
 _MOST_BYTES = 2**31  # unpacked; InceptionV3 has 87 MB, with an optimizer's state three times that
 _MOST_OBJECTS = 100_000

@@ -40,7 +40,7 @@ from pipeline.core.units import counted
 
 if TYPE_CHECKING:
     from pipeline.cache.gc import Keep
-    from pipeline.workspace import Workspace
+    from pipeline.cache.workspace import Workspace
 
 cache_app = typer.Typer(help="Look at the feature cache, check it, clean it, export it.", rich_markup_mode=None)
 

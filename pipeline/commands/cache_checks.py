@@ -39,9 +39,9 @@ from pipeline.core.units import counted
 
 if TYPE_CHECKING:
     from pipeline.cache.verify import Verification
+    from pipeline.cache.workspace import Workspace
     from pipeline.canary import Drift
     from pipeline.recheck import Rechecked
-    from pipeline.workspace import Workspace
 
 _LISTED = 20  # lines of what may be thousands; --json has them all
 

@@ -23,9 +23,9 @@ from pipeline.commands.shared import (
 )
 
 if TYPE_CHECKING:
+    from pipeline.cache.workspace import Workspace
     from pipeline.dataset import Dataset
     from pipeline.trained import TrainedRun
-    from pipeline.workspace import Workspace
 
 _SHOWN = ("bytes", "compared_images", "max_difference", "run_precision", "difference_to_run", "seconds")
 

@@ -44,8 +44,8 @@ from pipeline.commands.shared import (
 
 if TYPE_CHECKING:
     from pipeline.asked import Asked
+    from pipeline.cache.workspace import Workspace
     from pipeline.core.spec import HeadSpec
-    from pipeline.workspace import Workspace
 
 _SETTINGS = (
     "epochs", "batch_size", "optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing",

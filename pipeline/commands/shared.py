@@ -17,13 +17,13 @@ from pipeline.core.units import counted, size_text
 
 if TYPE_CHECKING:
     from pipeline.asked import Asked, DatasetChoice
+    from pipeline.cache.workspace import Workspace
     from pipeline.choice import FeatureChoice
     from pipeline.cluster import ClusterChoice
     from pipeline.core.spec import Views
     from pipeline.dataset import Dataset
     from pipeline.planning import Quarantined
     from pipeline.trained import TrainedRun
-    from pipeline.workspace import Workspace
 
 DatasetOption = Annotated[
     str,
@@ -193,9 +193,9 @@ def opened(context: typer.Context) -> Iterator[Workspace]:
         If the command is interrupted.
     """
     from pipeline import terminal
+    from pipeline.cache.workspace import open_workspace
     from pipeline.core import environment
     from pipeline.core.errors import StoppedError
-    from pipeline.workspace import open_workspace
 
     terminal.begin(quiet=context.params["quiet"])
     environment.tell()

@@ -55,9 +55,9 @@ from pipeline.core.units import size_text
 
 if TYPE_CHECKING:
     from pipeline.asked import SweepAsked
+    from pipeline.cache.workspace import Workspace
     from pipeline.choice import FeatureChoice
     from pipeline.sweep import Sweep
-    from pipeline.workspace import Workspace
 
 _HEADS = ("flatten", "gap", "logreg")
 _MOST_LISTED = 30

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.backbone import weights_file
+from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.batches import Shuffled
 from pipeline.core import files, machine
 from pipeline.core.errors import DatasetError, DoNotFitError, RunError
@@ -21,7 +22,6 @@ from pipeline.core.units import size_text
 from pipeline.heads.base import JSON_FILE, Data, Fitted, class_weights, measure, not_numbers, require_numbers
 from pipeline.heads.logreg import LogregHead
 from pipeline.heads.parts import dense_in_parts, gradients_in_bfloat16
-from pipeline.keras_start import KerasModel, import_keras
 from pipeline.loop import NotFiniteError, Watch, finalize, train
 from pipeline.rows import Rows, in_order
 

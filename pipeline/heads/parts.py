@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.core import machine
-from pipeline.keras_start import KerasModel, import_keras
 
 _PART = 2**20  # weights: 4 MiB
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import runs, sweep
+from pipeline.cache.workspace import Workspace
 from pipeline.core import files
 from pipeline.core.errors import RunError, did_you_mean
 from pipeline.core.units import counted, size_text
@@ -24,7 +25,6 @@ from pipeline.leaderboard import (
 from pipeline.report import page
 from pipeline.report.single import publish, require_target, trained_on
 from pipeline.run_dataset import RunDataset, distinct, told_apart
-from pipeline.workspace import Workspace
 
 _MOST_DRAWN = 60  # points
 _NO_BACKBONES: dict[str, Any] = {"cost": "", "backbone_columns": [], "backbone_rows": []}  # that are compared

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.cache.workspace import Workspace
 from pipeline.choice import FeatureChoice
 from pipeline.core.errors import IceboxError, MissingRowsError
 from pipeline.core.utf8 import spelt
@@ -19,7 +20,6 @@ from pipeline.report.findings import Findings
 from pipeline.report.tiles import Looks, Tiles, look, packed
 from pipeline.rows import Wanted, open_rows
 from pipeline.trained import TrainedRun
-from pipeline.workspace import Workspace
 
 MOST_IMAGES = 10_000  # with pictures on a page
 MOST_LISTED = 200  # doubtful labels, and near copies, on a page

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache.workspace import Workspace
 from pipeline.core import files
 from pipeline.core.errors import RunError
 from pipeline.report import kept, page
 from pipeline.report.shown import MOST_LISTED, Shown, crossing, gather_shown, named, script_data
 from pipeline.runs import read_run
 from pipeline.trained import TrainedRun
-from pipeline.workspace import Workspace
 
 _METHODS = {"tsne": "t-SNE", "pca": "principal components"}
 

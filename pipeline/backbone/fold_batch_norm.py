@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.backbone.graph import cut_tensor, functional, nodes, walk
+from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.core.errors import SpecError
-from pipeline.keras_start import KerasModel, import_keras
 
 
 def run(model: KerasModel, inputs: Any, after: str | None = None) -> Any:
