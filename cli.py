@@ -240,7 +240,7 @@ def run_and_exit() -> NoReturn:
     code = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # what it came to is settled
-    extract = sys.modules.get("pipeline.extract")
+    extract = sys.modules.get("pipeline.extraction.extract")
     if extract is not None and any(thread.name == extract.LOADING for thread in threading.enumerate()):
         # All is said and done, and TensorFlow, which is being loaded for nothing, would take its time to see that.
         from pipeline.core.native_stderr import drop

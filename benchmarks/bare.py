@@ -83,8 +83,8 @@ def ours(precision: str, weights: Path) -> float:
     from pipeline.backbone.frozen import FrozenBackbone, streams
     from pipeline.backbone.source import of_row
     from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
-    from pipeline.choice import FeatureChoice, Settled
     from pipeline.core import machine
+    from pipeline.extraction.feature_choice import FeatureChoice, Settled
 
     cores = machine.usable_cores()
     chosen = Settled(FeatureChoice(precision=precision), of_row(BACKBONES[DEFAULT_BACKBONE]), None, None)

@@ -121,8 +121,8 @@ def loaded(given: argparse.Namespace, network: str) -> Any:
     """Return the frozen network as `features` has it."""
     from pipeline.backbone.frozen import FrozenBackbone
     from pipeline.cache.workspace import open_workspace
-    from pipeline.choice import FeatureChoice, settle
     from pipeline.core import machine
+    from pipeline.extraction.feature_choice import FeatureChoice, settle
 
     own = is_file(network)
     weights, scaling = ("auto", given.scaling) if own else ("untrained", None)

@@ -32,8 +32,8 @@ from pipeline.cache.shard import ShardInfo  # noqa: E402
 from pipeline.cache.space import Cache  # noqa: E402
 from pipeline.core.spec import FeatureRequest, FeatureSpec  # noqa: E402
 from pipeline.dataset.base import of_files  # noqa: E402
+from pipeline.extraction.planning import Planning  # noqa: E402
 from pipeline.images import decoding  # noqa: E402
-from pipeline.planning import Planning  # noqa: E402
 
 SHARD_ROWS, SHAPE = 256, (8, 8, 2048)
 SHARD_BYTES = 2**20  # as recorded, and as the sparse file says

@@ -66,8 +66,8 @@ def network(weights: Path) -> Callable[[], object]:
     from pipeline.backbone.frozen import FrozenBackbone
     from pipeline.backbone.source import of_row
     from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
-    from pipeline.choice import FeatureChoice, Settled
     from pipeline.core import machine
+    from pipeline.extraction.feature_choice import FeatureChoice, Settled
 
     chosen = Settled(FeatureChoice(), of_row(BACKBONES[DEFAULT_BACKBONE]), None, None)
     spec = chosen.new_spec(weights_of(weights))

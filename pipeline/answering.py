@@ -15,9 +15,9 @@ from pipeline.backbone import source as networks
 from pipeline.backbone.weights import Weights
 from pipeline.cache.space import FeatureSpace
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import other_version, warn_untrained
 from pipeline.core.errors import SpecError, UsageError, WeightsError
 from pipeline.core.spec import FeatureSpec
+from pipeline.extraction.feature_choice import other_version, warn_untrained
 from pipeline.heads.dense import DenseHead, average
 from pipeline.network import Network, stitched
 from pipeline.rows import Wanted, stored_rows

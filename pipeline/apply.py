@@ -13,20 +13,20 @@ import numpy as np
 from pipeline import runs
 from pipeline.backbone.frozen import ENGINE
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice, warn_untrained
-from pipeline.compute import DEFAULT_BATCH_SIZE
 from pipeline.core import files
 from pipeline.core.errors import DatasetError, MissingRowsError, RunError, UsageError
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset
 from pipeline.evaluate import confusion_cells, evaluate
+from pipeline.extraction.compute import DEFAULT_BATCH_SIZE
+from pipeline.extraction.feature_choice import FeatureChoice, warn_untrained
+from pipeline.extraction.planning import Quarantined
 from pipeline.fitting import answers
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.images.decoding import depth_of
 from pipeline.network import compiled, probabilities
 from pipeline.pictures import draw_calibration, draw_confusion
 from pipeline.pixels import Pixels, decoding
-from pipeline.planning import Quarantined
 from pipeline.predictions import Predictions, write_predictions
 from pipeline.rows import Wanted, open_rows
 from pipeline.run_images import SEEN, RunImages

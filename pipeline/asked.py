@@ -14,11 +14,11 @@ from pipeline.backbone import own
 from pipeline.backbone import source as networks
 from pipeline.backbone.own import OwnNetwork
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice
 from pipeline.core import machine
 from pipeline.core.errors import RunError, SpecError, UsageError, WeightsError
 from pipeline.core.spec import BATCH_NORMS, PLAIN_VIEW, STAGES, Augmentation, HeadSpec, Views
 from pipeline.dataset import Dataset
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.runs import latest_of, read_request, unfinished
 
 logger = logging.getLogger(__name__)

@@ -10,21 +10,21 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline import rates
 from pipeline.asked import SweepAsked
 from pipeline.backbone import source as networks
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice
-from pipeline.cluster import ClusterChoice
-from pipeline.compute import ComputeOptions
 from pipeline.core import machine
 from pipeline.core.errors import MissingRowsError, RunError, UsageError
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset
-from pipeline.extract import extract
+from pipeline.extraction import measured_rates
+from pipeline.extraction.compute import ComputeOptions
+from pipeline.extraction.extract import extract
+from pipeline.extraction.feature_choice import FeatureChoice
+from pipeline.extraction.planning import Quarantined
+from pipeline.extraction.workers.connect import ClusterChoice
 from pipeline.gather import Material, gather
 from pipeline.leaderboard import ExtractionCost
-from pipeline.planning import Quarantined
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _cost(workspace: Workspace, material: Material) -> ExtractionCost:
     return ExtractionCost(
         networks.label(space.spec, space.provenance.get("network")),
         space.name,
-        rates.recall(workspace, space.spec),
+        measured_rates.recall(workspace, space.spec),
         space.totals().bytes_per_row,
     )
 

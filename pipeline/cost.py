@@ -17,13 +17,13 @@ from pipeline.backbone.weights import Weights, find_imagenet
 from pipeline.cache.shard import SHARD_BYTES, Rows, shard_image
 from pipeline.cache.space import FeatureSpace
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import Settled, weights_of
-from pipeline.compute import batch_of, default_batch
 from pipeline.core import machine
 from pipeline.core.spec import OWN
+from pipeline.extraction.compute import batch_of, default_batch
+from pipeline.extraction.feature_choice import Settled, weights_of
+from pipeline.extraction.planning import Plan, Planning
 from pipeline.images.decoding import depth_of
 from pipeline.images.loader import Loader
-from pipeline.planning import Plan, Planning
 
 _UNIT = 1024 if sys.platform.startswith("linux") else 1  # of what the system says of a process's memory
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from pipeline.cache.export import Columns, What, export
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice
 from pipeline.dataset import Dataset
+from pipeline.extraction.feature_choice import FeatureChoice
+from pipeline.extraction.planning import Quarantined
 from pipeline.gather import gather
-from pipeline.planning import Quarantined
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import numpy as np
 from pipeline.asked import DatasetChoice
 from pipeline.batches import Shuffled
 from pipeline.cache.workspace import open_workspace
-from pipeline.choice import FeatureChoice, warn_untrained
 from pipeline.core.errors import DatasetError, UsageError
 from pipeline.core.spec import Augmentation, Views
 from pipeline.dataset import few_groups
 from pipeline.dataset.split import SPLITS
+from pipeline.extraction.feature_choice import FeatureChoice, warn_untrained
 from pipeline.gather import Material, gather
 from pipeline.images import decoding
 from pipeline.rows import Rows, Wanted, held, room_for, stored_rows

@@ -21,13 +21,14 @@ from pipeline.backbone.keras_start import KerasModel
 from pipeline.batches import Shuffled
 from pipeline.cache.workspace import Workspace
 from pipeline.checkpoint import Checkpoint
-from pipeline.choice import FeatureChoice, warn_untrained
-from pipeline.compute import ComputeOptions
 from pipeline.core.errors import RunError
 from pipeline.core.spec import OWN, FeatureSpec
 from pipeline.core.units import counted, duration
 from pipeline.dataset import Dataset
-from pipeline.extract import extract
+from pipeline.extraction.compute import ComputeOptions
+from pipeline.extraction.extract import extract
+from pipeline.extraction.feature_choice import FeatureChoice, warn_untrained
+from pipeline.extraction.planning import Quarantined
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.heads import dense
 from pipeline.heads.base import class_weights, measure, require_numbers
@@ -36,7 +37,6 @@ from pipeline.loop import Entry, NotFiniteError, Trained, Watch, train
 from pipeline.network import Network
 from pipeline.origin import Origin, origin_of
 from pipeline.pixels import Pixels, decoding
-from pipeline.planning import Quarantined
 from pipeline.prepare import Prepared, check_sides, prepared_pixels, prepared_tensors
 from pipeline.rows import Rows, StoredRows, select
 from pipeline.seen_images import initial_images

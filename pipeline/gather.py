@@ -14,14 +14,14 @@ from pipeline.backbone import source as networks
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice, find_space, settle
 from pipeline.core.errors import DatasetError, MissingRowsError
 from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset, Split, assign, groups
 from pipeline.dataset.split import SPLITS
+from pipeline.extraction.feature_choice import FeatureChoice, find_space, settle
+from pipeline.extraction.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.images.decoding import FULL_DEPTH
-from pipeline.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.run_images import SEEN, RunImages
 
 logger = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ from pipeline.backbone.table import DEFAULT_BACKBONE
 from pipeline.backbone.weights import Weights
 from pipeline.cache.digests import identify
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice, Settled, find_space, settle, weights_for, weights_of
 from pipeline.core.errors import DatasetError, RunError, SpecError
 from pipeline.core.spec import FREEZE_UNTIL, OWN, SHAPE, FeatureSpec, HeadSpec
 from pipeline.dataset import Dataset
 from pipeline.dataset.class_names import missing, with_classes
+from pipeline.extraction.feature_choice import FeatureChoice, Settled, find_space, settle, weights_for, weights_of
 from pipeline.heads.dense import DenseHead
 from pipeline.heads.dense import build as build_head
 from pipeline.images.decoding import depth_of

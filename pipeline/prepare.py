@@ -13,12 +13,12 @@ import numpy as np
 from pipeline import heads
 from pipeline.cache.digests import identify
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import warn_untrained
 from pipeline.core.errors import DatasetError
 from pipeline.core.spec import HeadSpec
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset, assign, few_groups
 from pipeline.dataset.split import SPLITS
+from pipeline.extraction.feature_choice import warn_untrained
 from pipeline.gather import Material, Sorted
 from pipeline.images.decoding import FULL_DEPTH
 from pipeline.pixels import Pixels, decoding

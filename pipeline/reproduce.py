@@ -10,9 +10,9 @@ from typing import Any
 from pipeline.asked import Asked, FullAsked
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
 from pipeline.backbone.weights import is_path
-from pipeline.choice import FeatureChoice
 from pipeline.core.errors import UsageError
 from pipeline.core.spec import OWN, SHAPE, HeadSpec
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images.decoding import DEFAULT_MAX_PIXELS, FULL_DEPTH, depth_of
 from pipeline.trained import TrainedRun
 

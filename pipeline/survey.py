@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.cache.keys import Grouped
-from pipeline.compute import note_bad, note_key
 from pipeline.core.progress import Progress
+from pipeline.extraction.compute import note_bad, note_key
+from pipeline.extraction.planning import DEFAULT_FIT, Planning
 from pipeline.images import near_duplicates
 from pipeline.images.decoding import FULL_DEPTH, orientation
 from pipeline.images.loader import Loaded, Loader, decoding_pool
-from pipeline.planning import DEFAULT_FIT, Planning
 
 # What is noted of an image. Sizes are in pixels, as stored; `kind` is "" where nobody could look.
 LOOK = np.dtype(

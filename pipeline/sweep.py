@@ -22,12 +22,13 @@ from pipeline import heads, runs
 from pipeline.asked import SweepAsked
 from pipeline.cache.workspace import Workspace
 from pipeline.candidates import Candidate, compute_missing, digest, find_candidates
-from pipeline.cluster import ClusterChoice, connected
 from pipeline.core import files
 from pipeline.core.errors import RunError
 from pipeline.core.spec import HeadSpec
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset
+from pipeline.extraction.planning import Quarantined
+from pipeline.extraction.workers.connect import ClusterChoice, connected
 from pipeline.fitting import Outcome, answers
 from pipeline.leaderboard import (
     Trial,
@@ -38,7 +39,6 @@ from pipeline.leaderboard import (
     write_leaderboard,
 )
 from pipeline.pictures import draw_cost
-from pipeline.planning import Quarantined
 from pipeline.prepare import memory_needed, prepared
 from pipeline.train import write_run
 from pipeline.trial import TRIAL, read_json, read_trial, run_trial

@@ -17,9 +17,9 @@ from pipeline.backbone import source as networks
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import RunError
 from pipeline.dataset import Dataset
+from pipeline.extraction.planning import Quarantined
 from pipeline.fitting import Outcome, fit_asked
 from pipeline.gather import Material, gather
-from pipeline.planning import Quarantined
 from pipeline.prepare import Prepared, prepared
 from pipeline.rows import Rows
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pipeline import link
 from pipeline.backbone.keras_start import import_keras, limit_threads
-from pipeline.cluster import Client, ClusterChoice
 from pipeline.core import machine
 from pipeline.core.errors import IceboxError, UsageError
 from pipeline.core.spec import HeadSpec
 from pipeline.core.units import size_text
+from pipeline.extraction.workers import scheduler_client
+from pipeline.extraction.workers.connect import Client, ClusterChoice
+from pipeline.extraction.workers.health import WorkerHealth
 from pipeline.heads import Data
 from pipeline.rows import StoredRows, hold
-from pipeline.worker_health import WorkerHealth
 
 _SHARE_OF_LIMIT = 0.8  # of a worker's memory; with more in use Dask gives it nothing to do
 _LEAST_ROWS = 16  # that are read at once
@@ -135,9 +135,9 @@ class _Watch:
         now = time.monotonic()
         if self._there:
             self._lonely_since = now
-        elif now - self._lonely_since > link.PATIENCE_S:
+        elif now - self._lonely_since > scheduler_client.PATIENCE_S:
             raise IceboxError(
-                f"{self._name} has had no worker for {link.PATIENCE_S:.0f} s; start some by `dask worker ADDRESS`"
+                f"{self._name} has had no worker for {scheduler_client.PATIENCE_S:.0f} s; start some by `dask worker ADDRESS`"
             )
 
 
@@ -145,7 +145,7 @@ def _next(done: queue.SimpleQueue[Any], watch: _Watch) -> Any:
     """Return what is done next. Raises what `look` does."""
     while True:
         with suppress(queue.Empty):
-            return done.get(timeout=link.LOOK_EVERY_S)
+            return done.get(timeout=scheduler_client.LOOK_EVERY_S)
         watch.look()
 
 

@@ -148,9 +148,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
 
 def build_backbones_once(patch: pytest.MonkeyPatch) -> None:
     """Have each backbone built once for all tests of this process that ask for it."""
-    import pipeline.shard_task
+    import pipeline.extraction.shard_task
 
-    patch.setattr(pipeline.shard_task, "FrozenBackbone", build_backbone)
+    patch.setattr(pipeline.extraction.shard_task, "FrozenBackbone", build_backbone)
 
 
 @functools.cache

@@ -17,11 +17,11 @@ from pipeline.asked import Asked, DatasetChoice, FullAsked
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice
-from pipeline.compute import ComputeOptions
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.extract import extract
+from pipeline.extraction.compute import ComputeOptions
+from pipeline.extraction.extract import extract
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.finetune import train_full
 from pipeline.images import decoding
 from pipeline.train import train_head

@@ -17,8 +17,8 @@ from conftest import ROOT, SPEC, write_picture
 
 from pipeline.backbone import own
 from pipeline.backbone.frozen import FrozenBackbone
-from pipeline.choice import FeatureChoice
 from pipeline.core.spec import FeatureSpec
+from pipeline.extraction.feature_choice import FeatureChoice
 
 SIZE = 32
 SCALING = "127,128"

@@ -18,11 +18,11 @@ from pipeline import pictures, runs
 from pipeline.apply import Evaluation, evaluate_run
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice
 from pipeline.core.errors import DatasetError, MissingRowsError, RunError, SpecError, UsageError
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import limit
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
 from pipeline.run_images import FILE, RunImages
 from pipeline.train import train_head

@@ -12,18 +12,18 @@ from cached import SPEC, fill, listed, write_images
 from conftest import icebox
 from own_networks import SIZE, own_choice, write_network
 
-from pipeline import rates, speed
 from pipeline.backbone import frozen, own
 from pipeline.backbone.keras_start import import_keras
 from pipeline.backbone.table import BACKBONES
-from pipeline.backbones import Listed, gather
 from pipeline.cache.space import FeatureSpace
 from pipeline.cache.workspace import Workspace
-from pipeline.compute import ComputeOptions
 from pipeline.core import machine
 from pipeline.core.errors import UsageError
-from pipeline.extract import extract
-from pipeline.speed import measure
+from pipeline.extraction import measure_backbone, measured_rates
+from pipeline.extraction.backbone_list import Listed, gather
+from pipeline.extraction.compute import ComputeOptions
+from pipeline.extraction.extract import extract
+from pipeline.extraction.measure_backbone import measure
 
 OWN = replace(SPEC, backbone="own:" + "1" * 64, layer="last", input_size=32, scaling="none")
 
@@ -79,9 +79,9 @@ def test_what_is_known_of_a_network_stands_beside_it(workspace: Workspace, tmp_p
     with_rows(workspace, tmp_path, layer="mixed8")
     no_weights.mkdir(parents=True)
     (no_weights / BACKBONES["xception"].weights_file).write_bytes(b"not looked at")
-    rates.remember(workspace, space.spec, 12.5, 300)
-    rates.remember(workspace, replace(space.spec, precision="bfloat16"), 50.0, 300)
-    rates.remember(workspace, replace(space.spec, precision="bfloat16", layer="mixed8"), 60.0, 300)
+    measured_rates.remember(workspace, space.spec, 12.5, 300)
+    measured_rates.remember(workspace, replace(space.spec, precision="bfloat16"), 50.0, 300)
+    measured_rates.remember(workspace, replace(space.spec, precision="bfloat16", layer="mixed8"), 60.0, 300)
     found = gather([], workspace, "bfloat16")
     inception = of("inception_v3", found)
     assert inception.bytes_per_row == round(space.totals().bytes / 12)
@@ -123,7 +123,7 @@ class Model:
 def test_each_rate_is_kept_as_soon_as_it_is_there(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(speed, "FrozenBackbone", Model)
+    monkeypatch.setattr(measure_backbone, "FrozenBackbone", Model)
     monkeypatch.setattr(machine, "available_memory", lambda: 3 * 10**9)
     with pytest.raises(KeyboardInterrupt):
         measure(["mobilenet_v2", "convnext_xlarge", "vgg16", "resnet50"], workspace, "float32")
@@ -136,14 +136,14 @@ def test_a_network_of_ones_own_is_measured(
     workspace: Workspace, network: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frozen, "_MEASURED_SECONDS", 1e-6)
-    monkeypatch.setattr(speed, "SHARD_BYTES", 3 * 16 + 1)  # of rows (1, 1, 4) in float32
+    monkeypatch.setattr(measure_backbone, "SHARD_BYTES", 3 * 16 + 1)  # of rows (1, 1, 4) in float32
     measure([str(network)], workspace, "float32")
     (found,) = gather([str(network)], workspace, "float32")
     assert found.images_per_second and math.isfinite(found.images_per_second)
     assert (found.name, found.input_size, found.parameters) == ("small.keras", 32, 4 * 28)
     assert (found.weights, found.weights_file) == ("file", str(network))
     assert own.count_parameters(network) == 4 * 28
-    assert [each["images"] for each in rates.known(workspace)] == [3], "a batch of large rows has fewer images"
+    assert [each["images"] for each in measured_rates.known(workspace)] == [3], "a batch of large rows has fewer images"
 
 
 def test_one_that_takes_any_size_is_measured_at_that_of_its_features(workspace: Workspace, tmp_path: Path) -> None:

@@ -448,8 +448,8 @@ def test_the_data_directory_may_come_from_the_environment(data: Path) -> None:
 
 def test_the_constant_in_the_command_line_is_the_librarys() -> None:
 
-    from pipeline import compute
     from pipeline.commands import shared
+    from pipeline.extraction import compute
     from pipeline.images import decoding
 
     assert shared.MAX_PIXELS == decoding.DEFAULT_MAX_PIXELS

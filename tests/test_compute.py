@@ -11,10 +11,10 @@ import pytest
 from conftest import SPEC
 
 from pipeline.cache.shard import SHARD_BYTES
-from pipeline.compute import ComputeOptions, require_memory, row_bytes
 from pipeline.core import machine
 from pipeline.core.errors import DoNotFitError
-from pipeline.shard_task import Setup
+from pipeline.extraction.compute import ComputeOptions, require_memory, row_bytes
+from pipeline.extraction.shard_task import Setup
 
 ROW = (8, 8, 2048)  # 262,144 bytes in float16, and 8,192 of its pooled mean
 

@@ -32,7 +32,7 @@ from faults import WRITES, Watcher, disk_full, io_error, signalled, watched
 from own_networks import tiny_options
 
 import cli
-import pipeline.shard_task
+import pipeline.extraction.shard_task
 from pipeline import pictures
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
@@ -363,7 +363,7 @@ def test_a_full_disk_is_told_before_anything_is_computed(
 ) -> None:
     data = shutil.copytree(undisturbed, tmp_path / "data")
     monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
-    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", None)  # not even loaded
+    monkeypatch.setattr(pipeline.extraction.shard_task, "FrozenBackbone", None)  # not even loaded
     before = rows_of(data)
     assert call(data, *(argument if argument != "6" else "8" for argument in features())) == 1
     assert re.search(r"2 rows need about [\d.]+ kB in \S+, 1\.00 kB are free", capsys.readouterr().err)

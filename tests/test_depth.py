@@ -17,12 +17,12 @@ from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
 from pipeline.checkup import check, told
-from pipeline.choice import FeatureChoice
-from pipeline.compute import ComputeOptions
 from pipeline.core.errors import SpecError
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, of_files, open_dataset
-from pipeline.extract import Extraction, extract
+from pipeline.extraction.compute import ComputeOptions
+from pipeline.extraction.extract import Extraction, extract
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.features import open_features
 from pipeline.gather import gather, gather_images
 from pipeline.images import decoding

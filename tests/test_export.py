@@ -20,13 +20,13 @@ from pipeline import export
 from pipeline.answering import grouped
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.workspace import Workspace
-from pipeline.compute import ComputeOptions
 from pipeline.core.errors import DatasetError, RunError, UsageError
 from pipeline.core.locks import new_folder_held
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.export import Exported, deployable, export_run
-from pipeline.extract import extract
+from pipeline.extraction.compute import ComputeOptions
+from pipeline.extraction.extract import extract
 from pipeline.formats import FORMATS
 from pipeline.images.loader import Loader
 from pipeline.train import train_head

@@ -39,20 +39,20 @@ from conftest import (
 from faults import signalled
 from own_networks import own_choice, tiny, tiny_choice, tiny_options, write_network
 
-import pipeline.extract
-import pipeline.shard_task
+import pipeline.extraction.extract
+import pipeline.extraction.shard_task
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.backbone.keras_start import import_keras
 from pipeline.cache import digests
 from pipeline.cache.index import Index
 from pipeline.cache.workspace import open_workspace
-from pipeline.choice import FeatureChoice
-from pipeline.compute import ComputeOptions, batch_of
 from pipeline.core import machine
 from pipeline.core.errors import CacheError, DoNotFitError, SpecError, UsageError, WeightsError
 from pipeline.core.spec import FeatureSpec
 from pipeline.dataset import Dataset, limit, open_dataset
-from pipeline.extract import Extraction, extract
+from pipeline.extraction.compute import ComputeOptions, batch_of
+from pipeline.extraction.extract import Extraction, extract
+from pipeline.extraction.feature_choice import FeatureChoice
 
 UNTRAINED = FeatureChoice(weights="untrained", precision="float32")
 OPTIONS = ComputeOptions(shard_rows=8, batch_size=4)
@@ -166,7 +166,7 @@ def test_shards_too_large_for_memory_are_refused_before_a_row_is_computed(
     photos: Path, run: Callable[..., Extraction], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     crew = SimpleNamespace(row_shape=(8, 8, 2048), size=1, batch_size=4)  # asked for no row, it need not compute
-    monkeypatch.setattr(pipeline.extract, "_crew", lambda *_, **__: nullcontext(crew))
+    monkeypatch.setattr(pipeline.extraction.extract, "_crew", lambda *_, **__: nullcontext(crew))
     monkeypatch.setattr(machine, "available_memory", lambda: 1_200_000)  # a row takes 270,336 bytes
     with pytest.raises(DoNotFitError, match=r"shards of 8 rows take about .* at most --shard-rows 2 fit"):
         run(photos)
@@ -185,7 +185,7 @@ def test_an_index_that_cannot_be_written_is_told_before_anything_is_loaded(
         raise CacheError("cannot be written")
 
     monkeypatch.setattr(Index, "require_writable", refused)
-    monkeypatch.setattr(pipeline.extract, "_crew", None)
+    monkeypatch.setattr(pipeline.extraction.extract, "_crew", None)
     with pytest.raises(CacheError, match="cannot be written"):
         run(photos)
 
@@ -207,13 +207,13 @@ def test_a_file_changed_after_it_was_hashed_gets_the_key_of_what_was_decoded(
 
     original = (photos / "cats" / "1.png").read_bytes()
     (photos / "dogs" / "copy.png").write_bytes(original)
-    build = pipeline.shard_task.FrozenBackbone
+    build = pipeline.extraction.shard_task.FrozenBackbone
 
     def change_then_build(*arguments: object) -> FrozenBackbone:
         write_picture(photos / "cats" / "1.png", seed=77)
         return build(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", change_then_build)
+    monkeypatch.setattr(pipeline.extraction.shard_task, "FrozenBackbone", change_then_build)
     done = run(photos)
     assert done.rows == 13
     assert not done.quarantined
@@ -232,7 +232,7 @@ def test_rows_that_are_added_are_computed_in_batches_of_the_size_the_space_was_b
         sizes.append(arguments[2])
         return build_backbone(*arguments)
 
-    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", noted)
+    monkeypatch.setattr(pipeline.extraction.shard_task, "FrozenBackbone", noted)
     dataset = open_dataset(str(photos), downloads=tmp_path)
     with open_workspace(tmp_path / "data") as workspace:
         assert extract(dataset, workspace, FeatureChoice(backbone=str(tiny())), ComputeOptions()).computed == 1
@@ -242,7 +242,7 @@ def test_rows_that_are_added_are_computed_in_batches_of_the_size_the_space_was_b
 def test_a_space_says_which_batch_was_measured_to_be_best(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", FrozenBackbone)  # not one that others use too
+    monkeypatch.setattr(pipeline.extraction.shard_task, "FrozenBackbone", FrozenBackbone)  # not one that others use too
     monkeypatch.setattr(FrozenBackbone, "choose_batch", lambda model, rows, most: model._take(rows // 4))
     dataset = open_dataset(str(photos), downloads=tmp_path)
     with open_workspace(tmp_path / "data") as workspace:
@@ -280,7 +280,7 @@ def test_other_images_get_the_batch_size_of_the_space(
         sizes.append(batch_size)
         return build_backbone(spec, weights, batch_size, *more)
 
-    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", noted)
+    monkeypatch.setattr(pipeline.extraction.shard_task, "FrozenBackbone", noted)
     other = write_picture(tmp_path / "other" / "cats" / "a.png", seed=77).parent.parent
     with open_workspace(tmp_path / "data") as workspace:
         for folder, batch_size in ((photos, 6), (other, None)):
@@ -295,7 +295,7 @@ def test_thousands_of_new_files_are_hashed_while_tensorflow_is_loaded(
     photos: Path, run: Callable[..., Extraction], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = threading.Event()
-    monkeypatch.setattr(pipeline.extract, "import_keras", begun.set)
+    monkeypatch.setattr(pipeline.extraction.extract, "import_keras", begun.set)
     monkeypatch.setattr(digests, "_BLOCK", 5)
     monkeypatch.setattr(digests, "_GRAIN_NS", -(10**18))  # files this fresh are else not remembered
     run(photos)
@@ -310,9 +310,9 @@ def test_thousands_of_new_files_are_hashed_while_tensorflow_is_loaded(
 
 def test_a_program_that_ends_does_not_wait_for_tensorflow(photos: Path, tmp_path: Path) -> None:
     script = (
-        "import sys, time, cli, pipeline.extract\n"
+        "import sys, time, cli, pipeline.extraction.extract\n"
         "from pipeline.cache import digests\n"
-        "digests._BLOCK, pipeline.extract.import_keras = 5, lambda: time.sleep(300)\n"
+        "digests._BLOCK, pipeline.extraction.extract.import_keras = 5, lambda: time.sleep(300)\n"
         "cli.run_and_exit()\n"
     )
     arguments = ["--data-dir", str(tmp_path / "data"), "features", "--dataset", str(photos), "--weights", "nothing.h5"]
@@ -329,7 +329,7 @@ def test_weights_that_are_gone_are_missed_only_where_something_is_computed(
     def untrained(spec: FeatureSpec, weights: Path | None, *others: Any, **named: Any) -> FrozenBackbone:
         return build_backbone(replace(spec, weights=conftest.SPEC.weights), None, *others, **named)
 
-    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", untrained)  # the file below is only looked at
+    monkeypatch.setattr(pipeline.extraction.shard_task, "FrozenBackbone", untrained)  # the file below is only looked at
     file = tmp_path / "mine.weights.h5"
     file.write_bytes(b"mine")
     done = run(photos, FeatureChoice(weights=str(file), precision="float32"))

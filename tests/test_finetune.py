@@ -28,14 +28,14 @@ from pipeline.backbone.keras_start import import_keras
 from pipeline.cache.keys import split
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice, settle, weights_of
-from pipeline.compute import ComputeOptions
 from pipeline.core import files
 from pipeline.core.errors import DatasetError, RunError, SpecError, UsageError, WeightsError
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import Augmentation, HeadSpec, Views
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.extract import extract
+from pipeline.extraction.compute import ComputeOptions
+from pipeline.extraction.extract import extract
+from pipeline.extraction.feature_choice import FeatureChoice, settle, weights_of
 from pipeline.finetune import FullRun, _warn_of_collapse, train_full
 from pipeline.gather import gather_images
 from pipeline.images import decoding

@@ -27,23 +27,23 @@ from own_networks import own_choice, tiny_choice, tiny_options, write_network
 from served import Page, served
 from test_extract import stored
 
-import pipeline.fleet
-import pipeline.link
-import pipeline.worker_health
-from pipeline import cluster as clusters
-from pipeline import fleet_worker
+import pipeline.extraction.workers.health
+import pipeline.extraction.workers.pool
+import pipeline.extraction.workers.scheduler_client
 from pipeline.backbone import own
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice
-from pipeline.cluster import ClusterChoice, connected
-from pipeline.compute import ComputeOptions
 from pipeline.core import machine
 from pipeline.core.errors import IceboxError, UnfitWorkerError, UsageError
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.extract import Extraction, extract
-from pipeline.fleet_worker import Requirements
-from pipeline.shard_task import Setup
+from pipeline.extraction.compute import ComputeOptions
+from pipeline.extraction.extract import Extraction, extract
+from pipeline.extraction.feature_choice import FeatureChoice
+from pipeline.extraction.shard_task import Setup
+from pipeline.extraction.workers import connect as clusters
+from pipeline.extraction.workers import worker
+from pipeline.extraction.workers.connect import ClusterChoice, connected
+from pipeline.extraction.workers.worker import Requirements
 
 Stored = dict[bytes, tuple[np.ndarray, np.ndarray]]
 
@@ -53,13 +53,13 @@ SMALL = ComputeOptions(shard_rows=4, batch_size=4)
 @pytest.fixture(autouse=True)
 def _attentive(monkeypatch: pytest.MonkeyPatch) -> None:
     """Notice losses sooner."""
-    monkeypatch.setattr(pipeline.link, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(pipeline.extraction.workers.scheduler_client, "LOOK_EVERY_S", 0.1)
 
 
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait but a moment for other workers where all who are there are unfit."""
-    monkeypatch.setattr(pipeline.fleet, "_GRACE_S", 0.5)
+    monkeypatch.setattr(pipeline.extraction.workers.pool, "_GRACE_S", 0.5)
 
 
 @pytest.fixture
@@ -165,16 +165,18 @@ def test_a_worker_whose_memory_limit_is_too_small_is_given_up_and_the_limit_name
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its nanny would end it and start it anew for ever, or Dask give it nothing to do."""
-    monkeypatch.setattr(pipeline.worker_health, "PAUSED_S", 2.0)
-    monkeypatch.setattr(pipeline.link, "LOOK_EVERY_S", 1.0)  # nannies tell why they end one before it is gone
+    monkeypatch.setattr(pipeline.extraction.workers.health, "PAUSED_S", 2.0)
+    monkeypatch.setattr(
+        pipeline.extraction.workers.scheduler_client, "LOOK_EVERY_S", 1.0
+    )  # nannies tell why they end one before it is gone
     with by_hand(tmp_path / "cluster", workers=0) as cluster:
-        opened = pipeline.link.Link.open
+        opened = pipeline.extraction.workers.scheduler_client.Link.open
 
-        def open_and_start(self: pipeline.link.Link) -> None:
+        def open_and_start(self: pipeline.extraction.workers.scheduler_client.Link) -> None:
             opened(self)
             cluster.start_worker(memory_limit="100MB")
 
-        monkeypatch.setattr(pipeline.link.Link, "open", open_and_start)
+        monkeypatch.setattr(pipeline.extraction.workers.scheduler_client.Link, "open", open_and_start)
         with pytest.raises(IceboxError, match=r"as it came near its memory limit of 100 MB; start it with more"):
             run(tmp_path / "data", images, ClusterChoice(scheduler=cluster.address))
     assert "does its environment have Icebox" not in caplog.text
@@ -189,7 +191,7 @@ shape_of_a_row: Callable[..., Any] = lambda requirements: (4, 4, 64)  # noqa: E7
 @pytest.mark.parametrize(
     ("vet", "run_task", "when"),
     [
-        (end_worker, fleet_worker.run_task, "before it had done anything"),
+        (end_worker, worker.run_task, "before it had done anything"),
         (shape_of_a_row, end_worker, "at work with nothing done in between"),
     ],
     ids=["when they are vetted", "at work"],
@@ -198,9 +200,9 @@ def test_workers_started_here_that_are_killed_again_and_again_are_given_up(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vet: Any, run_task: Any, when: str
 ) -> None:
     """As where the system has no memory left for them."""
-    monkeypatch.setattr(pipeline.fleet, "vet", vet)
-    monkeypatch.setattr(pipeline.fleet, "run_task", run_task)
-    monkeypatch.setattr(pipeline.worker_health, "MOST_AT_WORK", 3)
+    monkeypatch.setattr(pipeline.extraction.workers.pool, "vet", vet)
+    monkeypatch.setattr(pipeline.extraction.workers.pool, "run_task", run_task)
+    monkeypatch.setattr(pipeline.extraction.workers.health, "MOST_AT_WORK", 3)
     reason = rf"0 on 127\.0\.0\.1 was lost \d times {when} \(\S+ [GM]B of memory are left"
     with pytest.raises(IceboxError, match=f"no worker of this machine can do the work: {reason}"):
         run(tmp_path, images, ClusterChoice(workers=1))
@@ -265,9 +267,9 @@ def held(images: Path, folder: Path) -> Dataset:
 
 def while_held(folder: Path, act: Callable[[], Any], waiting: int | None = None) -> threading.Thread:
     """Call `act` once rows have come and a worker, or that with the number `waiting`, waits for images; then open."""
-    seen, heard = threading.Event(), pipeline.link.Link._heard
+    seen, heard = threading.Event(), pipeline.extraction.workers.scheduler_client.Link._heard
 
-    def listen(self: pipeline.link.Link, event: tuple[float, Any]) -> None:
+    def listen(self: pipeline.extraction.workers.scheduler_client.Link, event: tuple[float, Any]) -> None:
         heard(self, event)
         seen.set()
 
@@ -280,7 +282,7 @@ def while_held(folder: Path, act: Callable[[], Any], waiting: int | None = None)
         finally:
             (folder / "open").touch()
 
-    pipeline.link.Link._heard = listen  # undone by the fixture below
+    pipeline.extraction.workers.scheduler_client.Link._heard = listen  # undone by the fixture below
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return thread
@@ -288,7 +290,11 @@ def while_held(folder: Path, act: Callable[[], Any], waiting: int | None = None)
 
 @pytest.fixture(autouse=True)
 def _unheard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.link.Link, "_heard", pipeline.link.Link._heard)
+    monkeypatch.setattr(
+        pipeline.extraction.workers.scheduler_client.Link,
+        "_heard",
+        pipeline.extraction.workers.scheduler_client.Link._heard,
+    )
 
 
 def test_a_worker_killed_in_mid_shard_costs_what_it_had_in_hand(
@@ -317,7 +323,7 @@ def test_a_worker_that_falls_silent_is_given_up(
 
     def silence() -> None:
         os.kill(victim, signal.SIGSTOP)
-        monkeypatch.setattr(pipeline.link, "SILENT_S", 3.0)
+        monkeypatch.setattr(pipeline.extraction.workers.scheduler_client, "SILENT_S", 3.0)
 
     thread = while_held(gate, silence, victim)
     try:
@@ -333,14 +339,14 @@ def test_a_worker_that_falls_silent_is_given_up(
 def test_an_image_that_ends_its_worker_is_found_and_set_aside(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.fleet, "_MOST_LOSSES", 1)  # three takes two more deaths
+    monkeypatch.setattr(pipeline.extraction.workers.pool, "_MOST_LOSSES", 1)  # three takes two more deaths
     for name in ("a", "b", "poison", "c", "d", "e"):
         write_picture(tmp_path / "images" / "cats" / f"{name}.png", seed=ord(name[0]))
     dataset = hindered(Poison, open_dataset(str(tmp_path / "images"), downloads=tmp_path), os.getpid())
     done = run(tmp_path / "data", dataset, ClusterChoice(scheduler=cluster.address))
     assert done.computed == 5
     assert [(bad.path, bad.reason, bad.since) for bad in done.quarantined] == [
-        ("cats/poison.png", pipeline.fleet._FATAL, None)
+        ("cats/poison.png", pipeline.extraction.workers.pool._FATAL, None)
     ]
 
 
@@ -361,16 +367,18 @@ def test_a_scheduler_lost_before_its_workers_are_known_is_found_again(
     images: Path, alone: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
-        submit, threads = pipeline.link.Link.submit, list[threading.Thread]()
+        submit, threads = pipeline.extraction.workers.scheduler_client.Link.submit, list[threading.Thread]()
 
-        def submit_and_die(self: pipeline.link.Link, *arguments: Any, **more: Any) -> Any:
+        def submit_and_die(
+            self: pipeline.extraction.workers.scheduler_client.Link, *arguments: Any, **more: Any
+        ) -> Any:
             future = submit(self, *arguments, **more)
             if not threads:
                 threads.append(threading.Thread(target=cluster.start_anew, daemon=True))
                 threads[0].start()
             return future
 
-        monkeypatch.setattr(pipeline.link.Link, "submit", submit_and_die)
+        monkeypatch.setattr(pipeline.extraction.workers.scheduler_client.Link, "submit", submit_and_die)
         done = run(tmp_path / "data", images, ClusterChoice(scheduler=cluster.address))
         threads[0].join()
     assert (done.computed, done.quarantined) == (40, [])
@@ -380,7 +388,7 @@ def test_a_scheduler_lost_before_its_workers_are_known_is_found_again(
 def test_a_scheduler_that_stays_away_ends_the_run_in_one_line(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.link, "PATIENCE_S", 3.0)
+    monkeypatch.setattr(pipeline.extraction.workers.scheduler_client, "PATIENCE_S", 3.0)
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
         dataset = held(images, tmp_path / "gate")
 
@@ -397,7 +405,7 @@ def test_a_scheduler_that_stays_away_ends_the_run_in_one_line(
 def test_a_scheduler_without_workers_is_waited_for_and_told(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.link, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(pipeline.extraction.workers.scheduler_client, "PATIENCE_S", 2.0)
     with (
         by_hand(tmp_path / "cluster", workers=0) as cluster,
         pytest.raises(IceboxError, match=r"has had no worker for 2 s; start some by `dask worker ADDRESS`"),
@@ -490,7 +498,7 @@ def requirements(cluster: Path, **more: Any) -> Requirements:
 def test_a_worker_that_lacks_something_is_told_apart(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     (tmp_path / "cache").mkdir()
     with pytest.raises(UnfitWorkerError, match=reason):
-        fleet_worker.vet(requirements(tmp_path, **change))
+        worker.vet(requirements(tmp_path, **change))
 
 
 def test_other_weights_under_the_same_path_are_noticed(tmp_path: Path) -> None:
@@ -499,18 +507,18 @@ def test_other_weights_under_the_same_path_are_noticed(tmp_path: Path) -> None:
     spec = replace(SPEC, weights="sha256:" + "0" * 64)
     setup = Setup(spec, tmp_path / "w.h5", 4, tmp_path / "cache" / "space" / "shards")
     with pytest.raises(UnfitWorkerError, match=r"has other weights at .*w\.h5"):
-        fleet_worker.vet(requirements(tmp_path, setup=setup))
+        worker.vet(requirements(tmp_path, setup=setup))
 
 
 def test_weights_of_an_own_network_are_known_by_their_content(tmp_path: Path) -> None:
     path = write_network(tmp_path / "own.keras", "plain")
     setup = Setup(replace(SPEC, weights=own.read(path).weights), path, 4, tmp_path, network=path)
-    fleet_worker._check_weights(setup)
+    worker._check_weights(setup)
     with pytest.raises(UnfitWorkerError, match=r"has other weights at .*own\.keras"):
-        fleet_worker._check_weights(replace(setup, spec=SPEC))
+        worker._check_weights(replace(setup, spec=SPEC))
     path.write_bytes(b"torn")
     with pytest.raises(UnfitWorkerError, match=r"cannot read .*own\.keras"):
-        fleet_worker._check_weights(setup)
+        worker._check_weights(setup)
 
 
 @pytest.mark.usefixtures("_impatient")
@@ -608,7 +616,7 @@ def test_workers_take_no_modules_from_the_current_folder(tmp_path: Path) -> None
     theirs.mkdir()
     (theirs / "pickle.py").write_text("open('ran', 'w').close()\n")
     (ours / "main.py").write_text(
-        "from pipeline.cluster import ClusterChoice, connected\n"
+        "from pipeline.extraction.workers.connect import ClusterChoice, connected\n"
         "if __name__ == '__main__':\n"
         "    with connected(ClusterChoice(workers=1)) as client:\n"
         "        print(client.submit(abs, -3).result())\n"

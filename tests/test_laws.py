@@ -25,20 +25,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from made import key, made
 from own_networks import StandIn
 
-import pipeline.extract
+import pipeline.extraction.extract
+import pipeline.extraction.shard_task
 import pipeline.images.loader
-import pipeline.shard_task
 from pipeline.cache.gc import Keep, collect
 from pipeline.cache.shard import ShardDamagedError, read_info, read_rows, write_shard
 from pipeline.cache.verify import verify
 from pipeline.cache.workspace import open_workspace
-from pipeline.choice import FeatureChoice
-from pipeline.compute import ComputeOptions
 from pipeline.core.errors import CacheError, DecodeError
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import Augmentation, Views
 from pipeline.dataset import of_files
-from pipeline.extract import Extraction, extract
+from pipeline.extraction.compute import ComputeOptions
+from pipeline.extraction.extract import Extraction, extract
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import augment, decoding
 from pipeline.images.loader import Loader
 
@@ -94,7 +94,7 @@ class Life(RuleBasedStateMachine):
         self.images = self.folder / "images"
         self.images.mkdir()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(pipeline.shard_task, "FrozenBackbone", StandIn)
+        self.patch.setattr(pipeline.extraction.shard_task, "FrozenBackbone", StandIn)
         self.patch.setattr(pipeline.images.loader, "_Decoder", SameProcess)
         self.choice = FeatureChoice(weights="untrained", precision="float32")
 

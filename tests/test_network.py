@@ -20,9 +20,9 @@ from pipeline.backbone.frozen import ENGINES, FrozenBackbone
 from pipeline.backbone.graph import cut, layer_names
 from pipeline.backbone.source import resolve
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import settle
 from pipeline.core.errors import RunError, SpecError, UsageError, WeightsError
 from pipeline.core.spec import HeadSpec
+from pipeline.extraction.feature_choice import settle
 from pipeline.heads import Data, Watch, fit
 from pipeline.heads.dense import DenseHead, build
 from pipeline.network import Network

@@ -11,7 +11,7 @@ import pytest
 
 import pipeline.cache.index
 import pipeline.cache.keys
-import pipeline.planning
+import pipeline.extraction.planning
 from pipeline.cache.digests import Identities
 from pipeline.cache.index import Quarantine
 from pipeline.cache.keys import Keys
@@ -20,8 +20,8 @@ from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.core.errors import IndexDamagedError
 from pipeline.core.spec import FeatureRequest, Views
 from pipeline.dataset.base import of_files
+from pipeline.extraction.planning import Planning
 from pipeline.images import decoding
-from pipeline.planning import Planning
 
 DECODER, LIMIT = decoding.decoder_version(), 1_000
 SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
@@ -114,7 +114,7 @@ def test_a_plan_is_what_a_plain_program_says(space: FeatureSpace, seed: int, mon
     monkeypatch.setattr(pipeline.cache.index, "_SCAN", draw.choice([2, 9]))
     monkeypatch.setattr(pipeline.cache.index, "_SCAN_BELOW", draw.choice([0, 3, 1_000]))
     monkeypatch.setattr(pipeline.cache.keys, "_BLOCK", 3)
-    monkeypatch.setattr(pipeline.planning, "_BLOCK", 3)
+    monkeypatch.setattr(pipeline.extraction.planning, "_BLOCK", 3)
     views = Views(draw.choice([1, 3]))
     there = made(draw, space, views)
     planning = Planning(of_files("made", []), there.identities, space.index, LIMIT, views)

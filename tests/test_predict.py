@@ -31,13 +31,13 @@ from pipeline.backbone.untrained import initialise, recipe_of
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
 from pipeline.checksums import CHECKSUMS
-from pipeline.compute import ComputeOptions
 from pipeline.core import files
 from pipeline.core.errors import DatasetError, IndexDamagedError, RunError, SpecError, WeightsError
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import open_dataset, open_images
-from pipeline.extract import extract
+from pipeline.extraction.compute import ComputeOptions
+from pipeline.extraction.extract import extract
 from pipeline.predict import Answer, likeliest
 from pipeline.serve import service
 from pipeline.train import train_head

@@ -28,16 +28,16 @@ from own_networks import StandIn
 from served import Bucket, Page, Site, bucket_server, served
 from test_extract import counts
 
-import pipeline.shard_task
+import pipeline.extraction.shard_task
 from pipeline.cache.digests import identify
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice
-from pipeline.compute import ComputeOptions
 from pipeline.core.errors import DatasetError, MissingRowsError, UsageError
 from pipeline.core.hashing import image_key
 from pipeline.dataset import Dataset, open_dataset, open_images, refusal, remote
-from pipeline.explain import explain
-from pipeline.extract import Extraction, extract
+from pipeline.extraction.compute import ComputeOptions
+from pipeline.extraction.explain import explain
+from pipeline.extraction.extract import Extraction, extract
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.gather import gather, gather_images
 from pipeline.images.loader import Loader
 from pipeline.pixels import Pixels, decoding
@@ -49,7 +49,7 @@ LISTED = ("features", "--weights", "untrained", "--precision", "float32")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No network takes long, and no pause either; what a test opened is closed with it."""
-    monkeypatch.setattr(pipeline.shard_task, "FrozenBackbone", StandIn)
+    monkeypatch.setattr(pipeline.extraction.shard_task, "FrozenBackbone", StandIn)
     monkeypatch.setattr(remote, "_PAUSE", 0.01)
     monkeypatch.setattr(remote, "SILENCE", 600)  # a late answer is no lost one
     monkeypatch.setattr(StandIn, "computed", 0)

@@ -25,16 +25,17 @@ from conftest import Finished, icebox, picture, unseal, write_picture
 from looked import Looked
 from own_networks import tiny_options
 
-from pipeline import rates, reproduce
+from pipeline import reproduce
 from pipeline.apply import evaluate_run
 from pipeline.asked import Asked, DatasetChoice, FullAsked, SweepAsked
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice
 from pipeline.core.progress import silent
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset
 from pipeline.evaluate import confusion_cells
+from pipeline.extraction import measured_rates
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import near_duplicates
 from pipeline.images.decoding import DEFAULT_MAX_PIXELS
 from pipeline.report import compare, findings, page, shown, single
@@ -300,7 +301,7 @@ def test_a_sweep_over_backbones_shows_accuracy_against_cost(workspace: Workspace
         weights = "untrained:unit_variance_1:0" if name == "mobilenet_v2" else SPEC.weights
         fill(workspace, listed(tmp_path / "photos"), spec=replace(spec_of(name), weights=weights))
         if rate is not None:
-            rates.remember(workspace, spec_of(name), rate, 60)
+            measured_rates.remember(workspace, spec_of(name), rate, 60)
     choices = tuple(FeatureChoice(backbone=name) for name in names)
     specs = tuple(HeadSpec.make("logreg", C=value) for value in (0.01, 1.0))
     asked = SweepAsked(DatasetChoice(str(tmp_path / "photos")), choices, specs, DEFAULT_MAX_PIXELS)

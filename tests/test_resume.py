@@ -20,10 +20,10 @@ from pipeline import runs
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.workspace import Workspace
 from pipeline.checkpoint import Checkpoint
-from pipeline.choice import FeatureChoice
 from pipeline.core import files
 from pipeline.core.errors import RunError
 from pipeline.core.spec import HeadSpec
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
 from pipeline.train import HeadRun, train_head
 

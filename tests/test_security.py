@@ -47,8 +47,8 @@ from own_networks import tiny_options
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice
 from pipeline.core.spec import FeatureSpec, HeadSpec
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
 from pipeline.train import train_head
 

@@ -12,8 +12,8 @@ from conftest import unseal
 
 from pipeline.asked import Asked, DatasetChoice, FullAsked
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice
 from pipeline.core.spec import HeadSpec
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.finetune import with_initial
 from pipeline.gather import Material, gather
 from pipeline.images import decoding

@@ -25,22 +25,23 @@ from conftest import icebox, wait_until, write_picture
 from distributed import Client, LocalCluster
 from faults import signalled
 
-import pipeline.cluster
-import pipeline.link
+import pipeline.extraction.workers.connect
+import pipeline.extraction.workers.health
+import pipeline.extraction.workers.scheduler_client
 import pipeline.sweep
-import pipeline.worker_health
-from pipeline import heads, rates, runs, trial_tasks
+from pipeline import heads, runs, trial_tasks
 from pipeline.asked import Asked, DatasetChoice, SweepAsked
 from pipeline.backbone.keras_start import import_keras
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
 from pipeline.checkpoint import Checkpoint
-from pipeline.choice import FeatureChoice
-from pipeline.cluster import ClusterChoice
 from pipeline.core import hashing
 from pipeline.core.errors import IceboxError, MissingRowsError, RunError, UsageError
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import assign
+from pipeline.extraction import measured_rates
+from pipeline.extraction.feature_choice import FeatureChoice
+from pipeline.extraction.workers.connect import ClusterChoice
 from pipeline.gather import gather
 from pipeline.images import decoding
 from pipeline.prepare import prepared
@@ -317,7 +318,7 @@ def run_both(
 
 def test_heads_on_several_backbones_are_ranked_together(workspace: Workspace, photos: Path) -> None:
     fill_both(workspace, photos)
-    rates.remember(workspace, spec_of("mobilenet_v2"), 250.0, 120)
+    measured_rates.remember(workspace, spec_of("mobilenet_v2"), 250.0, 120)
     done = run_both(workspace, photos)
     assert [row["rank"] for row in done.rows] == [1, 2, 3, 4]
     assert {(row["backbone"], row["head"]) for row in done.rows} == {(n, h) for n in PAIR for h in ("gap", "logreg")}
@@ -624,7 +625,7 @@ def test_a_worker_whose_memory_limit_is_too_small_is_given_up_and_the_limit_name
     workspace: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dask pauses it; that a nanny ends it instead, test_fleet.py shows."""
-    monkeypatch.setattr(pipeline.worker_health, "PAUSED_S", 2.0)
+    monkeypatch.setattr(pipeline.extraction.workers.health, "PAUSED_S", 2.0)
     fill(workspace, listed(photos))
     with by_hand(tmp_path / "cluster", workers=0) as cluster:
         cluster.start_worker(memory_limit="100MB", DASK_DISTRIBUTED__WORKER__MEMORY__TERMINATE="False")
@@ -637,7 +638,7 @@ def test_a_worker_whose_memory_limit_is_too_small_is_given_up_and_the_limit_name
 def test_a_scheduler_that_is_not_there_is_told(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.cluster, "_TIMEOUT_S", 1)
+    monkeypatch.setattr(pipeline.extraction.workers.connect, "_TIMEOUT_S", 1)
     fill(workspace, listed(photos))
     with pytest.raises(UsageError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
         run(workspace, photos, cluster=ClusterChoice(scheduler="tcp://127.0.0.1:9"))
@@ -680,7 +681,7 @@ def test_if_all_workers_are_gone_others_are_waited_for_and_then_it_is_told(
     workspace: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(workspace, listed(photos))
-    monkeypatch.setattr(pipeline.link, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(pipeline.extraction.workers.scheduler_client, "PATIENCE_S", 2.0)
     monkeypatch.setattr(pipeline.sweep, "run_trial", end_all_workers)
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
         cluster.wait_for_workers(1)

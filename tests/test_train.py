@@ -25,11 +25,11 @@ from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache import shard
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice
 from pipeline.core.errors import CacheError, DatasetError, MissingRowsError, RunError, SpecError, UsageError
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import FeatureSpec, HeadSpec
 from pipeline.dataset import Dataset, open_dataset
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.gather import gather
 from pipeline.images import decoding
 from pipeline.prepare import on_sides
@@ -594,7 +594,7 @@ from pathlib import Path
 from pipeline import images
 from pipeline.asked import Asked, DatasetChoice
 from pipeline.dataset import open_dataset
-from pipeline.choice import FeatureChoice
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.core.spec import HeadSpec
 from pipeline.train import train_head
 from pipeline.cache.workspace import open_workspace

@@ -22,15 +22,15 @@ from pipeline.cache import shard
 from pipeline.cache.gc import Keep, collect
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.workspace import Workspace, open_workspace
-from pipeline.canary import recompute
-from pipeline.choice import FeatureChoice
-from pipeline.compute import ComputeOptions
 from pipeline.core.errors import MissingRowsError, ShardDamagedError, UsageError
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import Augmentation, HeadSpec, Views
 from pipeline.dataset import Dataset, limit, open_dataset
-from pipeline.explain import explain
-from pipeline.extract import Extraction, extract
+from pipeline.extraction.compute import ComputeOptions
+from pipeline.extraction.explain import explain
+from pipeline.extraction.extract import Extraction, extract
+from pipeline.extraction.feature_choice import FeatureChoice
+from pipeline.extraction.recompute_check import recompute
 from pipeline.gather import gather
 from pipeline.images import augment, decoding
 from pipeline.prepare import prepared

@@ -24,8 +24,8 @@ from pipeline.backbone.weights import Weights, describe, find_by_identity, find_
 from pipeline.cache.digests import file_stamp
 from pipeline.cache.index import Index
 from pipeline.cache.workspace import open_workspace
-from pipeline.choice import FeatureChoice, Settled
 from pipeline.core.errors import SpecError, UsageError, WeightsError
+from pipeline.extraction.feature_choice import FeatureChoice, Settled
 
 PUBLISHED = b"what the weights file on the net holds" * 100
 WRONG = b"what somebody else put under its name!" * 100

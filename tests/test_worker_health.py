@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-import pipeline.worker_health
-from pipeline.worker_health import MOST_AT_WORK, MOST_LOSSES, WorkerHealth
+import pipeline.extraction.workers.health
+from pipeline.extraction.workers.health import MOST_AT_WORK, MOST_LOSSES, WorkerHealth
 
 LIMITED = {"nanny": "tcp://10.0.0.1:9", "host": "10.0.0.1", "memory_limit": 200_000_000, "status": "running"}
 
@@ -48,7 +48,7 @@ def lost(health: WorkerHealth, about: dict[str, Any], times: int, *, for_memory:
 def test_one_that_is_lost_again_and_again_is_given_up_and_its_memory_named(
     more: dict[str, Any], for_memory: bool, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.worker_health.machine, "available_memory", lambda: 5_000_000_000)
+    monkeypatch.setattr(pipeline.extraction.workers.health.machine, "available_memory", lambda: 5_000_000_000)
     health = WorkerHealth()
     assert lost(health, LIMITED | more, MOST_LOSSES - 1, for_memory=for_memory) is None
     assert lost(health, LIMITED | more, 1, for_memory=for_memory) == problem
@@ -83,7 +83,7 @@ def test_others_are_not_held_to_account_for_it() -> None:
 def test_one_that_is_paused_for_good_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dask gives a worker near its limit no task; one that has none gives no memory back."""
     health, at, now = WorkerHealth(), "tcp://10.0.0.1:1", 1000.0
-    monkeypatch.setattr(pipeline.worker_health.time, "monotonic", lambda: now)
+    monkeypatch.setattr(pipeline.extraction.workers.health.time, "monotonic", lambda: now)
     paused = LIMITED | {"status": "paused"}
     for about in (paused, LIMITED, paused | {"metrics": {"task_counts": {"executing": 1}}}, paused):
         assert health.problem(at, about) is None

@@ -11,7 +11,7 @@ from pipeline.commands.completion import backbone_names
 from pipeline.commands.shared import JsonOption, PrecisionOption, QuietOption, opened
 
 if TYPE_CHECKING:
-    from pipeline.backbones import Listed
+    from pipeline.extraction.backbone_list import Listed
 
 
 def backbones(
@@ -34,13 +34,13 @@ def backbones(
 ) -> None:
     """List the networks: input size, parameters, bytes a row, images/s on this machine."""
     from pipeline import terminal
-    from pipeline.backbones import gather
     from pipeline.core import machine
+    from pipeline.extraction.backbone_list import gather
 
     here = machine.best_precision() if precision == "auto" else precision
     with opened(context) as workspace:
         if measure:
-            from pipeline.speed import measure as measure_speed
+            from pipeline.extraction.measure_backbone import measure as measure_speed
 
             measure_speed(names or [], workspace, here)
         listed = gather(names or [], workspace, here)

@@ -40,8 +40,8 @@ from pipeline.core.units import counted
 if TYPE_CHECKING:
     from pipeline.cache.verify import Verification
     from pipeline.cache.workspace import Workspace
-    from pipeline.canary import Drift
-    from pipeline.recheck import Rechecked
+    from pipeline.extraction.decode_check import Rechecked
+    from pipeline.extraction.recompute_check import Drift
 
 _LISTED = 20  # lines of what may be thousands; --json has them all
 
@@ -108,8 +108,8 @@ def cache_verify(
 
 def _recomputed(workspace: Workspace, context: typer.Context, space: str | None, count: int) -> list[Drift]:
     from pipeline import terminal
-    from pipeline.canary import recompute
     from pipeline.core.errors import MissingRowsError
+    from pipeline.extraction.recompute_check import recompute
 
     dataset = open_dataset(workspace, context) if context.params["dataset"] is not None else None
     spaces = [workspace.cache.open(space)] if space else workspace.cache.spaces()
@@ -129,7 +129,7 @@ def _recomputed(workspace: Workspace, context: typer.Context, space: str | None,
 
 def _rechecked(workspace: Workspace, context: typer.Context, name: str, space: str | None) -> Rechecked:
     from pipeline.asked import DatasetChoice
-    from pipeline.recheck import recheck
+    from pipeline.extraction.decode_check import recheck
 
     archive, root = (each and str(each) for each in (context.params["archive"], context.params["image_root"]))
     return recheck(DatasetChoice(name, archive, root).open(workspace), workspace, space)
@@ -231,7 +231,7 @@ def cache_explain(
     from dataclasses import asdict
 
     from pipeline import terminal
-    from pipeline.explain import explain, only
+    from pipeline.extraction.explain import explain, only
 
     with opened(context) as workspace:
         images = open_dataset(workspace, context)

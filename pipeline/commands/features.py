@@ -47,7 +47,7 @@ from pipeline.commands.shared import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.extract import Extraction
+    from pipeline.extraction.extract import Extraction
 
 
 def features(
@@ -100,10 +100,10 @@ def features(
 ) -> None:
     """Compute the features that are missing, and keep them."""
     from pipeline import terminal
-    from pipeline.compute import ComputeOptions
     from pipeline.core import machine
     from pipeline.dataset import remote
-    from pipeline.extract import extract
+    from pipeline.extraction.compute import ComputeOptions
+    from pipeline.extraction.extract import extract
 
     start = time.perf_counter()
     remote.limit_connections(connections)

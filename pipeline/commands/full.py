@@ -240,8 +240,8 @@ def _refuse_what_does_not_go_together(context: typer.Context) -> None:
 def _asked(stage: str, context: typer.Context, root: Path) -> FullAsked:
     from pipeline import runs
     from pipeline.asked import FullAsked
-    from pipeline.choice import FeatureChoice
     from pipeline.core.spec import HeadSpec, Views
+    from pipeline.extraction.feature_choice import FeatureChoice
 
     given = context.params
     cached = given.get("from_cache", False)

@@ -37,7 +37,7 @@ from pipeline.commands.shared import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.planning import Quarantined
+    from pipeline.extraction.planning import Quarantined
     from pipeline.predict import Answer
 
     Named = tuple[Answer, list[tuple[str, float]]]  # an answer, and the likeliest classes with their probabilities
@@ -117,7 +117,7 @@ class _Tally:
         self.labels = Counter[int]()
 
     def counting(self, answers: Iterable[Answer]) -> Iterator[Answer]:
-        from pipeline.planning import Quarantined
+        from pipeline.extraction.planning import Quarantined
 
         for answer in answers:
             if answer.probabilities is None:

@@ -18,11 +18,11 @@ from pipeline.core.units import counted, size_text
 if TYPE_CHECKING:
     from pipeline.asked import Asked, DatasetChoice
     from pipeline.cache.workspace import Workspace
-    from pipeline.choice import FeatureChoice
-    from pipeline.cluster import ClusterChoice
     from pipeline.core.spec import Views
     from pipeline.dataset import Dataset
-    from pipeline.planning import Quarantined
+    from pipeline.extraction.feature_choice import FeatureChoice
+    from pipeline.extraction.planning import Quarantined
+    from pipeline.extraction.workers.connect import ClusterChoice
     from pipeline.trained import TrainedRun
 
 DatasetOption = Annotated[
@@ -234,7 +234,7 @@ _FEATURE_OPTIONS = ("dataset", "archive", "image_root", "limit", *_CHOICE_OPTION
 
 def feature_choice(context: typer.Context, **instead: Any) -> FeatureChoice:
     """Return what the options of a command say about the features, or what is said `instead` of them."""
-    from pipeline.choice import FeatureChoice
+    from pipeline.extraction.feature_choice import FeatureChoice
 
     return FeatureChoice(**{**{name: context.params[name] for name in _CHOICE_OPTIONS}, **instead})
 
@@ -257,7 +257,7 @@ CLUSTER_OPTIONS = ("workers", "scheduler", "tls_ca", "tls_cert", "tls_key", "das
 
 def cluster_choice(context: typer.Context) -> ClusterChoice | None:
     """Return whose workers `--workers` or `--scheduler` mean, None if the work is done in this process."""
-    from pipeline.cluster import ClusterChoice
+    from pipeline.extraction.workers.connect import ClusterChoice
 
     given = {name: context.params[name] for name in CLUSTER_OPTIONS}
     return ClusterChoice(**given) if any(value is not None for value in given.values()) else None

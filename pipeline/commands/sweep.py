@@ -56,7 +56,7 @@ from pipeline.core.units import size_text
 if TYPE_CHECKING:
     from pipeline.asked import SweepAsked
     from pipeline.cache.workspace import Workspace
-    from pipeline.choice import FeatureChoice
+    from pipeline.extraction.feature_choice import FeatureChoice
     from pipeline.sweep import Sweep
 
 _HEADS = ("flatten", "gap", "logreg")

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice
 from pipeline.core.errors import IceboxError, MissingRowsError
 from pipeline.core.utf8 import spelt
 from pipeline.dataset.split import SPLITS
+from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.images.decoding import depth_of
 from pipeline.predictions import Answers

@@ -13,11 +13,11 @@ from pipeline.backbone.source import label
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice, find_space, settle
 from pipeline.core.errors import UsageError
 from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.dataset import Dataset
-from pipeline.planning import Plan, Planning
+from pipeline.extraction.feature_choice import FeatureChoice, find_space, settle
+from pipeline.extraction.planning import Plan, Planning
 
 State = Literal["cached", "copy", "quarantined", "bad shard", "other space", "changed", "new"]
 

@@ -18,18 +18,18 @@ from uuid import uuid4
 
 import numpy as np
 
-from pipeline import link
-from pipeline.cluster import ClusterChoice
-from pipeline.compute import Effort, Settle
 from pipeline.core import files, machine
 from pipeline.core.errors import IceboxError, InterruptedComputationError, UnfitWorkerError
 from pipeline.core.progress import Advance
 from pipeline.core.units import counted, size_text
 from pipeline.dataset import Dataset
-from pipeline.fleet_members import Hand, Worker
-from pipeline.fleet_worker import Requirements, run_task, vet
-from pipeline.link import Link, LostError
-from pipeline.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, There, nothing_there
+from pipeline.extraction.compute import Effort, Settle
+from pipeline.extraction.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, There, nothing_there
+from pipeline.extraction.workers import scheduler_client
+from pipeline.extraction.workers.connect import ClusterChoice
+from pipeline.extraction.workers.members import Hand, Worker
+from pipeline.extraction.workers.scheduler_client import Link, LostError
+from pipeline.extraction.workers.worker import Requirements, run_task, vet
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class Fleet:
     def _look(self) -> None:
         """Notice who came, who went and who has not been heard of."""
         now = time.monotonic()
-        if now - self._looked < link.LOOK_EVERY_S:
+        if now - self._looked < scheduler_client.LOOK_EVERY_S:
             return
         self._looked = now
         there, alive = self._link.workers()
@@ -274,9 +274,9 @@ class Fleet:
         if workers and now - self._lonely_since > _GRACE_S:
             reasons = "; ".join(f"{worker.name} {worker.reason}" for worker in list(workers)[:5])
             raise IceboxError(f"no worker of {self._link.name} can do the work: {reasons}")
-        if not workers and now - self._lonely_since > link.PATIENCE_S:
+        if not workers and now - self._lonely_since > scheduler_client.PATIENCE_S:
             raise IceboxError(
-                f"{self._link.name} has had no worker for {link.PATIENCE_S:.0f} s; start some by `dask worker ADDRESS` "
+                f"{self._link.name} has had no worker for {scheduler_client.PATIENCE_S:.0f} s; start some by `dask worker ADDRESS` "
                 "and run the command again: what was computed is kept"
             )
 

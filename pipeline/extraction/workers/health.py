@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.cluster import LOOPBACK, Client
 from pipeline.core import machine
 from pipeline.core.units import size_text
+from pipeline.extraction.workers.connect import LOOPBACK, Client
 
 MOST_LOSSES = 3  # of a worker that had not begun, or came near its memory limit, with nothing done in between
 MOST_AT_WORK = 20  # of one that had work in hand: an image may be what ends it, and then its task is halved

@@ -27,9 +27,7 @@ from pipeline.core.progress import Advance, Progress
 from pipeline.core.spec import FeatureSpec
 from pipeline.core.units import counted, duration, size_text
 from pipeline.dataset import Dataset
-from pipeline.images import decoding
-from pipeline.images.loader import Loaded
-from pipeline.shard_task import (
+from pipeline.extraction.shard_task import (
     AT_ONCE,
     Met,
     RowsThere,
@@ -40,6 +38,8 @@ from pipeline.shard_task import (
     There,
     nothing_there,
 )
+from pipeline.images import decoding
+from pipeline.images.loader import Loaded
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from pipeline.core import machine
 from pipeline.core.errors import SpecError
 from pipeline.core.spec import OWN, PLAIN_VIEW, FeatureRequest, FeatureSpec, Views
 from pipeline.dataset import Dataset
+from pipeline.extraction.planning import DEFAULT_FIT
 from pipeline.images import decoding
-from pipeline.planning import DEFAULT_FIT
 
 logger = logging.getLogger(__name__)
 

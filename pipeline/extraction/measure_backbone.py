@@ -7,21 +7,21 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeline import rates
 from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.backbone.keras_start import import_keras
 from pipeline.backbone.scaling import NONE
 from pipeline.backbone.source import Architecture, Source
 from pipeline.backbone.table import BACKBONES
-from pipeline.backbones import with_size
 from pipeline.cache.shard import SHARD_BYTES
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice, Settled
-from pipeline.compute import default_batch
 from pipeline.core import machine
 from pipeline.core.errors import UsageError
 from pipeline.core.units import counted, duration, size_text
+from pipeline.extraction import measured_rates
+from pipeline.extraction.backbone_list import with_size
+from pipeline.extraction.compute import default_batch
+from pipeline.extraction.feature_choice import FeatureChoice, Settled
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _measure(source: Source, workspace: Workspace, precision: str) -> None:
     model = FrozenBackbone(spec, weights.path, default_batch(), machine.usable_cores(), weights.network)
     model.bound_batch(SHARD_BYTES)
     rate = model.rate()
-    rates.remember(workspace, replace(spec, storage="float16"), rate, model.batch_size)
+    measured_rates.remember(workspace, replace(spec, storage="float16"), rate, model.batch_size)
     logger.info("%s: %.4g images/s at %s", source.label, rate, spec.precision)
     del model
     import_keras().backend.clear_session()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.shard_task import AT_ONCE, ShardTask
+from pipeline.extraction.shard_task import AT_ONCE, ShardTask
 
 
 @dataclass(eq=False)

@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline import rates
 from pipeline.backbone import source as networks
 from pipeline.backbone.keras_start import import_keras
 from pipeline.backbone.weights import Weights
@@ -24,9 +23,12 @@ from pipeline.cache.keys import Keys
 from pipeline.cache.shard import SHARD_BYTES
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import FeatureChoice, Settled, find_space, settle, warn_untrained, weights_for
-from pipeline.cluster import ClusterChoice
-from pipeline.compute import (
+from pipeline.core import machine
+from pipeline.core.errors import InterruptedComputationError
+from pipeline.core.spec import PLAIN_VIEW, FeatureSpec, Views
+from pipeline.dataset import Dataset, remote
+from pipeline.extraction import measured_rates
+from pipeline.extraction.compute import (
     DEFAULT_SHARD_ROWS,
     ComputeOptions,
     Crew,
@@ -40,13 +42,11 @@ from pipeline.compute import (
     require_memory,
     row_bytes,
 )
-from pipeline.core import machine
-from pipeline.core.errors import InterruptedComputationError
-from pipeline.core.spec import PLAIN_VIEW, FeatureSpec, Views
-from pipeline.dataset import Dataset, remote
+from pipeline.extraction.feature_choice import FeatureChoice, Settled, find_space, settle, warn_untrained, weights_for
+from pipeline.extraction.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
+from pipeline.extraction.shard_task import Setup, ShardWorker, check_room
+from pipeline.extraction.workers.connect import ClusterChoice
 from pipeline.images import decoding
-from pipeline.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
-from pipeline.shard_task import Setup, ShardWorker, check_room
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _keep_rate(
     """Remember how fast this machine computed rows, if it was this machine, and enough of them."""
     elsewhere = cluster is not None and cluster.scheduler is not None
     if computed > 0 and not elsewhere and (computed >= _TELLING_ROWS or effort.seconds >= _TELLING_S):
-        rates.remember(workspace, spec, computed / effort.seconds, computed)
+        measured_rates.remember(workspace, spec, computed / effort.seconds, computed)
 
 
 LOADING = "loading TensorFlow"  # the name of the thread
@@ -241,7 +241,7 @@ def _setup(source: _Source, spec: FeatureSpec, weights: Weights, space: FeatureS
 def _crew(setup: Setup, source: _Source, effort: Effort, rows: int, new: bool) -> Iterator[Crew]:
     """Give whoever computes `rows` rows, of a `new` space or not: this process, or the workers of a cluster."""
     if source.cluster is not None:
-        from pipeline.fleet import fleet
+        from pipeline.extraction.workers.pool import fleet
 
         choice = source.cluster.at_most(-(-rows // setup.batch_size))
         with fleet(choice, setup, source.planning.dataset, effort) as crew:

@@ -16,7 +16,7 @@ from pipeline.backbone import own
 from pipeline.core import files, machine
 from pipeline.core.errors import SpecError, UnfitWorkerError, UsageError, WeightsError
 from pipeline.dataset import remote
-from pipeline.shard_task import RowsThere, Setup, ShardDone, ShardTask, ShardWorker, There, nothing_there
+from pipeline.extraction.shard_task import RowsThere, Setup, ShardDone, ShardTask, ShardWorker, There, nothing_there
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline import rates
 from pipeline.backbone import keras_config, own
 from pipeline.backbone import source as networks
 from pipeline.backbone.frozen import ENGINE
@@ -21,6 +20,7 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import SpecError
 from pipeline.core.spec import OWN
+from pipeline.extraction import measured_rates
 
 _FLOAT16 = 2  # bytes
 _FLOAT32 = 4
@@ -66,7 +66,7 @@ def gather(names: Sequence[str], workspace: Workspace, precision: str) -> list[L
         If a file is refused.
     """
     wanted = [networks.architecture(name) for name in names]
-    spaces, known = workspace.cache.spaces(), rates.known(workspace)
+    spaces, known = workspace.cache.spaces(), measured_rates.known(workspace)
     rows = [BACKBONES[each.name] for each in wanted if each.file is None] if names else list(BACKBONES.values())
     files = {(each.name, str(each.weights)): each for each in wanted if each.file is not None}
     listed = [_named(row, spaces, known, precision, workspace) for row in rows]

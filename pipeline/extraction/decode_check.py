@@ -12,9 +12,9 @@ from pipeline.cache.index import CONDEMNED
 from pipeline.cache.space import FeatureSpace
 from pipeline.cache.workspace import Workspace
 from pipeline.dataset import Dataset
+from pipeline.extraction.planning import DEFAULT_FIT, Quarantined
 from pipeline.images import decoding
 from pipeline.images.loader import Loader, decoding_pool
-from pipeline.planning import DEFAULT_FIT, Quarantined
 
 _SMALL = 32  # pixels on a side, as nobody looks at them
 _ANY_SIZE = 2**40  # pixels: each was decoded before, within a limit that nobody remembers

@@ -13,10 +13,10 @@ from pipeline.cache.digests import Identities
 from pipeline.cache.index import Index
 from pipeline.cache.keys import comparable, split
 from pipeline.cache.space import FeatureSpace
-from pipeline.compute import note_bad, note_key
 from pipeline.core.progress import Progress
 from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.dataset import Dataset
+from pipeline.extraction.compute import note_bad, note_key
 from pipeline.images import decoding
 from pipeline.images.loader import Loaded, Loader, decoding_pool
 

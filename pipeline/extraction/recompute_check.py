@@ -13,12 +13,12 @@ from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache.digests import identify
 from pipeline.cache.space import FeatureSpace
 from pipeline.cache.workspace import Workspace
-from pipeline.choice import other_version, weights_of
-from pipeline.compute import DEFAULT_BATCH_SIZE, batch_of
 from pipeline.core.errors import MissingRowsError, SpecError
 from pipeline.core.spec import Augmentation
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset, of_files, open_dataset
+from pipeline.extraction.compute import DEFAULT_BATCH_SIZE, batch_of
+from pipeline.extraction.feature_choice import other_version, weights_of
 from pipeline.images import augment, decoding
 from pipeline.images.loader import Loaded, Loader
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from pipeline.cluster import Client, ClusterChoice, connected
 from pipeline.core.errors import IceboxError, InterruptedComputationError, UsageError
-from pipeline.worker_health import WorkerHealth
+from pipeline.extraction.workers.connect import Client, ClusterChoice, connected
+from pipeline.extraction.workers.health import WorkerHealth
 
 logger = logging.getLogger(__name__)
 
