@@ -10,14 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline import runs
 from pipeline.backbone.frozen import ENGINE
 from pipeline.cache.workspace import Workspace
 from pipeline.core import files
 from pipeline.core.errors import DatasetError, MissingRowsError, RunError, UsageError
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset
-from pipeline.evaluate import confusion_cells, evaluate
 from pipeline.extraction.compute import DEFAULT_BATCH_SIZE
 from pipeline.extraction.feature_choice import FeatureChoice, warn_untrained
 from pipeline.extraction.planning import Quarantined
@@ -25,11 +23,13 @@ from pipeline.fitting import answers
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.images.decoding import depth_of
 from pipeline.network import compiled, probabilities
-from pipeline.pictures import draw_calibration, draw_confusion
 from pipeline.pixels import Pixels, decoding
-from pipeline.predictions import Predictions, write_predictions
 from pipeline.rows import Wanted, open_rows
-from pipeline.run_images import SEEN, RunImages
+from pipeline.runs import store
+from pipeline.runs.metrics import confusion_cells, evaluate
+from pipeline.runs.plots import draw_calibration, draw_confusion
+from pipeline.runs.predictions import Predictions, write_predictions
+from pipeline.runs.run_images import SEEN, RunImages
 from pipeline.seen_images import seen_images
 from pipeline.trained import TrainedRun
 
@@ -247,10 +247,10 @@ def _require_writable(run: TrainedRun, out: Path | None) -> None:
 
 def _keep(run: TrainedRun, title: str, predictions: Predictions, metrics: dict[str, Any], out: Path | None) -> Path:
     """Write everything into a folder of the run, or `out`, replacing what an earlier evaluation of the same left."""
-    final = run.path / "evaluations" / runs.slug(title) if out is None else out.resolve()
+    final = run.path / "evaluations" / store.slug(title) if out is None else out.resolve()
     heading = f"{run.name}\non {title}: accuracy {metrics['accuracy']:.3f}, {counted(metrics['images'], 'image')}"
     try:
-        with runs.new_folder(final) as folder:
+        with store.new_folder(final) as folder:
             files.write_json(folder / "metrics.json", metrics)
             write_predictions(folder / "predictions.csv", [predictions], run.classes)
             draw_confusion(

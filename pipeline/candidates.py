@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.asked import SweepAsked
 from pipeline.backbone import source as networks
 from pipeline.cache.workspace import Workspace
 from pipeline.core import machine
@@ -25,6 +24,7 @@ from pipeline.extraction.planning import Quarantined
 from pipeline.extraction.workers.connect import ClusterChoice
 from pipeline.gather import Material, gather
 from pipeline.leaderboard import ExtractionCost
+from pipeline.runs.request import SweepAsked
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import runs
 from pipeline.answering import grouped
 from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.backbone.scaling import scale
@@ -31,6 +30,7 @@ from pipeline.images.decoding import depth_of
 from pipeline.images.loader import Loader
 from pipeline.network import Network
 from pipeline.predict import predict
+from pipeline.runs import store
 from pipeline.trained import TrainedRun
 
 logger = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ def _is_export(path: Path) -> bool:
 def _published(final: Path) -> Iterator[Path]:
     """Give a folder to fill, as `runs.new_folder` does. Raises RunError if it cannot be written."""
     try:
-        with runs.new_folder(final, _PARTIAL) as folder:
+        with store.new_folder(final, _PARTIAL) as folder:
             yield folder
     except OSError as error:
         if isinstance(error, IceboxError):

@@ -12,7 +12,6 @@ from typing import Any, Literal, Self, cast
 
 import numpy as np
 
-from pipeline.asked import DatasetChoice
 from pipeline.batches import Shuffled
 from pipeline.cache.workspace import open_workspace
 from pipeline.core.errors import DatasetError, UsageError
@@ -23,6 +22,7 @@ from pipeline.extraction.feature_choice import FeatureChoice, warn_untrained
 from pipeline.gather import Material, gather
 from pipeline.images import decoding
 from pipeline.rows import Rows, Wanted, held, room_for, stored_rows
+from pipeline.runs.request import DatasetChoice
 
 SplitName = Literal["train", "val", "test"]
 What = Literal["features", "pooled"]

@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline import network, results, runs, tracking
-from pipeline.asked import FullAsked
+from pipeline import network, results, tracking
 from pipeline.backbone import source as networks
 from pipeline.backbone.graph import activations
 from pipeline.backbone.keras_start import KerasModel
@@ -39,6 +38,8 @@ from pipeline.origin import Origin, origin_of
 from pipeline.pixels import Pixels, decoding
 from pipeline.prepare import Prepared, check_sides, prepared_pixels, prepared_tensors
 from pipeline.rows import Rows, StoredRows, select
+from pipeline.runs import store
+from pipeline.runs.request import FullAsked
 from pipeline.seen_images import initial_images
 
 logger = logging.getLogger(__name__)
@@ -179,14 +180,14 @@ def _run(
 ) -> Iterator[tuple[str, Path]]:
     """Give name and folder of the run: a new one, or the one to go on with if its images and weights are the same."""
     if resume is not None:
-        runs.require_same(workspace.runs, resume, digest)
-        with runs.reopened(workspace.runs, resume, workspace.command(asked.stage)) as found:
+        store.require_same(workspace.runs, resume, digest)
+        with store.reopened(workspace.runs, resume, workspace.command(asked.stage)) as found:
             yield found
         return
     title = f"{images.dataset.name}-{asked.stage}"
-    with runs.new_run(workspace.runs, title, workspace.command(asked.stage)) as (name, directory):
+    with store.new_run(workspace.runs, title, workspace.command(asked.stage)) as (name, directory):
         space = images.space.name if isinstance(images, Material) else None
-        runs.write_request(directory, asked.to_dict(), digest, space, own_network)
+        store.write_request(directory, asked.to_dict(), digest, space, own_network)
         yield name, directory
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import heads, tracking
-from pipeline.asked import Asked
 from pipeline.checkpoint import Checkpoint
 from pipeline.core.files import write_json
 from pipeline.core.progress import Progress
@@ -19,6 +18,7 @@ from pipeline.heads.base import JSON_FILE, Predicts, require_numbers, stratified
 from pipeline.heads.ensemble import Ensemble, member_name
 from pipeline.prepare import Prepared
 from pipeline.rows import Rows
+from pipeline.runs.request import Asked
 
 _HISTORY = "history.json"
 

@@ -22,7 +22,7 @@ from pipeline.dataset.split import SPLITS
 from pipeline.extraction.feature_choice import FeatureChoice, find_space, settle
 from pipeline.extraction.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.images.decoding import FULL_DEPTH
-from pipeline.run_images import SEEN, RunImages
+from pipeline.runs.run_images import SEEN, RunImages
 
 logger = logging.getLogger(__name__)
 

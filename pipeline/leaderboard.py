@@ -13,8 +13,8 @@ import numpy as np
 
 from pipeline.core.spec import HeadSpec
 from pipeline.core.units import counted, size_text
-from pipeline.evaluate import wilson_interval
-from pipeline.pictures import CostPoint, draw_ranking
+from pipeline.runs.metrics import wilson_interval
+from pipeline.runs.plots import CostPoint, draw_ranking
 
 SIGNIFICANCE = 0.05
 _MOST_DRAWN = 40

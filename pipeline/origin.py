@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import heads, network
-from pipeline.asked import FullAsked
 from pipeline.backbone import source as networks
 from pipeline.backbone.build import build
 from pipeline.backbone.graph import cut_layers, layer_names
@@ -27,7 +26,8 @@ from pipeline.extraction.feature_choice import FeatureChoice, Settled, find_spac
 from pipeline.heads.dense import DenseHead
 from pipeline.heads.dense import build as build_head
 from pipeline.images.decoding import depth_of
-from pipeline.runs import network_record, read_run
+from pipeline.runs.request import FullAsked
+from pipeline.runs.store import network_record, read_run
 
 
 @dataclass(frozen=True)

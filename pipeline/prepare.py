@@ -22,8 +22,8 @@ from pipeline.extraction.feature_choice import warn_untrained
 from pipeline.gather import Material, Sorted
 from pipeline.images.decoding import FULL_DEPTH
 from pipeline.pixels import Pixels, decoding
-from pipeline.predictions import Predictions
 from pipeline.rows import Rows, StoredRows, Wanted, hold, select, stored_rows
+from pipeline.runs.predictions import Predictions
 
 logger = logging.getLogger(__name__)
 

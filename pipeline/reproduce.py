@@ -7,13 +7,13 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.asked import Asked, FullAsked
 from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
 from pipeline.backbone.weights import is_path
 from pipeline.core.errors import UsageError
 from pipeline.core.spec import OWN, SHAPE, HeadSpec
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images.decoding import DEFAULT_MAX_PIXELS, FULL_DEPTH, depth_of
+from pipeline.runs.request import Asked, FullAsked
 from pipeline.trained import TrainedRun
 
 Option = tuple[str, Any]  # its name and value: None leaves it out, True makes it a flag

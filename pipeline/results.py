@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline import runs
-from pipeline.checksums import CHECKSUMS
 from pipeline.core import files
-from pipeline.evaluate import evaluate
 from pipeline.gather import Sorted
 from pipeline.loop import Entry
-from pipeline.pictures import draw_curves
-from pipeline.predictions import Predictions, write_predictions
-from pipeline.run_dataset import resolved
+from pipeline.runs import store
+from pipeline.runs.checksums import CHECKSUMS
+from pipeline.runs.metrics import evaluate
+from pipeline.runs.plots import draw_curves
+from pipeline.runs.predictions import Predictions, write_predictions
+from pipeline.runs.run_dataset import resolved
 
 Metrics = dict[str, dict[str, Any]]
 
@@ -60,10 +60,10 @@ def write(
     dataset = images.dataset
     path, image_root = resolved(about["asked"]["images"]) or (None, None)
     common = {
-        "format": runs.FORMAT,
-        "version": runs.VERSION,
+        "format": store.FORMAT,
+        "version": store.VERSION,
         "checksums": CHECKSUMS,
-        "created": runs.now(),
+        "created": store.now(),
         "dataset": {
             "name": dataset.name,
             "path": path,
@@ -74,11 +74,11 @@ def write(
         },
         "classes": list(dataset.classes),
     }
-    files.write_json(directory / "run.json", {**common, **about}, runs.MOST_ABOUT)
+    files.write_json(directory / "run.json", {**common, **about}, store.MOST_ABOUT)
     images.run_images(joined=bool(about["asked"].get("folds"))).write(directory)
     files.write_json(directory / "metrics.json", metrics)
     files.write_json(directory / "history.json", history)
-    runs.write_history(directory / "history.csv", history)
+    store.write_history(directory / "history.csv", history)
     files.write_json(directory / "quarantined.json", [asdict(bad) for bad in images.quarantined])
     write_predictions(directory / "predictions.csv", predictions, dataset.classes)
     draw_curves(directory / "curves.png", history, x, f"{about['summary']['head']} on {dataset.name}")

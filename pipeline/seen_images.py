@@ -7,14 +7,14 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.asked import FullAsked
 from pipeline.cache.workspace import Workspace
 from pipeline.core import files
 from pipeline.core.errors import IceboxError, RunError
 from pipeline.core.files import MOST_JSON_BYTES
 from pipeline.dataset.class_names import with_classes
 from pipeline.gather import Sorted, list_images
-from pipeline.run_images import RunImages
+from pipeline.runs.request import FullAsked
+from pipeline.runs.run_images import RunImages
 from pipeline.trained import TrainedRun, open_run
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import heads, runs
-from pipeline.asked import SweepAsked
+from pipeline import heads
 from pipeline.cache.workspace import Workspace
 from pipeline.candidates import Candidate, compute_missing, digest, find_candidates
 from pipeline.core import files
@@ -38,8 +37,10 @@ from pipeline.leaderboard import (
     leaderboard,
     write_leaderboard,
 )
-from pipeline.pictures import draw_cost
 from pipeline.prepare import memory_needed, prepared
+from pipeline.runs import store
+from pipeline.runs.plots import draw_cost
+from pipeline.runs.request import SweepAsked
 from pipeline.train import write_run
 from pipeline.trial import TRIAL, read_json, read_trial, run_trial
 from pipeline.trial_tasks import submitted
@@ -116,13 +117,13 @@ def _folder(
     command, content = workspace.command(COMMAND), digest(candidates)
     if resume is None:
         title, spaces = candidates[0].material.dataset.name, [each.cost.space for each in candidates]
-        with runs.new_run(workspace.sweeps, title, command) as (name, folder):
+        with store.new_run(workspace.sweeps, title, command) as (name, folder):
             (folder / "trials").mkdir()
-            runs.write_request(folder, asked.to_dict(), content, spaces if len(spaces) > 1 else spaces[0])
+            store.write_request(folder, asked.to_dict(), content, spaces if len(spaces) > 1 else spaces[0])
             yield name, folder
         return
-    runs.require_same(workspace.sweeps, resume, content)
-    with runs.reopened(workspace.sweeps, resume, command) as found:
+    store.require_same(workspace.sweeps, resume, content)
+    with store.reopened(workspace.sweeps, resume, command) as found:
         yield found
 
 
@@ -275,14 +276,14 @@ class _Podium:
 def _publish_best(workspace: Workspace, asked: SweepAsked, best: _Setting, folder: Path) -> dict[str, Any]:
     """Measure the best head on the test split, once, and publish it as a run; return its summary."""
     if (known := _winner(workspace, folder)) is not None:
-        return runs.read_run(known)["summary"]
+        return store.read_run(known)["summary"]
     found, candidate, spec = read_json(best.folder / TRIAL), best.candidate, best.spec
     title = f"{candidate.material.dataset.name}-{spec.head}"
     with (
         prepared(candidate.material, [spec], asked.memory, sides=("val", "test")) as ready,
-        runs.new_run(workspace.runs, title, workspace.command("train-head")) as (name, directory),
+        store.new_run(workspace.runs, title, workspace.command("train-head")) as (name, directory),
     ):
-        files.write_json(folder / runs.WINNER, {"run": name})  # first: published, the run is known to be the winner
+        files.write_json(folder / store.WINNER, {"run": name})  # first: published, the run is known to be the winner
         head = heads.load(best.folder)
         fitted = heads.Fitted(head, found["history"], found["x"], found["seconds_per_epoch"], found["facts"])
         said = (answers(head, ready.rows[side], side) for side in ("val", "test"))
@@ -293,8 +294,8 @@ def _publish_best(workspace: Workspace, asked: SweepAsked, best: _Setting, folde
 def _winner(workspace: Workspace, folder: Path) -> Path | None:
     """Return the folder of the run that the best setting became before the sweep was stopped, None if it did not."""
     noted = list[Any]()
-    if (folder / runs.WINNER).exists():
-        noted.append(read_json(folder / runs.WINNER).get("run"))
+    if (folder / store.WINNER).exists():
+        noted.append(read_json(folder / store.WINNER).get("run"))
     if (folder / _ABOUT).exists():  # earlier versions removed their note before the sweep was published
         noted.append(dict(read_json(folder / _ABOUT).get("best") or {}).get("run"))
     found = (workspace.runs / str(name) for name in noted)
@@ -315,7 +316,7 @@ def _write(
         "format": FORMAT,
         "version": VERSION,
         "sweep": name,
-        "created": runs.now(),
+        "created": store.now(),
         "dataset": {"name": material.dataset.name, "split": material.split.origin},
         "features": material.space.spec.to_dict(),
         "backbones": [_about(candidate) for candidate in candidates],

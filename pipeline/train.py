@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import heads, results, runs, tracking
-from pipeline.asked import Asked
+from pipeline import heads, results, tracking
 from pipeline.backbone import source as networks
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import RunError
@@ -22,6 +21,8 @@ from pipeline.fitting import Outcome, fit_asked
 from pipeline.gather import Material, gather
 from pipeline.prepare import Prepared, prepared
 from pipeline.rows import Rows
+from pipeline.runs import store
+from pipeline.runs.request import Asked
 
 _MOST_DIFFERENCE = 1e-5  # between the probabilities of a head in memory and the same one read back
 
@@ -69,12 +70,12 @@ def _run(workspace: Workspace, asked: Asked, material: Material, resume: str | N
     """Give name and folder of the run: a new one, or the one to go on with if its rows are still the same."""
     command = workspace.command("train-head")
     if resume is None:
-        with runs.new_run(workspace.runs, f"{material.dataset.name}-{asked.head.head}", command) as (name, directory):
-            runs.write_request(directory, asked.to_dict(), material.digest(), material.space.name)
+        with store.new_run(workspace.runs, f"{material.dataset.name}-{asked.head.head}", command) as (name, directory):
+            store.write_request(directory, asked.to_dict(), material.digest(), material.space.name)
             yield name, directory
         return
-    runs.require_same(workspace.runs, resume, material.digest())
-    with runs.reopened(workspace.runs, resume, command) as found:
+    store.require_same(workspace.runs, resume, material.digest())
+    with store.reopened(workspace.runs, resume, command) as found:
         yield found
 
 

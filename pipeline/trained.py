@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import heads, runs
-from pipeline.asked import Asked, FullAsked
+from pipeline import heads
 from pipeline.backbone import source as networks
 from pipeline.core.errors import RunError, SpecError
 from pipeline.core.spec import FeatureSpec
@@ -20,6 +19,8 @@ from pipeline.dataset import Dataset
 from pipeline.dataset.class_names import listed, missing, normalised, other_classes, with_classes
 from pipeline.network import Network
 from pipeline.rows import Rows
+from pipeline.runs import store
+from pipeline.runs.request import Asked, FullAsked
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +119,8 @@ class TrainedRun:
 
 def open_run(root: Path, name: str) -> TrainedRun:
     """Return the run `name`: as `runs ls` lists it, a path, "latest" or "best". Raises RunError."""
-    path = runs.find_run(root, name)
-    about = runs.read_run(path)
+    path = store.find_run(root, name)
+    about = store.read_run(path)
     try:
         classes, spec = [str(each) for each in about["classes"]], FeatureSpec.from_dict(about["features"])
         if len(set(classes)) < len(classes):
@@ -132,7 +133,7 @@ def open_run(root: Path, name: str) -> TrainedRun:
         weights, content = str(about["summary"]["weights"]), about["dataset"].get("content")
     except (KeyError, TypeError, SpecError) as error:
         raise RunError(f"{path / 'run.json'} is not that of a trained head ({error})") from error
-    return TrainedRun(path, spec, classes, kind, base, asked, weights, content, runs.network_record(about))
+    return TrainedRun(path, spec, classes, kind, base, asked, weights, content, store.network_record(about))
 
 
 def _asked(value: Any) -> Asked | FullAsked:

@@ -176,7 +176,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no plot rendered, which takes longer than fitting a regression: for tests that look at none."""
-    monkeypatch.setattr("pipeline.pictures._rendered", lambda figure, as_png: b"\x89PNG" if as_png else b"<svg/>")
+    monkeypatch.setattr("pipeline.runs.plots._rendered", lambda figure, as_png: b"\x89PNG" if as_png else b"<svg/>")
 
 
 def small_model(size: int) -> Any:

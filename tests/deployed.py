@@ -13,7 +13,6 @@ from typing import Any
 from conftest import write_picture
 from own_networks import tiny, tiny_choice
 
-from pipeline.asked import Asked, DatasetChoice, FullAsked
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
@@ -24,6 +23,7 @@ from pipeline.extraction.extract import extract
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.finetune import train_full
 from pipeline.images import decoding
+from pipeline.runs.request import Asked, DatasetChoice, FullAsked
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
 

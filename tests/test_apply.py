@@ -14,9 +14,7 @@ from cached import SPEC, fill, listed, write_images
 from conftest import unseal
 from sklearn.metrics import accuracy_score, log_loss
 
-from pipeline import pictures, runs
 from pipeline.apply import Evaluation, evaluate_run
-from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import DatasetError, MissingRowsError, RunError, SpecError, UsageError
 from pipeline.core.hashing import image_key
@@ -24,11 +22,13 @@ from pipeline.core.spec import HeadSpec
 from pipeline.dataset import limit
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
-from pipeline.run_images import FILE, RunImages
+from pipeline.runs import plots, store
+from pipeline.runs.request import Asked, DatasetChoice
+from pipeline.runs.run_images import FILE, RunImages
 from pipeline.train import train_head
 from pipeline.trained import open_run
 
-RENDERED = pictures._rendered
+RENDERED = plots._rendered
 KINDS: dict[str, dict[str, Any]] = {
     "flatten": {"spec": HeadSpec.make("flatten", epochs=3, learning_rate=0.01, batch_size=16, hidden=16)},
     "gap": {"spec": HeadSpec.make("gap", epochs=4, learning_rate=0.02, batch_size=16)},
@@ -64,7 +64,7 @@ def test_every_kind_of_run_says_again_what_it_said(
     workspace: Workspace, photos: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = trained(workspace, photos, kind)
-    monkeypatch.setattr(pictures, "_rendered", RENDERED)
+    monkeypatch.setattr(plots, "_rendered", RENDERED)
     before = json.loads((workspace.runs / name / "metrics.json").read_text())["test"]
     done = evaluated(workspace, name, photos)
     assert done.split == "test"
@@ -181,7 +181,7 @@ def test_the_weights_of_another_head_are_refused(workspace: Workspace, photos: P
 
 def test_the_latest_run_is_the_last_by_name(workspace: Workspace, photos: Path) -> None:
     names = [trained(workspace, photos) for _ in range(2)]
-    assert runs.find_run(workspace.runs, "latest").name == max(names)
+    assert store.find_run(workspace.runs, "latest").name == max(names)
     with pytest.raises(RunError, match="no run named 'nothing'"):
         open_run(workspace.runs, "nothing")
 

@@ -16,12 +16,12 @@ from conftest import ROOT, write_picture
 from deployed import KINDS, Deployed
 
 import cli
-from pipeline.asked import Asked, FullAsked, stopped_run
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
 from pipeline.commands import config
 from pipeline.core.errors import IceboxError
 from pipeline.reproduce import options_like
+from pipeline.runs.request import Asked, FullAsked, stopped_run
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

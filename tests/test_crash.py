@@ -33,11 +33,11 @@ from own_networks import tiny_options
 
 import cli
 import pipeline.extraction.shard_task
-from pipeline import pictures
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
 from pipeline.core import files
-from pipeline.runs import published_names, read_run, unfinished
+from pipeline.runs import plots
+from pipeline.runs.store import published_names, read_run, unfinished
 
 SIX = ("features", "--dataset", "digits", "--limit", "6")
 VERIFY = ("cache", "verify", "--read-data")
@@ -249,7 +249,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     with closing(Cache(folder / "data" / "cache")) as cache:
         fill(Workspace(folder / "data", cache), listed(folder / "photos"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "_rendered", lambda *_: b"a picture")  # drawing would be most of the time
+        patch.setattr(plots, "_rendered", lambda *_: b"a picture")  # drawing would be most of the time
         yield Scenario("sweep", folder / "data", *SWEEP, "--dataset", str(folder / "photos"))
 
 

@@ -13,7 +13,6 @@ import pytest
 from conftest import picture
 from own_networks import own_choice, tiny
 
-from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
 from pipeline.checkup import check, told
@@ -28,6 +27,7 @@ from pipeline.gather import gather, gather_images
 from pipeline.images import decoding
 from pipeline.predict import predict
 from pipeline.reproduce import commands, options_like
+from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.serve import service
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run

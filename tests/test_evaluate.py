@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as metrics_of_sklearn
 
-from pipeline.evaluate import confusion_cells, evaluate, wilson_interval
+from pipeline.runs.metrics import confusion_cells, evaluate, wilson_interval
 
 CLASSES = ("ant", "bee", "cow", "dog")
 
@@ -134,7 +134,7 @@ def test_of_many_classes_the_confusion_is_kept_as_its_cells() -> None:
 
 
 def test_the_rarest_cells_are_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.evaluate._MOST_CELLS", 3)
+    monkeypatch.setattr("pipeline.runs.metrics._MOST_CELLS", 3)
     shares = np.zeros((7, 201), np.float32)
     shares[np.arange(7), [1, 1, 5, 1, 2, 2, 9]] = 1
     found = evaluate(np.array([1, 1, 5, 1, 4, 4, 9]), shares, [str(i) for i in range(201)])

@@ -18,7 +18,6 @@ from own_networks import SIZE, own_choice, tiny, write_network, write_sides
 
 from pipeline import export
 from pipeline.answering import grouped
-from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import DatasetError, RunError, UsageError
 from pipeline.core.locks import new_folder_held
@@ -29,6 +28,7 @@ from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
 from pipeline.formats import FORMATS
 from pipeline.images.loader import Loader
+from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
 

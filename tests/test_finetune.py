@@ -20,9 +20,8 @@ from conftest import SPEC, icebox, unseal, write_picture
 from faults import signalled
 from own_networks import SIZE, own_choice, tiny, write_network, write_sides
 
-from pipeline import heads, network, runs
+from pipeline import heads, network
 from pipeline.apply import evaluate_run
-from pipeline.asked import Asked, DatasetChoice, FullAsked, command_of
 from pipeline.backbone.graph import cut_layers, layer_names
 from pipeline.backbone.keras_start import import_keras
 from pipeline.cache.keys import split
@@ -43,7 +42,9 @@ from pipeline.network import Network
 from pipeline.origin import origin_of
 from pipeline.pixels import Pixels
 from pipeline.prepare import prepared_pixels
-from pipeline.run_images import RunImages
+from pipeline.runs import store
+from pipeline.runs.request import Asked, DatasetChoice, FullAsked, command_of
+from pipeline.runs.run_images import RunImages
 from pipeline.train import train_head
 from pipeline.trained import open_run
 
@@ -284,7 +285,7 @@ def test_freeze_trains_the_head_alone_on_images_that_are_warped_afresh(
     assert (seen[0] != seen[1]).reshape(20, -1).any(axis=1).all()
     assert run.summary["trainable_parameters"] == 64 * 64 + 64 + 64 * 2 + 2
     assert run.summary["trains"] == ["hidden", "probabilities"]
-    about = runs.read_run(run.path)
+    about = store.read_run(run.path)
     assert about["features"] == about["base"]["features"], "its backbone is still the one it began with"
     assert about["base"]["unchanged_until"] == "top"
 
@@ -293,7 +294,7 @@ def test_freeze_trains_the_head_alone_on_images_that_are_warped_afresh(
 
 
 def test_a_regression_goes_on_from_what_it_knows(place: Place, logreg: str) -> None:
-    before = runs.read_run(Path(logreg))["summary"]
+    before = store.read_run(Path(logreg))["summary"]
     still = {"epochs": 1, "learning_rate": 1e-12}
     run = place.train(from_cache=True, init=logreg, features=FeatureChoice(), settings=still)
     assert run.summary["accuracy"] == before["accuracy"]
@@ -361,7 +362,7 @@ def test_weights_that_are_gone_are_asked_for(made_up: Place, made_up_logreg: str
         if path.is_file():
             (elsewhere / path.name).write_bytes(path.read_bytes())
     unseal(elsewhere)
-    about = runs.read_run(elsewhere)
+    about = store.read_run(elsewhere)
     about["features"]["weights"] = "sha256:" + "0" * 64
     files.write_json(elsewhere / "run.json", about)
     with pytest.raises(WeightsError, match="which are not on this machine; give the file by `--weights FILE`"):
@@ -387,7 +388,7 @@ def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
     (run / network.JSON_FILE).unlink()
     with pytest.raises(RunError, match="cannot be read"):
         begin()
-    about = runs.read_run(run)
+    about = store.read_run(run)
     about["base"]["unchanged_until"] = "zzz"
     files.write_json(run / "run.json", about)
     with pytest.raises(RunError, match=r"is not that of a trained model \('zzz'\)"):
@@ -433,12 +434,12 @@ def test_begun_with_a_run_it_is_gone_on_with(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Network, "save", stopped)
         place.train(**options)
-    (name,) = runs.unfinished(place.workspace.runs)
-    asked = FullAsked.from_dict(runs.read_request(place.workspace.runs, name)["asked"])
+    (name,) = store.unfinished(place.workspace.runs)
+    asked = FullAsked.from_dict(store.read_request(place.workspace.runs, name)["asked"])
     done = train_full(place.dataset, place.workspace, asked, resume=name)
     assert history(done) == history(whole)
     assert whole.summary["trains"] == ["hidden", "probabilities"]
-    assert runs.read_run(done.path)["base"]["unchanged_until"] == "middle"
+    assert store.read_run(done.path)["base"]["unchanged_until"] == "middle"
 
 
 def test_killed_in_an_epoch_it_goes_on_as_if_it_never_was(place: Place, from_cache: FullRun) -> None:
@@ -451,14 +452,14 @@ def test_killed_in_an_epoch_it_goes_on_as_if_it_never_was(place: Place, from_cac
     # Before the third file gets its name: those before are the request and the checkpoint of the first epoch.
     killed = signalled(3, data, "finetune", *options, among=["rename"], within=[place.workspace.runs])
     assert killed.code == -signal.SIGKILL
-    (name,) = runs.unfinished(place.workspace.runs)
+    (name,) = store.unfinished(place.workspace.runs)
     assert (place.workspace.runs / f".partial-{name}" / "checkpoint.npz").exists()
-    assert command_of(runs.read_request(place.workspace.runs, name)) == "finetune"
+    assert command_of(store.read_request(place.workspace.runs, name)) == "finetune"
     assert f"finetune --resume {name}" in icebox(data, "runs", "ls").err
     for number, content in enumerate((b"[]", b"{")):
         broken = place.workspace.runs / f".partial-broken{number}"
         broken.mkdir()
-        (broken / runs.REQUEST).write_bytes(content)
+        (broken / store.REQUEST).write_bytes(content)
         (broken / "checkpoint.npz").write_bytes(b"")
     listed = icebox(data, "runs", "ls")
     assert (listed.code, listed.err.count("cannot be read")) == (0, 2)
@@ -622,14 +623,14 @@ def test_another_network_in_the_place_of_an_own_one_is_not_gone_on_with(
     path = write_network(tmp_path / "own.keras", "plain", size=None)
     choice = replace(own_choice(path), input_size=SIZE)
     extract(place.dataset, place.workspace, choice, ComputeOptions())
-    before = set(runs.unfinished(place.workspace.runs))
+    before = set(store.unfinished(place.workspace.runs))
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.finetune._measured", interrupt)
         with pytest.raises(KeyboardInterrupt):
             place.train(features=own_choice(path), freeze_until="middle")
-    (name,) = set(runs.unfinished(place.workspace.runs)) - before
+    (name,) = set(store.unfinished(place.workspace.runs)) - before
     extract(place.dataset, place.workspace, replace(choice, input_size=40), ComputeOptions())
-    asked = FullAsked.from_dict(runs.read_request(place.workspace.runs, name)["asked"])
+    asked = FullAsked.from_dict(store.read_request(place.workspace.runs, name)["asked"])
     with zipfile.ZipFile(path) as archive:
         parts = {part: archive.read(part) for part in archive.namelist()}
     original = path.read_bytes()
@@ -664,13 +665,13 @@ def test_a_stopped_run_finds_its_own_network_by_content_or_is_given_it(
 ) -> None:
     path, data = write_network(tmp_path / "own.keras", "plain"), place.workspace.root
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    before = set(runs.unfinished(place.workspace.runs))
+    before = set(store.unfinished(place.workspace.runs))
     for _ in range(2):
         with monkeypatch.context() as patch:
             patch.setattr("pipeline.finetune._measured", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 place.train(features=own_choice(path), freeze_until="middle", settings={"epochs": 1})
-    first, second = sorted(set(runs.unfinished(place.workspace.runs)) - before)
+    first, second = sorted(set(store.unfinished(place.workspace.runs)) - before)
     moved = path.rename(tmp_path / "moved.keras")
     wanted = f"the run began with the network own.keras (sha256 {digest})"
     gone = icebox(data, "finetune", "--resume", first)

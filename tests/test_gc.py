@@ -16,13 +16,13 @@ from conftest import command_line, environment, icebox, write_picture
 from faults import Watcher, disk_full, watched
 from made import SPEC, add, key, made, shard_file, spoil
 
-from pipeline import runs
 from pipeline.cache import gc
 from pipeline.cache.gc import Collected, Keep, collect
 from pipeline.cache.index import FileStamp
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.verify import verify
 from pipeline.core.errors import CacheError
+from pipeline.runs import store
 
 
 @pytest.fixture
@@ -277,10 +277,10 @@ def test_a_dataset_that_cannot_be_read_removes_nothing(data: Path) -> None:
 
 def test_folders_of_killed_runs_go_and_those_at_work_stay(data: Path) -> None:
     root = data / "runs"
-    dead = root / f"{runs.files.PARTIAL_PREFIX}20260101-000000-dead"
+    dead = root / f"{store.files.PARTIAL_PREFIX}20260101-000000-dead"
     dead.mkdir(parents=True)
     (dead / "head.weights.h5").write_bytes(bytes(5000))
-    with runs.new_run(root, "alive") as (_, partial):
+    with store.new_run(root, "alive") as (_, partial):
         done = icebox(data, "cache", "gc", "--json").json
         assert (done["leftovers"], str(dead) in done["removed"]) == (1, True)
         assert partial.exists()

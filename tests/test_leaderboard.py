@@ -26,7 +26,7 @@ from pipeline.leaderboard import (
     varied,
     write_leaderboard,
 )
-from pipeline.pictures import draw_cost
+from pipeline.runs.plots import draw_cost
 
 COST = ExtractionCost("small.keras", "own_00000000-out-00000000", 100.0, 500)
 GAP = [HeadSpec.make("gap", learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import runs
 from pipeline.core.errors import CacheError, RunError
 from pipeline.core.locks import abandoned, held_if_abandoned
+from pipeline.runs import store
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def stopped(tmp_path: Path) -> Path:
     """The folder of a run that was killed and can be resumed."""
     folder = tmp_path / ".partial-stopped"
     folder.mkdir()
-    runs.write_request(folder, {}, "", None)
+    store.write_request(folder, {}, "", None)
     (folder / "checkpoint.npz").touch()
     return folder
 
@@ -42,7 +42,7 @@ def test_who_looks_whether_a_run_is_abandoned_keeps_nobody_from_it(
     stopped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks, knocks = threading.Event(), threading.Event()
-    looker = threading.Thread(target=runs.unfinished, args=(stopped.parent,))
+    looker = threading.Thread(target=store.unfinished, args=(stopped.parent,))
 
     def flock(real: Callable[..., None], handle: int, how: int) -> None:
         if threading.current_thread() is not looker:
@@ -55,7 +55,7 @@ def test_who_looks_whether_a_run_is_abandoned_keeps_nobody_from_it(
     when_locked(monkeypatch, flock)
     looker.start()
     assert looks.wait(60)
-    with runs.reopened(stopped.parent, "stopped"):
+    with store.reopened(stopped.parent, "stopped"):
         assert not abandoned(stopped)
     looker.join()
 
@@ -67,7 +67,7 @@ def test_of_many_who_resume_a_run_at_once_one_does(stopped: Path) -> None:
         def resume(together: threading.Barrier, said: list[str]) -> None:
             together.wait(60)
             try:
-                with runs.reopened(stopped.parent, "stopped"):
+                with store.reopened(stopped.parent, "stopped"):
                     said.append("mine")
                     together.wait(60)
                     raise KeyboardInterrupt
@@ -90,7 +90,7 @@ def test_a_run_that_begins_is_not_taken_for_a_leftover(tmp_path: Path, monkeypat
     met = threading.Event()
 
     def tidy() -> None:
-        runs.remove_leftovers(tmp_path, resumable=True)
+        store.remove_leftovers(tmp_path, resumable=True)
         met.set()
 
     tidier = threading.Thread(target=tidy)
@@ -105,7 +105,7 @@ def test_a_run_that_begins_is_not_taken_for_a_leftover(tmp_path: Path, monkeypat
         real(handle, how)
 
     when_locked(monkeypatch, flock)
-    with runs.new_run(tmp_path, "digits-gap") as (name, folder):
+    with store.new_run(tmp_path, "digits-gap") as (name, folder):
         tidier.join()
         assert folder.is_dir()
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -118,11 +118,11 @@ def test_a_run_that_was_taken_up_again_meanwhile_is_not_removed(stopped: Path, m
             stack.enter_context(held_if_abandoned(folder))
             return False
 
-        monkeypatch.setattr(runs, "_can_resume", taken_up)
-        assert runs.remove_leftovers(stopped.parent, resumable=False) == ([], 0)
+        monkeypatch.setattr(store, "_can_resume", taken_up)
+        assert store.remove_leftovers(stopped.parent, resumable=False) == ([], 0)
         assert stopped.is_dir()
     monkeypatch.undo()
-    assert runs.remove_leftovers(stopped.parent, resumable=True)[0] == [stopped]
+    assert store.remove_leftovers(stopped.parent, resumable=True)[0] == [stopped]
 
 
 def test_what_is_gone_by_now_is_nobodys(tmp_path: Path) -> None:
@@ -141,11 +141,11 @@ def without_folder_locks(real: Callable[..., None], handle: int, how: int) -> No
 
 def test_where_folders_have_no_locks_resuming_names_the_way_out(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     when_locked(monkeypatch, without_folder_locks)
-    assert runs.unfinished(stopped.parent) == []
-    assert runs.remove_leftovers(stopped.parent, resumable=True) == ([], 0)
+    assert store.unfinished(stopped.parent) == []
+    assert store.remove_leftovers(stopped.parent, resumable=True) == ([], 0)
     with (
         pytest.raises(CacheError, match=r"cannot be locked .*ICEBOX_LOCKS=off"),
-        runs.reopened(stopped.parent, "stopped"),
+        store.reopened(stopped.parent, "stopped"),
     ):
         pass
 
@@ -155,10 +155,10 @@ def test_without_locks_a_run_is_resumed_and_nothing_is_removed(
 ) -> None:
     when_locked(monkeypatch, without_folder_locks)
     monkeypatch.setenv("ICEBOX_LOCKS", "off")
-    assert runs.remove_leftovers(stopped.parent, resumable=True, dry_run=True) == ([], 0)
-    assert runs.remove_leftovers(stopped.parent, resumable=True) == ([], 0)
-    assert runs.unfinished(stopped.parent) == ["stopped"]
-    with runs.reopened(stopped.parent, "stopped"):
+    assert store.remove_leftovers(stopped.parent, resumable=True, dry_run=True) == ([], 0)
+    assert store.remove_leftovers(stopped.parent, resumable=True) == ([], 0)
+    assert store.unfinished(stopped.parent) == ["stopped"]
+    with store.reopened(stopped.parent, "stopped"):
         pass
     assert (stopped.parent / "stopped").is_dir()
     assert "nothing keeps another process from going on with stopped too" in caplog.text

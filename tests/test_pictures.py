@@ -9,10 +9,10 @@ from typing import Any
 import matplotlib as mpl
 import pytest
 
-from pipeline import pictures
 from pipeline.core import lazy_imports
-from pipeline.pictures import draw_calibration, draw_curves
 from pipeline.report import page
+from pipeline.runs import plots
+from pipeline.runs.plots import draw_calibration, draw_curves
 
 HISTORY = [{"epoch": n, "loss": 1 / n, "accuracy": 0.5, "val_loss": 1 / n, "val_accuracy": 0.4} for n in (1, 2, 3)]
 BINS = [{"from": 0.0, "to": 1.0, "confidence": 0.5, "accuracy": 0.5, "images": 3}]
@@ -43,8 +43,8 @@ def test_what_cannot_be_drawn_is_a_notice(
     def import_matplotlib() -> Any:
         raise ValueError("no such backend")
 
-    monkeypatch.setattr(pictures, "import_matplotlib", import_matplotlib)
-    monkeypatch.setattr(pictures, "_matplotlib", pictures._matplotlib.__wrapped__)  # which remembers that it is there
+    monkeypatch.setattr(plots, "import_matplotlib", import_matplotlib)
+    monkeypatch.setattr(plots, "_matplotlib", plots._matplotlib.__wrapped__)  # which remembers that it is there
     draw_curves(tmp_path / "curves.png", HISTORY, "epoch", "a title")
     assert list(tmp_path.iterdir()) == []
     assert "curves.png is left out, matplotlib cannot draw it (no such backend)" in caplog.text

@@ -24,13 +24,11 @@ from deployed import KINDS, MOST, Deployed, know_tiny
 from own_networks import SIZE, own_choice, write_network, write_sides
 from served import Page, served
 
-from pipeline import heads, predict, runs
-from pipeline.asked import Asked, DatasetChoice
+from pipeline import heads, predict
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.untrained import initialise, recipe_of
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
-from pipeline.checksums import CHECKSUMS
 from pipeline.core import files
 from pipeline.core.errors import DatasetError, IndexDamagedError, RunError, SpecError, WeightsError
 from pipeline.core.hashing import image_key
@@ -39,6 +37,9 @@ from pipeline.dataset import open_dataset, open_images
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
 from pipeline.predict import Answer, likeliest
+from pipeline.runs import store
+from pipeline.runs.checksums import CHECKSUMS
+from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.serve import service
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run
@@ -440,7 +441,7 @@ def test_checksums_that_are_gone_are_missed(copied: Deployed) -> None:
 
 def test_a_run_of_the_first_version_has_none_and_is_taken(copied: Deployed) -> None:
     unseal(run := copied.data / "runs" / copied.name("logreg"))
-    assert runs.read_run(run)["classes"] == ["cats", "dogs"]
+    assert store.read_run(run)["classes"] == ["cats", "dogs"]
 
 
 def test_the_checksums_are_those_of_coreutils(deployed: Deployed) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.core.utf8 import spelt
-from pipeline.predictions import Predictions, read_answers, write_predictions
+from pipeline.runs.predictions import Predictions, read_answers, write_predictions
 
 ODD_NAMES = ["a,b.png", 'quo"te.png', "two\nlines.png", "carriage\rreturn.png", "\udcff\udc80.png", "=1+1", "é漢.png"]
 

@@ -27,13 +27,11 @@ from own_networks import tiny_options
 
 from pipeline import reproduce
 from pipeline.apply import evaluate_run
-from pipeline.asked import Asked, DatasetChoice, FullAsked, SweepAsked
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
 from pipeline.core.progress import silent
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset
-from pipeline.evaluate import confusion_cells
 from pipeline.extraction import measured_rates
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import near_duplicates
@@ -42,7 +40,9 @@ from pipeline.report import compare, findings, page, shown, single
 from pipeline.report.compare import notes_of, of_sweep
 from pipeline.report.single import trained_on
 from pipeline.report.tiles import Looks
-from pipeline.run_dataset import RunDataset
+from pipeline.runs.metrics import confusion_cells
+from pipeline.runs.request import Asked, DatasetChoice, FullAsked, SweepAsked
+from pipeline.runs.run_dataset import RunDataset
 from pipeline.sweep import sweep
 from pipeline.train import train_head
 from pipeline.trained import TrainedRun, open_run

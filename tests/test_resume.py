@@ -16,8 +16,6 @@ from cached import SPEC, fill, listed, write_images
 from conftest import icebox
 from faults import signalled
 
-from pipeline import runs
-from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.workspace import Workspace
 from pipeline.checkpoint import Checkpoint
 from pipeline.core import files
@@ -25,6 +23,8 @@ from pipeline.core.errors import RunError
 from pipeline.core.spec import HeadSpec
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
+from pipeline.runs import store
+from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.train import HeadRun, train_head
 
 SPECS = {
@@ -49,7 +49,7 @@ def asked(photos: Path, spec: HeadSpec, **more: Any) -> Asked:
 
 
 def go_on(workspace: Workspace, photos: Path, name: str) -> HeadRun:
-    again = Asked.of_request(runs.read_request(workspace.runs, name))
+    again = Asked.of_request(store.read_request(workspace.runs, name))
     return train_head(listed(photos), workspace, again, "features", resume=name)
 
 
@@ -78,7 +78,7 @@ def stop(workspace: Workspace, photos: Path, wanted: Asked, monkeypatch: pytest.
         patch.setattr(Checkpoint, "save", interrupted(at))
         with pytest.raises(KeyboardInterrupt):
             train_head(listed(photos), workspace, wanted, "features")
-    (name,) = runs.unfinished(workspace.runs)
+    (name,) = store.unfinished(workspace.runs)
     return name
 
 
@@ -100,9 +100,9 @@ def test_the_resumed_history_is_that_of_a_run_never_stopped(
     assert (done.summary["accuracy"], done.summary["best_epoch"]) == (
         whole.summary["accuracy"], whole.summary["best_epoch"],
     )  # fmt: skip
-    assert runs.unfinished(workspace.runs) == []
+    assert store.unfinished(workspace.runs) == []
     assert not list(done.path.rglob("checkpoint*"))
-    assert not (done.path / runs.REQUEST).exists()
+    assert not (done.path / store.REQUEST).exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["killed", "full"])
@@ -122,7 +122,7 @@ def test_stopped_while_it_is_published_nothing_is_trained_again(
         patch.setattr(Checkpoint, "save", interrupted(-1))
         with pytest.raises(type(error)):
             train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
-    (name,) = runs.unfinished(workspace.runs)
+    (name,) = store.unfinished(workspace.runs)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.loop._epoch", None)  # there is no epoch left to train
         done = go_on(workspace, photos, name)
@@ -201,7 +201,7 @@ def test_one_that_somebody_works_on_is_left_to_them(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = stop(workspace, photos, asked(photos, SPECS["gap"]), monkeypatch)
-    with runs.reopened(workspace.runs, name), pytest.raises(RunError, match="is being worked on"):
+    with store.reopened(workspace.runs, name), pytest.raises(RunError, match="is being worked on"):
         go_on(workspace, photos, name)
 
 
@@ -241,7 +241,7 @@ def test_where_a_checkpoint_was_written_before_the_disk_was_full_it_is_told_how_
     monkeypatch.setattr("pipeline.checkpoint._SHARE", 1e9)  # worth it after each epoch
     with pytest.raises(RunError, match=r"make room$"):
         train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
-    (name,) = runs.unfinished(workspace.runs)
+    (name,) = store.unfinished(workspace.runs)
     assert f"train-head --resume {name}" in caplog.text
 
 
@@ -285,7 +285,7 @@ def test_the_command_is_killed_listed_and_resumed(workspace: Workspace, photos: 
     assert refused.code == 2
     assert "leave out --epochs" in refused.err
     done = icebox(workspace.root, "train-head", "--resume", name, "--json").json
-    assert runs.read_run(workspace.runs / done["run"])["summary"]["epochs"] == 5
+    assert store.read_run(workspace.runs / done["run"])["summary"]["epochs"] == 5
     histories = [(workspace.runs / run["run"] / "history.json").read_text() for run in (whole, done)]
     assert histories[0] == histories[1]
     assert icebox(workspace.root, "train-head", "--resume", "").err.count("nothing named ''") == 1
@@ -296,10 +296,10 @@ def test_what_a_run_killed_right_after_it_was_published_no_longer_needs_is_remov
 ) -> None:
     run = train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    extra = [run.path / runs.REQUEST, run.path / "checkpoint.npz"]
+    extra = [run.path / store.REQUEST, run.path / "checkpoint.npz"]
     for path in extra:
         path.write_bytes(b"123")
-    assert runs.remove_leftovers(workspace.runs, resumable=False, dry_run=True) == (extra, 6)
-    assert runs.remove_leftovers(workspace.runs, resumable=False) == (extra, 6)
+    assert store.remove_leftovers(workspace.runs, resumable=False, dry_run=True) == (extra, 6)
+    assert store.remove_leftovers(workspace.runs, resumable=False) == (extra, 6)
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
-    assert runs.unfinished(workspace.runs) == []
+    assert store.unfinished(workspace.runs) == []

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from made import key
 
-from pipeline.checksums import write_checksums
-from pipeline.run_dataset import RunDataset, distinct, resolved, told_apart
-from pipeline.run_images import RunImages
+from pipeline.runs.checksums import write_checksums
+from pipeline.runs.run_dataset import RunDataset, distinct, resolved, told_apart
+from pipeline.runs.run_images import RunImages
 
 CAFE = "cafe\N{COMBINING ACUTE ACCENT}", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from made import key
 
-from pipeline.checksums import write_checksums
 from pipeline.core.errors import RunError
-from pipeline.run_images import FILE, SEEN, RunImages
+from pipeline.runs.checksums import write_checksums
+from pipeline.runs.run_images import FILE, SEEN, RunImages
 
 KEYS = {"train": [key(1), key(2), key(2)], "val": [key(3)], "test": [key(4), key(1)]}
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.checksums import write_checksums
 from pipeline.core.errors import RunError
 from pipeline.core.files import write_json
-from pipeline.pictures import draw_curves
-from pipeline.runs import (
+from pipeline.runs.checksums import write_checksums
+from pipeline.runs.plots import draw_curves
+from pipeline.runs.store import (
     find_run,
     latest_of,
     list_runs,
@@ -59,7 +59,7 @@ def test_after_an_error_nothing_is_left_and_the_error_is_the_same(tmp_path: Path
 
 def test_after_a_kill_only_a_hidden_folder_is_left(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from pipeline.runs import new_run\n"
+        "import os, sys; from pathlib import Path; from pipeline.runs.store import new_run\n"
         "with new_run(Path(sys.argv[1]), 'digits-gap') as (_, directory):\n"
         "    (directory / 'run.json').write_text('{}'); os._exit(9)\n"
     )
@@ -263,7 +263,7 @@ def test_a_run_whose_description_was_changed_is_not_listed(tmp_path: Path, caplo
     name, good = make_run(tmp_path, "a"), make_run(tmp_path, "b")
     path = tmp_path / name / "run.json"
     path.write_text(path.read_text().replace("0.5", "0.9", 1))
-    with caplog.at_level(logging.WARNING, "pipeline.runs"):
+    with caplog.at_level(logging.WARNING, "pipeline.runs.store"):
         assert [about["summary"]["run"] for about in list_runs(tmp_path)] == [good]
     assert "is not the file that was published" in caplog.text
 
@@ -276,7 +276,7 @@ def test_a_run_that_cannot_be_read_is_named_and_hides_no_other(
 ) -> None:
     name, good = make_run(tmp_path, "a"), make_run(tmp_path, "b")
     (tmp_path / name / "run.json").write_text(text)
-    with caplog.at_level(logging.WARNING, "pipeline.runs"):
+    with caplog.at_level(logging.WARNING, "pipeline.runs.store"):
         assert [about["summary"]["run"] for about in list_runs(tmp_path)] == [good]
     (record,) = caplog.records
     assert name in record.getMessage()

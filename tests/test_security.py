@@ -44,12 +44,12 @@ from conftest import (
 )
 from own_networks import tiny_options
 
-from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.workspace import Workspace
 from pipeline.core.spec import FeatureSpec, HeadSpec
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
+from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.train import train_head
 
 Files = Callable[[Path], "list[str | Path]"]  # makes the hostile input in a folder, returns more arguments

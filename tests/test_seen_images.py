@@ -10,7 +10,6 @@ import pytest
 from cached import fill, listed, write_images
 from conftest import unseal
 
-from pipeline.asked import Asked, DatasetChoice, FullAsked
 from pipeline.cache.workspace import Workspace
 from pipeline.core.spec import HeadSpec
 from pipeline.extraction.feature_choice import FeatureChoice
@@ -18,7 +17,8 @@ from pipeline.finetune import with_initial
 from pipeline.gather import Material, gather
 from pipeline.images import decoding
 from pipeline.origin import Origin, begun_from
-from pipeline.run_images import FILE, RunImages
+from pipeline.runs.request import Asked, DatasetChoice, FullAsked
+from pipeline.runs.run_images import FILE, RunImages
 from pipeline.seen_images import seen_images
 from pipeline.train import train_head
 from pipeline.trained import open_run

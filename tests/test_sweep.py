@@ -29,8 +29,7 @@ import pipeline.extraction.workers.connect
 import pipeline.extraction.workers.health
 import pipeline.extraction.workers.scheduler_client
 import pipeline.sweep
-from pipeline import heads, runs, trial_tasks
-from pipeline.asked import Asked, DatasetChoice, SweepAsked
+from pipeline import heads, trial_tasks
 from pipeline.backbone.keras_start import import_keras
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
@@ -46,6 +45,8 @@ from pipeline.gather import gather
 from pipeline.images import decoding
 from pipeline.prepare import prepared
 from pipeline.rows import StoredRows
+from pipeline.runs import store
+from pipeline.runs.request import Asked, DatasetChoice, SweepAsked
 from pipeline.sweep import Sweep, sweep
 from pipeline.train import train_head
 from pipeline.trial import run_trial
@@ -100,7 +101,7 @@ def test_every_setting_is_ranked_and_the_best_is_a_run(ranked: tuple[Workspace, 
     assert done.rows[-1]["settings"]["learning_rate"] == 1e-4, "which learns next to nothing in four epochs"
     assert all(row["low"] <= row["val_accuracy"] <= row["high"] for row in done.rows)
     assert all(row["seconds"] > 0 and row["parameters"] > 0 and row["bytes"] > 0 for row in done.rows)
-    (published,) = runs.list_runs(workspace.runs)
+    (published,) = store.list_runs(workspace.runs)
     assert published["summary"] == done.best == about(done)["best"]
     assert published["head"] == {"head": done.rows[0]["head"], **done.rows[0]["settings"]}
     assert done.best["val_accuracy"] == done.rows[0]["val_accuracy"]
@@ -197,7 +198,7 @@ def test_what_was_killed_goes_on_and_tries_nothing_twice(
     monkeypatch.setattr(heads, "fit", counted)
     with pytest.raises(KeyboardInterrupt):
         run(workspace, photos, specs)
-    (name,) = runs.unfinished(workspace.sweeps)
+    (name,) = store.unfinished(workspace.sweeps)
     with pytest.raises(KeyboardInterrupt):
         run(workspace, photos, specs, resume=name)
     done = run(workspace, photos, specs, resume=name)
@@ -207,7 +208,7 @@ def test_what_was_killed_goes_on_and_tries_nothing_twice(
     assert sorted(tried) == sorted([spec.identity for spec in specs] + interrupted)
     same = ("trial", "val_accuracy", "val_loss", "p_value")
     assert [[row[key] for key in same] for row in done.rows] == [[row[key] for key in same] for row in whole.rows]
-    assert runs.unfinished(workspace.sweeps) == []
+    assert store.unfinished(workspace.sweeps) == []
 
 
 def test_a_checkpoint_that_does_not_fit_does_not_end_a_sweep(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -238,7 +239,7 @@ def test_killed_after_the_winner_was_published_there_is_no_second_one(
         with pytest.raises(KeyboardInterrupt):
             run(workspace, photos, LINEAR)
     (published,) = visible(workspace.runs)
-    (name,) = runs.unfinished(workspace.sweeps)
+    (name,) = store.unfinished(workspace.sweeps)
     done = run(workspace, photos, LINEAR, resume=name)
     assert done.best["run"] == published
     assert visible(workspace.runs) == [published]
@@ -253,7 +254,7 @@ def test_a_sweep_that_an_earlier_version_left_without_its_note_and_heads_is_fini
         patch.setattr("pipeline.sweep.draw_leaderboard", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(workspace, photos, GRID[-1:])
-    (name,), (published,) = runs.unfinished(workspace.sweeps), visible(workspace.runs)
+    (name,), (published,) = store.unfinished(workspace.sweeps), visible(workspace.runs)
     for path in workspace.sweeps.rglob("head.*"):
         path.unlink()
     (note,) = workspace.sweeps.rglob("winner.json")
@@ -270,7 +271,7 @@ def test_a_sweep_whose_images_changed_is_not_gone_on_with(
         patch.setattr("pipeline.sweep.leaderboard", lambda trials: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(workspace, photos, LINEAR)
-    (name,) = runs.unfinished(workspace.sweeps)
+    (name,) = store.unfinished(workspace.sweeps)
     (photos / "ant" / "000.png").rename(photos / "bee" / "moved.png")
     with pytest.raises(RunError, match="no longer those it began with"):
         run(workspace, photos, LINEAR, resume=name)
@@ -329,7 +330,7 @@ def test_heads_on_several_backbones_are_ranked_together(workspace: Workspace, ph
     assert last["p_value"] < 0.05
     assert not last["within_noise"]
     assert len(list((done.path / "trials").iterdir())) == 4, "a folder each"
-    (published,) = runs.list_runs(workspace.runs)
+    (published,) = store.list_runs(workspace.runs)
     assert published["features"] == spec_of("mobilenet_v2").to_dict() == about(done)["features"]
     assert published["asked"]["features"]["backbone"] == published["summary"]["backbone"] == "mobilenet_v2"
     assert [each["backbone"] for each in about(done)["backbones"]] == list(PAIR)
@@ -397,8 +398,8 @@ def test_a_stopped_sweep_of_several_goes_on_in_the_spaces_it_began_with(
     monkeypatch.setattr(heads, "fit", counted)
     with pytest.raises(KeyboardInterrupt):
         run_both(workspace, photos, LINEAR[:2])
-    (name,) = runs.unfinished(workspace.sweeps)
-    request = runs.read_request(workspace.sweeps, name)
+    (name,) = store.unfinished(workspace.sweeps)
+    request = store.read_request(workspace.sweeps, name)
     asked = SweepAsked.of_request(request)
     assert [each["backbone"] for each in request["asked"]["features"]] == list(PAIR)
     assert [each.space for each in asked.features] == [spec_of(each).directory for each in PAIR]
@@ -618,7 +619,7 @@ def test_workers_started_here_that_are_killed_again_and_again_are_given_up(
     monkeypatch.setattr(pipeline.sweep, "run_trial", end_worker)
     with pytest.raises(IceboxError, match=r"was lost \d times before it had done anything|died again and again"):
         run(workspace, photos, GRID[-1:], cluster=ClusterChoice(workers=1))
-    assert runs.unfinished(workspace.sweeps) == []
+    assert store.unfinished(workspace.sweeps) == []
 
 
 def test_a_worker_whose_memory_limit_is_too_small_is_given_up_and_the_limit_named(
@@ -642,7 +643,7 @@ def test_a_scheduler_that_is_not_there_is_told(
     fill(workspace, listed(photos))
     with pytest.raises(UsageError, match=r"no Dask scheduler answers at 'tcp://127\.0\.0\.1:9'"):
         run(workspace, photos, cluster=ClusterChoice(scheduler="tcp://127.0.0.1:9"))
-    assert runs.unfinished(workspace.sweeps) == []
+    assert store.unfinished(workspace.sweeps) == []
 
 
 def test_an_address_that_is_none_is_told(workspace: Workspace, photos: Path) -> None:

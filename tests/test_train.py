@@ -21,7 +21,6 @@ from cached import CLASSES, SPEC, fill, listed, row_of, spec_of, write_images
 from PIL import Image
 
 from pipeline import heads
-from pipeline.asked import Asked, DatasetChoice
 from pipeline.cache import shard
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
@@ -33,7 +32,8 @@ from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.gather import gather
 from pipeline.images import decoding
 from pipeline.prepare import on_sides
-from pipeline.run_images import RunImages
+from pipeline.runs.request import Asked, DatasetChoice
+from pipeline.runs.run_images import RunImages
 from pipeline.train import HeadRun, train_head
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -592,7 +592,7 @@ _IN_PROCESS = """
 import os, resource, sys
 from pathlib import Path
 from pipeline import images
-from pipeline.asked import Asked, DatasetChoice
+from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.dataset import open_dataset
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.core.spec import HeadSpec

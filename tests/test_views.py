@@ -16,7 +16,6 @@ import pytest
 from conftest import icebox, picture
 from own_networks import SIZE, tiny, tiny_choice
 
-from pipeline.asked import Asked, DatasetChoice
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache import shard
 from pipeline.cache.gc import Keep, collect
@@ -34,6 +33,7 @@ from pipeline.extraction.recompute_check import recompute
 from pipeline.gather import gather
 from pipeline.images import augment, decoding
 from pipeline.prepare import prepared
+from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.train import train_head
 
 pytestmark = pytest.mark.usefixtures("undrawn")

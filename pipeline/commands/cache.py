@@ -147,7 +147,7 @@ def cache_gc(
     """
     from pipeline.cache.gc import collect
     from pipeline.core.errors import UsageError
-    from pipeline.runs import remove_leftovers
+    from pipeline.runs.store import remove_leftovers
 
     if not dataset and (archive or image_root):
         raise UsageError("--archive and --image-root go with --dataset only")
@@ -177,10 +177,10 @@ def cache_gc(
 def _keep(
     workspace: Workspace, datasets: Sequence[str], spaces: Sequence[str], archive: Path | None, root: Path | None
 ) -> Keep:
-    from pipeline.asked import DatasetChoice
     from pipeline.cache.digests import identify
     from pipeline.cache.gc import Keep
     from pipeline.core.errors import DatasetError
+    from pipeline.runs.request import DatasetChoice
 
     for name in spaces:
         workspace.cache.open(name, sync=False)  # a name mistyped must not cost a space

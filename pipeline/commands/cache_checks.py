@@ -128,8 +128,8 @@ def _recomputed(workspace: Workspace, context: typer.Context, space: str | None,
 
 
 def _rechecked(workspace: Workspace, context: typer.Context, name: str, space: str | None) -> Rechecked:
-    from pipeline.asked import DatasetChoice
     from pipeline.extraction.decode_check import recheck
+    from pipeline.runs.request import DatasetChoice
 
     archive, root = (each and str(each) for each in (context.params["archive"], context.params["image_root"]))
     return recheck(DatasetChoice(name, archive, root).open(workspace), workspace, space)

@@ -37,7 +37,7 @@ def _quiet(names: Callable[[typer.Context, str], list[str]]) -> Callable[[typer.
 @_quiet
 def run_names(context: typer.Context, incomplete: str) -> list[str]:
     """Return the names of published runs that begin so, the latest first."""
-    from pipeline.runs import published_names
+    from pipeline.runs.store import published_names
 
     names = ["latest", "best", *reversed(published_names(_root(context) / "runs"))]
     return [name for name in names if name.startswith(incomplete)]
@@ -46,7 +46,7 @@ def run_names(context: typer.Context, incomplete: str) -> list[str]:
 @_quiet
 def stopped_names(context: typer.Context, incomplete: str) -> list[str]:
     """Return the names of runs, or for `sweep` of sweeps, that were stopped, the latest first."""
-    from pipeline.runs import unfinished
+    from pipeline.runs.store import unfinished
 
     folder = "sweeps" if context.info_name == "sweep" else "runs"
     return [name for name in reversed(unfinished(_root(context) / folder)) if name.startswith(incomplete)]

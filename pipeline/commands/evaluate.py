@@ -31,7 +31,7 @@ from pipeline.commands.shared import (
 from pipeline.core.units import counted
 
 if TYPE_CHECKING:
-    from pipeline.asked import DatasetChoice
+    from pipeline.runs.request import DatasetChoice
     from pipeline.trained import TrainedRun
 
 _SHOWN = (

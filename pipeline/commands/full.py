@@ -40,8 +40,8 @@ from pipeline.commands.shared import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.asked import FullAsked
     from pipeline.core.spec import Augmentation
+    from pipeline.runs.request import FullAsked
 
 _TRAINING = (
     "epochs", "batch_size", "optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing",
@@ -196,8 +196,8 @@ def finetune(
 
 
 def _run(stage: str, context: typer.Context) -> None:
-    from pipeline.asked import FullAsked, stopped_run, with_network
     from pipeline.finetune import train_full
+    from pipeline.runs.request import FullAsked, stopped_run, with_network
 
     given = context.params
     resume: str | None = given["resume"]
@@ -238,10 +238,10 @@ def _refuse_what_does_not_go_together(context: typer.Context) -> None:
 
 
 def _asked(stage: str, context: typer.Context, root: Path) -> FullAsked:
-    from pipeline import runs
-    from pipeline.asked import FullAsked
     from pipeline.core.spec import HeadSpec, Views
     from pipeline.extraction.feature_choice import FeatureChoice
+    from pipeline.runs import store
+    from pipeline.runs.request import FullAsked
 
     given = context.params
     cached = given.get("from_cache", False)
@@ -263,7 +263,7 @@ def _asked(stage: str, context: typer.Context, root: Path) -> FullAsked:
         ).anchored(),
         head=HeadSpec.make(given.get("head") or "gap", **shape, **{name: given[name] for name in _TRAINING}),
         max_pixels=given["max_pixels"],
-        init=None if init is None else str(runs.find_run(root, init).absolute()),
+        init=None if init is None else str(store.find_run(root, init).absolute()),
         freeze_until=given.get("freeze_until"),
         batch_norm=given.get("batch_norm", "frozen"),
         from_cache=cached,

@@ -43,9 +43,9 @@ from pipeline.commands.shared import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.asked import Asked
     from pipeline.cache.workspace import Workspace
     from pipeline.core.spec import HeadSpec
+    from pipeline.runs.request import Asked
 
 _SETTINGS = (
     "epochs", "batch_size", "optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing",
@@ -154,7 +154,7 @@ def train_head(
 
 
 def _asked(context: typer.Context) -> Asked:
-    from pipeline.asked import Asked
+    from pipeline.runs.request import Asked
 
     given = context.params
     return Asked(
@@ -188,7 +188,7 @@ def _head(context: typer.Context) -> HeadSpec:
 
 
 def _resumed(context: typer.Context, name: str, workspace: Workspace) -> tuple[str, Asked]:
-    from pipeline.asked import Asked, stopped_run
+    from pipeline.runs.request import Asked, stopped_run
 
     refuse_beside_resume(context)
     name, request = stopped_run(workspace, name, "train-head")

@@ -19,21 +19,22 @@ runs_app = typer.Typer(help="Look at the trained heads.", rich_markup_mode=None)
 @runs_app.command("ls")
 def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the trained heads and their accuracies, the oldest first."""
-    from pipeline import runs, terminal
-    from pipeline.asked import resume_commands
-    from pipeline.run_dataset import told_apart
+    from pipeline import terminal
+    from pipeline.runs import store
+    from pipeline.runs.request import resume_commands
+    from pipeline.runs.run_dataset import told_apart
 
     with opened(context) as workspace:
         again = workspace.command
-        found, stopped = runs.list_datasets(workspace.runs), runs.unfinished(workspace.runs)
+        found, stopped = store.list_datasets(workspace.runs), store.unfinished(workspace.runs)
         commands = resume_commands(workspace.runs, stopped)
-        sweeps = runs.unfinished(workspace.sweeps)
+        sweeps = store.unfinished(workspace.sweeps)
     if as_json:
         listed = [
             {
                 "dataset": each.name,
                 "dataset_path": each.path,
-                "backbone": runs.backbone_of(each.about),
+                "backbone": store.backbone_of(each.about),
                 **each.about["summary"],
                 "created": each.created,
             }
@@ -47,7 +48,7 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
         datasets = told_apart([each.path or each.name for each in found])
         rows = [_run_row(each.about["summary"], name) for each, name in zip(found, datasets, strict=True)]
         headers = ["run", "head", "dataset", "accuracy", "95% interval", "val", "seconds", "weights"]
-        terminal.insert_column(rows, headers, 2, "backbone", [runs.backbone_of(each.about) for each in found])
+        terminal.insert_column(rows, headers, 2, "backbone", [store.backbone_of(each.about) for each in found])
         terminal.table(rows, headers)
     for name, command in (*commands.items(), *((name, "sweep") for name in sweeps)):
         terminal.warn(f"stopped, go on by: {again(command)} --resume {name}")

@@ -16,13 +16,13 @@ from pipeline.commands.completion import dataset_names, run_names, space_names, 
 from pipeline.core.units import counted, size_text
 
 if TYPE_CHECKING:
-    from pipeline.asked import Asked, DatasetChoice
     from pipeline.cache.workspace import Workspace
     from pipeline.core.spec import Views
     from pipeline.dataset import Dataset
     from pipeline.extraction.feature_choice import FeatureChoice
     from pipeline.extraction.planning import Quarantined
     from pipeline.extraction.workers.connect import ClusterChoice
+    from pipeline.runs.request import Asked, DatasetChoice
     from pipeline.trained import TrainedRun
 
 DatasetOption = Annotated[
@@ -208,7 +208,7 @@ def opened(context: typer.Context) -> Iterator[Workspace]:
 
 def dataset_choice(context: typer.Context) -> DatasetChoice:
     """Return what `--dataset`, `--archive`, `--image-root` and `--limit` of a command say."""
-    from pipeline.asked import DatasetChoice
+    from pipeline.runs.request import DatasetChoice
 
     name, archive, root = (context.params[option] for option in ("dataset", "archive", "image_root"))
     return DatasetChoice(name, archive and str(archive), root and str(root), context.params.get("limit"))

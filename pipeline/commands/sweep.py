@@ -54,9 +54,9 @@ from pipeline.commands.shared import (
 from pipeline.core.units import size_text
 
 if TYPE_CHECKING:
-    from pipeline.asked import SweepAsked
     from pipeline.cache.workspace import Workspace
     from pipeline.extraction.feature_choice import FeatureChoice
+    from pipeline.runs.request import SweepAsked
     from pipeline.sweep import Sweep
 
 _HEADS = ("flatten", "gap", "logreg")
@@ -229,8 +229,8 @@ def _features_command(context: typer.Context, choice: FeatureChoice, is_one_of_s
 
 
 def _asked(context: typer.Context, choices: tuple[FeatureChoice, ...]) -> SweepAsked:
-    from pipeline.asked import SweepAsked
     from pipeline.core.errors import UsageError
+    from pipeline.runs.request import SweepAsked
     from pipeline.trials import make_trials
 
     given = context.params
@@ -249,12 +249,12 @@ def _asked(context: typer.Context, choices: tuple[FeatureChoice, ...]) -> SweepA
 
 def _resumed(context: typer.Context, name: str, root: Path) -> tuple[str, SweepAsked, list[str]]:
     """Return the name of the sweep that is resumed, what it was asked for, and what makes its features."""
-    from pipeline import runs
-    from pipeline.asked import SweepAsked
+    from pipeline.runs import store
+    from pipeline.runs.request import SweepAsked
 
     refuse_beside_resume(context, *CLUSTER_OPTIONS)
-    name = runs.latest_of(runs.unfinished(root), root) if name == "latest" else name
-    asked = SweepAsked.of_request(runs.read_request(root, name))
+    name = store.latest_of(store.unfinished(root), root) if name == "latest" else name
+    asked = SweepAsked.of_request(store.read_request(root, name))
     return name, asked, [asked_features_line(context, asked.head(each, asked.specs[0])) for each in asked.features]
 
 

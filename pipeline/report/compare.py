@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import runs, sweep
+from pipeline import sweep
 from pipeline.cache.workspace import Workspace
 from pipeline.core import files
 from pipeline.core.errors import RunError, did_you_mean
@@ -24,7 +24,8 @@ from pipeline.leaderboard import (
 )
 from pipeline.report import page
 from pipeline.report.single import publish, require_target, trained_on
-from pipeline.run_dataset import RunDataset, distinct, told_apart
+from pipeline.runs import store
+from pipeline.runs.run_dataset import RunDataset, distinct, told_apart
 
 _MOST_DRAWN = 60  # points
 _NO_BACKBONES: dict[str, Any] = {"cost": "", "backbone_columns": [], "backbone_rows": []}  # that are compared
@@ -79,11 +80,11 @@ def compare(names: Sequence[str], workspace: Workspace, out: Path) -> dict[str, 
 
 def _chosen(names: Sequence[str], workspace: Workspace) -> list[RunDataset]:
     if names:
-        folders = dict.fromkeys(runs.find_run(workspace.runs, name).resolve() for name in names)
-        return [RunDataset(folder, runs.read_run(folder)) for folder in folders]
-    folder = runs.find_run(workspace.runs, "latest")
-    latest = RunDataset(folder, runs.read_run(folder))
-    return [each for each in runs.list_datasets(workspace.runs) if each.is_same(latest)]
+        folders = dict.fromkeys(store.find_run(workspace.runs, name).resolve() for name in names)
+        return [RunDataset(folder, store.read_run(folder)) for folder in folders]
+    folder = store.find_run(workspace.runs, "latest")
+    latest = RunDataset(folder, store.read_run(folder))
+    return [each for each in store.list_datasets(workspace.runs) if each.is_same(latest)]
 
 
 def notes_of(chosen: Sequence[RunDataset]) -> list[str]:
@@ -103,7 +104,7 @@ def _page_of_runs(chosen: Sequence[RunDataset]) -> str:
     note = (
         "Accuracies are of the test split, with 95% intervals; minutes are those of the run, without cached features."
     )
-    untrained, notes = _untrained((runs.backbone_of(each), each["features"].get("weights")) for each in about)
+    untrained, notes = _untrained((store.backbone_of(each), each["features"].get("weights")) for each in about)
     drawn = [each["summary"] for each in about[:_MOST_DRAWN]]
     return page.render(
         "report_compare.html",
@@ -137,7 +138,7 @@ def _untrained(weights: Iterable[tuple[str, Any]]) -> tuple[bool, list[str]]:
 
 def _labels(about: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what each run is called in the plot: its means, and its backbone if there are several."""
-    means, backbones = [_means(each["summary"]) for each in about], list(map(runs.backbone_of, about))
+    means, backbones = [_means(each["summary"]) for each in about], list(map(store.backbone_of, about))
     return means if len(set(backbones)) < 2 else [" ".join(both) for both in zip(means, backbones, strict=True)]
 
 
@@ -154,7 +155,7 @@ def _span(interval: Sequence[float | None], value: float) -> tuple[float, float,
 def _run_row(about: Mapping[str, Any]) -> list[Any]:
     summary = about["summary"]
     return [
-        summary["run"], _means(summary), runs.backbone_of(about), str(summary["weights"]), float(summary["accuracy"]),
+        summary["run"], _means(summary), store.backbone_of(about), str(summary["weights"]), float(summary["accuracy"]),
         _interval(*summary["accuracy_interval"]), float(summary["val_accuracy"]), float(summary["seconds"]) / 60,
         summary.get("parameters"), summary.get("test_rows"),
     ]  # fmt: skip
@@ -255,7 +256,7 @@ def _trial_row(row: Mapping[str, Any], settings: str) -> list[Any]:
 
 def find_sweep(name: str, root: Path) -> Path:
     """Return the folder of a sweep: a name, a path, or "latest". Raises RunError."""
-    names = runs.published_names(root, "sweep.json")
+    names = store.published_names(root, "sweep.json")
     if name == "latest":
         if not names:
             raise RunError(f"there are no sweeps in {root}; `sweep` makes them")

@@ -14,10 +14,10 @@ from pipeline.core import files
 from pipeline.core.errors import RunError
 from pipeline.core.files import MOST_JSON_BYTES
 from pipeline.core.units import counted
-from pipeline.evaluate import confusion_cells
-from pipeline.predictions import Answers, read_answers
 from pipeline.report import page
 from pipeline.reproduce import commands
+from pipeline.runs.metrics import confusion_cells
+from pipeline.runs.predictions import Answers, read_answers
 from pipeline.trained import TrainedRun
 
 _MOST_CLASSES = 1_000  # in the table; a page with more is slow to open

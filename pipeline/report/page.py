@@ -12,7 +12,7 @@ from importlib import resources
 from typing import IO, Any
 
 from pipeline.core.utf8 import spelt
-from pipeline.pictures import INK, CostPoint, draw_calibration, draw_cost, draw_curves, picture
+from pipeline.runs.plots import INK, CostPoint, draw_calibration, draw_cost, draw_curves, picture
 
 _PAGES = resources.files("pipeline") / "pages"
 

@@ -14,11 +14,11 @@ from pipeline.dataset.split import SPLITS
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.images.decoding import depth_of
-from pipeline.predictions import Answers
 from pipeline.report import findings, page
 from pipeline.report.findings import Findings
 from pipeline.report.tiles import Looks, Tiles, look, packed
 from pipeline.rows import Wanted, open_rows
+from pipeline.runs.predictions import Answers
 from pipeline.trained import TrainedRun
 
 MOST_IMAGES = 10_000  # with pictures on a page

@@ -12,7 +12,7 @@ from pipeline.core import files
 from pipeline.core.errors import RunError
 from pipeline.report import kept, page
 from pipeline.report.shown import MOST_LISTED, Shown, crossing, gather_shown, named, script_data
-from pipeline.runs import read_run
+from pipeline.runs.store import read_run
 from pipeline.trained import TrainedRun
 
 _METHODS = {"tsne": "t-SNE", "pca": "principal components"}

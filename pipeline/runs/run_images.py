@@ -19,9 +19,9 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from pipeline.cache.keys import KEY_BYTES, Keys, comparable, in_order, raw
-from pipeline.checksums import not_published, read_checksums
 from pipeline.core import files
 from pipeline.core.errors import RunError
+from pipeline.runs.checksums import not_published, read_checksums
 
 FILE = "images.npz"
 SPLITS = ("train", "val", "test", "initial")

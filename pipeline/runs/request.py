@@ -19,7 +19,7 @@ from pipeline.core.errors import RunError, SpecError, UsageError, WeightsError
 from pipeline.core.spec import BATCH_NORMS, PLAIN_VIEW, STAGES, Augmentation, HeadSpec, Views
 from pipeline.dataset import Dataset
 from pipeline.extraction.feature_choice import FeatureChoice
-from pipeline.runs import latest_of, read_request, unfinished
+from pipeline.runs.store import latest_of, read_request, unfinished
 
 logger = logging.getLogger(__name__)
 

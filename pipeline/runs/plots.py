@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.core.lazy_imports import import_matplotlib
 from pipeline.core.utf8 import spelt
-from pipeline.evaluate import MOST_DENSE
+from pipeline.runs.metrics import MOST_DENSE
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pipeline.core import machine
 from pipeline.core.errors import RunError
 from pipeline.dataset import is_known
 from pipeline.dataset.class_names import normalised
-from pipeline.run_images import RunImages
+from pipeline.runs.run_images import RunImages
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.utf8 import spelt
-from pipeline.evaluate import MOST_DENSE
+from pipeline.runs.metrics import MOST_DENSE
 
 _TOP = 10  # classes whose probabilities are kept of each image where there are more than MOST_DENSE
 

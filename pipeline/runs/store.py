@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.checksums import check_files, write_checksums
 from pipeline.core import files
 from pipeline.core.errors import CheckpointError, RunError, did_you_mean
 from pipeline.core.files import MOST_JSON_BYTES
 from pipeline.core.locks import abandoned, done_without, held_if_abandoned, new_folder_held, remove_abandoned
-from pipeline.run_dataset import RunDataset
+from pipeline.runs.checksums import check_files, write_checksums
+from pipeline.runs.run_dataset import RunDataset
 
 logger = logging.getLogger(__name__)
 
