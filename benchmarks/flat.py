@@ -28,10 +28,10 @@ sys.path.insert(0, str(ROOT))
 from plan import drawn, resident  # noqa: E402
 from startup import SHARD_ROWS, SPEC  # noqa: E402
 
-from pipeline.batches import Shuffled  # noqa: E402
 from pipeline.cache.shard import Rows  # noqa: E402
 from pipeline.cache.space import Cache  # noqa: E402
-from pipeline.rows import StoredRows, in_order  # noqa: E402
+from pipeline.training.batches import Shuffled  # noqa: E402
+from pipeline.training.rows import StoredRows, in_order  # noqa: E402
 
 CHANNELS = 2048
 

@@ -80,7 +80,7 @@ def trained(what: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """Train a head in one of the two ways; return its rate, losses and accuracy."""
     from pipeline.backbone.keras_start import import_keras
     from pipeline.core.spec import HeadSpec
-    from pipeline.heads import dense
+    from pipeline.training.heads import dense
 
     keras = import_keras()
     splits = arrays(given)
@@ -108,8 +108,8 @@ def arrays(given: argparse.Namespace) -> dict[str, tuple[np.ndarray, np.ndarray]
 
 def ours(model: Any, spec: Any, rows: np.ndarray, labels: np.ndarray) -> tuple[list[float], float]:
     """Return the loss of each epoch, and the seconds of one."""
-    from pipeline.batches import Shuffled
-    from pipeline.loop import Watch, train
+    from pipeline.training.batches import Shuffled
+    from pipeline.training.loop import Watch, train
 
     better = itertools.count(0.0, -1.0)  # for the last epoch is to be kept, as `fit` below does
     batches = Shuffled(rows, labels, BATCH, spec.settings["seed"])

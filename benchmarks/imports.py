@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 QUIET = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
 WAYS = {
     "keras": ("import keras", "from pipeline.backbone.keras_start import import_keras; import_keras()"),
-    "skops": ("import skops.io", "from pipeline.heads import logreg; logreg._skops()"),
+    "skops": ("import skops.io", "from pipeline.training.heads import logreg; logreg._skops()"),
 }
 
 

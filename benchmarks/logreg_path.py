@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline import open_features  # noqa: E402
 from pipeline.core.spec import C_PATH, HeadSpec  # noqa: E402
-from pipeline.heads import Data, Watch, fit  # noqa: E402
+from pipeline.training.heads import Data, Watch, fit  # noqa: E402
 
 
 def main() -> None:

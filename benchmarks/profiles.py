@@ -80,8 +80,8 @@ def head() -> Callable[[], object]:
     import keras
 
     from pipeline.core.spec import HeadSpec
-    from pipeline.heads import dense
-    from pipeline.loop import optimizer
+    from pipeline.training.heads import dense
+    from pipeline.training.loop import optimizer
 
     spec = HeadSpec.make("flatten")
     model = dense.build(spec, (8, 8, 2048), 10, quick=True)

@@ -33,8 +33,8 @@ from pipeline.cache.space import Cache  # noqa: E402
 from pipeline.cache.workspace import Workspace  # noqa: E402
 from pipeline.dataset import open_images  # noqa: E402
 from pipeline.images.loader import Loader  # noqa: E402
-from pipeline.network import compiled  # noqa: E402
-from pipeline.trained import open_run  # noqa: E402
+from pipeline.training.full_model import compiled  # noqa: E402
+from pipeline.training.open_run import open_run  # noqa: E402
 
 ROUNDS = 5
 

@@ -15,7 +15,7 @@ if "ICEBOX_LOCKS" in os.environ:  # before anything loads HDF5
     spare_hdf5()
 
 if TYPE_CHECKING:
-    from pipeline.features import Features, Items, open_features
+    from pipeline.training.open_features import Features, Items, open_features
 
 __all__ = ["Features", "Items", "open_features"]
 
@@ -24,6 +24,6 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: the command line starts without it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pipeline import features
+    from pipeline.training import open_features
 
-    return getattr(features, name)
+    return getattr(open_features, name)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline import heads
 from pipeline.backbone import source as networks
 from pipeline.backbone.weights import Weights
 from pipeline.cache.space import FeatureSpace
@@ -18,10 +17,11 @@ from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import SpecError, UsageError, WeightsError
 from pipeline.core.spec import FeatureSpec
 from pipeline.extraction.feature_choice import other_version, warn_untrained
-from pipeline.heads.dense import DenseHead, average
-from pipeline.network import Network, stitched
-from pipeline.rows import Wanted, stored_rows
-from pipeline.trained import TrainedRun
+from pipeline.training import heads
+from pipeline.training.full_model import Network, stitched
+from pipeline.training.heads.dense import DenseHead, average
+from pipeline.training.open_run import TrainedRun
+from pipeline.training.rows import Wanted, stored_rows
 
 _ROOM = 2**28  # bytes that cached rows may take in memory
 

@@ -19,19 +19,19 @@ from pipeline.dataset import Dataset
 from pipeline.extraction.compute import DEFAULT_BATCH_SIZE
 from pipeline.extraction.feature_choice import FeatureChoice, warn_untrained
 from pipeline.extraction.planning import Quarantined
-from pipeline.fitting import answers
-from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.images.decoding import depth_of
-from pipeline.network import compiled, probabilities
-from pipeline.pixels import Pixels, decoding
-from pipeline.rows import Wanted, open_rows
 from pipeline.runs import store
 from pipeline.runs.metrics import confusion_cells, evaluate
 from pipeline.runs.plots import draw_calibration, draw_confusion
 from pipeline.runs.predictions import Predictions, write_predictions
 from pipeline.runs.run_images import SEEN, RunImages
-from pipeline.seen_images import seen_images
-from pipeline.trained import TrainedRun
+from pipeline.training.fitting import answers
+from pipeline.training.full_model import compiled, probabilities
+from pipeline.training.image_batches import Pixels, decoding
+from pipeline.training.labelled_features import Material, Sorted, gather, gather_images
+from pipeline.training.open_run import TrainedRun
+from pipeline.training.rows import Wanted, open_rows
+from pipeline.training.seen_images import seen_images
 
 logger = logging.getLogger(__name__)
 

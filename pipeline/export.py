@@ -28,10 +28,10 @@ from pipeline.dataset import Dataset, limit
 from pipeline.formats import CLASSES, FORMATS, Format
 from pipeline.images.decoding import depth_of
 from pipeline.images.loader import Loader
-from pipeline.network import Network
 from pipeline.predict import predict
 from pipeline.runs import store
-from pipeline.trained import TrainedRun
+from pipeline.training.full_model import Network
+from pipeline.training.open_run import TrainedRun
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from pipeline.backbone.fold_batch_norm import is_depthwise
 from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.core import machine
 from pipeline.core.native_stderr import held_back
-from pipeline.network import Answerer
+from pipeline.training.full_model import Answerer
 
 CLASSES = "classes.json"  # what the class names are called, inside a model and beside it
 

@@ -20,8 +20,8 @@ from pipeline.dataset import Dataset
 from pipeline.extraction.compute import note_bad, note_key
 from pipeline.images import decoding as decoding_policy
 from pipeline.images.loader import Loaded, Loader, batched, decoding_pool
-from pipeline.network import Answerer, compiled
-from pipeline.trained import TrainedRun
+from pipeline.training.full_model import Answerer, compiled
+from pipeline.training.open_run import TrainedRun
 
 WINDOW = 512  # images whose answers are in memory together
 _BATCH = 32

@@ -14,7 +14,7 @@ from pipeline.core.spec import OWN, SHAPE, HeadSpec
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images.decoding import DEFAULT_MAX_PIXELS, FULL_DEPTH, depth_of
 from pipeline.runs.request import Asked, FullAsked
-from pipeline.trained import TrainedRun
+from pipeline.training.open_run import TrainedRun
 
 Option = tuple[str, Any]  # its name and value: None leaves it out, True makes it a flag
 _SPACE = (

@@ -23,9 +23,9 @@ from pipeline.core.errors import IceboxError, UsageError
 from pipeline.core.utf8 import spelt
 from pipeline.images.decoding import depth_of
 from pipeline.images.loader import Decoders, decoding_pool
-from pipeline.network import compiled
 from pipeline.predict import likeliest
-from pipeline.trained import TrainedRun
+from pipeline.training.full_model import compiled
+from pipeline.training.open_run import TrainedRun
 
 logger = logging.getLogger(__name__)
 

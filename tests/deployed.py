@@ -21,11 +21,11 @@ from pipeline.dataset import Dataset, open_dataset
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
 from pipeline.extraction.feature_choice import FeatureChoice
-from pipeline.finetune import train_full
 from pipeline.images import decoding
 from pipeline.runs.request import Asked, DatasetChoice, FullAsked
-from pipeline.train import train_head
-from pipeline.trained import TrainedRun, open_run
+from pipeline.training.finetune import train_full
+from pipeline.training.open_run import TrainedRun, open_run
+from pipeline.training.train_head import train_head
 
 MOST = decoding.DEFAULT_MAX_PIXELS
 _SHORT = {"epochs": 2, "batch_size": 8}

@@ -25,8 +25,8 @@ from pipeline.images import decoding
 from pipeline.runs import plots, store
 from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.runs.run_images import FILE, RunImages
-from pipeline.train import train_head
-from pipeline.trained import open_run
+from pipeline.training.open_run import open_run
+from pipeline.training.train_head import train_head
 
 RENDERED = plots._rendered
 KINDS: dict[str, dict[str, Any]] = {

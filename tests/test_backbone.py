@@ -238,7 +238,7 @@ def test_untrained_weights_are_the_seeds_and_differ_between_seeds(whole: Any, sp
 def test_a_head_on_the_cached_row_is_the_full_model_on_the_image(
     whole: Any, frozen: FrozenBackbone, pixels: np.ndarray
 ) -> None:
-    from pipeline.heads.dense import build as build_head
+    from pipeline.training.heads.dense import build as build_head
 
     row, pooled = frozen(pixels[:4])
     on_tensor = build_head(HeadSpec.make("gap"), (8, 8, 2048), 5)
@@ -251,8 +251,8 @@ def test_a_head_on_the_cached_row_is_the_full_model_on_the_image(
 
 
 def test_parameter_counts_of_the_known_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import summary
-    from pipeline.summary import summarize
+    from pipeline.training import summary
+    from pipeline.training.summary import summarize
 
     monkeypatch.setattr(summary, "build", functools.cache(build))
     counts = summarize("gap", 10, "mixed10")

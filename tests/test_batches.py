@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from made import SPEC, add, key
 
-from pipeline import heads
-from pipeline.batches import Shuffled, block_order
 from pipeline.cache.space import Cache
 from pipeline.core.errors import DatasetError, DoNotFitError
 from pipeline.core.spec import HeadSpec
-from pipeline.heads import Data, Watch
-from pipeline.heads.base import stratified_folds
-from pipeline.rows import Rows, Wanted, open_rows
-from pipeline.tracking import tensorboard
+from pipeline.training import heads
+from pipeline.training.batches import Shuffled, block_order
+from pipeline.training.heads import Data, Watch
+from pipeline.training.heads.base import stratified_folds
+from pipeline.training.rows import Rows, Wanted, open_rows
+from pipeline.training.tracking import tensorboard
 
 N = 400
 ROW = 2 * 3 * 8 * 2  # bytes
@@ -82,7 +82,7 @@ def test_folds_leave_none_empty_and_two_classes_to_learn() -> None:
 def test_folds_of_many_groups_and_classes_are_dealt_out_without_counting_each_in_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pipeline.heads.base._MOST_COUNTED", 0)
+    monkeypatch.setattr("pipeline.training.heads.base._MOST_COUNTED", 0)
     labels = np.repeat(np.arange(40), 10)
     groups = np.arange(400) // 2  # pairs, each of one class
     folds = stratified_folds(labels, groups, 5)
@@ -125,6 +125,6 @@ def test_the_history_goes_to_tensorboard(tmp_path: Path) -> None:
 
 
 def test_what_was_said_of_memory_is_what_is_streamed(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "pipeline.rows"):
+    with caplog.at_level(logging.INFO, "pipeline.training.rows"):
         opened(cache, 3 * 64 * ROW)
     assert "400 rows, 38.4 kB, are streamed from disk (18.4 kB allowed)" in caplog.text

@@ -51,8 +51,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     found: list[Any] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ICEBOX_DATA", raising=False)
-    monkeypatch.setattr("pipeline.train.train_head", capture)
-    monkeypatch.setattr("pipeline.finetune.train_full", capture)
+    monkeypatch.setattr("pipeline.training.train_head.train_head", capture)
+    monkeypatch.setattr("pipeline.training.finetune.train_full", capture)
     of.found = found  # type: ignore[attr-defined]
     return of
 
@@ -216,7 +216,7 @@ def test_keys_and_values_are_as_people_write_them(asked: Any, tmp_path: Path, mo
     assert found.features.weights == str(tmp_path / "w.h5")
     assert found.head.settings["hidden"] == ()
     seen = []
-    monkeypatch.setattr("pipeline.sweep.sweep", lambda *given, **more: seen.append(given[2]) or 1 / 0)
+    monkeypatch.setattr("pipeline.training.sweep.sweep.sweep", lambda *given, **more: seen.append(given[2]) or 1 / 0)
     table = '[sweep]\nhead = ["gap"]\n[sweep.set]\nlearning_rate = [1e-3, 1e-4]\nhidden = [64, [32, 16]]\n'
     with pytest.raises(ZeroDivisionError):
         cli.main(["--config", str(write(tmp_path / "mine.toml", table)), "sweep"])

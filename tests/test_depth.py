@@ -22,15 +22,15 @@ from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import Extraction, extract
 from pipeline.extraction.feature_choice import FeatureChoice
-from pipeline.features import open_features
-from pipeline.gather import gather, gather_images
 from pipeline.images import decoding
 from pipeline.predict import predict
 from pipeline.reproduce import commands, options_like
 from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.serve import service
-from pipeline.train import train_head
-from pipeline.trained import TrainedRun, open_run
+from pipeline.training.labelled_features import gather, gather_images
+from pipeline.training.open_features import open_features
+from pipeline.training.open_run import TrainedRun, open_run
+from pipeline.training.train_head import train_head
 
 MOST = decoding.DEFAULT_MAX_PIXELS
 FULL = own_choice(tiny())

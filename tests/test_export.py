@@ -29,8 +29,8 @@ from pipeline.extraction.extract import extract
 from pipeline.formats import FORMATS
 from pipeline.images.loader import Loader
 from pipeline.runs.request import Asked, DatasetChoice
-from pipeline.train import train_head
-from pipeline.trained import TrainedRun, open_run
+from pipeline.training.open_run import TrainedRun, open_run
+from pipeline.training.train_head import train_head
 
 CLASSES = ["cats", "dogs"]
 

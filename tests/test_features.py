@@ -20,7 +20,7 @@ from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import DatasetError, MissingRowsError, UsageError
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import Views
-from pipeline.rows import StoredRows
+from pipeline.training.rows import StoredRows
 
 LITTLE = 48 * 64  # bytes: 48 rows, less than a split has
 

@@ -20,7 +20,6 @@ from conftest import SPEC, icebox, unseal, write_picture
 from faults import signalled
 from own_networks import SIZE, own_choice, tiny, write_network, write_sides
 
-from pipeline import heads, network
 from pipeline.apply import evaluate_run
 from pipeline.backbone.graph import cut_layers, layer_names
 from pipeline.backbone.keras_start import import_keras
@@ -35,18 +34,19 @@ from pipeline.dataset import Dataset, open_dataset
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
 from pipeline.extraction.feature_choice import FeatureChoice, settle, weights_of
-from pipeline.finetune import FullRun, _warn_of_collapse, train_full
-from pipeline.gather import gather_images
 from pipeline.images import decoding
-from pipeline.network import Network
-from pipeline.origin import origin_of
-from pipeline.pixels import Pixels
-from pipeline.prepare import prepared_pixels
 from pipeline.runs import store
 from pipeline.runs.request import Asked, DatasetChoice, FullAsked, command_of
 from pipeline.runs.run_images import RunImages
-from pipeline.train import train_head
-from pipeline.trained import open_run
+from pipeline.training import full_model, heads
+from pipeline.training.finetune import FullRun, _warn_of_collapse, train_full
+from pipeline.training.full_model import Network
+from pipeline.training.image_batches import Pixels
+from pipeline.training.initial_model import origin_of
+from pipeline.training.labelled_features import gather_images
+from pipeline.training.open_run import open_run
+from pipeline.training.train_head import train_head
+from pipeline.training.training_data import prepared_pixels
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -247,7 +247,7 @@ def test_it_is_evaluated_from_images(
 
 def test_its_backbone_makes_features_of_its_own(inception: Place, inception_from_cache: FullRun) -> None:
     """And the head in the run says of those rows what the full model says of the images."""
-    weights, dataset = inception_from_cache.path / network.WEIGHTS_FILE, inception.dataset
+    weights, dataset = inception_from_cache.path / full_model.WEIGHTS_FILE, inception.dataset
     done = extract(dataset, inception.workspace, replace(INCEPTION, weights=str(weights)), ComputeOptions())
     assert done.computed == 12
     assert done.space is not None
@@ -314,7 +314,7 @@ def test_a_fine_tuned_run_goes_on_in_the_rows_its_backbone_still_gives(place: Pl
     origin = origin_of(asked, place.dataset, place.workspace)
     assert (origin.cut, origin.settled.choice.weights) == ("middle", "auto"), "those of the file"
     deeper = origin_of(replace(asked, freeze_until="top"), place.dataset, place.workspace)
-    assert (deeper.cut, deeper.settled.choice.weights) == ("top", str(from_cache.path / network.WEIGHTS_FILE))
+    assert (deeper.cut, deeper.settled.choice.weights) == ("top", str(from_cache.path / full_model.WEIGHTS_FILE))
     names, cuts = tiny_layers()
     assert origin.unchanged_until(names, cuts) == "middle"
     assert origin.unchanged_until(names, cuts[: cuts.index("early") + 1]) == "early"
@@ -331,7 +331,7 @@ def test_rows_of_inceptions_unchanged_part_serve_a_fine_tuned_run(
 ) -> None:
     """Up to mixed9 they are those of the weights it began with, deeper those of its own."""
     asked = inception.asked(from_cache=True, init=str(inception_from_cache.path), features=FeatureChoice())
-    own = str(inception_from_cache.path / network.WEIGHTS_FILE)
+    own = str(inception_from_cache.path / full_model.WEIGHTS_FILE)
     for until, weights in (("mixed8", "untrained:0"), ("mixed9", "untrained:0"), ("mixed10", own)):
         origin = origin_of(replace(asked, freeze_until=until), inception.dataset, inception.workspace)
         assert (origin.cut, origin.settled.choice.weights) == (until, weights)
@@ -374,10 +374,10 @@ def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    for name in ("run.json", "head.json", "head.weights.h5", network.JSON_FILE):
+    for name in ("run.json", "head.json", "head.weights.h5", full_model.JSON_FILE):
         (run / name).write_bytes((from_cache.path / name).read_bytes())
     unseal(run)
-    (run / network.WEIGHTS_FILE).write_bytes(b"something else")
+    (run / full_model.WEIGHTS_FILE).write_bytes(b"something else")
     asked = place.asked(init=str(run), features=FeatureChoice())
 
     def begin() -> None:
@@ -385,7 +385,7 @@ def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
 
     with pytest.raises(RunError, match="is not the file that was saved"):
         begin()
-    (run / network.JSON_FILE).unlink()
+    (run / full_model.JSON_FILE).unlink()
     with pytest.raises(RunError, match="cannot be read"):
         begin()
     about = store.read_run(run)
@@ -625,7 +625,7 @@ def test_another_network_in_the_place_of_an_own_one_is_not_gone_on_with(
     extract(place.dataset, place.workspace, choice, ComputeOptions())
     before = set(store.unfinished(place.workspace.runs))
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.finetune._measured", interrupt)
+        patch.setattr("pipeline.training.finetune._measured", interrupt)
         with pytest.raises(KeyboardInterrupt):
             place.train(features=own_choice(path), freeze_until="middle")
     (name,) = set(store.unfinished(place.workspace.runs)) - before
@@ -650,7 +650,7 @@ def interrupt(*arguments: Any) -> None:
 def test_the_backbone_of_a_run_of_an_own_network_makes_features_of_its_own(place: Place, tmp_path: Path) -> None:
     path = write_network(tmp_path / "own.keras", "plain")
     trained = place.train(features=own_choice(path), from_cache=True, freeze_until="middle", settings={"epochs": 1})
-    weights = trained.path / network.WEIGHTS_FILE
+    weights = trained.path / full_model.WEIGHTS_FILE
     choice = FeatureChoice(backbone=str(path), weights=str(weights), precision="float32")  # the scaling is known
     done = extract(place.dataset, place.workspace, choice, ComputeOptions())
     assert done.computed == 32
@@ -668,7 +668,7 @@ def test_a_stopped_run_finds_its_own_network_by_content_or_is_given_it(
     before = set(store.unfinished(place.workspace.runs))
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.finetune._measured", interrupt)
+            patch.setattr("pipeline.training.finetune._measured", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 place.train(features=own_choice(path), freeze_until="middle", settings={"epochs": 1})
     first, second = sorted(set(store.unfinished(place.workspace.runs)) - before)

@@ -18,17 +18,17 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipeline import heads
 from pipeline.backbone.keras_start import import_keras
-from pipeline.batches import Shuffled
-from pipeline.checkpoint import Checkpoint
 from pipeline.core import machine
 from pipeline.core.errors import DoNotFitError, RunError
 from pipeline.core.spec import HEAD_DEFAULTS, HEADS, HeadSpec
-from pipeline.heads import READS, Data, Fitted, Watch, dense, fit, load, parts
-from pipeline.heads.dense import DenseHead, build, channel_statistics, normalise
-from pipeline.heads.parts import gradients_in_bfloat16
-from pipeline.loop import OtherCheckpointError, optimizer
+from pipeline.training import heads
+from pipeline.training.batches import Shuffled
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.heads import READS, Data, Fitted, Watch, dense, fit, load, parts
+from pipeline.training.heads.dense import DenseHead, build, channel_statistics, normalise
+from pipeline.training.heads.parts import gradients_in_bfloat16
+from pipeline.training.loop import OtherCheckpointError, optimizer
 
 SHAPES = {"flatten": (2, 2, 8), "gap": (8,), "logreg": (8,)}
 DTYPES = {"flatten": np.float16, "gap": np.float32, "logreg": np.float32}  # as the cache stores them
@@ -353,10 +353,12 @@ def test_two_classes_that_are_not_the_first_keep_their_numbers() -> None:
 
 
 def test_a_regression_that_does_not_converge_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "pipeline.heads"), warnings.catch_warnings():
+    with caplog.at_level(logging.WARNING, "pipeline.training.heads"), warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(make("logreg", max_iter=2, C=1), material("logreg"), Watch())
-    assert [(record.name, record.levelname) for record in caplog.records] == [("pipeline.heads.logreg", "WARNING")]
+    assert [(record.name, record.levelname) for record in caplog.records] == [
+        ("pipeline.training.heads.logreg", "WARNING")
+    ]
     assert "did not converge in 2 iterations" in caplog.text
     assert "--max-iter" in caplog.text
 

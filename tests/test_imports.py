@@ -57,7 +57,7 @@ def test_other_threads_import_meanwhile_what_they_need() -> None:
 
 
 def test_skops_takes_no_other_frameworks_along() -> None:
-    script = "from pipeline.heads import logreg\nlogreg._skops()\n"
+    script = "from pipeline.training.heads import logreg\nlogreg._skops()\n"
     script += (
         "print([name for name in ('dask', 'torch', 'tensorflow') if name in sys.modules], 'sklearn' in sys.modules)"
     )

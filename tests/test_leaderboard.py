@@ -11,7 +11,8 @@ import pytest
 from scipy.stats import binomtest
 
 from pipeline.core.spec import HeadSpec
-from pipeline.leaderboard import (
+from pipeline.runs.plots import draw_cost
+from pipeline.training.sweep.leaderboard import (
     ExtractionCost,
     Trial,
     best_of_each,
@@ -26,7 +27,6 @@ from pipeline.leaderboard import (
     varied,
     write_leaderboard,
 )
-from pipeline.runs.plots import draw_cost
 
 COST = ExtractionCost("small.keras", "own_00000000-out-00000000", 100.0, 500)
 GAP = [HeadSpec.make("gap", learning_rate=rate) for rate in (1e-4, 1e-3, 1e-2)]

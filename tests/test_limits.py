@@ -14,9 +14,9 @@ import psutil
 import pytest
 from conftest import ROOT, environment
 
-from pipeline import trial_tasks
 from pipeline.core import machine, resource_limits
 from pipeline.images.loader import decoding_pool
+from pipeline.training.sweep import on_dask
 
 GB = 10**9
 V1_NONE = str(2**63 - 4096)  # how the kernel writes that there is no limit
@@ -236,10 +236,10 @@ def test_a_process_of_one_core_computes_on_one() -> None:
 
 def test_workers_of_one_machine_share_its_memory(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
     addresses = {"tcp://10.0.0.1:4711": 2, "tcp://10.0.0.1:4712": 2, "tcp://[::1]:4713": 2}
-    assert trial_tasks._together(SimpleNamespace(nthreads=lambda: addresses)) == 2
+    assert on_dask._together(SimpleNamespace(nthreads=lambda: addresses)) == 2
     worker: Any = SimpleNamespace(memory_manager=SimpleNamespace(memory_limit=None))
     monkeypatch.setattr("distributed.get_worker", lambda: worker)
-    assert trial_tasks._available(4) == 50 * GB
+    assert on_dask._available(4) == 50 * GB
     worker.memory_manager.memory_limit = 3 * GB
     monkeypatch.setattr(psutil.Process, "memory_info", lambda process: SimpleNamespace(rss=GB))
-    assert trial_tasks._available(4) == round(trial_tasks._SHARE_OF_LIMIT * 3 * GB) - GB
+    assert on_dask._available(4) == round(on_dask._SHARE_OF_LIMIT * 3 * GB) - GB

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.core.spec import HeadSpec
-from pipeline.loop import Watch, train
+from pipeline.training.loop import Watch, train
 
 ROWS = np.random.default_rng(0).normal(size=(70, 4)).astype(np.float32)
 LABELS = (ROWS[:, 0] > 0).astype(int)

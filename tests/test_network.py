@@ -13,7 +13,6 @@ import pytest
 from conftest import SPEC
 from own_networks import SIZE, tiny_choice
 
-from pipeline import heads, network
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.build import load_weights
 from pipeline.backbone.frozen import ENGINES, FrozenBackbone
@@ -23,9 +22,10 @@ from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import RunError, SpecError, UsageError, WeightsError
 from pipeline.core.spec import HeadSpec
 from pipeline.extraction.feature_choice import settle
-from pipeline.heads import Data, Watch, fit
-from pipeline.heads.dense import DenseHead, build
-from pipeline.network import Network
+from pipeline.training import full_model, heads
+from pipeline.training.full_model import Network
+from pipeline.training.heads import Data, Watch, fit
+from pipeline.training.heads.dense import DenseHead, build
 
 CLASSES = 10
 GAP, FLATTEN = HeadSpec.make("gap"), HeadSpec.make("flatten")
@@ -74,32 +74,32 @@ def test_batch_norms_stay_as_they_are_unless_asked_otherwise(gap: Network) -> No
     ("asked", "index"), [("none", -1), ("0", 0), ("250", 250), ("310", 310), ("mixed8", 248), ("conv2d_80", 249)]
 )
 def test_a_layer_is_named_by_name_or_number(gap: Network, asked: str, index: int) -> None:
-    assert network.frozen_until(gap.layers, asked) == index
+    assert full_model.frozen_until(gap.layers, asked) == index
 
 
 def test_the_default_freezes_all_of_a_part_that_ends_before_it(gap: Network) -> None:
-    assert network.frozen_until(gap.layers[:249], "250") == 248
+    assert full_model.frozen_until(gap.layers[:249], "250") == 248
     with pytest.raises(UsageError, match="from 0 to 248"):
-        network.frozen_until(gap.layers[:249], "249")
+        full_model.frozen_until(gap.layers[:249], "249")
 
 
 @pytest.mark.parametrize("asked", ["311", "-1", "2.5", "mixed11", "", "None", "٣"])
 def test_what_is_no_layer_is_refused(gap: Network, asked: str) -> None:
     with pytest.raises(UsageError, match=r"--freeze-until takes a layer's name, its number from 0 to 310, or none"):
-        network.frozen_until(gap.layers, asked)
+        full_model.frozen_until(gap.layers, asked)
 
 
 @pytest.mark.parametrize(
     ("until", "cut"), [(250, "mixed8"), (248, "mixed8"), (247, "mixed7"), (310, "mixed10"), (1, "conv2d")]
 )
 def test_it_is_cut_where_one_tensor_carries_everything_on(gap: Network, until: int, cut: str) -> None:
-    assert network.cut_at(gap.layers, gap.cuts, until) == cut
+    assert full_model.cut_at(gap.layers, gap.cuts, until) == cut
 
 
 def test_without_a_frozen_part_there_is_nothing_to_cut(gap: Network) -> None:
     for until in (-1, 0):
         with pytest.raises(SpecError, match="--from-cache needs a frozen part"):
-            network.cut_at(gap.layers, gap.cuts, until)
+            full_model.cut_at(gap.layers, gap.cuts, until)
 
 
 def test_layers_have_the_same_names_in_every_model_that_a_process_builds(gap: Network) -> None:
@@ -110,12 +110,12 @@ def test_layers_have_the_same_names_in_every_model_that_a_process_builds(gap: Ne
 
 def test_the_two_halves_are_the_whole(gap: Network) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (3, 299, 299, 3), np.uint8)
-    whole = network.probabilities(gap.on_pixels().predict_on_batch, pixels, 3)
+    whole = full_model.probabilities(gap.on_pixels().predict_on_batch, pixels, 3)
     rows = cut(gap.whole, "mixed9").predict_on_batch(pixels.astype(np.float32) / 127.5 - 1)
-    assert np.allclose(network.probabilities(gap.after("mixed9").predict_on_batch, rows, 2), whole, atol=1e-5)
+    assert np.allclose(full_model.probabilities(gap.after("mixed9").predict_on_batch, rows, 2), whole, atol=1e-5)
     between: Any = gap.features_after("mixed9")
-    features = network.probabilities(gap.features_of_pixels().predict_on_batch, pixels, 3)
-    assert np.allclose(network.probabilities(between.predict_on_batch, rows, 3), features, rtol=1e-3, atol=1e-3)
+    features = full_model.probabilities(gap.features_of_pixels().predict_on_batch, pixels, 3)
+    assert np.allclose(full_model.probabilities(between.predict_on_batch, rows, 3), features, rtol=1e-3, atol=1e-3)
     assert gap.features_after("mixed10") is None
     assert whole.std(axis=0).max() > 1e-6, "the images are told apart"
 
@@ -128,9 +128,9 @@ def test_it_answers_in_bfloat16_as_cached_features_do(gap: Network) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (4, 299, 299, 3), np.uint8)
     rows, _ = FrozenBackbone(spec, None, 4)(pixels)
     expected = gap.head.model.predict_on_batch(rows)
-    assert np.abs(network.compiled(half)(pixels) - expected).max() < 1e-5
+    assert np.abs(full_model.compiled(half)(pixels) - expected).max() < 1e-5
     below, _ = FrozenBackbone(replace(spec, layer="mixed8"), None, 4)(pixels)
-    assert np.abs(network.compiled(half, "mixed8")(below) - expected).max() < 1e-5
+    assert np.abs(full_model.compiled(half, "mixed8")(below) - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -146,9 +146,9 @@ def test_it_answers_in_bfloat16_by_either_engine_as_features_cached_by_it_do(eng
         return FrozenBackbone(replace(spec, layer=layer), weights.path, 4, network=weights.network)(pixels)[0]
 
     expected = half.head.model.predict_on_batch(rows("top"))
-    assert np.abs(network.compiled(half)(pixels) - expected).max() < 1e-5
+    assert np.abs(full_model.compiled(half)(pixels) - expected).max() < 1e-5
     for layer in ("early", "middle", "top"):
-        assert np.abs(network.compiled(half, layer)(rows(layer)) - expected).max() < 1e-5
+        assert np.abs(full_model.compiled(half, layer)(rows(layer)) - expected).max() < 1e-5
 
 
 # Networks of other kinds
@@ -216,7 +216,7 @@ def network_of(body: Any, monkeypatch: pytest.MonkeyPatch, layer: str | None = "
     for weight in whole.weights:
         least = 0.5 if weight.name in ("gamma", "moving_variance") else -0.3
         weight.assign(rng.uniform(least, least + 0.6, weight.shape))
-    monkeypatch.setattr(network, "build_backbone", lambda *given, **named: whole)
+    monkeypatch.setattr(full_model, "build_backbone", lambda *given, **named: whole)
     layer = layer or layer_names(whole)[-1]
     spec = replace(SPEC, input_size=16, layer=layer, storage="float32")
     made = Network(spec, lambda shape: DenseHead(build(GAP, shape, CLASSES), GAP))
@@ -258,12 +258,12 @@ def test_both_ways_train_alike_whatever_the_network(
 def test_any_network_answers_as_the_head_on_its_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network_of({**BODIES, **ENDS}[kind], monkeypatch, None if kind in ENDS else "last")
     last = made.spec.layer
-    said = network.compiled(made)(PIXELS)
+    said = full_model.compiled(made)(PIXELS)
     np.testing.assert_allclose(made.on_pixels().predict_on_batch(PIXELS), said, atol=1e-5)
     assert made.below.output.shape[1:] == made.head.model.input_shape[1:]
     for layer in made.cuts:
         rows = rows_of(made, layer)
-        np.testing.assert_allclose(network.compiled(made, layer)(rows), said, atol=1e-5)
+        np.testing.assert_allclose(full_model.compiled(made, layer)(rows), said, atol=1e-5)
         np.testing.assert_allclose(made.after(layer).predict_on_batch(rows), said, atol=1e-5)
         between = made.features_after(layer)
         features = rows if between is None else between.predict_on_batch(rows)
@@ -323,12 +323,12 @@ def beside(inputs: Any) -> Any:
 def test_by_default_about_the_last_block_trains(body: Any, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = keras.Input((4, 4, 3))
     whole: Any = keras.Model(inputs, body(inputs))
-    assert network.default_freeze_until(whole, whole.layers[-1].name) == expected
+    assert full_model.default_freeze_until(whole, whole.layers[-1].name) == expected
 
 
 def test_by_default_inceptions_last_blocks_train(gap: Network) -> None:
-    assert network.default_freeze_until(gap.whole, "mixed10") == "mixed8"
-    assert network.cut_at(gap.layers, gap.cuts, network.frozen_until(gap.layers, "mixed8")) == "mixed8"
+    assert full_model.default_freeze_until(gap.whole, "mixed10") == "mixed8"
+    assert full_model.cut_at(gap.layers, gap.cuts, full_model.frozen_until(gap.layers, "mixed8")) == "mixed8"
 
 
 # How it is kept
@@ -361,14 +361,14 @@ def test_what_is_saved_is_read_back(gap: Network, saved: Path) -> None:
 
 def test_its_backbone_is_a_weights_file_like_any_other(gap: Network, saved: Path) -> None:
     other = build_backbone("inception_v3")
-    load_weights(other, "sha256:00", saved / network.WEIGHTS_FILE)
+    load_weights(other, "sha256:00", saved / full_model.WEIGHTS_FILE)
     assert np.array_equal(other.get_weights()[0], gap.whole.get_weights()[0])
 
 
 def test_a_backbone_that_is_another_file_is_refused(gap: Network, copy: Path) -> None:
-    content = bytearray((copy / network.WEIGHTS_FILE).read_bytes())
+    content = bytearray((copy / full_model.WEIGHTS_FILE).read_bytes())
     content[len(content) // 2] ^= 1
-    replaced(copy / network.WEIGHTS_FILE, bytes(content))
+    replaced(copy / full_model.WEIGHTS_FILE, bytes(content))
     with pytest.raises(RunError, match=r"no model can be loaded .* is not the file that was saved"):
         Network.load(copy, gap.spec)
 
@@ -383,7 +383,7 @@ def test_a_backbone_that_is_another_file_is_refused(gap: Network, copy: Path) ->
     ],
 )
 def test_a_description_that_is_none_is_refused(gap: Network, copy: Path, content: bytes, message: str) -> None:
-    replaced(copy / network.JSON_FILE, content)
+    replaced(copy / full_model.JSON_FILE, content)
     with pytest.raises(RunError, match=message) as caught:
         Network.load(copy, gap.spec)
     assert "\n" not in str(caught.value)
@@ -422,7 +422,7 @@ def test_a_head_says_of_tensors_what_it_said_of_cached_rows(head: str, classes: 
     read = rows if head == "flatten" else rows.mean(axis=(1, 2))
     more = {} if head == "logreg" else {"epochs": 2, "hidden": "16,8", "batch_size": 16}
     fitted = fit(HeadSpec.make(head, **more), Data(read, labels, read, labels, classes), Watch()).head
-    on_top = network.stitched(fitted, SHAPE, classes)
+    on_top = full_model.stitched(fitted, SHAPE, classes)
     expected = fitted.predict(read)
     assert expected.std(axis=0).min() > 1e-3
     assert np.allclose(on_top.predict(rows), expected, atol=1e-5)
@@ -432,7 +432,7 @@ def test_a_class_that_a_regression_never_saw_stays_impossible() -> None:
     rows, labels = tensors(60, 2)
     pooled = rows.mean(axis=(1, 2))
     fitted = fit(HeadSpec.make("logreg"), Data(pooled, labels * 2, pooled, labels * 2, 4), Watch()).head
-    said = network.stitched(fitted, SHAPE, 4).predict(rows)
+    said = full_model.stitched(fitted, SHAPE, 4).predict(rows)
     assert np.allclose(said, fitted.predict(pooled), atol=1e-5)
     assert not said[:, [1, 3]].any()
 
@@ -440,7 +440,7 @@ def test_a_class_that_a_regression_never_saw_stays_impossible() -> None:
 def test_an_ensemble_is_put_on_top_as_its_mean() -> None:
     members = [DenseHead(build(spec, (8,), 3), spec) for spec in (GAP, HeadSpec.make("gap", seed=5), GAP)]
     rows = np.random.default_rng(0).random((4, *SHAPE), np.float32)
-    made = network.stitched(heads.Ensemble(members), SHAPE, 3)
+    made = full_model.stitched(heads.Ensemble(members), SHAPE, 3)
     expected = np.mean([member.predict(rows.mean(axis=(1, 2))) for member in members], axis=0)
     assert np.allclose(made.predict(rows), expected, atol=1e-6)
 
@@ -451,6 +451,6 @@ def test_a_short_batch_is_padded_and_its_padding_thrown_away() -> None:
     expected = np.asarray(model(rows))
     for size in (1, 4, 11, 64):
         steps: list[float] = []
-        said = np.concatenate(list(network.predict(model, rows, size, steps.append)))
+        said = np.concatenate(list(full_model.predict(model, rows, size, steps.append)))
         assert np.allclose(said, expected, atol=1e-6)
         assert sum(steps) == 11

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from conftest import write_picture
 
-from pipeline.batches import Shuffled
 from pipeline.core.errors import DatasetError
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import Augmentation
 from pipeline.dataset import open_dataset
 from pipeline.images import decoding as images
-from pipeline.pixels import Decoding, Pixels, decoding
-from pipeline.rows import read_ahead, select
+from pipeline.training.batches import Shuffled
+from pipeline.training.image_batches import Decoding, Pixels, decoding
+from pipeline.training.rows import read_ahead, select
 
 SIZE = 32
 

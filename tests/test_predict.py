@@ -24,7 +24,7 @@ from deployed import KINDS, MOST, Deployed, know_tiny
 from own_networks import SIZE, own_choice, write_network, write_sides
 from served import Page, served
 
-from pipeline import heads, predict
+from pipeline import predict
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.untrained import initialise, recipe_of
 from pipeline.cache.space import Cache
@@ -41,8 +41,9 @@ from pipeline.runs import store
 from pipeline.runs.checksums import CHECKSUMS
 from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.serve import service
-from pipeline.train import train_head
-from pipeline.trained import TrainedRun, open_run
+from pipeline.training import heads
+from pipeline.training.open_run import TrainedRun, open_run
+from pipeline.training.train_head import train_head
 
 GONE = "cannot be read: No such file or directory"
 NO_IMAGE = "not an image in a supported format (JPEG, PNG, WebP, BMP, TIFF, GIF)"

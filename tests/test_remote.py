@@ -38,9 +38,9 @@ from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.explain import explain
 from pipeline.extraction.extract import Extraction, extract
 from pipeline.extraction.feature_choice import FeatureChoice
-from pipeline.gather import gather, gather_images
 from pipeline.images.loader import Loader
-from pipeline.pixels import Pixels, decoding
+from pipeline.training.image_batches import Pixels, decoding
+from pipeline.training.labelled_features import gather, gather_images
 
 UNTRAINED = FeatureChoice(weights="untrained", precision="float32")
 LISTED = ("features", "--weights", "untrained", "--precision", "float32")

@@ -43,9 +43,9 @@ from pipeline.report.tiles import Looks
 from pipeline.runs.metrics import confusion_cells
 from pipeline.runs.request import Asked, DatasetChoice, FullAsked, SweepAsked
 from pipeline.runs.run_dataset import RunDataset
-from pipeline.sweep import sweep
-from pipeline.train import train_head
-from pipeline.trained import TrainedRun, open_run
+from pipeline.training.open_run import TrainedRun, open_run
+from pipeline.training.sweep.sweep import sweep
+from pipeline.training.train_head import train_head
 
 if TYPE_CHECKING:
     from deployed import Deployed

@@ -17,7 +17,6 @@ from conftest import icebox
 from faults import signalled
 
 from pipeline.cache.workspace import Workspace
-from pipeline.checkpoint import Checkpoint
 from pipeline.core import files
 from pipeline.core.errors import RunError
 from pipeline.core.spec import HeadSpec
@@ -25,7 +24,8 @@ from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
 from pipeline.runs import store
 from pipeline.runs.request import Asked, DatasetChoice
-from pipeline.train import HeadRun, train_head
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.train_head import HeadRun, train_head
 
 SPECS = {
     "gap": HeadSpec.make("gap", epochs=6, learning_rate=0.02, batch_size=16, dropout=0.3, schedule="cosine"),
@@ -124,7 +124,7 @@ def test_stopped_while_it_is_published_nothing_is_trained_again(
             train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
     (name,) = store.unfinished(workspace.runs)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.loop._epoch", None)  # there is no epoch left to train
+        patch.setattr("pipeline.training.loop._epoch", None)  # there is no epoch left to train
         done = go_on(workspace, photos, name)
     assert history(done) == history(whole)
 
@@ -219,7 +219,7 @@ def test_where_nothing_is_there_to_go_on_with_nobody_is_told_to(
     monkeypatch.setattr(files, "new_file", full)
     with pytest.raises(RunError, match=r"checkpoint\.npz cannot be written \(.*\); make room$"):
         train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
-    monkeypatch.setattr("pipeline.train._check_saved", lambda *_: 1 / 0)
+    monkeypatch.setattr("pipeline.training.train_head._check_saved", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_head(listed(photos), workspace, asked(photos, HeadSpec.make("logreg", C=1.0)), "features")
     assert "--resume" not in caplog.text
@@ -238,7 +238,7 @@ def test_where_a_checkpoint_was_written_before_the_disk_was_full_it_is_told_how_
         return real(path)
 
     monkeypatch.setattr(files, "new_file", full)
-    monkeypatch.setattr("pipeline.checkpoint._SHARE", 1e9)  # worth it after each epoch
+    monkeypatch.setattr("pipeline.training.checkpoint._SHARE", 1e9)  # worth it after each epoch
     with pytest.raises(RunError, match=r"make room$"):
         train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
     (name,) = store.unfinished(workspace.runs)

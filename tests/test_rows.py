@@ -16,8 +16,8 @@ from pipeline.cache import shard
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.core.errors import CacheError, UsageError
 from pipeline.core.spec import HeadSpec
-from pipeline.heads import Data, Watch, fit
-from pipeline.rows import StoredRows, Wanted, in_order, open_rows
+from pipeline.training.heads import Data, Watch, fit
+from pipeline.training.rows import StoredRows, Wanted, in_order, open_rows
 
 SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
 N = 120
@@ -106,7 +106,7 @@ def test_rows_on_disk_equal_rows_in_memory(filled: FeatureSpace, order: str) -> 
 
 
 def test_how_much_is_read_into_memory_is_said_first(filled: FeatureSpace, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "pipeline.rows"):
+    with caplog.at_level(logging.INFO, "pipeline.training.rows"):
         open_rows(filled, KEYS, "features", SPLITS)
         on_disk(filled, "features")
     first, second = caplog.messages

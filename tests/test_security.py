@@ -50,7 +50,7 @@ from pipeline.core.spec import FeatureSpec, HeadSpec
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
 from pipeline.runs.request import Asked, DatasetChoice
-from pipeline.train import train_head
+from pipeline.training.train_head import train_head
 
 Files = Callable[[Path], "list[str | Path]"]  # makes the hostile input in a folder, returns more arguments
 CASES: dict[str, Files] = {}

@@ -13,15 +13,15 @@ from conftest import unseal
 from pipeline.cache.workspace import Workspace
 from pipeline.core.spec import HeadSpec
 from pipeline.extraction.feature_choice import FeatureChoice
-from pipeline.finetune import with_initial
-from pipeline.gather import Material, gather
 from pipeline.images import decoding
-from pipeline.origin import Origin, begun_from
 from pipeline.runs.request import Asked, DatasetChoice, FullAsked
 from pipeline.runs.run_images import FILE, RunImages
-from pipeline.seen_images import seen_images
-from pipeline.train import train_head
-from pipeline.trained import open_run
+from pipeline.training.finetune import with_initial
+from pipeline.training.initial_model import Origin, begun_from
+from pipeline.training.labelled_features import Material, gather
+from pipeline.training.open_run import open_run
+from pipeline.training.seen_images import seen_images
+from pipeline.training.train_head import train_head
 
 
 @pytest.fixture

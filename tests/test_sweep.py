@@ -28,12 +28,10 @@ from faults import signalled
 import pipeline.extraction.workers.connect
 import pipeline.extraction.workers.health
 import pipeline.extraction.workers.scheduler_client
-import pipeline.sweep
-from pipeline import heads, trial_tasks
+import pipeline.training.sweep.sweep
 from pipeline.backbone.keras_start import import_keras
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
-from pipeline.checkpoint import Checkpoint
 from pipeline.core import hashing
 from pipeline.core.errors import IceboxError, MissingRowsError, RunError, UsageError
 from pipeline.core.spec import HeadSpec
@@ -41,15 +39,18 @@ from pipeline.dataset import assign
 from pipeline.extraction import measured_rates
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.extraction.workers.connect import ClusterChoice
-from pipeline.gather import gather
 from pipeline.images import decoding
-from pipeline.prepare import prepared
-from pipeline.rows import StoredRows
 from pipeline.runs import store
 from pipeline.runs.request import Asked, DatasetChoice, SweepAsked
-from pipeline.sweep import Sweep, sweep
-from pipeline.train import train_head
-from pipeline.trial import run_trial
+from pipeline.training import heads
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.labelled_features import gather
+from pipeline.training.rows import StoredRows
+from pipeline.training.sweep import on_dask
+from pipeline.training.sweep.sweep import Sweep, sweep
+from pipeline.training.sweep.trial import run_trial
+from pipeline.training.train_head import train_head
+from pipeline.training.training_data import prepared
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -235,7 +236,7 @@ def test_killed_after_the_winner_was_published_there_is_no_second_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.sweep.write_leaderboard", killed)
+        patch.setattr("pipeline.training.sweep.sweep.write_leaderboard", killed)
         with pytest.raises(KeyboardInterrupt):
             run(workspace, photos, LINEAR)
     (published,) = visible(workspace.runs)
@@ -251,7 +252,7 @@ def test_a_sweep_that_an_earlier_version_left_without_its_note_and_heads_is_fini
     """Which it removed before the sweep was published; trying to go on, it noted a run that never came to be."""
     fill(workspace, listed(photos))
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.sweep.draw_leaderboard", lambda *_: 1 / 0)
+        patch.setattr("pipeline.training.sweep.sweep.draw_leaderboard", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(workspace, photos, GRID[-1:])
     (name,), (published,) = store.unfinished(workspace.sweeps), visible(workspace.runs)
@@ -268,7 +269,7 @@ def test_a_sweep_whose_images_changed_is_not_gone_on_with(
 ) -> None:
     fill(workspace, listed(photos))
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.sweep.leaderboard", lambda trials: 1 / 0)
+        patch.setattr("pipeline.training.sweep.sweep.leaderboard", lambda trials: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(workspace, photos, LINEAR)
     (name,) = store.unfinished(workspace.sweeps)
@@ -283,7 +284,8 @@ def test_only_the_best_head_is_kept_on_the_way(
     fill(workspace, listed(photos))
     kept = list[int]()
     monkeypatch.setattr(
-        "pipeline.sweep._report", lambda trial: kept.append(len(list(workspace.sweeps.rglob("head.json"))))
+        "pipeline.training.sweep.sweep._report",
+        lambda trial: kept.append(len(list(workspace.sweeps.rglob("head.json")))),
     )
     done = run(workspace, photos, (LINEAR[0], GRID[0], *LINEAR[1:]))
     assert kept == [1, 1, 1, 1]
@@ -561,7 +563,7 @@ def test_workers_read_the_rows_of_each_sweep_anew(workspace: Workspace, photos: 
         data, found = ready.data(), list[np.ndarray]()
         for name in ("one", "two"):
             tasks = {"a setting": (spec, str(tmp_path / name))}
-            assert list(trial_tasks.submitted(client, cluster, keep_rows, tasks, data, None, 0)) == ["a setting"]
+            assert list(on_dask.submitted(client, cluster, keep_rows, tasks, data, None, 0)) == ["a setting"]
             found.append(np.load(tmp_path / f"{name}.npy"))
             object.__setattr__(data, "train", data.val)  # other rows in the same object
         assert np.array_equal(found[0], np.asarray(ready.rows["train"][np.arange(len(found[0]))]))
@@ -582,7 +584,7 @@ def test_a_worker_keeps_of_the_rows_what_its_memory_limit_leaves_room_for(
         LocalCluster(n_workers=1, processes=False, memory_limit=limit, dashboard_address="127.0.0.1:0") as started,
         Client(started, set_as_default=False) as client,
     ):
-        rows = client.submit(trial_tasks._read, ready.data(), None, 0, 1).result().train
+        rows = client.submit(on_dask._read, ready.data(), None, 0, 1).result().train
     assert isinstance(rows, StoredRows) == streamed
 
 
@@ -601,7 +603,7 @@ def test_a_worker_that_dies_costs_its_trial_a_second_try(
 ) -> None:
     """A lone one is started again and given the rows again."""
     fill(workspace, listed(photos))
-    monkeypatch.setattr(pipeline.sweep, "run_trial", end_first_worker)
+    monkeypatch.setattr(pipeline.training.sweep.sweep, "run_trial", end_first_worker)
     with cluster_of(workers, 1) as started:
         done = run(workspace, photos, LINEAR, cluster=ClusterChoice(scheduler=started.scheduler_address))
     assert (done.path / "killed").read_text() in {row["trial"] for row in done.rows}
@@ -616,7 +618,7 @@ def test_workers_started_here_that_are_killed_again_and_again_are_given_up(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(workspace, listed(photos))
-    monkeypatch.setattr(pipeline.sweep, "run_trial", end_worker)
+    monkeypatch.setattr(pipeline.training.sweep.sweep, "run_trial", end_worker)
     with pytest.raises(IceboxError, match=r"was lost \d times before it had done anything|died again and again"):
         run(workspace, photos, GRID[-1:], cluster=ClusterChoice(workers=1))
     assert store.unfinished(workspace.sweeps) == []
@@ -659,7 +661,7 @@ def test_a_scheduler_lost_between_rows_of_two_kinds_is_told(
     fill(workspace, listed(photos))
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
         cluster.wait_for_workers(1)
-        prepared, kinds = pipeline.sweep.prepared, list[Any]()
+        prepared, kinds = pipeline.training.sweep.sweep.prepared, list[Any]()
 
         def prepared_without(*arguments: Any, **more: Any) -> Any:
             kinds.append(arguments)
@@ -668,7 +670,7 @@ def test_a_scheduler_lost_between_rows_of_two_kinds_is_told(
                 time.sleep(seconds)
             return prepared(*arguments, **more)
 
-        monkeypatch.setattr(pipeline.sweep, "prepared", prepared_without)
+        monkeypatch.setattr(pipeline.training.sweep.sweep, "prepared", prepared_without)
         with pytest.raises(IceboxError, match=r"is gone; start it again$"):
             run(workspace, photos, BOTH_KINDS[::-1], cluster=ClusterChoice(scheduler=cluster.address))
 
@@ -683,7 +685,7 @@ def test_if_all_workers_are_gone_others_are_waited_for_and_then_it_is_told(
 ) -> None:
     fill(workspace, listed(photos))
     monkeypatch.setattr(pipeline.extraction.workers.scheduler_client, "PATIENCE_S", 2.0)
-    monkeypatch.setattr(pipeline.sweep, "run_trial", end_all_workers)
+    monkeypatch.setattr(pipeline.training.sweep.sweep, "run_trial", end_all_workers)
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
         cluster.wait_for_workers(1)
         with pytest.raises(IceboxError, match=r"has had no worker for 2 s; start some by `dask worker ADDRESS`$"):

@@ -20,7 +20,6 @@ import pytest
 from cached import CLASSES, SPEC, fill, listed, row_of, spec_of, write_images
 from PIL import Image
 
-from pipeline import heads
 from pipeline.cache import shard
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
@@ -29,12 +28,13 @@ from pipeline.core.hashing import image_key
 from pipeline.core.spec import FeatureSpec, HeadSpec
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.extraction.feature_choice import FeatureChoice
-from pipeline.gather import gather
 from pipeline.images import decoding
-from pipeline.prepare import on_sides
 from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.runs.run_images import RunImages
-from pipeline.train import HeadRun, train_head
+from pipeline.training import heads
+from pipeline.training.labelled_features import gather
+from pipeline.training.train_head import HeadRun, train_head
+from pipeline.training.training_data import on_sides
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -596,7 +596,7 @@ from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.dataset import open_dataset
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.core.spec import HeadSpec
-from pipeline.train import train_head
+from pipeline.training.train_head import train_head
 from pipeline.cache.workspace import open_workspace
 def run(photos, data, head, **settings):
     dataset = open_dataset(photos, downloads=Path(data))

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.core.errors import UsageError
 from pipeline.core.spec import HEADS
-from pipeline.trials import DEFAULTS, make_trials
+from pipeline.training.sweep.trials import DEFAULTS, make_trials
 
 
 def settings(name: str, *given: str, heads: tuple[str, ...] = ("gap",), draws: int | None = None) -> list[object]:

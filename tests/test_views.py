@@ -30,11 +30,11 @@ from pipeline.extraction.explain import explain
 from pipeline.extraction.extract import Extraction, extract
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.extraction.recompute_check import recompute
-from pipeline.gather import gather
 from pipeline.images import augment, decoding
-from pipeline.prepare import prepared
 from pipeline.runs.request import Asked, DatasetChoice
-from pipeline.train import train_head
+from pipeline.training.labelled_features import gather
+from pipeline.training.train_head import train_head
+from pipeline.training.training_data import prepared
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, Finished, environment
 
-from pipeline import heads
 from pipeline.core.errors import IceboxError
 from pipeline.core.spec import HeadSpec
-from pipeline.heads.dense import DenseHead, build
+from pipeline.training import heads
+from pipeline.training.heads.dense import DenseHead, build
 
 
 def python(script: str, *arguments: str | Path, **env: str) -> Finished:

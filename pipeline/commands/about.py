@@ -45,7 +45,7 @@ def summary(
 ) -> None:
     """List the layers and count the parameters of backbone and head."""
     from pipeline import terminal
-    from pipeline.summary import summarize
+    from pipeline.training.summary import summarize
 
     terminal.begin(quiet=quiet)
     result = summarize(head, classes, layer, backbone, input_size)

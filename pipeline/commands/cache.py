@@ -249,7 +249,7 @@ def cache_export(
     from dataclasses import asdict
 
     from pipeline.core.errors import UsageError
-    from pipeline.export_rows import export_dataset
+    from pipeline.training.export_rows import export_dataset
 
     if out.exists() and not out.is_file():
         raise UsageError(f"{out} is no regular file, and is not replaced by one")

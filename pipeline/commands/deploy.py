@@ -25,7 +25,7 @@ from pipeline.commands.shared import (
 if TYPE_CHECKING:
     from pipeline.cache.workspace import Workspace
     from pipeline.dataset import Dataset
-    from pipeline.trained import TrainedRun
+    from pipeline.training.open_run import TrainedRun
 
 _SHOWN = ("bytes", "compared_images", "max_difference", "run_precision", "difference_to_run", "seconds")
 
@@ -52,7 +52,7 @@ def export(
 ) -> None:
     """Make a deployable model: pixels in, probabilities out."""
     from pipeline.export import export_run
-    from pipeline.trained import open_run
+    from pipeline.training.open_run import open_run
 
     with opened(context) as workspace:
         trained = open_run(workspace.runs, run)

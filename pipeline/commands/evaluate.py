@@ -32,7 +32,7 @@ from pipeline.core.units import counted
 
 if TYPE_CHECKING:
     from pipeline.runs.request import DatasetChoice
-    from pipeline.trained import TrainedRun
+    from pipeline.training.open_run import TrainedRun
 
 _SHOWN = (
     "run", "dataset", "split", "images", "left_out", "accuracy", "accuracy_interval", "top5_accuracy",
@@ -80,7 +80,7 @@ def evaluate(
     A head is measured on cached rows, a full model on images. Images it was trained on are left out.
     """
     from pipeline.apply import evaluate_run
-    from pipeline.trained import open_run
+    from pipeline.training.open_run import open_run
 
     with opened(context) as workspace:
         trained = open_run(workspace.runs, run)

@@ -196,8 +196,8 @@ def finetune(
 
 
 def _run(stage: str, context: typer.Context) -> None:
-    from pipeline.finetune import train_full
     from pipeline.runs.request import FullAsked, stopped_run, with_network
+    from pipeline.training.finetune import train_full
 
     given = context.params
     resume: str | None = given["resume"]

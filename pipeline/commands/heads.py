@@ -138,7 +138,7 @@ def train_head(
     quiet: QuietOption = False,
 ) -> None:
     """Train a head from the cache. Computes no feature."""
-    from pipeline.train import train_head as train
+    from pipeline.training.train_head import train_head as train
 
     asked = _asked(context) if resume is None else None
     with opened(context) as workspace:

@@ -85,7 +85,7 @@ def report(
             result = pages.of_sweep(folder, target) if folder else pages.compare(names or [], workspace, target)
         else:
             from pipeline.report.single import write
-            from pipeline.trained import open_run
+            from pipeline.training.open_run import open_run
 
             run = open_run(workspace.runs, chosen)
             target = out or reports / f"{run.name}.html"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.extraction.planning import Quarantined
     from pipeline.extraction.workers.connect import ClusterChoice
     from pipeline.runs.request import Asked, DatasetChoice
-    from pipeline.trained import TrainedRun
+    from pipeline.training.open_run import TrainedRun
 
 DatasetOption = Annotated[
     str,
@@ -128,7 +128,7 @@ def _take_over(context: typer.Context, name: str | None) -> str | None:
     if name is None or context.resilient_parsing:
         return name
     from pipeline.reproduce import options_like
-    from pipeline.trained import open_run
+    from pipeline.training.open_run import open_run
 
     options = {option.opts[0].removeprefix("--"): option.name for option in context.command.params}
     like = options_like(open_run(context.obj / "runs", name), str(context.info_name))
@@ -221,7 +221,7 @@ def open_dataset(workspace: Workspace, context: typer.Context) -> Dataset:
 
 def open_runs(workspace: Workspace, run: str, also: Sequence[str] | None) -> list[TrainedRun]:
     """Open the runs that RUN and `--also` name."""
-    from pipeline.trained import open_run
+    from pipeline.training.open_run import open_run
 
     return [open_run(workspace.runs, name) for name in (run, *(also or ()))]
 

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from pipeline.cache.workspace import Workspace
     from pipeline.extraction.feature_choice import FeatureChoice
     from pipeline.runs.request import SweepAsked
-    from pipeline.sweep import Sweep
+    from pipeline.training.sweep.sweep import Sweep
 
 _HEADS = ("flatten", "gap", "logreg")
 _MOST_LISTED = 30
@@ -134,7 +134,7 @@ def sweep(
 
     No feature is computed, unless by --compute.
     """
-    from pipeline.sweep import sweep as run_sweep
+    from pipeline.training.sweep.sweep import sweep as run_sweep
 
     start, cluster = time.perf_counter(), cluster_choice(context)
     choices = _choices(context) if resume is None else ()
@@ -231,7 +231,7 @@ def _features_command(context: typer.Context, choice: FeatureChoice, is_one_of_s
 def _asked(context: typer.Context, choices: tuple[FeatureChoice, ...]) -> SweepAsked:
     from pipeline.core.errors import UsageError
     from pipeline.runs.request import SweepAsked
-    from pipeline.trials import make_trials
+    from pipeline.training.sweep.trials import make_trials
 
     given = context.params
     if given["random"] is None and "seed" in typed(context):
@@ -260,7 +260,7 @@ def _resumed(context: typer.Context, name: str, root: Path) -> tuple[str, SweepA
 
 def _finish(done: Sweep, seconds: float, as_json: bool) -> None:
     from pipeline import terminal
-    from pipeline.leaderboard import (
+    from pipeline.training.sweep.leaderboard import (
         fastest_sentence,
         has_several_backbones,
         noise_sentence,

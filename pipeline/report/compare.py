@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import sweep
 from pipeline.cache.workspace import Workspace
 from pipeline.core import files
 from pipeline.core.errors import RunError, did_you_mean
 from pipeline.core.units import counted, size_text
-from pipeline.leaderboard import (
+from pipeline.report import page
+from pipeline.report.single import publish, require_target, trained_on
+from pipeline.runs import store
+from pipeline.runs.run_dataset import RunDataset, distinct, told_apart
+from pipeline.training.sweep import sweep
+from pipeline.training.sweep.leaderboard import (
     best_of_each,
     cost_points,
     fastest_sentence,
@@ -22,10 +26,6 @@ from pipeline.leaderboard import (
     unmeasured_sentence,
     varied,
 )
-from pipeline.report import page
-from pipeline.report.single import publish, require_target, trained_on
-from pipeline.runs import store
-from pipeline.runs.run_dataset import RunDataset, distinct, told_apart
 
 _MOST_DRAWN = 60  # points
 _NO_BACKBONES: dict[str, Any] = {"cost": "", "backbone_columns": [], "backbone_rows": []}  # that are compared

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.progress import Progress
-from pipeline.heads.base import deal_folds
 from pipeline.images import near_duplicates
 from pipeline.report.tiles import Looks
-from pipeline.rows import Rows, in_order
+from pipeline.training.heads.base import deal_folds
+from pipeline.training.rows import Rows, in_order
 
 _MOST_TSNE = 5_000  # images; beyond, t-SNE takes minutes
 _SAMPLE = 10_000  # images that components, and what is to be chosen, are learned from

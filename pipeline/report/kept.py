@@ -18,7 +18,7 @@ from pipeline.report import page
 from pipeline.reproduce import commands
 from pipeline.runs.metrics import confusion_cells
 from pipeline.runs.predictions import Answers, read_answers
-from pipeline.trained import TrainedRun
+from pipeline.training.open_run import TrainedRun
 
 _MOST_CLASSES = 1_000  # in the table; a page with more is slow to open
 _MEASURES = ("precision", "recall", "f1", "roc_auc", "support")

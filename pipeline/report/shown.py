@@ -12,14 +12,14 @@ from pipeline.core.errors import IceboxError, MissingRowsError
 from pipeline.core.utf8 import spelt
 from pipeline.dataset.split import SPLITS
 from pipeline.extraction.feature_choice import FeatureChoice
-from pipeline.gather import Material, Sorted, gather, gather_images
 from pipeline.images.decoding import depth_of
 from pipeline.report import findings, page
 from pipeline.report.findings import Findings
 from pipeline.report.tiles import Looks, Tiles, look, packed
-from pipeline.rows import Wanted, open_rows
 from pipeline.runs.predictions import Answers
-from pipeline.trained import TrainedRun
+from pipeline.training.labelled_features import Material, Sorted, gather, gather_images
+from pipeline.training.open_run import TrainedRun
+from pipeline.training.rows import Wanted, open_rows
 
 MOST_IMAGES = 10_000  # with pictures on a page
 MOST_LISTED = 200  # doubtful labels, and near copies, on a page

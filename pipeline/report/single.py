@@ -13,7 +13,7 @@ from pipeline.core.errors import RunError
 from pipeline.report import kept, page
 from pipeline.report.shown import MOST_LISTED, Shown, crossing, gather_shown, named, script_data
 from pipeline.runs.store import read_run
-from pipeline.trained import TrainedRun
+from pipeline.training.open_run import TrainedRun
 
 _METHODS = {"tsne": "t-SNE", "pca": "principal components"}
 

@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 
 from pipeline.core.progress import Progress
-from pipeline.gather import Sorted
 from pipeline.images import near_duplicates
 from pipeline.images.loader import Loaded, Loader, decoding_pool
+from pipeline.training.labelled_features import Sorted
 
 _COLUMNS = 16
 _ON_A_SHEET = _COLUMNS**2

@@ -9,7 +9,7 @@ from pipeline.backbone.build import build
 from pipeline.backbone.graph import cut, cut_layers, nodes, work
 from pipeline.backbone.source import architecture
 from pipeline.core.spec import HeadSpec
-from pipeline.heads.dense import build as build_head
+from pipeline.training.heads.dense import build as build_head
 
 
 def summarize(

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import heads, tracking
-from pipeline.checkpoint import Checkpoint
 from pipeline.core.files import write_json
 from pipeline.core.progress import Progress
 from pipeline.core.spec import HeadSpec
-from pipeline.heads.base import JSON_FILE, Predicts, require_numbers, stratified_folds
-from pipeline.heads.ensemble import Ensemble, member_name
-from pipeline.prepare import Prepared
-from pipeline.rows import Rows
 from pipeline.runs.request import Asked
+from pipeline.training import heads, tracking
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.heads.base import JSON_FILE, Predicts, require_numbers, stratified_folds
+from pipeline.training.heads.ensemble import Ensemble, member_name
+from pipeline.training.rows import Rows
+from pipeline.training.training_data import Prepared
 
 _HISTORY = "history.json"
 

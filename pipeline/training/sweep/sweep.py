@@ -18,9 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import heads
 from pipeline.cache.workspace import Workspace
-from pipeline.candidates import Candidate, compute_missing, digest, find_candidates
 from pipeline.core import files
 from pipeline.core.errors import RunError
 from pipeline.core.spec import HeadSpec
@@ -28,8 +26,13 @@ from pipeline.core.units import counted
 from pipeline.dataset import Dataset
 from pipeline.extraction.planning import Quarantined
 from pipeline.extraction.workers.connect import ClusterChoice, connected
-from pipeline.fitting import Outcome, answers
-from pipeline.leaderboard import (
+from pipeline.runs import store
+from pipeline.runs.plots import draw_cost
+from pipeline.runs.request import SweepAsked
+from pipeline.training import heads
+from pipeline.training.fitting import Outcome, answers
+from pipeline.training.sweep.candidates import Candidate, compute_missing, digest, find_candidates
+from pipeline.training.sweep.leaderboard import (
     Trial,
     cost_points,
     draw_leaderboard,
@@ -37,13 +40,10 @@ from pipeline.leaderboard import (
     leaderboard,
     write_leaderboard,
 )
-from pipeline.prepare import memory_needed, prepared
-from pipeline.runs import store
-from pipeline.runs.plots import draw_cost
-from pipeline.runs.request import SweepAsked
-from pipeline.train import write_run
-from pipeline.trial import TRIAL, read_json, read_trial, run_trial
-from pipeline.trial_tasks import submitted
+from pipeline.training.sweep.on_dask import submitted
+from pipeline.training.sweep.trial import TRIAL, read_json, read_trial, run_trial
+from pipeline.training.train_head import write_run
+from pipeline.training.training_data import memory_needed, prepared
 
 logger = logging.getLogger(__name__)
 

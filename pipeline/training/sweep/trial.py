@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import heads
-from pipeline.checkpoint import Checkpoint
 from pipeline.core import files
 from pipeline.core.errors import DoNotFitError, RunError
 from pipeline.core.locks import exclusive
 from pipeline.core.spec import HeadSpec
-from pipeline.fitting import answers, fit_head
-from pipeline.heads.base import measure
-from pipeline.leaderboard import ExtractionCost, Trial
-from pipeline.loop import NotFiniteError, OtherCheckpointError
+from pipeline.training import heads
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.fitting import answers, fit_head
+from pipeline.training.heads.base import measure
+from pipeline.training.loop import NotFiniteError, OtherCheckpointError
+from pipeline.training.sweep.leaderboard import ExtractionCost, Trial
 
 logger = logging.getLogger(__name__)
 

@@ -13,17 +13,17 @@ import numpy as np
 
 from pipeline.backbone import weights_file
 from pipeline.backbone.keras_start import KerasModel, import_keras
-from pipeline.batches import Shuffled
 from pipeline.core import files, machine
 from pipeline.core.errors import DatasetError, DoNotFitError, RunError
 from pipeline.core.files import write_json
 from pipeline.core.spec import HeadSpec
 from pipeline.core.units import size_text
-from pipeline.heads.base import JSON_FILE, Data, Fitted, class_weights, measure, not_numbers, require_numbers
-from pipeline.heads.logreg import LogregHead
-from pipeline.heads.parts import dense_in_parts, gradients_in_bfloat16
-from pipeline.loop import NotFiniteError, Watch, finalize, train
-from pipeline.rows import Rows, in_order
+from pipeline.training.batches import Shuffled
+from pipeline.training.heads.base import JSON_FILE, Data, Fitted, class_weights, measure, not_numbers, require_numbers
+from pipeline.training.heads.logreg import LogregHead
+from pipeline.training.heads.parts import dense_in_parts, gradients_in_bfloat16
+from pipeline.training.loop import NotFiniteError, Watch, finalize, train
+from pipeline.training.rows import Rows, in_order
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from pipeline import heads
 from pipeline.cache.digests import identify
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import DatasetError
@@ -19,11 +18,12 @@ from pipeline.core.units import counted
 from pipeline.dataset import Dataset, assign, few_groups
 from pipeline.dataset.split import SPLITS
 from pipeline.extraction.feature_choice import warn_untrained
-from pipeline.gather import Material, Sorted
 from pipeline.images.decoding import FULL_DEPTH
-from pipeline.pixels import Pixels, decoding
-from pipeline.rows import Rows, StoredRows, Wanted, hold, select, stored_rows
 from pipeline.runs.predictions import Predictions
+from pipeline.training import heads
+from pipeline.training.image_batches import Pixels, decoding
+from pipeline.training.labelled_features import Material, Sorted
+from pipeline.training.rows import Rows, StoredRows, Wanted, hold, select, stored_rows
 
 logger = logging.getLogger(__name__)
 

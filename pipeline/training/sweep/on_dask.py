@@ -21,8 +21,8 @@ from pipeline.core.units import size_text
 from pipeline.extraction.workers import scheduler_client
 from pipeline.extraction.workers.connect import Client, ClusterChoice
 from pipeline.extraction.workers.health import WorkerHealth
-from pipeline.heads import Data
-from pipeline.rows import StoredRows, hold
+from pipeline.training.heads import Data
+from pipeline.training.rows import StoredRows, hold
 
 _SHARE_OF_LIMIT = 0.8  # of a worker's memory; with more in use Dask gives it nothing to do
 _LEAST_ROWS = 16  # that are read at once

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import files
-from pipeline.gather import Sorted
-from pipeline.loop import Entry
 from pipeline.runs import store
 from pipeline.runs.checksums import CHECKSUMS
 from pipeline.runs.metrics import evaluate
 from pipeline.runs.plots import draw_curves
 from pipeline.runs.predictions import Predictions, write_predictions
 from pipeline.runs.run_dataset import resolved
+from pipeline.training.labelled_features import Sorted
+from pipeline.training.loop import Entry
 
 Metrics = dict[str, dict[str, Any]]
 

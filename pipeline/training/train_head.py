@@ -11,18 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import heads, results, tracking
 from pipeline.backbone import source as networks
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import RunError
 from pipeline.dataset import Dataset
 from pipeline.extraction.planning import Quarantined
-from pipeline.fitting import Outcome, fit_asked
-from pipeline.gather import Material, gather
-from pipeline.prepare import Prepared, prepared
-from pipeline.rows import Rows
 from pipeline.runs import store
 from pipeline.runs.request import Asked
+from pipeline.training import heads, tracking
+from pipeline.training import write_run as results
+from pipeline.training.fitting import Outcome, fit_asked
+from pipeline.training.labelled_features import Material, gather
+from pipeline.training.rows import Rows
+from pipeline.training.training_data import Prepared, prepared
 
 _MOST_DIFFERENCE = 1e-5  # between the probabilities of a head in memory and the same one read back
 

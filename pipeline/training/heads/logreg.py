@@ -22,9 +22,9 @@ from pipeline.core.files import write_json
 from pipeline.core.lazy_imports import without
 from pipeline.core.spec import HeadSpec
 from pipeline.core.units import counted, size_text
-from pipeline.heads.base import JSON_FILE, Data, Fitted, cross_entropy, not_numbers, stratified_folds
-from pipeline.loop import Watch
-from pipeline.rows import Rows, StoredRows, in_order
+from pipeline.training.heads.base import JSON_FILE, Data, Fitted, cross_entropy, not_numbers, stratified_folds
+from pipeline.training.loop import Watch
+from pipeline.training.rows import Rows, StoredRows, in_order
 
 logger = logging.getLogger(__name__)
 

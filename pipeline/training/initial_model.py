@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import heads, network
 from pipeline.backbone import source as networks
 from pipeline.backbone.build import build
 from pipeline.backbone.graph import cut_layers, layer_names
@@ -23,11 +22,12 @@ from pipeline.core.spec import FREEZE_UNTIL, OWN, SHAPE, FeatureSpec, HeadSpec
 from pipeline.dataset import Dataset
 from pipeline.dataset.class_names import missing, with_classes
 from pipeline.extraction.feature_choice import FeatureChoice, Settled, find_space, settle, weights_for, weights_of
-from pipeline.heads.dense import DenseHead
-from pipeline.heads.dense import build as build_head
 from pipeline.images.decoding import depth_of
 from pipeline.runs.request import FullAsked
 from pipeline.runs.store import network_record, read_run
+from pipeline.training import full_model, heads
+from pipeline.training.heads.dense import DenseHead
+from pipeline.training.heads.dense import build as build_head
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Origin:
             heads.require_memory(asked, row_shape, classes)
             return DenseHead(build_head(asked, row_shape, classes), asked)
         with heads.of_its_run(self.begun.path, classes, row_shape):
-            found = network.stitched(heads.load(self.begun.path), row_shape, classes)
+            found = full_model.stitched(heads.load(self.begun.path), row_shape, classes)
         shape = {name: found.spec.settings[name] for name in SHAPE}
         return DenseHead(found.model, HeadSpec.make(found.spec.head, **{**asked.settings, **shape}))
 
@@ -133,8 +133,8 @@ def _cut(asked: FullAsked, source: Source, layer: str) -> tuple[str, int, list[s
     names, cuts = _layers(source, layer)
     until = len(names) - 1
     if asked.stage != "freeze":
-        until = network.frozen_until(names, asked.freeze_until or _usual(source, layer))
-    return network.cut_at(names, cuts, until) if asked.from_cache else "", until, names
+        until = full_model.frozen_until(names, asked.freeze_until or _usual(source, layer))
+    return full_model.cut_at(names, cuts, until) if asked.from_cache else "", until, names
 
 
 def _layers(source: Source, layer: str) -> tuple[list[str], list[str]]:
@@ -156,7 +156,7 @@ def _usual(source: Source, layer: str) -> str:
     """Return the layer up to which is frozen where nothing was said."""
     if source.name == DEFAULT_BACKBONE:
         return FREEZE_UNTIL
-    return network.default_freeze_until(build(source.name, input_size=source.input_size, network=source.file), layer)
+    return full_model.default_freeze_until(build(source.name, input_size=source.input_size, network=source.file), layer)
 
 
 def begun_from(path: Path, dataset: Dataset) -> Begun:
@@ -180,7 +180,7 @@ def _from_run(begun: Begun, asked: FullAsked, workspace: Workspace) -> Origin:
     base = _base_weights(begun, stated, workspace)
     label = str(begun.about["summary"]["weights"])
     if begun.full:
-        file = begun.path / network.JSON_FILE if spec.backbone.startswith(OWN) else None
+        file = begun.path / full_model.JSON_FILE if spec.backbone.startswith(OWN) else None
     else:
         base = base or networks.require(begun.base, network_record(begun.about), label, begun.path.name, workspace)
         file = base.network
@@ -188,7 +188,7 @@ def _from_run(begun: Begun, asked: FullAsked, workspace: Workspace) -> Origin:
     cut, until, names = _cut(asked, source, spec.layer)
     if begun.unchanged_until not in ("", *names):
         raise RunError(f"{begun.path / 'run.json'} is not that of a trained model ({begun.unchanged_until[:60]!r})")
-    trained = network.saved_weights(begun.path) if begun.full else None
+    trained = full_model.saved_weights(begun.path) if begun.full else None
     weights = trained or base
     assert weights is not None  # a full model has its own, and those of another run were just required
     below = base is not None and (not trained or _at_most(cut, begun.unchanged_until, names))

@@ -15,9 +15,9 @@ from typing import Any
 from pipeline.core import files
 from pipeline.core.errors import IceboxError, RunError
 from pipeline.core.spec import HeadSpec
-from pipeline.heads.base import JSON_FILE, Data, Fitted, Head
-from pipeline.heads.ensemble import Ensemble, member_name
-from pipeline.loop import Watch
+from pipeline.training.heads.base import JSON_FILE, Data, Fitted, Head
+from pipeline.training.heads.ensemble import Ensemble, member_name
+from pipeline.training.loop import Watch
 
 READS = {"flatten": "features", "gap": "pooled", "logreg": "pooled"}
 _MOST_MEMBERS = 1000
@@ -43,28 +43,28 @@ __all__ = [
 
 def fit(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
     """Train a new head; `watch.advance(1)` is called after each epoch, or fit of the solver."""
-    from pipeline.heads import dense, logreg
+    from pipeline.training.heads import dense, logreg
 
     return logreg.fit_logreg(spec, data, watch) if spec.head == "logreg" else dense.fit_dense(spec, data, watch)
 
 
 def steps(spec: HeadSpec) -> int:
     """Return how often `fit` advances at most."""
-    from pipeline.heads import logreg
+    from pipeline.training.heads import logreg
 
     return logreg.fit_steps(spec) if spec.head == "logreg" else spec.settings["epochs"]
 
 
 def memory_needed(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> int:
     """Return about how many bytes `fit` takes beside the rows."""
-    from pipeline.heads import dense
+    from pipeline.training.heads import dense
 
     return 0 if spec.head == "logreg" else dense.memory_needed(spec, row_shape, classes)
 
 
 def require_memory(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> None:
     """Report what training a large head takes. Raises DoNotFitError if it takes more memory than is free."""
-    from pipeline.heads import dense
+    from pipeline.training.heads import dense
 
     if spec.head != "logreg":
         dense.require_memory(spec, row_shape, classes)
@@ -115,7 +115,7 @@ def load(directory: Path) -> Head:
 
 
 def _loaded(directory: Path, made: dict[str, Any]) -> Head:
-    from pipeline.heads import dense, logreg
+    from pipeline.training.heads import dense, logreg
 
     if made["head"] == "ensemble":
         if not 1 <= made["members"] <= _MOST_MEMBERS:

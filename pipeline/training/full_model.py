@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import heads
 from pipeline.backbone import own, weights_file
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.build import check_weights, load_weights
@@ -23,10 +22,11 @@ from pipeline.core import files
 from pipeline.core.errors import IceboxError, RunError, SpecError, UsageError, did_you_mean
 from pipeline.core.files import write_json
 from pipeline.core.spec import FREEZE_UNTIL, FeatureSpec
-from pipeline.heads.dense import DenseHead, average, build, from_logreg
-from pipeline.heads.logreg import LogregHead
-from pipeline.loop import finalize
-from pipeline.rows import Rows, read_ahead
+from pipeline.training import heads
+from pipeline.training.heads.dense import DenseHead, average, build, from_logreg
+from pipeline.training.heads.logreg import LogregHead
+from pipeline.training.loop import finalize
+from pipeline.training.rows import Rows, read_ahead
 
 WEIGHTS_FILE = "backbone.weights.h5"
 JSON_FILE = "network.json"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.core.errors import DoNotFitError
-from pipeline.rows import Rows, StoredRows, read_ahead, read_ahead_in_place
+from pipeline.training.rows import Rows, StoredRows, read_ahead, read_ahead_in_place
 
 _BLOCK = 32  # rows read side by side; smaller in a small window, that it may still hold many blocks
 _BLOCKS_IN_WINDOW = 16

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import heads
 from pipeline.backbone import source as networks
 from pipeline.core.errors import RunError, SpecError
 from pipeline.core.spec import FeatureSpec
 from pipeline.dataset import Dataset
 from pipeline.dataset.class_names import listed, missing, normalised, other_classes, with_classes
-from pipeline.network import Network
-from pipeline.rows import Rows
 from pipeline.runs import store
 from pipeline.runs.request import Asked, FullAsked
+from pipeline.training import heads
+from pipeline.training.full_model import Network
+from pipeline.training.rows import Rows
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from pipeline.core import files
 from pipeline.core.errors import IceboxError, RunError
 from pipeline.core.files import MOST_JSON_BYTES
 from pipeline.dataset.class_names import with_classes
-from pipeline.gather import Sorted, list_images
 from pipeline.runs.request import FullAsked
 from pipeline.runs.run_images import RunImages
-from pipeline.trained import TrainedRun, open_run
+from pipeline.training.labelled_features import Sorted, list_images
+from pipeline.training.open_run import TrainedRun, open_run
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from pipeline.extraction.extract import extract
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.extraction.planning import Quarantined
 from pipeline.extraction.workers.connect import ClusterChoice
-from pipeline.gather import Material, gather
-from pipeline.leaderboard import ExtractionCost
 from pipeline.runs.request import SweepAsked
+from pipeline.training.labelled_features import Material, gather
+from pipeline.training.sweep.leaderboard import ExtractionCost
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core.files import write_json
-from pipeline.heads.base import JSON_FILE, Head
-from pipeline.rows import Rows
+from pipeline.training.heads.base import JSON_FILE, Head
+from pipeline.training.rows import Rows
 
 
 def member_name(number: int) -> str:

@@ -12,17 +12,17 @@ from typing import Any, Literal, Self, cast
 
 import numpy as np
 
-from pipeline.batches import Shuffled
 from pipeline.cache.workspace import open_workspace
 from pipeline.core.errors import DatasetError, UsageError
 from pipeline.core.spec import Augmentation, Views
 from pipeline.dataset import few_groups
 from pipeline.dataset.split import SPLITS
 from pipeline.extraction.feature_choice import FeatureChoice, warn_untrained
-from pipeline.gather import Material, gather
 from pipeline.images import decoding
-from pipeline.rows import Rows, Wanted, held, room_for, stored_rows
 from pipeline.runs.request import DatasetChoice
+from pipeline.training.batches import Shuffled
+from pipeline.training.labelled_features import Material, gather
+from pipeline.training.rows import Rows, Wanted, held, room_for, stored_rows
 
 SplitName = Literal["train", "val", "test"]
 What = Literal["features", "pooled"]

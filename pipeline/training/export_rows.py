@@ -12,7 +12,7 @@ from pipeline.cache.workspace import Workspace
 from pipeline.dataset import Dataset
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.extraction.planning import Quarantined
-from pipeline.gather import gather
+from pipeline.training.labelled_features import gather
 
 
 @dataclass(frozen=True)

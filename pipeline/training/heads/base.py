@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.core.errors import DatasetError
-from pipeline.loop import Entry
-from pipeline.rows import Rows, in_order
+from pipeline.training.loop import Entry
+from pipeline.training.rows import Rows, in_order
 
 JSON_FILE = "head.json"
 _TRIES = 10  # to find folds

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.backbone.keras_start import KerasModel, import_keras
-from pipeline.checkpoint import Checkpoint
 from pipeline.core.errors import CheckpointError, RunError
+from pipeline.training.checkpoint import Checkpoint
 
 Entry = dict[str, float]
 

@@ -13,13 +13,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline import network, results, tracking
 from pipeline.backbone import source as networks
 from pipeline.backbone.graph import activations
 from pipeline.backbone.keras_start import KerasModel
-from pipeline.batches import Shuffled
 from pipeline.cache.workspace import Workspace
-from pipeline.checkpoint import Checkpoint
 from pipeline.core.errors import RunError
 from pipeline.core.spec import OWN, FeatureSpec
 from pipeline.core.units import counted, duration
@@ -28,19 +25,22 @@ from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
 from pipeline.extraction.feature_choice import FeatureChoice, warn_untrained
 from pipeline.extraction.planning import Quarantined
-from pipeline.gather import Material, Sorted, gather, gather_images
-from pipeline.heads import dense
-from pipeline.heads.base import class_weights, measure, require_numbers
 from pipeline.images.decoding import depth_of
-from pipeline.loop import Entry, NotFiniteError, Trained, Watch, train
-from pipeline.network import Network
-from pipeline.origin import Origin, origin_of
-from pipeline.pixels import Pixels, decoding
-from pipeline.prepare import Prepared, check_sides, prepared_pixels, prepared_tensors
-from pipeline.rows import Rows, StoredRows, select
 from pipeline.runs import store
 from pipeline.runs.request import FullAsked
-from pipeline.seen_images import initial_images
+from pipeline.training import full_model, tracking, write_run
+from pipeline.training.batches import Shuffled
+from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.full_model import Network
+from pipeline.training.heads import dense
+from pipeline.training.heads.base import class_weights, measure, require_numbers
+from pipeline.training.image_batches import Pixels, decoding
+from pipeline.training.initial_model import Origin, origin_of
+from pipeline.training.labelled_features import Material, Sorted, gather, gather_images
+from pipeline.training.loop import Entry, NotFiniteError, Trained, Watch, train
+from pipeline.training.rows import Rows, StoredRows, select
+from pipeline.training.seen_images import initial_images
+from pipeline.training.training_data import Prepared, check_sides, prepared_pixels, prepared_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def _train_and_write(
     _, train_accuracy = measure(said["train"], ready.labels["train"])
     _warn_of_collapse(train_accuracy, _best(trained)["accuracy"], asked)
     predictions = [ready.predictions(side, ready.members[side], said[side]) for side in ("val", "test")]
-    metrics = results.measured(predictions, ready.material.dataset.classes)
+    metrics = write_run.measured(predictions, ready.material.dataset.classes)
     recorded = setting.origin.network_record or networks.record(setting.origin.weights, workspace.cache.index)
     about = {
         **_features(setting, made.save(directory)),
@@ -216,7 +216,7 @@ def _train_and_write(
     difference = _check_saved(directory, asked, setting, said["test"])
     summary = {
         **_summary(name, asked, setting, trained),
-        **results.summary_of(metrics, ready.material),
+        **write_run.summary_of(metrics, ready.material),
         "train_accuracy": train_accuracy,
         "trainable_parameters": parameters,
         "parameters": parameters,
@@ -224,7 +224,7 @@ def _train_and_write(
         "seconds": round(time.perf_counter() - start + trained.seconds_before, 3),
     }
     about["summary"] = summary
-    results.write(directory, about, ready.material, metrics, trained.history, "epoch", predictions)
+    write_run.write(directory, about, ready.material, metrics, trained.history, "epoch", predictions)
     return summary
 
 
@@ -270,12 +270,12 @@ def _best(trained: Trained) -> Entry:
 
 def _measured(asked: FullAsked, setting: _Setting, workspace: Workspace) -> dict[str, np.ndarray]:
     """Return what the network says of each split in the plain view, (n, k) float32, as `predict` will answer."""
-    answer = network.compiled(setting.network, setting.origin.cut if asked.from_cache else None)
+    answer = full_model.compiled(setting.network, setting.origin.cut if asked.from_cache else None)
     rows = {**setting.ready.rows, "train": _plain(setting.ready)}
     said = {}
     for side, some in rows.items():
         with workspace.progress(f"measuring {side}", len(some)) as advance:
-            said[side] = network.probabilities(answer, some, asked.head.settings["batch_size"], advance)
+            said[side] = full_model.probabilities(answer, some, asked.head.settings["batch_size"], advance)
     return said
 
 
@@ -301,7 +301,7 @@ def _trained(directory: Path, asked: FullAsked, setting: _Setting, workspace: Wo
             return train(
                 setting.model,
                 batches,
-                lambda: measure(network.probabilities(setting.model.predict_on_batch, val[0], size), val[1]),
+                lambda: measure(full_model.probabilities(setting.model.predict_on_batch, val[0], size), val[1]),
                 settings,
                 weights,
                 watch,
@@ -323,7 +323,7 @@ def _head_inputs(setting: _Setting, size: int, workspace: Workspace) -> Iterator
             parts = [np.arange(at, min(at + size, len(rows))) for at in range(0, len(rows), size)]
             blocks: Iterator[np.ndarray] = (rows[part] for part in parts)
         else:
-            blocks = network.predict(setting.below.predict_on_batch, rows, size, advance)
+            blocks = full_model.predict(setting.below.predict_on_batch, rows, size, advance)
         for block in blocks:
             yield block.mean(axis=(1, 2), dtype=np.float32) if pools else block
 
@@ -334,7 +334,7 @@ def _announce(asked: FullAsked, setting: _Setting) -> None:
     some = rows[np.arange(min(len(rows), settings["batch_size"], _TIMED))]
     for _ in range(2):  # the first time compiles
         start = time.perf_counter()
-        network.probabilities(setting.model.predict_on_batch, some, len(some))
+        full_model.probabilities(setting.model.predict_on_batch, some, len(some))
     each = (time.perf_counter() - start) / len(some)  # pyright: ignore[reportPossiblyUnboundVariable]
     work, trains = setting.network.work(setting.origin.cut)
     train, val, test = (len(ready.rows[side]) for side in ("train", "val", "test"))
@@ -366,10 +366,10 @@ def _check_saved(directory: Path, asked: FullAsked, setting: _Setting, test: np.
     """Read the model back and compare what it says of a few test images with what was measured."""
     ready, spec = setting.ready, setting.network.spec
     images, members = ready.material, ready.members["test"][:_CHECKED]
-    saved = network.compiled(Network.load(directory, spec))
+    saved = full_model.compiled(Network.load(directory, spec))
     how = spec.input_size, spec.fit, asked.max_pixels, depth_of(spec.decode)
     with decoding(images.dataset, images.keys, images.usable, *how) as source:
-        said = network.probabilities(saved, Pixels(source, members), _CHECKED)
+        said = full_model.probabilities(saved, Pixels(source, members), _CHECKED)
     difference = float(np.abs(said - test[: len(members)]).max())
     if not difference <= _MOST_DIFFERENCE[spec.precision]:
         raise RunError(
