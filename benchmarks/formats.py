@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pipeline.dataset import open_images  # noqa: E402
-from pipeline.formats import FORMATS  # noqa: E402
+from pipeline.deployment.export_formats import FORMATS  # noqa: E402
 from pipeline.images import decoding  # noqa: E402
 from pipeline.images.loader import Loader  # noqa: E402
 

@@ -28,10 +28,10 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline.answering import grouped  # noqa: E402
 from pipeline.cache.space import Cache  # noqa: E402
 from pipeline.cache.workspace import Workspace  # noqa: E402
 from pipeline.dataset import open_images  # noqa: E402
+from pipeline.deployment.ensemble import grouped  # noqa: E402
 from pipeline.images.loader import Loader  # noqa: E402
 from pipeline.training.full_model import compiled  # noqa: E402
 from pipeline.training.open_run import open_run  # noqa: E402

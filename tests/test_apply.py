@@ -14,12 +14,12 @@ from cached import SPEC, fill, listed, write_images
 from conftest import unseal
 from sklearn.metrics import accuracy_score, log_loss
 
-from pipeline.apply import Evaluation, evaluate_run
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import DatasetError, MissingRowsError, RunError, SpecError, UsageError
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import limit
+from pipeline.deployment.evaluate_run import Evaluation, evaluate_run
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
 from pipeline.runs import plots, store

@@ -20,7 +20,7 @@ from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
 from pipeline.commands import config
 from pipeline.core.errors import IceboxError
-from pipeline.reproduce import options_like
+from pipeline.deployment.reproduce import options_like
 from pipeline.runs.request import Asked, FullAsked, stopped_run
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -19,14 +19,14 @@ from pipeline.checkup import check, told
 from pipeline.core.errors import SpecError
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, of_files, open_dataset
+from pipeline.deployment.predict import predict
+from pipeline.deployment.reproduce import commands, options_like
+from pipeline.deployment.serve import service
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import Extraction, extract
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
-from pipeline.predict import predict
-from pipeline.reproduce import commands, options_like
 from pipeline.runs.request import Asked, DatasetChoice
-from pipeline.serve import service
 from pipeline.training.labelled_features import gather, gather_images
 from pipeline.training.open_features import open_features
 from pipeline.training.open_run import TrainedRun, open_run

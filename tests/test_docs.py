@@ -23,7 +23,7 @@ import warm
 from conftest import ROOT, environment, icebox, small_model, write_picture
 from served import free_ports
 
-from pipeline.formats import FORMATS
+from pipeline.deployment.export_formats import FORMATS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What runs these tests, and what only prepares the shell.

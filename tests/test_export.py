@@ -16,17 +16,17 @@ from conftest import icebox, unseal
 from deployed import MOST, Deployed
 from own_networks import SIZE, own_choice, tiny, write_network, write_sides
 
-from pipeline import export
-from pipeline.answering import grouped
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import DatasetError, RunError, UsageError
 from pipeline.core.locks import new_folder_held
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.export import Exported, deployable, export_run
+from pipeline.deployment import export
+from pipeline.deployment.ensemble import grouped
+from pipeline.deployment.export import Exported, deployable, export_run
+from pipeline.deployment.export_formats import FORMATS
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
-from pipeline.formats import FORMATS
 from pipeline.images.loader import Loader
 from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.training.open_run import TrainedRun, open_run

@@ -20,7 +20,6 @@ from conftest import SPEC, icebox, unseal, write_picture
 from faults import signalled
 from own_networks import SIZE, own_choice, tiny, write_network, write_sides
 
-from pipeline.apply import evaluate_run
 from pipeline.backbone.graph import cut_layers, layer_names
 from pipeline.backbone.keras_start import import_keras
 from pipeline.cache.keys import split
@@ -31,6 +30,7 @@ from pipeline.core.errors import DatasetError, RunError, SpecError, UsageError, 
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import Augmentation, HeadSpec, Views
 from pipeline.dataset import Dataset, open_dataset
+from pipeline.deployment.evaluate_run import evaluate_run
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
 from pipeline.extraction.feature_choice import FeatureChoice, settle, weights_of

@@ -16,7 +16,7 @@ from pipeline.backbone.keras_start import import_keras
 from pipeline.backbone.scaling import scale
 from pipeline.core import machine
 from pipeline.core.errors import UsageError
-from pipeline.formats import FORMATS
+from pipeline.deployment.export_formats import FORMATS
 
 CLASSES = ['a "b"', "猫, cat", "c\nd"]
 

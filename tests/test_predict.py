@@ -24,7 +24,6 @@ from deployed import KINDS, MOST, Deployed, know_tiny
 from own_networks import SIZE, own_choice, write_network, write_sides
 from served import Page, served
 
-from pipeline import predict
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.untrained import initialise, recipe_of
 from pipeline.cache.space import Cache
@@ -34,13 +33,14 @@ from pipeline.core.errors import DatasetError, IndexDamagedError, RunError, Spec
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import open_dataset, open_images
+from pipeline.deployment import predict
+from pipeline.deployment.predict import Answer, likeliest
+from pipeline.deployment.serve import service
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
-from pipeline.predict import Answer, likeliest
 from pipeline.runs import store
 from pipeline.runs.checksums import CHECKSUMS
 from pipeline.runs.request import Asked, DatasetChoice
-from pipeline.serve import service
 from pipeline.training import heads
 from pipeline.training.open_run import TrainedRun, open_run
 from pipeline.training.train_head import train_head

@@ -25,13 +25,13 @@ from conftest import Finished, icebox, picture, unseal, write_picture
 from looked import Looked
 from own_networks import tiny_options
 
-from pipeline import reproduce
-from pipeline.apply import evaluate_run
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
 from pipeline.core.progress import silent
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset
+from pipeline.deployment import reproduce
+from pipeline.deployment.evaluate_run import evaluate_run
 from pipeline.extraction import measured_rates
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import near_duplicates

@@ -25,9 +25,9 @@ from conftest import command_line, environment, icebox, picture
 from deployed import Deployed
 from looked import Looked
 
-from pipeline import patience, serve, web
+from pipeline.deployment import idle_timeout, serve, web
+from pipeline.deployment.serve import Batcher, Pixels
 from pipeline.images.decoding import FULL_DEPTH
-from pipeline.serve import Batcher, Pixels
 
 PATIENCE_S = 300.0  # a busy machine takes its time
 ASK: Any = {"timeout": PATIENCE_S, "trust_env": False}
@@ -313,7 +313,7 @@ def test_a_connection_over_which_nothing_is_asked_is_closed(monkeypatch: pytest.
     """With half a header, too; one that waits for its answer is not."""
     import uvicorn
 
-    class Watched(patience.PatientProtocol):
+    class Watched(idle_timeout.PatientProtocol):
         latest: Any = None
 
         def connection_made(self, transport: Any) -> None:
@@ -332,13 +332,13 @@ def test_a_connection_over_which_nothing_is_asked_is_closed(monkeypatch: pytest.
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         address = listener.getsockname()
-        monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
+        monkeypatch.setattr(idle_timeout, "PATIENCE_S", 0.2)
         with socket.create_connection(address) as silent, socket.create_connection(address) as half:
             half.sendall(b"GET / HTTP/1.1\r\nHo")
             for connection in (silent, half):
                 connection.settimeout(PATIENCE_S)
                 assert connection.recv(100) == b""
-        monkeypatch.setattr(patience, "PATIENCE_S", PATIENCE_S)
+        monkeypatch.setattr(idle_timeout, "PATIENCE_S", PATIENCE_S)
         assert httpx.get(f"http://127.0.0.1:{address[1]}", **ASK).text == "ok"
         server.should_exit = True
         thread.join(PATIENCE_S)

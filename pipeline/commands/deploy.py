@@ -51,7 +51,7 @@ def export(
     quiet: QuietOption = False,
 ) -> None:
     """Make a deployable model: pixels in, probabilities out."""
-    from pipeline.export import export_run
+    from pipeline.deployment.export import export_run
     from pipeline.training.open_run import open_run
 
     with opened(context) as workspace:
@@ -98,7 +98,7 @@ def serve(
     """Answer over HTTP: a page to drop images on, and an endpoint."""
     from pipeline import terminal
     from pipeline.core.errors import UsageError
-    from pipeline.serve import serve as serve_runs
+    from pipeline.deployment.serve import serve as serve_runs
 
     most = size_in_bytes("--max-bytes", max_bytes)
     if most < 1:

@@ -79,7 +79,7 @@ def evaluate(
 
     A head is measured on cached rows, a full model on images. Images it was trained on are left out.
     """
-    from pipeline.apply import evaluate_run
+    from pipeline.deployment.evaluate_run import evaluate_run
     from pipeline.training.open_run import open_run
 
     with opened(context) as workspace:

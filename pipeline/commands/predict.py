@@ -37,8 +37,8 @@ from pipeline.commands.shared import (
 )
 
 if TYPE_CHECKING:
+    from pipeline.deployment.predict import Answer
     from pipeline.extraction.planning import Quarantined
-    from pipeline.predict import Answer
 
     Named = tuple[Answer, list[tuple[str, float]]]  # an answer, and the likeliest classes with their probabilities
 
@@ -69,8 +69,8 @@ def predict(
     """Say of new images what they show, by a trained run or several."""
     from pipeline.core.errors import UsageError
     from pipeline.dataset import open_images, remote
-    from pipeline.predict import likeliest
-    from pipeline.predict import predict as answers_of
+    from pipeline.deployment.predict import likeliest
+    from pipeline.deployment.predict import predict as answers_of
 
     if as_csv and as_json:
         raise UsageError("--csv and --json both want stdout; leave one of them out")

@@ -127,7 +127,7 @@ def _take_over(context: typer.Context, name: str | None) -> str | None:
     """Make what a run was asked for the defaults of a command, before its other options are looked at."""
     if name is None or context.resilient_parsing:
         return name
-    from pipeline.reproduce import options_like
+    from pipeline.deployment.reproduce import options_like
     from pipeline.training.open_run import open_run
 
     options = {option.opts[0].removeprefix("--"): option.name for option in context.command.params}

@@ -14,8 +14,8 @@ from pipeline.core import files
 from pipeline.core.errors import RunError
 from pipeline.core.files import MOST_JSON_BYTES
 from pipeline.core.units import counted
+from pipeline.deployment.reproduce import commands
 from pipeline.report import page
-from pipeline.reproduce import commands
 from pipeline.runs.metrics import confusion_cells
 from pipeline.runs.predictions import Answers, read_answers
 from pipeline.training.open_run import TrainedRun

@@ -16,14 +16,14 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
-from pipeline.answering import Group, grouped
 from pipeline.cache.workspace import Workspace
 from pipeline.core import machine
 from pipeline.core.errors import IceboxError, UsageError
 from pipeline.core.utf8 import spelt
+from pipeline.deployment.ensemble import Group, grouped
+from pipeline.deployment.predict import likeliest
 from pipeline.images.decoding import depth_of
 from pipeline.images.loader import Decoders, decoding_pool
-from pipeline.predict import likeliest
 from pipeline.training.full_model import compiled
 from pipeline.training.open_run import TrainedRun
 
@@ -152,7 +152,7 @@ def serve(
     tempfile.gettempdir()  # where uploads wait; raises FileNotFoundError
     import uvicorn
 
-    from pipeline import patience, web
+    from pipeline.deployment import idle_timeout, web
 
     with _listening(host, port) as listener, service(runs, workspace, max_pixels=max_pixels, weights=weights) as answer:
         classes = [spelt(name) for name in runs[0].classes]
@@ -168,7 +168,7 @@ def serve(
         with _Answering(answer, classes, top) as answering:
             config = uvicorn.Config(
                 web.make_app(about, answering, names),
-                http=patience.PatientProtocol,
+                http=idle_timeout.PatientProtocol,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -202,7 +202,7 @@ class _Answering:
 
     async def __call__(self, read: Callable[[], Awaitable[bytes]]) -> list[tuple[str, float]]:
         """Return the likeliest classes. Raises BusyError, and what decoding raises."""
-        from pipeline import web
+        from pipeline.deployment import web
 
         if self._waiting >= _MOST_WAITING:
             raise web.BusyError

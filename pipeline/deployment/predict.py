@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.answering import Group, grouped
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import IndexDamagedError
 from pipeline.dataset import Dataset
+from pipeline.deployment.ensemble import Group, grouped
 from pipeline.extraction.compute import note_bad, note_key
 from pipeline.images import decoding as decoding_policy
 from pipeline.images.loader import Loaded, Loader, batched, decoding_pool

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.answering import grouped
 from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.backbone.scaling import scale
 from pipeline.cache.workspace import Workspace
@@ -25,10 +24,11 @@ from pipeline.core.errors import DatasetError, IceboxError, RunError, UsageError
 from pipeline.core.locks import remove_abandoned
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset, limit
-from pipeline.formats import CLASSES, FORMATS, Format
+from pipeline.deployment.ensemble import grouped
+from pipeline.deployment.export_formats import CLASSES, FORMATS, Format
+from pipeline.deployment.predict import predict
 from pipeline.images.decoding import depth_of
 from pipeline.images.loader import Loader
-from pipeline.predict import predict
 from pipeline.runs import store
 from pipeline.training.full_model import Network
 from pipeline.training.open_run import TrainedRun
