@@ -15,7 +15,6 @@ from own_networks import own_choice, tiny
 
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
-from pipeline.checkup import check, told
 from pipeline.core.errors import SpecError
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, of_files, open_dataset
@@ -26,6 +25,7 @@ from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import Extraction, extract
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
+from pipeline.report.doctor.checks import check, told
 from pipeline.runs.request import Asked, DatasetChoice
 from pipeline.training.labelled_features import gather, gather_images
 from pipeline.training.open_features import open_features

@@ -36,10 +36,10 @@ from pipeline.extraction import measured_rates
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import near_duplicates
 from pipeline.images.decoding import DEFAULT_MAX_PIXELS
-from pipeline.report import compare, findings, page, shown, single
-from pipeline.report.compare import notes_of, of_sweep
-from pipeline.report.single import trained_on
-from pipeline.report.tiles import Looks
+from pipeline.report import comparison, issues, page, run_report, selection
+from pipeline.report.comparison import notes_of, of_sweep
+from pipeline.report.run_report import trained_on
+from pipeline.report.thumbnails import Looks
 from pipeline.runs.metrics import confusion_cells
 from pipeline.runs.request import Asked, DatasetChoice, FullAsked, SweepAsked
 from pipeline.runs.run_dataset import RunDataset
@@ -273,8 +273,8 @@ def test_runs_of_several_backbones_are_told_apart() -> None:
         return {"summary": {"backbone": backbone, "head": "gap"}, "features": {"weights": weights}}
 
     runs = [about("vgg16", "untrained:unit_variance_1:0"), about("xception", "sha256:0")]
-    assert compare._labels(runs) == ["gap vgg16", "gap xception"]
-    assert compare._labels(runs[:1]) == ["gap"]
+    assert comparison._labels(runs) == ["gap vgg16", "gap xception"]
+    assert comparison._labels(runs[:1]) == ["gap"]
 
 
 def test_a_sweep_has_a_page(tmp_path: Path, browser: Any) -> None:
@@ -444,11 +444,11 @@ def test_planted_labels_are_found() -> None:
     wrong = rng.choice(240, 8, replace=False)
     given = labels.copy()
     given[wrong] = (labels[wrong] + 1) % 4
-    found = findings.find(pooled, given, np.arange(240), pictures(240), 4, silent)
+    found = issues.find(pooled, given, np.arange(240), pictures(240), 4, silent)
     assert len(set(found.likely_wrong) & set(wrong)) >= 6
     assert len(set(found.likely_wrong) - set(wrong)) <= 1
     assert (found.suggested[wrong] == labels[wrong]).mean() > 0.8
-    places, _ = findings.placed(found.components, "pca")
+    places, _ = issues.placed(found.components, "pca")
     assert (places.min(), places.max()) == (0, 1)
     assert found.accuracy > 0.9
     assert len(found.near) == 0
@@ -467,8 +467,8 @@ def pictures(count: int) -> Looks:
 def test_few_images_of_each_class_are_looked_at_all_the_same(each: int) -> None:
     pooled = np.random.default_rng(0).normal(size=(3 * each, 64)).astype(np.float32)
     labels = np.repeat(np.arange(3), each)
-    found = findings.find(pooled, labels, np.arange(3 * each), pictures(3 * each), 3, silent)
-    places, _ = findings.placed(found.components, None)
+    found = issues.find(pooled, labels, np.arange(3 * each), pictures(3 * each), 3, silent)
+    places, _ = issues.placed(found.components, None)
     assert places.shape == (3 * each, 2)
     assert np.isfinite(places).all()
 
@@ -477,9 +477,7 @@ def test_hard_images_are_not_doubted() -> None:
     """A label about which features say nothing is not called wrong."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 60)
-    found = findings.find(
-        rng.normal(size=(240, 64)).astype(np.float32), labels, np.arange(240), pictures(240), 4, silent
-    )
+    found = issues.find(rng.normal(size=(240, 64)).astype(np.float32), labels, np.arange(240), pictures(240), 4, silent)
     assert found.accuracy < 0.5
     assert len(found.likely_wrong) < 24
 
@@ -494,7 +492,7 @@ def test_near_copies_are_found_by_picture_or_by_features() -> None:
     components = rng.normal(size=(40, 16)).astype(np.float32)
     components[31] = components[4] + 0.1
     components[20] = components[5]
-    pairs = findings.near_pairs(components, replace(some, fingerprints=marks, thumbs=thumbs))
+    pairs = issues.near_pairs(components, replace(some, fingerprints=marks, thumbs=thumbs))
     assert pairs.tolist() == [[3, 30], [4, 31]]
 
 
@@ -549,7 +547,7 @@ def published(
 def reported(workspace: Workspace, name: str, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is told of a report, and what its page has for its script."""
     run = open_run(workspace.runs, name)
-    told = single.write(run, workspace, out, ["icebox"], max_pixels=DEFAULT_MAX_PIXELS, method="pca")
+    told = run_report.write(run, workspace, out, ["icebox"], max_pixels=DEFAULT_MAX_PIXELS, method="pca")
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', out.read_text())
     assert found
     return told, json.loads(found[1])
@@ -590,7 +588,7 @@ def test_what_is_found_is_about_all_images_whatever_is_shown(
     asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), HeadSpec.make("logreg", C="0.1"), DEFAULT_MAX_PIXELS)
     name = train_head(listed(photos), workspace, asked, "features").name
     whole, _ = reported(workspace, name, tmp_path / "whole.html")
-    monkeypatch.setattr(shown, "MOST_IMAGES", 12)
+    monkeypatch.setattr(selection, "MOST_IMAGES", 12)
     told, data = reported(workspace, name, tmp_path / "some.html")
     assert {tuple(each["images"]): each["crossing"] for each in told["near"]} == {
         ("test/bee/1.png", "train/bee/5.png"): True,
@@ -617,7 +615,7 @@ def test_a_class_with_one_image_is_not_doubted_and_nothing_is_said_by_others(
     labels = np.append(np.repeat(np.arange(3), 20), [3, 4])
     rows = rng.normal(size=(62, 16)).astype(np.float32)
     rows[np.arange(62), labels] += 8
-    found = findings.find(rows, labels, np.arange(62), pictures(62), 5, silent)
+    found = issues.find(rows, labels, np.arange(62), pictures(62), 5, silent)
     assert not {60, 61} & set(found.likely_wrong)
     assert found.suggested[[60, 61]].tolist() == [-1, -1]
     assert [str(warning.message) for warning in recwarn] == []
@@ -626,7 +624,7 @@ def test_a_class_with_one_image_is_not_doubted_and_nothing_is_said_by_others(
 
 def test_too_many_classes_for_a_regression_are_judged_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the same way as few: what was planted is found."""
-    monkeypatch.setattr(findings, "_MOST_ITERATED", 0)
+    monkeypatch.setattr(issues, "_MOST_ITERATED", 0)
     test_planted_labels_are_found()
     test_hard_images_are_not_doubted()
 
@@ -641,7 +639,7 @@ def test_copies_do_not_hide_what_is_nearly_the_same() -> None:
     components[1:5], components[9] = components[0], components[0] + 0.1
     copy_of = np.array([0, 0, 0, 0, 0, *range(5, 12)])
     looks = replace(some, fingerprints=marks, thumbs=thumbs, copy_of=copy_of)
-    pairs = findings.near_pairs(components, looks)
+    pairs = issues.near_pairs(components, looks)
     assert near_duplicates.clusters(pairs, 12) == [[0, 1, 2, 3, 4, 9]]
 
 

@@ -38,7 +38,7 @@ from pipeline.commands.shared import (
 from pipeline.core.units import counted
 
 if TYPE_CHECKING:
-    from pipeline.checkup import Checkup
+    from pipeline.report.doctor.checks import Checkup
 
 _MOST_CLASSES = 20  # lines of the table
 _LISTED = 10  # groups of copies and members of each, and bad images
@@ -85,15 +85,15 @@ def doctor(
         if others := [name for name in typed(context) if name not in ("as_json", "quiet")]:
             spelt = {parameter.name: parameter.opts[0] for parameter in context.command.params}
             raise UsageError(f"{', '.join(spelt[name] for name in others)}: say of which DATASET")
-        from pipeline.doctor import examine
+        from pipeline.report.doctor.machine import examine
 
         with opened(context) as workspace:
             result = examine(workspace)
         finish(result, as_json, tuple(result))
         return
-    from pipeline.advice import advice
-    from pipeline.checkup import check, told
     from pipeline.dataset import remote
+    from pipeline.report.doctor.checks import check, told
+    from pipeline.report.doctor.recommendations import advice
 
     remote.limit_connections(connections)
     with opened(context) as workspace:

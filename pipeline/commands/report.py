@@ -65,7 +65,7 @@ def report(
     Mistakes, classes, a map of the images, doubtful labels, near copies; the file opens offline.
     """
     from pipeline.core.errors import UsageError
-    from pipeline.report.single import require_target
+    from pipeline.report.run_report import require_target
 
     if compare and sweep:
         raise UsageError("--compare is of runs, --sweep of a sweep; leave one of them out")
@@ -78,13 +78,13 @@ def report(
     with opened(context) as workspace:
         reports = workspace.root / "reports"
         if compare or sweep:
-            from pipeline.report import compare as pages
+            from pipeline.report import comparison as pages
 
             folder = pages.find_sweep(chosen, workspace.sweeps) if sweep else None
             target = out or reports / f"{folder.name if folder else 'compare'}.html"
             result = pages.of_sweep(folder, target) if folder else pages.compare(names or [], workspace, target)
         else:
-            from pipeline.report.single import write
+            from pipeline.report.run_report import write
             from pipeline.training.open_run import open_run
 
             run = open_run(workspace.runs, chosen)

@@ -10,8 +10,8 @@ from typing import Any
 from pipeline.cache.workspace import Workspace
 from pipeline.core import files
 from pipeline.core.errors import RunError
-from pipeline.report import kept, page
-from pipeline.report.shown import MOST_LISTED, Shown, crossing, gather_shown, named, script_data
+from pipeline.report import loaded, page
+from pipeline.report.selection import MOST_LISTED, Shown, crossing, gather_shown, named, script_data
 from pipeline.runs.store import read_run
 from pipeline.training.open_run import TrainedRun
 
@@ -33,7 +33,7 @@ def write(
     RunError
         If the run's own files cannot be read, or `out` cannot be written.
     """
-    told, notes = kept.read(run, program), trained_on(read_run(run.path))
+    told, notes = loaded.read(run, program), trained_on(read_run(run.path))
     shown = gather_shown(run, told.said, workspace, max_pixels, method, notes)
     data = {"classes": page.printable(run.classes), "confusion": told.confusion, "images": None}
     sheets = shown.tiles.sheets if shown else []

@@ -13,9 +13,9 @@ from pipeline.core.utf8 import spelt
 from pipeline.dataset.split import SPLITS
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images.decoding import depth_of
-from pipeline.report import findings, page
-from pipeline.report.findings import Findings
-from pipeline.report.tiles import Looks, Tiles, look, packed
+from pipeline.report import issues, page
+from pipeline.report.issues import Findings
+from pipeline.report.thumbnails import Looks, Tiles, look, packed
 from pipeline.runs.predictions import Answers
 from pipeline.training.labelled_features import Material, Sorted, gather, gather_images
 from pipeline.training.open_run import TrainedRun
@@ -83,7 +83,7 @@ def gather_shown(
     else:
         pictures = looks
     _note_left_out(len(positions), len(selected), looks or pictures, notes)
-    places, how = findings.placed(found.components[selected], method) if found else (np.zeros((0, 2)), None)
+    places, how = issues.placed(found.components[selected], method) if found else (np.zeros((0, 2)), None)
     return Shown(images, positions, predicted, confidence, found, selected, packed(pictures.pictures), places, how)
 
 
@@ -110,7 +110,7 @@ def _found(images: Material, positions: np.ndarray, looks: Looks, classes: int, 
     with images.space.reading():
         (rows,) = open_rows(images.space, images.keys, "pooled", [Wanted(positions)], memory=_MOST_ROWS)
         labels, groups = images.labels(positions), images.groups[positions]
-        found = findings.find(rows, labels, groups, looks, classes, workspace.progress)
+        found = issues.find(rows, labels, groups, looks, classes, workspace.progress)
     sides = images.sides(positions)
     within = sides[found.near[:, 0]] == sides[found.near[:, 1]]
     return replace(found, near=found.near[np.argsort(within, kind="stable")])

@@ -13,7 +13,7 @@ from pipeline.core import files
 from pipeline.core.errors import RunError, did_you_mean
 from pipeline.core.units import counted, size_text
 from pipeline.report import page
-from pipeline.report.single import publish, require_target, trained_on
+from pipeline.report.run_report import publish, require_target, trained_on
 from pipeline.runs import store
 from pipeline.runs.run_dataset import RunDataset, distinct, told_apart
 from pipeline.training.sweep import sweep

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import cost
 from pipeline.cache.digests import identify
 from pipeline.cache.workspace import Workspace
 from pipeline.core import files, machine
 from pipeline.core.spec import PLAIN_VIEW, Views
-from pipeline.cost import Cost
 from pipeline.dataset import Dataset, Split, alike, assign
 from pipeline.dataset.split import SPLITS
 from pipeline.extraction.feature_choice import FeatureChoice, find_space, settle
 from pipeline.extraction.planning import Plan, Planning, Quarantined, name_quarantined
 from pipeline.images import near_duplicates
 from pipeline.images.decoding import FULL_DEPTH, depth_of
-from pipeline.survey import survey
+from pipeline.report.doctor import cost
+from pipeline.report.doctor.cost import Cost
+from pipeline.report.doctor.profile import survey
 
 
 @dataclass(frozen=True)

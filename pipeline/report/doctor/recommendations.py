@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.checkup import Checkup
 from pipeline.core.spec import HeadSpec
 from pipeline.core.units import counted, duration, size_text
 from pipeline.dataset import few_groups
 from pipeline.dataset.split import SPLITS
 from pipeline.images.decoding import FULL_DEPTH, depth_advice
+from pipeline.report.doctor.checks import Checkup
 from pipeline.training import heads
 
 _FEW = 20  # images of a class to train on; fewer are hardly learned from, and more so hardly measured

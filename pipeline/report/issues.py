@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.core.progress import Progress
 from pipeline.images import near_duplicates
-from pipeline.report.tiles import Looks
+from pipeline.report.thumbnails import Looks
 from pipeline.training.heads.base import deal_folds
 from pipeline.training.rows import Rows, in_order
 
