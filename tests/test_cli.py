@@ -33,8 +33,8 @@ from own_networks import tiny_options
 from PIL import Image
 
 import cli
-from pipeline import terminal
 from pipeline.cache.workspace import Workspace
+from pipeline.commands import terminal
 from pipeline.commands.shared import called
 from pipeline.core.utf8 import spelt
 

@@ -19,7 +19,7 @@ from conftest import ROOT, command_line, environment, icebox, write_picture
 from deployed import Deployed
 
 import cli
-from pipeline import terminal
+from pipeline.commands import terminal
 from pipeline.core.units import size_text
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -44,7 +44,7 @@ def summary(
     quiet: QuietOption = False,
 ) -> None:
     """List the layers and count the parameters of backbone and head."""
-    from pipeline import terminal
+    from pipeline.commands import terminal
     from pipeline.training.summary import summarize
 
     terminal.begin(quiet=quiet)

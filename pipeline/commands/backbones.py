@@ -33,7 +33,7 @@ def backbones(
     quiet: QuietOption = False,
 ) -> None:
     """List the networks: input size, parameters, bytes a row, images/s on this machine."""
-    from pipeline import terminal
+    from pipeline.commands import terminal
     from pipeline.core import machine
     from pipeline.extraction.backbone_list import gather
 

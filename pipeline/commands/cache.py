@@ -48,8 +48,8 @@ cache_app = typer.Typer(help="Look at the feature cache, check it, clean it, exp
 @cache_app.command("ls")
 def cache_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the feature spaces on disk: rows, bytes, how far they are compressed, how old they are."""
-    from pipeline import terminal
     from pipeline.cache.listing import describe
+    from pipeline.commands import terminal
 
     with opened(context) as workspace:
         spaces = [describe(space) for space in workspace.cache.spaces()]
@@ -69,7 +69,7 @@ def cache_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOp
 
 
 def _space_row(space: dict[str, Any]) -> list[object]:
-    from pipeline import terminal
+    from pipeline.commands import terminal
 
     ratio = space["compression_ratio"]
     return [
@@ -92,7 +92,7 @@ cache_app.command("verify")(cache_verify)
 @cache_app.command("quarantine")
 def cache_quarantine(context: typer.Context, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the contents that could not be decoded: why, since when, and where they were seen."""
-    from pipeline import terminal
+    from pipeline.commands import terminal
 
     with opened(context) as workspace:
         cache = workspace.cache

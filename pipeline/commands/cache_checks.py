@@ -107,7 +107,7 @@ def cache_verify(
 
 
 def _recomputed(workspace: Workspace, context: typer.Context, space: str | None, count: int) -> list[Drift]:
-    from pipeline import terminal
+    from pipeline.commands import terminal
     from pipeline.core.errors import MissingRowsError
     from pipeline.extraction.recompute_check import recompute
 
@@ -146,7 +146,7 @@ def _damaged(rechecked: Rechecked | None) -> str | None:
 
 
 def _show_images(rechecked: Rechecked) -> None:
-    from pipeline import terminal
+    from pipeline.commands import terminal
 
     for bad in rechecked.quarantined[:_LISTED]:
         terminal.warn(f"quarantined {bad.path}: {bad.reason}")
@@ -175,7 +175,7 @@ def _verdict(done: Verification, drifts: Sequence[Drift], repair: bool) -> str |
 
 
 def _show_problems(done: Verification, drifts: Sequence[Drift], as_json: bool) -> None:
-    from pipeline import terminal
+    from pipeline.commands import terminal
 
     if as_json:
         return
@@ -193,7 +193,7 @@ def _show_problems(done: Verification, drifts: Sequence[Drift], as_json: bool) -
 
 
 def _conclude(error: str | None, as_json: bool, otherwise: str) -> None:
-    from pipeline import terminal
+    from pipeline.commands import terminal
 
     if error:
         terminal.warn(f"error: {error}")
@@ -230,7 +230,7 @@ def cache_explain(
     """Tell why images would be computed: new bytes, another space, quarantined, a bad shard. Changes nothing."""
     from dataclasses import asdict
 
-    from pipeline import terminal
+    from pipeline.commands import terminal
     from pipeline.extraction.explain import explain, only
 
     with opened(context) as workspace:

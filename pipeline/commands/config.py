@@ -64,7 +64,7 @@ def data_dir_of(path: Path | None) -> Path | None:
 
 def _say_left_out(file: Path, keys: Sequence[str]) -> None:
     if keys:
-        from pipeline import terminal
+        from pipeline.commands import terminal
 
         terminal.warn(
             f"notice: not taken from {file}, as it was not named on the command line: {', '.join(keys)}; "

@@ -96,7 +96,7 @@ def serve(
     quiet: QuietOption = False,
 ) -> None:
     """Answer over HTTP: a page to drop images on, and an endpoint."""
-    from pipeline import terminal
+    from pipeline.commands import terminal
     from pipeline.core.errors import UsageError
     from pipeline.deployment.serve import serve as serve_runs
 

@@ -78,7 +78,7 @@ def doctor(
 
     With DATASET: what is in it, what should be mended, what is cached, and what the rest will take here.
     """
-    from pipeline import terminal
+    from pipeline.commands import terminal
     from pipeline.core.errors import UsageError
 
     if dataset is None:
@@ -112,7 +112,7 @@ def doctor(
 
 
 def _show(found: Checkup, about: dict[str, Any]) -> None:
-    from pipeline import terminal
+    from pipeline.commands import terminal
     from pipeline.core.units import counted, duration, size_text
 
     rows = [(name, *counts.values()) for name, counts in about["classes"].items()]
@@ -152,7 +152,7 @@ def _show(found: Checkup, about: dict[str, Any]) -> None:
 
 
 def _say_others(count: int, things: str) -> None:
-    from pipeline import terminal
+    from pipeline.commands import terminal
 
     if count > _LISTED:
         terminal.say(f"and {count - _LISTED:,} more {things}; --json lists them all")

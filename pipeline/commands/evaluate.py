@@ -133,7 +133,7 @@ def _images(context: typer.Context, run: TrainedRun) -> tuple[DatasetChoice, boo
 
 
 def _list_classes(per_class: list[dict[str, Any]], note: str) -> None:
-    from pipeline import terminal
+    from pipeline.commands import terminal
 
     listed = [each for each in per_class if each["support"]]
     hidden = len(listed) - _MOST_CLASSES

@@ -99,7 +99,7 @@ def features(
     quiet: QuietOption = False,
 ) -> None:
     """Compute the features that are missing, and keep them."""
-    from pipeline import terminal
+    from pipeline.commands import terminal
     from pipeline.core import machine
     from pipeline.dataset import remote
     from pipeline.extraction.compute import ComputeOptions

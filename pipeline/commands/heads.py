@@ -171,7 +171,7 @@ def _asked(context: typer.Context) -> Asked:
 
 def _head(context: typer.Context) -> HeadSpec:
     """Return the head and its settings; what a file or --like says of another kind of head is left out, aloud."""
-    from pipeline import terminal
+    from pipeline.commands import terminal
     from pipeline.core.spec import HEAD_DEFAULTS, HeadSpec
 
     head = context.params["head"]

@@ -130,7 +130,7 @@ class _Tally:
 
 def _write_table(answers: Iterable[Named]) -> None:
     """Print a line each image; those that cannot be decoded are listed at the end."""
-    from pipeline import terminal
+    from pipeline.commands import terminal
 
     good = ((answer.name, top) for answer, top in answers if top)
     width = 0

@@ -19,7 +19,7 @@ runs_app = typer.Typer(help="Look at the trained heads.", rich_markup_mode=None)
 @runs_app.command("ls")
 def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
     """List the trained heads and their accuracies, the oldest first."""
-    from pipeline import terminal
+    from pipeline.commands import terminal
     from pipeline.runs import store
     from pipeline.runs.request import resume_commands
     from pipeline.runs.run_dataset import told_apart
@@ -55,7 +55,7 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
 
 
 def _run_row(summary: Mapping[str, Any], dataset: str) -> list[object]:
-    from pipeline import terminal
+    from pipeline.commands import terminal
 
     return [
         summary["run"],

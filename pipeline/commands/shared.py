@@ -192,8 +192,8 @@ def opened(context: typer.Context) -> Iterator[Workspace]:
     StoppedError
         If the command is interrupted.
     """
-    from pipeline import terminal
     from pipeline.cache.workspace import open_workspace
+    from pipeline.commands import terminal
     from pipeline.core import environment
     from pipeline.core.errors import StoppedError
 
@@ -348,7 +348,7 @@ def size_in_bytes(option: str, text: str) -> int:
 
 def finish(result: dict[str, Any], as_json: bool, lines: tuple[str, ...], note: str | None = None) -> None:
     """Print the JSON object, or the named lines of it for people."""
-    from pipeline import terminal
+    from pipeline.commands import terminal
 
     if as_json:
         terminal.emit_json(result)
@@ -361,7 +361,7 @@ def finish(result: dict[str, Any], as_json: bool, lines: tuple[str, ...], note: 
 
 def _readable(name: str, value: Any) -> Any:
     """Return sizes in units people read, and intervals as `runs ls` has them; other values as they are."""
-    from pipeline import terminal
+    from pipeline.commands import terminal
 
     if name.endswith("interval"):
         return terminal.interval(value)
@@ -379,7 +379,7 @@ def causes(quarantined: Iterable[Quarantined]) -> dict[str, int]:
 
 def exit_for_bad(quarantined: list[Quarantined], images: int, max_bad: float) -> None:
     """List what was quarantined; exit with 3 if it is more than was allowed for."""
-    from pipeline import terminal
+    from pipeline.commands import terminal
 
     for bad in quarantined[:20]:
         terminal.warn(f"quarantined {bad.path}: {bad.reason}")

@@ -259,7 +259,7 @@ def _resumed(context: typer.Context, name: str, root: Path) -> tuple[str, SweepA
 
 
 def _finish(done: Sweep, seconds: float, as_json: bool) -> None:
-    from pipeline import terminal
+    from pipeline.commands import terminal
     from pipeline.training.sweep.leaderboard import (
         fastest_sentence,
         has_several_backbones,
