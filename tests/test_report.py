@@ -233,7 +233,7 @@ def test_more_classes_than_a_matrix_can_show(tmp_path: Path, browser: Any) -> No
         "near": None, "crossing": None, "told_apart": None, "classes": count, "listed": 200,
     }  # fmt: skip
     data = {"classes": classes, "confusion": confusion_cells(confusion, count).tolist(), "images": None}
-    out.write_text(page.render("report_run.html", data, **told))
+    out.write_text(page.render("run.html", data, **told))
     look = Looked(browser, out.as_uri())
     body = look.page.locator("#confusion tbody tr")
     assert [line.split("\t") for line in body.all_inner_texts()] == [

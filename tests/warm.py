@@ -30,7 +30,8 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).parent.parent
 _IMPORTED = (
     "jinja2", "matplotlib.pyplot", "sklearn.linear_model", "sklearn.preprocessing", "skops.io",
-    "pipeline.extraction.compute", "pipeline.training.finetune", "pipeline.report", "pipeline.training.sweep.sweep", "pipeline.training.train_head",
+    "pipeline.extraction.compute", "pipeline.training.finetune", "pipeline.report", "pipeline.training.sweep.sweep",
+    "pipeline.training.train_head",
 )  # fmt: skip
 _LENGTH = 8  # bytes of the number before each message
 _ENVIRONMENT = dict(os.environ)  # before any test has changed it

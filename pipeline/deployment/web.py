@@ -113,7 +113,7 @@ async def _no_image(request: Request, error: Exception) -> Response:
 
 def _page() -> tuple[str, str]:
     """Return the page and the policy by which a browser runs nothing but what stands in it."""
-    text = (resources.files("pipeline") / "pages" / "serve.html").read_text("utf-8")
+    text = (resources.files("pipeline.deployment") / "pages" / "upload.html").read_text("utf-8")
 
     def digest(tag: str) -> str:
         found = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)

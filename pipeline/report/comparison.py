@@ -107,7 +107,7 @@ def _page_of_runs(chosen: Sequence[RunDataset]) -> str:
     untrained, notes = _untrained((store.backbone_of(each), each["features"].get("weights")) for each in about)
     drawn = [each["summary"] for each in about[:_MOST_DRAWN]]
     return page.render(
-        "report_compare.html",
+        "comparison.html",
         _NO_IMAGES,
         title=counted(len(about), "run compared", "runs compared"),
         subtitle=", ".join(names),
@@ -188,7 +188,7 @@ def _page_of_sweep(about: Mapping[str, Any]) -> str:
     spaces = about["backbones"] if several else [{"backbone": "", "features": about["features"]}]
     untrained, notes = _untrained((each["backbone"], each["features"]["weights"]) for each in spaces)
     return page.render(
-        "report_compare.html",
+        "comparison.html",
         _NO_IMAGES,
         title=counted(len(rows), "setting tried", "settings tried"),
         subtitle=f"{about['sweep']}, {about['dataset']['name']}",

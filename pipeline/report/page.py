@@ -14,14 +14,16 @@ from typing import IO, Any
 from pipeline.core.utf8 import spelt
 from pipeline.runs.plots import INK, CostPoint, draw_calibration, draw_cost, draw_curves, picture
 
-_PAGES = resources.files("pipeline") / "pages"
+_PAGES = resources.files("pipeline.report") / "pages"
 
 
 def render(template: str, data: Mapping[str, Any], sheets: Sequence[str] = (), **values: Any) -> str:
-    """Return the page of a template of `pipeline/pages`. What `values` hold is escaped, `data` is for the script."""
+    """Return the page of a template in `pages`. What `values` hold is escaped, `data` is for the script."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(loader=PackageLoader("pipeline", "pages"), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=PackageLoader("pipeline.report", "pages"), autoescape=True, undefined=StrictUndefined
+    )
     script = _read("report.js")
     return environment.get_template(template).render(
         style=_read("report.css"),

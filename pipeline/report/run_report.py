@@ -41,7 +41,7 @@ def write(
     publish(
         out,
         page.render(
-            "report_run.html",
+            "run.html",
             {**data, **(script_data(shown) if shown else {})},
             sheets,
             notes=notes,

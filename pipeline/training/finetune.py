@@ -28,7 +28,7 @@ from pipeline.extraction.planning import Quarantined
 from pipeline.images.decoding import depth_of
 from pipeline.runs import store
 from pipeline.runs.request import FullAsked
-from pipeline.training import full_model, tracking, write_run
+from pipeline.training import full_model, run_folder, tracking
 from pipeline.training.batches import Shuffled
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.full_model import Network
@@ -205,7 +205,7 @@ def _train_and_write(
     _, train_accuracy = measure(said["train"], ready.labels["train"])
     _warn_of_collapse(train_accuracy, _best(trained)["accuracy"], asked)
     predictions = [ready.predictions(side, ready.members[side], said[side]) for side in ("val", "test")]
-    metrics = write_run.measured(predictions, ready.material.dataset.classes)
+    metrics = run_folder.measured(predictions, ready.material.dataset.classes)
     recorded = setting.origin.network_record or networks.record(setting.origin.weights, workspace.cache.index)
     about = {
         **_features(setting, made.save(directory)),
@@ -216,7 +216,7 @@ def _train_and_write(
     difference = _check_saved(directory, asked, setting, said["test"])
     summary = {
         **_summary(name, asked, setting, trained),
-        **write_run.summary_of(metrics, ready.material),
+        **run_folder.summary_of(metrics, ready.material),
         "train_accuracy": train_accuracy,
         "trainable_parameters": parameters,
         "parameters": parameters,
@@ -224,7 +224,7 @@ def _train_and_write(
         "seconds": round(time.perf_counter() - start + trained.seconds_before, 3),
     }
     about["summary"] = summary
-    write_run.write(directory, about, ready.material, metrics, trained.history, "epoch", predictions)
+    run_folder.write(directory, about, ready.material, metrics, trained.history, "epoch", predictions)
     return summary
 
 

@@ -18,8 +18,7 @@ from pipeline.dataset import Dataset
 from pipeline.extraction.planning import Quarantined
 from pipeline.runs import store
 from pipeline.runs.request import Asked
-from pipeline.training import heads, tracking
-from pipeline.training import write_run as results
+from pipeline.training import heads, run_folder, tracking
 from pipeline.training.fitting import Outcome, fit_asked
 from pipeline.training.labelled_features import Material, gather
 from pipeline.training.rows import Rows
@@ -89,12 +88,12 @@ def write_run(
         ready.predictions("val", outcome.val_members, outcome.val),
         ready.predictions("test", ready.members["test"], outcome.test),
     ]
-    metrics = results.measured(predictions, material.dataset.classes)
+    metrics = run_folder.measured(predictions, material.dataset.classes)
     summary = {
         "run": name,
         "head": asked.head.head,
         "stage": "head",
-        **results.summary_of(metrics, material),
+        **run_folder.summary_of(metrics, material),
         "train_rows": len(ready.members["train"]) * asked.views.count,
         "views": asked.views.count,
         "folds": asked.folds,
@@ -116,7 +115,7 @@ def write_run(
         "asked": asked.to_dict(),
         "summary": summary,
     }
-    results.write(directory, about, material, metrics, fitted.history, fitted.x, predictions)
+    run_folder.write(directory, about, material, metrics, fitted.history, fitted.x, predictions)
     fitted.head.save(directory)
     _check_saved(directory, ready.rows["test"], outcome.test)
     return summary

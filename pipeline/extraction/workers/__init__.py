@@ -1,1 +1,1 @@
-"""workers."""
+"""Shard tasks on Dask workers: connecting, checking, watching and replacing them."""

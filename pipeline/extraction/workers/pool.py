@@ -276,8 +276,8 @@ class Fleet:
             raise IceboxError(f"no worker of {self._link.name} can do the work: {reasons}")
         if not workers and now - self._lonely_since > scheduler_client.PATIENCE_S:
             raise IceboxError(
-                f"{self._link.name} has had no worker for {scheduler_client.PATIENCE_S:.0f} s; start some by `dask worker ADDRESS` "
-                "and run the command again: what was computed is kept"
+                f"{self._link.name} has had no worker for {scheduler_client.PATIENCE_S:.0f} s; start some by "
+                "`dask worker ADDRESS` and run the command again: what was computed is kept"
             )
 
     def _vetted(self, worker: Worker, future: Any) -> None:

@@ -1,1 +1,1 @@
-"""doctor."""
+"""What this machine has, and what is wrong with a dataset, before anything is computed."""

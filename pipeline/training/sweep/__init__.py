@@ -1,1 +1,1 @@
-"""sweep."""
+"""Many settings of heads on the rows of one backbone or several, ranked on the validation split."""

@@ -137,7 +137,8 @@ class _Watch:
             self._lonely_since = now
         elif now - self._lonely_since > scheduler_client.PATIENCE_S:
             raise IceboxError(
-                f"{self._name} has had no worker for {scheduler_client.PATIENCE_S:.0f} s; start some by `dask worker ADDRESS`"
+                f"{self._name} has had no worker for {scheduler_client.PATIENCE_S:.0f} s; "
+                "start some by `dask worker ADDRESS`"
             )
 
 
