@@ -90,7 +90,7 @@ def measured(name: str, program: str, options: list[str]) -> None:
     done = subprocess.run([sys.executable, str(HERE / f"{program}.py"), *options], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"error: {program}.py ended with exit code {done.returncode}")
-    here = machine.look()
+    here = machine.inspect_machine()
     about: dict[str, Any] = {
         "machine": f"{here.cpu}, {here.cores} cores, {here.memory / 2**30:.0f} GiB, {here.gpus} GPUs",
         "python": sys.version.split()[0],

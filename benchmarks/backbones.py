@@ -106,10 +106,10 @@ def our_rows(row: Backbone, pixels: np.ndarray, seed: int, precision: str) -> Ro
     from pipeline.backbone.frozen import FrozenBackbone
     from pipeline.backbone.source import of_row
     from pipeline.backbone.weights import Weights
-    from pipeline.extraction.feature_choice import FeatureChoice, Settled
+    from pipeline.extraction.feature_choice import FeatureChoice, ResolvedChoice
 
     weights = Weights("untrained", untrained(row, seed), None)
-    chosen = Settled(FeatureChoice(precision=precision, storage="float32"), of_row(row), None, None)
+    chosen = ResolvedChoice(FeatureChoice(precision=precision, storage="float32"), of_row(row), None, None)
     tensor, pooled = FrozenBackbone(chosen.new_spec(weights), None, len(pixels))(pixels)
     return {"tensor": tensor, "pooled": pooled}
 

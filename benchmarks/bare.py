@@ -84,10 +84,10 @@ def ours(precision: str, weights: Path) -> float:
     from pipeline.backbone.source import of_row
     from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
     from pipeline.core import machine
-    from pipeline.extraction.feature_choice import FeatureChoice, Settled
+    from pipeline.extraction.feature_choice import FeatureChoice, ResolvedChoice
 
     cores = machine.usable_cores()
-    chosen = Settled(FeatureChoice(precision=precision), of_row(BACKBONES[DEFAULT_BACKBONE]), None, None)
+    chosen = ResolvedChoice(FeatureChoice(precision=precision), of_row(BACKBONES[DEFAULT_BACKBONE]), None, None)
     spec = chosen.new_spec(weights_of(weights))
     model = FrozenBackbone(spec, weights, BATCH, cores)
     images = pixels()

@@ -31,7 +31,7 @@ from startup import SHARD_ROWS, SPEC  # noqa: E402
 from pipeline.cache.shard import Rows  # noqa: E402
 from pipeline.cache.space import Cache  # noqa: E402
 from pipeline.training.batches import Shuffled  # noqa: E402
-from pipeline.training.rows import StoredRows, in_order  # noqa: E402
+from pipeline.training.rows import StoredRows, blocks  # noqa: E402
 
 CHANNELS = 2048
 
@@ -88,7 +88,7 @@ def read(root: Path, given: argparse.Namespace) -> dict[str, Any]:
         rows = StoredRows(reader, located, shape, CHANNELS * dtype.itemsize, 0)
         found = told("find", time.perf_counter() - start, count, before)
         start = time.perf_counter()
-        for at, block in in_order(rows.within(given.memory)):
+        for at, block in blocks(rows.within(given.memory)):
             assert np.array_equal(block[:, 0, 0, 0], at % CHANNELS)
         found |= told("in order", time.perf_counter() - start, count, before)
         start, seen = time.perf_counter(), 0

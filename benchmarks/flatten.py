@@ -109,12 +109,12 @@ def arrays(given: argparse.Namespace) -> dict[str, tuple[np.ndarray, np.ndarray]
 def ours(model: Any, spec: Any, rows: np.ndarray, labels: np.ndarray) -> tuple[list[float], float]:
     """Return the loss of each epoch, and the seconds of one."""
     from pipeline.training.batches import Shuffled
-    from pipeline.training.loop import Watch, train
+    from pipeline.training.loop import TrainingContext, train
 
     better = itertools.count(0.0, -1.0)  # for the last epoch is to be kept, as `fit` below does
     batches = Shuffled(rows, labels, BATCH, spec.settings["seed"])
     ones = np.ones(int(labels.max()) + 1, np.float32)
-    done = train(model, batches, lambda: (next(better), 0.0), spec.settings, ones, Watch())
+    done = train(model, batches, lambda: (next(better), 0.0), spec.settings, ones, TrainingContext())
     return [entry["loss"] for entry in done.history], done.seconds_per_epoch
 
 

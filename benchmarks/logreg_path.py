@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline import open_features  # noqa: E402
 from pipeline.core.spec import C_PATH, HeadSpec  # noqa: E402
-from pipeline.training.heads import Data, Watch, fit  # noqa: E402
+from pipeline.training.heads import Data, TrainingContext, fit  # noqa: E402
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def icebox(data: Data) -> dict[float, float]:
-    fitted = fit(HeadSpec.make("logreg"), data, Watch())
+    fitted = fit(HeadSpec.make("logreg"), data, TrainingContext())
     return {entry["C"]: entry["val_accuracy"] for entry in fitted.history}
 
 

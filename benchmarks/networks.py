@@ -122,13 +122,13 @@ def loaded(given: argparse.Namespace, network: str) -> Any:
     from pipeline.backbone.frozen import FrozenBackbone
     from pipeline.cache.workspace import open_workspace
     from pipeline.core import machine
-    from pipeline.extraction.feature_choice import FeatureChoice, settle
+    from pipeline.extraction.feature_choice import FeatureChoice, resolve_choice
 
     own = is_file(network)
     weights, scaling = ("auto", given.scaling) if own else ("untrained", None)
     choice = FeatureChoice(weights=weights, precision=given.precision, backbone=network, scaling=scaling)
     with tempfile.TemporaryDirectory() as data, open_workspace(Path(data)) as workspace:
-        settled = settle(workspace, choice)
+        settled = resolve_choice(workspace, choice)
         assert settled.weights is not None
         found = settled.weights.require()
     return FrozenBackbone(

@@ -67,9 +67,9 @@ def network(weights: Path) -> Callable[[], object]:
     from pipeline.backbone.source import of_row
     from pipeline.backbone.table import BACKBONES, DEFAULT_BACKBONE
     from pipeline.core import machine
-    from pipeline.extraction.feature_choice import FeatureChoice, Settled
+    from pipeline.extraction.feature_choice import FeatureChoice, ResolvedChoice
 
-    chosen = Settled(FeatureChoice(), of_row(BACKBONES[DEFAULT_BACKBONE]), None, None)
+    chosen = ResolvedChoice(FeatureChoice(), of_row(BACKBONES[DEFAULT_BACKBONE]), None, None)
     spec = chosen.new_spec(weights_of(weights))
     model, images = FrozenBackbone(spec, weights, BATCH, machine.usable_cores()), pixels()
     return lambda: model(images)

@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 from pipeline.cache.space import Cache  # noqa: E402
 from pipeline.cache.workspace import Workspace  # noqa: E402
 from pipeline.dataset import open_images  # noqa: E402
-from pipeline.deployment.ensemble import grouped  # noqa: E402
+from pipeline.deployment.ensemble import group_runs  # noqa: E402
 from pipeline.images.loader import Loader  # noqa: E402
-from pipeline.training.full_model import compiled  # noqa: E402
+from pipeline.training.full_model import compile_model  # noqa: E402
 from pipeline.training.open_run import open_run  # noqa: E402
 
 ROUNDS = 5
@@ -74,12 +74,12 @@ def summary(values: list[float]) -> tuple[float, float, float]:
 def bare(data: str, run: str, files: list[Path]) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
     with closing(Cache(Path(data) / "cache")) as cache:
         workspace = Workspace(Path(data), cache)
-        (group,) = grouped([open_run(workspace.runs, run)], workspace)
+        (group,) = group_runs([open_run(workspace.runs, run)], workspace)
         network = group.network()
     images = open_images([str(path) for path in files])
     with Loader(images, 299, group.spec.fit, 180_000_000) as load:
         found = [load(i).pixels for i in range(len(images))]
-    return compiled(network), np.stack([pixels for pixels in found if pixels is not None])
+    return compile_model(network), np.stack([pixels for pixels in found if pixels is not None])
 
 
 def one_round(

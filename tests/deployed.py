@@ -22,8 +22,8 @@ from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
-from pipeline.runs.request import Asked, DatasetChoice, FullAsked
-from pipeline.training.finetune import train_full
+from pipeline.runs.request import DatasetChoice, FinetuneRequest, TrainRequest
+from pipeline.training.finetune import finetune
 from pipeline.training.open_run import TrainedRun, open_run
 from pipeline.training.train_head import train_head
 
@@ -109,9 +109,9 @@ def _make(place: Deployed, kinds: tuple[str, ...], features: FeatureChoice) -> N
         for kind in kinds:
             if kind in _HEADS:
                 spec, folds = _HEADS[kind]
-                asked = Asked(chosen, features, spec, MOST, folds=folds)
+                asked = TrainRequest(chosen, features, spec, MOST, folds=folds)
                 names[kind] = train_head(place.dataset, workspace, asked, "features").name
             else:
-                asked = FullAsked(images=chosen, features=features, max_pixels=MOST, **_FULL[kind])
-                names[kind] = train_full(place.dataset, workspace, asked).name
+                asked = FinetuneRequest(images=chosen, features=features, max_pixels=MOST, **_FULL[kind])
+                names[kind] = finetune(place.dataset, workspace, asked).name
     (place.data / "names.json").write_text(json.dumps(names))

@@ -67,7 +67,7 @@ def tiny_choice() -> FeatureChoice:
 
 def tiny_spec() -> FeatureSpec:
     """Return the space of those features in float32."""
-    network = own.read(tiny())
+    network = own.read_network(tiny())
     return replace(SPEC, backbone=network.name, weights=network.weights, layer="top", input_size=SIZE, scaling=SCALING)
 
 

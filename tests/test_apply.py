@@ -23,7 +23,7 @@ from pipeline.deployment.evaluate_run import Evaluation, evaluate_run
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
 from pipeline.runs import plots, store
-from pipeline.runs.request import Asked, DatasetChoice
+from pipeline.runs.request import DatasetChoice, TrainRequest
 from pipeline.runs.run_images import FILE, RunImages
 from pipeline.training.open_run import open_run
 from pipeline.training.train_head import train_head
@@ -49,7 +49,7 @@ def rows(workspace: Workspace, photos: Path, undrawn: None) -> None:
 
 
 def trained(workspace: Workspace, photos: Path, kind: str = "logreg") -> str:
-    asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), KINDS[kind]["spec"], decoding.DEFAULT_MAX_PIXELS,
+    asked = TrainRequest(DatasetChoice(str(photos)), FeatureChoice(), KINDS[kind]["spec"], decoding.DEFAULT_MAX_PIXELS,
                   folds=KINDS[kind].get("folds", 0))  # fmt: skip
     return train_head(listed(photos), workspace, asked, "features").name
 

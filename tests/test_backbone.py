@@ -73,7 +73,7 @@ def test_float32_rows_equal_keras_within_float16_rounding(
 
 def folded(model: Any) -> Any:
     """Return the function of TensorFlow that computes the model with its batch norms folded."""
-    return tf.function(lambda images: fold_batch_norm.run(model, images), autograph=False)
+    return tf.function(lambda images: fold_batch_norm.run_folded(model, images), autograph=False)
 
 
 def test_folding_batch_norm_changes_nothing_but_rounding(whole: Any, spare: Any, pixels: np.ndarray) -> None:

@@ -20,7 +20,7 @@ from pipeline.cache.workspace import Workspace
 from pipeline.core import machine
 from pipeline.core.errors import UsageError
 from pipeline.extraction import measure_backbone, measured_rates
-from pipeline.extraction.backbone_list import Listed, gather
+from pipeline.extraction.backbone_list import BackboneInfo, list_backbones
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
 from pipeline.extraction.measure_backbone import measure
@@ -43,7 +43,7 @@ def network(tmp_path: Path) -> Path:
     return tmp_path / "small.keras"
 
 
-def of(name: str, found: list[Listed]) -> Listed:
+def of(name: str, found: list[BackboneInfo]) -> BackboneInfo:
     (one,) = (each for each in found if each.name == name)
     return one
 
@@ -82,12 +82,12 @@ def test_what_is_known_of_a_network_stands_beside_it(workspace: Workspace, tmp_p
     measured_rates.remember(workspace, space.spec, 12.5, 300)
     measured_rates.remember(workspace, replace(space.spec, precision="bfloat16"), 50.0, 300)
     measured_rates.remember(workspace, replace(space.spec, precision="bfloat16", layer="mixed8"), 60.0, 300)
-    found = gather([], workspace, "bfloat16")
+    found = list_backbones([], workspace, "bfloat16")
     inception = of("inception_v3", found)
     assert inception.bytes_per_row == round(space.totals().bytes / 12)
     assert (inception.images_per_second, inception.rates) == (50.0, {"float32": 12.5, "bfloat16": 50.0})
     assert (inception.weights, of("xception", found).weights) == ("no", "yes")
-    assert of("inception_v3", gather(["inception_v3"], workspace, "float16")).images_per_second is None
+    assert of("inception_v3", list_backbones(["inception_v3"], workspace, "float16")).images_per_second is None
 
 
 def test_own_networks_are_listed_by_the_names_of_their_files(workspace: Workspace, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_own_networks_are_listed_by_the_names_of_their_files(workspace: Workspac
     workspace.cache.create(OWN, about)
     fill(workspace, listed(tmp_path / "few"), spec=OWN)
     workspace.cache.create(replace(OWN, weights="sha256:" + "3" * 64), {**about, "network": {"file": "other.keras"}})
-    found = gather([], workspace, "float32")
+    found = list_backbones([], workspace, "float32")
     assert [each.name for each in found[-2:]] == ["mine.keras", "other.keras"]
     mine, other = found[-2:]
     assert (mine.own, mine.row, mine.parameters, mine.input_size) == (True, (2, 2, 8), 1234, 32)
@@ -128,7 +128,7 @@ def test_each_rate_is_kept_as_soon_as_it_is_there(
     with pytest.raises(KeyboardInterrupt):
         measure(["mobilenet_v2", "convnext_xlarge", "vgg16", "resnet50"], workspace, "float32")
     assert "convnext_xlarge is left out: it takes about" in caplog.text
-    found = gather([], workspace, "float32")
+    found = list_backbones([], workspace, "float32")
     assert {each.name: each.images_per_second for each in found if each.images_per_second} == {"mobilenet_v2": 100.0}
 
 
@@ -138,7 +138,7 @@ def test_a_network_of_ones_own_is_measured(
     monkeypatch.setattr(frozen, "_MEASURED_SECONDS", 1e-6)
     monkeypatch.setattr(measure_backbone, "SHARD_BYTES", 3 * 16 + 1)  # of rows (1, 1, 4) in float32
     measure([str(network)], workspace, "float32")
-    (found,) = gather([str(network)], workspace, "float32")
+    (found,) = list_backbones([str(network)], workspace, "float32")
     assert found.images_per_second and math.isfinite(found.images_per_second)
     assert (found.name, found.input_size, found.parameters) == ("small.keras", 32, 4 * 28)
     assert (found.weights, found.weights_file) == ("file", str(network))
@@ -154,7 +154,7 @@ def test_one_that_takes_any_size_is_measured_at_that_of_its_features(workspace: 
     choice = replace(own_choice(path), input_size=40)
     extract(listed(tmp_path / "images"), workspace, choice, ComputeOptions())
     measure([str(path)], workspace, "float32")
-    (found,) = gather([str(path)], workspace, "float32")
+    (found,) = list_backbones([str(path)], workspace, "float32")
     assert found.input_size == 40
     assert found.images_per_second
 
@@ -168,15 +168,15 @@ def test_an_own_network_is_listed_by_its_default_layer_and_size(workspace: Works
     extract(few, workspace, choice, ComputeOptions())
     extract(many, workspace, replace(choice, layer="middle"), ComputeOptions())
     extract(many, workspace, replace(choice, input_size=40), ComputeOptions())
-    default = own.read(path).default_layer
+    default = own.read_network(path).default_layer
     for names in ([], [str(path)]):
-        found = gather(names, workspace, "float32")[-1]
+        found = list_backbones(names, workspace, "float32")[-1]
         (space,) = (s for s in workspace.cache.spaces() if (s.spec.layer, s.spec.input_size) == (default, SIZE))
         assert (found.layer, found.input_size) == (default, SIZE)
         assert found.bytes_per_row == space.totals().bytes_per_row
         assert found.row == tuple(space.provenance["row_shape"])
     path.unlink()
-    gone = gather([], workspace, "float32")[-1]
+    gone = list_backbones([], workspace, "float32")[-1]
     assert (gone.layer, gone.input_size) != (default, SIZE)
     assert gone.weights == "no"
 
@@ -191,6 +191,6 @@ def test_own_networks_of_one_name_are_told_apart(workspace: Workspace, tmp_path:
     lines = [line for line in told if line.startswith("net.keras")]
     assert len(set(lines)) == 2
     for path in paths:
-        network = own.read(path)
+        network = own.read_network(path)
         assert any(f"net.keras ({network.name[:12]}, {network.weights[:15]})" in line for line in lines)
-    assert [each.name for each in gather([str(paths[0])], workspace, "float32")] == ["net.keras"]
+    assert [each.name for each in list_backbones([str(paths[0])], workspace, "float32")] == ["net.keras"]

@@ -14,9 +14,9 @@ from pipeline.core.errors import DatasetError, DoNotFitError
 from pipeline.core.spec import HeadSpec
 from pipeline.training import heads
 from pipeline.training.batches import Shuffled, block_order
-from pipeline.training.heads import Data, Watch
+from pipeline.training.heads import Data, TrainingContext
 from pipeline.training.heads.base import stratified_folds
-from pipeline.training.rows import Rows, Wanted, open_rows
+from pipeline.training.rows import Rows, RowSelection, open_rows
 from pipeline.training.tracking import tensorboard
 
 N = 400
@@ -28,7 +28,7 @@ def opened(cache: Cache, memory: int | None) -> Rows:
     if not space.totals().rows:
         for start in range(0, N, 50):
             add(space, list(range(start, start + 50)))
-    return open_rows(space, [key(n) for n in range(N)], "features", [Wanted(np.arange(N))], memory=memory)[0]
+    return open_rows(space, [key(n) for n in range(N)], "features", [RowSelection(np.arange(N))], memory=memory)[0]
 
 
 @pytest.mark.parametrize("memory", [None, 3 * 64 * ROW], ids=["held", "streamed"])
@@ -101,11 +101,11 @@ def data(labels: list[int], val: list[int]) -> Data:
 def test_choosing_c_by_folds_of_too_few_is_refused() -> None:
     spec = HeadSpec.make("logreg", C="0.1,1", select="cv")
     with pytest.raises(DatasetError, match="too few, or too much alike, for 5 folds"):
-        heads.fit(spec, data([0] * 40 + [1], [0, 1]), Watch())
+        heads.fit(spec, data([0] * 40 + [1], [0, 1]), TrainingContext())
 
 
 def test_a_validation_split_of_unknown_classes_calibrates_nothing() -> None:
-    fitted = heads.fit(HeadSpec.make("logreg", C=1.0), data([0, 1] * 10, [2, 2]), Watch())
+    fitted = heads.fit(HeadSpec.make("logreg", C=1.0), data([0, 1] * 10, [2, 2]), TrainingContext())
     assert fitted.facts["temperature"] == 1.0
 
 

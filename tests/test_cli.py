@@ -36,7 +36,7 @@ import cli
 from pipeline.cache.workspace import Workspace
 from pipeline.commands import terminal
 from pipeline.commands.shared import called
-from pipeline.core.utf8 import spelt
+from pipeline.core.utf8 import to_utf8
 
 FEATURE_KEYS = {
     "rows", "computed", "reused", "duplicates", "quarantined", "seconds", "images_per_second", "space",
@@ -564,4 +564,4 @@ def test_any_name_that_a_file_system_takes_goes_through_every_command(workspace:
     assert exported.code == 0, exported.err
     with h5py.File(tmp_path / "rows.h5") as file:
         names: Any = file["class_names"]
-        assert names.asstr()[:].tolist() == [spelt(name) for name in sorted(ANY_NAMES[:8])]
+        assert names.asstr()[:].tolist() == [to_utf8(name) for name in sorted(ANY_NAMES[:8])]

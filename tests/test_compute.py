@@ -14,7 +14,7 @@ from pipeline.cache.shard import SHARD_BYTES
 from pipeline.core import machine
 from pipeline.core.errors import DoNotFitError
 from pipeline.extraction.compute import ComputeOptions, require_memory, row_bytes
-from pipeline.extraction.shard_task import Setup
+from pipeline.extraction.shard_task import TaskSetup
 
 ROW = (8, 8, 2048)  # 262,144 bytes in float16, and 8,192 of its pooled mean
 
@@ -63,6 +63,6 @@ def test_shards_are_bounded_in_bytes_too(
 
 
 def test_of_large_rows_fewer_are_in_a_batch() -> None:
-    setup = Setup(SPEC, None, 16, Path("shards"), batch_bytes=SHARD_BYTES)
+    setup = TaskSetup(SPEC, None, 16, Path("shards"), batch_bytes=SHARD_BYTES)
     assert [setup.batch_of(shape) for shape in (ROW, (301, 301, 192), (37, 37, 2560))] == [16, 7, 16]
     assert replace(setup, batch_bytes=None).batch_of((301, 301, 192)) == 16, "as somebody said, or as it was begun"

@@ -21,7 +21,7 @@ from pipeline.cache.workspace import Workspace
 from pipeline.commands import config
 from pipeline.core.errors import IceboxError
 from pipeline.deployment.reproduce import options_like
-from pipeline.runs.request import Asked, FullAsked, stopped_run
+from pipeline.runs.request import FinetuneRequest, TrainRequest, stopped_run
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -52,7 +52,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ICEBOX_DATA", raising=False)
     monkeypatch.setattr("pipeline.training.train_head.train_head", capture)
-    monkeypatch.setattr("pipeline.training.finetune.train_full", capture)
+    monkeypatch.setattr("pipeline.training.finetune.finetune", capture)
     of.found = found  # type: ignore[attr-defined]
     return of
 
@@ -81,7 +81,7 @@ dataset = ["digits", "cifar10"]
 
 def test_options_of_a_file_are_as_if_typed_and_what_is_typed_wins(asked: Any, tmp_path: Path) -> None:
     file = write(tmp_path / "mine.toml", TEXT)
-    by_file: Asked = asked("--config", file, "train-head", "--epochs", "7", "--hidden", "8")
+    by_file: TrainRequest = asked("--config", file, "train-head", "--epochs", "7", "--hidden", "8")
     assert asked.found[0][0].root == Path("there")
     given = (
         "--limit",
@@ -94,12 +94,12 @@ def test_options_of_a_file_are_as_if_typed_and_what_is_typed_wins(asked: Any, tm
         "rotation=15,horizontal_flip=false",
     )
     own = ("--head", "flatten", "--learning-rate", "0.01", "--no-normalize", "--memory", "1GB")
-    typed: Asked = asked("--data-dir", "there", "train-head", *given, *own, "--epochs", "7", "--hidden", "8")
+    typed: TrainRequest = asked("--data-dir", "there", "train-head", *given, *own, "--epochs", "7", "--hidden", "8")
     assert by_file == typed
     assert by_file.head.settings["hidden"] == (8,)
     assert by_file.head.settings["learning_rate"] == 0.01
     assert by_file.views.recipe.rotation == 15
-    elsewhere: Asked = asked("--data-dir", tmp_path / "here", "--config", file, "train-head")
+    elsewhere: TrainRequest = asked("--data-dir", tmp_path / "here", "--config", file, "train-head")
     assert asked.found[0][0].root == tmp_path / "here"
     assert elsewhere.head.settings["hidden"] == (32, 16)
 
@@ -146,7 +146,7 @@ def test_a_file_that_was_not_named_does_not_decide_what_reaches_beyond_the_folde
     asked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path / "pyproject.toml", IMPLIED)
-    found: Asked = asked("train-head")
+    found: TrainRequest = asked("train-head")
     assert (found.images.limit, found.head.settings["epochs"]) == (30, 3), "what is harmless is taken"
     assert (found.images.image_root, found.features.weights) == (None, "auto")
     assert asked.found[0][0].root != Path("theirs")
@@ -210,7 +210,7 @@ def test_keys_and_values_are_as_people_write_them(asked: Any, tmp_path: Path, mo
     monkeypatch.setenv("HOME", str(tmp_path))
     write_picture(tmp_path / "photos" / "cats" / "1.png", 1)
     text = '\ufeffdata_dir = "~/mine"\ndataset = "~/photos"\nweights = "~/w.h5"\n[train_head]\nhidden = []\n'
-    found: Asked = asked("--config", write(tmp_path / "mine.toml", text), "train-head")
+    found: TrainRequest = asked("--config", write(tmp_path / "mine.toml", text), "train-head")
     assert asked.found[0][0].root == tmp_path / "mine"
     assert found.images.dataset == str(tmp_path / "photos")
     assert found.features.weights == str(tmp_path / "w.h5")
@@ -236,9 +236,9 @@ def test_views_of_cached_rows_are_no_warps_of_a_full_model(asked: Any, tmp_path:
     assert asked("--config", file, "train-head").views.recipe.rotation == 10
     assert asked("--config", file, "train-head", "--views", "1").views.count == 1
     assert asked("--config", file, "freeze").augment is None
-    tuned: FullAsked = asked("--config", file, "finetune")
+    tuned: FinetuneRequest = asked("--config", file, "finetune")
     assert (tuned.from_cache, tuned.views.count) == (True, 1)
-    images: FullAsked = asked("--config", file, "finetune", "--no-from-cache", "--augment", "default")
+    images: FinetuneRequest = asked("--config", file, "finetune", "--no-from-cache", "--augment", "default")
     assert not images.from_cache
     assert images.augment is not None
 
@@ -325,11 +325,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.Capt
 def test_like_a_run_is_what_it_was_asked_for(kind: str, asked: Any, deployed: Deployed) -> None:
     run = deployed.run(kind)
     assert run.asked is not None
-    command = run.asked.stage if isinstance(run.asked, FullAsked) else "train-head"
+    command = run.asked.stage if isinstance(run.asked, FinetuneRequest) else "train-head"
     again = asked("--data-dir", deployed.data, command, "--like", run.name)
     named = ("layer", "precision", "fit", "weights", "input_size")
     features = {name: getattr(run.base, name) for name in named}
-    stored = not isinstance(run.asked, FullAsked) or run.asked.from_cache
+    stored = not isinstance(run.asked, FinetuneRequest) or run.asked.from_cache
     features["storage"] = run.base.storage if stored else "auto"
     expected = replace(run.asked, features=replace(run.asked.features, **features))
     other = asked("--data-dir", deployed.data, command, "--like", run.name, "--limit", "20")
@@ -362,7 +362,7 @@ def test_like_wins_over_a_file_and_another_head_keeps_what_it_has(
 def test_like_leaves_nothing_of_a_file(kind: str, asked: Any, tmp_path: Path, deployed: Deployed) -> None:
     """Not even where the run was asked for the default, or for nothing."""
     run = deployed.run(kind)
-    command = run.asked.stage if isinstance(run.asked, FullAsked) else "train-head"
+    command = run.asked.stage if isinstance(run.asked, FinetuneRequest) else "train-head"
     text = 'limit = 50\nviews = 2\nmax-pixels = 9999\nspace = "other"\n[train-head]\nfolds = 3\n'
     file = write(tmp_path / "mine.toml", text + '[finetune]\nfrom-cache = true\ninit = "best"\n')
     like = ("--data-dir", deployed.data, command, "--like", run.name)

@@ -23,7 +23,7 @@ import pytest
 
 import pipeline.dataset.folder
 from pipeline.core.errors import DatasetError, UsageError
-from pipeline.dataset import Dataset, alike, limit, notices, open_dataset, open_images
+from pipeline.dataset import Dataset, identical_images, limit, notices, open_dataset, open_images
 from pipeline.dataset.base import SPLIT_NAMES
 from pipeline.dataset.cifar import CIFAR10, CIFAR100, Published, open_cifar
 from pipeline.dataset.folder import images_below
@@ -391,7 +391,7 @@ def test_classes_that_look_alike_are_told(tmp_path: Path) -> None:
     dataset = listed(write(tmp_path, *(f"{name}/1.png" for name in classes)))
     assert sorted(dataset.classes) == sorted(classes)
     groups = [["Cat", "cat", "cat "], ["hot  dog", "hot dog"], ["kite", "k\u200bite"]]
-    assert [sorted(group) for group in alike(dataset.classes)] == groups
+    assert [sorted(group) for group in identical_images(dataset.classes)] == groups
     (told,) = notices(dataset)
     assert "are kept apart: 'Cat' and 'cat' and 'cat ', " in told and r"'k\u200bite'" in told
 

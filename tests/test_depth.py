@@ -19,15 +19,15 @@ from pipeline.core.errors import SpecError
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.deployment.predict import predict
-from pipeline.deployment.reproduce import commands, options_like
+from pipeline.deployment.reproduce import options_like, reproduction_commands
 from pipeline.deployment.serve import service
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import Extraction, extract
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
-from pipeline.report.doctor.checks import check, told
-from pipeline.runs.request import Asked, DatasetChoice
-from pipeline.training.labelled_features import gather, gather_images
+from pipeline.report.doctor.checks import check_dataset, summarize
+from pipeline.runs.request import DatasetChoice, TrainRequest
+from pipeline.training.labelled_features import join_features, join_images
 from pipeline.training.open_features import open_features
 from pipeline.training.open_run import TrainedRun, open_run
 from pipeline.training.train_head import train_head
@@ -72,13 +72,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 @pytest.fixture(scope="module")
 def run(place: Place) -> TrainedRun:
     chosen = DatasetChoice(str(place.workspace.root.parent / "deep"))
-    asked = Asked(chosen, TWELVE, HeadSpec.make("logreg", C="0.01"), MOST)
+    asked = TrainRequest(chosen, TWELVE, HeadSpec.make("logreg", C="0.01"), MOST)
     done = train_head(place.deep, place.workspace, asked, "features")
     return open_run(place.workspace.runs, done.name)
 
 
 def pooled(dataset: Dataset, place: Place, choice: FeatureChoice) -> np.ndarray:
-    material = gather(dataset, place.workspace, choice, MOST, "features")
+    material = join_features(dataset, place.workspace, choice, MOST, "features")
     with material.space.reading():
         return material.space.reader("pooled").read(material.space.locate(material.keys))
 
@@ -97,23 +97,23 @@ def test_dark_pictures_are_told_of_and_those_of_the_right_depth_are_not(
     place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     notice = "no value is above 4,095 of 65,535, so that they come out dark"
-    gather_images(place.deep, place.workspace, MOST, "squash")
+    join_images(place.deep, place.workspace, MOST, "squash")
     assert notice in caplog.text and "take --depth 12" in caplog.text
     caplog.clear()
-    gather_images(place.deep, place.workspace, MOST, "squash", 12)
-    gather_images(place.shallow, place.workspace, MOST, "squash")
+    join_images(place.deep, place.workspace, MOST, "squash", 12)
+    join_images(place.shallow, place.workspace, MOST, "squash")
     assert caplog.text == ""
-    found = check(place.deep, place.workspace, FULL, MOST)
-    assert (found.depth, told(found)["largest_16_bit_value"]) == (16, 4095)
-    assert check(place.deep, place.workspace, TWELVE, MOST).depth == 12
-    assert told(check(place.shallow, place.workspace, FULL, MOST))["largest_16_bit_value"] is None
+    found = check_dataset(place.deep, place.workspace, FULL, MOST)
+    assert (found.depth, summarize(found)["largest_16_bit_value"]) == (16, 4095)
+    assert check_dataset(place.deep, place.workspace, TWELVE, MOST).depth == 12
+    assert summarize(check_dataset(place.shallow, place.workspace, FULL, MOST))["largest_16_bit_value"] is None
 
 
 def test_a_space_is_chosen_by_the_depth_and_a_named_one_brings_its_own(place: Place) -> None:
     assert place.first.space and place.twelve.space
 
     def space(choice: FeatureChoice) -> str:
-        return gather(place.deep, place.workspace, choice, MOST, "features").space.name
+        return join_features(place.deep, place.workspace, choice, MOST, "features").space.name
 
     own = FeatureChoice(backbone=FULL.backbone)
     assert space(own) == place.first.space.name
@@ -146,6 +146,6 @@ def test_a_run_decodes_new_images_as_those_it_was_trained_on(place: Place, run: 
 
 def test_a_run_tells_the_depth_to_whoever_repeats_it(run: TrainedRun) -> None:
     assert run.asked is not None and run.asked.features.depth == 12
-    features, train = commands(run, ["python", "cli.py"], 0)
+    features, train = reproduction_commands(run, ["python", "cli.py"], 0)
     assert "--depth 12" in features and "--depth" not in train  # which names the space
     assert options_like(run, "train-head")["depth"] == 12

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as metrics_of_sklearn
 
-from pipeline.runs.metrics import confusion_cells, evaluate, wilson_interval
+from pipeline.runs.metrics import compute_metrics, confusion_cells, wilson_interval
 
 CLASSES = ("ant", "bee", "cow", "dog")
 
@@ -27,7 +27,7 @@ PROBABILITIES = np.array(
 
 @pytest.fixture
 def metrics() -> dict:
-    return evaluate(LABELS, PROBABILITIES, CLASSES)
+    return compute_metrics(LABELS, PROBABILITIES, CLASSES)
 
 
 def test_accuracy_is_the_share_of_hits(metrics: dict) -> None:
@@ -63,7 +63,7 @@ def test_log_loss_is_the_mean_of_minus_the_log_of_what_the_truth_was_given(metri
 
 def test_log_loss_stays_finite_when_the_truth_was_given_nothing() -> None:
     sure_and_wrong = np.array([[0.0, 1.0]], np.float32)
-    assert 30 < evaluate(np.array([0]), sure_and_wrong, ("a", "b"))["log_loss"] < 800
+    assert 30 < compute_metrics(np.array([0]), sure_and_wrong, ("a", "b"))["log_loss"] < 800
 
 
 def test_the_interval_is_wilsons(metrics: dict) -> None:
@@ -87,14 +87,14 @@ def test_softmax_in_float32_gives_no_warning() -> None:
     assert np.any(shares.sum(axis=1, dtype=np.float64) != 1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        metrics = evaluate(rng.integers(0, 90, 500).astype(np.int32), shares, [str(i) for i in range(100)])
+        metrics = compute_metrics(rng.integers(0, 90, 500).astype(np.int32), shares, [str(i) for i in range(100)])
     assert sum(map(sum, metrics["confusion"])) == 500
 
 
 def test_what_was_handed_in_is_not_altered() -> None:
     labels, probabilities = LABELS.copy(), PROBABILITIES.astype(np.float64) * 3
     before = probabilities.copy()
-    evaluate(labels, probabilities, CLASSES)
+    compute_metrics(labels, probabilities, CLASSES)
     assert np.array_equal(probabilities, before)
     assert np.array_equal(labels, LABELS)
 
@@ -112,7 +112,7 @@ def test_calibration_error_is_the_mean_gap_between_sure_and_right(metrics: dict)
 def test_top_five_counts_only_where_there_are_more_classes(metrics: dict) -> None:
     assert metrics["top5_accuracy"] is None
     probabilities = np.tile(np.array([0.3, 0.25, 0.2, 0.12, 0.08, 0.05], np.float32), (4, 1))
-    found = evaluate(np.array([0, 4, 5, 5]), probabilities, list("abcdef"))
+    found = compute_metrics(np.array([0, 4, 5, 5]), probabilities, list("abcdef"))
     assert found["top5_accuracy"] == 0.5
     assert found["accuracy"] == 0.25
 
@@ -127,7 +127,7 @@ def many(count: int = 201) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def test_of_many_classes_the_confusion_is_kept_as_its_cells() -> None:
     labels, shares, classes = many()
-    found = evaluate(labels, shares, classes)["confusion"]
+    found = compute_metrics(labels, shares, classes)["confusion"]
     whole = metrics_of_sklearn.confusion_matrix(labels, shares.argmax(axis=1), labels=range(201))
     assert found == [[truth, said, whole[truth, said]] for truth, said in np.argwhere(whole).tolist()]
     assert confusion_cells(found, 201).tolist() == confusion_cells(whole.tolist(), 201).tolist() == found
@@ -137,7 +137,7 @@ def test_the_rarest_cells_are_left_out_and_counted(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("pipeline.runs.metrics._MOST_CELLS", 3)
     shares = np.zeros((7, 201), np.float32)
     shares[np.arange(7), [1, 1, 5, 1, 2, 2, 9]] = 1
-    found = evaluate(np.array([1, 1, 5, 1, 4, 4, 9]), shares, [str(i) for i in range(201)])
+    found = compute_metrics(np.array([1, 1, 5, 1, 4, 4, 9]), shares, [str(i) for i in range(201)])
     assert found["confusion"] == [[1, 1, 3], [4, 2, 2], [5, 5, 1]]
     assert found["confusion_left_out"] == 1
 
@@ -152,7 +152,7 @@ def test_what_is_no_confusion_of_many_classes_is_refused(value: list) -> None:
 def test_measures_are_those_of_scikit_learn(count: int) -> None:
     """Which are worked out without its (n, k) tables."""
     labels, shares, classes = many(count)
-    found, wide = evaluate(labels, shares, classes), shares.astype(np.float64)
+    found, wide = compute_metrics(labels, shares, classes), shares.astype(np.float64)
     wide /= wide.sum(axis=1, keepdims=True)
     assert found["log_loss"] == pytest.approx(metrics_of_sklearn.log_loss(labels, wide, labels=range(count)), rel=1e-12)
     for i, each in enumerate(found["per_class"]):

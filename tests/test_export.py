@@ -22,13 +22,13 @@ from pipeline.core.locks import new_folder_held
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.deployment import export
-from pipeline.deployment.ensemble import grouped
-from pipeline.deployment.export import Exported, deployable, export_run
+from pipeline.deployment.ensemble import group_runs
+from pipeline.deployment.export import ExportResult, deployable, export_run
 from pipeline.deployment.export_formats import FORMATS
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
 from pipeline.images.loader import Loader
-from pipeline.runs.request import Asked, DatasetChoice
+from pipeline.runs.request import DatasetChoice, TrainRequest
 from pipeline.training.open_run import TrainedRun, open_run
 from pipeline.training.train_head import train_head
 
@@ -41,7 +41,7 @@ def pixels_of(place: Deployed, count: int, size: int = SIZE) -> np.ndarray:
     return np.stack([pixels for pixels in loaded if pixels is not None])
 
 
-def exported(place: Deployed, kind: str, form: str, out: Path) -> Exported:
+def exported(place: Deployed, kind: str, form: str, out: Path) -> ExportResult:
     with place.workspace() as workspace:
         return export_run(place.run(kind), form, place.dataset, workspace, max_pixels=MOST, out=out)
 
@@ -79,7 +79,7 @@ def check_alone(path: Path, size: int) -> None:
 
 def network_of(place: Deployed, kind: str) -> Any:
     with place.workspace() as workspace:
-        (group,) = grouped([place.run(kind)], workspace)
+        (group,) = group_runs([place.run(kind)], workspace)
         return group.network("float32")
 
 
@@ -235,7 +235,7 @@ def test_heads_on_own_networks_are_exported(
     path, dataset = write_network(tmp_path / f"{kind}.keras", kind), open_dataset(str(photos), downloads=tmp_path)
     extract(dataset, workspace, own_choice(path), ComputeOptions())
     spec = HeadSpec.make(head, **({} if head == "logreg" else {"epochs": 2}))
-    asked = Asked(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
+    asked = TrainRequest(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
     run = open_run(workspace.runs, train_head(dataset, workspace, asked, "features").name)
     if kind == "vector":
         check_refused(run, dataset, workspace, tmp_path / "refused", monkeypatch)

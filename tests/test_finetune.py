@@ -33,20 +33,20 @@ from pipeline.dataset import Dataset, open_dataset
 from pipeline.deployment.evaluate_run import evaluate_run
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
-from pipeline.extraction.feature_choice import FeatureChoice, settle, weights_of
+from pipeline.extraction.feature_choice import FeatureChoice, resolve_choice, weights_of
 from pipeline.images import decoding
 from pipeline.runs import store
-from pipeline.runs.request import Asked, DatasetChoice, FullAsked, command_of
+from pipeline.runs.request import DatasetChoice, FinetuneRequest, TrainRequest, command_of
 from pipeline.runs.run_images import RunImages
 from pipeline.training import full_model, heads
-from pipeline.training.finetune import FullRun, _warn_of_collapse, train_full
-from pipeline.training.full_model import Network
-from pipeline.training.image_batches import Pixels
-from pipeline.training.initial_model import origin_of
-from pipeline.training.labelled_features import gather_images
+from pipeline.training.finetune import FinetuneResult, _warn_of_collapse, finetune
+from pipeline.training.full_model import FullModel
+from pipeline.training.image_batches import ImageRows
+from pipeline.training.initial_model import open_initial_model
+from pipeline.training.labelled_features import join_images
 from pipeline.training.open_run import open_run
 from pipeline.training.train_head import train_head
-from pipeline.training.training_data import prepared_pixels
+from pipeline.training.training_data import open_image_data
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -69,16 +69,16 @@ class Place:
     def dataset(self) -> Dataset:
         return open_dataset(str(self.photos), downloads=self.photos)
 
-    def asked(self, stage: str = "finetune", head: str = "gap", **more: Any) -> FullAsked:
+    def asked(self, stage: str = "finetune", head: str = "gap", **more: Any) -> FinetuneRequest:
         most = decoding.DEFAULT_MAX_PIXELS
         given = {"features": self.features, "max_pixels": most, "freeze_until": self.until, **more}
         settings = {**SETTINGS, **given.pop("settings", {})}
-        return FullAsked(
+        return FinetuneRequest(
             stage=stage, images=DatasetChoice(str(self.photos)), head=HeadSpec.make(head, **settings), **given
         )
 
-    def train(self, stage: str = "finetune", *, resume: str | None = None, **more: Any) -> FullRun:
-        return train_full(self.dataset, self.workspace, self.asked(stage, **more), resume=resume)
+    def train(self, stage: str = "finetune", *, resume: str | None = None, **more: Any) -> FinetuneResult:
+        return finetune(self.dataset, self.workspace, self.asked(stage, **more), resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -98,24 +98,24 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.fixture(scope="module")
-def from_images(place: Place) -> FullRun:
+def from_images(place: Place) -> FinetuneResult:
     return place.train()
 
 
 @pytest.fixture(scope="module")
-def from_cache(place: Place) -> FullRun:
+def from_cache(place: Place) -> FinetuneResult:
     return place.train(from_cache=True)
 
 
 @pytest.fixture(scope="module")
-def inception_from_cache(inception: Place) -> FullRun:
+def inception_from_cache(inception: Place) -> FinetuneResult:
     return inception.train(from_cache=True, settings=TWO_BY_TWO)
 
 
 def regression_on(place: Place) -> Path:
     """Train a regression on the rows that the workspace has; return the folder of its run."""
     chosen = DatasetChoice(str(place.photos))
-    asked = Asked(chosen, place.features, HeadSpec.make("logreg"), decoding.DEFAULT_MAX_PIXELS)
+    asked = TrainRequest(chosen, place.features, HeadSpec.make("logreg"), decoding.DEFAULT_MAX_PIXELS)
     return train_head(place.dataset, place.workspace, asked, "features").path
 
 
@@ -141,11 +141,11 @@ def made_up_logreg(made_up: Place) -> str:
     return str(regression_on(made_up))
 
 
-def history(run: FullRun) -> list[dict[str, float]]:
+def history(run: FinetuneResult) -> list[dict[str, float]]:
     return json.loads((run.path / "history.json").read_text())
 
 
-def predictions(run: FullRun) -> np.ndarray:
+def predictions(run: FinetuneResult) -> np.ndarray:
     lines = (run.path / "predictions.csv").read_text().splitlines()[1:]
     return np.array([[float(p) for p in line.split(",")[5:]] for line in lines])
 
@@ -153,7 +153,7 @@ def predictions(run: FullRun) -> np.ndarray:
 # From images and from the cache
 
 
-def check_alike(from_images: FullRun, from_cache: FullRun) -> None:
+def check_alike(from_images: FinetuneResult, from_cache: FinetuneResult) -> None:
     for ours, theirs in zip(history(from_images), history(from_cache), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-3)
@@ -161,11 +161,11 @@ def check_alike(from_images: FullRun, from_cache: FullRun) -> None:
     assert np.allclose(predictions(from_images), predictions(from_cache), atol=1e-3)
 
 
-def test_both_ways_train_alike(from_images: FullRun, from_cache: FullRun) -> None:
+def test_both_ways_train_alike(from_images: FinetuneResult, from_cache: FinetuneResult) -> None:
     check_alike(from_images, from_cache)
 
 
-def test_inception_trains_alike_both_ways(inception: Place, inception_from_cache: FullRun) -> None:
+def test_inception_trains_alike_both_ways(inception: Place, inception_from_cache: FinetuneResult) -> None:
     from_images = inception.train(settings=TWO_BY_TWO)
     check_alike(from_images, inception_from_cache)
     for said in (from_images.summary, inception_from_cache.summary):
@@ -173,10 +173,12 @@ def test_inception_trains_alike_both_ways(inception: Place, inception_from_cache
         assert (said["frozen_until"], said["weights"]) == ("mixed9", "untrained")
 
 
-def test_both_ways_leave_the_same_files_and_the_same_model(from_images: FullRun, from_cache: FullRun) -> None:
+def test_both_ways_leave_the_same_files_and_the_same_model(
+    from_images: FinetuneResult, from_cache: FinetuneResult
+) -> None:
     names = [sorted(path.name for path in run.path.iterdir()) for run in (from_images, from_cache)]
     assert names[0] == names[1]
-    models = [Network.load(run.path, open_run(run.path.parent, run.name).spec) for run in (from_images, from_cache)]
+    models = [FullModel.load(run.path, open_run(run.path.parent, run.name).spec) for run in (from_images, from_cache)]
     for one, other in zip(*(each.model.get_weights() for each in models), strict=True):
         assert np.allclose(one, other, atol=1e-3)
 
@@ -198,7 +200,7 @@ def own_backbone() -> Any:
     return import_keras().models.load_model(tiny(), compile=False)
 
 
-def test_the_summary_says_what_trained(from_images: FullRun, from_cache: FullRun) -> None:
+def test_the_summary_says_what_trained(from_images: FinetuneResult, from_cache: FinetuneResult) -> None:
     for run in (from_images, from_cache):
         said = run.summary
         assert said["trains"] == [convolution_after_middle(), "hidden", "probabilities"]
@@ -211,9 +213,9 @@ def test_the_summary_says_what_trained(from_images: FullRun, from_cache: FullRun
     assert (from_images.summary["features_computed"], from_cache.summary["features_computed"]) == (0, 32)
 
 
-def test_only_what_comes_after_the_layer_has_changed(from_cache: FullRun) -> None:
+def test_only_what_comes_after_the_layer_has_changed(from_cache: FinetuneResult) -> None:
     before = own_backbone()
-    after = Network.load(from_cache.path, open_run(from_cache.path.parent, from_cache.name).spec).whole
+    after = FullModel.load(from_cache.path, open_run(from_cache.path.parent, from_cache.name).spec).whole
     assert len(before.layers) == len(after.layers)
     changed = [
         layer.name
@@ -223,14 +225,14 @@ def test_only_what_comes_after_the_layer_has_changed(from_cache: FullRun) -> Non
     assert changed == from_cache.summary["trains"][:-2]
 
 
-def test_the_second_time_nothing_is_computed(place: Place, from_cache: FullRun) -> None:
+def test_the_second_time_nothing_is_computed(place: Place, from_cache: FinetuneResult) -> None:
     again = place.train(from_cache=True, settings={"epochs": 1})
     assert again.summary["features_computed"] == 0
     assert history(again) == history(from_cache)[:1]
 
 
 def test_it_is_evaluated_from_images(
-    inception: Place, inception_from_cache: FullRun, caplog: pytest.LogCaptureFixture
+    inception: Place, inception_from_cache: FinetuneResult, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = open_run(inception.workspace.runs, inception_from_cache.name)
     options: Any = {"max_pixels": decoding.DEFAULT_MAX_PIXELS}
@@ -245,7 +247,7 @@ def test_it_is_evaluated_from_images(
             evaluate_run(run, inception.dataset, inception.workspace, "features", **{name: value}, **options)
 
 
-def test_its_backbone_makes_features_of_its_own(inception: Place, inception_from_cache: FullRun) -> None:
+def test_its_backbone_makes_features_of_its_own(inception: Place, inception_from_cache: FinetuneResult) -> None:
     """And the head in the run says of those rows what the full model says of the images."""
     weights, dataset = inception_from_cache.path / full_model.WEIGHTS_FILE, inception.dataset
     done = extract(dataset, inception.workspace, replace(INCEPTION, weights=str(weights)), ComputeOptions())
@@ -262,7 +264,7 @@ def test_its_backbone_makes_features_of_its_own(inception: Place, inception_from
 # Views and augmentation
 
 
-def test_views_train_and_validation_stays_plain(place: Place, from_cache: FullRun) -> None:
+def test_views_train_and_validation_stays_plain(place: Place, from_cache: FinetuneResult) -> None:
     run = place.train(from_cache=True, views=Views(2), settings={"epochs": 1})
     assert (run.summary["train_rows"], run.summary["views"], run.summary["features_computed"]) == (40, 2, 32)
     assert run.summary["val_rows"] == 6
@@ -272,14 +274,14 @@ def test_freeze_trains_the_head_alone_on_images_that_are_warped_afresh(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = list[np.ndarray]()
-    augmented = Pixels.augmented
+    augmented = ImageRows.augmented
 
-    def noted(self: Pixels, recipe: Augmentation, seed: int, epoch: int) -> Pixels:
+    def noted(self: ImageRows, recipe: Augmentation, seed: int, epoch: int) -> ImageRows:
         found = augmented(self, recipe, seed, epoch)
         seen.append(found[np.arange(len(found))])
         return found
 
-    monkeypatch.setattr(Pixels, "augmented", noted)
+    monkeypatch.setattr(ImageRows, "augmented", noted)
     run = place.train("freeze", augment=Augmentation(), settings={"epochs": 2, "learning_rate": 0.02})
     assert [len(some) for some in seen] == [20, 20], "the training images, once an epoch"
     assert (seen[0] != seen[1]).reshape(20, -1).any(axis=1).all()
@@ -308,18 +310,20 @@ def test_a_regression_goes_on_from_what_it_knows(place: Place, logreg: str) -> N
     assert np.allclose(predictions(run), [[float(p) for p in line.split(",")[5:]] for line in expected], atol=1e-3)
 
 
-def test_a_fine_tuned_run_goes_on_in_the_rows_its_backbone_still_gives(place: Place, from_cache: FullRun) -> None:
+def test_a_fine_tuned_run_goes_on_in_the_rows_its_backbone_still_gives(
+    place: Place, from_cache: FinetuneResult
+) -> None:
     """Up to the middle nothing changed, so those rows serve; deeper they are another space's."""
     asked = place.asked(from_cache=True, init=str(from_cache.path), features=FeatureChoice())
-    origin = origin_of(asked, place.dataset, place.workspace)
+    origin = open_initial_model(asked, place.dataset, place.workspace)
     assert (origin.cut, origin.settled.choice.weights) == ("middle", "auto"), "those of the file"
-    deeper = origin_of(replace(asked, freeze_until="top"), place.dataset, place.workspace)
+    deeper = open_initial_model(replace(asked, freeze_until="top"), place.dataset, place.workspace)
     assert (deeper.cut, deeper.settled.choice.weights) == ("top", str(from_cache.path / full_model.WEIGHTS_FILE))
     names, cuts = tiny_layers()
     assert origin.unchanged_until(names, cuts) == "middle"
     assert origin.unchanged_until(names, cuts[: cuts.index("early") + 1]) == "early"
     still = replace(asked, head=HeadSpec.make("gap", **{**SETTINGS, "epochs": 1, "learning_rate": 1e-12}))
-    run = train_full(place.dataset, place.workspace, still)
+    run = finetune(place.dataset, place.workspace, still)
     assert run.summary["features_computed"] == 0
     losses = [epoch["val_loss"] for epoch in history(from_cache)]
     assert history(run)[0]["val_loss"] == pytest.approx(min(losses), rel=1e-4), "it begins where the other one ended"
@@ -327,13 +331,13 @@ def test_a_fine_tuned_run_goes_on_in_the_rows_its_backbone_still_gives(place: Pl
 
 
 def test_rows_of_inceptions_unchanged_part_serve_a_fine_tuned_run(
-    inception: Place, inception_from_cache: FullRun
+    inception: Place, inception_from_cache: FinetuneResult
 ) -> None:
     """Up to mixed9 they are those of the weights it began with, deeper those of its own."""
     asked = inception.asked(from_cache=True, init=str(inception_from_cache.path), features=FeatureChoice())
     own = str(inception_from_cache.path / full_model.WEIGHTS_FILE)
     for until, weights in (("mixed8", "untrained:0"), ("mixed9", "untrained:0"), ("mixed10", own)):
-        origin = origin_of(replace(asked, freeze_until=until), inception.dataset, inception.workspace)
+        origin = open_initial_model(replace(asked, freeze_until=until), inception.dataset, inception.workspace)
         assert (origin.cut, origin.settled.choice.weights) == (until, weights)
 
 
@@ -343,16 +347,18 @@ def test_other_classes_and_contradictions_are_refused(made_up: Place, made_up_lo
         write_picture(tmp_path / "others" / ("ants" if i % 2 else "bees") / f"{i}.png", seed=i)
     others = open_dataset(str(tmp_path / "others"), downloads=tmp_path)
     with pytest.raises(DatasetError, match="knows other classes than others: cats, dogs"):
-        origin_of(begun, others, made_up.workspace)
+        open_initial_model(begun, others, made_up.workspace)
     for choice, message in (
         (FeatureChoice(weights="untrained:7"), "began with other weights than untrained:7"),
         (FeatureChoice(fit="crop"), "trained on images made square by squash, not crop"),
         (FeatureChoice(layer="mixed8"), "stands on mixed10, not on mixed8"),
     ):
         with pytest.raises(SpecError, match=message):
-            origin_of(replace(begun, features=choice), made_up.dataset, made_up.workspace)
+            open_initial_model(replace(begun, features=choice), made_up.dataset, made_up.workspace)
     with pytest.raises(SpecError, match=r"no head can stand on 'conv2d_80'; take one of .*mixed10"):
-        origin_of(made_up.asked(features=replace(INCEPTION, layer="conv2d_80")), made_up.dataset, made_up.workspace)
+        open_initial_model(
+            made_up.asked(features=replace(INCEPTION, layer="conv2d_80")), made_up.dataset, made_up.workspace
+        )
 
 
 def test_weights_that_are_gone_are_asked_for(made_up: Place, made_up_logreg: str, tmp_path: Path) -> None:
@@ -366,11 +372,13 @@ def test_weights_that_are_gone_are_asked_for(made_up: Place, made_up_logreg: str
     about["features"]["weights"] = "sha256:" + "0" * 64
     files.write_json(elsewhere / "run.json", about)
     with pytest.raises(WeightsError, match="which are not on this machine; give the file by `--weights FILE`"):
-        origin_of(made_up.asked(init=str(elsewhere), features=FeatureChoice()), made_up.dataset, made_up.workspace)
+        open_initial_model(
+            made_up.asked(init=str(elsewhere), features=FeatureChoice()), made_up.dataset, made_up.workspace
+        )
 
 
 def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
-    place: Place, from_cache: FullRun, tmp_path: Path
+    place: Place, from_cache: FinetuneResult, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -381,7 +389,7 @@ def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
     asked = place.asked(init=str(run), features=FeatureChoice())
 
     def begin() -> None:
-        origin_of(asked, place.dataset, place.workspace)
+        open_initial_model(asked, place.dataset, place.workspace)
 
     with pytest.raises(RunError, match="is not the file that was saved"):
         begin()
@@ -396,7 +404,9 @@ def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
 
 
 def test_a_head_of_another_run_is_not_begun_with(made_up: Place, made_up_logreg: str) -> None:
-    origin = origin_of(made_up.asked(init=made_up_logreg, features=FeatureChoice()), made_up.dataset, made_up.workspace)
+    origin = open_initial_model(
+        made_up.asked(init=made_up_logreg, features=FeatureChoice()), made_up.dataset, made_up.workspace
+    )
     with pytest.raises(RunError, match="is of another run: it does not tell 2 classes apart by rows of 8x8x16"):
         origin.head(HeadSpec.make("gap"), (8, 8, 16), 2)
     with pytest.raises(RunError, match="it does not tell 5 classes apart"):
@@ -405,17 +415,21 @@ def test_a_head_of_another_run_is_not_begun_with(made_up: Place, made_up_logreg:
 
 def test_an_ensemble_is_refused_before_anything_is_computed(made_up: Place, made_up_logreg: str) -> None:
     gap = HeadSpec.make("gap", epochs=1, hidden="none")
-    chosen = Asked(DatasetChoice(str(made_up.photos)), made_up.features, gap, decoding.DEFAULT_MAX_PIXELS, folds=2)
+    chosen = TrainRequest(
+        DatasetChoice(str(made_up.photos)), made_up.features, gap, decoding.DEFAULT_MAX_PIXELS, folds=2
+    )
     run = train_head(made_up.dataset, made_up.workspace, chosen, "features")
     with pytest.raises(SpecError, match="is an ensemble of heads; take a run that was trained without --folds"):
-        origin_of(made_up.asked(init=str(run.path), features=FeatureChoice()), made_up.dataset, made_up.workspace)
+        open_initial_model(
+            made_up.asked(init=str(run.path), features=FeatureChoice()), made_up.dataset, made_up.workspace
+        )
 
 
 # Stopped, and gone on with
 
 
 def test_begun_with_a_run_it_is_gone_on_with(
-    place: Place, from_cache: FullRun, monkeypatch: pytest.MonkeyPatch
+    place: Place, from_cache: FinetuneResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Deeper than the run had frozen, so that the rows are of its own backbone."""
     options: Any = {
@@ -425,24 +439,24 @@ def test_begun_with_a_run_it_is_gone_on_with(
         "freeze_until": "top",
     }
     whole = place.train(**options)
-    save = Network.save
+    save = FullModel.save
 
-    def stopped(self: Network, directory: Path) -> str:
+    def stopped(self: FullModel, directory: Path) -> str:
         save(self, directory)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Network, "save", stopped)
+        patch.setattr(FullModel, "save", stopped)
         place.train(**options)
     (name,) = store.unfinished(place.workspace.runs)
-    asked = FullAsked.from_dict(store.read_request(place.workspace.runs, name)["asked"])
-    done = train_full(place.dataset, place.workspace, asked, resume=name)
+    asked = FinetuneRequest.from_dict(store.read_request(place.workspace.runs, name)["asked"])
+    done = finetune(place.dataset, place.workspace, asked, resume=name)
     assert history(done) == history(whole)
     assert whole.summary["trains"] == ["hidden", "probabilities"]
     assert store.read_run(done.path)["base"]["unchanged_until"] == "middle"
 
 
-def test_killed_in_an_epoch_it_goes_on_as_if_it_never_was(place: Place, from_cache: FullRun) -> None:
+def test_killed_in_an_epoch_it_goes_on_as_if_it_never_was(place: Place, from_cache: FinetuneResult) -> None:
     options = ["--dataset", place.photos, "--from-cache", "--freeze-until", "middle", "--backbone", tiny()]
     options += ["--precision", "float32", "--storage", "float32", "--batch-size", "1", "--epochs", "30"]
     data = place.workspace.root
@@ -522,7 +536,7 @@ def test_a_collapse_is_called_out(place: Place, caplog: pytest.LogCaptureFixture
 
 def test_what_was_asked_for_is_kept_and_read_again(place: Place) -> None:
     asked = place.asked(augment=Augmentation(rotation=3), views=Views(2, Augmentation(zoom=0)), init="/runs/x")
-    assert FullAsked.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
+    assert FinetuneRequest.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
     for change in (
         {"stage": "melt"},
         {"batch_norm": 3},
@@ -531,7 +545,7 @@ def test_what_was_asked_for_is_kept_and_read_again(place: Place) -> None:
         {"x": 1},
     ):
         with pytest.raises(RunError, match="what the run was asked for cannot be read"):
-            FullAsked.from_dict({**asked.to_dict(), **change})
+            FinetuneRequest.from_dict({**asked.to_dict(), **change})
     assert asdict(asked)["init"] == "/runs/x"
 
 
@@ -543,14 +557,14 @@ def test_an_image_that_cannot_be_decoded_is_quarantined_before_the_training(plac
     bad = tmp_path / "photos" / "train" / "cats" / "bad.png"
     bad.write_bytes(b"no image")
     dataset = open_dataset(str(tmp_path / "photos"), downloads=tmp_path)
-    found = gather_images(dataset, place.workspace, decoding.DEFAULT_MAX_PIXELS, "squash")
+    found = join_images(dataset, place.workspace, decoding.DEFAULT_MAX_PIXELS, "squash")
     assert [each.path for each in found.quarantined] == ["train/cats/bad.png"]
     assert len(found.keys) == len(dataset) - 1 == 32
-    with prepared_pixels(found, 299, "squash", decoding.DEFAULT_MAX_PIXELS) as ready:
+    with open_image_data(found, 299, "squash", decoding.DEFAULT_MAX_PIXELS) as ready:
         assert [len(ready.rows[side]) for side in ("train", "val", "test")] == [20, 6, 6]
         pixels = ready.rows["train"][np.arange(20)]
     with pytest.raises(DatasetError, match="none of 32 can be decoded"):  # though they have rows
-        gather_images(place.dataset, place.workspace, 100, "squash")
+        join_images(place.dataset, place.workspace, 100, "squash")
     names = found.names(found.members("train"))
     decoded = [decoding.decode((tmp_path / "photos" / name).read_bytes()) for name in names]
     assert np.array_equal(pixels, np.stack(decoded)), "labels and pixels are of the same image"
@@ -611,7 +625,7 @@ def test_a_published_run_makes_its_own_network_known(place: Place, tmp_path: Pat
     assert predictions(first) == pytest.approx(predictions(again))
     (place.workspace.runs / "broken").mkdir()
     (place.workspace.runs / "broken" / "run.json").write_text('{"features": 1}')
-    settled = settle(place.workspace, unsaid).source
+    settled = resolve_choice(place.workspace, unsaid).source
     assert (settled.input_size, settled.scaling) == (SIZE, "127,128")
     shutil.rmtree(place.workspace.runs / "broken")
 
@@ -630,7 +644,7 @@ def test_another_network_in_the_place_of_an_own_one_is_not_gone_on_with(
             place.train(features=own_choice(path), freeze_until="middle")
     (name,) = set(store.unfinished(place.workspace.runs)) - before
     extract(place.dataset, place.workspace, replace(choice, input_size=40), ComputeOptions())
-    asked = FullAsked.from_dict(store.read_request(place.workspace.runs, name)["asked"])
+    asked = FinetuneRequest.from_dict(store.read_request(place.workspace.runs, name)["asked"])
     with zipfile.ZipFile(path) as archive:
         parts = {part: archive.read(part) for part in archive.namelist()}
     original = path.read_bytes()
@@ -638,9 +652,9 @@ def test_another_network_in_the_place_of_an_own_one_is_not_gone_on_with(
         for part, content in parts.items():
             archive.writestr(part, content.replace(b'"relu"', b'"relu6"'))
     with pytest.raises(RunError, match="are no longer those it began with; begin anew"):
-        train_full(place.dataset, place.workspace, asked, resume=name)
+        finetune(place.dataset, place.workspace, asked, resume=name)
     path.write_bytes(original)
-    assert train_full(place.dataset, place.workspace, asked, resume=name).name == name
+    assert finetune(place.dataset, place.workspace, asked, resume=name).name == name
 
 
 def interrupt(*arguments: Any) -> None:

@@ -39,7 +39,7 @@ from pipeline.dataset import Dataset, open_dataset
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import Extraction, extract
 from pipeline.extraction.feature_choice import FeatureChoice
-from pipeline.extraction.shard_task import Setup
+from pipeline.extraction.shard_task import TaskSetup
 from pipeline.extraction.workers import connect as clusters
 from pipeline.extraction.workers import worker
 from pipeline.extraction.workers.connect import ClusterChoice, connected
@@ -170,13 +170,13 @@ def test_a_worker_whose_memory_limit_is_too_small_is_given_up_and_the_limit_name
         pipeline.extraction.workers.scheduler_client, "LOOK_EVERY_S", 1.0
     )  # nannies tell why they end one before it is gone
     with by_hand(tmp_path / "cluster", workers=0) as cluster:
-        opened = pipeline.extraction.workers.scheduler_client.Link.open
+        opened = pipeline.extraction.workers.scheduler_client.SchedulerClient.open
 
-        def open_and_start(self: pipeline.extraction.workers.scheduler_client.Link) -> None:
+        def open_and_start(self: pipeline.extraction.workers.scheduler_client.SchedulerClient) -> None:
             opened(self)
             cluster.start_worker(memory_limit="100MB")
 
-        monkeypatch.setattr(pipeline.extraction.workers.scheduler_client.Link, "open", open_and_start)
+        monkeypatch.setattr(pipeline.extraction.workers.scheduler_client.SchedulerClient, "open", open_and_start)
         with pytest.raises(IceboxError, match=r"as it came near its memory limit of 100 MB; start it with more"):
             run(tmp_path / "data", images, ClusterChoice(scheduler=cluster.address))
     assert "does its environment have Icebox" not in caplog.text
@@ -267,9 +267,9 @@ def held(images: Path, folder: Path) -> Dataset:
 
 def while_held(folder: Path, act: Callable[[], Any], waiting: int | None = None) -> threading.Thread:
     """Call `act` once rows have come and a worker, or that with the number `waiting`, waits for images; then open."""
-    seen, heard = threading.Event(), pipeline.extraction.workers.scheduler_client.Link._heard
+    seen, heard = threading.Event(), pipeline.extraction.workers.scheduler_client.SchedulerClient._heard
 
-    def listen(self: pipeline.extraction.workers.scheduler_client.Link, event: tuple[float, Any]) -> None:
+    def listen(self: pipeline.extraction.workers.scheduler_client.SchedulerClient, event: tuple[float, Any]) -> None:
         heard(self, event)
         seen.set()
 
@@ -282,7 +282,7 @@ def while_held(folder: Path, act: Callable[[], Any], waiting: int | None = None)
         finally:
             (folder / "open").touch()
 
-    pipeline.extraction.workers.scheduler_client.Link._heard = listen  # undone by the fixture below
+    pipeline.extraction.workers.scheduler_client.SchedulerClient._heard = listen  # undone by the fixture below
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return thread
@@ -291,9 +291,9 @@ def while_held(folder: Path, act: Callable[[], Any], waiting: int | None = None)
 @pytest.fixture(autouse=True)
 def _unheard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        pipeline.extraction.workers.scheduler_client.Link,
+        pipeline.extraction.workers.scheduler_client.SchedulerClient,
         "_heard",
-        pipeline.extraction.workers.scheduler_client.Link._heard,
+        pipeline.extraction.workers.scheduler_client.SchedulerClient._heard,
     )
 
 
@@ -367,10 +367,10 @@ def test_a_scheduler_lost_before_its_workers_are_known_is_found_again(
     images: Path, alone: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
-        submit, threads = pipeline.extraction.workers.scheduler_client.Link.submit, list[threading.Thread]()
+        submit, threads = pipeline.extraction.workers.scheduler_client.SchedulerClient.submit, list[threading.Thread]()
 
         def submit_and_die(
-            self: pipeline.extraction.workers.scheduler_client.Link, *arguments: Any, **more: Any
+            self: pipeline.extraction.workers.scheduler_client.SchedulerClient, *arguments: Any, **more: Any
         ) -> Any:
             future = submit(self, *arguments, **more)
             if not threads:
@@ -378,7 +378,7 @@ def test_a_scheduler_lost_before_its_workers_are_known_is_found_again(
                 threads[0].start()
             return future
 
-        monkeypatch.setattr(pipeline.extraction.workers.scheduler_client.Link, "submit", submit_and_die)
+        monkeypatch.setattr(pipeline.extraction.workers.scheduler_client.SchedulerClient, "submit", submit_and_die)
         done = run(tmp_path / "data", images, ClusterChoice(scheduler=cluster.address))
         threads[0].join()
     assert (done.computed, done.quarantined) == (40, [])
@@ -476,7 +476,7 @@ def test_ctrl_c_in_the_terminal_reaches_all_and_one_line_comes_of_it(
 
 
 def requirements(cluster: Path, **more: Any) -> Requirements:
-    setup = Setup(SPEC, None, 4, cluster / "cache" / "space" / "shards")
+    setup = TaskSetup(SPEC, None, 4, cluster / "cache" / "space" / "shards")
     made = Requirements(setup, machine.versions(machine.FEATURE_PACKAGES), (), (), None, "topic")
     return replace(made, **more)
 
@@ -486,11 +486,14 @@ def requirements(cluster: Path, **more: Any) -> Requirements:
     [
         ({"versions": {"tensorflow": "1.15"}}, r"has tensorflow \S+ \(here 1\.15\)"),
         ({"versions": {"no-such-package": "1"}}, r"has no-such-package none \(here 1\)"),
-        ({"setup": Setup(SPEC, None, 4, Path("/nowhere/cache/space/shards"))}, "does not see the cache /nowhere/cache"),
+        (
+            {"setup": TaskSetup(SPEC, None, 4, Path("/nowhere/cache/space/shards"))},
+            "does not see the cache /nowhere/cache",
+        ),
         ({"urls": ("sftp://host/a.png",)}, "cannot fetch images: sftp:// needs paramiko"),
         ({"samples": (Path("/nowhere/a.png"),)}, r"cannot read the image /nowhere/a\.png \(No such file"),
         (
-            {"setup": Setup(SPEC, Path("/nowhere/w.h5"), 4, Path("/tmp/space/shards"))},
+            {"setup": TaskSetup(SPEC, Path("/nowhere/w.h5"), 4, Path("/tmp/space/shards"))},
             r"does not see the weights /nowhere/w\.h5",
         ),
     ],
@@ -498,21 +501,21 @@ def requirements(cluster: Path, **more: Any) -> Requirements:
 def test_a_worker_that_lacks_something_is_told_apart(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     (tmp_path / "cache").mkdir()
     with pytest.raises(UnfitWorkerError, match=reason):
-        worker.vet(requirements(tmp_path, **change))
+        worker.check_worker(requirements(tmp_path, **change))
 
 
 def test_other_weights_under_the_same_path_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "w.h5").write_bytes(b"other")
     spec = replace(SPEC, weights="sha256:" + "0" * 64)
-    setup = Setup(spec, tmp_path / "w.h5", 4, tmp_path / "cache" / "space" / "shards")
+    setup = TaskSetup(spec, tmp_path / "w.h5", 4, tmp_path / "cache" / "space" / "shards")
     with pytest.raises(UnfitWorkerError, match=r"has other weights at .*w\.h5"):
-        worker.vet(requirements(tmp_path, setup=setup))
+        worker.check_worker(requirements(tmp_path, setup=setup))
 
 
 def test_weights_of_an_own_network_are_known_by_their_content(tmp_path: Path) -> None:
     path = write_network(tmp_path / "own.keras", "plain")
-    setup = Setup(replace(SPEC, weights=own.read(path).weights), path, 4, tmp_path, network=path)
+    setup = TaskSetup(replace(SPEC, weights=own.read_network(path).weights), path, 4, tmp_path, network=path)
     worker._check_weights(setup)
     with pytest.raises(UnfitWorkerError, match=r"has other weights at .*own\.keras"):
         worker._check_weights(replace(setup, spec=SPEC))

@@ -17,7 +17,7 @@ from faults import Watcher, disk_full, watched
 from made import SPEC, add, key, made, shard_file, spoil
 
 from pipeline.cache import gc
-from pipeline.cache.gc import Collected, Keep, collect
+from pipeline.cache.gc import GcResult, Retention, collect
 from pipeline.cache.index import FileStamp
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.verify import verify
@@ -47,13 +47,13 @@ def check_rows(space: FeatureSpace, numbers: list[int]) -> None:
 
 def test_small_shards_are_merged(cache: Cache, space: FeatureSpace) -> None:
     before = {add(space, [n, n + 1]).name for n in range(0, 20, 2)}
-    done = collect(cache, Keep())
+    done = collect(cache, Retention())
     assert (done.rows_removed, done.shards_removed, done.shards_repacked, done.shards_written) == (0, 0, 10, 1)
     assert done.bytes_freed > 0
     assert len(names(space)) == 1
     assert not names(space) & before
     check_rows(space, list(range(20)))
-    assert collect(cache, Keep()) == Collected(), "there is no more to do"
+    assert collect(cache, Retention()) == GcResult(), "there is no more to do"
 
 
 def test_of_large_rows_a_full_shard_has_few(cache: Cache, space: FeatureSpace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,19 +63,19 @@ def test_of_large_rows_a_full_shard_has_few(cache: Cache, space: FeatureSpace, m
     full = add(space, list(range(100, 105)))
     for n in range(0, 12, 2):
         add(space, [n, n + 1])
-    assert collect(cache, Keep(), dry_run=True).shards_written == 2
-    done = collect(cache, Keep())
+    assert collect(cache, Retention(), dry_run=True).shards_written == 2
+    done = collect(cache, Retention())
     assert (done.shards_repacked, done.shards_written) == (6, 2)
     assert full.name in names(space)
     assert sorted(each.rows for each in space.index.shards(space.name).values()) == [4, 5, 8]
     check_rows(space, [*range(12), *range(100, 105)])
-    assert collect(cache, Keep()) == Collected(), "there is no more to do"
+    assert collect(cache, Retention()) == GcResult(), "there is no more to do"
 
 
 def test_shards_of_full_size_are_left_alone(cache: Cache, space: FeatureSpace) -> None:
     large = add(space, list(range(gc.SMALL_ROWS)))
     small = add(space, [1000])
-    assert collect(cache, Keep()) == Collected(), "one small shard alone is as good as it gets"
+    assert collect(cache, Retention()) == GcResult(), "one small shard alone is as good as it gets"
     assert names(space) == {large.name, small.name}
 
 
@@ -84,7 +84,7 @@ def test_rows_that_nobody_named_go(cache: Cache, space: FeatureSpace) -> None:
     mostly_dead = add(space, list(range(70)))
     alive = add(space, list(range(200, 300)))
     kept = [*range(30), *range(200, 300)]
-    done = collect(cache, Keep({key(n) for n in kept}))
+    done = collect(cache, Retention({key(n) for n in kept}))
     assert (done.rows_removed, done.shards_removed, done.shards_repacked) == (110, 1, 1)
     assert not names(space) & {all_dead.name, mostly_dead.name}
     assert alive.name in names(space)
@@ -94,7 +94,7 @@ def test_rows_that_nobody_named_go(cache: Cache, space: FeatureSpace) -> None:
 def test_a_shard_that_is_mostly_alive_keeps_its_dead_rows(cache: Cache, space: FeatureSpace) -> None:
     """Writing 260 MB anew to save 2 is not worth it; the rows count as removed only once they are gone."""
     add(space, list(range(100)))
-    done = collect(cache, Keep({key(n) for n in range(90)}))
+    done = collect(cache, Retention({key(n) for n in range(90)}))
     assert done.shards_repacked == 0
     check_rows(space, list(range(100)))
     assert done.rows_removed == 0
@@ -104,7 +104,7 @@ def test_a_space_that_is_named_stays_whole_and_others_lose_all(cache: Cache, spa
     other = cache.create(replace(SPEC, layer="mixed8"), {})
     add(space, list(range(70)))
     add(other, list(range(70)))
-    done = collect(cache, Keep(None, [space.name]))
+    done = collect(cache, Retention(None, [space.name]))
     assert (done.rows_removed, done.shards_removed) == (70, 1)
     check_rows(space, list(range(70)))
     assert names(other) == set()
@@ -113,7 +113,7 @@ def test_a_space_that_is_named_stays_whole_and_others_lose_all(cache: Cache, spa
 def test_a_row_in_two_shards_stays_once(cache: Cache, space: FeatureSpace) -> None:
     add(space, [1, 2, 3])
     add(space, [3, 4])
-    done = collect(cache, Keep())
+    done = collect(cache, Retention())
     assert done.rows_removed == 1
     check_rows(space, [1, 2, 3, 4])
 
@@ -123,9 +123,9 @@ def test_a_dry_run_changes_nothing_and_foretells(cache: Cache, space: FeatureSpa
         add(space, [n])
     (space.shards / ".partial-1-abc.h5").write_bytes(bytes(1000))
     before = {path: path.read_bytes() for path in space.path.rglob("*") if path.is_file()}
-    told = collect(cache, Keep({key(0), key(1)}), dry_run=True)
+    told = collect(cache, Retention({key(0), key(1)}), dry_run=True)
     assert {path: path.read_bytes() for path in space.path.rglob("*") if path.is_file()} == before
-    done = collect(cache, Keep({key(0), key(1)}))
+    done = collect(cache, Retention({key(0), key(1)}))
     sure = ("rows_removed", "shards_removed", "shards_repacked", "shards_written", "leftovers")
     assert [getattr(told, name) for name in sure] == [getattr(done, name) for name in sure] == [3, 3, 2, 1, 1]
     assert told.bytes_freed == pytest.approx(done.bytes_freed, rel=0.5)
@@ -137,7 +137,7 @@ def test_leftovers_of_killed_runs_go(cache: Cache, space: FeatureSpace) -> None:
     damaged = cache.index.path.with_name(f"{cache.index.path.name}.damaged-20260101-000000")
     for path in (*leftovers, damaged):
         path.write_bytes(bytes(100))
-    done = collect(cache, Keep())
+    done = collect(cache, Retention())
     assert (done.leftovers, done.bytes_freed) == (3, 300)
     assert [path.exists() for path in (*leftovers, damaged)] == [False, False, True, False]
     check_rows(space, [1])
@@ -146,8 +146,8 @@ def test_leftovers_of_killed_runs_go(cache: Cache, space: FeatureSpace) -> None:
 def test_what_verify_moved_aside_goes_when_asked(cache: Cache, space: FeatureSpace) -> None:
     spoil(shard_file(space, add(space, [1, 2])))
     verify(cache, sample=1.0, repair=True)
-    assert collect(cache, Keep()).leftovers == 0
-    assert collect(cache, Keep(), damaged=True).leftovers == 1
+    assert collect(cache, Retention()).leftovers == 0
+    assert collect(cache, Retention(), damaged=True).leftovers == 1
     assert list((space.path / "aside").iterdir()) == []
 
 
@@ -156,7 +156,7 @@ def test_a_damaged_shard_is_left_to_verify(cache: Cache, space: FeatureSpace) ->
     good, bad = add(space, [1]), add(space, [2])
     spoil(shard_file(space, bad))
     cache.index.forget_shards(space.name, [bad.name])
-    collect(cache, Keep())
+    collect(cache, Retention())
     assert names(space) == {good.name, bad.name}
 
 
@@ -168,7 +168,7 @@ def test_digests_of_files_that_are_gone_are_forgotten(cache: Cache, space: Featu
         path.write_text(path.name)
         remembered_digest(path, cache.index)
     paths[1].unlink()
-    collect(cache, Keep())
+    collect(cache, Retention())
     assert set(cache.index.files()) == {paths[0]}
 
 
@@ -177,7 +177,7 @@ def test_a_space_whose_folder_is_gone_is_forgotten(cache: Cache, space: FeatureS
 
     add(space, [1])
     shutil.rmtree(space.path)
-    collect(cache, Keep())
+    collect(cache, Retention())
     assert cache.index.spaces() == []
 
 
@@ -305,7 +305,7 @@ def test_gc_beside_a_damaged_shard_loses_no_row_that_could_be_read(
         path.write_bytes(shard_file(space, others[-1]).read_bytes())
     else:
         path.unlink()
-    collect(cache, Keep())
+    collect(cache, Retention())
     assert f"shard {path}" in caplog.text
     assert path.exists() == (harm != "delete"), "what is left of it is for `verify` to judge"
     with closing(Cache(cache.root)) as again:
@@ -317,7 +317,7 @@ def test_gc_beside_a_damaged_shard_loses_no_row_that_could_be_read(
 def test_a_dry_run_beside_a_damaged_shard_changes_nothing(cache: Cache, space: FeatureSpace) -> None:
     damaged, _ = add(space, [1, 2]), add(space, [3, 4])
     spoil(shard_file(space, damaged))
-    collect(cache, Keep(), dry_run=True)
+    collect(cache, Retention(), dry_run=True)
     assert space.index.shards(space.name)[damaged.name].state == "good"
 
 
@@ -333,7 +333,7 @@ def test_a_shard_of_which_the_index_lost_the_rows_is_not_dead(cache: Cache, spac
     with closing(sqlite3.connect(cache.index.path)) as db:
         db.execute("DELETE FROM rows")
         db.commit()
-    done = collect(cache, Keep())
+    done = collect(cache, Retention())
     assert (done.rows_removed, done.shards_removed) == (0, 0)
     assert names(space) == {large.name}
     check_rows(space, list(range(gc.SMALL_ROWS)))
@@ -344,17 +344,17 @@ def test_nor_is_one_whose_rows_the_index_gives_to_others(cache: Cache, space: Fe
     with closing(sqlite3.connect(cache.index.path)) as db:
         db.execute("UPDATE rows SET key = zeroblob(32)")
         db.commit()
-    assert collect(cache, Keep({key(1)})).rows_removed == 0
+    assert collect(cache, Retention({key(1)})).rows_removed == 0
     check_rows(space, list(range(gc.SMALL_ROWS)))
 
 
 def test_on_a_full_disk_what_is_dead_goes_first(cache: Cache, space: FeatureSpace) -> None:
     dead, mixed = add(space, list(range(100))), [add(space, [n, n + 1000]) for n in range(100, 140)]
     with watched(Watcher(1, disk_full, for_good=True, among=frozenset({"write"}))), pytest.raises(CacheError):
-        collect(cache, Keep({key(n) for n in range(100, 140)}))
+        collect(cache, Retention({key(n) for n in range(100, 140)}))
     assert dead.name not in names(space), "so there is room now"
     assert names(space) == {info.name for info in mixed}
-    collect(cache, Keep({key(n) for n in range(100, 140)}))
+    collect(cache, Retention({key(n) for n in range(100, 140)}))
     check_rows(space, list(range(100, 140)))
 
 
@@ -373,5 +373,5 @@ def test_files_that_may_not_be_looked_at_are_remembered(
         return real(path)
 
     monkeypatch.setattr(Path, "lstat", lstat)
-    collect(cache, Keep())
+    collect(cache, Retention())
     assert set(cache.index.files()) == {here, locked}

@@ -24,9 +24,9 @@ from pipeline.backbone.graph import (
     cut,
     cut_layers,
     layer_names,
+    layers_after,
     multiplications,
-    rest_of,
-    work,
+    share_of_work,
 )
 from pipeline.core.errors import SpecError
 
@@ -54,9 +54,9 @@ def images(count: int = 4) -> Any:
 
 def run(model: Any, inputs: Any, after: str | None = None) -> tuple[np.ndarray, Counter[str]]:
     """Return what the walk gives, and which operations of TensorFlow it is made of."""
-    graph = tf.function(lambda given: fold_batch_norm.run(model, given, after), autograph=False).get_concrete_function(
-        inputs
-    )
+    graph = tf.function(
+        lambda given: fold_batch_norm.run_folded(model, given, after), autograph=False
+    ).get_concrete_function(inputs)
     return tf.cast(graph(inputs), tf.float32).numpy(), Counter(each.type for each in graph.graph.get_operations())
 
 
@@ -176,7 +176,7 @@ def test_rows_of_a_cut_go_on_to_the_same_output(kind: str) -> None:
         np.testing.assert_allclose(rows, expected(cut(model, layer), images()), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(run(model, tf.constant(rows), layer)[0], expected(model, images()), atol=1e-5)
         if layer != layer_names(model)[-1]:
-            np.testing.assert_allclose(expected(rest_of(model, layer), rows), expected(model, images()), atol=1e-5)
+            np.testing.assert_allclose(expected(layers_after(model, layer), rows), expected(model, images()), atol=1e-5)
 
 
 def test_a_row_of_a_convolution_is_not_convolved_again() -> None:
@@ -216,7 +216,7 @@ def test_vectors_are_rows_of_one_place() -> None:
         rows, _ = run(cut(model, layer), images())
         assert rows.shape == (4, 1, 1, channels)
         assert np.allclose(run(cut(model, "dense"), tf.constant(rows), layer)[0][:, 0, 0], model(images()), atol=1e-6)
-    rest = rest_of(model, "pool")
+    rest = layers_after(model, "pool")
     np.testing.assert_allclose(rest(run(cut(model, "pool"), images())[0]), model(images()), atol=1e-6)
 
 
@@ -234,7 +234,7 @@ def test_layers_may_be_called_anything(name: str) -> None:
     below = cut(model, name)
     rows, _ = run(below, images())
     np.testing.assert_allclose(below.predict_on_batch(images()), rows, atol=1e-6)
-    rest = rest_of(model, name, name=f"after_{name}")
+    rest = layers_after(model, name, name=f"after_{name}")
     np.testing.assert_allclose(rest.predict_on_batch(rows), expected(model, images()), atol=1e-6)
 
 
@@ -271,8 +271,8 @@ def test_multiplications_are_those_of_the_layer() -> None:
         network(lambda x, layer=layer: layer(x))
         assert multiplications(layer) == count, kind
     model = network(shared)
-    assert sum(count for _, count in work(model)) == 2 * 144 * 27 * 3
-    assert sum(count for _, count in work(model, cut_layers(model)[-1])) == 0
+    assert sum(count for _, count in share_of_work(model)) == 2 * 144 * 27 * 3
+    assert sum(count for _, count in share_of_work(model, cut_layers(model)[-1])) == 0
     assert activations(network(lambda x: layers.ReLU()(layers.Conv2D(2, 3)(x)))) == 144 * 3 + 100 * 2 * 2
 
 

@@ -25,7 +25,7 @@ from pipeline.core.spec import HEAD_DEFAULTS, HEADS, HeadSpec
 from pipeline.training import heads
 from pipeline.training.batches import Shuffled
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.heads import READS, Data, Fitted, Watch, dense, fit, load, parts
+from pipeline.training.heads import READS, Data, Fitted, TrainingContext, dense, fit, load, parts
 from pipeline.training.heads.dense import DenseHead, build, channel_statistics, normalise
 from pipeline.training.heads.parts import gradients_in_bfloat16
 from pipeline.training.loop import OtherCheckpointError, optimizer
@@ -56,7 +56,7 @@ def make(head: str, **settings: Any) -> HeadSpec:
 @pytest.fixture(scope="module", params=HEADS)
 def fitted(request: pytest.FixtureRequest) -> tuple[str, Fitted]:
     """Each head, trained once; tests only read it."""
-    return request.param, fit(make(request.param), material(request.param), Watch())
+    return request.param, fit(make(request.param), material(request.param), TrainingContext())
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder with a saved `gap` head and one with a saved `logreg` head."""
     folders = {head: tmp_path_factory.mktemp(head) for head in ("gap", "logreg")}
     for head, folder in folders.items():
-        fit(make(head), material(head), Watch()).head.save(folder)
+        fit(make(head), material(head), TrainingContext()).head.save(folder)
     return folders
 
 
@@ -122,7 +122,7 @@ def test_channel_statistics_do_not_cancel_digits() -> None:
 def test_normalisation_is_learned_from_the_training_rows_alone() -> None:
     train, labels = separable("gap", 90, 1)
     strange, strange_labels = separable("gap", 30, 2)
-    done = fit(make("gap", epochs=1), Data(train, labels, strange * 50 + 7, strange_labels, 3), Watch())
+    done = fit(make("gap", epochs=1), Data(train, labels, strange * 50 + 7, strange_labels, 3), TrainingContext())
     layer = done.head.model.get_layer("normalize")  # pyright: ignore[reportAttributeAccessIssue]
     mean, variance = (np.asarray(weight).ravel() for weight in layer.get_weights()[:2])
     assert np.allclose(mean, train.mean(axis=0, dtype=np.float64), rtol=1e-6)
@@ -132,7 +132,7 @@ def test_normalisation_is_learned_from_the_training_rows_alone() -> None:
 def test_normalisation_acts_on_what_the_hidden_layer_sees() -> None:
     """The layer is given its weights after it was built: they must not just be stored."""
     train, labels = separable("gap", 90, 1)
-    done = fit(make("gap", epochs=1), Data(train * 20 + 100, labels, train, labels, 3), Watch())
+    done = fit(make("gap", epochs=1), Data(train * 20 + 100, labels, train, labels, 3), TrainingContext())
     model: Any = done.head.model  # pyright: ignore[reportAttributeAccessIssue]
     seen = np.asarray(model.get_layer("normalize")(train * 20 + 100))
     assert np.allclose(seen.mean(axis=0), 0, atol=1e-4)
@@ -142,7 +142,7 @@ def test_normalisation_acts_on_what_the_hidden_layer_sees() -> None:
 def test_a_channel_of_a_flattened_tensor_has_variance_one_over_all_its_places() -> None:
     tensors = np.random.default_rng(3).normal(5, 3, (200, 2, 4, 6)).astype(np.float16)
     labels = np.arange(200) % 3
-    done = fit(make("flatten", epochs=1), Data(tensors, labels, tensors, labels, 3), Watch())
+    done = fit(make("flatten", epochs=1), Data(tensors, labels, tensors, labels, 3), TrainingContext())
     layer: Any = done.head.model.get_layer("normalize")  # pyright: ignore[reportAttributeAccessIssue]
     energy = (np.asarray(layer(tensors), np.float64) ** 2).sum(axis=(1, 2)).mean(axis=0)
     assert np.allclose(energy, 1, rtol=0.01)
@@ -151,7 +151,7 @@ def test_a_channel_of_a_flattened_tensor_has_variance_one_over_all_its_places() 
 def test_a_channel_dead_in_training_does_not_blow_up() -> None:
     train, labels = separable("gap", 90, 1)
     train[:, 7] = 0.25
-    done = fit(make("gap"), Data(train, labels, *separable("gap", 30, 2), 3), Watch())
+    done = fit(make("gap"), Data(train, labels, *separable("gap", 30, 2), 3), TrainingContext())
     model: Any = done.head.model  # pyright: ignore[reportAttributeAccessIssue]
     stirred = train + np.float32(0.01)
     change = np.asarray(model.get_layer("normalize")(stirred)) - np.asarray(model.get_layer("normalize")(train))
@@ -172,13 +172,13 @@ def test_without_normalisation_there_is_no_such_layer(head: str) -> None:
 
 
 def test_a_head_without_normalisation_learns_too() -> None:
-    done = fit(make("gap", normalize=False, epochs=12), material("gap"), Watch())
+    done = fit(make("gap", normalize=False, epochs=12), material("gap"), TrainingContext())
     assert done.history[-1]["val_accuracy"] > 0.95
 
 
 def test_the_scaler_of_the_regression_sees_the_training_rows_alone() -> None:
     train, labels = separable("logreg", 90, 1)
-    done = fit(make("logreg"), Data(train, labels, train * 50 + 7, labels, 3), Watch())
+    done = fit(make("logreg"), Data(train, labels, train * 50 + 7, labels, 3), TrainingContext())
     scaler = done.head.pipeline[0]  # pyright: ignore[reportAttributeAccessIssue]
     assert np.allclose(scaler.mean_, train.mean(axis=0, dtype=np.float64))
     assert np.allclose(scaler.var_, train.var(axis=0, dtype=np.float64))
@@ -221,14 +221,14 @@ def test_the_history_says_of_validation_what_the_head_says(fitted: tuple[str, Fi
 def test_progress_advances_once_for_each_step(fitted: tuple[str, Fitted]) -> None:
     head, _ = fitted
     steps: list[float] = []
-    fit(make(head), material(head), Watch(steps.append))
+    fit(make(head), material(head), TrainingContext(steps.append))
     assert sum(steps) == pytest.approx(heads.steps(make(head)))
     assert heads.steps(make(head)) == (7 if head == "logreg" else 4)
 
 
 def test_a_seed_decides_the_training() -> None:
     def train(seed: int) -> tuple[list[dict[str, float]], list[np.ndarray]]:
-        done = fit(make("flatten", epochs=2, hidden=16, seed=seed), material("flatten"), Watch())
+        done = fit(make("flatten", epochs=2, hidden=16, seed=seed), material("flatten"), TrainingContext())
         return done.history, done.head.model.get_weights()  # pyright: ignore[reportAttributeAccessIssue]
 
     (once, first), (again, second), (other, third) = train(5), train(5), train(6)
@@ -270,7 +270,7 @@ def test_every_epoch_visits_each_row_once_in_an_order_of_its_own() -> None:
 def test_training_takes_each_row_once_an_epoch() -> None:
     rows, labels = separable("gap", 90, 1)
     watched = Watched(rows)
-    fit(make("gap", epochs=3), Data(watched, labels, *separable("gap", 30, 2), 3), Watch())
+    fit(make("gap", epochs=3), Data(watched, labels, *separable("gap", 30, 2), 3), TrainingContext())
     batches = watched.asked[-18:]  # before: statistics
     for epoch in (batches[:6], batches[6:12], batches[12:]):
         assert sorted(np.concatenate(epoch).tolist()) == list(range(90))
@@ -288,7 +288,7 @@ def unlearnable() -> Data:
 
 
 def test_early_stopping_stops_and_keeps_the_best_epoch(unlearnable: Data) -> None:
-    done = fit(make("gap", epochs=60, patience=3), unlearnable, Watch())
+    done = fit(make("gap", epochs=60, patience=3), unlearnable, TrainingContext())
     losses = [entry["val_loss"] for entry in done.history]
     best = int(np.argmin(losses))
     assert len(losses) == best + 1 + 3 < 60
@@ -299,7 +299,7 @@ def test_early_stopping_stops_and_keeps_the_best_epoch(unlearnable: Data) -> Non
 
 
 def test_without_patience_every_epoch_is_run_and_the_best_is_kept(unlearnable: Data) -> None:
-    done = fit(make("gap", epochs=12, patience=0), unlearnable, Watch())
+    done = fit(make("gap", epochs=12, patience=0), unlearnable, TrainingContext())
     losses = [entry["val_loss"] for entry in done.history]
     assert len(losses) == 12
     said = done.head.predict(unlearnable.val)
@@ -314,18 +314,18 @@ def test_no_larger_c_is_tried_after_two_that_were_worse() -> None:
     data = Data(train, labels, val, np.where(np.arange(60) % 2, truth, noisy), 3)  # sure of itself is often wrong
     steps: list[float] = []
     spec = make("logreg", calibrate=False)
-    done = fit(spec, data, Watch(steps.append))
+    done = fit(spec, data, TrainingContext(steps.append))
     losses = [entry["val_loss"] for entry in done.history]
     best = int(np.argmin(losses))
     assert len(losses) == best + 1 + 2 < 7
     assert done.facts["C"] == done.history[best]["C"]
     assert sum(steps) == heads.steps(spec)
-    by_folds = fit(make("logreg", calibrate=False, select="cv"), data, Watch())
+    by_folds = fit(make("logreg", calibrate=False, select="cv"), data, TrainingContext())
     assert len(by_folds.history) == 7, "folds have been fitted at each by then"
 
 
 def test_a_learning_rate_may_be_a_whole_number() -> None:
-    assert len(fit(make("gap", epochs=1, learning_rate=1), material("gap"), Watch()).history) == 1
+    assert len(fit(make("gap", epochs=1, learning_rate=1), material("gap"), TrainingContext()).history) == 1
 
 
 # Logistic regression
@@ -334,7 +334,7 @@ def test_a_learning_rate_may_be_a_whole_number() -> None:
 def test_a_class_without_training_rows_is_given_probability_zero() -> None:
     rows, labels = separable("logreg", 90, 1, classes=4)
     some = labels != 2
-    done = fit(make("logreg"), Data(rows[some], labels[some], rows, labels, 4), Watch())
+    done = fit(make("logreg"), Data(rows[some], labels[some], rows, labels, 4), TrainingContext())
     said = done.head.predict(rows)
     assert said.shape == (90, 4)
     assert said.dtype == np.float32
@@ -346,7 +346,7 @@ def test_a_class_without_training_rows_is_given_probability_zero() -> None:
 def test_two_classes_that_are_not_the_first_keep_their_numbers() -> None:
     rows, labels = separable("logreg", 90, 1, classes=4)
     some = labels % 2 == 1
-    done = fit(make("logreg"), Data(rows[some], labels[some], rows[some], labels[some], 4), Watch())
+    done = fit(make("logreg"), Data(rows[some], labels[some], rows[some], labels[some], 4), TrainingContext())
     said = done.head.predict(rows[some])
     assert (said.argmax(axis=1) == labels[some]).all()
     assert (said[:, [0, 2]] == 0).all()
@@ -355,7 +355,7 @@ def test_two_classes_that_are_not_the_first_keep_their_numbers() -> None:
 def test_a_regression_that_does_not_converge_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "pipeline.training.heads"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit(make("logreg", max_iter=2, C=1), material("logreg"), Watch())
+        fit(make("logreg", max_iter=2, C=1), material("logreg"), TrainingContext())
     assert [(record.name, record.levelname) for record in caplog.records] == [
         ("pipeline.training.heads.logreg", "WARNING")
     ]
@@ -366,13 +366,13 @@ def test_a_regression_that_does_not_converge_says_so_once(caplog: pytest.LogCapt
 def test_a_regression_that_converges_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit(make("logreg", C="0.1,1"), material("logreg"), Watch())
+        fit(make("logreg", C="0.1,1"), material("logreg"), TrainingContext())
     assert "converge" not in caplog.text
 
 
 def test_the_penalty_is_the_one_asked_for() -> None:
     def largest(c: float) -> float:
-        head: Any = fit(make("logreg", C=c, calibrate=False), material("logreg"), Watch()).head
+        head: Any = fit(make("logreg", C=c, calibrate=False), material("logreg"), TrainingContext()).head
         return np.abs(head.pipeline[-1].coef_).max()
 
     assert largest(1e-3) < largest(1.0) < largest(100.0)
@@ -400,7 +400,7 @@ def test_what_is_loaded_says_the_same(fitted: tuple[str, Fitted], tmp_path: Path
 def test_a_head_with_other_settings_is_rebuilt_as_it_was(tmp_path: Path) -> None:
     spec = make("flatten", hidden=16, dropout=0.0, normalize=False, epochs=1)
     data = material("flatten")
-    done = fit(spec, data, Watch())
+    done = fit(spec, data, TrainingContext())
     done.head.save(tmp_path)
     loaded = load(tmp_path)
     assert np.abs(loaded.predict(data.val) - done.head.predict(data.val)).max() < 1e-6
@@ -587,12 +587,15 @@ def test_a_layer_in_parts_goes_on_from_its_checkpoint_and_no_other_does(
     monkeypatch.setattr(parts, "_PART", 100)
     data = material("flatten")
     short, long = (HeadSpec.make("flatten", hidden=16, epochs=epochs, seed=1) for epochs in (2, 4))
-    fit(short, data, Watch(checkpoint=Checkpoint(tmp_path)))
-    whole, resumed = fit(long, data, Watch()), fit(long, data, Watch(checkpoint=Checkpoint(tmp_path)))
+    fit(short, data, TrainingContext(checkpoint=Checkpoint(tmp_path)))
+    whole, resumed = (
+        fit(long, data, TrainingContext()),
+        fit(long, data, TrainingContext(checkpoint=Checkpoint(tmp_path))),
+    )
     assert resumed.history == whole.history
     monkeypatch.setattr(machine, "gpu_count", lambda: 1)  # where there are no parts
     with pytest.raises(OtherCheckpointError, match=r"checkpoint\.npz is not of .*model has other shapes"):
-        fit(long, data, Watch(checkpoint=Checkpoint(tmp_path)))
+        fit(long, data, TrainingContext(checkpoint=Checkpoint(tmp_path)))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.01])
@@ -629,7 +632,7 @@ def test_a_regression_whose_tables_do_not_fit_is_refused_before_it_begins(monkey
     rows, labels = np.zeros((40, 8), np.float32), np.arange(40) % 3
     data = Data(rows, labels, rows, labels, 3)
     with pytest.raises(DoNotFitError, match=r"logreg of 40 rows and 3 classes takes 1.44 kB of memory, and 1.34 kB"):
-        fit(make("logreg"), data, Watch())
+        fit(make("logreg"), data, TrainingContext())
 
 
 def test_what_a_large_head_takes_is_reported_before_it_is_built(

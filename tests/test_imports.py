@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, environment, icebox, write_picture
 
 from pipeline.core.lazy_imports import failed_import
-from pipeline.core.native_stderr import held_back
+from pipeline.core.native_stderr import hold_back
 
 HAS = "[name for name in ('matplotlib', 'pandas', 'sklearn') if name in sys.modules]"
 
@@ -122,10 +122,10 @@ pathlib.Path({str(child)!r}).write_text(str(helper.pid))
 
 
 def test_what_is_printed_while_all_goes_well_is_not_seen(capfd: pytest.CaptureFixture[str]) -> None:
-    with held_back("something"):
+    with hold_back("something"):
         subprocess.run([sys.executable, "-c", "import os; os.write(2, b'hello')"], check=True)
     assert capfd.readouterr().err == ""
-    with pytest.raises(KeyboardInterrupt), held_back("something"):
+    with pytest.raises(KeyboardInterrupt), hold_back("something"):
         subprocess.run([sys.executable, "-c", "import os; os.write(2, b'hello')"], check=True)
         raise KeyboardInterrupt
     assert capfd.readouterr().err == "", "a person who stops it knows why"

@@ -28,7 +28,7 @@ from own_networks import StandIn
 import pipeline.extraction.extract
 import pipeline.extraction.shard_task
 import pipeline.images.loader
-from pipeline.cache.gc import Keep, collect
+from pipeline.cache.gc import Retention, collect
 from pipeline.cache.shard import ShardDamagedError, read_info, read_rows, write_shard
 from pipeline.cache.verify import verify
 from pipeline.cache.workspace import open_workspace
@@ -144,7 +144,9 @@ class Life(RuleBasedStateMachine):
     @rule(keep=st.none() | st.sets(CONTENTS))
     def gc(self, keep: set[int] | None) -> None:
         with open_workspace(self.folder / "data") as workspace:
-            collect(workspace.cache, Keep(None if keep is None else {image_key(content(number)) for number in keep}))
+            collect(
+                workspace.cache, Retention(None if keep is None else {image_key(content(number)) for number in keep})
+            )
 
     @rule()
     def repair(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import CacheError, RunError
-from pipeline.core.locks import abandoned, held_if_abandoned
+from pipeline.core.locks import find_abandoned, held_if_abandoned
 from pipeline.runs import store
 
 
@@ -56,7 +56,7 @@ def test_who_looks_whether_a_run_is_abandoned_keeps_nobody_from_it(
     looker.start()
     assert looks.wait(60)
     with store.reopened(stopped.parent, "stopped"):
-        assert not abandoned(stopped)
+        assert not find_abandoned(stopped)
     looker.join()
 
 
@@ -127,7 +127,7 @@ def test_a_run_that_was_taken_up_again_meanwhile_is_not_removed(stopped: Path, m
 
 def test_what_is_gone_by_now_is_nobodys(tmp_path: Path) -> None:
     """As when it is published between the listing of its folder and the look at it."""
-    assert not abandoned(tmp_path / "gone")
+    assert not find_abandoned(tmp_path / "gone")
     with held_if_abandoned(tmp_path / "gone") as held:
         assert not held
 

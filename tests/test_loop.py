@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.core.spec import HeadSpec
-from pipeline.training.loop import Watch, train
+from pipeline.training.loop import TrainingContext, train
 
 ROWS = np.random.default_rng(0).normal(size=(70, 4)).astype(np.float32)
 LABELS = (ROWS[:, 0] > 0).astype(int)
@@ -36,10 +36,12 @@ def model(policy: str = "float32") -> Any:
     return made
 
 
-def trained(made: Any, watch: Watch | None = None, *, scale_loss: bool = False, **settings: Any) -> Any:
+def trained(made: Any, watch: TrainingContext | None = None, *, scale_loss: bool = False, **settings: Any) -> Any:
     spec = HeadSpec.make("gap", **{"epochs": 4, "learning_rate": 0.02, **settings})
     weights = np.array([1.0, 3.0], np.float32)
-    return train(made, InOrder(), lambda: (1.0, 0.5), spec.settings, weights, watch or Watch(), scale_loss=scale_loss)
+    return train(
+        made, InOrder(), lambda: (1.0, 0.5), spec.settings, weights, watch or TrainingContext(), scale_loss=scale_loss
+    )
 
 
 def test_an_epochs_loss_and_accuracy_are_the_means_over_all_its_images() -> None:
@@ -54,7 +56,7 @@ def test_an_epochs_loss_and_accuracy_are_the_means_over_all_its_images() -> None
 
 def test_progress_goes_on_with_every_batch() -> None:
     steps: list[float] = []
-    trained(model(), Watch(steps.append))
+    trained(model(), TrainingContext(steps.append))
     assert steps == [1 / 3] * 12
 
 

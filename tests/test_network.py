@@ -21,31 +21,31 @@ from pipeline.backbone.source import resolve
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import RunError, SpecError, UsageError, WeightsError
 from pipeline.core.spec import HeadSpec
-from pipeline.extraction.feature_choice import settle
+from pipeline.extraction.feature_choice import resolve_choice
 from pipeline.training import full_model, heads
-from pipeline.training.full_model import Network
-from pipeline.training.heads import Data, Watch, fit
+from pipeline.training.full_model import FullModel
+from pipeline.training.heads import Data, TrainingContext, fit
 from pipeline.training.heads.dense import DenseHead, build
 
 CLASSES = 10
 GAP, FLATTEN = HeadSpec.make("gap"), HeadSpec.make("flatten")
 
 
-def made(spec: HeadSpec = GAP, precision: str = "float32") -> Network:
-    new = Network(replace(SPEC, precision=precision), lambda shape: DenseHead(build(spec, shape, CLASSES), spec))
+def made(spec: HeadSpec = GAP, precision: str = "float32") -> FullModel:
+    new = FullModel(replace(SPEC, precision=precision), lambda shape: DenseHead(build(spec, shape, CLASSES), spec))
     new.load_backbone(SPEC.weights, None)
     return new
 
 
 @pytest.fixture(scope="module")
-def gap() -> Network:
+def gap() -> FullModel:
     return made()
 
 
 # What trains
 
 
-def test_as_many_numbers_train_as_the_design_says(gap: Network) -> None:
+def test_as_many_numbers_train_as_the_design_says(gap: FullModel) -> None:
     gap.freeze(-1, batch_norm=True)
     assert gap.trainable_parameters == 21_900_138
     gap.freeze(250, batch_norm=True)
@@ -61,7 +61,7 @@ def test_a_flatten_head_trains_as_many_as_the_design_says() -> None:
     assert flatten.trainable_parameters == 33_557_258
 
 
-def test_batch_norms_stay_as_they_are_unless_asked_otherwise(gap: Network) -> None:
+def test_batch_norms_stay_as_they_are_unless_asked_otherwise(gap: FullModel) -> None:
     gap.freeze(gap.layers.index("mixed9"), batch_norm=False)
     assert gap.trains[0] == "conv2d_89"
     assert not [name for name in gap.trains if name.startswith("batch_normalization")]
@@ -73,18 +73,18 @@ def test_batch_norms_stay_as_they_are_unless_asked_otherwise(gap: Network) -> No
 @pytest.mark.parametrize(
     ("asked", "index"), [("none", -1), ("0", 0), ("250", 250), ("310", 310), ("mixed8", 248), ("conv2d_80", 249)]
 )
-def test_a_layer_is_named_by_name_or_number(gap: Network, asked: str, index: int) -> None:
+def test_a_layer_is_named_by_name_or_number(gap: FullModel, asked: str, index: int) -> None:
     assert full_model.frozen_until(gap.layers, asked) == index
 
 
-def test_the_default_freezes_all_of_a_part_that_ends_before_it(gap: Network) -> None:
+def test_the_default_freezes_all_of_a_part_that_ends_before_it(gap: FullModel) -> None:
     assert full_model.frozen_until(gap.layers[:249], "250") == 248
     with pytest.raises(UsageError, match="from 0 to 248"):
         full_model.frozen_until(gap.layers[:249], "249")
 
 
 @pytest.mark.parametrize("asked", ["311", "-1", "2.5", "mixed11", "", "None", "٣"])
-def test_what_is_no_layer_is_refused(gap: Network, asked: str) -> None:
+def test_what_is_no_layer_is_refused(gap: FullModel, asked: str) -> None:
     with pytest.raises(UsageError, match=r"--freeze-until takes a layer's name, its number from 0 to 310, or none"):
         full_model.frozen_until(gap.layers, asked)
 
@@ -92,23 +92,23 @@ def test_what_is_no_layer_is_refused(gap: Network, asked: str) -> None:
 @pytest.mark.parametrize(
     ("until", "cut"), [(250, "mixed8"), (248, "mixed8"), (247, "mixed7"), (310, "mixed10"), (1, "conv2d")]
 )
-def test_it_is_cut_where_one_tensor_carries_everything_on(gap: Network, until: int, cut: str) -> None:
+def test_it_is_cut_where_one_tensor_carries_everything_on(gap: FullModel, until: int, cut: str) -> None:
     assert full_model.cut_at(gap.layers, gap.cuts, until) == cut
 
 
-def test_without_a_frozen_part_there_is_nothing_to_cut(gap: Network) -> None:
+def test_without_a_frozen_part_there_is_nothing_to_cut(gap: FullModel) -> None:
     for until in (-1, 0):
         with pytest.raises(SpecError, match="--from-cache needs a frozen part"):
             full_model.cut_at(gap.layers, gap.cuts, until)
 
 
-def test_layers_have_the_same_names_in_every_model_that_a_process_builds(gap: Network) -> None:
+def test_layers_have_the_same_names_in_every_model_that_a_process_builds(gap: FullModel) -> None:
     again = [layer.name for layer in build_backbone("inception_v3", "bfloat16").layers]
     assert again == gap.layers
     assert again[249] == "conv2d_80"
 
 
-def test_the_two_halves_are_the_whole(gap: Network) -> None:
+def test_the_two_halves_are_the_whole(gap: FullModel) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (3, 299, 299, 3), np.uint8)
     whole = full_model.probabilities(gap.on_pixels().predict_on_batch, pixels, 3)
     rows = cut(gap.whole, "mixed9").predict_on_batch(pixels.astype(np.float32) / 127.5 - 1)
@@ -120,25 +120,25 @@ def test_the_two_halves_are_the_whole(gap: Network) -> None:
     assert whole.std(axis=0).max() > 1e-6, "the images are told apart"
 
 
-def test_it_answers_in_bfloat16_as_cached_features_do(gap: Network) -> None:
+def test_it_answers_in_bfloat16_as_cached_features_do(gap: FullModel) -> None:
     """The same steps as for rows of the cache: another order of them would be off by a hundredth."""
     spec = replace(gap.spec, precision="bfloat16")
-    half = Network(spec, lambda shape: gap.head)
+    half = FullModel(spec, lambda shape: gap.head)
     half.load_backbone(spec.weights, None)
     pixels = np.random.default_rng(1).integers(0, 256, (4, 299, 299, 3), np.uint8)
     rows, _ = FrozenBackbone(spec, None, 4)(pixels)
     expected = gap.head.model.predict_on_batch(rows)
-    assert np.abs(full_model.compiled(half)(pixels) - expected).max() < 1e-5
+    assert np.abs(full_model.compile_model(half)(pixels) - expected).max() < 1e-5
     below, _ = FrozenBackbone(replace(spec, layer="mixed8"), None, 4)(pixels)
-    assert np.abs(full_model.compiled(half, "mixed8")(below) - expected).max() < 1e-5
+    assert np.abs(full_model.compile_model(half, "mixed8")(below) - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_it_answers_in_bfloat16_by_either_engine_as_features_cached_by_it_do(engine: str, workspace: Workspace) -> None:
-    settled = settle(workspace, tiny_choice())
+    settled = resolve_choice(workspace, tiny_choice())
     weights = resolve(settled.source, "auto", workspace)
     spec = replace(settled.new_spec(weights), precision="bfloat16", engine=engine)
-    half = Network(spec, lambda shape: DenseHead(build(GAP, shape, CLASSES), GAP), weights.network)
+    half = FullModel(spec, lambda shape: DenseHead(build(GAP, shape, CLASSES), GAP), weights.network)
     half.load_backbone(spec.weights, weights.path)
     pixels = np.random.default_rng(1).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
 
@@ -146,9 +146,9 @@ def test_it_answers_in_bfloat16_by_either_engine_as_features_cached_by_it_do(eng
         return FrozenBackbone(replace(spec, layer=layer), weights.path, 4, network=weights.network)(pixels)[0]
 
     expected = half.head.model.predict_on_batch(rows("top"))
-    assert np.abs(full_model.compiled(half)(pixels) - expected).max() < 1e-5
+    assert np.abs(full_model.compile_model(half)(pixels) - expected).max() < 1e-5
     for layer in ("early", "middle", "top"):
-        assert np.abs(full_model.compiled(half, layer)(rows(layer)) - expected).max() < 1e-5
+        assert np.abs(full_model.compile_model(half, layer)(rows(layer)) - expected).max() < 1e-5
 
 
 # Networks of other kinds
@@ -208,7 +208,7 @@ ENDS = {"bare end": bare_end, "bare vector": bare_vector}
 BODIES = {"depthwise": mobile, "norm first": norm_first, "no norm": no_norm, "nested": in_one, "vectors": vectors}
 
 
-def network_of(body: Any, monkeypatch: pytest.MonkeyPatch, layer: str | None = "last") -> Network:
+def network_of(body: Any, monkeypatch: pytest.MonkeyPatch, layer: str | None = "last") -> FullModel:
     """Return a network of a small backbone, the same each time but for what Keras draws when it is built."""
     inputs = keras.Input((16, 16, 3))
     whole: Any = keras.Model(inputs, body(inputs))
@@ -219,7 +219,7 @@ def network_of(body: Any, monkeypatch: pytest.MonkeyPatch, layer: str | None = "
     monkeypatch.setattr(full_model, "build_backbone", lambda *given, **named: whole)
     layer = layer or layer_names(whole)[-1]
     spec = replace(SPEC, input_size=16, layer=layer, storage="float32")
-    made = Network(spec, lambda shape: DenseHead(build(GAP, shape, CLASSES), GAP))
+    made = FullModel(spec, lambda shape: DenseHead(build(GAP, shape, CLASSES), GAP))
     made.freeze(made.layers.index("sum"), batch_norm=False)
     made.seed(7)
     return made
@@ -233,7 +233,7 @@ def losses(model: Any, rows: np.ndarray) -> list[float]:
 PIXELS = np.random.default_rng(1).integers(0, 256, (8, 16, 16, 3), np.uint8)
 
 
-def rows_of(made: Network, layer: str) -> np.ndarray:
+def rows_of(made: FullModel, layer: str) -> np.ndarray:
     return cut(made.whole, layer).predict_on_batch(PIXELS.astype(np.float32) / 127.5 - 1)
 
 
@@ -258,12 +258,12 @@ def test_both_ways_train_alike_whatever_the_network(
 def test_any_network_answers_as_the_head_on_its_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = network_of({**BODIES, **ENDS}[kind], monkeypatch, None if kind in ENDS else "last")
     last = made.spec.layer
-    said = full_model.compiled(made)(PIXELS)
+    said = full_model.compile_model(made)(PIXELS)
     np.testing.assert_allclose(made.on_pixels().predict_on_batch(PIXELS), said, atol=1e-5)
     assert made.below.output.shape[1:] == made.head.model.input_shape[1:]
     for layer in made.cuts:
         rows = rows_of(made, layer)
-        np.testing.assert_allclose(full_model.compiled(made, layer)(rows), said, atol=1e-5)
+        np.testing.assert_allclose(full_model.compile_model(made, layer)(rows), said, atol=1e-5)
         np.testing.assert_allclose(made.after(layer).predict_on_batch(rows), said, atol=1e-5)
         between = made.features_after(layer)
         features = rows if between is None else between.predict_on_batch(rows)
@@ -326,7 +326,7 @@ def test_by_default_about_the_last_block_trains(body: Any, expected: str, monkey
     assert full_model.default_freeze_until(whole, whole.layers[-1].name) == expected
 
 
-def test_by_default_inceptions_last_blocks_train(gap: Network) -> None:
+def test_by_default_inceptions_last_blocks_train(gap: FullModel) -> None:
     assert full_model.default_freeze_until(gap.whole, "mixed10") == "mixed8"
     assert full_model.cut_at(gap.layers, gap.cuts, full_model.frozen_until(gap.layers, "mixed8")) == "mixed8"
 
@@ -335,7 +335,7 @@ def test_by_default_inceptions_last_blocks_train(gap: Network) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(gap: Network, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(gap: FullModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     gap.save(folder)
     return folder
@@ -353,24 +353,24 @@ def replaced(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def test_what_is_saved_is_read_back(gap: Network, saved: Path) -> None:
-    again = Network.load(saved, gap.spec)
+def test_what_is_saved_is_read_back(gap: FullModel, saved: Path) -> None:
+    again = FullModel.load(saved, gap.spec)
     for before, after in zip(gap.model.get_weights(), again.model.get_weights(), strict=True):
         assert np.array_equal(before, after)
 
 
-def test_its_backbone_is_a_weights_file_like_any_other(gap: Network, saved: Path) -> None:
+def test_its_backbone_is_a_weights_file_like_any_other(gap: FullModel, saved: Path) -> None:
     other = build_backbone("inception_v3")
     load_weights(other, "sha256:00", saved / full_model.WEIGHTS_FILE)
     assert np.array_equal(other.get_weights()[0], gap.whole.get_weights()[0])
 
 
-def test_a_backbone_that_is_another_file_is_refused(gap: Network, copy: Path) -> None:
+def test_a_backbone_that_is_another_file_is_refused(gap: FullModel, copy: Path) -> None:
     content = bytearray((copy / full_model.WEIGHTS_FILE).read_bytes())
     content[len(content) // 2] ^= 1
     replaced(copy / full_model.WEIGHTS_FILE, bytes(content))
     with pytest.raises(RunError, match=r"no model can be loaded .* is not the file that was saved"):
-        Network.load(copy, gap.spec)
+        FullModel.load(copy, gap.spec)
 
 
 @pytest.mark.parametrize(
@@ -382,21 +382,21 @@ def test_a_backbone_that_is_another_file_is_refused(gap: Network, copy: Path) ->
         (b'{"backbone": "inception_v3", "layer": "mixed9", "precision": "float32"}', "of another network"),
     ],
 )
-def test_a_description_that_is_none_is_refused(gap: Network, copy: Path, content: bytes, message: str) -> None:
+def test_a_description_that_is_none_is_refused(gap: FullModel, copy: Path, content: bytes, message: str) -> None:
     replaced(copy / full_model.JSON_FILE, content)
     with pytest.raises(RunError, match=message) as caught:
-        Network.load(copy, gap.spec)
+        FullModel.load(copy, gap.spec)
     assert "\n" not in str(caught.value)
 
 
-def test_a_head_of_another_kind_is_refused(gap: Network, copy: Path) -> None:
+def test_a_head_of_another_kind_is_refused(gap: FullModel, copy: Path) -> None:
     about = json.loads((copy / "head.json").read_text())
     replaced(copy / "head.json", json.dumps({**about, "head": "flatten"}).encode())
     with pytest.raises(RunError, match="no model can be loaded"):
-        Network.load(copy, gap.spec)
+        FullModel.load(copy, gap.spec)
 
 
-def test_weights_that_are_none_are_refused(tmp_path: Path, gap: Network) -> None:
+def test_weights_that_are_none_are_refused(tmp_path: Path, gap: FullModel) -> None:
     (tmp_path / "w.h5").write_bytes(b"\x80\x04.")
     with pytest.raises(WeightsError, match="pickle"):
         gap.load_backbone("sha256:00", tmp_path / "w.h5")
@@ -421,8 +421,8 @@ def test_a_head_says_of_tensors_what_it_said_of_cached_rows(head: str, classes: 
     rows, labels = tensors(90, classes)
     read = rows if head == "flatten" else rows.mean(axis=(1, 2))
     more = {} if head == "logreg" else {"epochs": 2, "hidden": "16,8", "batch_size": 16}
-    fitted = fit(HeadSpec.make(head, **more), Data(read, labels, read, labels, classes), Watch()).head
-    on_top = full_model.stitched(fitted, SHAPE, classes)
+    fitted = fit(HeadSpec.make(head, **more), Data(read, labels, read, labels, classes), TrainingContext()).head
+    on_top = full_model.to_dense_head(fitted, SHAPE, classes)
     expected = fitted.predict(read)
     assert expected.std(axis=0).min() > 1e-3
     assert np.allclose(on_top.predict(rows), expected, atol=1e-5)
@@ -431,8 +431,8 @@ def test_a_head_says_of_tensors_what_it_said_of_cached_rows(head: str, classes: 
 def test_a_class_that_a_regression_never_saw_stays_impossible() -> None:
     rows, labels = tensors(60, 2)
     pooled = rows.mean(axis=(1, 2))
-    fitted = fit(HeadSpec.make("logreg"), Data(pooled, labels * 2, pooled, labels * 2, 4), Watch()).head
-    said = full_model.stitched(fitted, SHAPE, 4).predict(rows)
+    fitted = fit(HeadSpec.make("logreg"), Data(pooled, labels * 2, pooled, labels * 2, 4), TrainingContext()).head
+    said = full_model.to_dense_head(fitted, SHAPE, 4).predict(rows)
     assert np.allclose(said, fitted.predict(pooled), atol=1e-5)
     assert not said[:, [1, 3]].any()
 
@@ -440,7 +440,7 @@ def test_a_class_that_a_regression_never_saw_stays_impossible() -> None:
 def test_an_ensemble_is_put_on_top_as_its_mean() -> None:
     members = [DenseHead(build(spec, (8,), 3), spec) for spec in (GAP, HeadSpec.make("gap", seed=5), GAP)]
     rows = np.random.default_rng(0).random((4, *SHAPE), np.float32)
-    made = full_model.stitched(heads.Ensemble(members), SHAPE, 3)
+    made = full_model.to_dense_head(heads.Ensemble(members), SHAPE, 3)
     expected = np.mean([member.predict(rows.mean(axis=(1, 2))) for member in members], axis=0)
     assert np.allclose(made.predict(rows), expected, atol=1e-6)
 

@@ -96,7 +96,7 @@ def layer(config: Config, number: int = 1) -> Config:
 
 def compare(path: Path, size: int = SIZE) -> Any:
     """Assert that the network computes what Keras' own reader makes of the file; return it."""
-    network = own.read(path)
+    network = own.read_network(path)
     model = build.build(network.name, input_size=size, network=path)
     build.load_weights(model, network.weights, path)
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
@@ -183,8 +183,8 @@ def test_a_network_saved_in_mixed_precision_computes_in_the_precision_asked_for(
     finally:
         keras.config.set_dtype_policy("float32")
     plain = saved(functional(), tmp_path / "plain.keras")
-    assert own.read(path).name == own.read(plain).name
-    assert own.read(path).weights == own.read(plain).weights
+    assert own.read_network(path).name == own.read_network(plain).name
+    assert own.read_network(path).weights == own.read_network(plain).weights
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, SIZE, SIZE, 3)).astype(np.float32)
     for precision, beside in (("float32", plain), ("bfloat16", path)):
         model = own.build(path, precision)
@@ -211,7 +211,7 @@ def test_another_size_is_built_where_the_network_takes_it(tmp_path: Path) -> Non
 def test_a_network_of_any_size_needs_one_said(tmp_path: Path) -> None:
     inputs = image(None)
     path = saved(keras.Model(inputs, convolved(inputs)), tmp_path / "free.keras")
-    assert own.read(path).input_size is None
+    assert own.read_network(path).input_size is None
     with pytest.raises(UsageError, match=r"free\.keras takes images of any size: say which by --input-size N"):
         own.build(path)
     compare(path, 10)
@@ -221,20 +221,20 @@ def test_a_network_of_any_size_needs_one_said(tmp_path: Path) -> None:
 
 
 def test_saving_the_same_network_again_leaves_it_the_same(tmp_path: Path, good: Path) -> None:
-    first = own.read(good)
+    first = own.read_network(good)
     model = loaded(good)
     model.compile("sgd", "mse")
     model.trainable = False
-    again = own.read(saved(model, tmp_path / "another name.keras"))
-    counted_on = own.read(saved(functional(), tmp_path / "counted.keras"))  # conv2d_17 and so on
+    again = own.read_network(saved(model, tmp_path / "another name.keras"))
+    counted_on = own.read_network(saved(functional(), tmp_path / "counted.keras"))  # conv2d_17 and so on
     for other in (again, counted_on):
         assert (other.name, other.weights, other.default_layer) == (first.name, first.weights, "batch_normalization_1")
 
 
 def test_a_network_that_icebox_rebuilt_is_the_same_when_it_is_saved(tmp_path: Path) -> None:
     for number, make in enumerate((functional, sequential, built_later, nested, bare_operations, shared)):
-        network = own.read(saved(make(), tmp_path / f"{number}.keras"))
-        again = own.read(saved(own.build_from(network.config), tmp_path / f"{number} again.keras"))
+        network = own.read_network(saved(make(), tmp_path / f"{number}.keras"))
+        again = own.read_network(saved(own.build_from(network.config), tmp_path / f"{number} again.keras"))
         assert again.name == network.name, make.__name__
 
 
@@ -255,24 +255,24 @@ def test_what_changes_the_computation_is_another_network(tmp_path: Path, good: P
         lambda config: layer(config, 0)["config"].update(batch_shape=[None, 24, 24, 3]),
     ]
     changes[5] = lambda config: json.loads(json.dumps(config).replace('"' + layer(config)["name"] + '"', '"stem"'))
-    names = [own.read(with_config(good, tmp_path / "a.keras", change)).name for change in changes]
+    names = [own.read_network(with_config(good, tmp_path / "a.keras", change)).name for change in changes]
     assert len(set(names)) == len(names)
     kept = set_in_layer(kernel_regularizer=None, kernel_initializer="ones", trainable=False)
-    assert own.read(with_config(good, tmp_path / "a.keras", kept)).name == names[0]
+    assert own.read_network(with_config(good, tmp_path / "a.keras", kept)).name == names[0]
 
 
 def test_each_number_and_its_place_decide_who_the_weights_are(tmp_path: Path, good: Path) -> None:
     model = loaded(good)
-    found = {own.read(good).weights}
+    found = {own.read_network(good).weights}
     kernel, bias, scale, *others = model.get_weights()
     for changed in ([kernel, bias, scale + 1e-6], [kernel, scale, bias], [kernel[:, ::-1], bias, scale]):
         model.set_weights([*changed, *others])
-        found.add(own.read(saved(model, tmp_path / "a.keras")).weights)
+        found.add(own.read_network(saved(model, tmp_path / "a.keras")).weights)
     assert len(found) == 4
 
 
 def test_a_stored_architecture_is_rebuilt_without_the_file_and_checked_again(good: Path) -> None:
-    network = own.read(good)
+    network = own.read_network(good)
     stored = json.loads(json.dumps(network.config))
     model = own.build_from(stored, "bfloat16", 24)
     assert (model.output_shape, model.output.dtype) == ((None, 24, 24, 4), "bfloat16")
@@ -284,7 +284,7 @@ def test_a_stored_architecture_is_rebuilt_without_the_file_and_checked_again(goo
 
 
 def test_the_file_must_be_of_the_network_and_the_weights_meant(tmp_path: Path, good: Path) -> None:
-    network = own.read(good)
+    network = own.read_network(good)
     other = saved(keras.Sequential([image(), layers.Conv2D(2, 3)]), tmp_path / "other.keras")
     with pytest.raises(SpecError, match=r"other\.keras is the network own:\w+, expected own:\w+; give that file"):
         build.build(network.name, network=other)
@@ -477,7 +477,7 @@ def test_an_architecture_of_other_than_plain_layers_is_refused(tmp_path: Path, g
 
 def assert_refused(path: Path, message: str, kind: type[IceboxError] = SpecError) -> None:
     with pytest.raises(kind) as refused:
-        own.read(path)
+        own.read_network(path)
     text = str(refused.value)
     assert message in text, text
     assert str(path) in text
@@ -533,7 +533,7 @@ def test_a_network_that_mixes_images_is_refused(tmp_path: Path, mixed: str) -> N
     mixing = model_of(lambda x: layers.Conv2D(4, 3)(MIXING[mixed](x)))
     for model, refused in ((mixing, True), (functional(), False)):
         path = saved(model, tmp_path / "any.keras")
-        network = own.read(path)
+        network = own.read_network(path)
         spec = FeatureSpec.from_dict({
             **SPEC.to_dict(), "backbone": network.name, "weights": network.weights, "input_size": SIZE,
             "layer": network.default_layer,
@@ -596,7 +596,7 @@ def test_why_a_layer_cannot_be_built_is_said(tmp_path: Path, good: Path) -> None
 
 
 def test_a_stored_architecture_may_not_claim_more_than_any_network_has(good: Path) -> None:
-    stored = own.read(good).config
+    stored = own.read_network(good).config
     layer(stored)["config"]["filters"] = 10**9
     with pytest.raises(SpecError, match=r"the architecture claims [0-9,]+ weights, more than 536,870,912"):
         own.build_from(stored)

@@ -34,13 +34,13 @@ from pipeline.core.hashing import image_key
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import open_dataset, open_images
 from pipeline.deployment import predict
-from pipeline.deployment.predict import Answer, likeliest
+from pipeline.deployment.predict import ImagePrediction, top_classes
 from pipeline.deployment.serve import service
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
 from pipeline.runs import store
 from pipeline.runs.checksums import CHECKSUMS
-from pipeline.runs.request import Asked, DatasetChoice
+from pipeline.runs.request import DatasetChoice, TrainRequest
 from pipeline.training import heads
 from pipeline.training.open_run import TrainedRun, open_run
 from pipeline.training.train_head import train_head
@@ -57,12 +57,14 @@ def elsewhere(tmp_path: Path) -> Iterator[Workspace]:
         yield Workspace(tmp_path / "elsewhere", cache)
 
 
-def said(found: list[TrainedRun], paths: Sequence[Path | str], workspace: Workspace, **more: Any) -> list[Answer]:
+def said(
+    found: list[TrainedRun], paths: Sequence[Path | str], workspace: Workspace, **more: Any
+) -> list[ImagePrediction]:
     images = open_images([str(path) for path in paths])
     return list(predict.predict(found, images, workspace, max_pixels=MOST, **more))
 
 
-def probabilities(answers: list[Answer]) -> np.ndarray:
+def probabilities(answers: list[ImagePrediction]) -> np.ndarray:
     return np.stack([answer.probabilities for answer in answers if answer.probabilities is not None])
 
 
@@ -268,10 +270,10 @@ def test_weights_of_something_else_are_refused(
 
 def test_the_likeliest_are_in_order() -> None:
     shares = np.array([0.1, 0.4, 0.1, 0.4], np.float32)
-    assert [label for label, _ in likeliest(shares, ["a", "b", "c", "d"], 3)] == ["b", "d", "a"]
-    assert len(likeliest(shares, ["a", "b", "c", "d"], 9)) == 4
-    assert likeliest(None, ["a"], 1) == []
-    assert likeliest(np.array([1.0000001], np.float32), ["a"], 1) == [("a", 1.0)]
+    assert [label for label, _ in top_classes(shares, ["a", "b", "c", "d"], 3)] == ["b", "d", "a"]
+    assert len(top_classes(shares, ["a", "b", "c", "d"], 9)) == 4
+    assert top_classes(None, ["a"], 1) == []
+    assert top_classes(np.array([1.0000001], np.float32), ["a"], 1) == [("a", 1.0)]
 
 
 # The command. A regression on cached rows starts no TensorFlow, so these are quick.
@@ -508,7 +510,7 @@ def owns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owns]:
             dataset = open_dataset(str(photos), downloads=root)
             extract(dataset, workspace, own_choice(path), ComputeOptions())
             spec = HeadSpec.make(head, **({"epochs": 2} if head == "gap" else {}))
-            asked = Asked(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
+            asked = TrainRequest(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
             made = train_head(dataset, workspace, asked, "features")
             found[kind] = path, open_run(workspace.runs, made.name)
         yield Owns(workspace, found, sorted(photos.rglob("*.png")))

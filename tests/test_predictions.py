@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.core.utf8 import spelt
-from pipeline.runs.predictions import Predictions, read_answers, write_predictions
+from pipeline.core.utf8 import to_utf8
+from pipeline.runs.predictions import Predictions, read_predictions, write_predictions
 
 ODD_NAMES = ["a,b.png", 'quo"te.png', "two\nlines.png", "carriage\rreturn.png", "\udcff\udc80.png", "=1+1", "é漢.png"]
 
@@ -41,13 +41,13 @@ def test_predictions_of_oddly_named_files_are_written_whole(tmp_path: Path) -> N
 
 def test_names_that_look_spelt_out_are_told_apart(tmp_path: Path) -> None:
     names = ["\udcff", "\\udcff", "\\x5cudcff", "\\\udcff", "\\\\udcff", "A", "a", "\\", "\\udcf", *ODD_NAMES]
-    assert len({spelt(name) for name in names}) == len(names)
+    assert len({to_utf8(name) for name in names}) == len(names)
     said = np.roll(np.eye(len(names), dtype=np.float32), 1, axis=1)
     part = Predictions("test", names, np.arange(len(names)), said)
     write_predictions(tmp_path / "predictions.csv", [part], names)
-    found = read_answers(tmp_path / "predictions.csv", names)
+    found = read_predictions(tmp_path / "predictions.csv", names)
     assert found == {
-        ("test", spelt(name)): [(label, (label + 1) % len(names), 1.0)] for label, name in enumerate(names)
+        ("test", to_utf8(name)): [(label, (label + 1) % len(names), 1.0)] for label, name in enumerate(names)
     }
 
 
@@ -66,7 +66,7 @@ def test_of_many_classes_the_ten_likeliest_are_kept(tmp_path: Path) -> None:
     assert first[3::2] == [f"class {i}" for i in range(100, 110)]
     assert first[4::2] == [f"{share / 100:.6g}" for share in range(12, 2, -1)]
     assert second[3:9] == ["class 3", "0.25", "class 7", "0.25", "class 9", "0.25"], "equal ones in their order"
-    answers = read_answers(tmp_path / "predictions.csv", classes)
+    answers = read_predictions(tmp_path / "predictions.csv", classes)
     assert [said[:2] for said in answers["val", "a"]] == [(5, 100), (200, 0)]
     assert answers["val", "b"] == [(3, 3, 0.25)]
 
@@ -75,10 +75,10 @@ def test_a_file_of_before_is_read_whatever_its_classes_are_called(tmp_path: Path
     lines = "image,split,label,predicted,probability,p:\\udcff,p:b\n\\udcff.png,test,\\udcff,b,0.5,0.5,0.5\n"
     (tmp_path / "predictions.csv").write_text(lines)
     for name in ("\udcff", "\\udcff"):  # one of which it was
-        assert read_answers(tmp_path / "predictions.csv", [name, "b"]) == {("test", "\\udcff.png"): [(0, 1, 0.5)]}
+        assert read_predictions(tmp_path / "predictions.csv", [name, "b"]) == {("test", "\\udcff.png"): [(0, 1, 0.5)]}
 
 
 def test_what_is_no_probability_is_refused(tmp_path: Path) -> None:
     (tmp_path / "predictions.csv").write_text("image,split,label,predicted,probability\na,test,a,a,nan\n")
     with pytest.raises(ValueError, match="'nan' where a probability should be"):
-        read_answers(tmp_path / "predictions.csv", ["a"])
+        read_predictions(tmp_path / "predictions.csv", ["a"])

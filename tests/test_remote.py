@@ -39,8 +39,8 @@ from pipeline.extraction.explain import explain
 from pipeline.extraction.extract import Extraction, extract
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images.loader import Loader
-from pipeline.training.image_batches import Pixels, decoding
-from pipeline.training.labelled_features import gather, gather_images
+from pipeline.training.image_batches import ImageRows, open_decoder
+from pipeline.training.labelled_features import join_features, join_images
 
 UNTRAINED = FeatureChoice(weights="untrained", precision="float32")
 LISTED = ("features", "--weights", "untrained", "--precision", "float32")
@@ -535,7 +535,7 @@ def test_what_is_not_fetched_lacks_its_rows(site: Site, workspace: Workspace, tm
         site.pages[f"/{i}.png"] = Page(png(i))
     dataset = manifest(tmp_path / "list.csv", [f"{site.address}/{i}.png" for i in range(4)])
     with pytest.raises(MissingRowsError, match=r"^4 of 4 images have no features"):
-        gather(dataset, workspace, UNTRAINED, 10**6, "features")
+        join_features(dataset, workspace, UNTRAINED, 10**6, "features")
     assert [image.state for image in explain(dataset, workspace, UNTRAINED, 10**6).images] == ["new"] * 4
     assert site.count("GET") == 0
     features(dataset, workspace)
@@ -545,13 +545,13 @@ def test_what_is_not_fetched_lacks_its_rows(site: Site, workspace: Workspace, tm
     assert [image.state for image in explained.images] == ["cached"] * 3 + ["changed"]
     assert site.count("GET") == 0
     with pytest.raises(MissingRowsError, match=r"^1 of 4 images has no features"):
-        gather(dataset, workspace, UNTRAINED, 10**6, "features")
+        join_features(dataset, workspace, UNTRAINED, 10**6, "features")
     assert site.gets() == {"/3.png": 1}  # it might not be to be had, and then lack nothing
     for page in (Page(status=404), Page(png(9), missing=1)):
         site.pages["/3.png"] = page
-        assert len(gather(dataset, workspace, UNTRAINED, 10**6, "features").keys) == 3
+        assert len(join_features(dataset, workspace, UNTRAINED, 10**6, "features").keys) == 3
     site.pages["/3.png"] = Page(png(3))
-    assert len(gather(dataset, workspace, UNTRAINED, 10**6, "features").keys) == 4
+    assert len(join_features(dataset, workspace, UNTRAINED, 10**6, "features").keys) == 4
 
 
 def test_images_to_train_on_are_fetched_once_to_be_checked(site: Site, workspace: Workspace, tmp_path: Path) -> None:
@@ -559,12 +559,12 @@ def test_images_to_train_on_are_fetched_once_to_be_checked(site: Site, workspace
         site.pages[f"/{i}.png"] = Page(png(i))
     site.pages["/6.png"] = Page(b"no image")
     dataset = manifest(tmp_path / "list.csv", [f"{site.address}/{i}.png" for i in range(7)])
-    images = gather_images(dataset, workspace, 10**6, "squash")
+    images = join_images(dataset, workspace, 10**6, "squash")
     assert images.keys == [image_key(png(i)) for i in range(6)]
     assert [bad.path for bad in images.quarantined] == [f"{site.address}/6.png"]
     assert set(site.gets().values()) == {1}
-    with decoding(dataset, images.keys, images.usable, 32, "squash", 10**6) as source:
-        some = Pixels(source, np.arange(6))
+    with open_decoder(dataset, images.keys, images.usable, 32, "squash", 10**6) as source:
+        some = ImageRows(source, np.arange(6))
         assert np.array_equal(some[np.array([4, 1])], some[np.array([1, 4])][::-1])
 
 

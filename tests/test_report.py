@@ -37,11 +37,11 @@ from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import near_duplicates
 from pipeline.images.decoding import DEFAULT_MAX_PIXELS
 from pipeline.report import comparison, issues, page, run_report, selection
-from pipeline.report.comparison import notes_of, of_sweep
+from pipeline.report.comparison import notes_of, report_sweep
 from pipeline.report.run_report import trained_on
-from pipeline.report.thumbnails import Looks
+from pipeline.report.thumbnails import ImageLooks
 from pipeline.runs.metrics import confusion_cells
-from pipeline.runs.request import Asked, DatasetChoice, FullAsked, SweepAsked
+from pipeline.runs.request import DatasetChoice, FinetuneRequest, SweepRequest, TrainRequest
 from pipeline.runs.run_dataset import RunDataset
 from pipeline.training.open_run import TrainedRun, open_run
 from pipeline.training.sweep.sweep import sweep
@@ -200,7 +200,7 @@ def test_its_commands_make_a_run_on_inception_again(deployed_inception: Deployed
 
 def check_made_again(run: TrainedRun, kind: str, tmp_path: Path) -> None:
     """Typed into an empty data directory, they lead to a run that was asked for the same, with the same answers."""
-    lines = reproduce.commands(run, ["python", "cli.py"], 0)
+    lines = reproduce.reproduction_commands(run, ["python", "cli.py"], 0)
     assert lines[0].startswith("python cli.py features" if kind != "finetune" else "python cli.py finetune")
     for line in lines:
         done = icebox(tmp_path, *shlex.split(line)[2:])
@@ -211,7 +211,7 @@ def check_made_again(run: TrainedRun, kind: str, tmp_path: Path) -> None:
     assert again.asked.head == run.asked.head
     assert again.spec == run.spec
     assert again.asked.images == run.asked.images
-    if isinstance(again.asked, FullAsked) and isinstance(run.asked, FullAsked):
+    if isinstance(again.asked, FinetuneRequest) and isinstance(run.asked, FinetuneRequest):
         assert again.asked.freeze_until == run.asked.freeze_until
         assert again.asked.from_cache == run.asked.from_cache
     answers = [(each.path / "predictions.csv").read_text() for each in (run, again)]
@@ -304,9 +304,9 @@ def test_a_sweep_over_backbones_shows_accuracy_against_cost(workspace: Workspace
             measured_rates.remember(workspace, spec_of(name), rate, 60)
     choices = tuple(FeatureChoice(backbone=name) for name in names)
     specs = tuple(HeadSpec.make("logreg", C=value) for value in (0.01, 1.0))
-    asked = SweepAsked(DatasetChoice(str(tmp_path / "photos")), choices, specs, DEFAULT_MAX_PIXELS)
+    asked = SweepRequest(DatasetChoice(str(tmp_path / "photos")), choices, specs, DEFAULT_MAX_PIXELS)
     done = sweep(listed(tmp_path / "photos"), workspace, asked, ["", "", ""])
-    of_sweep(done.path, tmp_path / "page.html")
+    report_sweep(done.path, tmp_path / "page.html")
     look = Looked(browser, (tmp_path / "page.html").as_uri())
     assert set(look.page.locator("#backbones tbody tr td:first-child").all_inner_texts()) == set(names)
     assert look.page.locator("#leaderboard tbody tr").count() == 6
@@ -444,31 +444,31 @@ def test_planted_labels_are_found() -> None:
     wrong = rng.choice(240, 8, replace=False)
     given = labels.copy()
     given[wrong] = (labels[wrong] + 1) % 4
-    found = issues.find(pooled, given, np.arange(240), pictures(240), 4, silent)
+    found = issues.find_issues(pooled, given, np.arange(240), pictures(240), 4, silent)
     assert len(set(found.likely_wrong) & set(wrong)) >= 6
     assert len(set(found.likely_wrong) - set(wrong)) <= 1
     assert (found.suggested[wrong] == labels[wrong]).mean() > 0.8
-    places, _ = issues.placed(found.components, "pca")
+    places, _ = issues.project(found.components, "pca")
     assert (places.min(), places.max()) == (0, 1)
     assert found.accuracy > 0.9
     assert len(found.near) == 0
 
 
 @functools.cache
-def pictures(count: int) -> Looks:
+def pictures(count: int) -> ImageLooks:
     """What so many different pictures look like."""
     made = [near_duplicates.fingerprint(picture(seed, 299, 299)) for seed in range(count)]
     marks, thumbs = zip(*made, strict=True)
     empty = np.zeros((count, 0, 0, 3), np.uint8)
-    return Looks(empty, np.array(marks, np.uint64), np.array(thumbs), np.ones(count, bool), np.arange(count))
+    return ImageLooks(empty, np.array(marks, np.uint64), np.array(thumbs), np.ones(count, bool), np.arange(count))
 
 
 @pytest.mark.parametrize("each", [1, 2, 4])
 def test_few_images_of_each_class_are_looked_at_all_the_same(each: int) -> None:
     pooled = np.random.default_rng(0).normal(size=(3 * each, 64)).astype(np.float32)
     labels = np.repeat(np.arange(3), each)
-    found = issues.find(pooled, labels, np.arange(3 * each), pictures(3 * each), 3, silent)
-    places, _ = issues.placed(found.components, None)
+    found = issues.find_issues(pooled, labels, np.arange(3 * each), pictures(3 * each), 3, silent)
+    places, _ = issues.project(found.components, None)
     assert places.shape == (3 * each, 2)
     assert np.isfinite(places).all()
 
@@ -477,7 +477,9 @@ def test_hard_images_are_not_doubted() -> None:
     """A label about which features say nothing is not called wrong."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 60)
-    found = issues.find(rng.normal(size=(240, 64)).astype(np.float32), labels, np.arange(240), pictures(240), 4, silent)
+    found = issues.find_issues(
+        rng.normal(size=(240, 64)).astype(np.float32), labels, np.arange(240), pictures(240), 4, silent
+    )
     assert found.accuracy < 0.5
     assert len(found.likely_wrong) < 24
 
@@ -540,14 +542,16 @@ def published(
 ) -> str:
     """A logistic regression on rows that were made up; `labels` may give them other classes than their folders."""
     fill(workspace, labels(listed(photos)))
-    asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), HeadSpec.make("logreg", C="0.1"), DEFAULT_MAX_PIXELS)
+    asked = TrainRequest(
+        DatasetChoice(str(photos)), FeatureChoice(), HeadSpec.make("logreg", C="0.1"), DEFAULT_MAX_PIXELS
+    )
     return train_head(listed(photos), workspace, asked, "features").name
 
 
 def reported(workspace: Workspace, name: str, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is told of a report, and what its page has for its script."""
     run = open_run(workspace.runs, name)
-    told = run_report.write(run, workspace, out, ["icebox"], max_pixels=DEFAULT_MAX_PIXELS, method="pca")
+    told = run_report.write_report(run, workspace, out, ["icebox"], max_pixels=DEFAULT_MAX_PIXELS, method="pca")
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', out.read_text())
     assert found
     return told, json.loads(found[1])
@@ -585,7 +589,9 @@ def test_what_is_found_is_about_all_images_whatever_is_shown(
     names, rows_of_first = listed(photos).names, dict[str, np.ndarray]()
     pairs = {"train/bee/5.png": "test/bee/1.png"}
     fill(workspace, relabelled(listed(photos)), rewrite=alike)
-    asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), HeadSpec.make("logreg", C="0.1"), DEFAULT_MAX_PIXELS)
+    asked = TrainRequest(
+        DatasetChoice(str(photos)), FeatureChoice(), HeadSpec.make("logreg", C="0.1"), DEFAULT_MAX_PIXELS
+    )
     name = train_head(listed(photos), workspace, asked, "features").name
     whole, _ = reported(workspace, name, tmp_path / "whole.html")
     monkeypatch.setattr(selection, "MOST_IMAGES", 12)
@@ -615,7 +621,7 @@ def test_a_class_with_one_image_is_not_doubted_and_nothing_is_said_by_others(
     labels = np.append(np.repeat(np.arange(3), 20), [3, 4])
     rows = rng.normal(size=(62, 16)).astype(np.float32)
     rows[np.arange(62), labels] += 8
-    found = issues.find(rows, labels, np.arange(62), pictures(62), 5, silent)
+    found = issues.find_issues(rows, labels, np.arange(62), pictures(62), 5, silent)
     assert not {60, 61} & set(found.likely_wrong)
     assert found.suggested[[60, 61]].tolist() == [-1, -1]
     assert [str(warning.message) for warning in recwarn] == []

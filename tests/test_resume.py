@@ -23,9 +23,9 @@ from pipeline.core.spec import HeadSpec
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
 from pipeline.runs import store
-from pipeline.runs.request import Asked, DatasetChoice
+from pipeline.runs.request import DatasetChoice, TrainRequest
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.train_head import HeadRun, train_head
+from pipeline.training.train_head import HeadResult, train_head
 
 SPECS = {
     "gap": HeadSpec.make("gap", epochs=6, learning_rate=0.02, batch_size=16, dropout=0.3, schedule="cosine"),
@@ -44,16 +44,16 @@ def rows(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
 
 
-def asked(photos: Path, spec: HeadSpec, **more: Any) -> Asked:
-    return Asked(DatasetChoice(str(photos)), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, **more)
+def asked(photos: Path, spec: HeadSpec, **more: Any) -> TrainRequest:
+    return TrainRequest(DatasetChoice(str(photos)), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, **more)
 
 
-def go_on(workspace: Workspace, photos: Path, name: str) -> HeadRun:
-    again = Asked.of_request(store.read_request(workspace.runs, name))
+def go_on(workspace: Workspace, photos: Path, name: str) -> HeadResult:
+    again = TrainRequest.of_request(store.read_request(workspace.runs, name))
     return train_head(listed(photos), workspace, again, "features", resume=name)
 
 
-def history(run: HeadRun) -> Any:
+def history(run: HeadResult) -> Any:
     return json.loads((run.path / "history.json").read_text())
 
 
@@ -72,7 +72,7 @@ def interrupted(at: int) -> Callable[..., None]:
     return save
 
 
-def stop(workspace: Workspace, photos: Path, wanted: Asked, monkeypatch: pytest.MonkeyPatch, at: int = 2) -> str:
+def stop(workspace: Workspace, photos: Path, wanted: TrainRequest, monkeypatch: pytest.MonkeyPatch, at: int = 2) -> str:
     """Train, be interrupted, and return the name of what is left."""
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "save", interrupted(at))

@@ -16,8 +16,8 @@ from pipeline.cache import shard
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.core.errors import CacheError, UsageError
 from pipeline.core.spec import HeadSpec
-from pipeline.training.heads import Data, Watch, fit
-from pipeline.training.rows import StoredRows, Wanted, in_order, open_rows
+from pipeline.training.heads import Data, TrainingContext, fit
+from pipeline.training.rows import RowSelection, StoredRows, blocks, open_rows
 
 SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
 N = 120
@@ -56,7 +56,7 @@ def filled(space: FeatureSpace) -> FeatureSpace:
 
 KEYS = [key(i) for i in range(N)]
 AT = [np.arange(0, 80), np.arange(80, 100), np.arange(100, N)]
-SPLITS = [Wanted(at) for at in AT]
+SPLITS = [RowSelection(at) for at in AT]
 
 
 LITTLE = 4_000  # bytes: 120 rows of 64 do not fit
@@ -79,7 +79,7 @@ def test_rows_come_in_the_order_of_the_keys_whatever_that_of_the_shards(filled: 
 
 def test_a_split_may_be_any_selection_of_keys(filled: FeatureSpace) -> None:
     at = np.array([7, 3, 119, 3, 0])
-    assert np.array_equal(np.asarray(open_rows(filled, KEYS, "features", [Wanted(at)])[0]), features(N)[at])
+    assert np.array_equal(np.asarray(open_rows(filled, KEYS, "features", [RowSelection(at)])[0]), features(N)[at])
 
 
 INDICES = {
@@ -130,14 +130,14 @@ def test_a_vanished_shard_is_named_when_its_row_is_needed(filled: FeatureSpace) 
 @pytest.mark.parametrize("n", [1, 1024, 1025, 3000])
 def test_blocks_cover_all_rows_once_in_order(n: int) -> None:
     rows = np.arange(n, dtype=np.float32)[:, None]
-    found = list(in_order(rows))
+    found = list(blocks(rows))
     assert np.concatenate([at for at, _ in found]).tolist() == list(range(n))
     assert all(np.array_equal(some[:, 0], at) for at, some in found)
     assert max(len(at) for at, _ in found) <= 1024
 
 
 def test_rows_on_disk_are_gone_through_in_order_too(filled: FeatureSpace) -> None:
-    read = np.concatenate([some for _, some in in_order(on_disk(filled, "features")[0])])
+    read = np.concatenate([some for _, some in blocks(on_disk(filled, "features")[0])])
     assert np.array_equal(read, features(N)[:80])
 
 
@@ -147,7 +147,7 @@ def test_rows_on_disk_are_gone_through_in_order_too(filled: FeatureSpace) -> Non
 def train(some: list[Any]) -> tuple[list[dict[str, float]], np.ndarray]:
     labels = [at % 3 for at in AT]
     spec = HeadSpec.make("flatten", epochs=3, hidden=16, batch_size=16)
-    done = fit(spec, Data(some[0], labels[0], some[1], labels[1], 3), Watch())
+    done = fit(spec, Data(some[0], labels[0], some[1], labels[1], 3), TrainingContext())
     return done.history, done.head.predict(some[2])
 
 
@@ -164,7 +164,7 @@ def test_flatten_trained_from_disk_learns_what_it_learns_from_memory(filled: Fea
 def train_dense(some: Any, val: Any = None) -> None:
     """Train one epoch, validated on the first 64 rows."""
     data = Data(some, np.arange(len(some)) % 3, some if val is None else val, np.arange(64) % 3, 3)
-    fit(HeadSpec.make("flatten", epochs=1, hidden=4), data, Watch())
+    fit(HeadSpec.make("flatten", epochs=1, hidden=4), data, TrainingContext())
 
 
 def peak_of_training(space: FeatureSpace, n: int) -> int:
@@ -175,7 +175,7 @@ def peak_of_training(space: FeatureSpace, n: int) -> int:
             space,
             [key(i) for i in range(n)],
             "features",
-            [Wanted(np.arange(n)), Wanted(np.arange(64))],
+            [RowSelection(np.arange(n)), RowSelection(np.arange(64))],
             memory=2 * 10**6,
         )
         train_dense(train, val)

@@ -9,7 +9,7 @@ import pytest
 from made import key
 
 from pipeline.runs.checksums import write_checksums
-from pipeline.runs.run_dataset import RunDataset, distinct, resolved, told_apart
+from pipeline.runs.run_dataset import RunDataset, distinct, distinct_names, resolved
 from pipeline.runs.run_images import RunImages
 
 CAFE = "cafe\N{COMBINING ACUTE ACCENT}", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
@@ -90,6 +90,6 @@ def test_known_datasets_are_no_paths() -> None:
 
 
 def test_paths_are_shown_as_far_as_they_differ() -> None:
-    assert told_apart(["/a/x/images", "/a/y/images", "/b/cats", "/a/x/images", "digits"]) == [
+    assert distinct_names(["/a/x/images", "/a/y/images", "/b/cats", "/a/x/images", "digits"]) == [
         "x/images", "y/images", "cats", "x/images", "digits",
     ]  # fmt: skip

@@ -49,7 +49,7 @@ from pipeline.cache.workspace import Workspace
 from pipeline.core.spec import FeatureSpec, HeadSpec
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
-from pipeline.runs.request import Asked, DatasetChoice
+from pipeline.runs.request import DatasetChoice, TrainRequest
 from pipeline.training.train_head import train_head
 
 Files = Callable[[Path], "list[str | Path]"]  # makes the hostile input in a folder, returns more arguments
@@ -785,7 +785,7 @@ def trained() -> tempfile.TemporaryDirectory[str]:
         workspace = Workspace(folder / "data", cache)
         cached.fill(workspace, photos)
         chosen = DatasetChoice(str(folder / "photos"))
-        asked = Asked(chosen, FeatureChoice(), HeadSpec.make("logreg", C="0.1"), decoding.DEFAULT_MAX_PIXELS)
+        asked = TrainRequest(chosen, FeatureChoice(), HeadSpec.make("logreg", C="0.1"), decoding.DEFAULT_MAX_PIXELS)
         train_head(photos, workspace, asked, "features")
     return made
 

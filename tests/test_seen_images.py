@@ -14,11 +14,11 @@ from pipeline.cache.workspace import Workspace
 from pipeline.core.spec import HeadSpec
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
-from pipeline.runs.request import Asked, DatasetChoice, FullAsked
+from pipeline.runs.request import DatasetChoice, FinetuneRequest, TrainRequest
 from pipeline.runs.run_images import FILE, RunImages
 from pipeline.training.finetune import with_initial
-from pipeline.training.initial_model import Origin, begun_from
-from pipeline.training.labelled_features import Material, gather
+from pipeline.training.initial_model import InitialModel, open_initial_run
+from pipeline.training.labelled_features import LabelledFeatures, join_features
 from pipeline.training.open_run import open_run
 from pipeline.training.seen_images import seen_images
 from pipeline.training.train_head import train_head
@@ -38,15 +38,15 @@ def run(workspace: Workspace, photos: Path) -> Path:
 
 def trained(workspace: Workspace, photos: Path) -> Path:
     logreg = HeadSpec.make("logreg", C="0.1")
-    asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), logreg, decoding.DEFAULT_MAX_PIXELS)
+    asked = TrainRequest(DatasetChoice(str(photos)), FeatureChoice(), logreg, decoding.DEFAULT_MAX_PIXELS)
     return train_head(listed(photos), workspace, asked, "features").path
 
 
-def begun_with(run: Path, workspace: Workspace, photos: Path) -> Material:
+def begun_with(run: Path, workspace: Workspace, photos: Path) -> LabelledFeatures:
     """The images of a model that begins with the run."""
     gap, most = HeadSpec.make("gap"), decoding.DEFAULT_MAX_PIXELS
-    asked = FullAsked("finetune", DatasetChoice(str(photos)), FeatureChoice(), gap, most, init=str(run))
-    return with_initial(gather(listed(photos), workspace, FeatureChoice(), most, "features"), asked, workspace)
+    asked = FinetuneRequest("finetune", DatasetChoice(str(photos)), FeatureChoice(), gap, most, init=str(run))
+    return with_initial(join_features(listed(photos), workspace, FeatureChoice(), most, "features"), asked, workspace)
 
 
 @pytest.mark.parametrize("record", ["kept", "derived"])
@@ -93,7 +93,7 @@ def test_that_nobody_knows_it_is_said_and_kept(
 def test_a_model_takes_over_the_order_of_the_classes_it_begins_with(run: Path, photos: Path) -> None:
     dataset = listed(photos)
     other = replace(dataset, classes=dataset.classes[::-1], labels=2 - dataset.labels)
-    begun = begun_from(run, other)
-    origin = Origin(begun.base, None, "", None, "", -1, begun)  # pyright: ignore[reportArgumentType]
+    begun = open_initial_run(run, other)
+    origin = InitialModel(begun.base, None, "", None, "", -1, begun)  # pyright: ignore[reportArgumentType]
     assert origin.matched(other).classes == dataset.classes
     assert origin.matched(other).labels.tolist() == dataset.labels.tolist()

@@ -313,7 +313,7 @@ def test_a_connection_over_which_nothing_is_asked_is_closed(monkeypatch: pytest.
     """With half a header, too; one that waits for its answer is not."""
     import uvicorn
 
-    class Watched(idle_timeout.PatientProtocol):
+    class Watched(idle_timeout.IdleTimeoutProtocol):
         latest: Any = None
 
         def connection_made(self, transport: Any) -> None:
@@ -345,7 +345,7 @@ def test_a_connection_over_which_nothing_is_asked_is_closed(monkeypatch: pytest.
 
 
 def test_names_that_are_no_text_are_spelt_out() -> None:
-    assert serve.spelt("caf\udce9, 猫") == "caf\\udce9, 猫"
+    assert serve.to_utf8("caf\udce9, 猫") == "caf\\udce9, 猫"
 
 
 # Batches

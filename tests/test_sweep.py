@@ -41,16 +41,16 @@ from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.extraction.workers.connect import ClusterChoice
 from pipeline.images import decoding
 from pipeline.runs import store
-from pipeline.runs.request import Asked, DatasetChoice, SweepAsked
+from pipeline.runs.request import DatasetChoice, SweepRequest, TrainRequest
 from pipeline.training import heads
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.labelled_features import gather
+from pipeline.training.labelled_features import join_features
 from pipeline.training.rows import StoredRows
 from pipeline.training.sweep import on_dask
 from pipeline.training.sweep.sweep import Sweep, sweep
 from pipeline.training.sweep.trial import run_trial
 from pipeline.training.train_head import train_head
-from pipeline.training.training_data import prepared
+from pipeline.training.training_data import open_training_data
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -71,7 +71,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(workspace: Workspace, photos: Path, specs: tuple[HeadSpec, ...] = GRID, **more: Any) -> Sweep:
-    asked = SweepAsked(DatasetChoice(str(photos)), (FeatureChoice(),), specs, decoding.DEFAULT_MAX_PIXELS)
+    asked = SweepRequest(DatasetChoice(str(photos)), (FeatureChoice(),), specs, decoding.DEFAULT_MAX_PIXELS)
     return sweep(listed(photos), workspace, asked, ["features"], **more)
 
 
@@ -120,7 +120,7 @@ def test_a_trial_is_what_train_head_makes_of_its_settings(
     fill(workspace, listed(photos))
     for row in done.rows:
         spec = HeadSpec.make(row["head"], **row["settings"])
-        asked = Asked(DatasetChoice(str(photos)), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS)
+        asked = TrainRequest(DatasetChoice(str(photos)), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS)
         alone = train_head(listed(photos), workspace, asked, "features")
         trial = json.loads((done.path / "trials" / spec.identity / "trial.json").read_text())
         assert json.loads((alone.path / "history.json").read_text()) == trial["history"]
@@ -162,7 +162,9 @@ def test_a_setting_that_diverges_is_ranked_last_and_the_sweep_goes_on(workspace:
 
 def test_a_regression_that_does_not_fit_memory_is_ranked_last(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
-    asked = SweepAsked(DatasetChoice(str(photos)), (FeatureChoice(),), GRID, decoding.DEFAULT_MAX_PIXELS, memory=2_000)
+    asked = SweepRequest(
+        DatasetChoice(str(photos)), (FeatureChoice(),), GRID, decoding.DEFAULT_MAX_PIXELS, memory=2_000
+    )
     done = sweep(listed(photos), workspace, replace(asked, specs=GRID[1:2] + GRID[3:]), ["features"])
     assert [row["head"] for row in done.rows] == ["gap", "logreg"]
     assert "logreg needs all rows in memory" in done.rows[1]["error"]
@@ -173,7 +175,7 @@ def test_a_sweep_none_of_whose_settings_could_be_trained_is_not_to_be_gone_on_wi
 ) -> None:
     """Which would end in the same way."""
     fill(workspace, listed(photos))
-    asked = SweepAsked(
+    asked = SweepRequest(
         DatasetChoice(str(photos)), (FeatureChoice(),), GRID[3:], decoding.DEFAULT_MAX_PIXELS, memory=2_000
     )
     with pytest.raises(RunError, match="none of 1 setting could be trained, the first: logreg needs all rows"):
@@ -315,7 +317,7 @@ def run_both(
     workspace: Workspace, photos: Path, specs: tuple[HeadSpec, ...] = TWO, names: tuple[str, ...] = PAIR, **more: Any
 ) -> Sweep:
     choices = tuple(FeatureChoice(backbone=name) for name in names)
-    asked = SweepAsked(DatasetChoice(str(photos)), choices, specs, decoding.DEFAULT_MAX_PIXELS)
+    asked = SweepRequest(DatasetChoice(str(photos)), choices, specs, decoding.DEFAULT_MAX_PIXELS)
     return sweep(listed(photos), workspace, asked, [f"features {name}" for name in names], **more)
 
 
@@ -380,7 +382,7 @@ def test_what_makes_missing_rows_is_said_for_all_backbones_at_once(workspace: Wo
 def test_one_space_under_two_names_is_refused(workspace: Workspace, photos: Path) -> None:
     space = fill(workspace, listed(photos)).name
     choices = (FeatureChoice(space=space), FeatureChoice(backbone="inception_v3"))
-    asked = SweepAsked(DatasetChoice(str(photos)), choices, TWO, decoding.DEFAULT_MAX_PIXELS)
+    asked = SweepRequest(DatasetChoice(str(photos)), choices, TWO, decoding.DEFAULT_MAX_PIXELS)
     with pytest.raises(UsageError, match=f"two of the backbones mean the same features, {space}"):
         sweep(listed(photos), workspace, asked, ["", ""])
 
@@ -402,7 +404,7 @@ def test_a_stopped_sweep_of_several_goes_on_in_the_spaces_it_began_with(
         run_both(workspace, photos, LINEAR[:2])
     (name,) = store.unfinished(workspace.sweeps)
     request = store.read_request(workspace.sweeps, name)
-    asked = SweepAsked.of_request(request)
+    asked = SweepRequest.of_request(request)
     assert [each["backbone"] for each in request["asked"]["features"]] == list(PAIR)
     assert [each.space for each in asked.features] == [spec_of(each).directory for each in PAIR]
     done = sweep(listed(photos), workspace, asked, ["", ""], resume=name)
@@ -413,15 +415,15 @@ def test_a_stopped_sweep_of_several_goes_on_in_the_spaces_it_began_with(
 
 def test_what_one_backbone_was_asked_for_is_stored_as_by_earlier_versions() -> None:
     choice = FeatureChoice(backbone="mobilenet_v2")
-    one = SweepAsked(DatasetChoice("digits"), (choice,), TWO, 1_000)
+    one = SweepRequest(DatasetChoice("digits"), (choice,), TWO, 1_000)
     assert one.to_dict()["features"]["backbone"] == "mobilenet_v2"
     old = json.loads(json.dumps(one.to_dict()))
     for name in ("backbone", "input_size", "scaling"):
         del old["features"][name]
-    assert SweepAsked.from_dict(old) == replace(one, features=(FeatureChoice(),))
-    assert SweepAsked.of_request({"asked": old, "space": "a-space"}).features == (FeatureChoice(space="a-space"),)
+    assert SweepRequest.from_dict(old) == replace(one, features=(FeatureChoice(),))
+    assert SweepRequest.of_request({"asked": old, "space": "a-space"}).features == (FeatureChoice(space="a-space"),)
     several = replace(one, features=(choice, FeatureChoice()))
-    assert SweepAsked.from_dict(json.loads(json.dumps(several.to_dict()))) == several
+    assert SweepRequest.from_dict(json.loads(json.dumps(several.to_dict()))) == several
 
 
 def save_network(path: Path, width: int) -> Path:
@@ -553,17 +555,17 @@ def keep_rows(spec: HeadSpec, data: heads.Data, folder: Path) -> None:
 def test_workers_read_the_rows_of_each_sweep_anew(workspace: Workspace, photos: Path, tmp_path: Path) -> None:
     """Though it tries the same setting first, with rows at the same place in the memory of the program."""
     fill(workspace, listed(photos))
-    material = gather(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features")
+    material = join_features(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features")
     cluster, spec = ClusterChoice(workers=1), HeadSpec.make("logreg")
     with (
-        prepared(material, [spec], None, sides=("train", "val"), held=False) as ready,
+        open_training_data(material, [spec], None, sides=("train", "val"), held=False) as ready,
         LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as started,
         Client(started, set_as_default=False) as client,
     ):
         data, found = ready.data(), list[np.ndarray]()
         for name in ("one", "two"):
             tasks = {"a setting": (spec, str(tmp_path / name))}
-            assert list(on_dask.submitted(client, cluster, keep_rows, tasks, data, None, 0)) == ["a setting"]
+            assert list(on_dask.run_on_dask(client, cluster, keep_rows, tasks, data, None, 0)) == ["a setting"]
             found.append(np.load(tmp_path / f"{name}.npy"))
             object.__setattr__(data, "train", data.val)  # other rows in the same object
         assert np.array_equal(found[0], np.asarray(ready.rows["train"][np.arange(len(found[0]))]))
@@ -577,9 +579,9 @@ def test_a_worker_keeps_of_the_rows_what_its_memory_limit_leaves_room_for(
 ) -> None:
     """Not what the machine would."""
     fill(workspace, listed(photos))
-    material = gather(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features")
+    material = join_features(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features")
     with (
-        prepared(material, [HeadSpec.make("logreg")], None, sides=("train", "val"), held=False) as ready,
+        open_training_data(material, [HeadSpec.make("logreg")], None, sides=("train", "val"), held=False) as ready,
         dask.config.set({"distributed.worker.memory.pause": False}),  # so that the least limit keeps it from nothing
         LocalCluster(n_workers=1, processes=False, memory_limit=limit, dashboard_address="127.0.0.1:0") as started,
         Client(started, set_as_default=False) as client,
@@ -661,16 +663,16 @@ def test_a_scheduler_lost_between_rows_of_two_kinds_is_told(
     fill(workspace, listed(photos))
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
         cluster.wait_for_workers(1)
-        prepared, kinds = pipeline.training.sweep.sweep.prepared, list[Any]()
+        kinds = list[Any]()
 
         def prepared_without(*arguments: Any, **more: Any) -> Any:
             kinds.append(arguments)
             if len(kinds) == 2:
                 cluster.stop()
                 time.sleep(seconds)
-            return prepared(*arguments, **more)
+            return open_training_data(*arguments, **more)
 
-        monkeypatch.setattr(pipeline.training.sweep.sweep, "prepared", prepared_without)
+        monkeypatch.setattr(pipeline.training.sweep.sweep, "open_training_data", prepared_without)
         with pytest.raises(IceboxError, match=r"is gone; start it again$"):
             run(workspace, photos, BOTH_KINDS[::-1], cluster=ClusterChoice(scheduler=cluster.address))
 

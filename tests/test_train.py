@@ -29,12 +29,12 @@ from pipeline.core.spec import FeatureSpec, HeadSpec
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images import decoding
-from pipeline.runs.request import Asked, DatasetChoice
+from pipeline.runs.request import DatasetChoice, TrainRequest
 from pipeline.runs.run_images import RunImages
 from pipeline.training import heads
-from pipeline.training.labelled_features import gather
-from pipeline.training.train_head import HeadRun, train_head
-from pipeline.training.training_data import on_sides
+from pipeline.training.labelled_features import join_features
+from pipeline.training.train_head import HeadResult, train_head
+from pipeline.training.training_data import split_members
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -70,8 +70,10 @@ def train(
     *,
     resume: str | None = None,
     **more: Any,
-) -> HeadRun:
-    asked = Asked(DatasetChoice(dataset.name), choice or FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, **more)
+) -> HeadResult:
+    asked = TrainRequest(
+        DatasetChoice(dataset.name), choice or FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, **more
+    )
     return train_head(dataset, workspace, asked, COMMAND, resume=resume)
 
 
@@ -79,12 +81,12 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def predictions(run: HeadRun) -> list[dict[str, str]]:
+def predictions(run: HeadResult) -> list[dict[str, str]]:
     with (run.path / "predictions.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def learned(run: HeadRun) -> dict[str, np.ndarray]:
+def learned(run: HeadResult) -> dict[str, np.ndarray]:
     """Every number of the saved head."""
     if not (run.path / "head.weights.h5").exists():
         head: Any = heads.load(run.path)
@@ -110,7 +112,7 @@ def visible(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=SPECS)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[HeadRun, Dataset]:
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[HeadResult, Dataset]:
     """A run of each head, made once."""
     root = tmp_path_factory.mktemp("made")
     write_images(root / "photos", 40)
@@ -124,7 +126,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 # Labels belong to images, not to positions
 
 
-def test_labels_are_joined_by_identity(made: tuple[HeadRun, Dataset]) -> None:
+def test_labels_are_joined_by_identity(made: tuple[HeadResult, Dataset]) -> None:
     assert made[0].summary["accuracy"] >= 0.9
 
 
@@ -139,7 +141,7 @@ def test_rows_joined_by_position_would_not_be_learned(photos: Path, workspace: W
     zipped, at = np.concatenate(stored), np.random.default_rng(0).permutation(len(dataset))
     labels = dataset.labels
     data = heads.Data(zipped[at[:90]], labels[at[:90]], zipped[at[90:]], labels[at[90:]], 3)
-    assert heads.fit(LOGREG, data, heads.Watch()).history[-1]["val_accuracy"] < 0.7
+    assert heads.fit(LOGREG, data, heads.TrainingContext()).history[-1]["val_accuracy"] < 0.7
 
 
 def test_the_order_in_which_images_are_listed_does_not_matter(photos: Path, workspace: Workspace) -> None:
@@ -178,7 +180,7 @@ def test_a_relabelled_image_needs_no_new_row(photos: Path, workspace: Workspace)
 # What a run holds
 
 
-def test_a_run_holds_everything(made: tuple[HeadRun, Dataset]) -> None:
+def test_a_run_holds_everything(made: tuple[HeadResult, Dataset]) -> None:
     run, _ = made
     model = "head.skops" if run.summary["head"] == "logreg" else "head.weights.h5"
     files = {
@@ -197,7 +199,7 @@ def test_a_run_holds_everything(made: tuple[HeadRun, Dataset]) -> None:
     assert list(run.path.parent.iterdir()) == [run.path]
 
 
-def test_the_summary_has_what_the_command_line_promises(made: tuple[HeadRun, Dataset]) -> None:
+def test_the_summary_has_what_the_command_line_promises(made: tuple[HeadResult, Dataset]) -> None:
     run, dataset = made
     promised = {"run", "head", "stage", "accuracy", "val_accuracy", "train_rows", "test_rows", "classes", "seconds"}
     assert promised | {"features_computed"} <= run.summary.keys()
@@ -209,7 +211,7 @@ def test_the_summary_has_what_the_command_line_promises(made: tuple[HeadRun, Dat
     assert sum(run.summary[f"{side}_rows"] for side in ("train", "val", "test")) == len(dataset)
 
 
-def test_run_json_says_what_was_asked_and_of_which_features(made: tuple[HeadRun, Dataset]) -> None:
+def test_run_json_says_what_was_asked_and_of_which_features(made: tuple[HeadResult, Dataset]) -> None:
     run, dataset = made
     about = read(run.path / "run.json")
     assert (about["format"], about["version"]) == ("icebox-run", 1)
@@ -226,7 +228,7 @@ def test_run_json_says_what_was_asked_and_of_which_features(made: tuple[HeadRun,
     assert about["summary"]["accuracy"] == run.summary["accuracy"]
 
 
-def test_accuracy_is_what_the_predictions_say(made: tuple[HeadRun, Dataset]) -> None:
+def test_accuracy_is_what_the_predictions_say(made: tuple[HeadResult, Dataset]) -> None:
     run, dataset = made
     table = predictions(run)
     truth = dict(zip(dataset.names, dataset.labels, strict=True))
@@ -240,7 +242,7 @@ def test_accuracy_is_what_the_predictions_say(made: tuple[HeadRun, Dataset]) -> 
     assert {row["split"] for row in table} == {"val", "test"}
 
 
-def test_probabilities_in_the_predictions_belong_to_the_classes_named(made: tuple[HeadRun, Dataset]) -> None:
+def test_probabilities_in_the_predictions_belong_to_the_classes_named(made: tuple[HeadResult, Dataset]) -> None:
     for row in predictions(made[0]):
         shares = {name: float(row[f"p:{name}"]) for name in CLASSES}
         assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
@@ -248,7 +250,7 @@ def test_probabilities_in_the_predictions_belong_to_the_classes_named(made: tupl
         assert float(row["probability"]) == max(shares.values())
 
 
-def test_the_history_is_kept_and_drawn(made: tuple[HeadRun, Dataset]) -> None:
+def test_the_history_is_kept_and_drawn(made: tuple[HeadResult, Dataset]) -> None:
     run, _ = made
     history = read(run.path / "history.json")
     assert len(history) == (7 if run.summary["head"] == "logreg" else run.summary["epochs"])
@@ -264,7 +266,7 @@ def test_the_history_is_kept_and_drawn(made: tuple[HeadRun, Dataset]) -> None:
         assert 400 < picture.height < picture.width < 2000
 
 
-def test_the_saved_head_gives_the_predictions_of_the_run(made: tuple[HeadRun, Dataset]) -> None:
+def test_the_saved_head_gives_the_predictions_of_the_run(made: tuple[HeadResult, Dataset]) -> None:
     run, dataset = made
     head = heads.load(run.path)
     labels = dict(zip(dataset.names, range(len(dataset)), strict=True))
@@ -378,10 +380,10 @@ def test_where_every_test_image_was_trained_on_that_is_said_and_kept(
 def test_what_the_initial_model_was_trained_on_is_no_test(sided: Path, workspace: Workspace) -> None:
     dataset = listed(sided)
     fill(workspace, dataset)
-    images_of_it = gather(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, COMMAND)
+    images_of_it = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, COMMAND)
     tested = images_of_it.members("test")
     before = RunImages.of({"train": [images_of_it.keys[i] for i in tested[:4].tolist()]})
-    members, labels = on_sides(replace(images_of_it, initial=before))
+    members, labels = split_members(replace(images_of_it, initial=before))
     assert members["test"].tolist() == tested[4:].tolist()
     assert len(labels["test"]) == len(tested) - 4
 

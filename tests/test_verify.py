@@ -252,7 +252,7 @@ def test_what_another_machine_repacked_is_no_problem_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On a shared disk each machine has its own index; what `gc` did there is learned here, and no row is lost."""
-    from pipeline.cache.gc import Keep, collect
+    from pipeline.cache.gc import Retention, collect
 
     def opened(machine: str) -> Cache:
         monkeypatch.setenv("ICEBOX_INDEX", str(tmp_path / f"{machine}.db"))
@@ -262,11 +262,11 @@ def test_what_another_machine_repacked_is_no_problem_here(
         space = here.create(SPEC, {})
         for n in range(4):
             add(space, [n])
-        assert collect(there, Keep()).shards_repacked == 4
+        assert collect(there, Retention()).shards_repacked == 4
         assert verify(here, sample=1.0).problems == []
         assert here.open(SPEC.directory).totals().rows == 4
         add(space, [4])
-        collect(there, Keep())
+        collect(there, Retention())
         assert here.open(SPEC.directory).totals().rows == 5
         assert "is gone" not in caplog.text
         # What was really lost is still told.

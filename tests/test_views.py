@@ -18,7 +18,7 @@ from own_networks import SIZE, tiny, tiny_choice
 
 from pipeline.backbone.frozen import FrozenBackbone
 from pipeline.cache import shard
-from pipeline.cache.gc import Keep, collect
+from pipeline.cache.gc import Retention, collect
 from pipeline.cache.space import Cache, FeatureSpace
 from pipeline.cache.workspace import Workspace, open_workspace
 from pipeline.core.errors import MissingRowsError, ShardDamagedError, UsageError
@@ -31,10 +31,10 @@ from pipeline.extraction.extract import Extraction, extract
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.extraction.recompute_check import recompute
 from pipeline.images import augment, decoding
-from pipeline.runs.request import Asked, DatasetChoice
-from pipeline.training.labelled_features import gather
+from pipeline.runs.request import DatasetChoice, TrainRequest
+from pipeline.training.labelled_features import join_features
 from pipeline.training.train_head import train_head
-from pipeline.training.training_data import prepared
+from pipeline.training.training_data import open_training_data
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -220,7 +220,7 @@ def test_gc_merges_views_and_keeps_what_they_are(tmp_path: Path) -> None:
     views = Views(3, STILL)
     with closing(Cache(tmp_path / "cache")) as cache:
         space = space_with(cache, views, [1, 2])
-        assert collect(cache, Keep()).shards_repacked == 2
+        assert collect(cache, Retention()).shards_repacked == 2
         (name,) = space.shard_files()
         rows = shard.read_whole(space.shards / name, np.arange(6))
         assert rows.recipes == views.recipes
@@ -268,9 +268,9 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def asked(photos: Path, spec: HeadSpec, views: Views, **more: Any) -> Asked:
+def asked(photos: Path, spec: HeadSpec, views: Views, **more: Any) -> TrainRequest:
     choice = DatasetChoice(str(photos))
-    return Asked(choice, FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, views=views, **more)
+    return TrainRequest(choice, FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, views=views, **more)
 
 
 @pytest.mark.parametrize("memory", [None, 4_000])
@@ -278,8 +278,8 @@ def test_only_training_rows_come_in_all_views(workspace: Workspace, photos: Path
     views = Views(3)
     dataset = cached.listed(photos)
     cached.fill(workspace, dataset, views=views)
-    material = gather(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
-    with prepared(material, [HeadSpec.make("flatten")], memory) as ready:
+    material = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
+    with open_training_data(material, [HeadSpec.make("flatten")], memory) as ready:
         data = ready.data()
         n = len(ready.members["train"])
         assert [len(data.train), len(data.val)] == [3 * n, len(ready.members["val"])]
@@ -311,8 +311,8 @@ def test_heads_train_on_views(workspace: Workspace, photos: Path, spec: HeadSpec
 def test_folds_hold_out_images_with_all_their_views(workspace: Workspace, photos: Path) -> None:
     dataset, views = cached.listed(photos), Views(2)
     cached.fill(workspace, dataset, views=views)
-    material = gather(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
-    with prepared(material, [HeadSpec.make("gap")], None, folds=2) as ready:
+    material = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
+    with open_training_data(material, [HeadSpec.make("gap")], None, folds=2) as ready:
         n = len(ready.members["train"])
         some, held = np.arange(0, n, 2), np.arange(1, n, 2)
         data = ready.fold(some, held)
@@ -347,7 +347,9 @@ def test_the_space_is_taken_that_holds_the_views(workspace: Workspace, photos: P
     one = cached.fill(workspace, dataset, spec=cached.SPEC)
     two = cached.fill(workspace, dataset, spec=replace(cached.SPEC, precision="bfloat16"), views=Views(3))
     for views, space in ((Views(1), min(one.name, two.name)), (Views(3), two.name)):
-        material = gather(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
+        material = join_features(
+            dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views
+        )
         assert material.space.name == space
     found = explain(dataset, workspace, FeatureChoice(space=one.name), decoding.DEFAULT_MAX_PIXELS, Views(3))
     assert found.counts == {"other space": 60}

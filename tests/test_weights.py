@@ -25,7 +25,7 @@ from pipeline.cache.digests import file_stamp
 from pipeline.cache.index import Index
 from pipeline.cache.workspace import open_workspace
 from pipeline.core.errors import SpecError, UsageError, WeightsError
-from pipeline.extraction.feature_choice import FeatureChoice, Settled
+from pipeline.extraction.feature_choice import FeatureChoice, ResolvedChoice
 
 PUBLISHED = b"what the weights file on the net holds" * 100
 WRONG = b"what somebody else put under its name!" * 100
@@ -491,7 +491,7 @@ def test_a_downloaded_file_gets_the_permissions_that_the_umask_leaves(place: Pla
 @pytest.mark.parametrize("digest", ["zz", "", "0" * 64])
 def test_what_is_recorded_of_an_own_network_may_be_anything(tmp_path: Path, digest: str) -> None:
     source = dataclasses.replace(of_row(BACKBONES["inception_v3"]), name=f"own:{'0' * 64}")
-    spec = Settled(FeatureChoice(), source, None, None).new_spec(Weights("file", f"sha256:{'0' * 64}", None))
+    spec = ResolvedChoice(FeatureChoice(), source, None, None).new_spec(Weights("file", f"sha256:{'0' * 64}", None))
     with open_workspace(tmp_path) as workspace:
         assert find(spec, {"sha256": digest}, workspace) is None
         assert (
@@ -501,7 +501,7 @@ def test_what_is_recorded_of_an_own_network_may_be_anything(tmp_path: Path, dige
 
 
 def test_a_network_that_this_version_does_not_have_is_refused(tmp_path: Path) -> None:
-    of_ours = Settled(FeatureChoice(), of_row(BACKBONES["inception_v3"]), None, None)
+    of_ours = ResolvedChoice(FeatureChoice(), of_row(BACKBONES["inception_v3"]), None, None)
     spec = dataclasses.replace(of_ours.new_spec(Weights("file", f"sha256:{'0' * 64}", None)), backbone="resnext50")
     with (
         open_workspace(tmp_path) as workspace,

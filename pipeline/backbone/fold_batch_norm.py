@@ -16,7 +16,7 @@ from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.core.errors import SpecError
 
 
-def run(model: KerasModel, inputs: Any, after: str | None = None) -> Any:
+def run_folded(model: KerasModel, inputs: Any, after: str | None = None) -> Any:
     """Call a frozen Keras model on `inputs` (n, h, w, c), inside a `tf.function`.
 
     They are images, or rows of the layer `after`, where the model can be cut. Convolutions with a batch norm behind

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.backbone import fold_batch_norm
 from pipeline.backbone.build import build, check_weights, load_weights
-from pipeline.backbone.graph import allow_any_names, cut, rest_of
+from pipeline.backbone.graph import allow_any_names, cut, layers_after
 from pipeline.backbone.keras_start import KerasModel, import_keras, limit_threads
 from pipeline.backbone.scaling import scale
 from pipeline.cache.shard import MAX_ROW_BYTES
@@ -232,8 +232,8 @@ def features_of(model: KerasModel, inputs: Any, spec: FeatureSpec, after: str | 
     if after is None:
         inputs = scale(tf.cast(inputs, tf.float32), spec.scaling)
     if spec.engine != "keras":
-        return fold_batch_norm.run(model, inputs, after)
+        return fold_batch_norm.run_folded(model, inputs, after)
     if after == spec.layer:
         return inputs
-    rest = model if after is None else rest_of(model, after)
+    rest = model if after is None else layers_after(model, after)
     return rest(inputs, training=False)

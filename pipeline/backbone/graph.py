@@ -151,7 +151,7 @@ def _refusal(model: KerasModel, layer: str, cuts: list[str]) -> str:
     return f"the output of {layer!r} does not carry {model.name} on by itself: {reason}; {works}"
 
 
-def rest_of(model: KerasModel, layer: str, name: str | None = None) -> KerasModel:
+def layers_after(model: KerasModel, layer: str, name: str | None = None) -> KerasModel:
     """Return what of `model` comes after `layer`, where it can be cut: its rows (n, h, w, c) → the output."""
     keras, tensor = import_keras(), cut_tensor(model, layer)
     name = name and _scope(name)
@@ -205,7 +205,7 @@ def _calls(operation: Any, inputs: list[Any], outputs: list[Any]) -> list[tuple[
     return found
 
 
-def work(model: KerasModel, after: str = "") -> list[tuple[Any, int]]:
+def share_of_work(model: KerasModel, after: str = "") -> list[tuple[Any, int]]:
     """Return each call in `model` that comes after the layer `after` as its operation and its multiplications."""
     calls = nodes(model)
     if after:

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.core import environment, machine
 from pipeline.core.errors import IceboxError
 from pipeline.core.lazy_imports import import_matplotlib, without
-from pipeline.core.native_stderr import held_back
+from pipeline.core.native_stderr import hold_back
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def _import_keras(hidden: Sequence[str]) -> Any:
         import_matplotlib()  # as Keras does, without what ends it
     if "keras" not in sys.modules:
         # TensorFlow's libraries greet on stderr before any of their settings is read.
-        with held_back("TensorFlow"), _uncollected() if hidden else contextlib.nullcontext(), without(*hidden):
+        with hold_back("TensorFlow"), _uncollected() if hidden else contextlib.nullcontext(), without(*hidden):
             _find_keras()
     import keras
     import tensorflow as tf

@@ -58,7 +58,7 @@ class OwnNetwork:
     config: dict[str, Any]
 
 
-def read(path: Path) -> OwnNetwork:
+def read_network(path: Path) -> OwnNetwork:
     """Return who the network in the `.keras` file at `path` is, without TensorFlow.
 
     Raises

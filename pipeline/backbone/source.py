@@ -54,12 +54,12 @@ def of_row(row: Backbone) -> Source:
 def is_file(choice: str) -> bool:
     """Return whether a choice of backbone means a file of one's own."""
     # An empty text would be the current folder.
-    return choice not in ("", *BACKBONES) and (choice.endswith(".keras") or machine.at_home(choice).exists())
+    return choice not in ("", *BACKBONES) and (choice.endswith(".keras") or machine.expand_home(choice).exists())
 
 
 def anchored(choice: str | None) -> str | None:
     """Return the same choice with an absolute path, so that it means the same from anywhere."""
-    return str(machine.at_home(choice).absolute()) if choice is not None and is_file(choice) else choice
+    return str(machine.expand_home(choice).absolute()) if choice is not None and is_file(choice) else choice
 
 
 def architecture(choice: str | None) -> Architecture:
@@ -75,7 +75,7 @@ def architecture(choice: str | None) -> Architecture:
     choice = DEFAULT_BACKBONE if choice is None else choice
     if not is_file(choice):
         return of_row(find_backbone(choice))
-    found = own.read(machine.at_home(choice).absolute())
+    found = own.read_network(machine.expand_home(choice).absolute())
     return Architecture(found.name, found.input_size, None, found.default_layer, found.path, found.weights)
 
 
@@ -177,7 +177,7 @@ def stated(source: Source, choice: str, workspace: Workspace) -> Weights | None:
     return resolve(source, choice, workspace)
 
 
-def given(spec: FeatureSpec, choice: str, workspace: Workspace) -> Weights | None:
+def backbone_text(spec: FeatureSpec, choice: str, workspace: Workspace) -> Weights | None:
     """Return the weights, or the own network, that a person names for features of `spec`; None if it has others."""
     if not spec.backbone.startswith(OWN):
         found = weights.resolve(
@@ -215,7 +215,7 @@ def label(spec: FeatureSpec, recorded: Mapping[str, Any] | None) -> str:
     return str((recorded or {}).get("file", spec.backbone))
 
 
-def told_apart(labels: Sequence[str], marks: Sequence[str]) -> list[str]:
+def distinct_labels(labels: Sequence[str], marks: Sequence[str]) -> list[str]:
     """Return the same; labels that stand more than once, as two files may have one name, each with its mark."""
     return [f"{each} ({mark})" if labels.count(each) > 1 else each for each, mark in zip(labels, marks, strict=True)]
 
@@ -234,7 +234,7 @@ def find(spec: FeatureSpec, recorded: Mapping[str, Any] | None, workspace: Works
             raise SpecError(f"these features were made by another version of Icebox, its network {spec.backbone!r:.60}")
         return weights.find_by_identity(spec.weights, spec.backbone, workspace.downloads, index)
     for network in _at_hand(str((recorded or {}).get("sha256", "")), index):
-        if keras_archive.is_archive(network) and own.read(network).weights == spec.weights:
+        if keras_archive.is_archive(network) and own.read_network(network).weights == spec.weights:
             return Weights("file", spec.weights, network, network)
         for path in _at_hand(spec.weights.removeprefix("sha256:"), index):
             return Weights("file", spec.weights, path, network)

@@ -87,7 +87,7 @@ def resolve(
 
 def anchored(choice: str) -> str:
     """Return the same choice with an absolute path, so that it means the same from anywhere."""
-    return str(machine.at_home(choice).absolute()) if is_path(choice) else choice
+    return str(machine.expand_home(choice).absolute()) if is_path(choice) else choice
 
 
 def is_path(choice: str) -> bool:
@@ -221,7 +221,7 @@ def _download_unhashed(backbone: Backbone, downloads: Path, progress: Progress) 
 
 def from_file(choice: str, index: Index) -> Weights:
     """Return the weights in the Keras weights file at a path that was given. Raises WeightsError if it is none."""
-    return _from_file("file", machine.at_home(choice), index)
+    return _from_file("file", machine.expand_home(choice), index)
 
 
 def _from_file(kind: Literal["imagenet", "file"], path: Path, index: Index) -> Weights:

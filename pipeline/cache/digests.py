@@ -69,7 +69,7 @@ def identify(
     files turn out to be new and there are more. Without `remember` the index learns nothing. Without `read_unseen`
     what is behind an address and was never read, or changed since, is not read now either, but noted as unseen.
     """
-    remote.let_go()  # of what an earlier plan may have left
+    remote.forget_fetched()  # of what an earlier plan may have left
     found = Identities(Keys.unknown(len(dataset)), {})
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(dataset), _BLOCK):
@@ -126,11 +126,11 @@ def _identify_urls(dataset: Dataset, block: range, index: Index, found: Identiti
     known = dict(zip(urls, index.url_digests(urls.values()), strict=True))
     with ThreadPoolExecutor(remote.connections()) as pool:
         # Of many images in one archive, the archive is asked for once.
-        asked = list(dict.fromkeys(remote.whole(url) for i, url in urls.items() if known[i]))
+        asked = list(dict.fromkeys(remote.fetch_whole(url) for i, url in urls.items() if known[i]))
         said = dict(zip(asked, pool.map(_ask, asked), strict=True))
         to_read: dict[str, list[int]] = {}
         for i, url in urls.items():
-            before, now = known[i], said.get(remote.whole(url))
+            before, now = known[i], said.get(remote.fetch_whole(url))
             if isinstance(now, OSError):
                 found.unread[i] = read_failure(now)
             elif before and now is not None and now == before[0]:

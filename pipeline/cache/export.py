@@ -25,14 +25,14 @@ from typing import Any, BinaryIO, Literal
 import h5py
 import numpy as np
 
-from pipeline.cache.index import Located
+from pipeline.cache.index import RowLocations
 from pipeline.cache.shard import check_bytes, damage_named, h5_in, opened, row_filters, row_layout
 from pipeline.cache.space import FeatureSpace
 from pipeline.core import files
 from pipeline.core.errors import CacheError, MissingRowsError, ShardDamagedError
-from pipeline.core.locks import done_without, hold_alone
+from pipeline.core.locks import hold_alone, without_locks
 from pipeline.core.units import size_text
-from pipeline.core.utf8 import spelt
+from pipeline.core.utf8 import to_utf8
 
 FORMAT = "icebox-export"
 VERSION = 1
@@ -76,7 +76,7 @@ def export(space: FeatureSpace, columns: Columns, out: Path, what: What, *, virt
             raise MissingRowsError(f"none of the rows is in {space.name}; run `features`")
         job = _Export(space, columns, located, what)
         partial = out.with_name(f"{files.PARTIAL_PREFIX}{out.name}")
-        if done_without():  # nothing keeps two exports from writing to one name
+        if without_locks():  # nothing keeps two exports from writing to one name
             partial = files.partial_name(out.parent, ".h5")
         try:
             job.check_room(out, virtual)
@@ -107,7 +107,7 @@ def export(space: FeatureSpace, columns: Columns, out: Path, what: What, *, virt
 
 
 class _Export:
-    def __init__(self, space: FeatureSpace, columns: Columns, located: Located, what: What) -> None:
+    def __init__(self, space: FeatureSpace, columns: Columns, located: RowLocations, what: What) -> None:
         self._space = space
         self._columns = columns
         self._located = located
@@ -146,13 +146,13 @@ class _Export:
 
     def write_columns(self, file: h5py.File) -> None:
         columns, text = self._columns, h5py.string_dtype()
-        file.attrs.update({"format": FORMAT, "version": VERSION, "dataset": spelt(columns.dataset)})
+        file.attrs.update({"format": FORMAT, "version": VERSION, "dataset": to_utf8(columns.dataset)})
         file.attrs["spec"] = json.dumps(self._space.spec.to_dict())
         file["label"] = columns.labels.astype(np.int32)
         file["key"] = self._located.keys
         file["present"] = self._located.found
         for name, values in (("path", columns.names), ("split", columns.splits), ("class_names", columns.classes)):
-            file.create_dataset(name, data=np.array([spelt(value).encode() for value in values], object), dtype=text)
+            file.create_dataset(name, data=np.array([to_utf8(value).encode() for value in values], object), dtype=text)
 
     def write_rows(self, file: h5py.File, sink: _Sink) -> None:
         """Copy the rows. Chunks of features are taken as they lie in the shards, if those are packed alike."""

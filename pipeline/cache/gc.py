@@ -31,7 +31,7 @@ Row = tuple[bytes, int]  # key and view
 
 
 @dataclass(frozen=True)
-class Keep:
+class Retention:
     """What must stay: everything by default, else the rows of these keys and whole spaces."""
 
     keys: Collection[bytes] | None = None
@@ -47,7 +47,7 @@ class Keep:
 
 
 @dataclass
-class Collected:
+class GcResult:
     """What was removed and rewritten, or would be."""
 
     rows_removed: int = 0
@@ -65,12 +65,12 @@ class _Shard:
     living: np.ndarray  # positions, ascending
 
 
-def collect(cache: Cache, keep: Keep, *, damaged: bool = False, dry_run: bool = False) -> Collected:
+def collect(cache: Cache, keep: Retention, *, damaged: bool = False, dry_run: bool = False) -> GcResult:
     """Remove what `keep` does not name from all spaces, and leftovers; with `damaged`, shards moved aside too.
 
     With `dry_run` nothing changes, and the sizes of repacked shards are estimated.
     """
-    done = Collected()
+    done = GcResult()
     for space in cache.spaces():
         if dry_run:
             _collect_space(space, keep, damaged, True, done)
@@ -85,7 +85,7 @@ def _waiting(space: FeatureSpace) -> Callable[[str], None]:
     return lambda holder: logger.warning("waiting: %s is using %s", holder, space.name)
 
 
-def _collect_space(space: FeatureSpace, keep: Keep, damaged: bool, dry_run: bool, done: Collected) -> None:
+def _collect_space(space: FeatureSpace, keep: Retention, damaged: bool, dry_run: bool, done: GcResult) -> None:
     for folder in (space.path, space.shards):
         _remove_files(folder, list(filter(files.is_partial, files.list_files(folder))), dry_run, done)
     if damaged:
@@ -99,14 +99,14 @@ def _collect_space(space: FeatureSpace, keep: Keep, damaged: bool, dry_run: bool
     _remove_shards(space, [shard for shard in spent if shard.record.name not in written], dry_run, done)
 
 
-def _remove_aside(folder: Path, dry_run: bool, done: Collected) -> None:
+def _remove_aside(folder: Path, dry_run: bool, done: GcResult) -> None:
     if folder.is_symlink():  # what lies elsewhere is not ours to remove
         logger.warning("%s is a link, and is left as it is", folder)
         return
     _remove_files(folder, list(files.list_files(folder)), dry_run, done)
 
 
-def _disposable(space: FeatureSpace, keep: Keep, dry_run: bool) -> tuple[list[_Shard], list[_Shard]]:
+def _disposable(space: FeatureSpace, keep: Retention, dry_run: bool) -> tuple[list[_Shard], list[_Shard]]:
     """Return the shards without a living row, and those worth repacking.
 
     A shard is removed, repacked, or relied on for a row that another holds too, only if it is what the index says;
@@ -149,7 +149,7 @@ def _is_sound(space: FeatureSpace, name: str, every_byte: bool, dry_run: bool) -
     return False
 
 
-def _living(space: FeatureSpace, keep: Keep, broken: Collection[str]) -> tuple[list[_Shard], set[str]]:
+def _living(space: FeatureSpace, keep: Retention, broken: Collection[str]) -> tuple[list[_Shard], set[str]]:
     """Return the good shards, each with its living rows, and those relied on for rows that others hold too.
 
     A row in several lives in the one with most rows only.
@@ -189,7 +189,7 @@ def _most_rows(space: FeatureSpace, shard: _Shard) -> int:
     return max(1, min(SHARD_ROWS, SHARD_BYTES // (math.prod(shape) * dtype.itemsize)))
 
 
-def _repack(space: FeatureSpace, spent: Sequence[_Shard], dry_run: bool, done: Collected) -> set[str]:
+def _repack(space: FeatureSpace, spent: Sequence[_Shard], dry_run: bool, done: GcResult) -> set[str]:
     """Write the living rows of `spent` to new shards; return their names."""
     if dry_run:
         living = sum(len(shard.living) for shard in spent)
@@ -223,7 +223,7 @@ def _gathered(space: FeatureSpace, spent: Sequence[_Shard], advance: Callable[[i
         yield Rows.join(rest)
 
 
-def _remove_shards(space: FeatureSpace, shards: Sequence[_Shard], dry_run: bool, done: Collected) -> None:
+def _remove_shards(space: FeatureSpace, shards: Sequence[_Shard], dry_run: bool, done: GcResult) -> None:
     done.removed.extend(space.shard_path(shard.record.name) for shard in shards)
     done.bytes_freed += sum(shard.record.bytes for shard in shards)
     if dry_run or not shards:
@@ -236,7 +236,7 @@ def _remove_shards(space: FeatureSpace, shards: Sequence[_Shard], dry_run: bool,
         files.fsync(space.shards)
 
 
-def _remove_files(folder: Path, names: Sequence[str], dry_run: bool, done: Collected) -> None:
+def _remove_files(folder: Path, names: Sequence[str], dry_run: bool, done: GcResult) -> None:
     sizes = files.list_files(folder)
     for name in names:
         done.leftovers += 1
@@ -246,7 +246,7 @@ def _remove_files(folder: Path, names: Sequence[str], dry_run: bool, done: Colle
             files.remove(folder / name)
 
 
-def _tidy_index(cache: Cache, dry_run: bool, done: Collected) -> None:
+def _tidy_index(cache: Cache, dry_run: bool, done: GcResult) -> None:
     """Drop what the index knows of files and spaces that are no more, and damaged indexes set aside before."""
     path = cache.index.path
     old = [name for name in files.list_files(path.parent) if name.startswith(f"{path.name}.damaged-")]

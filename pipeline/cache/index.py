@@ -70,7 +70,7 @@ class Quarantine:
 
 
 @dataclass(frozen=True)
-class Located:
+class RowLocations:
     """Where n rows are stored, and whose they are.
 
     `shards` are ids, (n,) int64, -1 where missing; `positions` (n,) int64; `keys` (n, 32) uint8; `views` (n,) int64.
@@ -86,9 +86,9 @@ class Located:
         """Return a mask (n,) of those that have a row."""
         return self.shards >= 0
 
-    def take(self, at: np.ndarray) -> Located:
+    def take(self, at: np.ndarray) -> RowLocations:
         """Return the part at the indices or the mask `at`."""
-        return Located(self.shards[at], self.positions[at], self.keys[at], self.views[at])
+        return RowLocations(self.shards[at], self.positions[at], self.keys[at], self.views[at])
 
 
 def row_mark(key: bytes, view: int) -> int:
@@ -171,7 +171,7 @@ class Index(IndexFile):
         keys = np.frombuffer(b"".join(key for _, key, _ in found), np.uint8).reshape(-1, 32)
         return keys, np.array([view for _, _, view in found], np.int64)
 
-    def locate(self, space: str, keys: Sequence[bytes], views: Sequence[int] | None = None) -> Located:
+    def locate(self, space: str, keys: Sequence[bytes], views: Sequence[int] | None = None) -> RowLocations:
         """Return where the rows of `keys` are, each in its one of `views`, by default the plain one.
 
         A row in several shards is found in one of them.
@@ -185,7 +185,7 @@ class Index(IndexFile):
             at = order[seen[order] == view]
             for part, *found in self._rows_of(space, digests, at, view):
                 shards[at[part]], positions[at[part]] = found
-        return Located(shards, positions, digests, seen)
+        return RowLocations(shards, positions, digests, seen)
 
     def has_rows(self, space: str, digests: np.ndarray, at: np.ndarray, view: int) -> np.ndarray:
         """Return whether the keys `digests[at]` have a row in one view, (m,) bool.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache.index import Located
+from pipeline.cache.index import RowLocations
 from pipeline.cache.shard import read_rows, row_layout
 from pipeline.core.errors import CacheError, MissingRowsError
 
@@ -20,7 +20,7 @@ class ShardReader:
         self._names = names
         self._dataset = dataset
 
-    def read(self, located: Located, out: np.ndarray | None = None) -> np.ndarray:
+    def read(self, located: RowLocations, out: np.ndarray | None = None) -> np.ndarray:
         """Return the located rows in their order, in `out` if given; each shard is opened once, in file order."""
         if not len(located.shards):
             raise MissingRowsError("no rows were asked for")
@@ -35,7 +35,7 @@ class ShardReader:
             read_rows(path, self._dataset, part.positions, part.keys, part.views, out, at)
         return out
 
-    def layout(self, located: Located) -> tuple[tuple[int, ...], np.dtype]:
+    def layout(self, located: RowLocations) -> tuple[tuple[int, ...], np.dtype]:
         """Return the shape and dtype of one row."""
         return row_layout(self._path(int(located.shards[0])), self._dataset)
 

@@ -74,7 +74,7 @@ class Rows:
         return Rows(*(np.concatenate(column) for column in zip(*columns, strict=True)), recipes=recipes)
 
 
-class Gathering:
+class RowBuffer:
     """Rows that come some at a time, at most `most`; each is copied once, to where it stays."""
 
     def __init__(self, most: int, recipes: Mapping[int, Any]) -> None:

@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.index import Index, Located, ShardRecord
+from pipeline.cache.index import Index, RowLocations, ShardRecord
 from pipeline.cache.keys import Keys
 from pipeline.cache.reader import ShardReader
 from pipeline.cache.shard import Rows, ShardInfo, check_bytes, read_info, read_recipes, row_layout, write_shard
 from pipeline.core import files, machine
 from pipeline.core.errors import CacheError, MissingRowsError, ShardDamagedError, SpecError, did_you_mean
-from pipeline.core.locks import done_without, exclusive, shared
+from pipeline.core.locks import exclusive, shared, without_locks
 from pipeline.core.progress import Progress, silent
 from pipeline.core.spec import Augmentation, FeatureRequest, FeatureSpec
 
@@ -170,7 +170,7 @@ class FeatureSpace:
         """Return the numbers of shards, rows and bytes."""
         return SpaceTotals(*self.index.totals(self.name))
 
-    def locate(self, keys: Sequence[bytes], views: Sequence[int] | None = None) -> Located:
+    def locate(self, keys: Sequence[bytes], views: Sequence[int] | None = None) -> RowLocations:
         """Return where each key is stored, in its one of `views`, by default the plain one."""
         return self.index.locate(self.name, keys, views)
 
@@ -196,7 +196,7 @@ class FeatureSpace:
 
     def remove_leftovers(self) -> None:
         """Remove what killed writers left behind. Only the holder of `lock` may call this."""
-        if done_without():  # somebody may be writing them
+        if without_locks():  # somebody may be writing them
             return
         files.remove_partials(self.shards)
         files.remove_partials(self.path)
@@ -249,7 +249,7 @@ class FeatureSpace:
         self.require(located)
         return self.reader(dataset).read(located)
 
-    def require(self, located: Located) -> None:
+    def require(self, located: RowLocations) -> None:
         """Raise MissingRowsError if a row was not found."""
         if not located.found.all():
             lost = int((~located.found).sum())

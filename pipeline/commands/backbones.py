@@ -11,7 +11,7 @@ from pipeline.commands.completion import backbone_names
 from pipeline.commands.shared import JsonOption, PrecisionOption, QuietOption, opened
 
 if TYPE_CHECKING:
-    from pipeline.extraction.backbone_list import Listed
+    from pipeline.extraction.backbone_list import BackboneInfo
 
 
 def backbones(
@@ -35,7 +35,7 @@ def backbones(
     """List the networks: input size, parameters, bytes a row, images/s on this machine."""
     from pipeline.commands import terminal
     from pipeline.core import machine
-    from pipeline.extraction.backbone_list import gather
+    from pipeline.extraction.backbone_list import list_backbones
 
     here = machine.best_precision() if precision == "auto" else precision
     with opened(context) as workspace:
@@ -43,7 +43,7 @@ def backbones(
             from pipeline.extraction.measure_backbone import measure as measure_speed
 
             measure_speed(names or [], workspace, here)
-        listed = gather(names or [], workspace, here)
+        listed = list_backbones(names or [], workspace, here)
     if as_json:
         terminal.emit_json({"precision": here, "backbones": [asdict(each) for each in listed]})
         return
@@ -55,7 +55,7 @@ def backbones(
         terminal.say(f"images/s at {here}: measured by `features`, or by `backbones --measure [NAME]…`", "dim")
 
 
-def _row(each: Listed) -> tuple[str, ...]:
+def _row(each: BackboneInfo) -> tuple[str, ...]:
     from pipeline.core.units import size_text
 
     stored, memory = each.bytes_per_row, each.uncompressed

@@ -39,7 +39,7 @@ from pipeline.commands.shared import (
 from pipeline.core.units import counted
 
 if TYPE_CHECKING:
-    from pipeline.cache.gc import Keep
+    from pipeline.cache.gc import Retention
     from pipeline.cache.workspace import Workspace
 
 cache_app = typer.Typer(help="Look at the feature cache, check it, clean it, export it.", rich_markup_mode=None)
@@ -176,9 +176,9 @@ def cache_gc(
 
 def _keep(
     workspace: Workspace, datasets: Sequence[str], spaces: Sequence[str], archive: Path | None, root: Path | None
-) -> Keep:
+) -> Retention:
     from pipeline.cache.digests import identify
-    from pipeline.cache.gc import Keep
+    from pipeline.cache.gc import Retention
     from pipeline.core.errors import DatasetError
     from pipeline.runs.request import DatasetChoice
 
@@ -196,7 +196,7 @@ def _keep(
                 f"are theirs (the first: {images.names[first]} {reason}); nothing was removed"
             )
         keys.update(key for key in found.keys if key is not None)
-    return Keep(keys if datasets else None, spaces)
+    return Retention(keys if datasets else None, spaces)
 
 
 def _ask(rows: int) -> None:

@@ -40,8 +40,8 @@ from pipeline.core.units import counted
 if TYPE_CHECKING:
     from pipeline.cache.verify import Verification
     from pipeline.cache.workspace import Workspace
-    from pipeline.extraction.decode_check import Rechecked
-    from pipeline.extraction.recompute_check import Drift
+    from pipeline.extraction.decode_check import DecodeCheck
+    from pipeline.extraction.recompute_check import RecomputeResult
 
 _LISTED = 20  # lines of what may be thousands; --json has them all
 
@@ -106,7 +106,7 @@ def cache_verify(
     _conclude(error, as_json, "" if done.problems else "nothing is wrong")
 
 
-def _recomputed(workspace: Workspace, context: typer.Context, space: str | None, count: int) -> list[Drift]:
+def _recomputed(workspace: Workspace, context: typer.Context, space: str | None, count: int) -> list[RecomputeResult]:
     from pipeline.commands import terminal
     from pipeline.core.errors import MissingRowsError
     from pipeline.extraction.recompute_check import recompute
@@ -127,15 +127,15 @@ def _recomputed(workspace: Workspace, context: typer.Context, space: str | None,
     return compared
 
 
-def _rechecked(workspace: Workspace, context: typer.Context, name: str, space: str | None) -> Rechecked:
-    from pipeline.extraction.decode_check import recheck
+def _rechecked(workspace: Workspace, context: typer.Context, name: str, space: str | None) -> DecodeCheck:
+    from pipeline.extraction.decode_check import check_decoding
     from pipeline.runs.request import DatasetChoice
 
     archive, root = (each and str(each) for each in (context.params["archive"], context.params["image_root"]))
-    return recheck(DatasetChoice(name, archive, root).open(workspace), workspace, space)
+    return check_decoding(DatasetChoice(name, archive, root).open(workspace), workspace, space)
 
 
-def _damaged(rechecked: Rechecked | None) -> str | None:
+def _damaged(rechecked: DecodeCheck | None) -> str | None:
     if rechecked is None or not rechecked.quarantined:
         return None
     first, count = rechecked.quarantined[0], len(rechecked.quarantined)
@@ -145,7 +145,7 @@ def _damaged(rechecked: Rechecked | None) -> str | None:
     )
 
 
-def _show_images(rechecked: Rechecked) -> None:
+def _show_images(rechecked: DecodeCheck) -> None:
     from pipeline.commands import terminal
 
     for bad in rechecked.quarantined[:_LISTED]:
@@ -157,7 +157,7 @@ def _show_images(rechecked: Rechecked) -> None:
     terminal.say(f"{rechecked.images:,} images that have rows were decoded again")
 
 
-def _verdict(done: Verification, drifts: Sequence[Drift], repair: bool) -> str | None:
+def _verdict(done: Verification, drifts: Sequence[RecomputeResult], repair: bool) -> str | None:
     """Return what is wrong, on one line, or None."""
     left = [problem for problem in done.problems if not problem.repaired]
     if left:
@@ -174,7 +174,7 @@ def _verdict(done: Verification, drifts: Sequence[Drift], repair: bool) -> str |
     return None
 
 
-def _show_problems(done: Verification, drifts: Sequence[Drift], as_json: bool) -> None:
+def _show_problems(done: Verification, drifts: Sequence[RecomputeResult], as_json: bool) -> None:
     from pipeline.commands import terminal
 
     if as_json:
@@ -231,12 +231,12 @@ def cache_explain(
     from dataclasses import asdict
 
     from pipeline.commands import terminal
-    from pipeline.extraction.explain import explain, only
+    from pipeline.extraction.explain import explain, select_images
 
     with opened(context) as workspace:
         images = open_dataset(workspace, context)
         found = explain(images, workspace, feature_choice(context), max_pixels, views_choice(context))
-        shown = only(found.images, images, image) if image else found.images
+        shown = select_images(found.images, images, image) if image else found.images
     result = {
         "space": found.space,
         "backbone": found.backbone,

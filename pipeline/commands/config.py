@@ -93,7 +93,7 @@ def _data_dir(file: Path, values: dict[str, Any]) -> Path | None:
         raise _wrong(file, f"data-dir must be a folder's name, found {data!r:.60}")
     from pipeline.core import machine
 
-    return machine.at_home(data)
+    return machine.expand_home(data)
 
 
 def origin(error: Any) -> str:
@@ -234,7 +234,7 @@ def _text(value: Any) -> str:
     from pipeline.core import machine
 
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    return str(machine.at_home(text)) if text.startswith("~") else text  # a value need not be a path
+    return str(machine.expand_home(text)) if text.startswith("~") else text  # a value need not be a path
 
 
 def _with_dashes(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from pipeline.commands.shared import (
 from pipeline.core.units import counted
 
 if TYPE_CHECKING:
-    from pipeline.report.doctor.checks import Checkup
+    from pipeline.report.doctor.checks import DatasetCheck
 
 _MOST_CLASSES = 20  # lines of the table
 _LISTED = 10  # groups of copies and members of each, and bad images
@@ -92,18 +92,18 @@ def doctor(
         finish(result, as_json, tuple(result))
         return
     from pipeline.dataset import remote
-    from pipeline.report.doctor.checks import check, told
-    from pipeline.report.doctor.recommendations import advice
+    from pipeline.report.doctor.checks import check_dataset, summarize
+    from pipeline.report.doctor.recommendations import recommend
 
     remote.limit_connections(connections)
     with opened(context) as workspace:
         images = open_dataset(workspace, context)
-        found = check(images, workspace, feature_choice(context), max_pixels, views_choice(context))
-    words = advice(found)
+        found = check_dataset(images, workspace, feature_choice(context), max_pixels, views_choice(context))
+    words = recommend(found)
     if as_json:
-        terminal.emit_json({**told(found), "advice": words})
+        terminal.emit_json({**summarize(found), "advice": words})
         return
-    _show(found, told(found))
+    _show(found, summarize(found))
     for sentence in words:
         terminal.say(f"- {sentence}", "yellow")
     if found.plan.missing:
@@ -111,7 +111,7 @@ def doctor(
         terminal.say(f"{'' if words else 'nothing stands out; '}to compute them: {command}")
 
 
-def _show(found: Checkup, about: dict[str, Any]) -> None:
+def _show(found: DatasetCheck, about: dict[str, Any]) -> None:
     from pipeline.commands import terminal
     from pipeline.core.units import counted, duration, size_text
 

@@ -41,7 +41,7 @@ from pipeline.commands.shared import (
 
 if TYPE_CHECKING:
     from pipeline.core.spec import Augmentation
-    from pipeline.runs.request import FullAsked
+    from pipeline.runs.request import FinetuneRequest
 
 _TRAINING = (
     "epochs", "batch_size", "optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing",
@@ -196,8 +196,8 @@ def finetune(
 
 
 def _run(stage: str, context: typer.Context) -> None:
-    from pipeline.runs.request import FullAsked, stopped_run, with_network
-    from pipeline.training.finetune import train_full
+    from pipeline.runs.request import FinetuneRequest, stopped_run, with_network
+    from pipeline.training.finetune import finetune
 
     given = context.params
     resume: str | None = given["resume"]
@@ -211,9 +211,9 @@ def _run(stage: str, context: typer.Context) -> None:
         else:
             resume, request = stopped_run(workspace, resume, stage)
             file = given["backbone"] if "backbone" in typed(context) else None
-            asked = with_network(FullAsked.from_dict(request.get("asked", {})), request, file, workspace)
+            asked = with_network(FinetuneRequest.from_dict(request.get("asked", {})), request, file, workspace)
         images = asked.images.open(workspace)
-        run = train_full(images, workspace, asked, resume=resume)
+        run = finetune(images, workspace, asked, resume=resume)
     finish(run.summary, given["as_json"], _SHOWN, note=f"kept in {run.path}")
     exit_for_bad(run.quarantined, len(images), given["max_bad"])
 
@@ -237,17 +237,17 @@ def _refuse_what_does_not_go_together(context: typer.Context) -> None:
                 raise UsageError(f"--{name} is {_CACHED}")
 
 
-def _asked(stage: str, context: typer.Context, root: Path) -> FullAsked:
+def _asked(stage: str, context: typer.Context, root: Path) -> FinetuneRequest:
     from pipeline.core.spec import HeadSpec, Views
     from pipeline.extraction.feature_choice import FeatureChoice
     from pipeline.runs import store
-    from pipeline.runs.request import FullAsked
+    from pipeline.runs.request import FinetuneRequest
 
     given = context.params
     cached = given.get("from_cache", False)
     shape = {name: given[name] for name in ("hidden", "dropout", "normalize")}
     init = given.get("init")
-    return FullAsked(
+    return FinetuneRequest(
         stage=stage,
         images=dataset_choice(context).anchored(),
         features=FeatureChoice(

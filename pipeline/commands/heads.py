@@ -45,7 +45,7 @@ from pipeline.commands.shared import (
 if TYPE_CHECKING:
     from pipeline.cache.workspace import Workspace
     from pipeline.core.spec import HeadSpec
-    from pipeline.runs.request import Asked
+    from pipeline.runs.request import TrainRequest
 
 _SETTINGS = (
     "epochs", "batch_size", "optimizer", "learning_rate", "schedule", "weight_decay", "label_smoothing",
@@ -153,11 +153,11 @@ def train_head(
     exit_for_bad(run.quarantined, len(images), max_bad)
 
 
-def _asked(context: typer.Context) -> Asked:
-    from pipeline.runs.request import Asked
+def _asked(context: typer.Context) -> TrainRequest:
+    from pipeline.runs.request import TrainRequest
 
     given = context.params
-    return Asked(
+    return TrainRequest(
         images=dataset_choice(context).anchored(),
         features=feature_choice(context).anchored(),
         head=_head(context),
@@ -187,9 +187,9 @@ def _head(context: typer.Context) -> HeadSpec:
     return HeadSpec.make(head, **{name: value for name, value in given.items() if name not in foreign})
 
 
-def _resumed(context: typer.Context, name: str, workspace: Workspace) -> tuple[str, Asked]:
-    from pipeline.runs.request import Asked, stopped_run
+def _resumed(context: typer.Context, name: str, workspace: Workspace) -> tuple[str, TrainRequest]:
+    from pipeline.runs.request import TrainRequest, stopped_run
 
     refuse_beside_resume(context)
     name, request = stopped_run(workspace, name, "train-head")
-    return name, Asked.of_request(request)
+    return name, TrainRequest.of_request(request)

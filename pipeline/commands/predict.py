@@ -37,10 +37,12 @@ from pipeline.commands.shared import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.deployment.predict import Answer
+    from pipeline.deployment.predict import ImagePrediction
     from pipeline.extraction.planning import Quarantined
 
-    Named = tuple[Answer, list[tuple[str, float]]]  # an answer, and the likeliest classes with their probabilities
+    Named = tuple[
+        ImagePrediction, list[tuple[str, float]]
+    ]  # an answer, and the likeliest classes with their probabilities
 
 _SHOWN = ("runs", "images", "from_cache", "quarantined", "seconds", "labels")
 _AT_ONCE = 256  # lines of the table
@@ -69,8 +71,8 @@ def predict(
     """Say of new images what they show, by a trained run or several."""
     from pipeline.core.errors import UsageError
     from pipeline.dataset import open_images, remote
-    from pipeline.deployment.predict import likeliest
     from pipeline.deployment.predict import predict as answers_of
+    from pipeline.deployment.predict import top_classes
 
     if as_csv and as_json:
         raise UsageError("--csv and --json both want stdout; leave one of them out")
@@ -83,7 +85,7 @@ def predict(
         with workspace.progress("predicting", len(images)) as advance:
             said = answers_of(trained, images, workspace, max_pixels=max_pixels, weights=weights, advance=advance)
             answers = tally.counting(said)
-            named = ((answer, likeliest(answer.probabilities, classes, top)) for answer in answers)
+            named = ((answer, top_classes(answer.probabilities, classes, top)) for answer in answers)
             if as_json:
                 _write_json(named, spool)
             elif as_csv:
@@ -116,7 +118,7 @@ class _Tally:
         self.from_cache = 0
         self.labels = Counter[int]()
 
-    def counting(self, answers: Iterable[Answer]) -> Iterator[Answer]:
+    def counting(self, answers: Iterable[ImagePrediction]) -> Iterator[ImagePrediction]:
         from pipeline.extraction.planning import Quarantined
 
         for answer in answers:

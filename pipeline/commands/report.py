@@ -82,14 +82,18 @@ def report(
 
             folder = pages.find_sweep(chosen, workspace.sweeps) if sweep else None
             target = out or reports / f"{folder.name if folder else 'compare'}.html"
-            result = pages.of_sweep(folder, target) if folder else pages.compare(names or [], workspace, target)
+            result = (
+                pages.report_sweep(folder, target)
+                if folder
+                else pages.report_comparison(names or [], workspace, target)
+            )
         else:
-            from pipeline.report.run_report import write
+            from pipeline.report.run_report import write_report
             from pipeline.training.open_run import open_run
 
             run = open_run(workspace.runs, chosen)
             target = out or reports / f"{run.name}.html"
             require_target(target)
-            result = write(run, workspace, target, program(context), max_pixels=max_pixels, method=projection)
+            result = write_report(run, workspace, target, program(context), max_pixels=max_pixels, method=projection)
     result["seconds"] = round(time.perf_counter() - start, 3)
     finish(result, as_json, _SHOWN, note="; ".join(result.get("left_out", [])) or None)

@@ -22,7 +22,7 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
     from pipeline.commands import terminal
     from pipeline.runs import store
     from pipeline.runs.request import resume_commands
-    from pipeline.runs.run_dataset import told_apart
+    from pipeline.runs.run_dataset import distinct_names
 
     with opened(context) as workspace:
         again = workspace.command
@@ -45,7 +45,7 @@ def runs_ls(context: typer.Context, as_json: JsonOption = False, quiet: QuietOpt
     if not found:
         terminal.say("there are no runs; `train-head` makes them")
     else:
-        datasets = told_apart([each.path or each.name for each in found])
+        datasets = distinct_names([each.path or each.name for each in found])
         rows = [_run_row(each.about["summary"], name) for each, name in zip(found, datasets, strict=True)]
         headers = ["run", "head", "dataset", "accuracy", "95% interval", "val", "seconds", "weights"]
         terminal.insert_column(rows, headers, 2, "backbone", [store.backbone_of(each.about) for each in found])

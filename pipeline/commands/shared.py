@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.extraction.feature_choice import FeatureChoice
     from pipeline.extraction.planning import Quarantined
     from pipeline.extraction.workers.connect import ClusterChoice
-    from pipeline.runs.request import Asked, DatasetChoice
+    from pipeline.runs.request import DatasetChoice, TrainRequest
     from pipeline.training.open_run import TrainedRun
 
 DatasetOption = Annotated[
@@ -309,7 +309,7 @@ def features_line(context: typer.Context, options: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def asked_features_line(context: typer.Context, asked: Asked) -> str:
+def asked_features_line(context: typer.Context, asked: TrainRequest) -> str:
     """Return the command line that makes the features a run was asked to be trained on."""
     from dataclasses import asdict
 

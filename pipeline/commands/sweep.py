@@ -56,7 +56,7 @@ from pipeline.core.units import size_text
 if TYPE_CHECKING:
     from pipeline.cache.workspace import Workspace
     from pipeline.extraction.feature_choice import FeatureChoice
-    from pipeline.runs.request import SweepAsked
+    from pipeline.runs.request import SweepRequest
     from pipeline.training.sweep.sweep import Sweep
 
 _HEADS = ("flatten", "gap", "logreg")
@@ -180,7 +180,7 @@ def _backbones(texts: Iterable[str]) -> list[str]:
     """Return the names and files in lists with commas, each once; a text that is a file is one, whatever its name."""
     from pipeline.core import machine
 
-    parts = [[text] if machine.at_home(text).is_file() else text.split(",") for text in texts]
+    parts = [[text] if machine.expand_home(text).is_file() else text.split(",") for text in texts]
     return list(dict.fromkeys(name.strip() for some in parts for name in some if name.strip()))
 
 
@@ -228,16 +228,16 @@ def _features_command(context: typer.Context, choice: FeatureChoice, is_one_of_s
     return features_command(context, backbone=choice.backbone, scaling=choice.scaling, weights=weights)
 
 
-def _asked(context: typer.Context, choices: tuple[FeatureChoice, ...]) -> SweepAsked:
+def _asked(context: typer.Context, choices: tuple[FeatureChoice, ...]) -> SweepRequest:
     from pipeline.core.errors import UsageError
-    from pipeline.runs.request import SweepAsked
+    from pipeline.runs.request import SweepRequest
     from pipeline.training.sweep.trials import make_trials
 
     given = context.params
     if given["random"] is None and "seed" in typed(context):
         raise UsageError("--seed is of the draw, so it goes with --random only; of the heads: --set seed=0,1,2")
     specs = make_trials(given["head"] or _HEADS, given["settings"] or (), given["random"], given["seed"])
-    return SweepAsked(
+    return SweepRequest(
         images=dataset_choice(context).anchored(),
         features=tuple(choice.anchored() for choice in choices),
         specs=tuple(specs),
@@ -247,14 +247,14 @@ def _asked(context: typer.Context, choices: tuple[FeatureChoice, ...]) -> SweepA
     )
 
 
-def _resumed(context: typer.Context, name: str, root: Path) -> tuple[str, SweepAsked, list[str]]:
+def _resumed(context: typer.Context, name: str, root: Path) -> tuple[str, SweepRequest, list[str]]:
     """Return the name of the sweep that is resumed, what it was asked for, and what makes its features."""
     from pipeline.runs import store
-    from pipeline.runs.request import SweepAsked
+    from pipeline.runs.request import SweepRequest
 
     refuse_beside_resume(context, *CLUSTER_OPTIONS)
     name = store.latest_of(store.unfinished(root), root) if name == "latest" else name
-    asked = SweepAsked.of_request(store.read_request(root, name))
+    asked = SweepRequest.of_request(store.read_request(root, name))
     return name, asked, [asked_features_line(context, asked.head(each, asked.specs[0])) for each in asked.features]
 
 

@@ -15,14 +15,14 @@ from pipeline.core import files
 from pipeline.core.errors import CacheError
 
 
-def done_without() -> bool:
+def without_locks() -> bool:
     """Return whether a person said that the cache lies where there are no locks: ICEBOX_LOCKS=off."""
     return os.environ.get("ICEBOX_LOCKS", "").lower() in ("off", "0", "no", "false")
 
 
 def spare_hdf5() -> None:
     """Have HDF5, Keras' included, lock no file where locks are `done_without`. It looks once, while it is loaded."""
-    if done_without():
+    if without_locks():
         os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
 
 
@@ -38,7 +38,7 @@ def exclusive(path: Path, on_wait: Callable[[str], None], *, needed: bool = Fals
     CacheError
         If the lock file cannot be written, the file system has no locks, or one is needed and done without.
     """
-    if done_without():
+    if without_locks():
         if needed:
             raise CacheError(f"{path.parent}: what removes or replaces files needs locks; unset ICEBOX_LOCKS")
         yield
@@ -78,7 +78,7 @@ def hold_alone(file: BinaryIO, path: Path) -> None:
     CacheError
         If its file system has no locks.
     """
-    if done_without():
+    if without_locks():
         return
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,7 +94,7 @@ def shared(path: Path) -> Iterator[None]:
 
     Where the folder cannot be written nobody removes anything either, so there it is done without.
     """
-    if done_without():
+    if without_locks():
         yield
         return
     files.about_to("lock", path)
@@ -153,7 +153,7 @@ def held_if_abandoned(folder: Path) -> Iterator[bool]:
         yield held
 
 
-def abandoned(folder: Path) -> bool:
+def find_abandoned(folder: Path) -> bool:
     """Return whether nobody works on `folder` any more; False where its file system has no locks to tell by."""
     with _alone_in(folder.parent), ExitStack() as stack, suppress(CacheError):
         return _is_free(folder, stack)
@@ -162,7 +162,7 @@ def abandoned(folder: Path) -> bool:
 
 def remove_abandoned(folder: Path) -> bool:
     """Remove a folder unless somebody works on it, or there are no locks to tell by; return whether it was removed."""
-    if done_without() or not abandoned(folder):
+    if without_locks() or not find_abandoned(folder):
         return False
     with held_if_abandoned(folder) as held:
         if held:
@@ -187,7 +187,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _is_free(folder: Path, stack: ExitStack) -> bool:
     """Return whether `folder` could be locked; the lock is held until `stack` is closed. Raises CacheError."""
-    if done_without():
+    if without_locks():
         return folder.is_dir()
     try:
         handle = os.open(folder, os.O_RDONLY)

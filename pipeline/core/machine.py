@@ -44,7 +44,7 @@ class Machine:
     available_memory: int
 
 
-def look() -> Machine:
+def inspect_machine() -> Machine:
     """Return what this machine has now."""
     import psutil
 
@@ -75,7 +75,7 @@ def available_memory() -> int:
     return min([psutil.virtual_memory().available, *(limit.left for limit in resource_limits.memory_limits())])
 
 
-def at_home(path: str) -> Path:
+def expand_home(path: str) -> Path:
     """Return the path with the home folder that a leading ~ means, as a shell hands it over."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  the Path method raises on "~nobody"
 

@@ -36,7 +36,7 @@ _holders: list[subprocess.Popen[bytes]] = []
 
 
 @contextlib.contextmanager
-def held_back(loaded: str) -> Iterator[None]:
+def hold_back(loaded: str) -> Iterator[None]:
     """Keep what is printed on descriptor 2 while `loaded` is being loaded off the terminal, unless that fails.
 
     In other threads too; the program's own messages go there by a descriptor of their own, as `cli.py` has it.

@@ -7,7 +7,7 @@ import re
 _LOOKS_SPELT = re.compile(r"\\(?=udc[89a-f][0-9a-f]|x5c)")
 
 
-def spelt(name: str) -> str:
+def to_utf8(name: str) -> str:
     r"""Return a name such as UTF-8 can carry it, no two names alike.
 
     An odd byte of a file's name is spelt out, as ``\udcff``; a backslash that stood before such letters already

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.core import machine
 from pipeline.core.errors import DatasetError, UsageError, did_you_mean
 from pipeline.core.progress import Progress, silent
-from pipeline.dataset.base import Dataset, Source, alike, limit, of_files
+from pipeline.dataset.base import Dataset, Source, identical_images, limit, of_files
 from pipeline.dataset.cifar import CIFAR10, CIFAR100, open_cifar
 from pipeline.dataset.digits import open_digits
 from pipeline.dataset.folder import open_folder
@@ -24,10 +24,10 @@ __all__ = [
     "Dataset",
     "Source",
     "Split",
-    "alike",
     "assign",
     "few_groups",
     "groups",
+    "identical_images",
     "is_known",
     "limit",
     "notices",
@@ -101,7 +101,7 @@ def _open(name: str, downloads: Path, archive: Path | None, image_root: Path | N
 
 
 def _open_path(name: str, image_root: Path | None) -> Dataset:
-    path = machine.at_home(name)
+    path = machine.expand_home(name)
     try:
         is_folder, is_file, exists = path.is_dir(), path.is_file(), path.exists()
     except OSError as error:  # a name too long, a parent that may not be entered

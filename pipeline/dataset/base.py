@@ -225,7 +225,7 @@ def index_labels(texts: Iterable[str], order: Callable[[str], Any] | None = None
     return classes, np.array([place[name] for name in names], np.int32)[codes]
 
 
-def alike(classes: Sequence[str]) -> list[list[str]]:
+def identical_images(classes: Sequence[str]) -> list[list[str]]:
     """Return groups of class names that look alike: they differ in case, in blanks or in Unicode's compatible forms."""
     groups: dict[str, list[str]] = {}
     for name in classes:
@@ -241,7 +241,7 @@ def remap(order: Sequence[int], codes: np.ndarray) -> np.ndarray:
     return place[codes]
 
 
-def brought(splits: list[str]) -> list[str] | None:
+def brought_splits(splits: list[str]) -> list[str] | None:
     """Return `splits`, or None if they set nothing apart: a lone "train" holds no image back."""
     return None if set(splits) <= {"train"} else splits
 

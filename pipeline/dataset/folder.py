@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.errors import DatasetError
-from pipeline.dataset.base import SPLIT_NAMES, Dataset, FileSource, brought, index_labels
+from pipeline.dataset.base import SPLIT_NAMES, Dataset, FileSource, brought_splits, index_labels
 from pipeline.dataset.ignored import file_ignored_as, folder_ignored_as, ignored_text
 from pipeline.dataset.layout import class_depth
 
@@ -53,7 +53,7 @@ def open_folder(root: Path) -> Dataset:
         classes=classes,
         names=names,
         labels=labels,
-        splits=brought([SPLIT_NAMES[name.split("/", 1)[0].lower()] for name in names]) if depth else None,
+        splits=brought_splits([SPLIT_NAMES[name.split("/", 1)[0].lower()] for name in names]) if depth else None,
         groups=None,
         source=FileSource(root, names),
         ignored=dict(ignored),

@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.core.errors import DatasetError
 from pipeline.dataset import remote
-from pipeline.dataset.base import SPLIT_NAMES, Dataset, FileSource, brought, index_labels
+from pipeline.dataset.base import SPLIT_NAMES, Dataset, FileSource, brought_splits, index_labels
 from pipeline.dataset.diagnosis import foreign_format, line_that_is_not_utf8, missing_file
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def open_manifest(path: Path, image_root: Path | None = None) -> Dataset:
         classes=classes,
         names=rows.names,
         labels=labels,
-        splits=brought(rows.splits) if any(rows.splits) else None,
+        splits=brought_splits(rows.splits) if any(rows.splits) else None,
         groups=rows.groups if any(rows.groups) else None,
         source=FileSource(root, rows.names),
     )

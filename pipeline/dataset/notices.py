@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.dataset.base import Dataset, alike
+from pipeline.dataset.base import Dataset, identical_images
 from pipeline.dataset.ignored import ignored_text
 
 _NAMED = 10
@@ -18,7 +18,7 @@ def notices(dataset: Dataset) -> Iterator[str]:
         others = f" and {len(empty) - _NAMED:,} more" if len(empty) > _NAMED else ""
         folders = "folder holds" if len(empty) == 1 else "folders hold"
         yield f"{len(empty):,} {folders} no images: {', '.join(empty[:_NAMED])}{others}"
-    if groups := alike(dataset.classes):
+    if groups := identical_images(dataset.classes):
         listed = ", ".join(" and ".join(map(repr, group)) for group in groups[:_NAMED])
         others = f" and {len(groups) - _NAMED:,} more" if len(groups) > _NAMED else ""
         yield f"classes that look alike are kept apart: {listed}{others}; rename them if they are one class"

@@ -115,7 +115,7 @@ def require(urls: Iterable[str]) -> None:
             raise UsageError(f"{protocol}:// needs {package}: .venv/bin/pip install {package}")
 
 
-def whole(url: str) -> str:
+def fetch_whole(url: str) -> str:
     """Return what tells whether an image is still the same: the address itself, or the archive it lies in."""
     protocol, rest = _split(url)
     return f"{protocol}://::{rest.partition('::')[2]}" if protocol in _ARCHIVES else url
@@ -140,7 +140,7 @@ def hold(url: str, fetched: Fetched | OSError) -> None:
     _state().held[url] = fetched
 
 
-def let_go() -> None:
+def forget_fetched() -> None:
     """Forget what is held."""
     _state().held.clear()
 
@@ -261,7 +261,7 @@ def _options(protocol: str, names: str | tuple[str, ...]) -> dict[str, Any]:
 def _fetch(url: str) -> Fetched:
     protocol, rest = _split(url)
     if protocol in _ARCHIVES:
-        archive = _archive(whole(url))
+        archive = _archive(fetch_whole(url))
         return Fetched(archive.read(rest.partition("::")[0]), archive.validator)
     system, path = _system(url)
     if protocol in ("http", "https"):

@@ -42,7 +42,7 @@ def open_images(paths: Sequence[str], image_root: Path | None = None) -> Dataset
             names.append(text)
             files.append(_resolved(text))
             continue
-        path = machine.at_home(text)
+        path = machine.expand_home(text)
         if _is_folder(path, text):
             passed: Counter[str] = Counter()
             found = [str(path / name) for name in sorted(images_below(path, passed))]

@@ -16,18 +16,18 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import SpecError, UsageError, WeightsError
 from pipeline.core.spec import FeatureSpec
-from pipeline.extraction.feature_choice import other_version, warn_untrained
+from pipeline.extraction.feature_choice import version_differences, warn_untrained
 from pipeline.training import heads
-from pipeline.training.full_model import Network, stitched
+from pipeline.training.full_model import FullModel, to_dense_head
 from pipeline.training.heads.dense import DenseHead, average
 from pipeline.training.open_run import TrainedRun
-from pipeline.training.rows import Wanted, stored_rows
+from pipeline.training.rows import RowSelection, stored_rows
 
 _ROOM = 2**28  # bytes that cached rows may take in memory
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs that read the same features, or a full model, which has a backbone of its own.
 
     `share` is what they count among all; `given` are the weights of its backbone, if they were stated.
@@ -50,11 +50,11 @@ class Group:
 
     def of_rows(self, space: FeatureSpace, keys: Sequence[bytes]) -> np.ndarray:
         """Return what the runs say on average of images by their rows, (n, k) float32. All must have one."""
-        at = [Wanted(np.arange(len(keys)))]
+        at = [RowSelection(np.arange(len(keys)))]
         rows = {reads: stored_rows(space, keys, reads, at)[0] for reads in {run.reads for run in self.runs}}
         return np.stack([run.predict(rows[run.reads].within(_ROOM)) for run in self.runs]).mean(axis=0)
 
-    def network(self, precision: str | None = None) -> Network:
+    def network(self, precision: str | None = None) -> FullModel:
         """Return backbone and heads as one network, in the precision of the features if no other is given.
 
         Raises
@@ -71,7 +71,7 @@ class Group:
         def joined(shape: tuple[int, ...]) -> DenseHead:
             return average([_stitched(run, shape) for run in self.runs])
 
-        made = Network(replace(self.spec, precision=precision or self.spec.precision), joined, weights.network)
+        made = FullModel(replace(self.spec, precision=precision or self.spec.precision), joined, weights.network)
         made.load_backbone(weights.identity, weights.path)
         return made
 
@@ -84,10 +84,10 @@ class Group:
 
 def _stitched(run: TrainedRun, shape: tuple[int, ...]) -> DenseHead:
     with heads.of_its_run(run.path, len(run.classes), shape):
-        return stitched(run.head, shape, len(run.classes))
+        return to_dense_head(run.head, shape, len(run.classes))
 
 
-def grouped(runs: Sequence[TrainedRun], workspace: Workspace, weights: str | None = None) -> list[Group]:
+def group_runs(runs: Sequence[TrainedRun], workspace: Workspace, weights: str | None = None) -> list[RunGroup]:
     """Return the runs by what they read; `weights` is a file to look at for a backbone's.
 
     Raises
@@ -104,11 +104,11 @@ def grouped(runs: Sequence[TrainedRun], workspace: Workspace, weights: str | Non
         warn_untrained(run.base)
         found.setdefault(run.path if run.full else run.spec, []).append(run)
     given = {} if weights is None else _stated(runs, workspace, weights)
-    return [Group(tuple(some), len(some) / len(runs), workspace, given.get(some[0].spec)) for some in found.values()]
+    return [RunGroup(tuple(some), len(some) / len(runs), workspace, given.get(some[0].spec)) for some in found.values()]
 
 
 def _require_same_reading(run: TrainedRun) -> None:
-    if differing := other_version(run.spec):
+    if differing := version_differences(run.spec):
         listed = ", ".join(f"{name} {theirs}, not {ours}" for name, (theirs, ours) in differing.items())
         raise SpecError(f"the run {run.name} was trained by another version of Icebox: {listed}")
 
@@ -122,7 +122,7 @@ def _stated(runs: Sequence[TrainedRun], workspace: Workspace, weights: str) -> d
             first.setdefault(run.spec, run)
     for spec, run in first.items():
         try:
-            given = networks.given(spec, weights, workspace)
+            given = networks.backbone_text(spec, weights, workspace)
         except (SpecError, UsageError, WeightsError) as error:  # it may be that of another run
             refused.append(error)
             continue

@@ -21,16 +21,16 @@ from pipeline.extraction.feature_choice import FeatureChoice, warn_untrained
 from pipeline.extraction.planning import Quarantined
 from pipeline.images.decoding import depth_of
 from pipeline.runs import store
-from pipeline.runs.metrics import confusion_cells, evaluate
+from pipeline.runs.metrics import compute_metrics, confusion_cells
 from pipeline.runs.plots import draw_calibration, draw_confusion
 from pipeline.runs.predictions import Predictions, write_predictions
 from pipeline.runs.run_images import SEEN, RunImages
-from pipeline.training.fitting import answers
-from pipeline.training.full_model import compiled, probabilities
-from pipeline.training.image_batches import Pixels, decoding
-from pipeline.training.labelled_features import Material, Sorted, gather, gather_images
+from pipeline.training.fitting import predict_probabilities
+from pipeline.training.full_model import compile_model, probabilities
+from pipeline.training.image_batches import ImageRows, open_decoder
+from pipeline.training.labelled_features import LabelledFeatures, LabelledImages, join_features, join_images
 from pipeline.training.open_run import TrainedRun
-from pipeline.training.rows import Wanted, open_rows
+from pipeline.training.rows import RowSelection, open_rows
 from pipeline.training.seen_images import seen_images
 
 logger = logging.getLogger(__name__)
@@ -102,12 +102,12 @@ def evaluate_run(
     material = _gathered(run, dataset, workspace, features_command, max_pixels, space, memory)
     chosen = _choose(run, material, seen_images(run, workspace, material), split, own, include_trained)
     side, members = chosen.side, chosen.members
-    if isinstance(material, Material):
+    if isinstance(material, LabelledFeatures):
         said = _said_of_rows(run, material, members, side, memory)
     else:
         said = _said_of_images(run, material, members, max_pixels, workspace)
     predictions = Predictions(side, material.names(members), material.labels(members), said)
-    metrics = evaluate(predictions.labels, predictions.probabilities, run.classes)
+    metrics = compute_metrics(predictions.labels, predictions.probabilities, run.classes)
     title = (
         side if own or material.content == run.content else f"{dataset.name}-{side}-{material.digest()[:8]}"
     )  # names may be alike, images not
@@ -129,7 +129,12 @@ class _Chosen:
 
 
 def _choose(
-    run: TrainedRun, images: Sorted, known: RunImages | None, split: Side | None, own: bool, include_trained: bool
+    run: TrainedRun,
+    images: LabelledImages,
+    known: RunImages | None,
+    split: Side | None,
+    own: bool,
+    include_trained: bool,
 ) -> _Chosen:
     """Choose the images to measure; what the run has seen of them is said. Raises DatasetError if none is left."""
     side: Side = split or ("test" if own or not images.split.drawn else "all")
@@ -172,15 +177,15 @@ def _gathered(
     max_pixels: int,
     space: str | None,
     memory: int | None,
-) -> Sorted:
+) -> LabelledImages:
     if run.full:
         for name, value in (("space", space), ("memory", memory)):
             if value is not None:
                 raise UsageError(f"the run {run.name} is a full model, which reads images; leave out --{name}")
-        images = gather_images(dataset, workspace, max_pixels, run.spec.fit, depth_of(run.spec.decode))
+        images = join_images(dataset, workspace, max_pixels, run.spec.fit, depth_of(run.spec.decode))
         warn_untrained(run.base)
         return images
-    material = gather(dataset, workspace, _choice(run, workspace, space), max_pixels, features_command)
+    material = join_features(dataset, workspace, _choice(run, workspace, space), max_pixels, features_command)
     run.require_space(material.space.spec)
     warn_untrained(material.space.spec)
     return material
@@ -205,23 +210,23 @@ def _choice(run: TrainedRun, workspace: Workspace, space: str | None) -> Feature
 
 
 def _said_of_rows(
-    run: TrainedRun, material: Material, members: np.ndarray, side: Side, memory: int | None
+    run: TrainedRun, material: LabelledFeatures, members: np.ndarray, side: Side, memory: int | None
 ) -> np.ndarray:
     with material.space.reading():
-        (rows,) = open_rows(material.space, material.keys, run.reads, [Wanted(members)], memory=memory)
-        return answers(run, rows, side)
+        (rows,) = open_rows(material.space, material.keys, run.reads, [RowSelection(members)], memory=memory)
+        return predict_probabilities(run, rows, side)
 
 
 def _said_of_images(
-    run: TrainedRun, images: Sorted, members: np.ndarray, max_pixels: int, workspace: Workspace
+    run: TrainedRun, images: LabelledImages, members: np.ndarray, max_pixels: int, workspace: Workspace
 ) -> np.ndarray:
-    answer, spec = compiled(run.network()), run.spec
+    answer, spec = compile_model(run.network()), run.spec
     how = spec.input_size, spec.fit, max_pixels, depth_of(spec.decode)
     with (
-        decoding(images.dataset, images.keys, images.usable, *how) as source,
+        open_decoder(images.dataset, images.keys, images.usable, *how) as source,
         workspace.progress("measuring", len(members)) as advance,
     ):
-        pixels = Pixels(source, members)
+        pixels = ImageRows(source, members)
         return probabilities(answer, pixels, DEFAULT_BATCH_SIZE, advance)
 
 

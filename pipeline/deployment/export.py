@@ -24,13 +24,13 @@ from pipeline.core.errors import DatasetError, IceboxError, RunError, UsageError
 from pipeline.core.locks import remove_abandoned
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset, limit
-from pipeline.deployment.ensemble import grouped
+from pipeline.deployment.ensemble import group_runs
 from pipeline.deployment.export_formats import CLASSES, FORMATS, Format
 from pipeline.deployment.predict import predict
 from pipeline.images.decoding import depth_of
 from pipeline.images.loader import Loader
 from pipeline.runs import store
-from pipeline.training.full_model import Network
+from pipeline.training.full_model import FullModel
 from pipeline.training.open_run import TrainedRun
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ _MOST_DIFFERENCE = 1e-3  # of a probability, from the float32 full model
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What `export` made: the model's path, and how far it is from the run."""
 
     path: Path
@@ -62,7 +62,7 @@ def export_run(
     max_pixels: int,
     out: Path | None = None,
     weights: str | None = None,
-) -> Exported:
+) -> ExportResult:
     """Write `run` in the format `name` into a folder of its own, which appears whole or not at all.
 
     The model computes in float32. It is loaded again in its own runtime and compared on some of `images` with the
@@ -83,7 +83,7 @@ def export_run(
     _require_free(final)
     _remove_leftovers(final.parent)
     start = time.perf_counter()
-    (group,) = grouped([run], workspace, weights)
+    (group,) = group_runs([run], workspace, weights)
     some, pixels = _some(images, run, max_pixels)
     logger.info("building %s in float32", run.backbone)
     network = group.network("float32")
@@ -107,7 +107,7 @@ def export_run(
         }
         files.write_json(folder / CLASSES, run.classes)
         files.write_json(folder / ABOUT, about)
-    return Exported(final / form.file, about)
+    return ExportResult(final / form.file, about)
 
 
 def _description(run: TrainedRun, form: Format, image: tuple[int, ...]) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _difference_to_run(
     return max(found)
 
 
-def deployable(network: Network, *, named: bool) -> KerasModel:
+def deployable(network: FullModel, *, named: bool) -> KerasModel:
     """Return a network as one Keras model of standard layers: pixels (n, size, size, 3) uint8 RGB → probabilities.
 
     `named` gives the output in a dict, so that formats that name their outputs call it "probabilities".

@@ -18,8 +18,8 @@ import numpy as np
 from pipeline.backbone.fold_batch_norm import is_depthwise
 from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.core import machine
-from pipeline.core.native_stderr import held_back
-from pipeline.training.full_model import Answerer
+from pipeline.core.native_stderr import hold_back
+from pipeline.training.full_model import BatchPredictor
 
 CLASSES = "classes.json"  # what the class names are called, inside a model and beside it
 
@@ -31,7 +31,7 @@ class Format:
     name: str
     file: str
     write: Callable[[KerasModel, Path, Sequence[str]], None]
-    load: Callable[[Path], Answerer]
+    load: Callable[[Path], BatchPredictor]
     packages: tuple[str, ...]
     named: bool = True  # whether outputs have names
 
@@ -45,7 +45,7 @@ def _write_keras(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
     _add_to_zip(path, classes)
 
 
-def _load_keras(path: Path) -> Answerer:
+def _load_keras(path: Path) -> BatchPredictor:
     model = import_keras().models.load_model(path, compile=False)
     return lambda pixels: np.asarray(model.predict_on_batch(pixels), np.float32)
 
@@ -74,7 +74,7 @@ def _write_savedmodel(model: KerasModel, path: Path, classes: Sequence[str]) -> 
     (extra / CLASSES).write_text(json.dumps(classes))
 
 
-def _load_savedmodel(path: Path) -> Answerer:
+def _load_savedmodel(path: Path) -> BatchPredictor:
     import tensorflow as tf
 
     loaded: Any = tf.saved_model.load(str(path))
@@ -140,7 +140,7 @@ def _without_xla(model: KerasModel) -> KerasModel:
     )
 
 
-def _load_onnx(path: Path) -> Answerer:
+def _load_onnx(path: Path) -> BatchPredictor:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -155,10 +155,10 @@ def _write_litert(model: KerasModel, path: Path, classes: Sequence[str]) -> None
     _add_to_zip(path, classes)  # as TensorFlow Lite's own metadata are: the interpreter reads the front only
 
 
-def _load_litert(path: Path) -> Answerer:
+def _load_litert(path: Path) -> BatchPredictor:
     from ai_edge_litert.interpreter import Interpreter
 
-    with held_back("LiteRT"):
+    with hold_back("LiteRT"):
         interpreter = Interpreter(str(path), num_threads=machine.usable_cores())
         interpreter.allocate_tensors()
         signature = interpreter.get_signature_runner("serving_default")
@@ -176,7 +176,7 @@ def _write_openvino(model: KerasModel, path: Path, classes: Sequence[str]) -> No
         openvino.save_model(made, path, compress_to_fp16=False)
 
 
-def _load_openvino(path: Path) -> Answerer:
+def _load_openvino(path: Path) -> BatchPredictor:
     import openvino
 
     # Left to itself OpenVINO computes in bfloat16 where the CPU has it.

@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 PATIENCE_S = 10.0
 
 
-class PatientProtocol(H11Protocol):
+class IdleTimeoutProtocol(H11Protocol):
     """uvicorn's own, which waits for ever for the first request of a connection, and for the end of its headers."""
 
     def connection_made(self, transport: Any) -> None:

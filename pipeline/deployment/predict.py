@@ -16,11 +16,11 @@ from pipeline.cache.digests import Identities, identify
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import IndexDamagedError
 from pipeline.dataset import Dataset
-from pipeline.deployment.ensemble import Group, grouped
-from pipeline.extraction.compute import note_bad, note_key
+from pipeline.deployment.ensemble import RunGroup, group_runs
+from pipeline.extraction.compute import record_failure, record_key
 from pipeline.images import decoding as decoding_policy
 from pipeline.images.loader import Loaded, Loader, batched, decoding_pool
-from pipeline.training.full_model import Answerer, compiled
+from pipeline.training.full_model import BatchPredictor, compile_model
 from pipeline.training.open_run import TrainedRun
 
 WINDOW = 512  # images whose answers are in memory together
@@ -28,7 +28,7 @@ _BATCH = 32
 
 
 @dataclass(frozen=True)
-class Answer:
+class ImagePrediction:
     """What was said of one image: probabilities (k,) float32, or None and the reason why nothing is.
 
     `cached` tells whether all of it came from cached rows.
@@ -48,7 +48,7 @@ def predict(
     max_pixels: int,
     weights: str | None = None,
     advance: Callable[[float], None] = lambda n: None,
-) -> Iterator[Answer]:
+) -> Iterator[ImagePrediction]:
     """Yield what `runs` say on average of each image, in the dataset's order.
 
     Its bytes are decoded and preprocessed as those were that the runs were trained on. `weights` is a file to look
@@ -61,7 +61,7 @@ def predict(
     WeightsError
         If the weights of a backbone that has to compute are not on this machine.
     """
-    groups = grouped(runs, workspace, weights)
+    groups = group_runs(runs, workspace, weights)
     with ExitStack() as stack:
         loaders = [_loader(images, group, max_pixels) for group in groups]
         for load in loaders:
@@ -81,7 +81,7 @@ def predict(
 
 def _window_answers(
     window: Dataset, start: int, speakers: Sequence[_Speaker], workspace: Workspace, advance: Callable[[float], None]
-) -> list[Answer]:
+) -> list[ImagePrediction]:
     """Return what is said of some images, the first of them being image `start` of all."""
     identities = identify(window, workspace.cache.index, lambda n: None, read_unseen=False)
     found = [
@@ -92,17 +92,19 @@ def _window_answers(
     mean = np.sum([each.share * said.probabilities for each, said in zip(speakers, found, strict=True)], axis=0)
     cached = np.all([said.cached for said in found], axis=0)
     return [
-        Answer(name, None, reasons[i]) if i in reasons else Answer(name, mean[i], cached=bool(cached[i]))
+        ImagePrediction(name, None, reasons[i])
+        if i in reasons
+        else ImagePrediction(name, mean[i], cached=bool(cached[i]))
         for i, name in enumerate(window.names)
     ]
 
 
-def _loader(images: Dataset, group: Group, max_pixels: int) -> Loader:
+def _loader(images: Dataset, group: RunGroup, max_pixels: int) -> Loader:
     spec = group.spec
     return Loader(images, spec.input_size, spec.fit, max_pixels, depth=decoding_policy.depth_of(spec.decode))
 
 
-def likeliest(probabilities: np.ndarray | None, classes: list[str], count: int) -> list[tuple[str, float]]:
+def top_classes(probabilities: np.ndarray | None, classes: list[str], count: int) -> list[tuple[str, float]]:
     """Return the `count` likeliest classes and their probabilities, equal ones in their order; none of None."""
     if probabilities is None:
         return []
@@ -131,14 +133,14 @@ class _Said:
 class _Speaker:
     """Answers for one group of runs; its network is built when the first image needs it."""
 
-    def __init__(self, group: Group, load: Loader, pool: ThreadPoolExecutor, max_pixels: int) -> None:
+    def __init__(self, group: RunGroup, load: Loader, pool: ThreadPoolExecutor, max_pixels: int) -> None:
         self._group = group
         self.share = group.share
         self._index = group.workspace.cache.index
         self._load = load
         self._pool = pool
         self._max_pixels = max_pixels
-        self._answerer: Answerer | None = None
+        self._answerer: BatchPredictor | None = None
 
     def answers(self, window: _Window, advance: Callable[[float], None]) -> _Said:
         """Return what is said of a window's images; an answer belongs to the very bytes that were decoded."""
@@ -210,7 +212,7 @@ class _Speaker:
         for image in loaded:
             if image.pixels is not None:
                 was_unseen = image.i in window.identities.unseen
-                note_key(image, window.images, window.identities, self._index)
+                record_key(image, window.images, window.identities, self._index)
                 if was_unseen and image.key and (rows := self._from_cache([image.key])):  # it can be decoded
                     said.update(rows)
                     found.update(rows)
@@ -218,14 +220,14 @@ class _Speaker:
                 else:
                     yield image
                 continue
-            note_bad(image, window.images, window.identities, self._index, self._max_pixels)
+            record_failure(image, window.images, window.identities, self._index, self._max_pixels)
             if image.key is not None:
                 refused[image.key] = image.reason
             advance(1)
 
-    def _network(self) -> Answerer:
+    def _network(self) -> BatchPredictor:
         if self._answerer is None:
-            self._answerer = compiled(self._group.network())
+            self._answerer = compile_model(self._group.network())
         return self._answerer
 
 

@@ -13,7 +13,7 @@ from pipeline.core.errors import UsageError
 from pipeline.core.spec import OWN, SHAPE, HeadSpec
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images.decoding import DEFAULT_MAX_PIXELS, FULL_DEPTH, depth_of
-from pipeline.runs.request import Asked, FullAsked
+from pipeline.runs.request import FinetuneRequest, TrainRequest
 from pipeline.training.open_run import TrainedRun
 
 Option = tuple[str, Any]  # its name and value: None leaves it out, True makes it a flag
@@ -31,7 +31,7 @@ _SPACE = (
 )
 
 
-def commands(run: TrainedRun, program: Sequence[str], bad: float) -> list[str]:
+def reproduction_commands(run: TrainedRun, program: Sequence[str], bad: float) -> list[str]:
     """Return what is to be typed, in order: what makes the features, and what trains; nothing if a run cannot tell.
 
     `program` is what each line begins with, `bad` the share of the images that were quarantined.
@@ -77,7 +77,7 @@ def _steps(run: TrainedRun) -> list[tuple[str, list[Option]]]:
     rest: list[Option] = [("--max-pixels", asked.max_pixels if asked.max_pixels != DEFAULT_MAX_PIXELS else None)]
     if asked.views.count > 1:
         rest = [("--views", asked.views.count), ("--augment", str(asked.views.recipe) or None), *rest]
-    if isinstance(asked, FullAsked):
+    if isinstance(asked, FinetuneRequest):
         return [(asked.stage, [*dataset, *_full(run, asked), *rest])]
     of_space = _of_space(run, asked, storage=True)
     head = [("--head", run.kind), ("--folds", asked.folds or None), *_settings(asked.head, ())]
@@ -90,7 +90,7 @@ def _in_space(options: Sequence[Option], name: str) -> list[Option]:
     return [first if option[0] == "--weights" else option for option in options if option[0] not in _SPACE[1:]]
 
 
-def _of_space(run: TrainedRun, asked: Asked | FullAsked, *, storage: bool) -> list[Option]:
+def _of_space(run: TrainedRun, asked: TrainRequest | FinetuneRequest, *, storage: bool) -> list[Option]:
     """Return what says which features: as they came out, not `auto`, which may mean others by then."""
     base, weights = run.base, asked.features.weights
     if weights == "auto" and base.backbone.startswith(OWN):
@@ -118,7 +118,7 @@ def _backbone(run: TrainedRun) -> list[Option]:
     return [("--backbone", None if default else name), ("--input-size", size), ("--scaling", scaling)]
 
 
-def _full(run: TrainedRun, asked: FullAsked) -> list[Option]:
+def _full(run: TrainedRun, asked: FinetuneRequest) -> list[Option]:
     tuned: list[Option] = [("--augment", asked.augment and (str(asked.augment) or "default"))]
     if asked.stage == "finetune":
         tuned += [("--freeze-until", asked.freeze_until), ("--batch-norm", asked.batch_norm)]

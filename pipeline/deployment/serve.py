@@ -19,12 +19,12 @@ import numpy as np
 from pipeline.cache.workspace import Workspace
 from pipeline.core import machine
 from pipeline.core.errors import IceboxError, UsageError
-from pipeline.core.utf8 import spelt
-from pipeline.deployment.ensemble import Group, grouped
-from pipeline.deployment.predict import likeliest
+from pipeline.core.utf8 import to_utf8
+from pipeline.deployment.ensemble import RunGroup, group_runs
+from pipeline.deployment.predict import top_classes
 from pipeline.images.decoding import depth_of
 from pipeline.images.loader import Decoders, decoding_pool
-from pipeline.training.full_model import compiled
+from pipeline.training.full_model import compile_model
 from pipeline.training.open_run import TrainedRun
 
 logger = logging.getLogger(__name__)
@@ -98,9 +98,9 @@ def service(
 
     It may be called from any thread. It decodes where it is called, and raises DecodeError or MemoryError if it cannot.
     """
-    groups = grouped(runs, workspace, weights)
+    groups = group_runs(runs, workspace, weights)
     logger.info("loading %s", ", ".join(run.name for run in runs))
-    answerers = [(_seen_by(group), group.share, compiled(group.network())) for group in groups]
+    answerers = [(_seen_by(group), group.share, compile_model(group.network())) for group in groups]
 
     def answer(batch: Sequence[Pixels]) -> np.ndarray:
         parts = [share * run(np.stack([pixels[way] for pixels in batch])) for way, share, run in answerers]
@@ -118,7 +118,7 @@ def service(
         yield lambda data: batcher({way: decode(data) for way, decode in decoders.items()})
 
 
-def _seen_by(group: Group) -> Way:
+def _seen_by(group: RunGroup) -> Way:
     return group.spec.input_size, group.spec.fit, depth_of(group.spec.decode)
 
 
@@ -155,9 +155,9 @@ def serve(
     from pipeline.deployment import idle_timeout, web
 
     with _listening(host, port) as listener, service(runs, workspace, max_pixels=max_pixels, weights=weights) as answer:
-        classes = [spelt(name) for name in runs[0].classes]
+        classes = [to_utf8(name) for name in runs[0].classes]
         about = web.About(
-            runs=[spelt(run.name) for run in runs],
+            runs=[to_utf8(run.name) for run in runs],
             classes=classes,
             untrained=any(run.base.untrained for run in runs),
             max_bytes=max_bytes,
@@ -168,7 +168,7 @@ def serve(
         with _Answering(answer, classes, top) as answering:
             config = uvicorn.Config(
                 web.make_app(about, answering, names),
-                http=idle_timeout.PatientProtocol,
+                http=idle_timeout.IdleTimeoutProtocol,
                 log_config=None,
                 access_log=False,
                 lifespan="off",
@@ -211,7 +211,7 @@ class _Answering:
             async with self._memory:
                 loop = asyncio.get_running_loop()
                 coming = await loop.run_in_executor(self._pool, self._answer, await read())
-            return likeliest(await asyncio.wrap_future(coming), self._classes, self._top)
+            return top_classes(await asyncio.wrap_future(coming), self._classes, self._top)
         finally:
             self._waiting -= 1
 

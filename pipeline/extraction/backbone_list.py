@@ -30,7 +30,7 @@ Rate = Mapping[str, Any]  # as `rates.known` gives it
 
 
 @dataclass(frozen=True)
-class Listed:
+class BackboneInfo:
     """A network and what is known of it here; None where nothing is.
 
     `row` is (h, w, c). `bytes_per_row` is what the largest feature space of that layer and size takes on disk,
@@ -55,7 +55,7 @@ class Listed:
     weights_file: str | None
 
 
-def gather(names: Sequence[str], workspace: Workspace, precision: str) -> list[Listed]:
+def list_backbones(names: Sequence[str], workspace: Workspace, precision: str) -> list[BackboneInfo]:
     """Return the named networks, or all there are: first those of the table, the cheapest first.
 
     Raises
@@ -76,7 +76,7 @@ def gather(names: Sequence[str], workspace: Workspace, precision: str) -> list[L
         _own(files.get(each) or _of_space(of_own[each], workspace), spaces, known, precision) for each in identities
     ]
     marks = [f"{name[:_OWN_DIGITS]}, {weights[:_WEIGHTS_DIGITS]}" for name, weights in identities]
-    apart = networks.told_apart([each.name for each in found], marks)
+    apart = networks.distinct_labels([each.name for each in found], marks)
     listed += [replace(each, name=name) for each, name in zip(found, apart, strict=True)]
     return sorted(listed, key=lambda each: (each.own, each.multiplications or 0, each.name))
 
@@ -95,11 +95,11 @@ def with_size(network: Architecture, spaces: Iterable[FeatureSpace]) -> Architec
 
 def _named(
     row: Backbone, spaces: Iterable[FeatureSpace], known: Iterable[Rate], precision: str, workspace: Workspace
-) -> Listed:
+) -> BackboneInfo:
     of_default = row.name, row.default_layer, row.input_size
     same = [each for each in spaces if (each.spec.backbone, each.spec.layer, each.spec.input_size) == of_default]
     speeds, weights = _rates_of(known, *of_default), imagenet_place(row, workspace.downloads)
-    return Listed(
+    return BackboneInfo(
         name=row.name,
         own=False,
         input_size=row.input_size,
@@ -117,7 +117,7 @@ def _named(
     )
 
 
-def _own(network: Architecture, spaces: Iterable[FeatureSpace], known: Iterable[Rate], precision: str) -> Listed:
+def _own(network: Architecture, spaces: Iterable[FeatureSpace], known: Iterable[Rate], precision: str) -> BackboneInfo:
     """Return what is known of an own network: of its default layer and size, as of those of the table."""
     all_of_it = _of_network(network, spaces)
     network = with_size(network, all_of_it)
@@ -127,7 +127,7 @@ def _own(network: Architecture, spaces: Iterable[FeatureSpace], known: Iterable[
     row = tuple(space.provenance.get("row_shape") or ()) or None if space else None
     speeds, path = _rates_of(known, network.name, *of_default), network.file
     stored = next((dict(found) for each in all_of_it if (found := each.provenance.get("network"))), {})
-    return Listed(
+    return BackboneInfo(
         name=str(stored.get("file") or network.label),
         own=True,
         input_size=network.input_size,

@@ -1,6 +1,6 @@
 """Rows that are missing → published shards: a computation is cut into tasks, and what comes of them is noted.
 
-Tasks run in this process, or wherever a `Crew` has them run. Only here does the index learn of anything.
+Tasks run in this process, or wherever a `WorkerPool` has them run. Only here does the index learn of anything.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from pipeline.core.units import counted, duration, size_text
 from pipeline.dataset import Dataset
 from pipeline.extraction.shard_task import (
     AT_ONCE,
-    Met,
-    RowsThere,
-    Setup,
-    ShardDone,
+    ImageOutcome,
+    KnownRows,
+    ShardResult,
     ShardTask,
     ShardWorker,
+    TaskSetup,
     There,
-    nothing_there,
+    no_known_rows,
 )
 from pipeline.images import decoding
 from pipeline.images.loader import Loaded
@@ -50,10 +50,10 @@ _ANNOUNCED_FROM = 100  # rows; fewer are done before one has read an estimate
 _WORTH_SAYING = 2**31  # bytes that shards in the making take, from which on it is said
 _TASKS_EACH = 4  # at least, for each of several processes
 
-Settle = Callable[[ShardTask, ShardDone], None]
+Settle = Callable[[ShardTask, ShardResult], None]
 
 
-class Crew(Protocol):
+class WorkerPool(Protocol):
     """Whoever runs tasks, with the model at hand."""
 
     @property
@@ -80,7 +80,7 @@ class Crew(Protocol):
 
 
 @dataclass
-class Effort:
+class ComputeStats:
     """What a computation took. `seconds`: from its first task to the last shard published.
 
     `worker_seconds` add up those of all processes that computed; `model_seconds` of them their model worked. `lost`
@@ -100,12 +100,12 @@ class Effort:
         return round(min(1.0, self.model_seconds / self.worker_seconds), 3) if self.worker_seconds else None
 
 
-class Here:
+class LocalPool:
     """Runs tasks in this process."""
 
     size = 1
 
-    def __init__(self, worker: ShardWorker, effort: Effort) -> None:
+    def __init__(self, worker: ShardWorker, effort: ComputeStats) -> None:
         self._worker = worker
         self._effort = effort
 
@@ -121,7 +121,7 @@ class Here:
 
     def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance, there: There) -> None:
         """Run the tasks. On Ctrl-C the rows computed so far are published before the interrupt goes on."""
-        stopped, waiting = threading.Event(), deque[tuple[ShardTask, Future[ShardDone]]]()
+        stopped, waiting = threading.Event(), deque[tuple[ShardTask, Future[ShardResult]]]()
         start = time.perf_counter()
 
         def settle_first() -> None:
@@ -215,7 +215,7 @@ def batch_of(space: FeatureSpace | None) -> int | None:
     return min(stored, 2 * DEFAULT_BATCH_SIZE if smaller else MAX_BATCH_SIZE)
 
 
-def most_to_try() -> int:
+def largest_batch_to_try() -> int:
     """Return the largest batch that is measured.
 
     On a CPU it is the usual one: trying others would take more memory for many images than for few, and none was ever
@@ -232,13 +232,13 @@ class Job:
     identities: Identities
     space: FeatureSpace
     index: Index
-    setup: Setup
+    setup: TaskSetup
     task_rows: int
     progress: Progress
-    effort: Effort = field(default_factory=Effort)
+    effort: ComputeStats = field(default_factory=ComputeStats)
 
 
-def compute(job: Job, rows_of: np.ndarray, views: np.ndarray, crew: Crew) -> None:
+def compute(job: Job, rows_of: np.ndarray, views: np.ndarray, crew: WorkerPool) -> None:
     """Compute and publish rows: views (m,) of the images `rows_of` (m,), ascending; the caller holds the space's lock.
 
     Raises
@@ -251,7 +251,7 @@ def compute(job: Job, rows_of: np.ndarray, views: np.ndarray, crew: Crew) -> Non
     start, total = time.perf_counter(), len(rows_of)
     advanced, announced = 0.0, total < _ANNOUNCED_FROM
 
-    def settle(task: ShardTask, result: ShardDone) -> None:
+    def settle(task: ShardTask, result: ShardResult) -> None:
         nonlocal announced
         _note(job, task, result)
         if not announced and result.shard is not None and advanced < total:
@@ -265,17 +265,17 @@ def compute(job: Job, rows_of: np.ndarray, views: np.ndarray, crew: Crew) -> Non
 
     try:
         with job.progress("computing features", total) as advance:
-            there = _rows_there(job.space) if job.identities.unseen else nothing_there
+            there = _rows_there(job.space) if job.identities.unseen else no_known_rows
             crew.run(_tasks(job, rows_of, views, _task_rows(job, total, crew)), settle, count, there)
     finally:
         job.effort.seconds += time.perf_counter() - start
 
 
-def _rows_there(space: FeatureSpace) -> RowsThere:
-    return RowsThere(np.sort(space.index.row_marks(space.name)))
+def _rows_there(space: FeatureSpace) -> KnownRows:
+    return KnownRows(np.sort(space.index.row_marks(space.name)))
 
 
-def _task_rows(job: Job, total: int, crew: Crew) -> int:
+def _task_rows(job: Job, total: int, crew: WorkerPool) -> int:
     """Return how many rows a task has: a shard, or fewer batches if processes would wait for the last of them."""
     if (processes := crew.size) <= 1:
         return job.task_rows
@@ -292,7 +292,7 @@ def _tasks(job: Job, rows_of: np.ndarray, views: np.ndarray, task_rows: int) -> 
         yield ShardTask(job.dataset.take(origin), origin, at, views[part], expected)
 
 
-def _note(job: Job, task: ShardTask, done: ShardDone) -> None:
+def _note(job: Job, task: ShardTask, done: ShardResult) -> None:
     """Let the index know of a shard, and of the images that have no row."""
     if done.shard is not None:
         job.space.register(done.shard)
@@ -301,22 +301,24 @@ def _note(job: Job, task: ShardTask, done: ShardDone) -> None:
         job.effort.peak = max(job.effort.peak, met.peak)
         image = replace(met, i=int(task.origin[met.i]))
         if not met.reason:
-            note_key(image, job.dataset, job.identities, job.index)
+            record_key(image, job.dataset, job.identities, job.index)
             continue
-        note_bad(image, job.dataset, job.identities, job.index, job.setup.max_pixels)
+        record_failure(image, job.dataset, job.identities, job.index, job.setup.max_pixels)
         if job.setup.strict:
-            raise refusal(job.dataset.names[image.i], image.reason)
+            raise strict_error(job.dataset.names[image.i], image.reason)
     job.identities.remember_fetched(job.index)
 
 
-def note_bad(image: Met | Loaded, dataset: Dataset, identities: Identities, index: Index, max_pixels: int) -> None:
+def record_failure(
+    image: ImageOutcome | Loaded, dataset: Dataset, identities: Identities, index: Index, max_pixels: int
+) -> None:
     """Remember that an image could not be decoded, or note that it could not be read, which is not remembered."""
-    note_key(image, dataset, identities, index)
+    record_key(image, dataset, identities, index)
     if image.key is not None:
         index.remember_quarantined({image.key: image.reason}, decoding.decoder_version(), max_pixels)
 
 
-def note_key(image: Met | Loaded, dataset: Dataset, identities: Identities, index: Index) -> None:
+def record_key(image: ImageOutcome | Loaded, dataset: Dataset, identities: Identities, index: Index) -> None:
     """Correct who an image is.
 
     The digest that was remembered is not to be trusted if its bytes are others now; that of an address waits in
@@ -334,7 +336,7 @@ def note_key(image: Met | Loaded, dataset: Dataset, identities: Identities, inde
             identities.unread[i] = image.reason
 
 
-def refusal(name: str, reason: str, more: int = 0) -> DecodeError:
+def strict_error(name: str, reason: str, more: int = 0) -> DecodeError:
     """Return the error for people who want no image to be set aside."""
     others = f" (and {more:,} more)" if more else ""
     return DecodeError(f"{name}: {reason}{others}; mend or remove it, or leave out --on-error fail")

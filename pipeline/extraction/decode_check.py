@@ -22,7 +22,7 @@ _AHEAD = 64  # images
 
 
 @dataclass(frozen=True)
-class Rechecked:
+class DecodeCheck:
     """How many images were decoded again, which of them could not be, and how many can be by now that could not."""
 
     images: int
@@ -30,7 +30,7 @@ class Rechecked:
     released: int
 
 
-def recheck(dataset: Dataset, workspace: Workspace, space: str | None = None) -> Rechecked:
+def check_decoding(dataset: Dataset, workspace: Workspace, space: str | None = None) -> DecodeCheck:
     """Decode the images of `dataset` that have rows, in `space` or in any; quarantine those that cannot be.
 
     Their rows stay on disk, but are not used any more. Images that were quarantined so before and can be decoded by
@@ -68,7 +68,7 @@ def recheck(dataset: Dataset, workspace: Workspace, space: str | None = None) ->
         for i, key in enumerate(identities.keys)
         if key in reasons and key is not None
     ]
-    return Rechecked(len(some), bad, len(released))
+    return DecodeCheck(len(some), bad, len(released))
 
 
 def _with_rows(identities: Identities, spaces: Sequence[FeatureSpace], condemned: set[bytes]) -> list[int]:

@@ -16,7 +16,7 @@ from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import UsageError
 from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.dataset import Dataset
-from pipeline.extraction.feature_choice import FeatureChoice, find_space, settle
+from pipeline.extraction.feature_choice import FeatureChoice, find_space, resolve_choice
 from pipeline.extraction.planning import Plan, Planning
 
 State = Literal["cached", "copy", "quarantined", "bad shard", "other space", "changed", "new"]
@@ -74,7 +74,7 @@ def explain(
     before = _digests_before(dataset, workspace)
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, index, advance, remember=False, read_unseen=False)
-    settled = settle(workspace, choice)
+    settled = resolve_choice(workspace, choice)
     space = find_space(workspace, settled, identities, views)
     plan = Planning(dataset, identities, index, max_pixels, views).plan(space)
     request = settled.request()
@@ -105,7 +105,7 @@ def _digests_before(dataset: Dataset, workspace: Workspace) -> list[bytes | None
     return before
 
 
-def only(images: Sequence[ImageExplained], dataset: Dataset, wanted: Sequence[str]) -> list[ImageExplained]:
+def select_images(images: Sequence[ImageExplained], dataset: Dataset, wanted: Sequence[str]) -> list[ImageExplained]:
     """Return those of `images` that a person means by `wanted`: names in the dataset, or paths on disk.
 
     Raises

@@ -31,20 +31,27 @@ from pipeline.extraction import measured_rates
 from pipeline.extraction.compute import (
     DEFAULT_SHARD_ROWS,
     ComputeOptions,
-    Crew,
-    Effort,
-    Here,
+    ComputeStats,
     Job,
+    LocalPool,
+    WorkerPool,
     batch_of,
     compute,
-    most_to_try,
-    refusal,
+    largest_batch_to_try,
     require_memory,
     row_bytes,
+    strict_error,
 )
-from pipeline.extraction.feature_choice import FeatureChoice, Settled, find_space, settle, warn_untrained, weights_for
+from pipeline.extraction.feature_choice import (
+    FeatureChoice,
+    ResolvedChoice,
+    find_space,
+    resolve_choice,
+    warn_untrained,
+    weights_for,
+)
 from pipeline.extraction.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
-from pipeline.extraction.shard_task import Setup, ShardWorker, check_room
+from pipeline.extraction.shard_task import ShardWorker, TaskSetup, check_room
 from pipeline.extraction.workers.connect import ClusterChoice
 from pipeline.images import decoding
 
@@ -60,7 +67,7 @@ class Extraction:
     reused: int
     duplicates: int
     quarantined: list[Quarantined]
-    effort: Effort
+    effort: ComputeStats
     space: FeatureSpace | None  # None if nothing was computed ever
 
     @property
@@ -72,7 +79,7 @@ class Extraction:
 def extract(
     dataset: Dataset,
     workspace: Workspace,
-    choice: FeatureChoice | Settled,
+    choice: FeatureChoice | ResolvedChoice,
     options: ComputeOptions,
     *,
     views: Views = PLAIN_VIEW,
@@ -98,14 +105,14 @@ def extract(
         read_some(dataset, identities)
     if retry_failed:
         cache.index.forget_quarantined(key for key in identities.keys if key is not None)
-    settled = choice if isinstance(choice, Settled) else settle(workspace, choice)
+    settled = choice if isinstance(choice, ResolvedChoice) else resolve_choice(workspace, choice)
     space = find_space(workspace, settled, identities, views)
     planning = Planning(dataset, identities, cache.index, options.max_pixels, views)
     unseen = cluster is not None and identities.unseen
     plan = planning.plan(space) if unseen else planning.meet_undecodable(space)
     if options.strict:
         _refuse_bad(dataset, plan)
-    before, effort = plan.reused, Effort()
+    before, effort = plan.reused, ComputeStats()
     if plan.todo:
         source = _Source(planning, settled, options, cluster)
         try:
@@ -126,7 +133,7 @@ _TELLING_S = 10.0
 
 
 def _keep_rate(
-    workspace: Workspace, spec: FeatureSpec, computed: int, effort: Effort, cluster: ClusterChoice | None
+    workspace: Workspace, spec: FeatureSpec, computed: int, effort: ComputeStats, cluster: ClusterChoice | None
 ) -> None:
     """Remember how fast this machine computed rows, if it was this machine, and enough of them."""
     elsewhere = cluster is not None and cluster.scheduler is not None
@@ -168,16 +175,16 @@ class _Source:
     """What is to be computed, and as what, and by whom."""
 
     planning: Planning
-    settled: Settled
+    settled: ResolvedChoice
     options: ComputeOptions
     cluster: ClusterChoice | None
 
 
 def _compute_missing(
     source: _Source, workspace: Workspace, space: FeatureSpace | None, count: int
-) -> tuple[FeatureSpace, int, Plan, Effort]:
+) -> tuple[FeatureSpace, int, Plan, ComputeStats]:
     """Compute what is missing, alone in the space; return it, the rows there before, the last plan, what it took."""
-    cache, planning, options, effort = workspace.cache, source.planning, source.options, Effort()
+    cache, planning, options, effort = workspace.cache, source.planning, source.options, ComputeStats()
     weights = weights_for(source.settled, space, planning.dataset, workspace)
     spec = space.spec if space else source.settled.new_spec(weights)
     if space is None and spec.directory in cache.names():  # made for other images, or by a run killed early
@@ -221,9 +228,9 @@ def _compute_missing(
             return space, max(before, plan.reused - (space.totals().rows - rows)), plan, effort
 
 
-def _setup(source: _Source, spec: FeatureSpec, weights: Weights, space: FeatureSpace | None, root: Path) -> Setup:
+def _setup(source: _Source, spec: FeatureSpec, weights: Weights, space: FeatureSpace | None, root: Path) -> TaskSetup:
     options = source.options
-    return Setup(
+    return TaskSetup(
         spec,
         weights.path and weights.path.absolute(),
         options.model_batch(batch_of(space), of_cluster=source.cluster is not None),
@@ -238,28 +245,28 @@ def _setup(source: _Source, spec: FeatureSpec, weights: Weights, space: FeatureS
 
 
 @contextmanager
-def _crew(setup: Setup, source: _Source, effort: Effort, rows: int, new: bool) -> Iterator[Crew]:
+def _crew(setup: TaskSetup, source: _Source, effort: ComputeStats, rows: int, new: bool) -> Iterator[WorkerPool]:
     """Give whoever computes `rows` rows, of a `new` space or not: this process, or the workers of a cluster."""
     if source.cluster is not None:
-        from pipeline.extraction.workers.pool import fleet
+        from pipeline.extraction.workers.pool import open_dask_pool
 
         choice = source.cluster.at_most(-(-rows // setup.batch_size))
-        with fleet(choice, setup, source.planning.dataset, effort) as crew:
+        with open_dask_pool(choice, setup, source.planning.dataset, effort) as crew:
             yield crew
         return
     logger.info("loading TensorFlow and %s", source.settled.source.label)
     with ShardWorker(setup, source.options.threads) as worker:
         if source.options.batch_size is None and new:
-            worker.choose_batch(rows, min(source.options.shard_rows or DEFAULT_SHARD_ROWS, most_to_try()))
-        yield Here(worker, effort)
+            worker.choose_batch(rows, min(source.options.shard_rows or DEFAULT_SHARD_ROWS, largest_batch_to_try()))
+        yield LocalPool(worker, effort)
 
 
 def _refuse_bad(dataset: Dataset, plan: Plan) -> None:
     if bad := name_quarantined(dataset, plan):
-        raise refusal(bad[0].path, bad[0].reason, more=len(bad) - 1)
+        raise strict_error(bad[0].path, bad[0].reason, more=len(bad) - 1)
 
 
-def _compute_all(planning: Planning, plan: Plan, job: Job, crew: Crew) -> Plan:
+def _compute_all(planning: Planning, plan: Plan, job: Job, crew: WorkerPool) -> Plan:
     """Compute until nothing is missing; return the plan that says so.
 
     One pass is enough unless a file changes after it was hashed: its former copies may then lack a row.
@@ -278,12 +285,12 @@ def _waiting(holder: str) -> None:
     logger.warning("waiting: %s is writing to this feature space", holder)
 
 
-def _made_by(weights: Weights, crew: Crew, index: Index) -> dict[str, Any]:
+def _made_by(weights: Weights, crew: WorkerPool, index: Index) -> dict[str, Any]:
     recorded = networks.record(weights, index)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "weights": weights.label,
-        "cpu": machine.look().cpu,
+        "cpu": machine.inspect_machine().cpu,
         "gpus": machine.gpu_count(),
         "batch_size": crew.batch_size,
         "versions": machine.versions((*machine.FEATURE_PACKAGES, "numpy")),

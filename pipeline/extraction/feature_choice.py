@@ -52,7 +52,7 @@ class FeatureChoice:
 
 
 @dataclass(frozen=True)
-class Settled:
+class ResolvedChoice:
     """A choice with its network looked up.
 
     `space` is the one that was named. `weights` are None where they were left to the spaces on disk, or to what `auto`
@@ -107,7 +107,7 @@ class Settled:
         )
 
 
-def weights_for(settled: Settled, space: FeatureSpace | None, dataset: Dataset, workspace: Workspace) -> Weights:
+def weights_for(settled: ResolvedChoice, space: FeatureSpace | None, dataset: Dataset, workspace: Workspace) -> Weights:
     """Return the weights to compute with: those stated, else those of the space, else what `auto` means."""
     if settled.weights is not None:
         return settled.weights.require()
@@ -116,7 +116,7 @@ def weights_for(settled: Settled, space: FeatureSpace | None, dataset: Dataset, 
     return networks.resolve(settled.source, "auto", workspace, offline=dataset.embedded)
 
 
-def settle(workspace: Workspace, choice: FeatureChoice) -> Settled:
+def resolve_choice(workspace: Workspace, choice: FeatureChoice) -> ResolvedChoice:
     """Look up the network, the weights and the space that a choice names.
 
     Raises
@@ -136,7 +136,7 @@ def settle(workspace: Workspace, choice: FeatureChoice) -> Settled:
         if space is not None:
             size, scaling = size or space.spec.input_size, space.spec.scaling if scaling is None else scaling
         source = networks.open_source(choice.backbone, size, scaling, workspace)
-    settled = Settled(choice, source, networks.stated(source, choice.weights, workspace), space)
+    settled = ResolvedChoice(choice, source, networks.stated(source, choice.weights, workspace), space)
     if space is not None and (differing := settled.request().differences(space.spec)):
         found = {**space.spec.to_dict(), "backbone": networks.label(space.spec, space.provenance.get("network"))}
         pairs = ", ".join(f"{name} is {found[name]}" for name in differing)
@@ -153,7 +153,7 @@ def _source_of(space: FeatureSpace, choice: FeatureChoice) -> Source:
 
 
 def find_space(
-    workspace: Workspace, settled: Settled, identities: Identities, views: Views = PLAIN_VIEW
+    workspace: Workspace, settled: ResolvedChoice, identities: Identities, views: Views = PLAIN_VIEW
 ) -> FeatureSpace | None:
     """Return the space on disk that a choice means, None if there is none.
 
@@ -171,7 +171,7 @@ def weights_of(space: FeatureSpace, workspace: Workspace) -> Weights:
     return networks.require(space.spec, made_by.get("network"), label, of, workspace)
 
 
-def other_version(spec: FeatureSpec) -> dict[str, tuple[str, str]]:
+def version_differences(spec: FeatureSpec) -> dict[str, tuple[str, str]]:
     """Return the fields in which `spec` could not be of this version: name → what it has, what this version has."""
     ours: dict[str, Sequence[str]] = {
         "decode": tuple(decoding.DECODE_POLICIES),

@@ -21,7 +21,7 @@ from pipeline.core.units import counted, duration, size_text
 from pipeline.extraction import measured_rates
 from pipeline.extraction.backbone_list import with_size
 from pipeline.extraction.compute import default_batch
-from pipeline.extraction.feature_choice import FeatureChoice, Settled
+from pipeline.extraction.feature_choice import FeatureChoice, ResolvedChoice
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _measure(source: Source, workspace: Workspace, precision: str) -> None:
     """Measure one network and remember its rate; give its memory back."""
     weights = networks.resolve(source, "auto" if source.file else "untrained", workspace)
     # Untrained features may be too large for float16, and are not kept.
-    settled = Settled(FeatureChoice(precision=precision, storage="float32"), source, weights, None)
+    settled = ResolvedChoice(FeatureChoice(precision=precision, storage="float32"), source, weights, None)
     spec = settled.new_spec(weights)
     model = FrozenBackbone(spec, weights.path, default_batch(), machine.usable_cores(), weights.network)
     model.bound_batch(SHARD_BYTES)

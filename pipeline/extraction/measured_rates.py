@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.cache.workspace import Workspace
 from pipeline.core import files, machine
-from pipeline.core.locks import done_without, exclusive
+from pipeline.core.locks import exclusive, without_locks
 from pipeline.core.spec import FeatureSpec
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def remember(workspace: Workspace, spec: FeatureSpec, images_per_second: float, 
     try:
         files.make_folder(path.parent)
         with exclusive(path.with_name(f".{FILE}.lock"), lambda holder: None):
-            if not done_without():
+            if not without_locks():
                 files.remove_partials(path.parent)  # of a program that was killed here
             others = [each for each in _read(path) if not _is_of(each, key)]
             about = {"format": _FORMAT, "version": _VERSION, "rates": [*others, entry]}
@@ -83,7 +83,7 @@ def _key(spec: FeatureSpec) -> dict[str, Any]:
 
 
 def _here() -> dict[str, Any]:
-    return {"cpu": machine.look().cpu, "cores": machine.usable_cores(), "gpus": machine.gpu_count()}
+    return {"cpu": machine.inspect_machine().cpu, "cores": machine.usable_cores(), "gpus": machine.gpu_count()}
 
 
 def _is_of(entry: dict[str, Any], key: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from pipeline.cache.space import FeatureSpace
 from pipeline.core.progress import Progress
 from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.dataset import Dataset
-from pipeline.extraction.compute import note_bad, note_key
+from pipeline.extraction.compute import record_failure, record_key
 from pipeline.images import decoding
 from pipeline.images.loader import Loaded, Loader, decoding_pool
 
@@ -167,7 +167,7 @@ class Planning:
             self._note_bad(image)
             return False
         was_unseen = image.i in self.identities.unseen
-        note_key(image, self.dataset, self.identities, self.index)
+        record_key(image, self.dataset, self.identities, self.index)
         # What nobody had read may turn out to be an old acquaintance.
         return not was_unseen or bool(self._lacking(space, np.array([image.i])).any())
 
@@ -186,14 +186,14 @@ class Planning:
                 if image.pixels is None:
                     self._note_bad(image)
                 else:
-                    note_key(image, self.dataset, self.identities, self.index)
+                    record_key(image, self.dataset, self.identities, self.index)
                     peak = max(peak, image.peak)
                 advance(1)
         self.identities.remember_fetched(self.index)
         return peak
 
     def _note_bad(self, bad: Loaded) -> None:
-        note_bad(bad, self.dataset, self.identities, self.index, self.max_pixels)
+        record_failure(bad, self.dataset, self.identities, self.index, self.max_pixels)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pipeline.core.spec import Augmentation
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset, of_files, open_dataset
 from pipeline.extraction.compute import DEFAULT_BATCH_SIZE, batch_of
-from pipeline.extraction.feature_choice import other_version, weights_of
+from pipeline.extraction.feature_choice import version_differences, weights_of
 from pipeline.images import augment, decoding
 from pipeline.images.loader import Loaded, Loader
 
@@ -28,7 +28,7 @@ SAME = 0.1  # of a row's norm; rounding in bfloat16 by other means than before m
 
 
 @dataclass(frozen=True)
-class Drift:
+class RecomputeResult:
     """How far rows computed now are from those in the cache."""
 
     space: str
@@ -43,7 +43,7 @@ class Drift:
         return self.max_relative <= SAME
 
 
-def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Dataset | None) -> Drift | None:
+def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Dataset | None) -> RecomputeResult | None:
     """Compute `count` random rows of `space` afresh and compare; None if the space holds no row.
 
     Their images are looked for in `dataset`, or if there is none, among the files that were ever hashed on this
@@ -60,7 +60,7 @@ def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Da
     """
     if not space.totals().rows:
         return None
-    if differing := other_version(space.spec):
+    if differing := version_differences(space.spec):
         raise SpecError(f"{space.name} was made by another version, with another {', '.join(differing)}")
     sources = [dataset] if dataset is not None else _known_images(workspace)
     drawn = _draw(space, count, sources, workspace)
@@ -126,7 +126,7 @@ def _seen(pixels: np.ndarray, key: bytes, view: int, recipe: Augmentation | None
     return pixels if recipe is None else augment.warp(pixels, recipe, augment.draws(key, view))
 
 
-def _compare(space: FeatureSpace, drawn: list[_Drawn], fresh: np.ndarray) -> Drift:
+def _compare(space: FeatureSpace, drawn: list[_Drawn], fresh: np.ndarray) -> RecomputeResult:
     located = space.locate([each.key for each in drawn], [each.view for each in drawn])
     space.require(located)
     cached = space.reader("features").read(located)
@@ -136,4 +136,4 @@ def _compare(space: FeatureSpace, drawn: list[_Drawn], fresh: np.ndarray) -> Dri
     difference = np.abs(after - before)
     norms = np.maximum(np.linalg.norm(before, axis=1), np.finfo(np.float32).tiny)
     relative = np.linalg.norm(difference, axis=1) / norms
-    return Drift(space.name, len(drawn), identical, float(difference.max()), float(relative.max()))
+    return RecomputeResult(space.name, len(drawn), identical, float(difference.max()), float(relative.max()))

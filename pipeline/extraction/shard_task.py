@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.backbone.frozen import FrozenBackbone, images_within, streams
 from pipeline.cache.index import row_mark
-from pipeline.cache.shard import Gathering, Rows, ShardInfo, write_shard
+from pipeline.cache.shard import RowBuffer, Rows, ShardInfo, write_shard
 from pipeline.core import files
 from pipeline.core.errors import CacheError
 from pipeline.core.spec import PLAIN_VIEW, FeatureSpec, Views
@@ -33,12 +33,12 @@ There = Callable[[bytes, int], bool]  # whether the row of this key and view nee
 AT_ONCE = 2  # tasks a process has in hand: one has the model, the other decodes ahead or writes
 
 
-def nothing_there(key: bytes, view: int) -> bool:
+def no_known_rows(key: bytes, view: int) -> bool:
     """Return that a row is yet to be computed."""
     return False
 
 
-class RowsThere:
+class KnownRows:
     """Which rows a space has, or gets from this computation; may be asked from any thread.
 
     Only who does not know beforehand which images these are has to ask: what was unseen may be a copy of any other.
@@ -63,7 +63,7 @@ class RowsThere:
 
 
 @dataclass(frozen=True)
-class Setup:
+class TaskSetup:
     """What all tasks of a computation share, and a process keeps ready between them; picklable.
 
     `weights` is None where they are drawn. Of `views` the recipe counts, which augmented views are made by.
@@ -121,7 +121,7 @@ class ShardTask:
 
 
 @dataclass(frozen=True)
-class Met:
+class ImageOutcome:
     """How image `i` of a task was found: its key, None if it could not be read; why it has no row, "" if it has."""
 
     i: int
@@ -132,7 +132,7 @@ class Met:
 
 
 @dataclass(frozen=True)
-class ShardDone:
+class ShardResult:
     """What came of a task.
 
     `shard` is None if no image could be decoded; `met` are the images met, all unless it was stopped; the model worked
@@ -140,7 +140,7 @@ class ShardDone:
     """
 
     shard: ShardInfo | None
-    met: list[Met]
+    met: list[ImageOutcome]
     model_seconds: float
 
     @property
@@ -173,7 +173,7 @@ class _Busy:
 class ShardWorker:
     """Runs tasks of one setup, `AT_ONCE` of them in threads at a time. Leaving the context ends decoding processes."""
 
-    def __init__(self, setup: Setup, threads: int | None = None) -> None:
+    def __init__(self, setup: TaskSetup, threads: int | None = None) -> None:
         """Load the model. Raises WeightsError and SpecError.
 
         It and the decoding get `threads` cores, which TensorFlow has to itself then; None: all there are, with
@@ -220,8 +220,8 @@ class ShardWorker:
         task: ShardTask,
         advance: Callable[[float], None],
         stopped: Callable[[], bool],
-        there: There = nothing_there,
-    ) -> ShardDone:
+        there: There = no_known_rows,
+    ) -> ShardResult:
         """Compute the rows of `task` that are not `there`, and publish them; once `stopped()` those computed so far.
 
         Raises
@@ -229,7 +229,7 @@ class ShardWorker:
         CacheError
             If the shard cannot be written, or what is expected does not fit on the disk.
         """
-        met, made, busy = list[Met](), Gathering(len(task), self.setup.views.recipes), _Busy()
+        met, made, busy = list[ImageOutcome](), RowBuffer(len(task), self.setup.views.recipes), _Busy()
         with closing(self._decoded(task, met, advance, stopped, there)) as decoded:
             batches = batched(decoded, self._model.batch_size)
             first = [batch for batch in [next(batches, None)] if batch]  # decoded before it is our turn
@@ -241,12 +241,12 @@ class ShardWorker:
                     made.add(rows)
                     advance(len(rows))
         shard = self._publish(made.rows(), task.expected) if len(made) else None
-        return ShardDone(shard, met, busy.seconds)
+        return ShardResult(shard, met, busy.seconds)
 
     def _decoded(
         self,
         task: ShardTask,
-        met: list[Met],
+        met: list[ImageOutcome],
         advance: Callable[[float], None],
         stopped: Callable[[], bool],
         there: There,
@@ -264,7 +264,7 @@ class ShardWorker:
                 if stopped():
                     return
                 image = views[0]
-                met.append(Met(image.i, image.key, image.reason, image.validator, image.peak))
+                met.append(ImageOutcome(image.i, image.key, image.reason, image.validator, image.peak))
                 if image.pixels is not None:
                     lacking = [each for each in views if each.key and not there(each.key, each.view)]
                     yield from lacking

@@ -15,7 +15,7 @@ from pipeline.core.units import counted, size_text
 from pipeline.report import page
 from pipeline.report.run_report import publish, require_target, trained_on
 from pipeline.runs import store
-from pipeline.runs.run_dataset import RunDataset, distinct, told_apart
+from pipeline.runs.run_dataset import RunDataset, distinct, distinct_names
 from pipeline.training.sweep import sweep
 from pipeline.training.sweep.leaderboard import (
     best_of_each,
@@ -58,7 +58,7 @@ _OF_BACKBONES = (
 )  # fmt: skip
 
 
-def compare(names: Sequence[str], workspace: Workspace, out: Path) -> dict[str, Any]:
+def report_comparison(names: Sequence[str], workspace: Workspace, out: Path) -> dict[str, Any]:
     """Write a page that compares runs on their test splits: these, or all on the dataset of the latest.
 
     Raises
@@ -91,7 +91,7 @@ def notes_of(chosen: Sequence[RunDataset]) -> list[str]:
     """Return what is to be known of the accuracies beside each other: what each was measured on."""
     notes, datasets = list[str](), distinct(chosen)
     if len(datasets) > 1:
-        paths = told_apart(sorted({each.path or each.name for each in datasets}))
+        paths = distinct_names(sorted({each.path or each.name for each in datasets}))
         notes.append(f"These runs are of several datasets: {', '.join(paths)}.")
     elif len({each.about["dataset"].get("content") for each in chosen}) > 1:
         notes.append("The dataset changed between these runs: they were tested on different images.")
@@ -165,7 +165,7 @@ def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
 
 
-def of_sweep(folder: Path, out: Path) -> dict[str, Any]:
+def report_sweep(folder: Path, out: Path) -> dict[str, Any]:
     """Write a page about the sweep in a folder: all settings that were tried, ranked. Raises RunError."""
     try:
         about = json.loads(files.read_small(folder / "sweep.json", files.MOST_JSON_BYTES))

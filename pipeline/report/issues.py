@@ -14,9 +14,9 @@ import numpy as np
 
 from pipeline.core.progress import Progress
 from pipeline.images import near_duplicates
-from pipeline.report.thumbnails import Looks
+from pipeline.report.thumbnails import ImageLooks
 from pipeline.training.heads.base import deal_folds
-from pipeline.training.rows import Rows, in_order
+from pipeline.training.rows import Rows, blocks
 
 _MOST_TSNE = 5_000  # images; beyond, t-SNE takes minutes
 _SAMPLE = 10_000  # images that components, and what is to be chosen, are learned from
@@ -33,7 +33,7 @@ Fold = tuple[Any, np.ndarray, float]  # a fitted model, the images held out, wha
 
 
 @dataclass(frozen=True, eq=False)
-class Findings:
+class DatasetIssues:
     """Of n images.
 
     Parameters
@@ -60,7 +60,7 @@ class Findings:
     near: np.ndarray
 
 
-def reduced(rows: Rows) -> np.ndarray:
+def reduce_dimensions(rows: Rows) -> np.ndarray:
     """Return (n, c) features as at most 128 principal components of standardised channels: (n, k) float32.
 
     They are learned from 10,000 rows at most, and the rows gone through in blocks.
@@ -73,7 +73,7 @@ def reduced(rows: Rows) -> np.ndarray:
     pca: Any = PCA(min(_COMPONENTS, *sample.shape), svd_solver="randomized", random_state=0)
     pca.fit(scaler.transform(sample))
     components = np.empty((len(rows), pca.n_components_), np.float32)
-    for at, some in in_order(rows):
+    for at, some in blocks(rows):
         components[at] = pca.transform(scaler.transform(some))
     return components
 
@@ -84,12 +84,12 @@ def _sample(count: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).choice(count, _SAMPLE, replace=False))
 
 
-def find(
-    rows: Rows, labels: np.ndarray, groups: np.ndarray, looks: Looks, classes: int, progress: Progress
-) -> Findings:
+def find_issues(
+    rows: Rows, labels: np.ndarray, groups: np.ndarray, looks: ImageLooks, classes: int, progress: Progress
+) -> DatasetIssues:
     """Look at pooled features (n, c), labels (n,), and groups (n,) whose members must not be told apart by folds."""
     with progress("looking at features", len(_STRENGTHS) + 4, "steps") as advance:
-        components = reduced(rows)
+        components = reduce_dimensions(rows)
         advance(1)
         folds = cross_validated(components, labels, groups, classes, advance)
         advance(1)
@@ -98,10 +98,10 @@ def find(
         near = near_pairs(components, looks)
         advance(1)
     accuracy = float(np.mean(suggested == labels))
-    return Findings(components, likely_wrong, suggested, own_probability, accuracy, near)
+    return DatasetIssues(components, likely_wrong, suggested, own_probability, accuracy, near)
 
 
-def placed(components: np.ndarray, method: str | None) -> tuple[np.ndarray, str]:
+def project(components: np.ndarray, method: str | None) -> tuple[np.ndarray, str]:
     """Return where some images lie on a map, (n, 2) float within 0 to 1, by their components, and how it was made."""
     from sklearn.manifold import TSNE
 
@@ -227,7 +227,7 @@ def _judged(
     return named[own[named] < _UNLIKELY / classes], suggested, own
 
 
-def near_pairs(components: np.ndarray, looks: Looks) -> np.ndarray:
+def near_pairs(components: np.ndarray, looks: ImageLooks) -> np.ndarray:
     """Return pairs (m, 2), the smaller index first, of images that are nearly the same picture.
 
     They are sought by fingerprints and, as these miss what is mirrored or slightly cut, among those whose features

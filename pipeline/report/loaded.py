@@ -14,10 +14,10 @@ from pipeline.core import files
 from pipeline.core.errors import RunError
 from pipeline.core.files import MOST_JSON_BYTES
 from pipeline.core.units import counted
-from pipeline.deployment.reproduce import commands
+from pipeline.deployment.reproduce import reproduction_commands
 from pipeline.report import page
 from pipeline.runs.metrics import confusion_cells
-from pipeline.runs.predictions import Answers, read_answers
+from pipeline.runs.predictions import Answers, read_predictions
 from pipeline.training.open_run import TrainedRun
 
 _MOST_CLASSES = 1_000  # in the table; a page with more is slow to open
@@ -33,7 +33,7 @@ _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Arit
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class LoadedRun:
     """What stands on the page: `values` for its template, and the cells of the confusion matrix.
 
     A cell is true class, answer, and how many images. `said` holds for each split and name of an image, as it is spelt,
@@ -45,7 +45,7 @@ class Kept:
     said: Answers
 
 
-def read(run: TrainedRun, program: Sequence[str]) -> Kept:
+def load_run(run: TrainedRun, program: Sequence[str]) -> LoadedRun:
     """Read what a run keeps; `program` is what the command lines on the page begin with.
 
     Raises
@@ -71,13 +71,13 @@ def read(run: TrainedRun, program: Sequence[str]) -> Kept:
             "classes": len(run.classes),
             "quarantined": [(str(each["path"]), str(each["reason"])) for each in bad],
             "provenance": _provenance(run, about),
-            "commands": commands(run, program, share),
+            "commands": reproduction_commands(run, program, share),
         }
-        said = read_answers(run.path / "predictions.csv", run.classes)
+        said = read_predictions(run.path / "predictions.csv", run.classes)
         for side, measured in metrics.items():
             if (found := sum(len(some) for (of, _), some in said.items() if of == side)) != measured["images"]:
                 raise ValueError(f"predictions.csv has {found:,} images of {side}, not {measured['images']:,}")
-        return Kept(values, confusion_cells(test["confusion"], len(run.classes)).tolist(), said)
+        return LoadedRun(values, confusion_cells(test["confusion"], len(run.classes)).tolist(), said)
     except _UNREADABLE as error:
         raise RunError(f"the files of the run {run.name} cannot be read ({error!r:.200}); train anew") from error
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import IO, Any
 
-from pipeline.core.utf8 import spelt
-from pipeline.runs.plots import INK, CostPoint, draw_calibration, draw_cost, draw_curves, picture
+from pipeline.core.utf8 import to_utf8
+from pipeline.runs.plots import INK, CostPoint, draw_calibration, draw_cost, draw_curves, save_figure
 
 _PAGES = resources.files("pipeline.report") / "pages"
 
@@ -46,7 +46,7 @@ def embedded(data: Mapping[str, Any]) -> str:
 def printable(value: Any) -> Any:
     """Return the same with every text such as UTF-8 can carry it."""
     if isinstance(value, str):
-        return spelt(value)
+        return to_utf8(value)
     if isinstance(value, Mapping):
         return {key: printable(each) for key, each in value.items()}
     return [printable(each) for each in value] if isinstance(value, list | tuple) else value
@@ -79,7 +79,7 @@ def cost(points: Sequence[CostPoint]) -> str:
     return _svg(lambda path: draw_cost(path, points, ""))
 
 
-@picture
+@save_figure
 def _draw_scatter(
     names: Sequence[str], minutes: Sequence[float], spans: Sequence[tuple[float, float, float]], y: str
 ) -> Any:

@@ -11,14 +11,14 @@ from pipeline.cache.workspace import Workspace
 from pipeline.core import files
 from pipeline.core.errors import RunError
 from pipeline.report import loaded, page
-from pipeline.report.selection import MOST_LISTED, Shown, crossing, gather_shown, named, script_data
+from pipeline.report.selection import MOST_LISTED, ImageSelection, crossing, named, script_data, select_images
 from pipeline.runs.store import read_run
 from pipeline.training.open_run import TrainedRun
 
 _METHODS = {"tsne": "t-SNE", "pca": "principal components"}
 
 
-def write(
+def write_report(
     run: TrainedRun, workspace: Workspace, out: Path, program: Sequence[str], *, max_pixels: int, method: str | None
 ) -> dict[str, Any]:
     """Write the report of a run to `out`; return what is told of it.
@@ -33,8 +33,8 @@ def write(
     RunError
         If the run's own files cannot be read, or `out` cannot be written.
     """
-    told, notes = loaded.read(run, program), trained_on(read_run(run.path))
-    shown = gather_shown(run, told.said, workspace, max_pixels, method, notes)
+    told, notes = loaded.load_run(run, program), trained_on(read_run(run.path))
+    shown = select_images(run, told.said, workspace, max_pixels, method, notes)
     data = {"classes": page.printable(run.classes), "confusion": told.confusion, "images": None}
     sheets = shown.tiles.sheets if shown else []
     looked = _looked(shown)
@@ -82,7 +82,7 @@ def trained_on(about: Mapping[str, Any]) -> list[str]:
     return [f"{left_out:,} test images were trained on and are left out of the accuracy."] if left_out else []
 
 
-def _looked(shown: Shown | None) -> dict[str, Any]:
+def _looked(shown: ImageSelection | None) -> dict[str, Any]:
     """Return what the template says of the images: how many, and what was found; None where nobody could look."""
     found = shown.found if shown else None
     if shown is None or found is None:

@@ -9,17 +9,17 @@ import numpy as np
 
 from pipeline.cache.workspace import Workspace
 from pipeline.core.errors import IceboxError, MissingRowsError
-from pipeline.core.utf8 import spelt
+from pipeline.core.utf8 import to_utf8
 from pipeline.dataset.split import SPLITS
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.images.decoding import depth_of
 from pipeline.report import issues, page
-from pipeline.report.issues import Findings
-from pipeline.report.thumbnails import Looks, Tiles, look, packed
+from pipeline.report.issues import DatasetIssues
+from pipeline.report.thumbnails import ImageLooks, ThumbnailSheets, make_thumbnails, pack_sheets
 from pipeline.runs.predictions import Answers
-from pipeline.training.labelled_features import Material, Sorted, gather, gather_images
+from pipeline.training.labelled_features import LabelledFeatures, LabelledImages, join_features, join_images
 from pipeline.training.open_run import TrainedRun
-from pipeline.training.rows import Wanted, open_rows
+from pipeline.training.rows import RowSelection, open_rows
 
 MOST_IMAGES = 10_000  # with pictures on a page
 MOST_LISTED = 200  # doubtful labels, and near copies, on a page
@@ -28,7 +28,7 @@ _NO_FEATURES = "there is no map, and no look for doubtful labels and near copies
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class ImageSelection:
     """n images, test first: positions in `images.keys`, what was said and found of them, and which are on the page.
 
     `predicted` (n,) int is -1 for images of which nothing was said, `confidence` (n,) float is how sure it was.
@@ -36,13 +36,13 @@ class Shown:
     a map that was made by `method`, or None.
     """
 
-    images: Sorted
+    images: LabelledImages
     positions: np.ndarray
     predicted: np.ndarray
     confidence: np.ndarray
-    found: Findings | None
+    found: DatasetIssues | None
     selected: np.ndarray
-    tiles: Tiles
+    tiles: ThumbnailSheets
     places: np.ndarray
     method: str | None
 
@@ -62,9 +62,9 @@ class Shown:
         return self.images.sides(self.positions)
 
 
-def gather_shown(
+def select_images(
     run: TrainedRun, said: Answers, workspace: Workspace, max_pixels: int, method: str | None, notes: list[str]
-) -> Shown | None:
+) -> ImageSelection | None:
     """Return the images of the run with findings, and pictures of some; what cannot be had is noted."""
     images = _images(run, workspace, max_pixels, notes)
     if images is None:
@@ -74,20 +74,24 @@ def gather_shown(
     _note_changes(run, images, said, predicted, notes)
     all_fit = len(positions) <= MOST_IMAGES
     found, looks, depth = None, None, depth_of(run.base.decode)
-    if isinstance(images, Material):
-        looks = look(images, positions, max_pixels, workspace.progress, depth, pictures=all_fit)
+    if isinstance(images, LabelledFeatures):
+        looks = make_thumbnails(images, positions, max_pixels, workspace.progress, depth, pictures=all_fit)
         found = _found(images, positions, looks, len(run.classes), workspace)
     selected = np.arange(len(positions)) if all_fit else _select(images, positions, predicted, found)
     if looks is None or not all_fit:
-        pictures = look(images, positions[selected], max_pixels, workspace.progress, depth, pictures=True)
+        pictures = make_thumbnails(images, positions[selected], max_pixels, workspace.progress, depth, pictures=True)
     else:
         pictures = looks
     _note_left_out(len(positions), len(selected), looks or pictures, notes)
-    places, how = issues.placed(found.components[selected], method) if found else (np.zeros((0, 2)), None)
-    return Shown(images, positions, predicted, confidence, found, selected, packed(pictures.pictures), places, how)
+    places, how = issues.project(found.components[selected], method) if found else (np.zeros((0, 2)), None)
+    return ImageSelection(
+        images, positions, predicted, confidence, found, selected, pack_sheets(pictures.pictures), places, how
+    )
 
 
-def _note_changes(run: TrainedRun, images: Sorted, said: Answers, predicted: np.ndarray, notes: list[str]) -> None:
+def _note_changes(
+    run: TrainedRun, images: LabelledImages, said: Answers, predicted: np.ndarray, notes: list[str]
+) -> None:
     tested = sum(len(answers) for (side, _), answers in said.items() if side == "test")
     known = int((predicted[: len(images.members("test"))] >= 0).sum())
     if known < tested:
@@ -96,7 +100,7 @@ def _note_changes(run: TrainedRun, images: Sorted, said: Answers, predicted: np.
         notes.append("The dataset changed since: under the same names there may be other images than the run saw.")
 
 
-def _note_left_out(count: int, selected: int, looks: Looks, notes: list[str]) -> None:
+def _note_left_out(count: int, selected: int, looks: ImageLooks, notes: list[str]) -> None:
     if selected < count:
         notes.append(f"{selected:,} of {count:,} images are on this page, those first that are named or were tested.")
     if unseen := int((~looks.seen).sum()):
@@ -105,18 +109,20 @@ def _note_left_out(count: int, selected: int, looks: Looks, notes: list[str]) ->
         )
 
 
-def _found(images: Material, positions: np.ndarray, looks: Looks, classes: int, workspace: Workspace) -> Findings:
+def _found(
+    images: LabelledFeatures, positions: np.ndarray, looks: ImageLooks, classes: int, workspace: Workspace
+) -> DatasetIssues:
     """Look at what the features of all these images say; near copies across the split come first."""
     with images.space.reading():
-        (rows,) = open_rows(images.space, images.keys, "pooled", [Wanted(positions)], memory=_MOST_ROWS)
+        (rows,) = open_rows(images.space, images.keys, "pooled", [RowSelection(positions)], memory=_MOST_ROWS)
         labels, groups = images.labels(positions), images.groups[positions]
-        found = issues.find(rows, labels, groups, looks, classes, workspace.progress)
+        found = issues.find_issues(rows, labels, groups, looks, classes, workspace.progress)
     sides = images.sides(positions)
     within = sides[found.near[:, 0]] == sides[found.near[:, 1]]
     return replace(found, near=found.near[np.argsort(within, kind="stable")])
 
 
-def _images(run: TrainedRun, workspace: Workspace, max_pixels: int, notes: list[str]) -> Sorted | None:
+def _images(run: TrainedRun, workspace: Workspace, max_pixels: int, notes: list[str]) -> LabelledImages | None:
     """Return the run's images, with their rows if the cache has them."""
     if run.asked is None:
         notes.append("The run does not say what it was trained on, so that its images are not shown.")
@@ -125,18 +131,20 @@ def _images(run: TrainedRun, workspace: Workspace, max_pixels: int, notes: list[
         dataset = run.matched(run.asked.images.open(workspace))
         if run.base.directory in workspace.cache.names():
             try:
-                return gather(dataset, workspace, FeatureChoice(space=run.base.directory), max_pixels, "features")
+                return join_features(
+                    dataset, workspace, FeatureChoice(space=run.base.directory), max_pixels, "features"
+                )
             except MissingRowsError as error:
                 notes.append(f"Features are missing, so that {_NO_FEATURES}: {error}")
         else:
             notes.append(f"The features of its backbone are not in the cache: {_NO_FEATURES}.")
-        return gather_images(dataset, workspace, max_pixels, run.base.fit, depth_of(run.base.decode))
+        return join_images(dataset, workspace, max_pixels, run.base.fit, depth_of(run.base.decode))
     except IceboxError as error:
         notes.append(f"Its images cannot be shown: {error}")
         return None
 
 
-def _answers(images: Sorted, positions: np.ndarray, said: Answers) -> tuple[np.ndarray, np.ndarray]:
+def _answers(images: LabelledImages, positions: np.ndarray, said: Answers) -> tuple[np.ndarray, np.ndarray]:
     """Return what was said of these images, (n,) int, and how surely, (n,) float.
 
     -1 where nothing was, or where the image has another label by now, or lies in another split.
@@ -146,14 +154,16 @@ def _answers(images: Sorted, positions: np.ndarray, said: Answers) -> tuple[np.n
     sides = images.sides(positions).tolist()
     named = zip(sides, images.names(positions), images.labels(positions).tolist(), strict=True)
     for at, (side, name, label) in enumerate(named):
-        answers = left.get((side, spelt(name)), [])
+        answers = left.get((side, to_utf8(name)), [])
         same = next((number for number, (then, _, _) in enumerate(answers) if then == label), None)
         if same is not None:
             _, predicted[at], confidence[at] = answers.pop(same)
     return predicted, confidence
 
 
-def _select(images: Sorted, positions: np.ndarray, predicted: np.ndarray, found: Findings | None) -> np.ndarray:
+def _select(
+    images: LabelledImages, positions: np.ndarray, predicted: np.ndarray, found: DatasetIssues | None
+) -> np.ndarray:
     """Return which images to show, (10,000,): those that are listed as found, then tested ones, mistakes first."""
     listed = np.zeros(len(positions), bool)
     if found is not None:
@@ -166,7 +176,7 @@ def _select(images: Sorted, positions: np.ndarray, predicted: np.ndarray, found:
     return np.sort(np.lexsort((chance, right, rank, ~listed))[:MOST_IMAGES])
 
 
-def script_data(shown: Shown) -> dict[str, Any]:
+def script_data(shown: ImageSelection) -> dict[str, Any]:
     """Return what the page's script draws of the images on it."""
     found, columns, some = shown.found, shown.tiles.columns, shown.selected
     on_sheet = columns**2
@@ -189,20 +199,20 @@ def script_data(shown: Shown) -> dict[str, Any]:
     }
 
 
-def _suspects(found: Findings) -> list[dict[str, Any]]:
+def _suspects(found: DatasetIssues) -> list[dict[str, Any]]:
     return [
         {"i": i, "suggested": int(found.suggested[i]), "own": round(float(found.own_probability[i]), 3)}
         for i in found.likely_wrong.tolist()
     ]
 
 
-def crossing(shown: Shown) -> np.ndarray:
+def crossing(shown: ImageSelection) -> np.ndarray:
     """Return which of the near copies lie on two sides of the split, (m,) bool."""
     pairs = shown.found.near if shown.found else np.zeros((0, 2), np.int64)
     return shown.sides[pairs[:, 0]] != shown.sides[pairs[:, 1]]
 
 
-def named(shown: Shown, found: Findings) -> dict[str, Any]:
+def named(shown: ImageSelection, found: DatasetIssues) -> dict[str, Any]:
     """Return what was found image by image, for scripts."""
     names, labels, sides, classes = shown.names, shown.labels, shown.sides.tolist(), shown.images.dataset.classes
     return {

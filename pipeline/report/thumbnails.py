@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.core.progress import Progress
 from pipeline.images import near_duplicates
 from pipeline.images.loader import Loaded, Loader, decoding_pool
-from pipeline.training.labelled_features import Sorted
+from pipeline.training.labelled_features import LabelledImages
 
 _COLUMNS = 16
 _ON_A_SHEET = _COLUMNS**2
@@ -29,7 +29,7 @@ _MISSING = 128  # the grey of an image that cannot be read any more
 
 
 @dataclass(frozen=True, eq=False)
-class Looks:
+class ImageLooks:
     """What n images look like.
 
     `pictures` are (n, side, side, 3) uint8 RGB, with a side of 0 where only marks were wanted. `fingerprints` (n,)
@@ -45,7 +45,7 @@ class Looks:
 
 
 @dataclass(frozen=True)
-class Tiles:
+class ThumbnailSheets:
     """Tile i lies on sheet i // 256, in row i % 256 // 16 and column i % 16; each is `side` pixels wide and high.
 
     `sheets` are WebP pictures as data URLs.
@@ -56,9 +56,9 @@ class Tiles:
     columns: int = _COLUMNS
 
 
-def look(
-    images: Sorted, positions: np.ndarray, max_pixels: int, progress: Progress, depth: int, *, pictures: bool
-) -> Looks:
+def make_thumbnails(
+    images: LabelledImages, positions: np.ndarray, max_pixels: int, progress: Progress, depth: int, *, pictures: bool
+) -> ImageLooks:
     """Look at the images at these positions, each content once; make `pictures` of them too, or only their marks."""
     side = _SIDES[len(positions) > _MANY] if pictures else 0
     of_key: dict[bytes, int] = {}
@@ -80,7 +80,7 @@ def look(
             advance(1)
     if len(place) < len(positions):
         made, fingerprints, thumbs, seen = (each[copy_of] for each in (made, fingerprints, thumbs, seen))
-    return Looks(made, fingerprints, thumbs, seen, copy_of)
+    return ImageLooks(made, fingerprints, thumbs, seen, copy_of)
 
 
 def _marks(image: Loaded, side: int) -> tuple[np.ndarray, int, np.ndarray] | None:
@@ -91,11 +91,11 @@ def _marks(image: Loaded, side: int) -> tuple[np.ndarray, int, np.ndarray] | Non
     return (small, *near_duplicates.fingerprint(image.pixels))
 
 
-def packed(pictures: np.ndarray) -> Tiles:
+def pack_sheets(pictures: np.ndarray) -> ThumbnailSheets:
     """Return pictures (n, side, side, 3) as tiles, as large as a page can carry them."""
     sides = [side for side in _SIDES if side <= pictures.shape[1]]
     side = next((side for side in sides if _estimate(pictures, side) < _ROOM), _SIDES[-1])
-    return Tiles(side, list(_sheets(pictures, side)))
+    return ThumbnailSheets(side, list(_sheets(pictures, side)))
 
 
 def _estimate(pictures: np.ndarray, side: int) -> float:

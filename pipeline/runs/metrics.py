@@ -14,7 +14,7 @@ _TOP = 5
 _BLOCK = 1 << 22  # probabilities that are looked at together: 32 MB as float64
 
 
-def evaluate(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+def compute_metrics(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     """Return the metrics of a classifier on one split, taking little memory beside the probabilities.
 
     Parameters

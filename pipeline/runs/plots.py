@@ -20,7 +20,7 @@ from typing import IO, Any, Concatenate, ParamSpec
 import numpy as np
 
 from pipeline.core.lazy_imports import import_matplotlib
-from pipeline.core.utf8 import spelt
+from pipeline.core.utf8 import to_utf8
 from pipeline.runs.metrics import MOST_DENSE
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class CostPoint:
     on_front: bool
 
 
-def picture(build: Callable[P, Any]) -> Callable[Concatenate[Target, P], None]:
+def save_figure(build: Callable[P, Any]) -> Callable[Concatenate[Target, P], None]:
     """Make a function that returns a figure one that takes where to write it first.
 
     A path gets a PNG, a stream an SVG for pages. What matplotlib cannot draw is a notice, and nothing is written. What
@@ -113,7 +113,7 @@ def _rendered(figure: Any, as_png: bool) -> bytes:
     return buffer.getvalue()
 
 
-@picture
+@save_figure
 def draw_curves(history: Sequence[Mapping[str, float]], x: str, title: str) -> Any:
     """Draw loss and accuracy of training and validation over `x`, a key of each entry of `history`."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
@@ -133,11 +133,11 @@ def draw_curves(history: Sequence[Mapping[str, float]], x: str, title: str) -> A
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(spelt(title), parse_math=False)
+    figure.suptitle(to_utf8(title), parse_math=False)
     return figure
 
 
-@picture
+@save_figure
 def draw_confusion(cells: np.ndarray, classes: Sequence[str], title: str) -> Any:
     """Draw a confusion matrix from its cells (m, 3): true class, answer, how many images.
 
@@ -166,7 +166,7 @@ def draw_confusion(cells: np.ndarray, classes: Sequence[str], title: str) -> Any
         axis.set_xticks(range(k), names, rotation=90, parse_math=False)
         axis.set_yticks(range(k), names, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true")
-    axis.set_title(spelt(title), parse_math=False, fontsize=10)
+    axis.set_title(to_utf8(title), parse_math=False, fontsize=10)
     return figure
 
 
@@ -183,11 +183,11 @@ def _draw_mistakes(cells: np.ndarray, classes: Sequence[str], title: str) -> Any
     axis.invert_yaxis()
     axis.set(xlabel="images", ylabel="true: predicted")
     told = f"{len(largest):,} of {len(wrong):,} kinds of mistakes, of {len(classes):,} classes"
-    axis.set_title(f"{spelt(title)}\n{told}, the most frequent", parse_math=False, fontsize=10)
+    axis.set_title(f"{to_utf8(title)}\n{told}, the most frequent", parse_math=False, fontsize=10)
     return figure
 
 
-@picture
+@save_figure
 def draw_calibration(bins: Sequence[Mapping[str, Any]], title: str) -> Any:
     """Draw how often a classifier is right beside how sure it says it is, over bins of `evaluate`'s "calibration"."""
     from matplotlib.figure import Figure
@@ -205,15 +205,15 @@ def draw_calibration(bins: Sequence[Mapping[str, Any]], title: str) -> Any:
     lower.bar(middles, [each["images"] for each in bins], width=0.9 / len(bins))
     lower.set(xlabel="probability of the predicted class", ylabel="images")
     lower.grid(alpha=0.3)
-    figure.suptitle(spelt(title), parse_math=False, fontsize=10)
+    figure.suptitle(to_utf8(title), parse_math=False, fontsize=10)
     return figure
 
 
 def _shortened(name: str) -> str:
-    return spelt(name) if len(name) <= 24 else spelt(name[:23]) + "…"
+    return to_utf8(name) if len(name) <= 24 else to_utf8(name[:23]) + "…"
 
 
-@picture
+@save_figure
 def draw_ranking(
     names: Sequence[str], spans: Sequence[tuple[float, float, float]], alike: Sequence[bool], title: str
 ) -> Any:
@@ -225,15 +225,15 @@ def draw_ranking(
     for place, ((low, value, high), near) in enumerate(zip(spans, alike, strict=True)):
         colour = "tab:blue" if near else "tab:grey"
         axis.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3)
-    axis.set_yticks(range(len(names)), [spelt(name) for name in names], fontsize=8, parse_math=False)
+    axis.set_yticks(range(len(names)), [to_utf8(name) for name in names], fontsize=8, parse_math=False)
     axis.invert_yaxis()
     axis.set(xlabel="validation accuracy, 95% interval; blue: within noise of the best")
     axis.grid(alpha=0.3, axis="x")
-    figure.suptitle(spelt(title), parse_math=False, fontsize=10)
+    figure.suptitle(to_utf8(title), parse_math=False, fontsize=10)
     return figure
 
 
-@picture
+@save_figure
 def draw_cost(points: Sequence[CostPoint], title: str) -> Any:
     """Draw accuracies over the images/s of extraction, on a logarithmic scale; the Pareto front is joined by a line."""
     from matplotlib.figure import Figure
@@ -248,7 +248,7 @@ def draw_cost(points: Sequence[CostPoint], title: str) -> Any:
         axis.errorbar(point.images_per_second, value, yerr=bars, fmt="o", color=colour, capsize=3)
         to_left = place == len(ordered) - 1 and place > 0  # the last one has no room to its right
         axis.annotate(
-            spelt(point.name),
+            to_utf8(point.name),
             (point.images_per_second, value),
             textcoords="offset points",
             xytext=(-8 if to_left else 8, 3),
@@ -265,5 +265,5 @@ def draw_cost(points: Sequence[CostPoint], title: str) -> Any:
     axis.margins(x=0.2, y=0.12)  # room for names
     axis.set(xlabel="images/s of extraction; blue: Pareto front", ylabel="validation accuracy")
     axis.grid(alpha=0.3)
-    figure.suptitle(spelt(title), parse_math=False, fontsize=10)
+    figure.suptitle(to_utf8(title), parse_math=False, fontsize=10)
     return figure

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.utf8 import spelt
+from pipeline.core.utf8 import to_utf8
 from pipeline.runs.metrics import MOST_DENSE
 
 _TOP = 10  # classes whose probabilities are kept of each image where there are more than MOST_DENSE
@@ -35,7 +35,7 @@ def write_predictions(path: Path, parts: Sequence[Predictions], classes: Sequenc
     Of more than 200 classes the ten likeliest are told instead: label_2 and probability_2 to label_10 and
     probability_10 beside the first, the answer.
     """
-    named = [spelt(name) for name in classes]
+    named = [to_utf8(name) for name in classes]
     dense = len(classes) <= MOST_DENSE
     ranks = [f"{of}_{rank}" for rank in range(2, _TOP + 1) for of in ("label", "probability")]
     further = [f"p:{name}" for name in named] if dense else ranks
@@ -45,7 +45,7 @@ def write_predictions(path: Path, parts: Sequence[Predictions], classes: Sequenc
         for part in parts:
             for name, label, row in zip(part.names, part.labels, part.probabilities, strict=True):
                 cells = _dense(row, named) if dense else _likeliest(row, named)
-                writer.writerow([spelt(name), part.split, named[label], *cells])
+                writer.writerow([to_utf8(name), part.split, named[label], *cells])
 
 
 def _dense(row: np.ndarray, named: Sequence[str]) -> list[str]:
@@ -60,7 +60,7 @@ def _likeliest(row: np.ndarray, named: Sequence[str]) -> list[str]:
     return [cell for i in map(int, best) for cell in (named[i], f"{row[i]:.6g}")]
 
 
-def read_answers(path: Path, classes: Sequence[str]) -> Answers:
+def read_predictions(path: Path, classes: Sequence[str]) -> Answers:
     """Return for each split and name of an image, as it is spelt, its label, the answer, and its probability.
 
     There are several where several images have one name.
@@ -71,7 +71,7 @@ def read_answers(path: Path, classes: Sequence[str]) -> Answers:
         If the file is not what `write_predictions` leaves.
     """
     known = {name.encode("utf-8", "backslashreplace").decode(): i for i, name in enumerate(classes)}  # of earlier files
-    known |= {spelt(name): i for i, name in enumerate(classes)}
+    known |= {to_utf8(name): i for i, name in enumerate(classes)}
     said: Answers = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):

@@ -58,10 +58,10 @@ class DatasetChoice:
 
 
 def _absolute(path: str) -> str:
-    return str(machine.at_home(path).absolute())
+    return str(machine.expand_home(path).absolute())
 
 
-def begun_with(request: Mapping[str, Any]) -> FeatureChoice:
+def space_of_request(request: Mapping[str, Any]) -> FeatureChoice:
     """Return the choice of the very space that an unfinished run began with: `auto` may mean another one by now."""
     space = request.get("space")
     if not isinstance(space, str):
@@ -80,7 +80,7 @@ def _parts(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrainRequest:
     """One head to be trained; `folds` 0 trains one, K trains K of them as an ensemble; `memory` in bytes.
 
     It is trained on all `views` of its training images.
@@ -109,7 +109,7 @@ class Asked:
     @classmethod
     def of_request(cls, request: Mapping[str, Any]) -> Self:
         """Return what the request of an unfinished run says, in the space it began with. Raises RunError."""
-        return replace(cls.from_dict(request.get("asked", {})), features=begun_with(request))
+        return replace(cls.from_dict(request.get("asked", {})), features=space_of_request(request))
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
@@ -121,7 +121,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class FullAsked:
+class FinetuneRequest:
     """A full model to be trained, by `stage` "freeze" or "finetune".
 
     `head` says how it is trained and, unless it begins with the run in the folder `init`, what its head is. It trains
@@ -166,7 +166,7 @@ class FullAsked:
 
 
 @dataclass(frozen=True)
-class SweepAsked:
+class SweepRequest:
     """The settings to be tried, all different, on the rows of each of `features`; `memory` in bytes."""
 
     images: DatasetChoice
@@ -176,9 +176,9 @@ class SweepAsked:
     memory: int | None = None
     views: Views = PLAIN_VIEW
 
-    def head(self, features: FeatureChoice, spec: HeadSpec) -> Asked:
+    def head(self, features: FeatureChoice, spec: HeadSpec) -> TrainRequest:
         """Return the same for one of the settings, on one of the features."""
-        return Asked(self.images, features, spec, self.max_pixels, memory=self.memory, views=self.views)
+        return TrainRequest(self.images, features, spec, self.max_pixels, memory=self.memory, views=self.views)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values; `features` is an object, or a list of several."""
@@ -191,7 +191,7 @@ class SweepAsked:
         """Return what the request of an unfinished sweep says, in the spaces it began with. Raises RunError."""
         spaces = request.get("space")
         several = spaces if isinstance(spaces, list) else [spaces]
-        begun = tuple(begun_with({"space": space}) for space in several)
+        begun = tuple(space_of_request({"space": space}) for space in several)
         return replace(cls.from_dict(request.get("asked", {})), features=begun)
 
     @classmethod
@@ -243,7 +243,9 @@ def stopped_run(workspace: Workspace, name: str, command: str) -> tuple[str, dic
     return name, request
 
 
-def with_network(asked: FullAsked, request: Mapping[str, Any], given: str | None, workspace: Workspace) -> FullAsked:
+def with_network(
+    asked: FinetuneRequest, request: Mapping[str, Any], given: str | None, workspace: Workspace
+) -> FinetuneRequest:
     """Return the same for a stopped run, with the file of its own network where that lies by now.
 
     It is the file that is `given`, else the one that was asked for, else one that is known by its content.
@@ -264,8 +266,8 @@ def with_network(asked: FullAsked, request: Mapping[str, Any], given: str | None
         return asked
     wanted = f"the run began with the network {networks.file_of(noted)}"
     if given is not None:
-        path = machine.at_home(given).absolute()
-        if not _is_network(own.read(path), noted):
+        path = machine.expand_home(given).absolute()
+        if not _is_network(own.read_network(path), noted):
             raise SpecError(f"{wanted}, and {given} is another one; give that file")
         return _on_file(asked, path)
     if former is None:
@@ -273,7 +275,7 @@ def with_network(asked: FullAsked, request: Mapping[str, Any], given: str | None
     at_hand = networks.network_file(noted, workspace.cache.index)
     for path in (Path(former), *([at_hand] if at_hand else [])):
         with suppress(SpecError, WeightsError):
-            if _is_network(own.read(path), noted):
+            if _is_network(own.read_network(path), noted):
                 return _on_file(asked, path)
     problem = "is another one by now" if Path(former).exists() else "is no longer there"
     raise WeightsError(f"{wanted}, and {former} {problem}; give its file beside --resume: --backbone FILE")
@@ -283,5 +285,5 @@ def _is_network(found: OwnNetwork, noted: Mapping[str, Any]) -> bool:
     return (found.name, found.weights) == (noted.get("backbone"), noted.get("weights"))
 
 
-def _on_file(asked: FullAsked, path: Path) -> FullAsked:
+def _on_file(asked: FinetuneRequest, path: Path) -> FinetuneRequest:
     return replace(asked, features=replace(asked.features, backbone=str(path)))

@@ -102,7 +102,7 @@ def resolved(images: object) -> tuple[str, str | None] | None:
 
 
 def _real(path: str) -> str:
-    named = machine.at_home(path.replace("\0", ""))
+    named = machine.expand_home(path.replace("\0", ""))
     try:
         return os.path.realpath(named)
     except UnicodeEncodeError:  # no file of this machine has that name: its encoding of names lacks a letter
@@ -118,7 +118,7 @@ def distinct(datasets: Sequence[RunDataset]) -> list[RunDataset]:
     return found
 
 
-def told_apart(paths: Sequence[str]) -> list[str]:
+def distinct_names(paths: Sequence[str]) -> list[str]:
     """Return for each path as many of its last parts as tell it from the others."""
     parts = {path: Path(path).parts for path in paths}
     shortest = {path: _shortest(path, parts) for path in parts}

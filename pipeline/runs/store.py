@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.core import files
 from pipeline.core.errors import CheckpointError, RunError, did_you_mean
 from pipeline.core.files import MOST_JSON_BYTES
-from pipeline.core.locks import abandoned, done_without, held_if_abandoned, new_folder_held, remove_abandoned
+from pipeline.core.locks import find_abandoned, held_if_abandoned, new_folder_held, remove_abandoned, without_locks
 from pipeline.runs.checksums import check_files, write_checksums
 from pipeline.runs.run_dataset import RunDataset
 
@@ -101,7 +101,7 @@ def reopened(root: Path, name: str, command: str = "train-head") -> Iterator[tup
             raise RunError(_not_resumable(root, name))
         if not held:
             raise RunError(f"the run {name} is being worked on by another process")
-        if done_without():
+        if without_locks():
             logger.warning("without locks, nothing keeps another process from going on with %s too", name)
         for path in partial.rglob(f"{files.PARTIAL_PREFIX}*"):  # what was being written when it was killed
             files.remove(path)
@@ -206,7 +206,7 @@ def latest_of(names: Sequence[str], root: Path) -> str:
 def unfinished(root: Path) -> list[str]:
     """Return the names of the runs that were stopped and can be resumed, the oldest first."""
     found = [name.removeprefix(files.PARTIAL_PREFIX) for name in files.list_folders(root) if files.is_partial(name)]
-    some = [name for name in found if _can_resume(_partial(root, name)) and abandoned(_partial(root, name))]
+    some = [name for name in found if _can_resume(_partial(root, name)) and find_abandoned(_partial(root, name))]
     return _in_order({name: _partial(root, name) / REQUEST for name in some})
 
 
@@ -218,7 +218,7 @@ def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> t
     folders = [root / name for name in files.list_folders(root)]
     unnamed = [folder for folder in folders if files.is_partial(folder.name)]
     unnamed += sorted(root.glob(f"[!.]*/evaluations/{files.PARTIAL_PREFIX}*"))
-    killed = [] if done_without() else [folder for folder in unnamed if abandoned(folder)]
+    killed = [] if without_locks() else [folder for folder in unnamed if find_abandoned(folder)]
     dead = [folder for folder in killed if resumable or not _can_resume(folder)]
     spent = [path for folder in folders if not files.is_partial(folder.name) for path in _of_unfinished(folder)]
     sizes = {folder: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in dead}

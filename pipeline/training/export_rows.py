@@ -12,7 +12,7 @@ from pipeline.cache.workspace import Workspace
 from pipeline.dataset import Dataset
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.extraction.planning import Quarantined
-from pipeline.training.labelled_features import gather
+from pipeline.training.labelled_features import join_features
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def export_dataset(
     CacheError
         If a shard is damaged, or there is no room.
     """
-    material = gather(dataset, workspace, choice, max_pixels, features_command, partly=virtual)
+    material = join_features(dataset, workspace, choice, max_pixels, features_command, partly=virtual)
     images = material.usable.tolist()
     columns = Columns(
         dataset.name,

@@ -27,24 +27,24 @@ from pipeline.extraction.feature_choice import FeatureChoice, warn_untrained
 from pipeline.extraction.planning import Quarantined
 from pipeline.images.decoding import depth_of
 from pipeline.runs import store
-from pipeline.runs.request import FullAsked
+from pipeline.runs.request import FinetuneRequest
 from pipeline.training import full_model, run_folder, tracking
 from pipeline.training.batches import Shuffled
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.full_model import Network
+from pipeline.training.full_model import FullModel
 from pipeline.training.heads import dense
 from pipeline.training.heads.base import class_weights, measure, require_numbers
-from pipeline.training.image_batches import Pixels, decoding
-from pipeline.training.initial_model import Origin, origin_of
-from pipeline.training.labelled_features import Material, Sorted, gather, gather_images
-from pipeline.training.loop import Entry, NotFiniteError, Trained, Watch, train
+from pipeline.training.image_batches import ImageRows, open_decoder
+from pipeline.training.initial_model import InitialModel, open_initial_model
+from pipeline.training.labelled_features import LabelledFeatures, LabelledImages, join_features, join_images
+from pipeline.training.loop import Entry, NotFiniteError, TrainingContext, TrainingResult, train
 from pipeline.training.rows import Rows, StoredRows, select
 from pipeline.training.seen_images import initial_images
-from pipeline.training.training_data import Prepared, check_sides, prepared_pixels, prepared_tensors
+from pipeline.training.training_data import TrainingData, check_sides, open_image_data, open_tensor_data
 
 logger = logging.getLogger(__name__)
 
-S = TypeVar("S", bound=Sorted)
+S = TypeVar("S", bound=LabelledImages)
 
 _COLLAPSE = 0.1  # of accuracy on the training images, between training mode and inference mode
 _TIMED = 32  # images
@@ -55,7 +55,7 @@ _COPIES = 6  # of the trained numbers, in memory: weights, gradients, two of the
 
 
 @dataclass(frozen=True)
-class FullRun:
+class FinetuneResult:
     """What `train_full` made."""
 
     name: str
@@ -64,7 +64,9 @@ class FullRun:
     quarantined: list[Quarantined]
 
 
-def train_full(dataset: Dataset, workspace: Workspace, asked: FullAsked, *, resume: str | None = None) -> FullRun:
+def finetune(
+    dataset: Dataset, workspace: Workspace, asked: FinetuneRequest, *, resume: str | None = None
+) -> FinetuneResult:
     """Train, measure, save and publish a full model as asked. `resume` names an unfinished run.
 
     Raises
@@ -79,7 +81,7 @@ def train_full(dataset: Dataset, workspace: Workspace, asked: FullAsked, *, resu
     start = time.perf_counter()
     if asked.tensorboard:
         tracking.require_tensorboard()
-    origin = origin_of(asked, dataset, workspace)
+    origin = open_initial_model(asked, dataset, workspace)
     dataset = origin.matched(dataset)
     warn_untrained(origin.base)
     check_sides(dataset, workspace)  # before anything is computed
@@ -94,29 +96,29 @@ def train_full(dataset: Dataset, workspace: Workspace, asked: FullAsked, *, resu
         digest = hashlib.sha256((images.digest() + _network_of(origin)).encode()).hexdigest()
         with _run(workspace, asked, images, digest, resume, _own_network(origin, workspace)) as (name, directory):
             summary = _train_and_write(name, directory, asked, setting, workspace, start)
-    return FullRun(name, workspace.runs / name, summary, images.quarantined)
+    return FinetuneResult(name, workspace.runs / name, summary, images.quarantined)
 
 
 @dataclass(frozen=True)
 class _Setting:
     """What is trained, on what: `below` gives the features the head stands on, of the same rows."""
 
-    origin: Origin
-    network: Network
+    origin: InitialModel
+    network: FullModel
     model: KerasModel
     below: KerasModel | None
-    ready: Prepared[Any]
+    ready: TrainingData[Any]
     until: int  # the index of the last frozen layer
     computed: int = 0  # rows, for this
 
 
-def _network_of(origin: Origin) -> str:
+def _network_of(origin: InitialModel) -> str:
     """Return what the network that is trained is known by: of one's own, others may have weights as its own are."""
     backbone = origin.base.backbone
     return origin.weights.identity + (backbone if backbone.startswith(OWN) else "")
 
 
-def _own_network(origin: Origin, workspace: Workspace) -> dict[str, Any] | None:
+def _own_network(origin: InitialModel, workspace: Workspace) -> dict[str, Any] | None:
     """Return by what an own network, and its file, are known again; None for a network of the table."""
     if not origin.base.backbone.startswith(OWN):
         return None
@@ -125,44 +127,48 @@ def _own_network(origin: Origin, workspace: Workspace) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _from_images(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin: Origin) -> Iterator[_Setting]:
+def _from_images(
+    dataset: Dataset, workspace: Workspace, asked: FinetuneRequest, origin: InitialModel
+) -> Iterator[_Setting]:
     spec = origin.base
     depth = depth_of(spec.decode)
-    images = gather_images(dataset, workspace, asked.max_pixels, spec.fit, depth)
+    images = join_images(dataset, workspace, asked.max_pixels, spec.fit, depth)
     images = with_initial(images, asked, workspace)
-    with prepared_pixels(images, spec.input_size, spec.fit, asked.max_pixels, depth) as ready:
+    with open_image_data(images, spec.input_size, spec.fit, asked.max_pixels, depth) as ready:
         made = _network(origin, spec, asked, ready.classes)
         yield _Setting(origin, made, made.on_pixels(), made.features_of_pixels(), ready, origin.until)
 
 
 @contextmanager
-def _from_cache(dataset: Dataset, workspace: Workspace, asked: FullAsked, origin: Origin) -> Iterator[_Setting]:
+def _from_cache(
+    dataset: Dataset, workspace: Workspace, asked: FinetuneRequest, origin: InitialModel
+) -> Iterator[_Setting]:
     """Compute what is missing of the frozen part's rows, then train what comes after it."""
     options = ComputeOptions(max_pixels=asked.max_pixels)
     done = extract(dataset, workspace, origin.settled, options, views=asked.views)
     choice = FeatureChoice(space=done.space.name) if done.space else origin.settled.choice
-    material = gather(dataset, workspace, choice, asked.max_pixels, "features", views=asked.views)
+    material = join_features(dataset, workspace, choice, asked.max_pixels, "features", views=asked.views)
     material = with_initial(material, asked, workspace)
     spec = replace(material.space.spec, layer=origin.base.layer)
     made = _network(origin, spec, asked, len(dataset.classes))
     model = made.after(origin.cut)
     kept = asked.head.settings["batch_size"] * activations(model)
     needed = dense.TENSORFLOW + 4 * (_COPIES * model.count_params() + kept)  # kept for the way back
-    with prepared_tensors(material, asked.memory, needed) as ready:
+    with open_tensor_data(material, asked.memory, needed) as ready:
         yield _Setting(origin, made, model, made.features_after(origin.cut), ready, origin.until, done.computed)
 
 
-def with_initial(images: S, asked: FullAsked, workspace: Workspace) -> S:
+def with_initial(images: S, asked: FinetuneRequest, workspace: Workspace) -> S:
     """Return the images with those that the run was trained on with which the model begins."""
     if asked.init is None:
         return images
     return replace(images, initial=initial_images(Path(asked.init), workspace))
 
 
-def _network(origin: Origin, spec: FeatureSpec, asked: FullAsked, classes: int) -> Network:
+def _network(origin: InitialModel, spec: FeatureSpec, asked: FinetuneRequest, classes: int) -> FullModel:
     """Return the network to begin with, frozen as asked for."""
     logger.info("building %s", origin.backbone)
-    made = Network(spec, lambda shape: origin.head(asked.head, shape, classes), origin.weights.network)
+    made = FullModel(spec, lambda shape: origin.head(asked.head, shape, classes), origin.weights.network)
     made.load_backbone(origin.weights.identity, origin.weights.path)
     made.freeze(origin.until, batch_norm=asked.batch_norm == "trainable")
     made.seed(asked.head.settings["seed"])
@@ -172,8 +178,8 @@ def _network(origin: Origin, spec: FeatureSpec, asked: FullAsked, classes: int) 
 @contextmanager
 def _run(
     workspace: Workspace,
-    asked: FullAsked,
-    images: Sorted,
+    asked: FinetuneRequest,
+    images: LabelledImages,
     digest: str,
     resume: str | None,
     own_network: dict[str, Any] | None,
@@ -186,13 +192,13 @@ def _run(
         return
     title = f"{images.dataset.name}-{asked.stage}"
     with store.new_run(workspace.runs, title, workspace.command(asked.stage)) as (name, directory):
-        space = images.space.name if isinstance(images, Material) else None
+        space = images.space.name if isinstance(images, LabelledFeatures) else None
         store.write_request(directory, asked.to_dict(), digest, space, own_network)
         yield name, directory
 
 
 def _train_and_write(
-    name: str, directory: Path, asked: FullAsked, setting: _Setting, workspace: Workspace, start: float
+    name: str, directory: Path, asked: FinetuneRequest, setting: _Setting, workspace: Workspace, start: float
 ) -> dict[str, Any]:
     made, ready = setting.network, setting.ready
     parameters = made.trainable_parameters  # before the loop leaves the model at its best epoch
@@ -205,7 +211,7 @@ def _train_and_write(
     _, train_accuracy = measure(said["train"], ready.labels["train"])
     _warn_of_collapse(train_accuracy, _best(trained)["accuracy"], asked)
     predictions = [ready.predictions(side, ready.members[side], said[side]) for side in ("val", "test")]
-    metrics = run_folder.measured(predictions, ready.material.dataset.classes)
+    metrics = run_folder.compute_split_metrics(predictions, ready.material.dataset.classes)
     recorded = setting.origin.network_record or networks.record(setting.origin.weights, workspace.cache.index)
     about = {
         **_features(setting, made.save(directory)),
@@ -216,7 +222,7 @@ def _train_and_write(
     difference = _check_saved(directory, asked, setting, said["test"])
     summary = {
         **_summary(name, asked, setting, trained),
-        **run_folder.summary_of(metrics, ready.material),
+        **run_folder.summarize_metrics(metrics, ready.material),
         "train_accuracy": train_accuracy,
         "trainable_parameters": parameters,
         "parameters": parameters,
@@ -224,7 +230,7 @@ def _train_and_write(
         "seconds": round(time.perf_counter() - start + trained.seconds_before, 3),
     }
     about["summary"] = summary
-    run_folder.write(directory, about, ready.material, metrics, trained.history, "epoch", predictions)
+    run_folder.write_results(directory, about, ready.material, metrics, trained.history, "epoch", predictions)
     return summary
 
 
@@ -238,7 +244,7 @@ def _features(setting: _Setting, identity: str) -> dict[str, Any]:
     return {"features": features.to_dict(), "base": {"features": base.to_dict(), "unchanged_until": unchanged}}
 
 
-def _summary(name: str, asked: FullAsked, setting: _Setting, trained: Trained) -> dict[str, Any]:
+def _summary(name: str, asked: FinetuneRequest, setting: _Setting, trained: TrainingResult) -> dict[str, Any]:
     """Return what is told of how a run was trained; what it is worth stands beside that."""
     made, ready = setting.network, setting.ready
     return {
@@ -257,20 +263,20 @@ def _summary(name: str, asked: FullAsked, setting: _Setting, trained: Trained) -
         "seconds_per_epoch": trained.seconds_per_epoch,
         "first_loss": trained.history[0]["loss"],
         "last_loss": trained.history[-1]["loss"],
-        "space": ready.material.space.name if isinstance(ready.material, Material) else None,
+        "space": ready.material.space.name if isinstance(ready.material, LabelledFeatures) else None,
         "backbone": setting.origin.backbone,
         "weights": setting.origin.label,
         "precision": made.spec.precision,
     }
 
 
-def _best(trained: Trained) -> Entry:
+def _best(trained: TrainingResult) -> Entry:
     return min(trained.history, key=lambda entry: entry["val_loss"])
 
 
-def _measured(asked: FullAsked, setting: _Setting, workspace: Workspace) -> dict[str, np.ndarray]:
+def _measured(asked: FinetuneRequest, setting: _Setting, workspace: Workspace) -> dict[str, np.ndarray]:
     """Return what the network says of each split in the plain view, (n, k) float32, as `predict` will answer."""
-    answer = full_model.compiled(setting.network, setting.origin.cut if asked.from_cache else None)
+    answer = full_model.compile_model(setting.network, setting.origin.cut if asked.from_cache else None)
     rows = {**setting.ready.rows, "train": _plain(setting.ready)}
     said = {}
     for side, some in rows.items():
@@ -279,7 +285,7 @@ def _measured(asked: FullAsked, setting: _Setting, workspace: Workspace) -> dict
     return said
 
 
-def _trained(directory: Path, asked: FullAsked, setting: _Setting, workspace: Workspace) -> Trained:
+def _trained(directory: Path, asked: FinetuneRequest, setting: _Setting, workspace: Workspace) -> TrainingResult:
     """Run the loop, and leave the network at its best epoch."""
     settings, ready = asked.head.settings, setting.ready
     size, labels = settings["batch_size"], ready.data().train_labels
@@ -296,7 +302,7 @@ def _trained(directory: Path, asked: FullAsked, setting: _Setting, workspace: Wo
         tracking.tensorboard(directory, asked.tensorboard) as note,
         workspace.progress("training", settings["epochs"] * len(labels)) as advance,
     ):
-        watch = Watch(lambda part: advance(part * len(labels)), note, checkpoint)
+        watch = TrainingContext(lambda part: advance(part * len(labels)), note, checkpoint)
         try:
             return train(
                 setting.model,
@@ -328,7 +334,7 @@ def _head_inputs(setting: _Setting, size: int, workspace: Workspace) -> Iterator
             yield block.mean(axis=(1, 2), dtype=np.float32) if pools else block
 
 
-def _announce(asked: FullAsked, setting: _Setting) -> None:
+def _announce(asked: FinetuneRequest, setting: _Setting) -> None:
     """Say how long all will take, from a batch that is timed: the way back takes twice as long as the way there."""
     rows, settings, ready = setting.ready.rows["train"], asked.head.settings, setting.ready
     some = rows[np.arange(min(len(rows), settings["batch_size"], _TIMED))]
@@ -345,13 +351,13 @@ def _announce(asked: FullAsked, setting: _Setting) -> None:
     logger.info("%s of %s %s about %s", *told)
 
 
-def _plain(ready: Prepared[Any]) -> Rows:
+def _plain(ready: TrainingData[Any]) -> Rows:
     """Return the training rows in the plain view, which come first."""
     rows: Rows = ready.rows["train"]
     return rows if ready.views == 1 else select(rows, np.arange(len(ready.labels["train"])))
 
 
-def _warn_of_collapse(inference: float, training: float, asked: FullAsked) -> None:
+def _warn_of_collapse(inference: float, training: float, asked: FinetuneRequest) -> None:
     """Batch norm that trained on small batches can say other things in inference mode."""
     if inference < training - _COLLAPSE:
         advice = "take --batch-norm frozen" if asked.batch_norm == "trainable" else "lower --learning-rate"
@@ -362,14 +368,14 @@ def _warn_of_collapse(inference: float, training: float, asked: FullAsked) -> No
         )  # fmt: skip
 
 
-def _check_saved(directory: Path, asked: FullAsked, setting: _Setting, test: np.ndarray) -> float:
+def _check_saved(directory: Path, asked: FinetuneRequest, setting: _Setting, test: np.ndarray) -> float:
     """Read the model back and compare what it says of a few test images with what was measured."""
     ready, spec = setting.ready, setting.network.spec
     images, members = ready.material, ready.members["test"][:_CHECKED]
-    saved = full_model.compiled(Network.load(directory, spec))
+    saved = full_model.compile_model(FullModel.load(directory, spec))
     how = spec.input_size, spec.fit, asked.max_pixels, depth_of(spec.decode)
-    with decoding(images.dataset, images.keys, images.usable, *how) as source:
-        said = full_model.probabilities(saved, Pixels(source, members), _CHECKED)
+    with open_decoder(images.dataset, images.keys, images.usable, *how) as source:
+        said = full_model.probabilities(saved, ImageRows(source, members), _CHECKED)
     difference = float(np.abs(said - test[: len(members)]).max())
     if not difference <= _MOST_DIFFERENCE[spec.precision]:
         raise RunError(

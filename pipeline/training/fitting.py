@@ -12,19 +12,19 @@ import numpy as np
 from pipeline.core.files import write_json
 from pipeline.core.progress import Progress
 from pipeline.core.spec import HeadSpec
-from pipeline.runs.request import Asked
+from pipeline.runs.request import TrainRequest
 from pipeline.training import heads, tracking
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.heads.base import JSON_FILE, Predicts, require_numbers, stratified_folds
 from pipeline.training.heads.ensemble import Ensemble, member_name
 from pipeline.training.rows import Rows
-from pipeline.training.training_data import Prepared
+from pipeline.training.training_data import TrainingData
 
 _HISTORY = "history.json"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FitResult:
     """A fitted head, and what it says of `val`, positions in the material, and of the test split: (n, k) float32.
 
     Of several heads `val` is every row they were trained on, each answered by the head that did not see it.
@@ -36,7 +36,7 @@ class Outcome:
     test: np.ndarray
 
 
-def fit_asked(ready: Prepared, asked: Asked, directory: Path, progress: Progress) -> Outcome:
+def fit_request(ready: TrainingData, asked: TrainRequest, directory: Path, progress: Progress) -> FitResult:
     """Fit what was asked for, going on with what lies in `directory`."""
     fit = _fit_folds if asked.folds else _fit_one
     steps = heads.steps(asked.head) * max(1, asked.folds)
@@ -50,16 +50,16 @@ def fit_head(
 ) -> heads.Fitted:
     """Fit one head, with checkpoint and logs in `directory`."""
     with tracking.tensorboard(directory, tensorboard) as note:
-        return heads.fit(spec, data, heads.Watch(advance, note, Checkpoint(directory)))
+        return heads.fit(spec, data, heads.TrainingContext(advance, note, Checkpoint(directory)))
 
 
-def _fit_one(ready: Prepared, asked: Asked, directory: Path, advance: Callable[[float], None]) -> Outcome:
+def _fit_one(ready: TrainingData, asked: TrainRequest, directory: Path, advance: Callable[[float], None]) -> FitResult:
     fitted = fit_head(asked.head, ready.data(), directory, advance, tensorboard=asked.tensorboard)
-    said = (answers(fitted.head, ready.rows[side], side) for side in ("val", "test"))
-    return Outcome(fitted, ready.members["val"], *said)
+    said = (predict_probabilities(fitted.head, ready.rows[side], side) for side in ("val", "test"))
+    return FitResult(fitted, ready.members["val"], *said)
 
 
-def answers(head: Predicts, rows: Rows, side: str) -> np.ndarray:
+def predict_probabilities(head: Predicts, rows: Rows, side: str) -> np.ndarray:
     """Return what a head says of rows, (n, k) float32. Raises DatasetError if one of them holds what is no number."""
     said = head.predict(rows)
     if not np.isfinite(said).all():
@@ -67,7 +67,9 @@ def answers(head: Predicts, rows: Rows, side: str) -> np.ndarray:
     return said
 
 
-def _fit_folds(ready: Prepared, asked: Asked, directory: Path, advance: Callable[[float], None]) -> Outcome:
+def _fit_folds(
+    ready: TrainingData, asked: TrainRequest, directory: Path, advance: Callable[[float], None]
+) -> FitResult:
     labels = ready.labels["train"]
     said = np.zeros((len(labels), ready.classes), np.float32)
     members, history = list[heads.Head](), list[dict[str, float]]()
@@ -79,18 +81,18 @@ def _fit_folds(ready: Prepared, asked: Asked, directory: Path, advance: Callable
         else:
             advance(heads.steps(asked.head))
         members.append(heads.load(folder))
-        said[held] = answers(members[-1], data.val, "train")
+        said[held] = predict_probabilities(members[-1], data.val, "train")
         history.append({"fold": number, **_best(json.loads((folder / _HISTORY).read_text()))})
     ensemble = Ensemble(members)
-    return Outcome(
+    return FitResult(
         heads.Fitted(ensemble, history, "fold", None),
         ready.members["train"],
         said,
-        answers(ensemble, ready.rows["test"], "test"),
+        predict_probabilities(ensemble, ready.rows["test"], "test"),
     )
 
 
-def _fit_member(data: heads.Data, asked: Asked, folder: Path, advance: Callable[[float], None]) -> None:
+def _fit_member(data: heads.Data, asked: TrainRequest, folder: Path, advance: Callable[[float], None]) -> None:
     folder.mkdir(exist_ok=True)
     fitted = fit_head(asked.head, data, folder, advance, tensorboard=asked.tensorboard)
     write_json(folder / _HISTORY, fitted.history)

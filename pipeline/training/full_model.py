@@ -14,7 +14,15 @@ from pipeline.backbone import own, weights_file
 from pipeline.backbone.build import build as build_backbone
 from pipeline.backbone.build import check_weights, load_weights
 from pipeline.backbone.frozen import features_of
-from pipeline.backbone.graph import allow_any_names, cut, cut_layers, cut_tensor, layer_names, rest_of, work
+from pipeline.backbone.graph import (
+    allow_any_names,
+    cut,
+    cut_layers,
+    cut_tensor,
+    layer_names,
+    layers_after,
+    share_of_work,
+)
 from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.backbone.scaling import scale
 from pipeline.backbone.weights import Weights
@@ -25,12 +33,14 @@ from pipeline.core.spec import FREEZE_UNTIL, FeatureSpec
 from pipeline.training import heads
 from pipeline.training.heads.dense import DenseHead, average, build, from_logreg
 from pipeline.training.heads.logreg import LogregHead
-from pipeline.training.loop import finalize
+from pipeline.training.loop import rebuild_normalization
 from pipeline.training.rows import Rows, read_ahead
 
 WEIGHTS_FILE = "backbone.weights.h5"
 JSON_FILE = "network.json"
-Answerer = Callable[[np.ndarray], np.ndarray]  # pixels (n, size, size, 3) uint8 RGB → probabilities (n, k) float32
+BatchPredictor = Callable[
+    [np.ndarray], np.ndarray
+]  # pixels (n, size, size, 3) uint8 RGB → probabilities (n, k) float32
 
 _MOST_BYTES = own.MOST_STORED  # of a network.json
 # Of the multiplications, at least, by default. InceptionV3 has 12% in its last two blocks, VGG16 9% in its last one.
@@ -39,7 +49,7 @@ _HEAD_SEEDS = 1_000  # numbers that a head's own seeds are derived by come befor
 _MOST_AT_ONCE = 32  # rows that are answered together: more are no quicker, and a short batch is padded
 
 
-class Network:
+class FullModel:
     """A backbone, computing as `spec` says up to its layer, and a dense head over that layer's tensors.
 
     Parameters
@@ -84,7 +94,7 @@ class Network:
 
     def work(self, after: str = "") -> tuple[int, int]:
         """Return how many multiplications of an image come after the layer `after`, and how many of them train."""
-        calls = [*work(self.below, after), *work(self.head.model)]
+        calls = [*share_of_work(self.below, after), *share_of_work(self.head.model)]
         trains = next(i for i, (layer, _) in enumerate(calls) if getattr(layer, "trainable_weights", []))
         counts = [count for _, count in calls]
         return sum(counts), sum(counts[trains:])
@@ -141,11 +151,11 @@ class Network:
 
     def after(self, layer: str) -> KerasModel:
         """Return what comes after `layer`, with the same weights: its rows (n, h, w, c) → (n, k) probabilities."""
-        return rest_of(self.model, layer, name=f"after_{layer}")
+        return layers_after(self.model, layer, name=f"after_{layer}")
 
     def features_after(self, layer: str) -> KerasModel | None:
         """Return what lies between `layer` and the head; None if nothing does."""
-        return None if layer == self.spec.layer else rest_of(self.below, layer)
+        return None if layer == self.spec.layer else layers_after(self.below, layer)
 
     def save(self, directory: Path) -> str:
         """Write backbone, head and our JSON; return the identity of the backbone's weights, as a spec names them."""
@@ -163,7 +173,7 @@ class Network:
         return f"sha256:{digest}"
 
     @classmethod
-    def load(cls, directory: Path, spec: FeatureSpec, precision: str | None = None) -> Network:
+    def load(cls, directory: Path, spec: FeatureSpec, precision: str | None = None) -> FullModel:
         """Return the network that `save` wrote, rebuilt from our own JSON and filled with plain arrays.
 
         It computes in another `precision` than it was trained in, if one is given.
@@ -262,7 +272,7 @@ def default_freeze_until(whole: KerasModel, layer: str) -> str:
     SpecError
         If no head can stand on `layer`.
     """
-    calls = work(cut(whole, layer))
+    calls = share_of_work(cut(whole, layer))
     names = layer_names(whole)
     names = names[: names.index(layer) + 1]
     cuts = [name for name in cut_layers(whole) if name in names]
@@ -312,7 +322,7 @@ def probabilities(
     return np.concatenate(list(predict(answer, rows, size, advance)))
 
 
-def stitched(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> DenseHead:
+def to_dense_head(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> DenseHead:
     """Return a head that was trained on cached rows as one over tensors of `row_shape` (h, w, c), ready to be trained.
 
     A logistic regression becomes a `gap` head without hidden layers: its scaler is the normalisation, its
@@ -324,7 +334,7 @@ def stitched(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> Dens
         If it reads other rows, or tells other classes apart.
     """
     if isinstance(head, heads.Ensemble):
-        return average([stitched(member, row_shape, classes) for member in head.members])
+        return average([to_dense_head(member, row_shape, classes) for member in head.members])
     if isinstance(head, LogregHead):
         if head.classes != classes:
             raise ValueError("other classes")
@@ -333,11 +343,11 @@ def stitched(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> Dens
         raise ValueError("other classes")
     model: Any = build(head.spec, row_shape, classes)
     model.set_weights(head.model.get_weights())
-    finalize(model)
+    rebuild_normalization(model)
     return DenseHead(model, head.spec)
 
 
-def compiled(network: Network, after: str | None = None) -> Answerer:
+def compile_model(network: FullModel, after: str | None = None) -> BatchPredictor:
     """Return a network as a function, compiled once for any number of images, that computes as cached features are.
 
     With `after` it takes rows of that layer, (n, h, w, c) in the storage type, instead of pixels; its output must carry

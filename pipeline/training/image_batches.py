@@ -16,7 +16,7 @@ from pipeline.images.decoding import FULL_DEPTH
 from pipeline.images.loader import Loaded, Loader, decoding_pool
 
 
-class Decoding:
+class ImageDecoder:
     """Decodes images of a dataset in threads; `keys` are who they must be, (m,) of 32 bytes, for `usable` of them."""
 
     def __init__(self, dataset: Dataset, keys: Sequence[bytes], usable: np.ndarray, loader: Loader, size: int) -> None:
@@ -29,7 +29,7 @@ class Decoding:
 
 
 @contextmanager
-def decoding(
+def open_decoder(
     dataset: Dataset,
     keys: Sequence[bytes],
     usable: np.ndarray,
@@ -37,24 +37,24 @@ def decoding(
     fit: str,
     max_pixels: int,
     depth: int = FULL_DEPTH,
-) -> Iterator[Decoding]:
+) -> Iterator[ImageDecoder]:
     """Give what decodes the images `usable` of a dataset; on leaving, its threads and processes end."""
     with Loader(dataset, size, fit, max_pixels, depth=depth) as loader:
-        found = Decoding(dataset, keys, usable, loader, size)
+        found = ImageDecoder(dataset, keys, usable, loader, size)
         try:
             yield found
         finally:
             found.pool.shutdown(cancel_futures=True)
 
 
-class Pixels:
+class ImageRows:
     """Images that are `Rows`: asked for by index they are decoded, (n, size, size, 3) uint8 RGB.
 
     With a `recipe` each is warped, by numbers that its key and `draw` decide.
     """
 
     def __init__(
-        self, decoding: Decoding, at: np.ndarray, recipe: Augmentation | None = None, draw: int | None = None
+        self, decoding: ImageDecoder, at: np.ndarray, recipe: Augmentation | None = None, draw: int | None = None
     ) -> None:
         self._decoding = decoding
         self._at = at
@@ -77,10 +77,10 @@ class Pixels:
         found = dict(decoding.loader.stream(decoding.pool, wanted, seen, ahead=len(wanted)))
         return np.stack([found[i] for i in wanted])
 
-    def augmented(self, recipe: Augmentation, seed: int, epoch: int) -> Pixels:
+    def augmented(self, recipe: Augmentation, seed: int, epoch: int) -> ImageRows:
         """Return the same images as they are seen in one epoch."""
         digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-        return Pixels(self._decoding, self._at, recipe, int.from_bytes(digest[:8], "big"))
+        return ImageRows(self._decoding, self._at, recipe, int.from_bytes(digest[:8], "big"))
 
     def _seen(self, loaded: Loaded, member: int) -> np.ndarray:
         decoding, name = self._decoding, self._decoding.dataset.names[loaded.i]

@@ -21,9 +21,16 @@ from pipeline.core.errors import DatasetError, RunError, SpecError
 from pipeline.core.spec import FREEZE_UNTIL, OWN, SHAPE, FeatureSpec, HeadSpec
 from pipeline.dataset import Dataset
 from pipeline.dataset.class_names import missing, with_classes
-from pipeline.extraction.feature_choice import FeatureChoice, Settled, find_space, settle, weights_for, weights_of
+from pipeline.extraction.feature_choice import (
+    FeatureChoice,
+    ResolvedChoice,
+    find_space,
+    resolve_choice,
+    weights_for,
+    weights_of,
+)
 from pipeline.images.decoding import depth_of
-from pipeline.runs.request import FullAsked
+from pipeline.runs.request import FinetuneRequest
 from pipeline.runs.store import network_record, read_run
 from pipeline.training import full_model, heads
 from pipeline.training.heads.dense import DenseHead
@@ -31,7 +38,7 @@ from pipeline.training.heads.dense import build as build_head
 
 
 @dataclass(frozen=True)
-class Begun:
+class InitialRun:
     """The run that a full model begins with."""
 
     path: Path
@@ -47,7 +54,7 @@ class Begun:
 
 
 @dataclass(frozen=True)
-class Origin:
+class InitialModel:
     """Where a full model begins.
 
     `weights` are loaded into its backbone; `base` describes the features of the weights that backbone once began with.
@@ -58,10 +65,10 @@ class Origin:
     base: FeatureSpec
     weights: Weights
     label: str
-    settled: Settled
+    settled: ResolvedChoice
     cut: str
     until: int
-    begun: Begun | None
+    begun: InitialRun | None
 
     @property
     def network_record(self) -> Mapping[str, Any] | None:
@@ -79,7 +86,7 @@ class Origin:
             heads.require_memory(asked, row_shape, classes)
             return DenseHead(build_head(asked, row_shape, classes), asked)
         with heads.of_its_run(self.begun.path, classes, row_shape):
-            found = full_model.stitched(heads.load(self.begun.path), row_shape, classes)
+            found = full_model.to_dense_head(heads.load(self.begun.path), row_shape, classes)
         shape = {name: found.spec.settings[name] for name in SHAPE}
         return DenseHead(found.model, HeadSpec.make(found.spec.head, **{**asked.settings, **shape}))
 
@@ -98,7 +105,7 @@ class Origin:
         return cuts[-1] if cuts else ""
 
 
-def origin_of(asked: FullAsked, dataset: Dataset, workspace: Workspace) -> Origin:
+def open_initial_model(asked: FinetuneRequest, dataset: Dataset, workspace: Workspace) -> InitialModel:
     """Settle what a full model begins with.
 
     Raises
@@ -111,8 +118,8 @@ def origin_of(asked: FullAsked, dataset: Dataset, workspace: Workspace) -> Origi
         If the weights cannot be had.
     """
     if asked.init is not None:
-        return _from_run(begun_from(Path(asked.init), dataset), asked, workspace)
-    settled = settle(workspace, asked.features)
+        return _from_run(open_initial_run(Path(asked.init), dataset), asked, workspace)
+    settled = resolve_choice(workspace, asked.features)
     cut, until, _ = _cut(asked, settled.source, settled.layer)
     weights, found = _settled_weights(settled, dataset, workspace, [cut, settled.layer] if cut else [settled.layer])
     choice = asked.features
@@ -125,10 +132,12 @@ def origin_of(asked: FullAsked, dataset: Dataset, workspace: Workspace) -> Origi
         scaling=settled.source.scaling if weights.network else choice.scaling,
     )
     base = replace(settled, choice=replace(choice, layer=settled.layer)).new_spec(weights)
-    return Origin(base, weights, weights.label, replace(settled, choice=choice, weights=weights), cut, until, None)
+    return InitialModel(
+        base, weights, weights.label, replace(settled, choice=choice, weights=weights), cut, until, None
+    )
 
 
-def _cut(asked: FullAsked, source: Source, layer: str) -> tuple[str, int, list[str]]:
+def _cut(asked: FinetuneRequest, source: Source, layer: str) -> tuple[str, int, list[str]]:
     """Return where the cached part ends, "" if nothing is cached, the index of the last frozen layer, and all names."""
     names, cuts = _layers(source, layer)
     until = len(names) - 1
@@ -159,13 +168,13 @@ def _usual(source: Source, layer: str) -> str:
     return full_model.default_freeze_until(build(source.name, input_size=source.input_size, network=source.file), layer)
 
 
-def begun_from(path: Path, dataset: Dataset) -> Begun:
+def open_initial_run(path: Path, dataset: Dataset) -> InitialRun:
     """Return the run in a folder to begin with, if it has the dataset's classes. Raises what `origin_of` does."""
     about = read_run(path)
     try:
         spec, classes = FeatureSpec.from_dict(about["features"]), list(about["classes"])
         base = about.get("base", {"features": about["features"], "unchanged_until": spec.layer})
-        begun = Begun(path, about, spec, FeatureSpec.from_dict(base["features"]), str(base["unchanged_until"]))
+        begun = InitialRun(path, about, spec, FeatureSpec.from_dict(base["features"]), str(base["unchanged_until"]))
     except (KeyError, TypeError, SpecError) as error:
         raise RunError(f"{path / 'run.json'} is not that of a trained model ({error})") from error
     if isinstance(heads.load(path), heads.Ensemble):
@@ -175,7 +184,7 @@ def begun_from(path: Path, dataset: Dataset) -> Begun:
     return begun
 
 
-def _from_run(begun: Begun, asked: FullAsked, workspace: Workspace) -> Origin:
+def _from_run(begun: InitialRun, asked: FinetuneRequest, workspace: Workspace) -> InitialModel:
     stated, spec = asked.features, begun.spec
     base = _base_weights(begun, stated, workspace)
     label = str(begun.about["summary"]["weights"])
@@ -204,14 +213,14 @@ def _from_run(begun: Begun, asked: FullAsked, workspace: Workspace) -> Origin:
         input_size=stated.input_size,
         scaling=stated.scaling,
     )
-    settled = Settled(choice, replace(source, file=rows.network, weights=rows.identity), rows, None)
-    return Origin(
+    settled = ResolvedChoice(choice, replace(source, file=rows.network, weights=rows.identity), rows, None)
+    return InitialModel(
         replace(settled.new_spec(rows), layer=spec.layer, weights=begun.base.weights),
         weights, label, settled, cut, until, begun,
     )  # fmt: skip
 
 
-def _base_weights(begun: Begun, stated: FeatureChoice, workspace: Workspace) -> Weights | None:
+def _base_weights(begun: InitialRun, stated: FeatureChoice, workspace: Workspace) -> Weights | None:
     """Return the weights that the run's backbone once began with, if they are at hand.
 
     Raises
@@ -255,7 +264,7 @@ def _at_most(layer: str, last: str, names: Sequence[str]) -> bool:
 
 
 def _settled_weights(
-    settled: Settled, dataset: Dataset, workspace: Workspace, layers: Sequence[str]
+    settled: ResolvedChoice, dataset: Dataset, workspace: Workspace, layers: Sequence[str]
 ) -> tuple[Weights, FeatureSpec | None]:
     """Return the stated weights, or those of the space that holds most of the dataset's rows, and that space's spec."""
     if settled.weights is not None:

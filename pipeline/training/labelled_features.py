@@ -19,7 +19,7 @@ from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset, Split, assign, groups
 from pipeline.dataset.split import SPLITS
-from pipeline.extraction.feature_choice import FeatureChoice, find_space, settle
+from pipeline.extraction.feature_choice import FeatureChoice, find_space, resolve_choice
 from pipeline.extraction.planning import Plan, Planning, Quarantined, name_quarantined, warn_dark
 from pipeline.images.decoding import FULL_DEPTH
 from pipeline.runs.run_images import SEEN, RunImages
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Sorted:
+class LabelledImages:
     """The images of a dataset that can be decoded, each on its side of the split."""
 
     dataset: Dataset
@@ -92,7 +92,7 @@ class Sorted:
 
 
 @dataclass(frozen=True)
-class Material(Sorted):
+class LabelledFeatures(LabelledImages):
     """Images that have rows in `space`, in all `views`; only the training split is read in more than the plain one."""
 
     space: FeatureSpace
@@ -103,7 +103,7 @@ class Material(Sorted):
         return self._hashed(self.space.spec.fingerprint().encode(), np.array(self.views.numbers, "<i8").tobytes())
 
 
-def gather(
+def join_features(
     dataset: Dataset,
     workspace: Workspace,
     choice: FeatureChoice,
@@ -112,7 +112,7 @@ def gather(
     *,
     views: Views = PLAIN_VIEW,
     partly: bool = False,
-) -> Material:
+) -> LabelledFeatures:
     """Find the rows of all images of `dataset` that can be decoded, in all `views`; with `partly`, some may have none.
 
     Raises
@@ -125,7 +125,7 @@ def gather(
     index = workspace.cache.index
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, index, advance, read_unseen=partly)
-    settled = settle(workspace, choice)
+    settled = resolve_choice(workspace, choice)
     space = find_space(workspace, settled, identities, views)
     planning = Planning(dataset, identities, index, max_pixels, views)
     plan = planning.meet_undecodable(space) if space is not None else planning.plan(space)
@@ -135,12 +135,14 @@ def gather(
     if space is None or (plan.todo and not partly):
         others = [] if space else _other_backbones(workspace, settled.source.name, lacking)
         raise _missing(planning, lacking, space, others, features_command)
-    found = Material(*_sorted(dataset, identities, plan), space, views)
+    found = LabelledFeatures(*_sorted(dataset, identities, plan), space, views)
     _report_leaks(found.split)
     return found
 
 
-def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: str, depth: int = FULL_DEPTH) -> Sorted:
+def join_images(
+    dataset: Dataset, workspace: Workspace, max_pixels: int, fit: str, depth: int = FULL_DEPTH
+) -> LabelledImages:
     """Find the images of `dataset` that can be decoded, for whoever reads pixels instead of rows.
 
     All are decoded once, so that a bad one is known before a long training meets it.
@@ -158,19 +160,19 @@ def gather_images(dataset: Dataset, workspace: Workspace, max_pixels: int, fit: 
     plan = planning.plan(None)
     if not plan.todo:
         raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")
-    found = Sorted(*_sorted(dataset, identities, plan))
+    found = LabelledImages(*_sorted(dataset, identities, plan))
     _report_leaks(found.split)
     return found
 
 
-def list_images(dataset: Dataset, workspace: Workspace, quarantined: Set[str]) -> Sorted:
+def list_images(dataset: Dataset, workspace: Workspace, quarantined: Set[str]) -> LabelledImages:
     """Return the images of `dataset` but those of these names: none is decoded, and none is fetched."""
     with workspace.progress("identifying images", len(dataset)) as advance:
         keys = identify(dataset, workspace.cache.index, advance, read_unseen=False).keys
     known = [(i, key) for i, key in enumerate(keys) if key is not None and dataset.names[i] not in quarantined]
     usable = np.array([i for i, _ in known], np.int64)
     split = assign(dataset, keys)
-    return Sorted(dataset, [key for _, key in known], usable, split, [], groups(dataset, keys)[usable])
+    return LabelledImages(dataset, [key for _, key in known], usable, split, [], groups(dataset, keys)[usable])
 
 
 def _sorted(

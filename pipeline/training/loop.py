@@ -35,7 +35,7 @@ class Batches(Protocol):
 
 
 @dataclass
-class Watch:
+class TrainingContext:
     """Who looks on: progress in epochs, what keeps the history, and the checkpoint; each may be left out."""
 
     advance: Callable[[float], None] = lambda n: None
@@ -56,7 +56,7 @@ class _State:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """What came of it: an entry an epoch, and the median epoch's seconds without the first, which compiles.
 
     `seconds_before` is what epochs took that an earlier process trained.
@@ -124,10 +124,10 @@ def train(
     measure: Callable[[], tuple[float, float]],
     settings: Mapping[str, Any],
     class_weights: np.ndarray,
-    watch: Watch,
+    watch: TrainingContext,
     *,
     scale_loss: bool = False,
-) -> Trained:
+) -> TrainingResult:
     """Train `model`, a classifier ending in softmax, and leave it at its best epoch by validation loss.
 
     Parameters
@@ -181,7 +181,7 @@ def train(
             numbers = {"model": model.variables, "optimizer": model.optimizer.variables, "best": best}
             watch.checkpoint.save(numbers, asdict(state))
     _assign(model.weights, best)
-    return Trained(state.history, float(np.median(state.seconds[1:] or state.seconds)), seconds_before)
+    return TrainingResult(state.history, float(np.median(state.seconds[1:] or state.seconds)), seconds_before)
 
 
 def _epoch(
@@ -201,7 +201,7 @@ def _epoch(
     return float(loss), float(accuracy)
 
 
-def _restored(model: KerasModel, watch: Watch) -> tuple[_State, list[np.ndarray]]:
+def _restored(model: KerasModel, watch: TrainingContext) -> tuple[_State, list[np.ndarray]]:
     found = watch.checkpoint.load() if watch.checkpoint is not None else None
     if found is None:
         return _State(), _numbers(model.weights)
@@ -220,7 +220,7 @@ def _restored(model: KerasModel, watch: Watch) -> tuple[_State, list[np.ndarray]
             "train anew"
         ) from error
     _assign(model.variables, groups["model"])
-    finalize(model)
+    rebuild_normalization(model)
     _assign(model.optimizer.variables, groups["optimizer"])
     for entry in state.history:
         watch.note(entry)
@@ -228,11 +228,11 @@ def _restored(model: KerasModel, watch: Watch) -> tuple[_State, list[np.ndarray]
     return state, groups["best"]
 
 
-def finalize(model: KerasModel) -> None:
+def rebuild_normalization(model: KerasModel) -> None:
     """Have every normalisation in `model` compute with the variables it was given: it keeps what it made of others."""
     for layer in model.layers:
         if hasattr(layer, "layers"):
-            finalize(layer)
+            rebuild_normalization(layer)
         elif hasattr(layer, "finalize_state"):
             layer.finalize_state()
 

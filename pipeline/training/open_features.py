@@ -21,8 +21,8 @@ from pipeline.extraction.feature_choice import FeatureChoice, warn_untrained
 from pipeline.images import decoding
 from pipeline.runs.request import DatasetChoice
 from pipeline.training.batches import Shuffled
-from pipeline.training.labelled_features import Material, gather
-from pipeline.training.rows import Rows, Wanted, held, room_for, stored_rows
+from pipeline.training.labelled_features import LabelledFeatures, join_features
+from pipeline.training.rows import Rows, RowSelection, load_or_stream, room_for, stored_rows
 
 SplitName = Literal["train", "val", "test"]
 What = Literal["features", "pooled"]
@@ -92,7 +92,7 @@ def open_features(
             space=space, layer=layer, depth=depth, backbone=name, input_size=input_size, scaling=scaling
         )
         limits = decoding.DEFAULT_MAX_PIXELS
-        material = gather(choice.open(workspace), workspace, chosen, limits, command, views=wanted)
+        material = join_features(choice.open(workspace), workspace, chosen, limits, command, views=wanted)
         stack.enter_context(material.space.reading())
         warn_untrained(material.space.spec)
         features = Features(material, what, memory)
@@ -103,11 +103,11 @@ def open_features(
 class Features:
     """The cached rows of a dataset, split. `cache gc` waits until it is closed; a `with` statement does that."""
 
-    def __init__(self, material: Material, what: What, memory: int | None) -> None:
+    def __init__(self, material: LabelledFeatures, what: What, memory: int | None) -> None:
         self._material = material
         self._closing = ExitStack()
         numbers = {"train": material.views.numbers}
-        wanted = {side: Wanted(material.members(side), numbers.get(side, (0,))) for side in SPLITS}
+        wanted = {side: RowSelection(material.members(side), numbers.get(side, (0,))) for side in SPLITS}
         self._wanted = {side: each for side, each in wanted.items() if len(each.at)}
         stored = stored_rows(material.space, material.keys, what, list(self._wanted.values()))
         self._stored = dict(zip(self._wanted, stored, strict=True))
@@ -185,7 +185,7 @@ class Features:
         """Return the rows of `split` one by one: an object that PyTorch's DataLoader takes as a dataset."""
         return Items(*self._opened(split))
 
-    def _asked(self, split: SplitName) -> Wanted:
+    def _asked(self, split: SplitName) -> RowSelection:
         if split not in SPLITS:
             raise UsageError(f"split must be one of {', '.join(SPLITS)}, found {split!r:.60}")
         if split not in self._wanted:
@@ -197,7 +197,7 @@ class Features:
     def _open(self, split: SplitName) -> tuple[Rows, np.ndarray]:
         wanted = self._asked(split)
         labels = np.tile(self._material.labels(wanted.at), len(wanted.views)).astype(np.int32)
-        return held(self._stored[split], self._room), labels
+        return load_or_stream(self._stored[split], self._room), labels
 
     def _shuffled(self, split: SplitName, size: int, seed: int) -> Shuffled:
         if size < 1:

@@ -17,9 +17,9 @@ from pipeline.core.spec import FeatureSpec
 from pipeline.dataset import Dataset
 from pipeline.dataset.class_names import listed, missing, normalised, other_classes, with_classes
 from pipeline.runs import store
-from pipeline.runs.request import Asked, FullAsked
+from pipeline.runs.request import FinetuneRequest, TrainRequest
 from pipeline.training import heads
-from pipeline.training.full_model import Network
+from pipeline.training.full_model import FullModel
 from pipeline.training.rows import Rows
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class TrainedRun:
     classes: list[str]
     kind: str  # the head's name
     base: FeatureSpec  # the features of the weights that its backbone once began with; of a head those it reads
-    asked: Asked | FullAsked | None  # None for a run of 0.1.0, which did not keep it
+    asked: TrainRequest | FinetuneRequest | None  # None for a run of 0.1.0, which did not keep it
     weights: str  # what those of `base` are called
     content: str | None  # of its images, labels and splits, as `Sorted.content` gives it; None for an older run
     network_record: Mapping[str, Any] | None = None  # of the file of an own network, as `source.record` gives it
@@ -57,12 +57,12 @@ class TrainedRun:
     @property
     def full(self) -> bool:
         """Whether it is a full model, which reads images, not rows."""
-        return isinstance(self.asked, FullAsked)
+        return isinstance(self.asked, FinetuneRequest)
 
     @property
     def saw_validation(self) -> bool:
         """Whether it was trained on the images of the validation split, too."""
-        return isinstance(self.asked, Asked) and self.asked.folds > 0
+        return isinstance(self.asked, TrainRequest) and self.asked.folds > 0
 
     @cached_property
     def head(self) -> heads.Head:
@@ -80,9 +80,9 @@ class TrainedRun:
             raise heads.not_of_its_run(self.path, len(self.classes), rows.shape[1:])
         return said
 
-    def network(self, precision: str | None = None) -> Network:
+    def network(self, precision: str | None = None) -> FullModel:
         """Return the network of a full model, in another `precision` if one is given. Raises RunError."""
-        loaded = Network.load(self.path, self.spec, precision)
+        loaded = FullModel.load(self.path, self.spec, precision)
         if loaded.model.output_shape[-1] != len(self.classes):
             raise heads.not_of_its_run(self.path, len(self.classes), loaded.below.output_shape[1:])
         return loaded
@@ -136,5 +136,5 @@ def open_run(root: Path, name: str) -> TrainedRun:
     return TrainedRun(path, spec, classes, kind, base, asked, weights, content, store.network_record(about))
 
 
-def _asked(value: Any) -> Asked | FullAsked:
-    return FullAsked.from_dict(value) if "stage" in value else Asked.from_dict(value)
+def _asked(value: Any) -> TrainRequest | FinetuneRequest:
+    return FinetuneRequest.from_dict(value) if "stage" in value else TrainRequest.from_dict(value)

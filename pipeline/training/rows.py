@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.cache.index import Located
+from pipeline.cache.index import RowLocations
 from pipeline.cache.space import FeatureSpace, ShardReader
 from pipeline.core import machine
 from pipeline.core.errors import UsageError
@@ -42,7 +42,7 @@ class StoredRows:
     """Rows left on disk, of which at most `room` bytes are held at any time. May be pickled and used by any thread."""
 
     def __init__(
-        self, reader: ShardReader, located: Located, shape: tuple[int, ...], row_bytes: int, room: int
+        self, reader: ShardReader, located: RowLocations, shape: tuple[int, ...], row_bytes: int, room: int
     ) -> None:
         self._reader = reader
         self._located = located
@@ -108,7 +108,7 @@ def select(rows: Rows, at: np.ndarray) -> Rows:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RowSelection:
     """The images of a split, as (n,) indices into some keys, and the numbers of the views to read them in.
 
     Their rows come view by view: first all images in the first of `views`, then all in the next.
@@ -118,7 +118,9 @@ class Wanted:
     views: Sequence[int] = (0,)
 
 
-def stored_rows(space: FeatureSpace, keys: Sequence[bytes], dataset: str, splits: Sequence[Wanted]) -> list[StoredRows]:
+def stored_rows(
+    space: FeatureSpace, keys: Sequence[bytes], dataset: str, splits: Sequence[RowSelection]
+) -> list[StoredRows]:
     """Return the rows of `dataset` ("features" or "pooled") for each split of the images `keys`.
 
     Raises
@@ -166,30 +168,30 @@ def room_for(
     return None if fits else memory
 
 
-def held(rows: StoredRows, room: int | None) -> Rows:
+def load_or_stream(rows: StoredRows, room: int | None) -> Rows:
     """Return rows in memory, or such as take no more than `room` bytes of it."""
     return rows[np.arange(len(rows))] if room is None else rows.within(room)
 
 
-def hold(
+def load_or_stream_all(
     stored: Sequence[StoredRows], *, memory: int | None = None, needed: int = 0, available: int | None = None
 ) -> list[Rows]:
     """Return all rows in memory if they fit together, else streamed ones, as `room_for` says."""
     room = room_for(stored, memory=memory, needed=needed, available=available)
-    return [held(rows, room) for rows in stored]
+    return [load_or_stream(rows, room) for rows in stored]
 
 
 def open_rows(
     space: FeatureSpace,
     keys: Sequence[bytes],
     dataset: str,
-    splits: Sequence[Wanted],
+    splits: Sequence[RowSelection],
     *,
     memory: int | None = None,
     needed: int = 0,
 ) -> list[Rows]:
     """Return `stored_rows` as `hold` has them."""
-    return hold(stored_rows(space, keys, dataset, splits), memory=memory, needed=needed)
+    return load_or_stream_all(stored_rows(space, keys, dataset, splits), memory=memory, needed=needed)
 
 
 def read_ahead(rows: Rows, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -230,7 +232,7 @@ def _row_bytes(rows: Rows) -> int:
     return math.prod(rows.shape[1:]) * 4
 
 
-def in_order(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def blocks(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield indices and rows, block after block, for passes that must not hold them all."""
     stored = isinstance(rows, StoredRows)
     most = min(_PASS_BYTES // rows.row_bytes, rows.rows_at_once) if stored else _PASS_BYTES // _row_bytes(rows)

@@ -10,22 +10,22 @@ from typing import Any
 from pipeline.core import files
 from pipeline.runs import store
 from pipeline.runs.checksums import CHECKSUMS
-from pipeline.runs.metrics import evaluate
+from pipeline.runs.metrics import compute_metrics
 from pipeline.runs.plots import draw_curves
 from pipeline.runs.predictions import Predictions, write_predictions
 from pipeline.runs.run_dataset import resolved
-from pipeline.training.labelled_features import Sorted
+from pipeline.training.labelled_features import LabelledImages
 from pipeline.training.loop import Entry
 
 Metrics = dict[str, dict[str, Any]]
 
 
-def measured(predictions: Sequence[Predictions], classes: Sequence[str]) -> Metrics:
+def compute_split_metrics(predictions: Sequence[Predictions], classes: Sequence[str]) -> Metrics:
     """Return the metrics of each split."""
-    return {part.split: evaluate(part.labels, part.probabilities, classes) for part in predictions}
+    return {part.split: compute_metrics(part.labels, part.probabilities, classes) for part in predictions}
 
 
-def summary_of(metrics: Metrics, images: Sorted) -> dict[str, Any]:
+def summarize_metrics(metrics: Metrics, images: LabelledImages) -> dict[str, Any]:
     """Return what every summary says of accuracies and images."""
     val, test = metrics["val"], metrics["test"]
     tested = images.members("test")
@@ -47,10 +47,10 @@ def summary_of(metrics: Metrics, images: Sorted) -> dict[str, Any]:
     }
 
 
-def write(
+def write_results(
     directory: Path,
     about: Mapping[str, Any],
-    images: Sorted,
+    images: LabelledImages,
     metrics: Metrics,
     history: Sequence[Entry],
     x: str,

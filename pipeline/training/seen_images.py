@@ -12,9 +12,9 @@ from pipeline.core import files
 from pipeline.core.errors import IceboxError, RunError
 from pipeline.core.files import MOST_JSON_BYTES
 from pipeline.dataset.class_names import with_classes
-from pipeline.runs.request import FullAsked
+from pipeline.runs.request import FinetuneRequest
 from pipeline.runs.run_images import RunImages
-from pipeline.training.labelled_features import Sorted, list_images
+from pipeline.training.labelled_features import LabelledImages, list_images
 from pipeline.training.open_run import TrainedRun, open_run
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _MOST_INITIAL = 20  # runs of which each began with the one before
 
 
-def seen_images(run: TrainedRun, workspace: Workspace, at_hand: Sorted | None = None) -> RunImages | None:
+def seen_images(run: TrainedRun, workspace: Workspace, at_hand: LabelledImages | None = None) -> RunImages | None:
     """Return which images `run` was trained, selected and tested on; None if nobody knows, which is then said.
 
     A run that was made before runs kept it is known if its dataset is unchanged. `at_hand` are images that may be its
@@ -58,18 +58,18 @@ def initial_images(init: Path, workspace: Workspace, depth: int = _MOST_INITIAL)
 
 
 def _seen(
-    run: TrainedRun, workspace: Workspace, at_hand: Sorted | None, depth: int = _MOST_INITIAL
+    run: TrainedRun, workspace: Workspace, at_hand: LabelledImages | None, depth: int = _MOST_INITIAL
 ) -> RunImages | None:
     if (kept := RunImages.read(run.path)) is not None:
         return kept
     unchanged = at_hand is not None and at_hand.content == run.content
     images = at_hand if unchanged else _unchanged(run, workspace)
-    if images is not None and isinstance(run.asked, FullAsked) and run.asked.init is not None:
+    if images is not None and isinstance(run.asked, FinetuneRequest) and run.asked.init is not None:
         images = replace(images, initial=initial_images(Path(run.asked.init), workspace, depth))
     return images and images.run_images(joined=run.saw_validation)
 
 
-def _unchanged(run: TrainedRun, workspace: Workspace) -> Sorted | None:
+def _unchanged(run: TrainedRun, workspace: Workspace) -> LabelledImages | None:
     """Return the images of a run's dataset if they, their labels and splits are what they were."""
     if run.asked is None or run.content is None:
         return None

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from pipeline.backbone.build import build
-from pipeline.backbone.graph import cut, cut_layers, nodes, work
+from pipeline.backbone.graph import cut, cut_layers, nodes, share_of_work
 from pipeline.backbone.source import architecture
 from pipeline.core.spec import HeadSpec
 from pipeline.training.heads.dense import build as build_head
@@ -70,7 +70,7 @@ def _layers(backbone: Any, in_head: int) -> list[dict[str, Any]]:
 
 
 def _multiplications(model: Any, after: str = "") -> int:
-    return sum(count for _, count in work(model, after))
+    return sum(count for _, count in share_of_work(model, after))
 
 
 def _trainable(model: Any) -> int:

@@ -17,18 +17,18 @@ from pipeline.core.errors import RunError
 from pipeline.dataset import Dataset
 from pipeline.extraction.planning import Quarantined
 from pipeline.runs import store
-from pipeline.runs.request import Asked
+from pipeline.runs.request import TrainRequest
 from pipeline.training import heads, run_folder, tracking
-from pipeline.training.fitting import Outcome, fit_asked
-from pipeline.training.labelled_features import Material, gather
+from pipeline.training.fitting import FitResult, fit_request
+from pipeline.training.labelled_features import LabelledFeatures, join_features
 from pipeline.training.rows import Rows
-from pipeline.training.training_data import Prepared, prepared
+from pipeline.training.training_data import TrainingData, open_training_data
 
 _MOST_DIFFERENCE = 1e-5  # between the probabilities of a head in memory and the same one read back
 
 
 @dataclass(frozen=True)
-class HeadRun:
+class HeadResult:
     """What `train_head` made."""
 
     name: str
@@ -38,8 +38,8 @@ class HeadRun:
 
 
 def train_head(
-    dataset: Dataset, workspace: Workspace, asked: Asked, features_command: str, *, resume: str | None = None
-) -> HeadRun:
+    dataset: Dataset, workspace: Workspace, asked: TrainRequest, features_command: str, *, resume: str | None = None
+) -> HeadResult:
     """Train, measure and save what was asked for from cached rows; publish it. `resume` names an unfinished run.
 
     Raises
@@ -54,19 +54,21 @@ def train_head(
     start = time.perf_counter()
     if asked.tensorboard:
         tracking.require_tensorboard()
-    material = gather(dataset, workspace, asked.features, asked.max_pixels, features_command, views=asked.views)
+    material = join_features(dataset, workspace, asked.features, asked.max_pixels, features_command, views=asked.views)
     with (
-        prepared(material, [asked.head], asked.memory, folds=asked.folds) as ready,
+        open_training_data(material, [asked.head], asked.memory, folds=asked.folds) as ready,
         _run(workspace, asked, material, resume) as (name, directory),
     ):
-        outcome = fit_asked(ready, asked, directory, workspace.progress)
+        outcome = fit_request(ready, asked, directory, workspace.progress)
         seconds = time.perf_counter() - start + outcome.fitted.seconds_before
         summary = write_run(directory, name, ready, asked, outcome, seconds)
-    return HeadRun(name, workspace.runs / name, summary, material.quarantined)
+    return HeadResult(name, workspace.runs / name, summary, material.quarantined)
 
 
 @contextmanager
-def _run(workspace: Workspace, asked: Asked, material: Material, resume: str | None) -> Iterator[tuple[str, Path]]:
+def _run(
+    workspace: Workspace, asked: TrainRequest, material: LabelledFeatures, resume: str | None
+) -> Iterator[tuple[str, Path]]:
     """Give name and folder of the run: a new one, or the one to go on with if its rows are still the same."""
     command = workspace.command("train-head")
     if resume is None:
@@ -80,7 +82,12 @@ def _run(workspace: Workspace, asked: Asked, material: Material, resume: str | N
 
 
 def write_run(
-    directory: Path, name: str, ready: Prepared[Material], asked: Asked, outcome: Outcome, seconds: float
+    directory: Path,
+    name: str,
+    ready: TrainingData[LabelledFeatures],
+    asked: TrainRequest,
+    outcome: FitResult,
+    seconds: float,
 ) -> dict[str, Any]:
     """Write everything of a run into its folder, check the saved head, and return the summary."""
     material, fitted = ready.material, outcome.fitted
@@ -88,12 +95,12 @@ def write_run(
         ready.predictions("val", outcome.val_members, outcome.val),
         ready.predictions("test", ready.members["test"], outcome.test),
     ]
-    metrics = run_folder.measured(predictions, material.dataset.classes)
+    metrics = run_folder.compute_split_metrics(predictions, material.dataset.classes)
     summary = {
         "run": name,
         "head": asked.head.head,
         "stage": "head",
-        **run_folder.summary_of(metrics, material),
+        **run_folder.summarize_metrics(metrics, material),
         "train_rows": len(ready.members["train"]) * asked.views.count,
         "views": asked.views.count,
         "folds": asked.folds,
@@ -115,7 +122,7 @@ def write_run(
         "asked": asked.to_dict(),
         "summary": summary,
     }
-    run_folder.write(directory, about, material, metrics, fitted.history, fitted.x, predictions)
+    run_folder.write_results(directory, about, material, metrics, fitted.history, fitted.x, predictions)
     fitted.head.save(directory)
     _check_saved(directory, ready.rows["test"], outcome.test)
     return summary

@@ -21,18 +21,18 @@ from pipeline.extraction.feature_choice import warn_untrained
 from pipeline.images.decoding import FULL_DEPTH
 from pipeline.runs.predictions import Predictions
 from pipeline.training import heads
-from pipeline.training.image_batches import Pixels, decoding
-from pipeline.training.labelled_features import Material, Sorted
-from pipeline.training.rows import Rows, StoredRows, Wanted, hold, select, stored_rows
+from pipeline.training.image_batches import ImageRows, open_decoder
+from pipeline.training.labelled_features import LabelledFeatures, LabelledImages
+from pipeline.training.rows import Rows, RowSelection, StoredRows, load_or_stream_all, select, stored_rows
 
 logger = logging.getLogger(__name__)
 
 
-S = TypeVar("S", bound=Sorted)
+S = TypeVar("S", bound=LabelledImages)
 
 
 @dataclass(frozen=True)
-class Prepared(Generic[S]):
+class TrainingData(Generic[S]):
     """Everything a model is trained on: for each split its positions in the material, its labels and its rows.
 
     For cross-validation what would be validation rows is part of "train", and there is no "val". `members` and
@@ -73,15 +73,15 @@ class Prepared(Generic[S]):
 
 
 @contextmanager
-def prepared(
-    material: Material,
+def open_training_data(
+    material: LabelledFeatures,
     specs: Sequence[HeadSpec],
     memory: int | None,
     *,
     folds: int = 0,
     sides: Sequence[str] = SPLITS,
     held: bool = True,
-) -> Iterator[Prepared[Material]]:
+) -> Iterator[TrainingData[LabelledFeatures]]:
     """Check the splits and open the rows that heads of these specs read, all of one kind; `gc` waits meanwhile.
 
     Rows are opened for `sides` only, by `hold`, or as they are stored if not `held`.
@@ -93,7 +93,7 @@ def prepared(
     DoNotFitError
         If a head takes more memory than is free.
     """
-    members, labels = on_sides(material, folds=folds)
+    members, labels = split_members(material, folds=folds)
     (reads,) = {heads.READS[spec.head] for spec in specs}
     names = [name for name in members if name in sides]
     with material.space.reading():
@@ -102,39 +102,41 @@ def prepared(
         needed = memory_needed(specs, *about)
         if held:  # else workers train, which have memory of their own
             heads.require_memory(max(specs, key=lambda spec: heads.memory_needed(spec, *about)), *about)
-        rows = hold(stored, memory=memory, needed=needed) if held else stored
-        yield Prepared(material, members, labels, dict(zip(names, rows, strict=True)), material.views.count)
+        rows = load_or_stream_all(stored, memory=memory, needed=needed) if held else stored
+        yield TrainingData(material, members, labels, dict(zip(names, rows, strict=True)), material.views.count)
 
 
 @contextmanager
-def prepared_tensors(material: Material, memory: int | None, needed: int) -> Iterator[Prepared[Material]]:
+def open_tensor_data(
+    material: LabelledFeatures, memory: int | None, needed: int
+) -> Iterator[TrainingData[LabelledFeatures]]:
     """Do the same for a model that reads full tensors, and takes `needed` bytes beside them."""
-    members, labels = on_sides(material)
+    members, labels = split_members(material)
     with material.space.reading():
         stored = _stored(material, members, SPLITS, "features")
-        rows = hold(stored, memory=memory, needed=needed)
-        yield Prepared(material, members, labels, dict(zip(SPLITS, rows, strict=True)), material.views.count)
+        rows = load_or_stream_all(stored, memory=memory, needed=needed)
+        yield TrainingData(material, members, labels, dict(zip(SPLITS, rows, strict=True)), material.views.count)
 
 
 @contextmanager
-def prepared_pixels(
-    images: Sorted, size: int, fit: str, max_pixels: int, depth: int = FULL_DEPTH
-) -> Iterator[Prepared[Sorted]]:
+def open_image_data(
+    images: LabelledImages, size: int, fit: str, max_pixels: int, depth: int = FULL_DEPTH
+) -> Iterator[TrainingData[LabelledImages]]:
     """Do the same for a model that reads images."""
-    members, labels = on_sides(images)
-    with decoding(images.dataset, images.keys, images.usable, size, fit, max_pixels, depth) as source:
-        yield Prepared(images, members, labels, {side: Pixels(source, at) for side, at in members.items()})
+    members, labels = split_members(images)
+    with open_decoder(images.dataset, images.keys, images.usable, size, fit, max_pixels, depth) as source:
+        yield TrainingData(images, members, labels, {side: ImageRows(source, at) for side, at in members.items()})
 
 
 def _stored(
-    material: Material, members: Mapping[str, np.ndarray], sides: Sequence[str], reads: str
+    material: LabelledFeatures, members: Mapping[str, np.ndarray], sides: Sequence[str], reads: str
 ) -> list[StoredRows]:
     numbers = {"train": material.views.numbers}
-    wanted = [Wanted(members[side], numbers.get(side, (0,))) for side in sides]
+    wanted = [RowSelection(members[side], numbers.get(side, (0,))) for side in sides]
     return stored_rows(material.space, material.keys, reads, wanted)
 
 
-def on_sides(images: Sorted, *, folds: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def split_members(images: LabelledImages, *, folds: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return for each split its positions among the images and its labels.
 
     Raises
@@ -148,7 +150,7 @@ def on_sides(images: Sorted, *, folds: int = 0) -> tuple[dict[str, np.ndarray], 
     _check_splits(images.dataset, labels)
     members["test"] = _unseen(images, members["test"])
     labels["test"] = images.labels(members["test"])
-    if isinstance(images, Material):
+    if isinstance(images, LabelledFeatures):
         warn_untrained(images.space.spec)
     return members, labels
 
@@ -158,7 +160,7 @@ def memory_needed(specs: Sequence[HeadSpec], row_shape: tuple[int, ...], classes
     return max(heads.memory_needed(spec, row_shape, classes) for spec in specs)
 
 
-def _unseen(images: Sorted, tested: np.ndarray) -> np.ndarray:
+def _unseen(images: LabelledImages, tested: np.ndarray) -> np.ndarray:
     """Return those of the test images that the model is not trained or selected on too; all if there are none."""
     seen = images.trained_on(tested)
     if not seen.any():

@@ -11,7 +11,7 @@ from pipeline.extraction.shard_task import AT_ONCE, ShardTask
 
 
 @dataclass(eq=False)
-class Hand:
+class AssignedTask:
     """A task that a worker has in hand, `alone` if it has nothing else: what ends it then is known."""
 
     task: ShardTask
@@ -31,7 +31,7 @@ class Worker:
     fit: bool | None = None
     vetting: Any = None
     reason: str = ""
-    hands: dict[int, Hand] = field(default_factory=dict)
+    hands: dict[int, AssignedTask] = field(default_factory=dict)
     since: float = 0.0
     rows: int = 0  # published
     advanced: float = 0.0  # rows computed, published or not

@@ -23,13 +23,21 @@ from pipeline.core.errors import IceboxError, InterruptedComputationError, Unfit
 from pipeline.core.progress import Advance
 from pipeline.core.units import counted, size_text
 from pipeline.dataset import Dataset
-from pipeline.extraction.compute import Effort, Settle
-from pipeline.extraction.shard_task import AT_ONCE, Met, Setup, ShardDone, ShardTask, There, nothing_there
+from pipeline.extraction.compute import ComputeStats, Settle
+from pipeline.extraction.shard_task import (
+    AT_ONCE,
+    ImageOutcome,
+    ShardResult,
+    ShardTask,
+    TaskSetup,
+    There,
+    no_known_rows,
+)
 from pipeline.extraction.workers import scheduler_client
 from pipeline.extraction.workers.connect import ClusterChoice
-from pipeline.extraction.workers.members import Hand, Worker
-from pipeline.extraction.workers.scheduler_client import Link, LostError
-from pipeline.extraction.workers.worker import Requirements, run_task, vet
+from pipeline.extraction.workers.members import AssignedTask, Worker
+from pipeline.extraction.workers.scheduler_client import LostError, SchedulerClient
+from pipeline.extraction.workers.worker import Requirements, check_worker, run_task
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +48,9 @@ _FATAL = "reading or decoding it ended the worker, again and again"
 
 
 @contextmanager
-def fleet(choice: ClusterChoice, setup: Setup, dataset: Dataset, effort: Effort) -> Iterator[Fleet]:
+def open_dask_pool(
+    choice: ClusterChoice, setup: TaskSetup, dataset: Dataset, effort: ComputeStats
+) -> Iterator[DaskPool]:
     """Give the fit workers of a cluster, at least one of them ready.
 
     Raises
@@ -54,15 +64,15 @@ def fleet(choice: ClusterChoice, setup: Setup, dataset: Dataset, effort: Effort)
     versions = machine.versions(machine.FEATURE_PACKAGES)
     samples, topic = _samples(dataset), f"icebox-{uuid4().hex}"
     requirements = Requirements(setup, versions, samples, tuple(kinds.values()), choice.threads, topic)
-    with Fleet(choice, requirements, effort) as crew:
+    with DaskPool(choice, requirements, effort) as crew:
         yield crew
 
 
-class Fleet:
-    """The workers of a scheduler, as a `Crew`."""
+class DaskPool:
+    """The workers of a scheduler, as a `WorkerPool`."""
 
-    def __init__(self, choice: ClusterChoice, requirements: Requirements, effort: Effort) -> None:
-        self._link = Link(choice, requirements.topic)
+    def __init__(self, choice: ClusterChoice, requirements: Requirements, effort: ComputeStats) -> None:
+        self._link = SchedulerClient(choice, requirements.topic)
         self._requirements = requirements
         self._effort = effort
         self._workers: dict[str, Worker] = {}
@@ -72,7 +82,7 @@ class Fleet:
         self._looked = self._lonely_since = float("-inf")
         self._row_shape: tuple[int, ...] | None = None
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> DaskPool:
         self._link.open()
         try:
             self._lonely_since = time.monotonic()
@@ -112,7 +122,7 @@ class Fleet:
         return self._requirements.setup.batch_of(self.row_shape)
 
     def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance, there: There) -> None:
-        """Have all tasks run; see `Crew`.
+        """Have all tasks run; see `WorkerPool`.
 
         Raises
         ------
@@ -122,7 +132,7 @@ class Fleet:
             If a task fails for a reason that is not one worker's, or nobody is left to do it; the text names whom.
         """
         self._settle, self._advance, self._tasks = settle, advance, tasks
-        self._unseen = None if there is nothing_there else uuid4().hex
+        self._unseen = None if there is no_known_rows else uuid4().hex
         self._lonely_since = time.monotonic()
         try:
             while True:
@@ -161,7 +171,7 @@ class Fleet:
         worker = Worker(address, f"{name} on {host}" if host not in name else name, "GPU" in about["resources"], about)
         self._workers[address] = worker
         if self._link.health.problem(address, about) is None:
-            worker.vetting = self._link.submit(address, vet, self._requirements)
+            worker.vetting = self._link.submit(address, check_worker, self._requirements)
 
     def _lose(self, worker: Worker, how: str) -> None:
         """Take back what a worker had in hand."""
@@ -190,7 +200,7 @@ class Fleet:
             self._put_back(hand, lost=lost)
         worker.hands.clear()
 
-    def _put_back(self, hand: Hand, *, lost: bool) -> None:
+    def _put_back(self, hand: AssignedTask, *, lost: bool) -> None:
         """Have a task done by somebody, or if it is that which ends workers, its halves, down to the one image."""
         self._advance(-hand.advanced)
         self._effort.lost += round(hand.advanced)
@@ -202,7 +212,7 @@ class Fleet:
             at = int(np.searchsorted(task.images, middle))
             self._again += task.part(slice(0, at)), task.part(slice(at, None))
         else:
-            self._settle(task, ShardDone(None, [Met(0, None, _FATAL)], 0.0))
+            self._settle(task, ShardResult(None, [ImageOutcome(0, None, _FATAL)], 0.0))
             self._advance(len(task))
 
     def _dismiss(self, worker: Worker, reason: str) -> None:
@@ -238,7 +248,7 @@ class Fleet:
             future = self._link.submit(
                 worker.address, run_task, task, self._requirements, number, self._unseen, gpu=share
             )
-            worker.hands[number] = Hand(task, future, alone)
+            worker.hands[number] = AssignedTask(task, future, alone)
 
     def _hold_next(self) -> bool:
         """Return whether there is a task to hand out; those that were given back come last."""
@@ -297,7 +307,7 @@ class Fleet:
         else:
             self._dismiss(worker, _reason(error))
 
-    def _finished(self, worker: Worker, hand: Hand) -> None:
+    def _finished(self, worker: Worker, hand: AssignedTask) -> None:
         done, error = self._link.outcome(hand.future)
         if error is None:
             self._accept(worker, hand, done)
@@ -311,7 +321,7 @@ class Fleet:
         else:
             raise error
 
-    def _accept(self, worker: Worker, hand: Hand, done: ShardDone) -> None:
+    def _accept(self, worker: Worker, hand: AssignedTask, done: ShardResult) -> None:
         """Take a finished task over, but for images that the worker alone could not read."""
         task, setup = hand.task, self._requirements.setup
         if done.shard is not None and not _published(setup.directory / f"{done.shard.name}.h5", done.shard.bytes):

@@ -26,7 +26,7 @@ class LostError(Exception):
     """Whoever had work in hand was lost, more than once."""
 
 
-class Link:
+class SchedulerClient:
     """The connection to the scheduler of a cluster; what it has to tell comes by `wait`."""
 
     def __init__(self, choice: ClusterChoice, topic: str) -> None:

@@ -16,7 +16,15 @@ from pipeline.backbone import own
 from pipeline.core import files, machine
 from pipeline.core.errors import SpecError, UnfitWorkerError, UsageError, WeightsError
 from pipeline.dataset import remote
-from pipeline.extraction.shard_task import RowsThere, Setup, ShardDone, ShardTask, ShardWorker, There, nothing_there
+from pipeline.extraction.shard_task import (
+    KnownRows,
+    ShardResult,
+    ShardTask,
+    ShardWorker,
+    TaskSetup,
+    There,
+    no_known_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Requirements:
     cores it takes, None: as many as it has threads; `topic` is where it reports how far it is.
     """
 
-    setup: Setup
+    setup: TaskSetup
     versions: Mapping[str, str | None]
     samples: tuple[Path, ...]
     urls: tuple[str, ...]
@@ -35,7 +43,7 @@ class Requirements:
     topic: str
 
 
-def vet(requirements: Requirements) -> tuple[int, ...]:
+def check_worker(requirements: Requirements) -> tuple[int, ...]:
     """Check this process, load the model, and return the shape of a row.
 
     Raises
@@ -55,7 +63,7 @@ def vet(requirements: Requirements) -> tuple[int, ...]:
         return worker.row_shape
 
 
-def run_task(task: ShardTask, requirements: Requirements, number: int, unseen: str | None) -> ShardDone:
+def run_task(task: ShardTask, requirements: Requirements, number: int, unseen: str | None) -> ShardResult:
     """Run a task, reporting its progress under `number`.
 
     `unseen` names a computation of images that nobody has read before: copies among those that come to this process
@@ -96,7 +104,7 @@ def _check_files(requirements: Requirements) -> None:
             raise UnfitWorkerError(f"cannot read the image {path} ({error.strerror or error})") from error
 
 
-def _check_weights(setup: Setup) -> None:
+def _check_weights(setup: TaskSetup) -> None:
     if setup.weights is None:
         return
     for path in (setup.weights, setup.network):
@@ -111,28 +119,28 @@ def _identity(weights: Path, network: Path | None) -> str:
     if network is None or weights != network:
         return f"sha256:{files.sha256_file(weights)}"
     try:
-        return own.read(network).weights
+        return own.read_network(network).weights
     except (SpecError, WeightsError) as error:
         raise UnfitWorkerError(f"cannot read {network} ({error})") from error
 
 
-_theres: dict[str, RowsThere] = {}  # of the computation at hand
+_theres: dict[str, KnownRows] = {}  # of the computation at hand
 
 
 def _there(unseen: str | None) -> There:
     if unseen is None:
-        return nothing_there
+        return no_known_rows
     with _loading:
         if unseen not in _theres:
             _theres.clear()
-            _theres[unseen] = RowsThere(np.zeros(0, np.uint64))
+            _theres[unseen] = KnownRows(np.zeros(0, np.uint64))
         return _theres[unseen]
 
 
 # One model a process, however many threads ask for it; another setup's is let go as soon as nobody uses it.
 _loading = threading.Lock()
-_loaded: dict[Setup, ShardWorker] = {}
-_users: dict[Setup, int] = {}
+_loaded: dict[TaskSetup, ShardWorker] = {}
+_users: dict[TaskSetup, int] = {}
 
 
 @contextmanager

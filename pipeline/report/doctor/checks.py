@@ -12,15 +12,15 @@ from pipeline.cache.digests import identify
 from pipeline.cache.workspace import Workspace
 from pipeline.core import files, machine
 from pipeline.core.spec import PLAIN_VIEW, Views
-from pipeline.dataset import Dataset, Split, alike, assign
+from pipeline.dataset import Dataset, Split, assign, identical_images
 from pipeline.dataset.split import SPLITS
-from pipeline.extraction.feature_choice import FeatureChoice, find_space, settle
+from pipeline.extraction.feature_choice import FeatureChoice, find_space, resolve_choice
 from pipeline.extraction.planning import Plan, Planning, Quarantined, name_quarantined
 from pipeline.images import near_duplicates
 from pipeline.images.decoding import FULL_DEPTH, depth_of
 from pipeline.report.doctor import cost
 from pipeline.report.doctor.cost import Cost
-from pipeline.report.doctor.profile import survey
+from pipeline.report.doctor.profile import profile_images
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Copies:
 
 
 @dataclass(frozen=True, eq=False)
-class Checkup:
+class DatasetCheck:
     """What was found. `looks` is (n,) of `survey.LOOK`; `quarantined` lists what cannot be read or decoded."""
 
     dataset: Dataset
@@ -76,9 +76,9 @@ class Checkup:
         return counts
 
 
-def check(
+def check_dataset(
     dataset: Dataset, workspace: Workspace, choice: FeatureChoice, max_pixels: int, views: Views = PLAIN_VIEW
-) -> Checkup:
+) -> DatasetCheck:
     """Look at every image of `dataset`, and at what of it is cached; measure what the rest would take.
 
     Raises
@@ -89,11 +89,11 @@ def check(
     index = workspace.cache.index
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, index, advance, read_unseen=False)
-    settled = settle(workspace, choice)
+    settled = resolve_choice(workspace, choice)
     space = find_space(workspace, settled, identities, views)
     planning = Planning(dataset, identities, index, max_pixels, views)
     depth = depth_of(space.spec.decode) if space else choice.depth or FULL_DEPTH
-    looks = survey(planning, workspace.progress, depth)
+    looks = profile_images(planning, workspace.progress, depth)
     plan = planning.plan(space)
     split = assign(dataset, identities.keys)
     grouped = identities.keys.grouped()
@@ -101,7 +101,7 @@ def check(
     equal = grouped.members(np.flatnonzero(sizes > 1))
     took = cost.measure(planning, plan, space, settled, workspace) if plan.missing else None
     row_shape = took.row_shape if took else tuple(space.provenance.get("row_shape") or ()) if space else ()
-    return Checkup(
+    return DatasetCheck(
         dataset,
         split,
         looks,
@@ -134,7 +134,7 @@ def _copies(groups: list[list[int]], split: Split) -> Copies:
     return Copies([groups[at] for at in order], sum(crosses))
 
 
-def told(found: Checkup) -> dict[str, Any]:
+def summarize(found: DatasetCheck) -> dict[str, Any]:
     """Return what was found as plain values, for JSON."""
     dataset, looks, plan = found.dataset, found.looks, found.plan
     seen = looks[looks["kind"] != ""]
@@ -156,7 +156,7 @@ def told(found: Checkup) -> dict[str, Any]:
         "quarantined_images": [asdict(bad) for bad in found.quarantined],
         "ignored": dict(dataset.ignored),
         "folders_without_images": list(dataset.without_images),
-        "classes_alike": alike(dataset.classes),
+        "classes_alike": identical_images(dataset.classes),
         "copies": _counted(found.equal),
         "copies_listed": _named(found, found.equal.groups),
         "conflicting": _named(found, found.conflicting),
@@ -184,7 +184,7 @@ def _counted(copies: Copies) -> dict[str, int]:
     return {"images": copies.images, "groups": len(copies.groups), "crossing": copies.crossing}
 
 
-def _named(found: Checkup, groups: list[list[int]]) -> list[list[dict[str, str]]]:
+def _named(found: DatasetCheck, groups: list[list[int]]) -> list[list[dict[str, str]]]:
     dataset, sides = found.dataset, found.split.sides
 
     def about(i: int) -> dict[str, str]:

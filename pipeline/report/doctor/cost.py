@@ -20,7 +20,7 @@ from pipeline.cache.workspace import Workspace
 from pipeline.core import machine
 from pipeline.core.spec import OWN
 from pipeline.extraction.compute import batch_of, default_batch
-from pipeline.extraction.feature_choice import Settled, weights_of
+from pipeline.extraction.feature_choice import ResolvedChoice, weights_of
 from pipeline.extraction.planning import Plan, Planning
 from pipeline.images.decoding import depth_of
 from pipeline.images.loader import Loader
@@ -45,7 +45,7 @@ class Cost:
 
 
 def measure(
-    planning: Planning, plan: Plan, space: FeatureSpace | None, settled: Settled, workspace: Workspace
+    planning: Planning, plan: Plan, space: FeatureSpace | None, settled: ResolvedChoice, workspace: Workspace
 ) -> Cost | None:
     """Run the network on some of the images that lack rows, for some seconds; None if none of them can be decoded.
 
@@ -75,7 +75,7 @@ def measure(
     return Cost(plan.missing / rate, plan.missing * row, memory, rate, row, weights.label, model.row_shape)
 
 
-def _at_hand(space: FeatureSpace | None, settled: Settled, workspace: Workspace) -> Weights:
+def _at_hand(space: FeatureSpace | None, settled: ResolvedChoice, workspace: Workspace) -> Weights:
     """Return the weights that would be used, if they are on this machine, else untrained ones."""
     source, stated = settled.source, settled.weights
     if source.name.startswith(OWN):

@@ -19,7 +19,7 @@ def examine(workspace: Workspace) -> dict[str, Any]:
 
     This one imports TensorFlow, to ask it which devices it really sees.
     """
-    found = asdict(machine.look())
+    found = asdict(machine.inspect_machine())
     spaces = [space.totals() for space in workspace.cache.spaces()]
     imagenet = find_imagenet(BACKBONES[DEFAULT_BACKBONE], workspace.downloads)
     return {

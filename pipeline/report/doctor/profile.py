@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline.cache.keys import Grouped
 from pipeline.core.progress import Progress
-from pipeline.extraction.compute import note_bad, note_key
+from pipeline.extraction.compute import record_failure, record_key
 from pipeline.extraction.planning import DEFAULT_FIT, Planning
 from pipeline.images import near_duplicates
 from pipeline.images.decoding import FULL_DEPTH, orientation
@@ -30,7 +30,7 @@ _SIZE = 299  # of the pixels that fingerprints are made of
 _AHEAD = 64  # images
 
 
-def survey(planning: Planning, progress: Progress, depth: int = FULL_DEPTH) -> np.ndarray:
+def profile_images(planning: Planning, progress: Progress, depth: int = FULL_DEPTH) -> np.ndarray:
     """Look at every image of a dataset once, 16-bit channels taken for `depth` bits; return what they are, (n,) `LOOK`.
 
     What cannot be decoded is noted in the index, as `features` would.
@@ -47,9 +47,9 @@ def survey(planning: Planning, progress: Progress, depth: int = FULL_DEPTH) -> n
     ):
         for image, look in loader.stream(pool, some, lambda image: (image, _look(image)), ahead=_AHEAD):
             if look is None:
-                note_bad(image, dataset, identities, planning.index, planning.max_pixels)
+                record_failure(image, dataset, identities, planning.index, planning.max_pixels)
             else:
-                note_key(image, dataset, identities, planning.index)
+                record_key(image, dataset, identities, planning.index)
                 looks[image.i] = look
             advance(1)
     identities.remember_fetched(planning.index)

@@ -12,7 +12,7 @@ from pipeline.core.units import counted, duration, size_text
 from pipeline.dataset import few_groups
 from pipeline.dataset.split import SPLITS
 from pipeline.images.decoding import FULL_DEPTH, depth_advice
-from pipeline.report.doctor.checks import Checkup
+from pipeline.report.doctor.checks import DatasetCheck
 from pipeline.training import heads
 
 _FEW = 20  # images of a class to train on; fewer are hardly learned from, and more so hardly measured
@@ -23,7 +23,7 @@ _MANY = 0.1  # share of the images from which on it is worth a word
 _HOURS = 3600.0
 
 
-def advice(found: Checkup) -> list[str]:
+def recommend(found: DatasetCheck) -> list[str]:
     """Return what a person should know before computing anything; nothing if all is well."""
     if len(found.quarantined) == len(found.dataset):
         return ["none of the images can be read or decoded; look at the reasons"]
@@ -38,7 +38,7 @@ def _groups_lie(count: int, of: str) -> str:
     return counted(count, f"group of {of} lies", f"groups of {of} lie")
 
 
-def _wrong(found: Checkup) -> Iterator[str]:
+def _wrong(found: DatasetCheck) -> Iterator[str]:
     if bad := len(found.quarantined):
         share = bad / len(found.dataset)
         yield (
@@ -49,7 +49,7 @@ def _wrong(found: Checkup) -> Iterator[str]:
         yield f"{_images(conflicting)} are copies under several labels; an answer can be right about one of them only"
 
 
-def _sides(found: Checkup) -> Iterator[str]:
+def _sides(found: DatasetCheck) -> Iterator[str]:
     if found.equal.crossing:
         yield (
             f"{_groups_lie(found.equal.crossing, 'exact copies')} on several sides of the split: the test then asks "
@@ -76,7 +76,7 @@ _MISSING = {
 }
 
 
-def _classes(found: Checkup) -> Iterator[str]:
+def _classes(found: DatasetCheck) -> Iterator[str]:
     names, of_train = found.dataset.classes, found.counts[:, 0]
     if len(names) < 2:
         yield "there is one class only; a classifier needs at least two"
@@ -94,7 +94,7 @@ def _classes(found: Checkup) -> Iterator[str]:
         )
 
 
-def _pictures(found: Checkup) -> Iterator[str]:
+def _pictures(found: DatasetCheck) -> Iterator[str]:
     seen = found.looks[found.looks["kind"] != ""]
     if not len(seen):
         return
@@ -118,7 +118,7 @@ def _pictures(found: Checkup) -> Iterator[str]:
         yield f"{_images(alpha)} with transparency; white is put behind"
 
 
-def _machine(found: Checkup) -> Iterator[str]:
+def _machine(found: DatasetCheck) -> Iterator[str]:
     if (cost := found.cost) is not None:
         if cost.bytes > found.free_bytes:
             yield (

@@ -17,7 +17,7 @@ from pipeline.core.errors import IceboxError, RunError
 from pipeline.core.spec import HeadSpec
 from pipeline.training.heads.base import JSON_FILE, Data, Fitted, Head
 from pipeline.training.heads.ensemble import Ensemble, member_name
-from pipeline.training.loop import Watch
+from pipeline.training.loop import TrainingContext
 
 READS = {"flatten": "features", "gap": "pooled", "logreg": "pooled"}
 _MOST_MEMBERS = 1000
@@ -29,7 +29,7 @@ __all__ = [
     "Ensemble",
     "Fitted",
     "Head",
-    "Watch",
+    "TrainingContext",
     "fit",
     "load",
     "memory_needed",
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-def fit(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
+def fit(spec: HeadSpec, data: Data, watch: TrainingContext) -> Fitted:
     """Train a new head; `watch.advance(1)` is called after each epoch, or fit of the solver."""
     from pipeline.training.heads import dense, logreg
 

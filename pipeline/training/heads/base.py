@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.core.errors import DatasetError
 from pipeline.training.loop import Entry
-from pipeline.training.rows import Rows, in_order
+from pipeline.training.rows import Rows, blocks
 
 JSON_FILE = "head.json"
 _TRIES = 10  # to find folds
@@ -145,6 +145,6 @@ def not_numbers(where: str) -> str:
 
 def require_numbers(rows: Rows, where: str) -> None:
     """Raise DatasetError if a row holds what is not a number."""
-    for _, some in in_order(rows):
+    for _, some in blocks(rows):
         if not np.isfinite(some).all():
             raise DatasetError(not_numbers(where))

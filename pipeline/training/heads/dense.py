@@ -22,8 +22,8 @@ from pipeline.training.batches import Shuffled
 from pipeline.training.heads.base import JSON_FILE, Data, Fitted, class_weights, measure, not_numbers, require_numbers
 from pipeline.training.heads.logreg import LogregHead
 from pipeline.training.heads.parts import dense_in_parts, gradients_in_bfloat16
-from pipeline.training.loop import NotFiniteError, Watch, finalize, train
-from pipeline.training.rows import Rows, in_order
+from pipeline.training.loop import NotFiniteError, TrainingContext, rebuild_normalization, train
+from pipeline.training.rows import Rows, blocks
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class DenseHead:
 
     def predict(self, rows: Rows) -> np.ndarray:
         """Return class probabilities (n, k) float32."""
-        return np.concatenate([self.model.predict_on_batch(some) for _, some in in_order(rows)])
+        return np.concatenate([self.model.predict_on_batch(some) for _, some in blocks(rows)])
 
     def save(self, directory: Path) -> None:
         """Write Keras weights and our JSON."""
@@ -178,12 +178,12 @@ def channel_statistics(blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.nda
     return mean.astype(np.float32), np.maximum(variance, floor).astype(np.float32)
 
 
-def fit_dense(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
+def fit_dense(spec: HeadSpec, data: Data, watch: TrainingContext) -> Fitted:
     """Train a new dense head, or go on from the checkpoint of one."""
     settings, shape = spec.settings, data.train.shape[1:]
     model = build(spec, shape, data.classes, quick=True)
     if settings["normalize"]:
-        normalise(model, (block for _, block in in_order(data.train)))
+        normalise(model, (block for _, block in blocks(data.train)))
     head = DenseHead(model, spec)
     try:
         trained = train(
@@ -210,7 +210,7 @@ def _plain(model: KerasModel, spec: HeadSpec, classes: int) -> KerasModel:
     for layer in plain.layers:
         trained = model.get_layer(layer.name)
         layer.set_weights(trained.whole() if hasattr(trained, "whole") else trained.get_weights())
-    finalize(plain)
+    rebuild_normalization(plain)
     return plain
 
 

@@ -23,8 +23,8 @@ from pipeline.core.lazy_imports import without
 from pipeline.core.spec import HeadSpec
 from pipeline.core.units import counted, size_text
 from pipeline.training.heads.base import JSON_FILE, Data, Fitted, cross_entropy, not_numbers, stratified_folds
-from pipeline.training.loop import Watch
-from pipeline.training.rows import Rows, StoredRows, in_order
+from pipeline.training.loop import TrainingContext
+from pipeline.training.rows import Rows, StoredRows, blocks
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class LogregHead:
     def predict(self, rows: Rows) -> np.ndarray:
         """Return class probabilities (n, k) float32; 0 for a class that had no training row."""
         probabilities = np.zeros((len(rows), self.classes), np.float32)
-        for at, some in in_order(rows):
+        for at, some in blocks(rows):
             probabilities[np.ix_(at, self.pipeline.classes_)] = self.pipeline.predict_proba(some)
         return probabilities
 
@@ -109,7 +109,7 @@ def fit_steps(spec: HeadSpec) -> int:
     return path * (_FOLDS + 1) if spec.settings["select"] == "cv" and path > 1 else path
 
 
-def fit_logreg(spec: HeadSpec, data: Data, watch: Watch) -> Fitted:
+def fit_logreg(spec: HeadSpec, data: Data, watch: TrainingContext) -> Fitted:
     """Fit a new regression. Needs all rows in memory, twice: as they are and standardised.
 
     Raises

@@ -22,8 +22,8 @@ from pipeline.extraction.extract import extract
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.extraction.planning import Quarantined
 from pipeline.extraction.workers.connect import ClusterChoice
-from pipeline.runs.request import SweepAsked
-from pipeline.training.labelled_features import Material, gather
+from pipeline.runs.request import SweepRequest
+from pipeline.training.labelled_features import LabelledFeatures, join_features
 from pipeline.training.sweep.leaderboard import ExtractionCost
 
 logger = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ class Candidate:
     """A dataset's rows in one of the spaces."""
 
     choice: FeatureChoice
-    material: Material
+    material: LabelledFeatures
     cost: ExtractionCost
 
 
-def compute_missing(dataset: Dataset, workspace: Workspace, asked: SweepAsked, cluster: ClusterChoice | None) -> int:
+def compute_missing(dataset: Dataset, workspace: Workspace, asked: SweepRequest, cluster: ClusterChoice | None) -> int:
     """Have the rows that are missing of each backbone computed, one after the other; return how many that were."""
     options = ComputeOptions(max_pixels=asked.max_pixels, threads=machine.usable_cores())
     return sum(
@@ -48,7 +48,7 @@ def compute_missing(dataset: Dataset, workspace: Workspace, asked: SweepAsked, c
 
 
 def find_candidates(
-    dataset: Dataset, workspace: Workspace, asked: SweepAsked, features_commands: Sequence[str]
+    dataset: Dataset, workspace: Workspace, asked: SweepRequest, features_commands: Sequence[str]
 ) -> list[Candidate]:
     """Find the rows of `dataset` in the space that each of `asked.features` means. Computes none.
 
@@ -61,10 +61,10 @@ def find_candidates(
     RunError
         If an image changed meanwhile.
     """
-    found, lacking = list[Material](), list[str]()
+    found, lacking = list[LabelledFeatures](), list[str]()
     for choice, command in zip(asked.features, features_commands, strict=True):
         try:
-            found.append(gather(dataset, workspace, choice, asked.max_pixels, command, views=asked.views))
+            found.append(join_features(dataset, workspace, choice, asked.max_pixels, command, views=asked.views))
         except MissingRowsError:
             if len(asked.features) == 1:
                 raise
@@ -93,13 +93,13 @@ def _missing(commands: Sequence[str], backbones: int) -> MissingRowsError:
     )
 
 
-def _require_different(materials: Sequence[Material]) -> None:
+def _require_different(materials: Sequence[LabelledFeatures]) -> None:
     names = [material.space.name for material in materials]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two of the backbones mean the same features, {twice}; leave one of them out")
 
 
-def _with_same_images(materials: Sequence[Material]) -> list[Material]:
+def _with_same_images(materials: Sequence[LabelledFeatures]) -> list[LabelledFeatures]:
     """Return the same with those images alone that have rows in all spaces, so that their answers can be compared.
 
     An image may have a row in one, and be undecodable by now for another.
@@ -115,7 +115,7 @@ def _with_same_images(materials: Sequence[Material]) -> list[Material]:
     return [replace(material, keys=same[0].keys) for material in same]  # one list of what may be millions
 
 
-def _restricted(material: Material, usable: np.ndarray, quarantined: list[Quarantined]) -> Material:
+def _restricted(material: LabelledFeatures, usable: np.ndarray, quarantined: list[Quarantined]) -> LabelledFeatures:
     if len(usable) == len(material.usable):
         return replace(material, quarantined=quarantined) if len(quarantined) > len(material.quarantined) else material
     at = np.flatnonzero(np.isin(material.usable, usable))
@@ -123,7 +123,7 @@ def _restricted(material: Material, usable: np.ndarray, quarantined: list[Quaran
     return replace(material, usable=usable, keys=keys, groups=material.groups[at], quarantined=quarantined)
 
 
-def _cost(workspace: Workspace, material: Material) -> ExtractionCost:
+def _cost(workspace: Workspace, material: LabelledFeatures) -> ExtractionCost:
     space = material.space
     return ExtractionCost(
         networks.label(space.spec, space.provenance.get("network")),
@@ -135,5 +135,5 @@ def _cost(workspace: Workspace, material: Material) -> ExtractionCost:
 
 def _told_apart(costs: Sequence[ExtractionCost]) -> list[ExtractionCost]:
     """Return the same, networks of one name, as two files may have, named by their spaces too."""
-    names = networks.told_apart([cost.backbone for cost in costs], [cost.space for cost in costs])
+    names = networks.distinct_labels([cost.backbone for cost in costs], [cost.space for cost in costs])
     return [replace(cost, backbone=name) for cost, name in zip(costs, names, strict=True)]

@@ -22,7 +22,7 @@ from pipeline.extraction.workers import scheduler_client
 from pipeline.extraction.workers.connect import Client, ClusterChoice
 from pipeline.extraction.workers.health import WorkerHealth
 from pipeline.training.heads import Data
-from pipeline.training.rows import StoredRows, hold
+from pipeline.training.rows import StoredRows, load_or_stream_all
 
 _SHARE_OF_LIMIT = 0.8  # of a worker's memory; with more in use Dask gives it nothing to do
 _LEAST_ROWS = 16  # that are read at once
@@ -32,7 +32,7 @@ _held: dict[str, Data] = {}  # in a worker: the rows of the trials at hand, so t
 Work = Callable[[HeadSpec, Data, Path], None]
 
 
-def submitted(
+def run_on_dask(
     client: Client,
     cluster: ClusterChoice,
     work: Work,
@@ -197,5 +197,5 @@ def _read(data: Data, memory: int | None, needed: int, together: int) -> Data:
         raise TypeError("rows that are not on disk")
     # At least what reading a few rows takes: a worker without that much is ended by its own limit, which is then named.
     available = max(_available(together), needed + 2 * stored[0].least_room(_LEAST_ROWS))
-    train, val = hold(stored, memory=memory, needed=needed, available=available)
+    train, val = load_or_stream_all(stored, memory=memory, needed=needed, available=available)
     return replace(data, train=train, val=val)

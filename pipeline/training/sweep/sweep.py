@@ -28,9 +28,9 @@ from pipeline.extraction.planning import Quarantined
 from pipeline.extraction.workers.connect import ClusterChoice, connected
 from pipeline.runs import store
 from pipeline.runs.plots import draw_cost
-from pipeline.runs.request import SweepAsked
+from pipeline.runs.request import SweepRequest
 from pipeline.training import heads
-from pipeline.training.fitting import Outcome, answers
+from pipeline.training.fitting import FitResult, predict_probabilities
 from pipeline.training.sweep.candidates import Candidate, compute_missing, digest, find_candidates
 from pipeline.training.sweep.leaderboard import (
     Trial,
@@ -40,10 +40,10 @@ from pipeline.training.sweep.leaderboard import (
     leaderboard,
     write_leaderboard,
 )
-from pipeline.training.sweep.on_dask import submitted
+from pipeline.training.sweep.on_dask import run_on_dask
 from pipeline.training.sweep.trial import TRIAL, read_json, read_trial, run_trial
 from pipeline.training.train_head import write_run
-from pipeline.training.training_data import memory_needed, prepared
+from pipeline.training.training_data import memory_needed, open_training_data
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Sweep:
 def sweep(
     dataset: Dataset,
     workspace: Workspace,
-    asked: SweepAsked,
+    asked: SweepRequest,
     features_commands: Sequence[str],
     *,
     resume: str | None = None,
@@ -112,7 +112,7 @@ def sweep(
 
 @contextmanager
 def _folder(
-    workspace: Workspace, asked: SweepAsked, candidates: Sequence[Candidate], resume: str | None
+    workspace: Workspace, asked: SweepRequest, candidates: Sequence[Candidate], resume: str | None
 ) -> Iterator[tuple[str, Path]]:
     command, content = workspace.command(COMMAND), digest(candidates)
     if resume is None:
@@ -189,7 +189,7 @@ def _try_group(
 ) -> None:
     """Do so for settings that read the same rows: on return those are in memory no longer."""
     material, specs = group[0].candidate.material, [setting.spec for setting in group]
-    with prepared(material, specs, memory, sides=("train", "val"), held=crew is None) as ready:
+    with open_training_data(material, specs, memory, sides=("train", "val"), held=crew is None) as ready:
         data = ready.data()
         if crew is not None:
             needed = memory_needed(specs, data.train.shape[1:], data.classes)
@@ -210,7 +210,7 @@ def _crew(cluster: ClusterChoice | None, count: int) -> Iterator[Callable[..., I
         return
     choice = cluster.at_most(count)
     with connected(choice) as client:
-        yield partial(submitted, client, choice)
+        yield partial(run_on_dask, client, choice)
 
 
 def _by_rows(settings: Sequence[_Setting]) -> list[list[_Setting]]:
@@ -273,21 +273,21 @@ class _Podium:
 # What comes of it
 
 
-def _publish_best(workspace: Workspace, asked: SweepAsked, best: _Setting, folder: Path) -> dict[str, Any]:
+def _publish_best(workspace: Workspace, asked: SweepRequest, best: _Setting, folder: Path) -> dict[str, Any]:
     """Measure the best head on the test split, once, and publish it as a run; return its summary."""
     if (known := _winner(workspace, folder)) is not None:
         return store.read_run(known)["summary"]
     found, candidate, spec = read_json(best.folder / TRIAL), best.candidate, best.spec
     title = f"{candidate.material.dataset.name}-{spec.head}"
     with (
-        prepared(candidate.material, [spec], asked.memory, sides=("val", "test")) as ready,
+        open_training_data(candidate.material, [spec], asked.memory, sides=("val", "test")) as ready,
         store.new_run(workspace.runs, title, workspace.command("train-head")) as (name, directory),
     ):
         files.write_json(folder / store.WINNER, {"run": name})  # first: published, the run is known to be the winner
         head = heads.load(best.folder)
         fitted = heads.Fitted(head, found["history"], found["x"], found["seconds_per_epoch"], found["facts"])
-        said = (answers(head, ready.rows[side], side) for side in ("val", "test"))
-        outcome = Outcome(fitted, ready.members["val"], *said)
+        said = (predict_probabilities(head, ready.rows[side], side) for side in ("val", "test"))
+        outcome = FitResult(fitted, ready.members["val"], *said)
         return write_run(directory, name, ready, asked.head(candidate.choice, spec), outcome, found["seconds"])
 
 
@@ -305,7 +305,7 @@ def _winner(workspace: Workspace, folder: Path) -> Path | None:
 def _write(
     folder: Path,
     name: str,
-    asked: SweepAsked,
+    asked: SweepRequest,
     candidates: Sequence[Candidate],
     best: _Setting,
     rows: Sequence[dict[str, Any]],

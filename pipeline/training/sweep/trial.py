@@ -17,7 +17,7 @@ from pipeline.core.locks import exclusive
 from pipeline.core.spec import HeadSpec
 from pipeline.training import heads
 from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.fitting import answers, fit_head
+from pipeline.training.fitting import fit_head, predict_probabilities
 from pipeline.training.heads.base import measure
 from pipeline.training.loop import NotFiniteError, OtherCheckpointError
 from pipeline.training.sweep.leaderboard import ExtractionCost, Trial
@@ -42,7 +42,7 @@ def run_trial(
         except (NotFiniteError, DoNotFitError) as error:
             files.write_json(folder / TRIAL, {"error": str(error), "seconds": time.perf_counter() - start})
             return
-        said = answers(fitted.head, data.val, "val")
+        said = predict_probabilities(fitted.head, data.val, "val")
         val_loss, _ = measure(said, data.val_labels)
         fitted.head.save(folder)
         outcome = {
