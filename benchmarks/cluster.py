@@ -38,19 +38,19 @@ def main() -> None:
     parser.add_argument("--kill-every", type=float, default=20.0)
     parser.add_argument("--ways", nargs="+", default=["here", "workers", "scheduler", "kills"])
     options = parser.parse_args()
-    asked = ["--dataset", options.dataset, "--weights", options.weights]
+    request = ["--dataset", options.dataset, "--weights", options.weights]
     with tempfile.TemporaryDirectory() as folder:
         root, found = Path(folder), dict[str, Any]()
         if "here" in options.ways:
-            found["here"] = features(root / "here", *asked)
+            found["here"] = features(root / "here", *request)
         if "workers" in options.ways:
-            found["workers"] = features(root / "workers", *asked, "--workers", "2")
+            found["workers"] = features(root / "workers", *request, "--workers", "2")
         with cluster(root / "scratch"):
             if "scheduler" in options.ways:
-                found["scheduler"] = features(root / "scheduler", *asked, "--scheduler", ADDRESS)
+                found["scheduler"] = features(root / "scheduler", *request, "--scheduler", ADDRESS)
             if "kills" in options.ways:
                 with killing(options.kill_every) as killed:
-                    found["kills"] = features(root / "kills", *asked, "--scheduler", ADDRESS)
+                    found["kills"] = features(root / "kills", *request, "--scheduler", ADDRESS)
                 found["kills"]["killed"] = len(killed)
         first = rows(root / options.ways[0])
         for way, about in found.items():

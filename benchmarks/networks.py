@@ -128,11 +128,11 @@ def loaded(given: argparse.Namespace, network: str) -> Any:
     weights, scaling = ("auto", given.scaling) if own else ("untrained", None)
     choice = FeatureChoice(weights=weights, precision=given.precision, backbone=network, scaling=scaling)
     with tempfile.TemporaryDirectory() as data, open_workspace(Path(data)) as workspace:
-        settled = resolve_choice(workspace, choice)
-        assert settled.weights is not None
-        found = settled.weights.require()
+        resolved = resolve_choice(workspace, choice)
+        assert resolved.weights is not None
+        found = resolved.weights.require()
     return FrozenBackbone(
-        settled.new_spec(found), found.path, BATCH, machine.usable_cores(), network=settled.source.file
+        resolved.new_spec(found), found.path, BATCH, machine.usable_cores(), network=resolved.source.file
     )
 
 

@@ -29,14 +29,14 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--cut-after", type=float, default=40.0)
     options = parser.parse_args()
-    asked = ["--dataset", options.dataset, "--weights", options.weights]
+    request = ["--dataset", options.dataset, "--weights", options.weights]
     with tempfile.TemporaryDirectory() as folder, networks():
         root = Path(folder)
         with cluster(root / "scratch"):
             cut = threading.Thread(target=cut_off, args=(root / "there", options.cut_after), daemon=True)
             cut.start()
-            found = features(root / "there", *asked, "--scheduler", ADDRESS, within=within("icebox-a"))
-        alone = features(root / "here", *asked)
+            found = features(root / "there", *request, "--scheduler", ADDRESS, within=within("icebox-a"))
+        alone = features(root / "here", *request)
         found["same_rows"] = rows(root / "there") == rows(root / "here")
     print(json.dumps({"cut": not cut.is_alive(), "three machines": found, "here": alone}, indent=1))
 

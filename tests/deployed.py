@@ -109,9 +109,9 @@ def _make(place: Deployed, kinds: tuple[str, ...], features: FeatureChoice) -> N
         for kind in kinds:
             if kind in _HEADS:
                 spec, folds = _HEADS[kind]
-                asked = TrainRequest(chosen, features, spec, MOST, folds=folds)
-                names[kind] = train_head(place.dataset, workspace, asked, "features").name
+                request = TrainRequest(chosen, features, spec, MOST, folds=folds)
+                names[kind] = train_head(place.dataset, workspace, request, "features").name
             else:
-                asked = FinetuneRequest(images=chosen, features=features, max_pixels=MOST, **_FULL[kind])
-                names[kind] = finetune(place.dataset, workspace, asked).name
+                request = FinetuneRequest(images=chosen, features=features, max_pixels=MOST, **_FULL[kind])
+                names[kind] = finetune(place.dataset, workspace, request).name
     (place.data / "names.json").write_text(json.dumps(names))

@@ -16,8 +16,8 @@ class Looked:
         self.context = browser.new_context(**context)
         self.context.set_default_timeout(PATIENCE_MS)
         self.page = self.context.new_page()
-        self.asked, self.said = list[str](), list[str]()
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.request, self.said = list[str](), list[str]()
+        self.page.on("request", lambda request: self.request.append(request.url))
         self.page.on("console", lambda message: self.said.append(message.text))
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.goto(address)
@@ -32,4 +32,4 @@ class Looked:
     def check_quiet(self, *allowed: str) -> None:
         """Fail if something was complained of, or fetched from elsewhere than files and addresses that begin so."""
         assert self.said == []
-        assert all(url.startswith(("file:", "data:", *allowed)) for url in self.asked)
+        assert all(url.startswith(("file:", "data:", *allowed)) for url in self.request)

@@ -44,7 +44,7 @@ class Site:
 
     address: str = ""
     pages: dict[str, Page] = field(default_factory=dict)
-    asked: Counter[tuple[str, str]] = field(default_factory=Counter)
+    request: Counter[tuple[str, str]] = field(default_factory=Counter)
     headers: dict[str, str] = field(default_factory=dict)  # of the last request
     at_once: int = 0
     most_at_once: int = 0
@@ -52,10 +52,10 @@ class Site:
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def count(self, method: str) -> int:
-        return sum(n for (each, _), n in self.asked.items() if each == method)
+        return sum(n for (each, _), n in self.request.items() if each == method)
 
     def gets(self) -> dict[str, int]:
-        return {path: n for (method, path), n in self.asked.items() if method == "GET"}
+        return {path: n for (method, path), n in self.request.items() if method == "GET"}
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def served() -> Iterator[Site]:
 
         def answer(self, body: bool) -> None:
             with site.lock:
-                site.asked[self.command, self.path] += 1
+                site.request[self.command, self.path] += 1
                 site.headers = dict(self.headers)
                 site.at_once += 1
                 site.most_at_once = max(site.most_at_once, site.at_once)

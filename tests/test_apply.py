@@ -49,9 +49,9 @@ def rows(workspace: Workspace, photos: Path, undrawn: None) -> None:
 
 
 def trained(workspace: Workspace, photos: Path, kind: str = "logreg") -> str:
-    asked = TrainRequest(DatasetChoice(str(photos)), FeatureChoice(), KINDS[kind]["spec"], decoding.DEFAULT_MAX_PIXELS,
-                  folds=KINDS[kind].get("folds", 0))  # fmt: skip
-    return train_head(listed(photos), workspace, asked, "features").name
+    spec, folds = KINDS[kind]["spec"], KINDS[kind].get("folds", 0)
+    request = TrainRequest(DatasetChoice(str(photos)), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, folds=folds)
+    return train_head(listed(photos), workspace, request, "features").name
 
 
 def evaluated(workspace: Workspace, name: str, photos: Path, **more: Any) -> Evaluation:

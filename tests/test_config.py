@@ -36,7 +36,7 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def captured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A function that says what a command line would have had trained, from a folder without any pyproject.toml."""
 
     def capture(dataset: Any, workspace: Any, wanted: Any, *others: Any, **more: Any) -> Any:
@@ -79,10 +79,10 @@ dataset = ["digits", "cifar10"]
 """
 
 
-def test_options_of_a_file_are_as_if_typed_and_what_is_typed_wins(asked: Any, tmp_path: Path) -> None:
+def test_options_of_a_file_are_as_if_typed_and_what_is_typed_wins(captured: Any, tmp_path: Path) -> None:
     file = write(tmp_path / "mine.toml", TEXT)
-    by_file: TrainRequest = asked("--config", file, "train-head", "--epochs", "7", "--hidden", "8")
-    assert asked.found[0][0].root == Path("there")
+    by_file: TrainRequest = captured("--config", file, "train-head", "--epochs", "7", "--hidden", "8")
+    assert captured.found[0][0].root == Path("there")
     given = (
         "--limit",
         "40",
@@ -94,32 +94,32 @@ def test_options_of_a_file_are_as_if_typed_and_what_is_typed_wins(asked: Any, tm
         "rotation=15,horizontal_flip=false",
     )
     own = ("--head", "flatten", "--learning-rate", "0.01", "--no-normalize", "--memory", "1GB")
-    typed: TrainRequest = asked("--data-dir", "there", "train-head", *given, *own, "--epochs", "7", "--hidden", "8")
+    typed: TrainRequest = captured("--data-dir", "there", "train-head", *given, *own, "--epochs", "7", "--hidden", "8")
     assert by_file == typed
     assert by_file.head.settings["hidden"] == (8,)
     assert by_file.head.settings["learning_rate"] == 0.01
     assert by_file.views.recipe.rotation == 15
-    elsewhere: TrainRequest = asked("--data-dir", tmp_path / "here", "--config", file, "train-head")
-    assert asked.found[0][0].root == tmp_path / "here"
+    elsewhere: TrainRequest = captured("--data-dir", tmp_path / "here", "--config", file, "train-head")
+    assert captured.found[0][0].root == tmp_path / "here"
     assert elsewhere.head.settings["hidden"] == (32, 16)
 
 
-def test_pyproject_of_the_current_folder_is_read(asked: Any, tmp_path: Path) -> None:
+def test_pyproject_of_the_current_folder_is_read(captured: Any, tmp_path: Path) -> None:
     write(tmp_path / "pyproject.toml", '[tool.icebox]\nlimit = 30\n[tool.icebox.train-head]\nhead = "logreg"\n')
-    assert asked("train-head").images.limit == 30
-    assert asked("train-head").head.head == "logreg"
+    assert captured("train-head").images.limit == 30
+    assert captured("train-head").head.head == "logreg"
     write(tmp_path / "mine.toml", "limit = 20")
-    assert asked("--config", "mine.toml", "train-head").images.limit == 20
-    assert asked("--config", "mine.toml", "train-head").head.head == "gap", "one file, not two"
-    assert asked("--config", "pyproject.toml", "train-head").images.limit == 30
-    assert asked("--config", os.devnull, "train-head").images.limit is None, "all files put aside"
+    assert captured("--config", "mine.toml", "train-head").images.limit == 20
+    assert captured("--config", "mine.toml", "train-head").head.head == "gap", "one file, not two"
+    assert captured("--config", "pyproject.toml", "train-head").images.limit == 30
+    assert captured("--config", os.devnull, "train-head").images.limit is None, "all files put aside"
 
 
-def test_what_is_typed_wins_over_a_commands_table_and_that_over_what_stands_above(asked: Any, tmp_path: Path) -> None:
+def test_what_is_typed_wins_over_a_commands_table_and_that_over_keys_above_it(captured: Any, tmp_path: Path) -> None:
     file = write(tmp_path / "mine.toml", "limit = 40\n[train-head]\nlimit = 20\n")
-    assert asked("--config", file, "train-head", "--limit", "10").images.limit == 10
-    assert asked("--config", file, "train-head").images.limit == 20
-    assert asked("--config", file, "freeze").images.limit == 40
+    assert captured("--config", file, "train-head", "--limit", "10").images.limit == 10
+    assert captured("--config", file, "train-head").images.limit == 20
+    assert captured("--config", file, "freeze").images.limit == 40
 
 
 IMPLIED = """
@@ -143,13 +143,13 @@ top = 3
 
 
 def test_a_file_that_was_not_named_does_not_decide_what_reaches_beyond_the_folder(
-    asked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    captured: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path / "pyproject.toml", IMPLIED)
-    found: TrainRequest = asked("train-head")
+    found: TrainRequest = captured("train-head")
     assert (found.images.limit, found.head.settings["epochs"]) == (30, 3), "what is harmless is taken"
     assert (found.images.image_root, found.features.weights) == (None, "auto")
-    assert asked.found[0][0].root != Path("theirs")
+    assert captured.found[0][0].root != Path("theirs")
     said = capsys.readouterr().err.splitlines()
     assert said[0] == (
         "notice: not taken from pyproject.toml, as it was not named on the command line: data-dir, image-root, like, "
@@ -185,17 +185,17 @@ def test_every_option_that_names_a_file_needs_a_file_that_was_named() -> None:
 
 
 def test_a_file_that_was_not_named_may_name_a_backbone_of_the_table_but_no_file(
-    asked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    captured: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = '[tool.icebox]\nbackbone = "{}"\ninput-size = 96\nscaling = "x/255"\n'
     write(tmp_path / "pyproject.toml", text.format("mobilenet_v2"))
-    features = asked("train-head").features
+    features = captured("train-head").features
     assert (features.backbone, features.input_size, features.scaling) == ("mobilenet_v2", 96, "x/255")
     assert "not taken" not in capsys.readouterr().err
     write(tmp_path / "pyproject.toml", text.format("theirs.keras"))
-    assert asked("train-head").features.backbone is None
+    assert captured("train-head").features.backbone is None
     assert "not taken from pyproject.toml, as it was not named on the command line: backbone" in capsys.readouterr().err
-    named = asked("--config", "pyproject.toml", "train-head").features
+    named = captured("--config", "pyproject.toml", "train-head").features
     assert named.backbone == str(tmp_path / "theirs.keras")
 
 
@@ -206,12 +206,14 @@ def test_every_option_that_needs_a_file_that_was_named_stands_in_the_docs() -> N
         assert f"`{key}`" in section, key
 
 
-def test_keys_and_values_are_as_people_write_them(asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_and_values_are_as_people_write_them(
+    captured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_picture(tmp_path / "photos" / "cats" / "1.png", 1)
     text = '\ufeffdata_dir = "~/mine"\ndataset = "~/photos"\nweights = "~/w.h5"\n[train_head]\nhidden = []\n'
-    found: TrainRequest = asked("--config", write(tmp_path / "mine.toml", text), "train-head")
-    assert asked.found[0][0].root == tmp_path / "mine"
+    found: TrainRequest = captured("--config", write(tmp_path / "mine.toml", text), "train-head")
+    assert captured.found[0][0].root == tmp_path / "mine"
     assert found.images.dataset == str(tmp_path / "photos")
     assert found.features.weights == str(tmp_path / "w.h5")
     assert found.head.settings["hidden"] == ()
@@ -224,21 +226,21 @@ def test_keys_and_values_are_as_people_write_them(asked: Any, tmp_path: Path, mo
     assert len(seen[0].specs) == 4
 
 
-def test_paths_mean_the_same_from_anywhere(asked: Any, tmp_path: Path) -> None:
-    assert asked("train-head", "--weights", "w.h5").features.weights == str(tmp_path / "w.h5")
-    assert asked("finetune", "--weights", "w.h5").features.weights == str(tmp_path / "w.h5")
-    assert asked("train-head", "--weights", "../w.h5").features.weights == str(tmp_path / "../w.h5")
-    assert asked("train-head", "--weights", "untrained:3").features.weights == "untrained:3"
+def test_paths_mean_the_same_from_anywhere(captured: Any, tmp_path: Path) -> None:
+    assert captured("train-head", "--weights", "w.h5").features.weights == str(tmp_path / "w.h5")
+    assert captured("finetune", "--weights", "w.h5").features.weights == str(tmp_path / "w.h5")
+    assert captured("train-head", "--weights", "../w.h5").features.weights == str(tmp_path / "../w.h5")
+    assert captured("train-head", "--weights", "untrained:3").features.weights == "untrained:3"
 
 
-def test_views_of_cached_rows_are_no_warps_of_a_full_model(asked: Any, tmp_path: Path) -> None:
+def test_views_of_cached_rows_are_no_warps_of_a_full_model(captured: Any, tmp_path: Path) -> None:
     file = write(tmp_path / "mine.toml", "views = 3\naugment = { rotation = 10 }\n[finetune]\nfrom-cache = true\n")
-    assert asked("--config", file, "train-head").views.recipe.rotation == 10
-    assert asked("--config", file, "train-head", "--views", "1").views.count == 1
-    assert asked("--config", file, "freeze").augment is None
-    tuned: FinetuneRequest = asked("--config", file, "finetune")
+    assert captured("--config", file, "train-head").views.recipe.rotation == 10
+    assert captured("--config", file, "train-head", "--views", "1").views.count == 1
+    assert captured("--config", file, "freeze").augment is None
+    tuned: FinetuneRequest = captured("--config", file, "finetune")
     assert (tuned.from_cache, tuned.views.count) == (True, 1)
-    images: FinetuneRequest = asked("--config", file, "finetune", "--no-from-cache", "--augment", "default")
+    images: FinetuneRequest = captured("--config", file, "finetune", "--no-from-cache", "--augment", "default")
     assert not images.from_cache
     assert images.augment is not None
 
@@ -254,12 +256,12 @@ def test_help_needs_no_file(
 
 
 def test_settings_of_another_head_are_left_out_aloud(
-    asked: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    captured: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path / "mine.toml", "[train-head]\nepochs = 3\nC = [0.1, 1]\n")
-    assert asked("--config", file, "train-head", "--head", "logreg").head.settings["C"] == (0.1, 1.0)
+    assert captured("--config", file, "train-head", "--head", "logreg").head.settings["C"] == (0.1, 1.0)
     assert "a logreg head has no epochs" in capsys.readouterr().err
-    assert asked("--config", file, "train-head").head.settings["epochs"] == 3
+    assert captured("--config", file, "train-head").head.settings["epochs"] == 3
     assert "a gap head has no C" in capsys.readouterr().err
     assert cli.main(["--config", str(file), "train-head", "--head", "logreg", "--patience", "3"]) == 2
 
@@ -322,61 +324,61 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_like_a_run_is_what_it_was_asked_for(kind: str, asked: Any, deployed: Deployed) -> None:
+def test_like_a_run_is_what_it_was_asked_for(kind: str, captured: Any, deployed: Deployed) -> None:
     run = deployed.run(kind)
-    assert run.asked is not None
-    command = run.asked.stage if isinstance(run.asked, FinetuneRequest) else "train-head"
-    again = asked("--data-dir", deployed.data, command, "--like", run.name)
+    assert run.request is not None
+    command = run.request.stage if isinstance(run.request, FinetuneRequest) else "train-head"
+    again = captured("--data-dir", deployed.data, command, "--like", run.name)
     named = ("layer", "precision", "fit", "weights", "input_size")
     features = {name: getattr(run.base, name) for name in named}
-    stored = not isinstance(run.asked, FinetuneRequest) or run.asked.from_cache
+    stored = not isinstance(run.request, FinetuneRequest) or run.request.from_cache
     features["storage"] = run.base.storage if stored else "auto"
-    expected = replace(run.asked, features=replace(run.asked.features, **features))
-    other = asked("--data-dir", deployed.data, command, "--like", run.name, "--limit", "20")
+    expected = replace(run.request, features=replace(run.request.features, **features))
+    other = captured("--data-dir", deployed.data, command, "--like", run.name, "--limit", "20")
     if command == "freeze":  # all is frozen, whatever else is said
         expected, again, other = (replace(each, freeze_until="none") for each in (expected, again, other))
     assert again == expected
     assert other == replace(again, images=replace(again.images, limit=20))
 
 
-def test_like_a_run_on_inception_names_no_network(asked: Any, deployed_inception: Deployed) -> None:
+def test_like_a_run_on_inception_names_no_network(captured: Any, deployed_inception: Deployed) -> None:
     run = deployed_inception.run("gap")
-    assert run.asked is not None
-    again = asked("--data-dir", deployed_inception.data, "train-head", "--like", run.name)
+    assert run.request is not None
+    again = captured("--data-dir", deployed_inception.data, "train-head", "--like", run.name)
     features = {name: getattr(run.base, name) for name in ("layer", "precision", "fit", "storage")}
-    assert again == replace(run.asked, features=replace(run.asked.features, **features))
+    assert again == replace(run.request, features=replace(run.request.features, **features))
 
 
 def test_like_wins_over_a_file_and_another_head_keeps_what_it_has(
-    asked: Any, tmp_path: Path, deployed: Deployed, capsys: pytest.CaptureFixture[str]
+    captured: Any, tmp_path: Path, deployed: Deployed, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write(tmp_path / "mine.toml", "[train-head]\nepochs = 9\npatience = 4\n")
     like = ("--data-dir", deployed.data, "--config", file, "train-head", "--like", deployed.name("gap"))
-    assert asked(*like).head.settings["epochs"] == 2
-    logreg = asked(*like, "--head", "logreg")
+    assert captured(*like).head.settings["epochs"] == 2
+    logreg = captured(*like, "--head", "logreg")
     assert logreg.head.settings["class_weight"] == "none"
     assert "a logreg head has no" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_like_leaves_nothing_of_a_file(kind: str, asked: Any, tmp_path: Path, deployed: Deployed) -> None:
+def test_like_leaves_nothing_of_a_file(kind: str, captured: Any, tmp_path: Path, deployed: Deployed) -> None:
     """Not even where the run was asked for the default, or for nothing."""
     run = deployed.run(kind)
-    command = run.asked.stage if isinstance(run.asked, FinetuneRequest) else "train-head"
+    command = run.request.stage if isinstance(run.request, FinetuneRequest) else "train-head"
     text = 'limit = 50\nviews = 2\nmax-pixels = 9999\nspace = "other"\n[train-head]\nfolds = 3\n'
     file = write(tmp_path / "mine.toml", text + '[finetune]\nfrom-cache = true\ninit = "best"\n')
     like = ("--data-dir", deployed.data, command, "--like", run.name)
-    assert asked("--config", file, *like) == asked(*like)
+    assert captured("--config", file, *like) == captured(*like)
 
 
-def test_like_takes_the_weights_by_their_digest(asked: Any, deployed: Deployed) -> None:
+def test_like_takes_the_weights_by_their_digest(captured: Any, deployed: Deployed) -> None:
     """`auto`, and a path, may mean others by now."""
     digest = f"sha256:{'ab' * 32}"
     run = deployed.run("gap")
-    assert run.asked is not None
+    assert run.request is not None
     for stated in ("auto", "/somewhere/w.h5", "w.h5"):
-        wanted = replace(run.asked, features=replace(run.asked.features, weights=stated))
-        again = replace(run, base=replace(run.base, weights=digest), asked=wanted, weights="w.h5")
+        wanted = replace(run.request, features=replace(run.request.features, weights=stated))
+        again = replace(run, base=replace(run.base, weights=digest), request=wanted, weights="w.h5")
         assert options_like(again, "train-head")["weights"] == digest
         assert options_like(again, "features")["weights"] == digest
 
@@ -384,15 +386,17 @@ def test_like_takes_the_weights_by_their_digest(asked: Any, deployed: Deployed) 
 def test_like_a_run_of_an_own_network_means_that_network(deployed: Deployed) -> None:
     """Its file may hold another network by now, and where its space alone was named, nobody said which file."""
     digest, run = f"sha256:{'ab' * 32}", deployed.run("gap")
-    assert run.asked is not None
+    assert run.request is not None
     base = replace(run.base, backbone=f"own:{'cd' * 32}", weights=digest, scaling="127,128")
-    choice = replace(run.asked.features, weights="auto")
+    choice = replace(run.request.features, weights="auto")
     for command in ("features", "train-head"):
-        by_file = replace(run, base=base, asked=replace(run.asked, features=replace(choice, backbone="/w/own.keras")))
+        by_file = replace(
+            run, base=base, request=replace(run.request, features=replace(choice, backbone="/w/own.keras"))
+        )
         said = options_like(by_file, command)
         assert (said["backbone"], said["weights"], said["scaling"]) == ("/w/own.keras", digest, "127,128")
         of_space = replace(choice, space=base.directory, backbone=None)
-        said = options_like(replace(run, base=base, asked=replace(run.asked, features=of_space)), command)
+        said = options_like(replace(run, base=base, request=replace(run.request, features=of_space)), command)
         assert said["space"] == base.directory
         assert said["weights"] == "auto"
         assert not {"backbone", "scaling", "input-size"} & said.keys()

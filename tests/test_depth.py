@@ -72,22 +72,22 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 @pytest.fixture(scope="module")
 def run(place: Place) -> TrainedRun:
     chosen = DatasetChoice(str(place.workspace.root.parent / "deep"))
-    asked = TrainRequest(chosen, TWELVE, HeadSpec.make("logreg", C="0.01"), MOST)
-    done = train_head(place.deep, place.workspace, asked, "features")
+    request = TrainRequest(chosen, TWELVE, HeadSpec.make("logreg", C="0.01"), MOST)
+    done = train_head(place.deep, place.workspace, request, "features")
     return open_run(place.workspace.runs, done.name)
 
 
 def pooled(dataset: Dataset, place: Place, choice: FeatureChoice) -> np.ndarray:
-    material = join_features(dataset, place.workspace, choice, MOST, "features")
-    with material.space.reading():
-        return material.space.reader("pooled").read(material.space.locate(material.keys))
+    labelled = join_features(dataset, place.workspace, choice, MOST, "features")
+    with labelled.space.reading():
+        return labelled.space.reader("pooled").read(labelled.space.locate(labelled.keys))
 
 
 def test_another_depth_is_another_space_and_its_rows_are_those_of_the_whole_range(place: Place) -> None:
     assert place.first.space and place.twelve.space
     assert place.first.space.spec.decode == decoding.DECODE_POLICY
     assert place.twelve.space.spec.decode == f"{decoding.DECODE_POLICY}-depth_12"
-    assert (place.first.effort.peak, place.twelve.effort.peak, place.twelve.computed) == (4095, 4095, 24)
+    assert (place.first.stats.peak, place.twelve.stats.peak, place.twelve.computed) == (4095, 4095, 24)
     right = pooled(place.shallow, place, FULL)
     assert np.allclose(pooled(place.deep, place, TWELVE), right, atol=1e-4)
     assert not np.allclose(pooled(place.deep, place, FULL), right, atol=0.01)
@@ -145,7 +145,7 @@ def test_a_run_decodes_new_images_as_those_it_was_trained_on(place: Place, run: 
 
 
 def test_a_run_tells_the_depth_to_whoever_repeats_it(run: TrainedRun) -> None:
-    assert run.asked is not None and run.asked.features.depth == 12
+    assert run.request is not None and run.request.features.depth == 12
     features, train = reproduction_commands(run, ["python", "cli.py"], 0)
     assert "--depth 12" in features and "--depth" not in train  # which names the space
     assert options_like(run, "train-head")["depth"] == 12

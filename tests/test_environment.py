@@ -161,11 +161,11 @@ def test_rows_heads_and_pictures_are_the_same_in_odd_surroundings(tmp_path: Path
     told = {name: {**DECIDING, **HARMLESS}[name] for name in names} | {"PYTHONWARNINGS": "error"}
     found = []
     for data, env in ((tmp_path / "one", {}), (tmp_path / "other", told)):
-        asked = ("--dataset", tmp_path / "photos", *tiny_options(), "--storage", "float32")
-        made = icebox(data, "features", *asked, cwd=odd if env else tmp_path, **env)
+        request = ("--dataset", tmp_path / "photos", *tiny_options(), "--storage", "float32")
+        made = icebox(data, "features", *request, cwd=odd if env else tmp_path, **env)
         assert made.code == 0, made.err
         assert ("not heeded, as no variable decides numbers here" in made.err) == bool(env)
-        run = icebox(data, "train-head", *asked, "--head", "logreg", "--json", cwd=odd if env else tmp_path, **env)
+        run = icebox(data, "train-head", *request, "--head", "logreg", "--json", cwd=odd if env else tmp_path, **env)
         assert run.code == 0, run.err
         folder = data / "runs" / run.json["run"]
         parts = [(folder / name).read_bytes() for name in ("predictions.csv", "curves.png")]

@@ -235,8 +235,8 @@ def test_heads_on_own_networks_are_exported(
     path, dataset = write_network(tmp_path / f"{kind}.keras", kind), open_dataset(str(photos), downloads=tmp_path)
     extract(dataset, workspace, own_choice(path), ComputeOptions())
     spec = HeadSpec.make(head, **({} if head == "logreg" else {"epochs": 2}))
-    asked = TrainRequest(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
-    run = open_run(workspace.runs, train_head(dataset, workspace, asked, "features").name)
+    request = TrainRequest(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
+    run = open_run(workspace.runs, train_head(dataset, workspace, request, "features").name)
     if kind == "vector":
         check_refused(run, dataset, workspace, tmp_path / "refused", monkeypatch)
     for form in forms:

@@ -165,8 +165,8 @@ def test_what_cannot_be_decoded_is_named_and_remembered(photos: Path, run: Calla
 def test_shards_too_large_for_memory_are_refused_before_a_row_is_computed(
     photos: Path, run: Callable[..., Extraction], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    crew = SimpleNamespace(row_shape=(8, 8, 2048), size=1, batch_size=4)  # asked for no row, it need not compute
-    monkeypatch.setattr(pipeline.extraction.extract, "_crew", lambda *_, **__: nullcontext(crew))
+    pool = SimpleNamespace(row_shape=(8, 8, 2048), size=1, batch_size=4)  # asked for no row, it need not compute
+    monkeypatch.setattr(pipeline.extraction.extract, "_crew", lambda *_, **__: nullcontext(pool))
     monkeypatch.setattr(machine, "available_memory", lambda: 1_200_000)  # a row takes 270,336 bytes
     with pytest.raises(DoNotFitError, match=r"shards of 8 rows take about .* at most --shard-rows 2 fit"):
         run(photos)

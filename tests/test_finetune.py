@@ -69,7 +69,7 @@ class Place:
     def dataset(self) -> Dataset:
         return open_dataset(str(self.photos), downloads=self.photos)
 
-    def asked(self, stage: str = "finetune", head: str = "gap", **more: Any) -> FinetuneRequest:
+    def request(self, stage: str = "finetune", head: str = "gap", **more: Any) -> FinetuneRequest:
         most = decoding.DEFAULT_MAX_PIXELS
         given = {"features": self.features, "max_pixels": most, "freeze_until": self.until, **more}
         settings = {**SETTINGS, **given.pop("settings", {})}
@@ -78,7 +78,7 @@ class Place:
         )
 
     def train(self, stage: str = "finetune", *, resume: str | None = None, **more: Any) -> FinetuneResult:
-        return finetune(self.dataset, self.workspace, self.asked(stage, **more), resume=resume)
+        return finetune(self.dataset, self.workspace, self.request(stage, **more), resume=resume)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +115,8 @@ def inception_from_cache(inception: Place) -> FinetuneResult:
 def regression_on(place: Place) -> Path:
     """Train a regression on the rows that the workspace has; return the folder of its run."""
     chosen = DatasetChoice(str(place.photos))
-    asked = TrainRequest(chosen, place.features, HeadSpec.make("logreg"), decoding.DEFAULT_MAX_PIXELS)
-    return train_head(place.dataset, place.workspace, asked, "features").path
+    request = TrainRequest(chosen, place.features, HeadSpec.make("logreg"), decoding.DEFAULT_MAX_PIXELS)
+    return train_head(place.dataset, place.workspace, request, "features").path
 
 
 @pytest.fixture(scope="module")
@@ -314,15 +314,15 @@ def test_a_fine_tuned_run_goes_on_in_the_rows_its_backbone_still_gives(
     place: Place, from_cache: FinetuneResult
 ) -> None:
     """Up to the middle nothing changed, so those rows serve; deeper they are another space's."""
-    asked = place.asked(from_cache=True, init=str(from_cache.path), features=FeatureChoice())
-    origin = open_initial_model(asked, place.dataset, place.workspace)
-    assert (origin.cut, origin.settled.choice.weights) == ("middle", "auto"), "those of the file"
-    deeper = open_initial_model(replace(asked, freeze_until="top"), place.dataset, place.workspace)
-    assert (deeper.cut, deeper.settled.choice.weights) == ("top", str(from_cache.path / full_model.WEIGHTS_FILE))
+    request = place.request(from_cache=True, init=str(from_cache.path), features=FeatureChoice())
+    origin = open_initial_model(request, place.dataset, place.workspace)
+    assert (origin.cut, origin.resolved.choice.weights) == ("middle", "auto"), "those of the file"
+    deeper = open_initial_model(replace(request, freeze_until="top"), place.dataset, place.workspace)
+    assert (deeper.cut, deeper.resolved.choice.weights) == ("top", str(from_cache.path / full_model.WEIGHTS_FILE))
     names, cuts = tiny_layers()
     assert origin.unchanged_until(names, cuts) == "middle"
     assert origin.unchanged_until(names, cuts[: cuts.index("early") + 1]) == "early"
-    still = replace(asked, head=HeadSpec.make("gap", **{**SETTINGS, "epochs": 1, "learning_rate": 1e-12}))
+    still = replace(request, head=HeadSpec.make("gap", **{**SETTINGS, "epochs": 1, "learning_rate": 1e-12}))
     run = finetune(place.dataset, place.workspace, still)
     assert run.summary["features_computed"] == 0
     losses = [epoch["val_loss"] for epoch in history(from_cache)]
@@ -334,15 +334,15 @@ def test_rows_of_inceptions_unchanged_part_serve_a_fine_tuned_run(
     inception: Place, inception_from_cache: FinetuneResult
 ) -> None:
     """Up to mixed9 they are those of the weights it began with, deeper those of its own."""
-    asked = inception.asked(from_cache=True, init=str(inception_from_cache.path), features=FeatureChoice())
+    request = inception.request(from_cache=True, init=str(inception_from_cache.path), features=FeatureChoice())
     own = str(inception_from_cache.path / full_model.WEIGHTS_FILE)
     for until, weights in (("mixed8", "untrained:0"), ("mixed9", "untrained:0"), ("mixed10", own)):
-        origin = open_initial_model(replace(asked, freeze_until=until), inception.dataset, inception.workspace)
-        assert (origin.cut, origin.settled.choice.weights) == (until, weights)
+        origin = open_initial_model(replace(request, freeze_until=until), inception.dataset, inception.workspace)
+        assert (origin.cut, origin.resolved.choice.weights) == (until, weights)
 
 
 def test_other_classes_and_contradictions_are_refused(made_up: Place, made_up_logreg: str, tmp_path: Path) -> None:
-    begun = made_up.asked(from_cache=True, init=made_up_logreg, features=FeatureChoice())
+    begun = made_up.request(from_cache=True, init=made_up_logreg, features=FeatureChoice())
     for i in range(6):
         write_picture(tmp_path / "others" / ("ants" if i % 2 else "bees") / f"{i}.png", seed=i)
     others = open_dataset(str(tmp_path / "others"), downloads=tmp_path)
@@ -357,7 +357,7 @@ def test_other_classes_and_contradictions_are_refused(made_up: Place, made_up_lo
             open_initial_model(replace(begun, features=choice), made_up.dataset, made_up.workspace)
     with pytest.raises(SpecError, match=r"no head can stand on 'conv2d_80'; take one of .*mixed10"):
         open_initial_model(
-            made_up.asked(features=replace(INCEPTION, layer="conv2d_80")), made_up.dataset, made_up.workspace
+            made_up.request(features=replace(INCEPTION, layer="conv2d_80")), made_up.dataset, made_up.workspace
         )
 
 
@@ -373,7 +373,7 @@ def test_weights_that_are_gone_are_asked_for(made_up: Place, made_up_logreg: str
     files.write_json(elsewhere / "run.json", about)
     with pytest.raises(WeightsError, match="which are not on this machine; give the file by `--weights FILE`"):
         open_initial_model(
-            made_up.asked(init=str(elsewhere), features=FeatureChoice()), made_up.dataset, made_up.workspace
+            made_up.request(init=str(elsewhere), features=FeatureChoice()), made_up.dataset, made_up.workspace
         )
 
 
@@ -386,10 +386,10 @@ def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
         (run / name).write_bytes((from_cache.path / name).read_bytes())
     unseal(run)
     (run / full_model.WEIGHTS_FILE).write_bytes(b"something else")
-    asked = place.asked(init=str(run), features=FeatureChoice())
+    request = place.request(init=str(run), features=FeatureChoice())
 
     def begin() -> None:
-        open_initial_model(asked, place.dataset, place.workspace)
+        open_initial_model(request, place.dataset, place.workspace)
 
     with pytest.raises(RunError, match="is not the file that was saved"):
         begin()
@@ -405,7 +405,7 @@ def test_a_backbone_that_is_not_the_one_that_was_saved_is_not_begun_with(
 
 def test_a_head_of_another_run_is_not_begun_with(made_up: Place, made_up_logreg: str) -> None:
     origin = open_initial_model(
-        made_up.asked(init=made_up_logreg, features=FeatureChoice()), made_up.dataset, made_up.workspace
+        made_up.request(init=made_up_logreg, features=FeatureChoice()), made_up.dataset, made_up.workspace
     )
     with pytest.raises(RunError, match="is of another run: it does not tell 2 classes apart by rows of 8x8x16"):
         origin.head(HeadSpec.make("gap"), (8, 8, 16), 2)
@@ -421,7 +421,7 @@ def test_an_ensemble_is_refused_before_anything_is_computed(made_up: Place, made
     run = train_head(made_up.dataset, made_up.workspace, chosen, "features")
     with pytest.raises(SpecError, match="is an ensemble of heads; take a run that was trained without --folds"):
         open_initial_model(
-            made_up.asked(init=str(run.path), features=FeatureChoice()), made_up.dataset, made_up.workspace
+            made_up.request(init=str(run.path), features=FeatureChoice()), made_up.dataset, made_up.workspace
         )
 
 
@@ -449,8 +449,8 @@ def test_begun_with_a_run_it_is_gone_on_with(
         patch.setattr(FullModel, "save", stopped)
         place.train(**options)
     (name,) = store.unfinished(place.workspace.runs)
-    asked = FinetuneRequest.from_dict(store.read_request(place.workspace.runs, name)["asked"])
-    done = finetune(place.dataset, place.workspace, asked, resume=name)
+    request = FinetuneRequest.from_dict(store.read_request(place.workspace.runs, name)["asked"])
+    done = finetune(place.dataset, place.workspace, request, resume=name)
     assert history(done) == history(whole)
     assert whole.summary["trains"] == ["hidden", "probabilities"]
     assert store.read_run(done.path)["base"]["unchanged_until"] == "middle"
@@ -527,16 +527,16 @@ def test_a_run_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_collapse_is_called_out(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    asked = place.asked()
-    _warn_of_collapse(0.85, 0.94, asked)
+    request = place.request()
+    _warn_of_collapse(0.85, 0.94, request)
     assert not caplog.records
-    _warn_of_collapse(0.4, 0.94, replace(asked, batch_norm="trainable"))
+    _warn_of_collapse(0.4, 0.94, replace(request, batch_norm="trainable"))
     assert "it has collapsed; take --batch-norm frozen" in caplog.text
 
 
 def test_what_was_asked_for_is_kept_and_read_again(place: Place) -> None:
-    asked = place.asked(augment=Augmentation(rotation=3), views=Views(2, Augmentation(zoom=0)), init="/runs/x")
-    assert FinetuneRequest.from_dict(json.loads(json.dumps(asked.to_dict()))) == asked
+    request = place.request(augment=Augmentation(rotation=3), views=Views(2, Augmentation(zoom=0)), init="/runs/x")
+    assert FinetuneRequest.from_dict(json.loads(json.dumps(request.to_dict()))) == request
     for change in (
         {"stage": "melt"},
         {"batch_norm": 3},
@@ -545,8 +545,8 @@ def test_what_was_asked_for_is_kept_and_read_again(place: Place) -> None:
         {"x": 1},
     ):
         with pytest.raises(RunError, match="what the run was asked for cannot be read"):
-            FinetuneRequest.from_dict({**asked.to_dict(), **change})
-    assert asdict(asked)["init"] == "/runs/x"
+            FinetuneRequest.from_dict({**request.to_dict(), **change})
+    assert asdict(request)["init"] == "/runs/x"
 
 
 def test_an_image_that_cannot_be_decoded_is_quarantined_before_the_training(place: Place, tmp_path: Path) -> None:
@@ -560,15 +560,15 @@ def test_an_image_that_cannot_be_decoded_is_quarantined_before_the_training(plac
     found = join_images(dataset, place.workspace, decoding.DEFAULT_MAX_PIXELS, "squash")
     assert [each.path for each in found.quarantined] == ["train/cats/bad.png"]
     assert len(found.keys) == len(dataset) - 1 == 32
-    with open_image_data(found, 299, "squash", decoding.DEFAULT_MAX_PIXELS) as ready:
-        assert [len(ready.rows[side]) for side in ("train", "val", "test")] == [20, 6, 6]
-        pixels = ready.rows["train"][np.arange(20)]
+    with open_image_data(found, 299, "squash", decoding.DEFAULT_MAX_PIXELS) as training_data:
+        assert [len(training_data.rows[side]) for side in ("train", "val", "test")] == [20, 6, 6]
+        pixels = training_data.rows["train"][np.arange(20)]
     with pytest.raises(DatasetError, match="none of 32 can be decoded"):  # though they have rows
         join_images(place.dataset, place.workspace, 100, "squash")
     names = found.names(found.members("train"))
     decoded = [decoding.decode((tmp_path / "photos" / name).read_bytes()) for name in names]
     assert np.array_equal(pixels, np.stack(decoded)), "labels and pixels are of the same image"
-    assert [dataset.classes[label] for label in ready.labels["train"]] == [name.split("/")[1] for name in names]
+    assert [dataset.classes[label] for label in training_data.labels["train"]] == [name.split("/")[1] for name in names]
 
 
 # Networks of one's own
@@ -587,8 +587,8 @@ DEFAULTS = {
 @pytest.mark.parametrize("kind", DEFAULTS)
 def test_an_own_network_trains_alike_both_ways(place: Place, tmp_path: Path, kind: str) -> None:
     path = write_network(tmp_path / f"{kind}.keras", kind)
-    asked: dict[str, Any] = {"features": own_choice(path), "freeze_until": None, "settings": {"learning_rate": 0.01}}
-    both = [place.train(from_cache=way, **asked) for way in (False, True)]
+    request: dict[str, Any] = {"features": own_choice(path), "freeze_until": None, "settings": {"learning_rate": 0.01}}
+    both = [place.train(from_cache=way, **request) for way in (False, True)]
     ours, theirs = ([epoch["loss"] for epoch in history(run)] for run in both)
     assert ours == pytest.approx(theirs, rel=1e-3)
     assert len(set(ours)) == 3, "it trains"
@@ -602,31 +602,31 @@ def test_an_own_network_trains_alike_both_ways(place: Place, tmp_path: Path, kin
 
 def test_what_trains_of_an_own_network(place: Place, tmp_path: Path) -> None:
     path, head, last = write_network(tmp_path / "own.keras", "depthwise"), 12 * 64 + 64 + 64 * 2 + 2, 8 * 12 * 9
-    asked: dict[str, Any] = {"features": own_choice(path), "freeze_until": "middle", "settings": {"epochs": 1}}
-    frozen = place.train("freeze", **{**asked, "freeze_until": None}, augment=Augmentation())
+    request: dict[str, Any] = {"features": own_choice(path), "freeze_until": "middle", "settings": {"epochs": 1}}
+    frozen = place.train("freeze", **{**request, "freeze_until": None}, augment=Augmentation())
     assert (frozen.summary["trainable_parameters"], frozen.summary["trains"]) == (head, ["hidden", "probabilities"])
-    tuned = place.train(**asked)
+    tuned = place.train(**request)
     assert tuned.summary["trainable_parameters"] == last + head
-    trained = place.train(**asked, batch_norm="trainable")
+    trained = place.train(**request, batch_norm="trainable")
     assert trained.summary["trainable_parameters"] == last + 2 * 12 + head
     with pytest.raises(SpecError, match="no head can stand on 're_lu_9'"):
-        place.train(**{**asked, "features": replace(own_choice(path), layer="re_lu_9")})
+        place.train(**{**request, "features": replace(own_choice(path), layer="re_lu_9")})
 
 
 def test_a_published_run_makes_its_own_network_known(place: Place, tmp_path: Path) -> None:
     """Its size and scaling, though nothing of it is in the cache."""
     path = write_network(tmp_path / "own.keras", "plain", seed=9, size=None)
-    asked: dict[str, Any] = {"freeze_until": None, "settings": {"epochs": 1}}
+    request: dict[str, Any] = {"freeze_until": None, "settings": {"epochs": 1}}
     unsaid = FeatureChoice(backbone=str(path), precision="float32", storage="float32")
     with pytest.raises(UsageError, match=r"say by --input-size .*, and by --scaling"):
-        place.train("freeze", features=unsaid, **asked)
-    first = place.train("freeze", features=replace(own_choice(path), input_size=SIZE), **asked)
-    again = place.train("freeze", features=unsaid, **asked)
+        place.train("freeze", features=unsaid, **request)
+    first = place.train("freeze", features=replace(own_choice(path), input_size=SIZE), **request)
+    again = place.train("freeze", features=unsaid, **request)
     assert predictions(first) == pytest.approx(predictions(again))
     (place.workspace.runs / "broken").mkdir()
     (place.workspace.runs / "broken" / "run.json").write_text('{"features": 1}')
-    settled = resolve_choice(place.workspace, unsaid).source
-    assert (settled.input_size, settled.scaling) == (SIZE, "127,128")
+    resolved = resolve_choice(place.workspace, unsaid).source
+    assert (resolved.input_size, resolved.scaling) == (SIZE, "127,128")
     shutil.rmtree(place.workspace.runs / "broken")
 
 
@@ -644,7 +644,7 @@ def test_another_network_in_the_place_of_an_own_one_is_not_gone_on_with(
             place.train(features=own_choice(path), freeze_until="middle")
     (name,) = set(store.unfinished(place.workspace.runs)) - before
     extract(place.dataset, place.workspace, replace(choice, input_size=40), ComputeOptions())
-    asked = FinetuneRequest.from_dict(store.read_request(place.workspace.runs, name)["asked"])
+    request = FinetuneRequest.from_dict(store.read_request(place.workspace.runs, name)["asked"])
     with zipfile.ZipFile(path) as archive:
         parts = {part: archive.read(part) for part in archive.namelist()}
     original = path.read_bytes()
@@ -652,9 +652,9 @@ def test_another_network_in_the_place_of_an_own_one_is_not_gone_on_with(
         for part, content in parts.items():
             archive.writestr(part, content.replace(b'"relu"', b'"relu6"'))
     with pytest.raises(RunError, match="are no longer those it began with; begin anew"):
-        finetune(place.dataset, place.workspace, asked, resume=name)
+        finetune(place.dataset, place.workspace, request, resume=name)
     path.write_bytes(original)
-    assert finetune(place.dataset, place.workspace, asked, resume=name).name == name
+    assert finetune(place.dataset, place.workspace, request, resume=name).name == name
 
 
 def interrupt(*arguments: Any) -> None:
@@ -709,14 +709,14 @@ def test_a_stopped_run_finds_its_own_network_by_content_or_is_given_it(
 def test_a_run_of_an_own_network_is_begun_with(place: Place, tmp_path: Path) -> None:
     """Also where its file is gone: then the cached part is computed with the network in the run."""
     path = write_network(tmp_path / "own.keras", "vector")
-    asked: dict[str, Any] = {"features": own_choice(path), "freeze_until": "middle", "settings": {"epochs": 1}}
-    first = place.train(from_cache=True, **asked)
-    asked = {**asked, "features": FeatureChoice(), "init": str(first.path)}
-    again = place.train(from_cache=True, **asked)
+    request: dict[str, Any] = {"features": own_choice(path), "freeze_until": "middle", "settings": {"epochs": 1}}
+    first = place.train(from_cache=True, **request)
+    request = {**request, "features": FeatureChoice(), "init": str(first.path)}
+    again = place.train(from_cache=True, **request)
     assert (again.summary["features_computed"], again.summary["space"]) == (0, first.summary["space"])
     path.unlink()
-    alone = place.train(from_cache=True, **asked)
+    alone = place.train(from_cache=True, **request)
     assert history(alone)[0]["loss"] == pytest.approx(history(again)[0]["loss"], rel=1e-3)
     other = write_network(tmp_path / "other.keras", "depthwise")
     with pytest.raises(SpecError, match="was trained with the backbone own:"):
-        place.train(from_cache=True, **{**asked, "features": own_choice(other)})
+        place.train(from_cache=True, **{**request, "features": own_choice(other)})

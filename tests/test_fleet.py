@@ -113,9 +113,9 @@ def same_rows(data: Path, rows: Stored) -> bool:
 
 
 def test_workers_started_for_it_give_the_same_rows(images: Path, alone: Stored, tmp_path: Path) -> None:
-    asked = ("--dataset", images, *tiny_options())
+    request = ("--dataset", images, *tiny_options())
     sizes = ("--shard-rows", "4", "--batch-size", "4")
-    done = icebox(tmp_path, "features", *asked, *sizes, "--workers", "2", "--json")
+    done = icebox(tmp_path, "features", *request, *sizes, "--workers", "2", "--json")
     assert done.code == 0, done.err
     assert (done.json["computed"], done.json["rows"], done.json["recomputed"]) == (40, 40, 0)
     assert sum(worker["rows"] for worker in done.json["workers"]) == 40
@@ -123,7 +123,7 @@ def test_workers_started_for_it_give_the_same_rows(images: Path, alone: Stored, 
     assert "dashboard of the scheduler: http://127.0.0.1:" in done.err
     assert "distributed" not in done.err, "what Dask logs is not for people"
     assert same_rows(tmp_path, alone)
-    again = icebox(tmp_path, "features", *asked, "--workers", "2", "--json")
+    again = icebox(tmp_path, "features", *request, "--workers", "2", "--json")
     assert (again.json["computed"], again.json["reused"], again.json["workers"]) == (0, 40, [])
     assert "dashboard" not in again.err, "no worker is started for nothing"
 
@@ -133,7 +133,7 @@ def test_workers_of_a_scheduler_give_the_same_rows(
 ) -> None:
     done = run(tmp_path, images, ClusterChoice(scheduler=cluster.address))
     assert (done.computed, done.quarantined) == (40, [])
-    assert len(done.effort.workers) == 2
+    assert len(done.stats.workers) == 2
     assert same_rows(tmp_path, alone)
 
 
@@ -145,7 +145,7 @@ def test_workers_compute_with_other_networks(images: Path, cluster: Cluster, tmp
     run(tmp_path / "alone", images, choice=choice)
     done = run(tmp_path / "shared", images, ClusterChoice(scheduler=cluster.address), choice)
     assert (done.computed, done.quarantined) == (40, [])
-    assert sum(worker["rows"] for worker in done.effort.workers) == 40
+    assert sum(worker["rows"] for worker in done.stats.workers) == 40
     assert same_rows(tmp_path / "shared", stored(tmp_path / "alone"))
 
 
@@ -250,7 +250,7 @@ def test_copies_behind_addresses_are_computed_once_by_a_worker_whatever_task_the
         (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"{site.address}/{i}.png,a\n" for i in range(30)))
         done = run(tmp_path / "data", tmp_path / "list.csv", ClusterChoice(scheduler=cluster.address))
         assert (done.computed, done.duplicates) == (3, 27)
-        assert sum(each["rows"] for each in done.effort.workers) == 3
+        assert sum(each["rows"] for each in done.stats.workers) == 3
         again = run(tmp_path / "data", tmp_path / "list.csv", ClusterChoice(scheduler=cluster.address))
         assert (again.computed, again.reused, again.duplicates) == (0, 3, 27)
 

@@ -44,7 +44,7 @@ def separable(head: str, n: int, seed: int, classes: int = 3) -> tuple[np.ndarra
     return rows.astype(DTYPES[head]), labels
 
 
-def material(head: str, train: int = 90, val: int = 30, classes: int = 3) -> Data:
+def labelled(head: str, train: int = 90, val: int = 30, classes: int = 3) -> Data:
     return Data(*separable(head, train, 1, classes), *separable(head, val, 2, classes), classes)
 
 
@@ -56,7 +56,7 @@ def make(head: str, **settings: Any) -> HeadSpec:
 @pytest.fixture(scope="module", params=HEADS)
 def fitted(request: pytest.FixtureRequest) -> tuple[str, Fitted]:
     """Each head, trained once; tests only read it."""
-    return request.param, fit(make(request.param), material(request.param), TrainingContext())
+    return request.param, fit(make(request.param), labelled(request.param), TrainingContext())
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder with a saved `gap` head and one with a saved `logreg` head."""
     folders = {head: tmp_path_factory.mktemp(head) for head in ("gap", "logreg")}
     for head, folder in folders.items():
-        fit(make(head), material(head), TrainingContext()).head.save(folder)
+        fit(make(head), labelled(head), TrainingContext()).head.save(folder)
     return folders
 
 
@@ -172,7 +172,7 @@ def test_without_normalisation_there_is_no_such_layer(head: str) -> None:
 
 
 def test_a_head_without_normalisation_learns_too() -> None:
-    done = fit(make("gap", normalize=False, epochs=12), material("gap"), TrainingContext())
+    done = fit(make("gap", normalize=False, epochs=12), labelled("gap"), TrainingContext())
     assert done.history[-1]["val_accuracy"] > 0.95
 
 
@@ -211,7 +211,7 @@ def test_the_history_has_an_entry_for_each_epoch_or_fit(fitted: tuple[str, Fitte
 
 def test_the_history_says_of_validation_what_the_head_says(fitted: tuple[str, Fitted]) -> None:
     head, done = fitted
-    data = material(head)
+    data = labelled(head)
     said = done.head.predict(data.val)
     best = min(done.history, key=lambda entry: entry["val_loss"])
     assert best["val_accuracy"] == pytest.approx((said.argmax(axis=1) == data.val_labels).mean())
@@ -221,14 +221,14 @@ def test_the_history_says_of_validation_what_the_head_says(fitted: tuple[str, Fi
 def test_progress_advances_once_for_each_step(fitted: tuple[str, Fitted]) -> None:
     head, _ = fitted
     steps: list[float] = []
-    fit(make(head), material(head), TrainingContext(steps.append))
+    fit(make(head), labelled(head), TrainingContext(steps.append))
     assert sum(steps) == pytest.approx(heads.steps(make(head)))
     assert heads.steps(make(head)) == (7 if head == "logreg" else 4)
 
 
 def test_a_seed_decides_the_training() -> None:
     def train(seed: int) -> tuple[list[dict[str, float]], list[np.ndarray]]:
-        done = fit(make("flatten", epochs=2, hidden=16, seed=seed), material("flatten"), TrainingContext())
+        done = fit(make("flatten", epochs=2, hidden=16, seed=seed), labelled("flatten"), TrainingContext())
         return done.history, done.head.model.get_weights()  # pyright: ignore[reportAttributeAccessIssue]
 
     (once, first), (again, second), (other, third) = train(5), train(5), train(6)
@@ -244,13 +244,13 @@ class Watched:
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = rows
         self.shape = rows.shape
-        self.asked: list[np.ndarray] = []
+        self.request: list[np.ndarray] = []
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        self.asked.append(indices)
+        self.request.append(indices)
         return self.rows[indices]
 
 
@@ -271,7 +271,7 @@ def test_training_takes_each_row_once_an_epoch() -> None:
     rows, labels = separable("gap", 90, 1)
     watched = Watched(rows)
     fit(make("gap", epochs=3), Data(watched, labels, *separable("gap", 30, 2), 3), TrainingContext())
-    batches = watched.asked[-18:]  # before: statistics
+    batches = watched.request[-18:]  # before: statistics
     for epoch in (batches[:6], batches[6:12], batches[12:]):
         assert sorted(np.concatenate(epoch).tolist()) == list(range(90))
 
@@ -325,7 +325,7 @@ def test_no_larger_c_is_tried_after_two_that_were_worse() -> None:
 
 
 def test_a_learning_rate_may_be_a_whole_number() -> None:
-    assert len(fit(make("gap", epochs=1, learning_rate=1), material("gap"), TrainingContext()).history) == 1
+    assert len(fit(make("gap", epochs=1, learning_rate=1), labelled("gap"), TrainingContext()).history) == 1
 
 
 # Logistic regression
@@ -355,7 +355,7 @@ def test_two_classes_that_are_not_the_first_keep_their_numbers() -> None:
 def test_a_regression_that_does_not_converge_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "pipeline.training.heads"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit(make("logreg", max_iter=2, C=1), material("logreg"), TrainingContext())
+        fit(make("logreg", max_iter=2, C=1), labelled("logreg"), TrainingContext())
     assert [(record.name, record.levelname) for record in caplog.records] == [
         ("pipeline.training.heads.logreg", "WARNING")
     ]
@@ -366,13 +366,13 @@ def test_a_regression_that_does_not_converge_says_so_once(caplog: pytest.LogCapt
 def test_a_regression_that_converges_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit(make("logreg", C="0.1,1"), material("logreg"), TrainingContext())
+        fit(make("logreg", C="0.1,1"), labelled("logreg"), TrainingContext())
     assert "converge" not in caplog.text
 
 
 def test_the_penalty_is_the_one_asked_for() -> None:
     def largest(c: float) -> float:
-        head: Any = fit(make("logreg", C=c, calibrate=False), material("logreg"), TrainingContext()).head
+        head: Any = fit(make("logreg", C=c, calibrate=False), labelled("logreg"), TrainingContext()).head
         return np.abs(head.pipeline[-1].coef_).max()
 
     assert largest(1e-3) < largest(1.0) < largest(100.0)
@@ -399,7 +399,7 @@ def test_what_is_loaded_says_the_same(fitted: tuple[str, Fitted], tmp_path: Path
 
 def test_a_head_with_other_settings_is_rebuilt_as_it_was(tmp_path: Path) -> None:
     spec = make("flatten", hidden=16, dropout=0.0, normalize=False, epochs=1)
-    data = material("flatten")
+    data = labelled("flatten")
     done = fit(spec, data, TrainingContext())
     done.head.save(tmp_path)
     loaded = load(tmp_path)
@@ -585,7 +585,7 @@ def test_a_layer_in_parts_goes_on_from_its_checkpoint_and_no_other_does(
     monkeypatch.setattr(machine, "gpu_count", lambda: 0)
     monkeypatch.setattr(dense, "_LARGE", 100)
     monkeypatch.setattr(parts, "_PART", 100)
-    data = material("flatten")
+    data = labelled("flatten")
     short, long = (HeadSpec.make("flatten", hidden=16, epochs=epochs, seed=1) for epochs in (2, 4))
     fit(short, data, TrainingContext(checkpoint=Checkpoint(tmp_path)))
     whole, resumed = (

@@ -71,10 +71,10 @@ def test_batch_norms_stay_as_they_are_unless_asked_otherwise(gap: FullModel) -> 
 
 
 @pytest.mark.parametrize(
-    ("asked", "index"), [("none", -1), ("0", 0), ("250", 250), ("310", 310), ("mixed8", 248), ("conv2d_80", 249)]
+    ("until", "index"), [("none", -1), ("0", 0), ("250", 250), ("310", 310), ("mixed8", 248), ("conv2d_80", 249)]
 )
-def test_a_layer_is_named_by_name_or_number(gap: FullModel, asked: str, index: int) -> None:
-    assert full_model.frozen_until(gap.layers, asked) == index
+def test_a_layer_is_named_by_name_or_number(gap: FullModel, until: str, index: int) -> None:
+    assert full_model.frozen_until(gap.layers, until) == index
 
 
 def test_the_default_freezes_all_of_a_part_that_ends_before_it(gap: FullModel) -> None:
@@ -83,10 +83,10 @@ def test_the_default_freezes_all_of_a_part_that_ends_before_it(gap: FullModel) -
         full_model.frozen_until(gap.layers[:249], "249")
 
 
-@pytest.mark.parametrize("asked", ["311", "-1", "2.5", "mixed11", "", "None", "٣"])
-def test_what_is_no_layer_is_refused(gap: FullModel, asked: str) -> None:
+@pytest.mark.parametrize("until", ["311", "-1", "2.5", "mixed11", "", "None", "٣"])
+def test_what_is_no_layer_is_refused(gap: FullModel, until: str) -> None:
     with pytest.raises(UsageError, match=r"--freeze-until takes a layer's name, its number from 0 to 310, or none"):
-        full_model.frozen_until(gap.layers, asked)
+        full_model.frozen_until(gap.layers, until)
 
 
 @pytest.mark.parametrize(
@@ -135,9 +135,9 @@ def test_it_answers_in_bfloat16_as_cached_features_do(gap: FullModel) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_it_answers_in_bfloat16_by_either_engine_as_features_cached_by_it_do(engine: str, workspace: Workspace) -> None:
-    settled = resolve_choice(workspace, tiny_choice())
-    weights = resolve(settled.source, "auto", workspace)
-    spec = replace(settled.new_spec(weights), precision="bfloat16", engine=engine)
+    resolved = resolve_choice(workspace, tiny_choice())
+    weights = resolve(resolved.source, "auto", workspace)
+    spec = replace(resolved.new_spec(weights), precision="bfloat16", engine=engine)
     half = FullModel(spec, lambda shape: DenseHead(build(GAP, shape, CLASSES), GAP), weights.network)
     half.load_backbone(spec.weights, weights.path)
     pixels = np.random.default_rng(1).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)

@@ -464,11 +464,11 @@ def test_a_damaged_index_has_nothing_printed_twice(
         share = 1.0
 
         def __init__(self, *_: Any) -> None:
-            self.asked = 0
+            self.request = 0
 
         def answers(self, window: Any, advance: Any) -> Any:
-            self.asked += 1
-            if self.asked == damaged_at:
+            self.request += 1
+            if self.request == damaged_at:
                 elsewhere.cache.index.path.write_bytes(b"garbage" * 1000)
                 raise IndexDamagedError(elsewhere.cache.index.path, "file is not a database")
             count = len(window.images)
@@ -510,8 +510,8 @@ def owns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owns]:
             dataset = open_dataset(str(photos), downloads=root)
             extract(dataset, workspace, own_choice(path), ComputeOptions())
             spec = HeadSpec.make(head, **({"epochs": 2} if head == "gap" else {}))
-            asked = TrainRequest(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
-            made = train_head(dataset, workspace, asked, "features")
+            request = TrainRequest(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
+            made = train_head(dataset, workspace, request, "features")
             found[kind] = path, open_run(workspace.runs, made.name)
         yield Owns(workspace, found, sorted(photos.rglob("*.png")))
 

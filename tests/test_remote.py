@@ -166,7 +166,7 @@ def test_what_is_fetched_and_by_what_it_is_known(site: Site) -> None:
     assert fetched.data == b"bytes"
     assert fetched.validator is not None
     assert remote.validator(f"{site.address}/a.png") == fetched.validator
-    assert site.asked == {("GET", "/a.png"): 1, ("HEAD", "/a.png"): 1}
+    assert site.request == {("GET", "/a.png"): 1, ("HEAD", "/a.png"): 1}
     site.pages["/a.png"] = Page(b"other")
     assert remote.validator(f"{site.address}/a.png") not in (None, fetched.validator)
 
@@ -207,13 +207,13 @@ def test_what_goes_wrong_is_named_without_the_address(
     with pytest.raises(OSError) as caught:
         remote.fetch(f"{site.address}/page")
     assert str(caught.value) == cause
-    assert site.asked["GET", "/page"] == gets
+    assert site.request["GET", "/page"] == gets
 
 
 def test_what_passes_is_tried_again(site: Site) -> None:
     site.pages["/a"] = Page(b"x", fails=2)
     assert remote.fetch(f"{site.address}/a").data == b"x"
-    assert site.asked["GET", "/a"] == 3
+    assert site.request["GET", "/a"] == 3
 
 
 def test_the_users_own_configuration_counts(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +237,7 @@ def test_a_body_beyond_the_limit_is_not_read(site: Site, monkeypatch: pytest.Mon
     site.pages["/a"] = Page(bytes(1001))
     with pytest.raises(OSError, match=r"^more than 1,000 bytes$"):
         remote.fetch(f"{site.address}/a")
-    assert site.asked["GET", "/a"] == 1
+    assert site.request["GET", "/a"] == 1
 
 
 def test_no_more_requests_at_once_than_are_allowed(site: Site) -> None:
@@ -308,9 +308,9 @@ def test_an_archive_that_was_exchanged_is_opened_anew(site: Site, workspace: Wor
     site.pages["/x.zip"] = Page(archive("zip", {"a.png": png(1), "b.png": png(2)}), ranges=True)
     dataset = manifest(tmp_path / "list.csv", [f"zip://{name}.png::{site.address}/x.zip" for name in "ab"])
     assert counts(features(dataset, workspace)) == (2, 0, 0, 0)
-    site.asked.clear()
+    site.request.clear()
     assert counts(features(dataset, workspace)) == (0, 2, 0, 0)
-    assert site.asked == {("HEAD", "/x.zip"): 1}
+    assert site.request == {("HEAD", "/x.zip"): 1}
     site.pages["/x.zip"] = Page(archive("zip", {"a.png": png(1), "b.png": png(3)}), ranges=True)
     assert counts(features(dataset, workspace)) == (1, 1, 0, 0)
 
@@ -340,7 +340,7 @@ def test_addresses_that_fail_are_named_and_tried_again_and_nothing_else_is(
     }
     assert {path: n for path, n in site.gets().items() if n != 1} == {"/47.png": 3, "/50.png": 2}
 
-    site.asked.clear()
+    site.request.clear()
     site.pages["/27.png"] = Page(png(27))
     shown = StandIn.computed
     assert counts(features(dataset, workspace)) == (1, 56, 0, 3)
@@ -387,7 +387,7 @@ def test_content_that_changed_is_computed_anew(site: Site, workspace: Workspace,
         site.pages[f"/{i}.png"] = Page(png(i), says=says)
     dataset = manifest(tmp_path / "list.csv", [f"{site.address}/{i}.png" for i in range(4)])
     assert counts(features(dataset, workspace)) == (4, 0, 0, 0)
-    site.asked.clear()
+    site.request.clear()
     assert counts(features(dataset, workspace)) == (0, 4, 0, 0)
     assert site.count("GET") == (0 if says else 4)  # without a mark it must be looked at
     if says == "date":
@@ -408,7 +408,7 @@ def test_a_server_that_is_gone_costs_no_row_and_no_memory_of_it(
     assert counts(done) == (0, 0, 0, 3)
     assert {bad.reason for bad in done.quarantined} == {"cannot be read: HTTP 503 Service Unavailable"}
     site.pages = pages
-    site.asked.clear()
+    site.request.clear()
     assert counts(features(dataset, workspace)) == (0, 3, 0, 0)
     assert site.count("GET") == 0
 
@@ -540,7 +540,7 @@ def test_what_is_not_fetched_lacks_its_rows(site: Site, workspace: Workspace, tm
     assert site.count("GET") == 0
     features(dataset, workspace)
     site.pages["/3.png"] = Page(png(9))
-    site.asked.clear()
+    site.request.clear()
     explained = explain(dataset, workspace, UNTRAINED, 10**6)
     assert [image.state for image in explained.images] == ["cached"] * 3 + ["changed"]
     assert site.count("GET") == 0
@@ -574,7 +574,7 @@ def test_whoever_needs_all_keys_reads_what_nobody_read(site: Site, workspace: Wo
     found = identify(dataset, workspace.cache.index, lambda n: None)
     assert found.keys == [image_key(png(1))] * 3
     assert set(site.gets().values()) == {1}
-    site.asked.clear()
+    site.request.clear()
     assert identify(dataset, workspace.cache.index, lambda n: None).keys == found.keys
     assert site.count("GET") == 0
 
@@ -592,7 +592,7 @@ def test_a_second_run_fetches_nothing_and_starts_no_tensorflow(
         site.pages[f"/{i}.png"] = Page(status=404)
     dataset = manifest(tmp_path / "list.csv", [f"{site.address}/{i}.png" for i in range(30)])
     features(dataset, workspace)
-    site.asked.clear()
+    site.request.clear()
     arguments = command_line(tmp_path / "data", *LISTED, "--dataset", tmp_path / "list.csv", "--json")[2:]
     script = (
         "import sys, cli; code = cli.main(sys.argv[1:]);"

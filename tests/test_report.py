@@ -206,14 +206,14 @@ def check_made_again(run: TrainedRun, kind: str, tmp_path: Path) -> None:
         done = icebox(tmp_path, *shlex.split(line)[2:])
         assert done.code == 0, done.err
     again = open_run(tmp_path / "runs", "latest")
-    assert again.asked is not None
-    assert run.asked is not None
-    assert again.asked.head == run.asked.head
+    assert again.request is not None
+    assert run.request is not None
+    assert again.request.head == run.request.head
     assert again.spec == run.spec
-    assert again.asked.images == run.asked.images
-    if isinstance(again.asked, FinetuneRequest) and isinstance(run.asked, FinetuneRequest):
-        assert again.asked.freeze_until == run.asked.freeze_until
-        assert again.asked.from_cache == run.asked.from_cache
+    assert again.request.images == run.request.images
+    if isinstance(again.request, FinetuneRequest) and isinstance(run.request, FinetuneRequest):
+        assert again.request.freeze_until == run.request.freeze_until
+        assert again.request.from_cache == run.request.from_cache
     answers = [(each.path / "predictions.csv").read_text() for each in (run, again)]
     assert answers[0] == answers[1]
 
@@ -304,8 +304,8 @@ def test_a_sweep_over_backbones_shows_accuracy_against_cost(workspace: Workspace
             measured_rates.remember(workspace, spec_of(name), rate, 60)
     choices = tuple(FeatureChoice(backbone=name) for name in names)
     specs = tuple(HeadSpec.make("logreg", C=value) for value in (0.01, 1.0))
-    asked = SweepRequest(DatasetChoice(str(tmp_path / "photos")), choices, specs, DEFAULT_MAX_PIXELS)
-    done = sweep(listed(tmp_path / "photos"), workspace, asked, ["", "", ""])
+    request = SweepRequest(DatasetChoice(str(tmp_path / "photos")), choices, specs, DEFAULT_MAX_PIXELS)
+    done = sweep(listed(tmp_path / "photos"), workspace, request, ["", "", ""])
     report_sweep(done.path, tmp_path / "page.html")
     look = Looked(browser, (tmp_path / "page.html").as_uri())
     assert set(look.page.locator("#backbones tbody tr td:first-child").all_inner_texts()) == set(names)
@@ -373,8 +373,8 @@ def test_a_page_that_cannot_be_written_is_refused_at_once(deployed: Deployed, tm
 
 def test_pictures_that_cannot_be_made_are_counted(deployed: Deployed, tmp_path: Path) -> None:
     (tmp_path / "link.html").symlink_to(tmp_path / "page.html")
-    asked = ("--out", tmp_path / "link.html", "--max-pixels", "1", "--json")
-    done = icebox(deployed.data, "report", deployed.name("logreg"), *asked)
+    request = ("--out", tmp_path / "link.html", "--max-pixels", "1", "--json")
+    done = icebox(deployed.data, "report", deployed.name("logreg"), *request)
     assert done.code == 0, done.err
     assert "32 of 32 images cannot be read now" in " ".join(done.json["left_out"])
     assert (tmp_path / "link.html").is_symlink()
@@ -521,9 +521,9 @@ def test_test_images_that_were_trained_on_are_told(summary: dict[str, Any], expe
 def test_runs_side_by_side_say_what_they_were_measured_on(tmp_path: Path) -> None:
     def of(path: str, content: str, left_out: int = 0) -> RunDataset:
         summary = {"run": f"run on {path}", "test_rows_left_out": left_out, "test_rows_trained_on": 0}
-        asked = {"images": {"dataset": path}}
+        request = {"images": {"dataset": path}}
         return RunDataset(
-            tmp_path, {"dataset": {"name": "images", "content": content}, "asked": asked, "summary": summary}
+            tmp_path, {"dataset": {"name": "images", "content": content}, "asked": request, "summary": summary}
         )
 
     assert notes_of([of("/a/images", "1"), of("/a/images", "1")]) == []
@@ -542,10 +542,10 @@ def published(
 ) -> str:
     """A logistic regression on rows that were made up; `labels` may give them other classes than their folders."""
     fill(workspace, labels(listed(photos)))
-    asked = TrainRequest(
+    request = TrainRequest(
         DatasetChoice(str(photos)), FeatureChoice(), HeadSpec.make("logreg", C="0.1"), DEFAULT_MAX_PIXELS
     )
-    return train_head(listed(photos), workspace, asked, "features").name
+    return train_head(listed(photos), workspace, request, "features").name
 
 
 def reported(workspace: Workspace, name: str, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -589,10 +589,10 @@ def test_what_is_found_is_about_all_images_whatever_is_shown(
     names, rows_of_first = listed(photos).names, dict[str, np.ndarray]()
     pairs = {"train/bee/5.png": "test/bee/1.png"}
     fill(workspace, relabelled(listed(photos)), rewrite=alike)
-    asked = TrainRequest(
+    request = TrainRequest(
         DatasetChoice(str(photos)), FeatureChoice(), HeadSpec.make("logreg", C="0.1"), DEFAULT_MAX_PIXELS
     )
-    name = train_head(listed(photos), workspace, asked, "features").name
+    name = train_head(listed(photos), workspace, request, "features").name
     whole, _ = reported(workspace, name, tmp_path / "whole.html")
     monkeypatch.setattr(selection, "MOST_IMAGES", 12)
     told, data = reported(workspace, name, tmp_path / "some.html")

@@ -44,7 +44,7 @@ def rows(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
 
 
-def asked(photos: Path, spec: HeadSpec, **more: Any) -> TrainRequest:
+def request(photos: Path, spec: HeadSpec, **more: Any) -> TrainRequest:
     return TrainRequest(DatasetChoice(str(photos)), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, **more)
 
 
@@ -88,7 +88,7 @@ def test_the_resumed_history_is_that_of_a_run_never_stopped(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, head: str, memory: int | None
 ) -> None:
     """Epoch, optimizer, order, dropout and learning rate: stopped twice."""
-    wanted = asked(photos, SPECS[head], memory=memory)
+    wanted = request(photos, SPECS[head], memory=memory)
     whole = train_head(listed(photos), workspace, wanted, "features")
     name = stop(workspace, photos, wanted, monkeypatch)
     with monkeypatch.context() as patch:
@@ -109,7 +109,7 @@ def test_the_resumed_history_is_that_of_a_run_never_stopped(
 def test_stopped_while_it_is_published_nothing_is_trained_again(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    whole = train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
+    whole = train_head(listed(photos), workspace, request(photos, SPECS["gap"]), "features")
     real = files.publish
 
     def publish(partial: Path, final: Path) -> None:
@@ -121,7 +121,7 @@ def test_stopped_while_it_is_published_nothing_is_trained_again(
         patch.setattr(files, "publish", publish)
         patch.setattr(Checkpoint, "save", interrupted(-1))
         with pytest.raises(type(error)):
-            train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
+            train_head(listed(photos), workspace, request(photos, SPECS["gap"]), "features")
     (name,) = store.unfinished(workspace.runs)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.training.loop._epoch", None)  # there is no epoch left to train
@@ -132,7 +132,7 @@ def test_stopped_while_it_is_published_nothing_is_trained_again(
 def test_folds_that_are_finished_are_not_trained_again(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = asked(photos, SPECS["gap"], folds=3)
+    wanted = request(photos, SPECS["gap"], folds=3)
     whole = train_head(listed(photos), workspace, wanted, "features")
     name = stop(workspace, photos, wanted, monkeypatch, at=8)  # in the second fold
     partial = workspace.runs / f".partial-{name}"
@@ -148,7 +148,7 @@ def test_it_goes_on_in_the_space_it_began_with(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though `auto` would by now take another."""
-    name = stop(workspace, photos, asked(photos, SPECS["gap"]), monkeypatch)
+    name = stop(workspace, photos, request(photos, SPECS["gap"]), monkeypatch)
     others = [replace(SPEC, precision=precision) for precision in ("bfloat16", "float16")]
     for other in others:
         fill(workspace, listed(photos), spec=other)
@@ -160,7 +160,7 @@ def test_a_head_on_an_own_network_goes_on_without_its_file(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = fill(workspace, listed(photos), spec=replace(SPEC, backbone="own:" + "1" * 64, layer="last"))
-    wanted = replace(asked(photos, SPECS["gap"]), features=FeatureChoice(space=space.name))
+    wanted = replace(request(photos, SPECS["gap"]), features=FeatureChoice(space=space.name))
     assert go_on(workspace, photos, stop(workspace, photos, wanted, monkeypatch)).summary["space"] == space.name
 
 
@@ -171,7 +171,7 @@ def relabel(photos: Path) -> None:
 def test_a_run_whose_images_changed_is_not_gone_on_with(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = stop(workspace, photos, asked(photos, SPECS["gap"]), monkeypatch)
+    name = stop(workspace, photos, request(photos, SPECS["gap"]), monkeypatch)
     relabel(photos)
     with pytest.raises(RunError, match="no longer those it began with"):
         go_on(workspace, photos, name)
@@ -190,7 +190,7 @@ def test_nor_is_one_whose_groups_changed(
         (tmp_path / "list.csv").write_text("\n".join(lines))
         return tmp_path / "list.csv"
 
-    wanted = asked(manifest(1), SPECS["gap"], folds=2)
+    wanted = request(manifest(1), SPECS["gap"], folds=2)
     name = stop(workspace, tmp_path / "list.csv", wanted, monkeypatch, at=8)  # in the second fold
     manifest(8)
     with pytest.raises(RunError, match="no longer those it began with"):
@@ -200,7 +200,7 @@ def test_nor_is_one_whose_groups_changed(
 def test_one_that_somebody_works_on_is_left_to_them(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = stop(workspace, photos, asked(photos, SPECS["gap"]), monkeypatch)
+    name = stop(workspace, photos, request(photos, SPECS["gap"]), monkeypatch)
     with store.reopened(workspace.runs, name), pytest.raises(RunError, match="is being worked on"):
         go_on(workspace, photos, name)
 
@@ -218,10 +218,10 @@ def test_where_nothing_is_there_to_go_on_with_nobody_is_told_to(
 
     monkeypatch.setattr(files, "new_file", full)
     with pytest.raises(RunError, match=r"checkpoint\.npz cannot be written \(.*\); make room$"):
-        train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
+        train_head(listed(photos), workspace, request(photos, SPECS["gap"]), "features")
     monkeypatch.setattr("pipeline.training.train_head._check_saved", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train_head(listed(photos), workspace, asked(photos, HeadSpec.make("logreg", C=1.0)), "features")
+        train_head(listed(photos), workspace, request(photos, HeadSpec.make("logreg", C=1.0)), "features")
     assert "--resume" not in caplog.text
     assert list(workspace.runs.iterdir()) == []
 
@@ -240,7 +240,7 @@ def test_where_a_checkpoint_was_written_before_the_disk_was_full_it_is_told_how_
     monkeypatch.setattr(files, "new_file", full)
     monkeypatch.setattr("pipeline.training.checkpoint._SHARE", 1e9)  # worth it after each epoch
     with pytest.raises(RunError, match=r"make room$"):
-        train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
+        train_head(listed(photos), workspace, request(photos, SPECS["gap"]), "features")
     (name,) = store.unfinished(workspace.runs)
     assert f"train-head --resume {name}" in caplog.text
 
@@ -264,7 +264,7 @@ def test_a_checkpoint_that_is_none_is_refused(
     caplog: pytest.LogCaptureFixture,
     damage: str,
 ) -> None:
-    name = stop(workspace, photos, asked(photos, SPECS["gap"]), monkeypatch)
+    name = stop(workspace, photos, request(photos, SPECS["gap"]), monkeypatch)
     DAMAGE[damage](workspace.runs / f".partial-{name}" / "checkpoint.npz")
     caplog.clear()
     with pytest.raises(RunError, match=r"checkpoint") as caught:
@@ -294,7 +294,7 @@ def test_the_command_is_killed_listed_and_resumed(workspace: Workspace, photos: 
 def test_what_a_run_killed_right_after_it_was_published_no_longer_needs_is_removed(
     workspace: Workspace, photos: Path
 ) -> None:
-    run = train_head(listed(photos), workspace, asked(photos, SPECS["gap"]), "features")
+    run = train_head(listed(photos), workspace, request(photos, SPECS["gap"]), "features")
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     extra = [run.path / store.REQUEST, run.path / "checkpoint.npz"]
     for path in extra:

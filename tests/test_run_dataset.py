@@ -20,16 +20,16 @@ def of(tmp_path: Path) -> Any:
     """Make the dataset of a run on a folder, with these images."""
 
     def make(
-        asked: str, numbers: range | None = None, classes: tuple[str, ...] = ("a", "b"), **more: Any
+        dataset: str, numbers: range | None = None, classes: tuple[str, ...] = ("a", "b"), **more: Any
     ) -> RunDataset:
         folder = tmp_path / "runs" / str(len(list(tmp_path.glob("runs/*"))))
         folder.mkdir(parents=True)
         if numbers is not None:
             RunImages.of({"train": [key(n) for n in numbers]}).write(folder)
             write_checksums(folder, ())
-        images = {"images": {"dataset": str(tmp_path / asked), "image_root": None}}
+        images = {"images": {"dataset": str(tmp_path / dataset), "image_root": None}}
         return RunDataset(
-            folder, {"dataset": {"name": Path(asked).name, **more}, "asked": images, "classes": [*classes]}
+            folder, {"dataset": {"name": Path(dataset).name, **more}, "asked": images, "classes": [*classes]}
         )
 
     return make
@@ -79,9 +79,9 @@ def test_classes_are_the_same_in_any_order_and_unicode_form(of: Any) -> None:
 
 def test_a_run_that_does_not_say_its_path_goes_by_the_name() -> None:
     first = RunDataset(Path(), {"dataset": {"name": "digits"}, "classes": ["0", "1"]})
-    asked = {"dataset": {"name": "digits"}, "classes": ["0", "1"], "asked": {"images": {"dataset": "digits"}}}
-    assert first.is_same(RunDataset(Path(), asked))
-    assert not first.is_same(RunDataset(Path(), {**asked, "dataset": {"name": "others"}}))
+    about = {"dataset": {"name": "digits"}, "classes": ["0", "1"], "asked": {"images": {"dataset": "digits"}}}
+    assert first.is_same(RunDataset(Path(), about))
+    assert not first.is_same(RunDataset(Path(), {**about, "dataset": {"name": "others"}}))
 
 
 def test_known_datasets_are_no_paths() -> None:

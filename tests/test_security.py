@@ -785,8 +785,8 @@ def trained() -> tempfile.TemporaryDirectory[str]:
         workspace = Workspace(folder / "data", cache)
         cached.fill(workspace, photos)
         chosen = DatasetChoice(str(folder / "photos"))
-        asked = TrainRequest(chosen, FeatureChoice(), HeadSpec.make("logreg", C="0.1"), decoding.DEFAULT_MAX_PIXELS)
-        train_head(photos, workspace, asked, "features")
+        request = TrainRequest(chosen, FeatureChoice(), HeadSpec.make("logreg", C="0.1"), decoding.DEFAULT_MAX_PIXELS)
+        train_head(photos, workspace, request, "features")
     return made
 
 

@@ -234,10 +234,10 @@ def test_a_name_from_elsewhere_does_not_lead_here(service: Service) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/about", "/openapi.json", "/predict", "/nowhere"])
 def test_head_says_what_get_says_but_for_the_body(service: Service, path: str) -> None:
-    asked = httpx.get(f"{service.url}{path}", **ASK)
+    request = httpx.get(f"{service.url}{path}", **ASK)
     head = httpx.head(f"{service.url}{path}", **ASK)
-    assert head.status_code == asked.status_code == {"/predict": 405, "/nowhere": 404}.get(path, 200)
-    assert head.headers["content-length"] == asked.headers["content-length"] == f"{len(asked.content)}"
+    assert head.status_code == request.status_code == {"/predict": 405, "/nowhere": 404}.get(path, 200)
+    assert head.headers["content-length"] == request.headers["content-length"] == f"{len(request.content)}"
     assert head.content == b""
 
 
@@ -462,4 +462,4 @@ def test_the_page_in_a_browser(
     page.locator("#answers > li ol").nth(1).wait_for()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "pick"
-    assert all(url.startswith((service.url, "blob:", "data:")) for url in look.asked)
+    assert all(url.startswith((service.url, "blob:", "data:")) for url in look.request)

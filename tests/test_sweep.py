@@ -71,8 +71,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 def run(workspace: Workspace, photos: Path, specs: tuple[HeadSpec, ...] = GRID, **more: Any) -> Sweep:
-    asked = SweepRequest(DatasetChoice(str(photos)), (FeatureChoice(),), specs, decoding.DEFAULT_MAX_PIXELS)
-    return sweep(listed(photos), workspace, asked, ["features"], **more)
+    request = SweepRequest(DatasetChoice(str(photos)), (FeatureChoice(),), specs, decoding.DEFAULT_MAX_PIXELS)
+    return sweep(listed(photos), workspace, request, ["features"], **more)
 
 
 def about(done: Sweep) -> dict[str, Any]:
@@ -120,8 +120,8 @@ def test_a_trial_is_what_train_head_makes_of_its_settings(
     fill(workspace, listed(photos))
     for row in done.rows:
         spec = HeadSpec.make(row["head"], **row["settings"])
-        asked = TrainRequest(DatasetChoice(str(photos)), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS)
-        alone = train_head(listed(photos), workspace, asked, "features")
+        request = TrainRequest(DatasetChoice(str(photos)), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS)
+        alone = train_head(listed(photos), workspace, request, "features")
         trial = json.loads((done.path / "trials" / spec.identity / "trial.json").read_text())
         assert json.loads((alone.path / "history.json").read_text()) == trial["history"]
         assert alone.summary["val_accuracy"] == row["val_accuracy"]
@@ -162,10 +162,10 @@ def test_a_setting_that_diverges_is_ranked_last_and_the_sweep_goes_on(workspace:
 
 def test_a_regression_that_does_not_fit_memory_is_ranked_last(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
-    asked = SweepRequest(
+    request = SweepRequest(
         DatasetChoice(str(photos)), (FeatureChoice(),), GRID, decoding.DEFAULT_MAX_PIXELS, memory=2_000
     )
-    done = sweep(listed(photos), workspace, replace(asked, specs=GRID[1:2] + GRID[3:]), ["features"])
+    done = sweep(listed(photos), workspace, replace(request, specs=GRID[1:2] + GRID[3:]), ["features"])
     assert [row["head"] for row in done.rows] == ["gap", "logreg"]
     assert "logreg needs all rows in memory" in done.rows[1]["error"]
 
@@ -175,11 +175,11 @@ def test_a_sweep_none_of_whose_settings_could_be_trained_is_not_to_be_gone_on_wi
 ) -> None:
     """Which would end in the same way."""
     fill(workspace, listed(photos))
-    asked = SweepRequest(
+    request = SweepRequest(
         DatasetChoice(str(photos)), (FeatureChoice(),), GRID[3:], decoding.DEFAULT_MAX_PIXELS, memory=2_000
     )
     with pytest.raises(RunError, match="none of 1 setting could be trained, the first: logreg needs all rows"):
-        sweep(listed(photos), workspace, asked, ["features"])
+        sweep(listed(photos), workspace, request, ["features"])
     assert "--resume" not in caplog.text
     assert list(workspace.sweeps.iterdir()) == []
 
@@ -317,8 +317,8 @@ def run_both(
     workspace: Workspace, photos: Path, specs: tuple[HeadSpec, ...] = TWO, names: tuple[str, ...] = PAIR, **more: Any
 ) -> Sweep:
     choices = tuple(FeatureChoice(backbone=name) for name in names)
-    asked = SweepRequest(DatasetChoice(str(photos)), choices, specs, decoding.DEFAULT_MAX_PIXELS)
-    return sweep(listed(photos), workspace, asked, [f"features {name}" for name in names], **more)
+    request = SweepRequest(DatasetChoice(str(photos)), choices, specs, decoding.DEFAULT_MAX_PIXELS)
+    return sweep(listed(photos), workspace, request, [f"features {name}" for name in names], **more)
 
 
 def test_heads_on_several_backbones_are_ranked_together(workspace: Workspace, photos: Path) -> None:
@@ -382,9 +382,9 @@ def test_what_makes_missing_rows_is_said_for_all_backbones_at_once(workspace: Wo
 def test_one_space_under_two_names_is_refused(workspace: Workspace, photos: Path) -> None:
     space = fill(workspace, listed(photos)).name
     choices = (FeatureChoice(space=space), FeatureChoice(backbone="inception_v3"))
-    asked = SweepRequest(DatasetChoice(str(photos)), choices, TWO, decoding.DEFAULT_MAX_PIXELS)
+    request = SweepRequest(DatasetChoice(str(photos)), choices, TWO, decoding.DEFAULT_MAX_PIXELS)
     with pytest.raises(UsageError, match=f"two of the backbones mean the same features, {space}"):
-        sweep(listed(photos), workspace, asked, ["", ""])
+        sweep(listed(photos), workspace, request, ["", ""])
 
 
 def test_a_stopped_sweep_of_several_goes_on_in_the_spaces_it_began_with(
@@ -403,11 +403,11 @@ def test_a_stopped_sweep_of_several_goes_on_in_the_spaces_it_began_with(
     with pytest.raises(KeyboardInterrupt):
         run_both(workspace, photos, LINEAR[:2])
     (name,) = store.unfinished(workspace.sweeps)
-    request = store.read_request(workspace.sweeps, name)
-    asked = SweepRequest.of_request(request)
-    assert [each["backbone"] for each in request["asked"]["features"]] == list(PAIR)
-    assert [each.space for each in asked.features] == [spec_of(each).directory for each in PAIR]
-    done = sweep(listed(photos), workspace, asked, ["", ""], resume=name)
+    stored = store.read_request(workspace.sweeps, name)
+    request = SweepRequest.of_request(stored)
+    assert [each["backbone"] for each in stored["asked"]["features"]] == list(PAIR)
+    assert [each.space for each in request.features] == [spec_of(each).directory for each in PAIR]
+    done = sweep(listed(photos), workspace, request, ["", ""], resume=name)
     assert (done.reused, len(tried)) == (2, 5)
     same = ("trial", "backbone", "val_accuracy", "val_loss", "p_value")
     assert [[row[key] for key in same] for row in done.rows] == [[row[key] for key in same] for row in whole.rows]
@@ -445,8 +445,8 @@ def test_the_command_says_what_is_missing_or_computes_it_first(tmp_path: Path) -
     begun = ("features", "--dataset", photos, "--backbone", other, "--scaling", "x/255", "--limit", "4")
     assert icebox(data, *begun).code == 0
     options = ("--dataset", photos, "--backbone", one, "--backbone", f"{other},inception_v3", "--head", "logreg")
-    asked = ("sweep", *options, "--weights", "untrained:3", "--fit", "crop")
-    unknown = icebox(data, *asked)
+    request = ("sweep", *options, "--weights", "untrained:3", "--fit", "crop")
+    unknown = icebox(data, *request)
     assert unknown.code == 2
     assert "one,small.keras is not known from before: say by --scaling" in unknown.err
     pair = ("sweep", "--dataset", photos, "--backbone", other, "--backbone", one, "--head", "logreg")
@@ -555,21 +555,21 @@ def keep_rows(spec: HeadSpec, data: heads.Data, folder: Path) -> None:
 def test_workers_read_the_rows_of_each_sweep_anew(workspace: Workspace, photos: Path, tmp_path: Path) -> None:
     """Though it tries the same setting first, with rows at the same place in the memory of the program."""
     fill(workspace, listed(photos))
-    material = join_features(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features")
+    labelled = join_features(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features")
     cluster, spec = ClusterChoice(workers=1), HeadSpec.make("logreg")
     with (
-        open_training_data(material, [spec], None, sides=("train", "val"), held=False) as ready,
+        open_training_data(labelled, [spec], None, sides=("train", "val"), held=False) as training_data,
         LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as started,
         Client(started, set_as_default=False) as client,
     ):
-        data, found = ready.data(), list[np.ndarray]()
+        data, found = training_data.data(), list[np.ndarray]()
         for name in ("one", "two"):
             tasks = {"a setting": (spec, str(tmp_path / name))}
             assert list(on_dask.run_on_dask(client, cluster, keep_rows, tasks, data, None, 0)) == ["a setting"]
             found.append(np.load(tmp_path / f"{name}.npy"))
             object.__setattr__(data, "train", data.val)  # other rows in the same object
-        assert np.array_equal(found[0], np.asarray(ready.rows["train"][np.arange(len(found[0]))]))
-        assert np.array_equal(found[1], np.asarray(ready.rows["val"][np.arange(len(found[1]))]))
+        assert np.array_equal(found[0], np.asarray(training_data.rows["train"][np.arange(len(found[0]))]))
+        assert np.array_equal(found[1], np.asarray(training_data.rows["val"][np.arange(len(found[1]))]))
         assert len(found[0]) != len(found[1])
 
 
@@ -579,14 +579,16 @@ def test_a_worker_keeps_of_the_rows_what_its_memory_limit_leaves_room_for(
 ) -> None:
     """Not what the machine would."""
     fill(workspace, listed(photos))
-    material = join_features(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features")
+    labelled = join_features(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features")
     with (
-        open_training_data(material, [HeadSpec.make("logreg")], None, sides=("train", "val"), held=False) as ready,
+        open_training_data(
+            labelled, [HeadSpec.make("logreg")], None, sides=("train", "val"), held=False
+        ) as training_data,
         dask.config.set({"distributed.worker.memory.pause": False}),  # so that the least limit keeps it from nothing
         LocalCluster(n_workers=1, processes=False, memory_limit=limit, dashboard_address="127.0.0.1:0") as started,
         Client(started, set_as_default=False) as client,
     ):
-        rows = client.submit(on_dask._read, ready.data(), None, 0, 1).result().train
+        rows = client.submit(on_dask._read, training_data.data(), None, 0, 1).result().train
     assert isinstance(rows, StoredRows) == streamed
 
 

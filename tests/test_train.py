@@ -71,10 +71,10 @@ def train(
     resume: str | None = None,
     **more: Any,
 ) -> HeadResult:
-    asked = TrainRequest(
+    request = TrainRequest(
         DatasetChoice(dataset.name), choice or FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, **more
     )
-    return train_head(dataset, workspace, asked, COMMAND, resume=resume)
+    return train_head(dataset, workspace, request, COMMAND, resume=resume)
 
 
 def read(path: Path) -> Any:

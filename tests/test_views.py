@@ -268,7 +268,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def asked(photos: Path, spec: HeadSpec, views: Views, **more: Any) -> TrainRequest:
+def request(photos: Path, spec: HeadSpec, views: Views, **more: Any) -> TrainRequest:
     choice = DatasetChoice(str(photos))
     return TrainRequest(choice, FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, views=views, **more)
 
@@ -278,11 +278,11 @@ def test_only_training_rows_come_in_all_views(workspace: Workspace, photos: Path
     views = Views(3)
     dataset = cached.listed(photos)
     cached.fill(workspace, dataset, views=views)
-    material = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
-    with open_training_data(material, [HeadSpec.make("flatten")], memory) as ready:
-        data = ready.data()
-        n = len(ready.members["train"])
-        assert [len(data.train), len(data.val)] == [3 * n, len(ready.members["val"])]
+    labelled = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
+    with open_training_data(labelled, [HeadSpec.make("flatten")], memory) as training_data:
+        data = training_data.data()
+        n = len(training_data.members["train"])
+        assert [len(data.train), len(data.val)] == [3 * n, len(training_data.members["val"])]
         assert len(data.train_labels) == 3 * n
         rows = data.train[np.arange(3 * n)]
         for number in range(3):  # the marker of a view, and of a class
@@ -290,7 +290,7 @@ def test_only_training_rows_come_in_all_views(workspace: Workspace, photos: Path
         said = rows.mean(axis=(1, 2))[:, : len(cached.CLASSES)].argmax(axis=1)
         assert (said == data.train_labels).all()
         assert (data.val[np.arange(len(data.val))][:, 0, 0, -1] == 0).all()
-        assert (ready.rows["test"][np.arange(4)][:, 0, 0, -1] == 0).all()
+        assert (training_data.rows["test"][np.arange(4)][:, 0, 0, -1] == 0).all()
         assert data.groups is not None
         assert (data.groups[:n] == data.groups[n : 2 * n]).all(), "views of an image stay together"
 
@@ -299,11 +299,11 @@ def test_only_training_rows_come_in_all_views(workspace: Workspace, photos: Path
 def test_heads_train_on_views(workspace: Workspace, photos: Path, spec: HeadSpec) -> None:
     dataset, views = cached.listed(photos), Views(3)
     cached.fill(workspace, dataset, views=views)
-    plain = train_head(dataset, workspace, asked(photos, spec, Views(1)), "features").summary
-    run = train_head(dataset, workspace, asked(photos, spec, views), "features").summary
+    plain = train_head(dataset, workspace, request(photos, spec, Views(1)), "features").summary
+    run = train_head(dataset, workspace, request(photos, spec, views), "features").summary
     assert (run["views"], run["train_rows"]) == (3, 3 * plain["train_rows"])
     assert (run["val_rows"], run["test_rows"]) == (plain["val_rows"], plain["test_rows"])
-    folds = train_head(dataset, workspace, asked(photos, spec, views, folds=3), "features")
+    folds = train_head(dataset, workspace, request(photos, spec, views, folds=3), "features")
     assert folds.summary["val_rows"] == plain["train_rows"] + plain["val_rows"], "each image is answered once"
     assert folds.summary["val_accuracy"] > 0.5
 
@@ -311,14 +311,14 @@ def test_heads_train_on_views(workspace: Workspace, photos: Path, spec: HeadSpec
 def test_folds_hold_out_images_with_all_their_views(workspace: Workspace, photos: Path) -> None:
     dataset, views = cached.listed(photos), Views(2)
     cached.fill(workspace, dataset, views=views)
-    material = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
-    with open_training_data(material, [HeadSpec.make("gap")], None, folds=2) as ready:
-        n = len(ready.members["train"])
+    labelled = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
+    with open_training_data(labelled, [HeadSpec.make("gap")], None, folds=2) as training_data:
+        n = len(training_data.members["train"])
         some, held = np.arange(0, n, 2), np.arange(1, n, 2)
-        data = ready.fold(some, held)
+        data = training_data.fold(some, held)
         train, val = (rows[np.arange(len(rows))] for rows in (data.train, data.val))
         assert (len(train), len(val)) == (2 * len(some), len(held))
-        plain = ready.rows["train"][np.arange(n)]
+        plain = training_data.rows["train"][np.arange(n)]
         assert np.array_equal(train[: len(some)], plain[some])
         assert np.array_equal(val, plain[held])
         assert not set(map(bytes, val)) & set(map(bytes, train))
@@ -328,7 +328,7 @@ def test_views_that_are_missing_are_named_with_their_command(workspace: Workspac
     dataset = cached.listed(photos)
     cached.fill(workspace, dataset)
     with pytest.raises(MissingRowsError, match=r"60 of 60 images have no features in \S+, in 2 views"):
-        train_head(dataset, workspace, asked(photos, HeadSpec.make("gap"), Views(2)), "features")
+        train_head(dataset, workspace, request(photos, HeadSpec.make("gap"), Views(2)), "features")
     done = icebox(
         workspace.root, "train-head", "--dataset", photos, "--head", "logreg", "--views", "2", "--augment", "zoom=0.1"
     )
@@ -347,10 +347,10 @@ def test_the_space_is_taken_that_holds_the_views(workspace: Workspace, photos: P
     one = cached.fill(workspace, dataset, spec=cached.SPEC)
     two = cached.fill(workspace, dataset, spec=replace(cached.SPEC, precision="bfloat16"), views=Views(3))
     for views, space in ((Views(1), min(one.name, two.name)), (Views(3), two.name)):
-        material = join_features(
+        labelled = join_features(
             dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views
         )
-        assert material.space.name == space
+        assert labelled.space.name == space
     found = explain(dataset, workspace, FeatureChoice(space=one.name), decoding.DEFAULT_MAX_PIXELS, Views(3))
     assert found.counts == {"other space": 60}
     assert {each.space: each.rows for each in found.spaces} == {one.name: 60, two.name: 180}

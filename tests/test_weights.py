@@ -64,7 +64,7 @@ class Server:
 
     content: bytes = PUBLISHED
     cut_at: int | None = None  # where the line breaks
-    asked: list[str] = field(default_factory=list)
+    request: list[str] = field(default_factory=list)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -73,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)  # pyright: ignore[reportArgumentType]
 
     def do_GET(self) -> None:
-        self.answers.asked.append(self.path)
+        self.answers.request.append(self.path)
         self.send_response(200)
         self.send_header("Content-Length", str(len(self.answers.content)))
         self.end_headers()
@@ -237,17 +237,17 @@ def test_the_file_is_downloaded_once(place: Place, server: Server) -> None:
         assert place.resolve("imagenet") == Weights("imagenet", identity(PUBLISHED), place.downloads / FILE)
     assert (place.downloads / FILE).read_bytes() == PUBLISHED
     assert place.downloaded == [FILE]
-    assert server.asked == [f"/{FILE}"]
+    assert server.request == [f"/{FILE}"]
 
 
 def test_auto_downloads_when_it_may(place: Place, server: Server) -> None:
     assert place.resolve("auto").kind == "imagenet"
-    assert len(server.asked) == 1
+    assert len(server.request) == 1
 
 
 def test_auto_never_touches_the_network_offline(place: Place, server: Server) -> None:
     assert place.resolve("auto", offline=True) == place.resolve("untrained")
-    assert server.asked == []
+    assert server.request == []
     assert place.downloaded == []
 
 
@@ -268,13 +268,13 @@ def test_when_nobody_answers_the_ways_out_are_listed(place: Place, choice: str) 
 def test_another_file_from_the_net_is_refused_and_not_kept(place: Place, server: Server) -> None:
     server.content = WRONG
     assert_nothing_but_ways_out(place, "imagenet")
-    assert server.asked
+    assert server.request
 
 
 def test_half_a_download_is_refused_and_not_kept(place: Place, server: Server) -> None:
     server.cut_at = len(PUBLISHED) // 2
     assert_nothing_but_ways_out(place, "imagenet")
-    assert server.asked
+    assert server.request
 
 
 def test_a_failed_download_leaves_a_wrong_file_as_it_is(place: Place) -> None:
@@ -310,7 +310,7 @@ def test_a_file_without_a_published_hash_is_noted_once_and_said(
         assert place.resolve("auto", backbone=UNHASHED) == Weights("imagenet", f"sha256:{digest}", path)
     assert place.downloaded == [UNHASHED_FILE, NOTE]
     assert noted(place) == f"{digest}  {UNHASHED_FILE}\n"  # as sha256sum --check reads it
-    assert server.asked == [f"/{UNHASHED_FILE}"]
+    assert server.request == [f"/{UNHASHED_FILE}"]
     said = [record.message for record in caplog.records if "publishes no hash" in record.message]
     assert len(said) == 1
     assert digest in said[0]
@@ -323,7 +323,7 @@ def test_a_whole_file_at_hand_is_taken_as_it_is_and_noted(place: Place, server: 
     assert not (place.downloads / NOTE).exists()  # looking is not taking
     assert place.resolve("imagenet", backbone=UNHASHED).path == path
     assert noted(place).startswith(hashlib.sha256(hdf5()).hexdigest())
-    assert server.asked == []
+    assert server.request == []
 
 
 def test_a_torn_file_at_hand_is_passed_over(place: Place, server: Server, caplog: pytest.LogCaptureFixture) -> None:
@@ -343,7 +343,7 @@ def test_half_a_download_without_a_hash_is_refused_and_not_kept(place: Place, se
         WeightsError, match=rf"of mobilenet_v2 cannot be downloaded .*{UNHASHED_FILE} \(Keras publishes"
     ):
         place.resolve("imagenet", backbone=UNHASHED)
-    assert server.asked
+    assert server.request
     assert place.downloaded == []
 
 
@@ -376,7 +376,7 @@ def test_a_download_gets_the_name_that_keras_gives_it(
     row = dataclasses.replace(BACKBONES[DEFAULT_BACKBONE], weights_file="as-keras-calls-it.h5")
     monkeypatch.setitem(BACKBONES, DEFAULT_BACKBONE, row)
     assert place.resolve("imagenet").path == place.downloads / "as-keras-calls-it.h5"
-    assert server.asked == [f"/{FILE}"]
+    assert server.request == [f"/{FILE}"]
 
 
 # The weights a feature space names

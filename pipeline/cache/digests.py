@@ -126,8 +126,8 @@ def _identify_urls(dataset: Dataset, block: range, index: Index, found: Identiti
     known = dict(zip(urls, index.url_digests(urls.values()), strict=True))
     with ThreadPoolExecutor(remote.connections()) as pool:
         # Of many images in one archive, the archive is asked for once.
-        asked = list(dict.fromkeys(remote.fetch_whole(url) for i, url in urls.items() if known[i]))
-        said = dict(zip(asked, pool.map(_ask, asked), strict=True))
+        urls_to_ask = list(dict.fromkeys(remote.fetch_whole(url) for i, url in urls.items() if known[i]))
+        said = dict(zip(urls_to_ask, pool.map(_ask, urls_to_ask), strict=True))
         to_read: dict[str, list[int]] = {}
         for i, url in urls.items():
             before, now = known[i], said.get(remote.fetch_whole(url))

@@ -252,7 +252,9 @@ def cache_explain(
         differs = {name: (pair["found"], pair["asked"]) for name, pair in each.differs.items()}
         if "backbone" in differs and each.backbone != found.backbone:
             differs["backbone"] = (each.backbone, found.backbone)
-        pairs = [f"{name} is {_short(there)}, asked for {_short(asked)}" for name, (there, asked) in differs.items()]
+        pairs = [
+            f"{name} is {_short(there)}, asked for {_short(request)}" for name, (there, request) in differs.items()
+        ]
         terminal.say(f"{each.space}: {each.rows:,} of these images; {'; '.join(pairs) or 'as asked for'}")
     counted = sorted(found.counts, key=lambda state: -found.counts[state])
     terminal.table([(state, found.counts[state]) for state in counted], ("images are", "count"))

@@ -70,10 +70,10 @@ def _images(run: TrainedRun, workspace: Workspace, named: list[str] | None, imag
         return open_images(named, image_root)
     if image_root is not None:
         raise UsageError("--image-root goes with a manifest given by --images")
-    if run.asked is None:
+    if run.request is None:
         raise RunError(f"the run {run.name} does not say what it was trained on; name some images by --images")
     try:
-        return run.asked.images.open(workspace)
+        return run.request.images.open(workspace)
     except IceboxError as error:
         raise RunError(f"the images of {run.name} are not to be had ({error}); name some by --images") from error
 
@@ -104,7 +104,7 @@ def serve(
     if most < 1:
         raise UsageError(f"--max-bytes must be at least 1, found {max_bytes!r}")
 
-    def ready(url: str) -> None:
+    def on_ready(url: str) -> None:
         if as_json:
             terminal.emit_json({"url": url, "runs": [each.name for each in trained], "classes": trained[0].classes})
         terminal.say(f"answering at {url} (Ctrl-C ends it)")
@@ -121,5 +121,5 @@ def serve(
             max_bytes=most,
             max_pixels=max_pixels,
             weights=weights,
-            ready=ready,
+            on_ready=on_ready,
         )

@@ -125,11 +125,11 @@ def _images(context: typer.Context, run: TrainedRun) -> tuple[DatasetChoice, boo
     if given["dataset"] is None:
         if alone := [name for name in ("archive", "image_root", "limit") if given[name] is not None]:
             raise UsageError(f"--{alone[0].replace('_', '-')} goes with --dataset only")
-        if run.asked is None:
+        if run.request is None:
             raise UsageError(f"the run {run.name} does not say what it was trained on; name the images by --dataset")
-        return run.asked.images, True
+        return run.request.images, True
     chosen = dataset_choice(context).anchored()
-    return chosen, run.asked is not None and chosen == run.asked.images
+    return chosen, run.request is not None and chosen == run.request.images
 
 
 def _list_classes(per_class: list[dict[str, Any]], note: str) -> None:

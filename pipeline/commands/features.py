@@ -117,8 +117,8 @@ def features(
         told = _told(done)
     result = {**told, "views": views, "seconds": round(time.perf_counter() - start, 3)}
     finish(result, as_json, ("rows", "computed", "reused", "duplicates", "quarantined", "seconds", *_FEATURE_LINES))
-    if done.effort.workers and not as_json:
-        rows = [tuple(each.values()) for each in done.effort.workers]
+    if done.stats.workers and not as_json:
+        rows = [tuple(each.values()) for each in done.stats.workers]
         terminal.table(rows, ("worker", "rows", "images/s", "time in model"))
     exit_for_bad(done.quarantined, done.images, max_bad)
 
@@ -136,15 +136,15 @@ def _told(done: Extraction) -> dict[str, Any]:
         "quarantined": len(done.quarantined),
         "quarantined_images": [asdict(bad) for bad in done.quarantined],
         "causes": causes(done.quarantined),
-        "images_per_second": round(done.computed / done.effort.seconds, 2) if done.computed else None,
-        "model_share": done.effort.model_share,
-        "recomputed": done.effort.lost,
-        "workers": done.effort.workers,
+        "images_per_second": round(done.computed / done.stats.seconds, 2) if done.computed else None,
+        "model_share": done.stats.model_share,
+        "recomputed": done.stats.lost,
+        "workers": done.stats.workers,
         "space": done.space.name if done.space else None,
         "bytes_per_row": done.space.totals().bytes_per_row if done.space else None,
         "weights": done.space.provenance.get("weights") if done.space else None,
         "precision": done.space.spec.precision if done.space else None,
-        "largest_16_bit_value": done.effort.peak or None,
+        "largest_16_bit_value": done.stats.peak or None,
     }
 
 

@@ -207,13 +207,13 @@ def _run(stage: str, context: typer.Context) -> None:
         refuse_beside_resume(context, "backbone")
     with opened(context) as workspace:
         if resume is None:
-            asked = _asked(stage, context, workspace.runs)
+            request = _request(stage, context, workspace.runs)
         else:
-            resume, request = stopped_run(workspace, resume, stage)
+            resume, stored = stopped_run(workspace, resume, stage)
             file = given["backbone"] if "backbone" in typed(context) else None
-            asked = with_network(FinetuneRequest.from_dict(request.get("asked", {})), request, file, workspace)
-        images = asked.images.open(workspace)
-        run = finetune(images, workspace, asked, resume=resume)
+            request = with_network(FinetuneRequest.from_dict(stored.get("asked", {})), stored, file, workspace)
+        images = request.images.open(workspace)
+        run = finetune(images, workspace, request, resume=resume)
     finish(run.summary, given["as_json"], _SHOWN, note=f"kept in {run.path}")
     exit_for_bad(run.quarantined, len(images), given["max_bad"])
 
@@ -237,7 +237,7 @@ def _refuse_what_does_not_go_together(context: typer.Context) -> None:
                 raise UsageError(f"--{name} is {_CACHED}")
 
 
-def _asked(stage: str, context: typer.Context, root: Path) -> FinetuneRequest:
+def _request(stage: str, context: typer.Context, root: Path) -> FinetuneRequest:
     from pipeline.core.spec import HeadSpec, Views
     from pipeline.extraction.feature_choice import FeatureChoice
     from pipeline.runs import store

@@ -140,20 +140,20 @@ def train_head(
     """Train a head from the cache. Computes no feature."""
     from pipeline.training.train_head import train_head as train
 
-    asked = _asked(context) if resume is None else None
+    request = _request(context) if resume is None else None
     with opened(context) as workspace:
-        if asked is None:
-            resume, asked = _resumed(context, str(resume), workspace)
-            command, chosen = asked_features_line(context, asked), asked.images
+        if request is None:
+            resume, request = _resumed(context, str(resume), workspace)
+            command, chosen = asked_features_line(context, request), request.images
         else:
             command, chosen = features_command(context), dataset_choice(context)
         images = chosen.open(workspace)
-        run = train(images, workspace, asked, command, resume=resume)
+        run = train(images, workspace, request, command, resume=resume)
     finish(run.summary, as_json, _SHOWN, note=f"kept in {run.path}")
     exit_for_bad(run.quarantined, len(images), max_bad)
 
 
-def _asked(context: typer.Context) -> TrainRequest:
+def _request(context: typer.Context) -> TrainRequest:
     from pipeline.runs.request import TrainRequest
 
     given = context.params

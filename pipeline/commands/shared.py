@@ -309,13 +309,15 @@ def features_line(context: typer.Context, options: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def asked_features_line(context: typer.Context, asked: TrainRequest) -> str:
+def asked_features_line(context: typer.Context, request: TrainRequest) -> str:
     """Return the command line that makes the features a run was asked to be trained on."""
     from dataclasses import asdict
 
-    choice = {name: value for name, value in asdict(asked.features).items() if value != "auto"}
-    views = {"views": asked.views.count, "augment": str(asked.views.recipe) or None} if asked.views.count > 1 else {}
-    return features_line(context, {**asdict(asked.images), **choice, "max_pixels": asked.max_pixels, **views})
+    choice = {name: value for name, value in asdict(request.features).items() if value != "auto"}
+    views = (
+        {"views": request.views.count, "augment": str(request.views.recipe) or None} if request.views.count > 1 else {}
+    )
+    return features_line(context, {**asdict(request.images), **choice, "max_pixels": request.max_pixels, **views})
 
 
 def refuse_beside_resume(context: typer.Context, *allowed: str) -> None:

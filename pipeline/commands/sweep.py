@@ -138,16 +138,16 @@ def sweep(
 
     start, cluster = time.perf_counter(), cluster_choice(context)
     choices = _choices(context) if resume is None else ()
-    begun = _asked(context, choices) if choices else None  # wrong usage is told before the cache is opened
+    begun = _request(context, choices) if choices else None  # wrong usage is told before the cache is opened
     with opened(context) as workspace:
         if begun is None:
-            resume, asked, commands = _resumed(context, str(resume), workspace.sweeps)
+            resume, request, commands = _resumed(context, str(resume), workspace.sweeps)
         else:
             choices = _scaled(choices, workspace)
-            asked = replace(begun, features=tuple(choice.anchored() for choice in choices))
+            request = replace(begun, features=tuple(choice.anchored() for choice in choices))
             commands = [_features_command(context, each, len(choices) > 1) for each in choices]
-        images = (asked.images if begun is None else dataset_choice(context)).open(workspace)
-        done = run_sweep(images, workspace, asked, commands, resume=resume, cluster=cluster, compute=compute)
+        images = (request.images if begun is None else dataset_choice(context)).open(workspace)
+        done = run_sweep(images, workspace, request, commands, resume=resume, cluster=cluster, compute=compute)
     _finish(done, round(time.perf_counter() - start, 3), as_json)
     exit_for_bad(done.quarantined, len(images), max_bad)
 
@@ -228,7 +228,7 @@ def _features_command(context: typer.Context, choice: FeatureChoice, is_one_of_s
     return features_command(context, backbone=choice.backbone, scaling=choice.scaling, weights=weights)
 
 
-def _asked(context: typer.Context, choices: tuple[FeatureChoice, ...]) -> SweepRequest:
+def _request(context: typer.Context, choices: tuple[FeatureChoice, ...]) -> SweepRequest:
     from pipeline.core.errors import UsageError
     from pipeline.runs.request import SweepRequest
     from pipeline.training.sweep.trials import make_trials
@@ -254,8 +254,12 @@ def _resumed(context: typer.Context, name: str, root: Path) -> tuple[str, SweepR
 
     refuse_beside_resume(context, *CLUSTER_OPTIONS)
     name = store.latest_of(store.unfinished(root), root) if name == "latest" else name
-    asked = SweepRequest.of_request(store.read_request(root, name))
-    return name, asked, [asked_features_line(context, asked.head(each, asked.specs[0])) for each in asked.features]
+    request = SweepRequest.of_request(store.read_request(root, name))
+    return (
+        name,
+        request,
+        [asked_features_line(context, request.head(each, request.specs[0])) for each in request.features],
+    )
 
 
 def _finish(done: Sweep, seconds: float, as_json: bool) -> None:

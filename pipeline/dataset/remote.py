@@ -103,8 +103,8 @@ def resolve(url: str, root: str | None) -> str:
 
 def require(urls: Iterable[str]) -> None:
     """Raise UsageError, naming what to install, unless the packages that these addresses need are there."""
-    asked = {_split(url if _split(url)[0] not in _ARCHIVES else url.partition("::")[2])[0] for url in urls}
-    for protocol in sorted(asked):
+    protocols = {_split(url if _split(url)[0] not in _ARCHIVES else url.partition("::")[2])[0] for url in urls}
+    for protocol in sorted(protocols):
         needed = _PACKAGES.get(protocol)
         if needed is None:
             continue
@@ -226,12 +226,12 @@ def _system(url: str) -> tuple[_System, str]:
 
     protocol = _split(url)[0]
     kind: Any = get_filesystem_class(protocol)
-    asked = kind._get_kwargs_from_urls(url)
+    url_options = kind._get_kwargs_from_urls(url)
     state = _state()
     with state.lock:
-        key = protocol, tuple(sorted(asked.items()))
+        key = protocol, tuple(sorted(url_options.items()))
         if key not in state.systems:
-            options = {**_options(protocol, kind.protocol), **asked}
+            options = {**_options(protocol, kind.protocol), **url_options}
             state.systems[key] = _System(kind(**options, use_listings_cache=False, skip_instance_cache=True))
             if protocol.startswith("s3"):
                 state.systems[key].made.retries = 1  # we try again ourselves

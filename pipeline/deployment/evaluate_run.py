@@ -99,22 +99,22 @@ def evaluate_run(
     """
     dataset = run.matched(dataset)
     _require_writable(run, out)
-    material = _gathered(run, dataset, workspace, features_command, max_pixels, space, memory)
-    chosen = _choose(run, material, seen_images(run, workspace, material), split, own, include_trained)
+    labelled = _gathered(run, dataset, workspace, features_command, max_pixels, space, memory)
+    chosen = _choose(run, labelled, seen_images(run, workspace, labelled), split, own, include_trained)
     side, members = chosen.side, chosen.members
-    if isinstance(material, LabelledFeatures):
-        said = _said_of_rows(run, material, members, side, memory)
+    if isinstance(labelled, LabelledFeatures):
+        said = _said_of_rows(run, labelled, members, side, memory)
     else:
-        said = _said_of_images(run, material, members, max_pixels, workspace)
-    predictions = Predictions(side, material.names(members), material.labels(members), said)
+        said = _said_of_images(run, labelled, members, max_pixels, workspace)
+    predictions = Predictions(side, labelled.names(members), labelled.labels(members), said)
     metrics = compute_metrics(predictions.labels, predictions.probabilities, run.classes)
     title = (
-        side if own or material.content == run.content else f"{dataset.name}-{side}-{material.digest()[:8]}"
+        side if own or labelled.content == run.content else f"{dataset.name}-{side}-{labelled.digest()[:8]}"
     )  # names may be alike, images not
     title += "-trained-included" * (include_trained and bool(chosen.trained_on))
     path = _keep(run, title, predictions, metrics, out)
     return Evaluation(
-        run.name, dataset.name, side, metrics, path, material.quarantined, chosen.trained_on, chosen.left_out
+        run.name, dataset.name, side, metrics, path, labelled.quarantined, chosen.trained_on, chosen.left_out
     )
 
 
@@ -185,10 +185,10 @@ def _gathered(
         images = join_images(dataset, workspace, max_pixels, run.spec.fit, depth_of(run.spec.decode))
         warn_untrained(run.base)
         return images
-    material = join_features(dataset, workspace, _choice(run, workspace, space), max_pixels, features_command)
-    run.require_space(material.space.spec)
-    warn_untrained(material.space.spec)
-    return material
+    labelled = join_features(dataset, workspace, _choice(run, workspace, space), max_pixels, features_command)
+    run.require_space(labelled.space.spec)
+    warn_untrained(labelled.space.spec)
+    return labelled
 
 
 def _choice(run: TrainedRun, workspace: Workspace, space: str | None) -> FeatureChoice:
@@ -210,10 +210,10 @@ def _choice(run: TrainedRun, workspace: Workspace, space: str | None) -> Feature
 
 
 def _said_of_rows(
-    run: TrainedRun, material: LabelledFeatures, members: np.ndarray, side: Side, memory: int | None
+    run: TrainedRun, labelled: LabelledFeatures, members: np.ndarray, side: Side, memory: int | None
 ) -> np.ndarray:
-    with material.space.reading():
-        (rows,) = open_rows(material.space, material.keys, run.reads, [RowSelection(members)], memory=memory)
+    with labelled.space.reading():
+        (rows,) = open_rows(labelled.space, labelled.keys, run.reads, [RowSelection(members)], memory=memory)
         return predict_probabilities(run, rows, side)
 
 

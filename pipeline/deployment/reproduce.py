@@ -68,19 +68,19 @@ def options_like(run: TrainedRun, command: str) -> dict[str, Any]:
 
 def _steps(run: TrainedRun) -> list[tuple[str, list[Option]]]:
     """Return commands and their options, in order."""
-    asked = run.asked
-    if asked is None:
+    request = run.request
+    if request is None:
         return []
-    images = asked.images
+    images = request.images
     dataset = [("--dataset", images.dataset), ("--archive", images.archive), ("--image-root", images.image_root)]
     dataset.append(("--limit", images.limit))
-    rest: list[Option] = [("--max-pixels", asked.max_pixels if asked.max_pixels != DEFAULT_MAX_PIXELS else None)]
-    if asked.views.count > 1:
-        rest = [("--views", asked.views.count), ("--augment", str(asked.views.recipe) or None), *rest]
-    if isinstance(asked, FinetuneRequest):
-        return [(asked.stage, [*dataset, *_full(run, asked), *rest])]
-    of_space = _of_space(run, asked, storage=True)
-    head = [("--head", run.kind), ("--folds", asked.folds or None), *_settings(asked.head, ())]
+    rest: list[Option] = [("--max-pixels", request.max_pixels if request.max_pixels != DEFAULT_MAX_PIXELS else None)]
+    if request.views.count > 1:
+        rest = [("--views", request.views.count), ("--augment", str(request.views.recipe) or None), *rest]
+    if isinstance(request, FinetuneRequest):
+        return [(request.stage, [*dataset, *_full(run, request), *rest])]
+    of_space = _of_space(run, request, storage=True)
+    head = [("--head", run.kind), ("--folds", request.folds or None), *_settings(request.head, ())]
     return [("features", [*dataset, *of_space, *rest]), ("train-head", [*dataset, *of_space, *head, *rest])]
 
 
@@ -90,9 +90,9 @@ def _in_space(options: Sequence[Option], name: str) -> list[Option]:
     return [first if option[0] == "--weights" else option for option in options if option[0] not in _SPACE[1:]]
 
 
-def _of_space(run: TrainedRun, asked: TrainRequest | FinetuneRequest, *, storage: bool) -> list[Option]:
+def _of_space(run: TrainedRun, request: TrainRequest | FinetuneRequest, *, storage: bool) -> list[Option]:
     """Return what says which features: as they came out, not `auto`, which may mean others by then."""
-    base, weights = run.base, asked.features.weights
+    base, weights = run.base, request.features.weights
     if weights == "auto" and base.backbone.startswith(OWN):
         pass  # those in its file
     elif weights == "auto":
@@ -107,7 +107,7 @@ def _of_space(run: TrainedRun, asked: TrainRequest | FinetuneRequest, *, storage
 
 def _backbone(run: TrainedRun) -> list[Option]:
     """Return what says which network, and how images go into it, as far as that is not the default."""
-    base, choice = run.base, run.asked.features if run.asked else FeatureChoice()
+    base, choice = run.base, run.request.features if run.request else FeatureChoice()
     row = BACKBONES.get(base.backbone)
     if row is None and choice.backbone is None:  # an own network, whose file nobody named
         return [("--space", base.directory)]
@@ -118,15 +118,15 @@ def _backbone(run: TrainedRun) -> list[Option]:
     return [("--backbone", None if default else name), ("--input-size", size), ("--scaling", scaling)]
 
 
-def _full(run: TrainedRun, asked: FinetuneRequest) -> list[Option]:
-    tuned: list[Option] = [("--augment", asked.augment and (str(asked.augment) or "default"))]
-    if asked.stage == "finetune":
-        tuned += [("--freeze-until", asked.freeze_until), ("--batch-norm", asked.batch_norm)]
-        tuned += [("--init", asked.init), ("--from-cache", asked.from_cache or None)]
-    if asked.init is None:
-        new = [("--head", asked.head.head)] if asked.stage == "finetune" else []
-        return [*tuned, *new, *_of_space(run, asked, storage=asked.from_cache), *_settings(asked.head, ())]
-    return [*tuned, ("--weights", asked.features.weights), *_settings(asked.head, SHAPE)]  # a run brings the rest
+def _full(run: TrainedRun, request: FinetuneRequest) -> list[Option]:
+    tuned: list[Option] = [("--augment", request.augment and (str(request.augment) or "default"))]
+    if request.stage == "finetune":
+        tuned += [("--freeze-until", request.freeze_until), ("--batch-norm", request.batch_norm)]
+        tuned += [("--init", request.init), ("--from-cache", request.from_cache or None)]
+    if request.init is None:
+        new = [("--head", request.head.head)] if request.stage == "finetune" else []
+        return [*tuned, *new, *_of_space(run, request, storage=request.from_cache), *_settings(request.head, ())]
+    return [*tuned, ("--weights", request.features.weights), *_settings(request.head, SHAPE)]  # a run brings the rest
 
 
 def _settings(head: HeadSpec, but: Sequence[str]) -> list[Option]:

@@ -133,7 +133,7 @@ def serve(
     max_pixels: int,
     allowed: Sequence[str] = (),
     weights: str | None = None,
-    ready: Callable[[str], None] = lambda url: None,
+    on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Answer at `host` and `port` (0 for a free one) until Ctrl-C; `ready(url)` is called when it does.
 
@@ -176,7 +176,7 @@ def serve(
                 timeout_graceful_shutdown=_LAST_ANSWERS_S,
             )
             logging.getLogger("uvicorn.error").addFilter(_no_stopped_uploads)
-            ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
             try:
                 uvicorn.Server(config).run(sockets=[listener])
             except KeyboardInterrupt:  # which is how people end it; uvicorn has answered what was asked before

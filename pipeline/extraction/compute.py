@@ -105,9 +105,9 @@ class LocalPool:
 
     size = 1
 
-    def __init__(self, worker: ShardWorker, effort: ComputeStats) -> None:
+    def __init__(self, worker: ShardWorker, stats: ComputeStats) -> None:
         self._worker = worker
-        self._effort = effort
+        self._effort = stats
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -235,10 +235,10 @@ class Job:
     setup: TaskSetup
     task_rows: int
     progress: Progress
-    effort: ComputeStats = field(default_factory=ComputeStats)
+    stats: ComputeStats = field(default_factory=ComputeStats)
 
 
-def compute(job: Job, rows_of: np.ndarray, views: np.ndarray, crew: WorkerPool) -> None:
+def compute(job: Job, rows_of: np.ndarray, views: np.ndarray, pool: WorkerPool) -> None:
     """Compute and publish rows: views (m,) of the images `rows_of` (m,), ascending; the caller holds the space's lock.
 
     Raises
@@ -266,20 +266,20 @@ def compute(job: Job, rows_of: np.ndarray, views: np.ndarray, crew: WorkerPool) 
     try:
         with job.progress("computing features", total) as advance:
             there = _rows_there(job.space) if job.identities.unseen else no_known_rows
-            crew.run(_tasks(job, rows_of, views, _task_rows(job, total, crew)), settle, count, there)
+            pool.run(_tasks(job, rows_of, views, _task_rows(job, total, pool)), settle, count, there)
     finally:
-        job.effort.seconds += time.perf_counter() - start
+        job.stats.seconds += time.perf_counter() - start
 
 
 def _rows_there(space: FeatureSpace) -> KnownRows:
     return KnownRows(np.sort(space.index.row_marks(space.name)))
 
 
-def _task_rows(job: Job, total: int, crew: WorkerPool) -> int:
+def _task_rows(job: Job, total: int, pool: WorkerPool) -> int:
     """Return how many rows a task has: a shard, or fewer batches if processes would wait for the last of them."""
-    if (processes := crew.size) <= 1:
+    if (processes := pool.size) <= 1:
         return job.task_rows
-    batch = crew.batch_size
+    batch = pool.batch_size
     return min(job.task_rows, max(1, total // (_TASKS_EACH * processes * batch)) * batch)
 
 
@@ -296,9 +296,9 @@ def _note(job: Job, task: ShardTask, done: ShardResult) -> None:
     """Let the index know of a shard, and of the images that have no row."""
     if done.shard is not None:
         job.space.register(done.shard)
-    job.effort.model_seconds += done.model_seconds
+    job.stats.model_seconds += done.model_seconds
     for met in done.met:
-        job.effort.peak = max(job.effort.peak, met.peak)
+        job.stats.peak = max(job.stats.peak, met.peak)
         image = replace(met, i=int(task.origin[met.i]))
         if not met.reason:
             record_key(image, job.dataset, job.identities, job.index)

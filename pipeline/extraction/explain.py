@@ -74,10 +74,10 @@ def explain(
     before = _digests_before(dataset, workspace)
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, index, advance, remember=False, read_unseen=False)
-    settled = resolve_choice(workspace, choice)
-    space = find_space(workspace, settled, identities, views)
+    resolved = resolve_choice(workspace, choice)
+    space = find_space(workspace, resolved, identities, views)
     plan = Planning(dataset, identities, index, max_pixels, views).plan(space)
-    request = settled.request()
+    request = resolved.request()
     keys = [key for key in dict.fromkeys(identities.keys) if key is not None]
     on_disk = workspace.cache.spaces()
     spaces = []
@@ -91,7 +91,7 @@ def explain(
         spaces.append(SpaceExplained(each.name, label(each.spec, each.provenance.get("network")), rows, chosen, pairs))
     reasons = _Reasons(identities, plan, space, on_disk, before)
     images = [ImageExplained(dataset.names[i], *reasons.of(i)) for i in range(len(dataset))]
-    return Explanation(space.name if space else None, settled.source.label, images, spaces)
+    return Explanation(space.name if space else None, resolved.source.label, images, spaces)
 
 
 def _digests_before(dataset: Dataset, workspace: Workspace) -> list[bytes | None]:

@@ -67,7 +67,7 @@ class Extraction:
     reused: int
     duplicates: int
     quarantined: list[Quarantined]
-    effort: ComputeStats
+    stats: ComputeStats
     space: FeatureSpace | None  # None if nothing was computed ever
 
     @property
@@ -105,27 +105,27 @@ def extract(
         read_some(dataset, identities)
     if retry_failed:
         cache.index.forget_quarantined(key for key in identities.keys if key is not None)
-    settled = choice if isinstance(choice, ResolvedChoice) else resolve_choice(workspace, choice)
-    space = find_space(workspace, settled, identities, views)
+    resolved = choice if isinstance(choice, ResolvedChoice) else resolve_choice(workspace, choice)
+    space = find_space(workspace, resolved, identities, views)
     planning = Planning(dataset, identities, cache.index, options.max_pixels, views)
     unseen = cluster is not None and identities.unseen
     plan = planning.plan(space) if unseen else planning.meet_undecodable(space)
     if options.strict:
         _refuse_bad(dataset, plan)
-    before, effort = plan.reused, ComputeStats()
+    before, stats = plan.reused, ComputeStats()
     if plan.todo:
-        source = _Source(planning, settled, options, cluster)
+        source = _Source(planning, resolved, options, cluster)
         try:
-            space, before, plan, effort = _compute_missing(source, workspace, space, plan.missing)
+            space, before, plan, stats = _compute_missing(source, workspace, space, plan.missing)
         except KeyboardInterrupt as stop:
             stop.add_note("features computed so far are kept, and the same command computes the rest")
             raise
-        _keep_rate(workspace, space.spec, plan.reused - before, effort, cluster)
+        _keep_rate(workspace, space.spec, plan.reused - before, stats, cluster)
     if space is not None:
         warn_untrained(space.spec)
-        warn_dark(effort.peak, decoding.depth_of(space.spec.decode))
+        warn_dark(stats.peak, decoding.depth_of(space.spec.decode))
     failed = name_quarantined(dataset, plan)
-    return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, effort, space)
+    return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, stats, space)
 
 
 _TELLING_ROWS = 64  # or as many as take `_TELLING_S`: over fewer, the first and the last batch decide the rate
@@ -133,12 +133,12 @@ _TELLING_S = 10.0
 
 
 def _keep_rate(
-    workspace: Workspace, spec: FeatureSpec, computed: int, effort: ComputeStats, cluster: ClusterChoice | None
+    workspace: Workspace, spec: FeatureSpec, computed: int, stats: ComputeStats, cluster: ClusterChoice | None
 ) -> None:
     """Remember how fast this machine computed rows, if it was this machine, and enough of them."""
     elsewhere = cluster is not None and cluster.scheduler is not None
-    if computed > 0 and not elsewhere and (computed >= _TELLING_ROWS or effort.seconds >= _TELLING_S):
-        measured_rates.remember(workspace, spec, computed / effort.seconds, computed)
+    if computed > 0 and not elsewhere and (computed >= _TELLING_ROWS or stats.seconds >= _TELLING_S):
+        measured_rates.remember(workspace, spec, computed / stats.seconds, computed)
 
 
 LOADING = "loading TensorFlow"  # the name of the thread
@@ -175,7 +175,7 @@ class _Source:
     """What is to be computed, and as what, and by whom."""
 
     planning: Planning
-    settled: ResolvedChoice
+    resolved: ResolvedChoice
     options: ComputeOptions
     cluster: ClusterChoice | None
 
@@ -184,9 +184,9 @@ def _compute_missing(
     source: _Source, workspace: Workspace, space: FeatureSpace | None, count: int
 ) -> tuple[FeatureSpace, int, Plan, ComputeStats]:
     """Compute what is missing, alone in the space; return it, the rows there before, the last plan, what it took."""
-    cache, planning, options, effort = workspace.cache, source.planning, source.options, ComputeStats()
-    weights = weights_for(source.settled, space, planning.dataset, workspace)
-    spec = space.spec if space else source.settled.new_spec(weights)
+    cache, planning, options, stats = workspace.cache, source.planning, source.options, ComputeStats()
+    weights = weights_for(source.resolved, space, planning.dataset, workspace)
+    spec = space.spec if space else source.resolved.new_spec(weights)
     if space is None and spec.directory in cache.names():  # made for other images, or by a run killed early
         space = cache.open(spec.directory)
     if space is None:
@@ -194,11 +194,11 @@ def _compute_missing(
     warn_untrained(spec)
     setup = _setup(source, spec, weights, space, cache.root)
     with ExitStack() as stack:
-        crew = None
+        pool = None
         if space is None:
             # Made only after the weights turned out to fit: a mistake in an option leaves no empty space behind.
-            crew = stack.enter_context(_crew(setup, source, effort, count, new=True))
-            space = cache.create(spec, {**_made_by(weights, crew, cache.index), "row_shape": list(crew.row_shape)})
+            pool = stack.enter_context(_crew(setup, source, stats, count, new=True))
+            space = cache.create(spec, {**_made_by(weights, pool, cache.index), "row_shape": list(pool.row_shape)})
         else:
             logger.info("adding to the feature space %s", space.name)
             check_room(setup.directory, count, space.totals().bytes_per_row or 0)
@@ -208,11 +208,11 @@ def _compute_missing(
             plan = planning.plan(space)
             before, rows = plan.reused, space.totals().rows
             if not plan.todo:  # whoever held the lock has computed it all
-                return space, before, plan, effort
-            crew = crew or stack.enter_context(_crew(setup, source, effort, plan.missing, new=False))
-            shard_rows = options.task_rows(crew.batch_size, row_bytes(crew.row_shape, spec))
+                return space, before, plan, stats
+            pool = pool or stack.enter_context(_crew(setup, source, stats, plan.missing, new=False))
+            shard_rows = options.task_rows(pool.batch_size, row_bytes(pool.row_shape, spec))
             if source.cluster is None or source.cluster.scheduler is None:  # whose workers have memory of their own
-                require_memory(min(shard_rows, plan.missing), crew.row_shape, spec, crew.size)
+                require_memory(min(shard_rows, plan.missing), pool.row_shape, spec, pool.size)
             job = Job(
                 planning.dataset,
                 planning.identities,
@@ -221,11 +221,11 @@ def _compute_missing(
                 setup,
                 shard_rows,
                 workspace.progress,
-                effort,
+                stats,
             )
-            plan = _compute_all(planning, plan, job, crew)
+            plan = _compute_all(planning, plan, job, pool)
             # More than were known to be there may have turned out to be, of images that nobody had read.
-            return space, max(before, plan.reused - (space.totals().rows - rows)), plan, effort
+            return space, max(before, plan.reused - (space.totals().rows - rows)), plan, stats
 
 
 def _setup(source: _Source, spec: FeatureSpec, weights: Weights, space: FeatureSpace | None, root: Path) -> TaskSetup:
@@ -245,20 +245,20 @@ def _setup(source: _Source, spec: FeatureSpec, weights: Weights, space: FeatureS
 
 
 @contextmanager
-def _crew(setup: TaskSetup, source: _Source, effort: ComputeStats, rows: int, new: bool) -> Iterator[WorkerPool]:
+def _crew(setup: TaskSetup, source: _Source, stats: ComputeStats, rows: int, new: bool) -> Iterator[WorkerPool]:
     """Give whoever computes `rows` rows, of a `new` space or not: this process, or the workers of a cluster."""
     if source.cluster is not None:
         from pipeline.extraction.workers.pool import open_dask_pool
 
         choice = source.cluster.at_most(-(-rows // setup.batch_size))
-        with open_dask_pool(choice, setup, source.planning.dataset, effort) as crew:
-            yield crew
+        with open_dask_pool(choice, setup, source.planning.dataset, stats) as pool:
+            yield pool
         return
-    logger.info("loading TensorFlow and %s", source.settled.source.label)
+    logger.info("loading TensorFlow and %s", source.resolved.source.label)
     with ShardWorker(setup, source.options.threads) as worker:
         if source.options.batch_size is None and new:
             worker.choose_batch(rows, min(source.options.shard_rows or DEFAULT_SHARD_ROWS, largest_batch_to_try()))
-        yield LocalPool(worker, effort)
+        yield LocalPool(worker, stats)
 
 
 def _refuse_bad(dataset: Dataset, plan: Plan) -> None:
@@ -266,14 +266,14 @@ def _refuse_bad(dataset: Dataset, plan: Plan) -> None:
         raise strict_error(bad[0].path, bad[0].reason, more=len(bad) - 1)
 
 
-def _compute_all(planning: Planning, plan: Plan, job: Job, crew: WorkerPool) -> Plan:
+def _compute_all(planning: Planning, plan: Plan, job: Job, pool: WorkerPool) -> Plan:
     """Compute until nothing is missing; return the plan that says so.
 
     One pass is enough unless a file changes after it was hashed: its former copies may then lack a row.
     """
     while plan.todo:
         try:
-            compute(job, plan.todo.images, plan.todo.views, crew)
+            compute(job, plan.todo.images, plan.todo.views, pool)
         except InterruptedComputationError as error:
             error.recover()
             job.space.sync()  # what was published meanwhile is not computed again
@@ -285,14 +285,14 @@ def _waiting(holder: str) -> None:
     logger.warning("waiting: %s is writing to this feature space", holder)
 
 
-def _made_by(weights: Weights, crew: WorkerPool, index: Index) -> dict[str, Any]:
+def _made_by(weights: Weights, pool: WorkerPool, index: Index) -> dict[str, Any]:
     recorded = networks.record(weights, index)
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "weights": weights.label,
         "cpu": machine.inspect_machine().cpu,
         "gpus": machine.gpu_count(),
-        "batch_size": crew.batch_size,
+        "batch_size": pool.batch_size,
         "versions": machine.versions((*machine.FEATURE_PACKAGES, "numpy")),
         **({"network": recorded} if recorded else {}),
     }

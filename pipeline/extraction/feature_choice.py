@@ -107,13 +107,15 @@ class ResolvedChoice:
         )
 
 
-def weights_for(settled: ResolvedChoice, space: FeatureSpace | None, dataset: Dataset, workspace: Workspace) -> Weights:
+def weights_for(
+    resolved: ResolvedChoice, space: FeatureSpace | None, dataset: Dataset, workspace: Workspace
+) -> Weights:
     """Return the weights to compute with: those stated, else those of the space, else what `auto` means."""
-    if settled.weights is not None:
-        return settled.weights.require()
+    if resolved.weights is not None:
+        return resolved.weights.require()
     if space is not None:
         return weights_of(space, workspace)
-    return networks.resolve(settled.source, "auto", workspace, offline=dataset.embedded)
+    return networks.resolve(resolved.source, "auto", workspace, offline=dataset.embedded)
 
 
 def resolve_choice(workspace: Workspace, choice: FeatureChoice) -> ResolvedChoice:
@@ -136,12 +138,12 @@ def resolve_choice(workspace: Workspace, choice: FeatureChoice) -> ResolvedChoic
         if space is not None:
             size, scaling = size or space.spec.input_size, space.spec.scaling if scaling is None else scaling
         source = networks.open_source(choice.backbone, size, scaling, workspace)
-    settled = ResolvedChoice(choice, source, networks.stated(source, choice.weights, workspace), space)
-    if space is not None and (differing := settled.request().differences(space.spec)):
+    resolved = ResolvedChoice(choice, source, networks.stated(source, choice.weights, workspace), space)
+    if space is not None and (differing := resolved.request().differences(space.spec)):
         found = {**space.spec.to_dict(), "backbone": networks.label(space.spec, space.provenance.get("network"))}
         pairs = ", ".join(f"{name} is {found[name]}" for name in differing)
         raise SpecError(f"the space {space.name} is not the one asked for: {pairs}")
-    return settled
+    return resolved
 
 
 def _source_of(space: FeatureSpace, choice: FeatureChoice) -> Source:
@@ -153,15 +155,15 @@ def _source_of(space: FeatureSpace, choice: FeatureChoice) -> Source:
 
 
 def find_space(
-    workspace: Workspace, settled: ResolvedChoice, identities: Identities, views: Views = PLAIN_VIEW
+    workspace: Workspace, resolved: ResolvedChoice, identities: Identities, views: Views = PLAIN_VIEW
 ) -> FeatureSpace | None:
     """Return the space on disk that a choice means, None if there is none.
 
     Left to itself, it is the one that holds most of the rows, in `views`.
     """
-    if settled.space is not None:
-        return settled.space
-    return workspace.cache.choose(settled.request(), identities.keys, views.numbers)
+    if resolved.space is not None:
+        return resolved.space
+    return workspace.cache.choose(resolved.request(), identities.keys, views.numbers)
 
 
 def weights_of(space: FeatureSpace, workspace: Workspace) -> Weights:

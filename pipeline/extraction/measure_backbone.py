@@ -98,8 +98,8 @@ def _measure(source: Source, workspace: Workspace, precision: str) -> None:
     """Measure one network and remember its rate; give its memory back."""
     weights = networks.resolve(source, "auto" if source.file else "untrained", workspace)
     # Untrained features may be too large for float16, and are not kept.
-    settled = ResolvedChoice(FeatureChoice(precision=precision, storage="float32"), source, weights, None)
-    spec = settled.new_spec(weights)
+    resolved = ResolvedChoice(FeatureChoice(precision=precision, storage="float32"), source, weights, None)
+    spec = resolved.new_spec(weights)
     model = FrozenBackbone(spec, weights.path, default_batch(), machine.usable_cores(), weights.network)
     model.bound_batch(SHARD_BYTES)
     rate = model.rate()

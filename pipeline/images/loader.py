@@ -79,7 +79,7 @@ class Decoders:
     """
 
     def __init__(self, size: int, fit: str, max_pixels: int, depth: int = decoding.FULL_DEPTH) -> None:
-        self._asked = size, fit, max_pixels, depth
+        self._request = size, fit, max_pixels, depth
         self._mine = threading.local()
         self._all: list[_Decoder] = []
 
@@ -105,7 +105,7 @@ class Decoders:
             If there is no room to decode it, or somebody ended the process.
         """
         if not hasattr(self._mine, "decoder"):
-            self._mine.decoder = _Decoder(*self._asked)
+            self._mine.decoder = _Decoder(*self._request)
             self._all.append(self._mine.decoder)
         return self._mine.decoder.decode(data)
 

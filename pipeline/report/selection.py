@@ -124,11 +124,11 @@ def _found(
 
 def _images(run: TrainedRun, workspace: Workspace, max_pixels: int, notes: list[str]) -> LabelledImages | None:
     """Return the run's images, with their rows if the cache has them."""
-    if run.asked is None:
+    if run.request is None:
         notes.append("The run does not say what it was trained on, so that its images are not shown.")
         return None
     try:
-        dataset = run.matched(run.asked.images.open(workspace))
+        dataset = run.matched(run.request.images.open(workspace))
         if run.base.directory in workspace.cache.names():
             try:
                 return join_features(

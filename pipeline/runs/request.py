@@ -61,9 +61,9 @@ def _absolute(path: str) -> str:
     return str(machine.expand_home(path).absolute())
 
 
-def space_of_request(request: Mapping[str, Any]) -> FeatureChoice:
+def space_of_request(stored: Mapping[str, Any]) -> FeatureChoice:
     """Return the choice of the very space that an unfinished run began with: `auto` may mean another one by now."""
-    space = request.get("space")
+    space = stored.get("space")
     if not isinstance(space, str):
         raise RunError("the run does not say which feature space it began with; train anew")
     return FeatureChoice(space=space)
@@ -107,9 +107,9 @@ class TrainRequest:
         return {**asdict(self), "head": self.head.to_dict()}
 
     @classmethod
-    def of_request(cls, request: Mapping[str, Any]) -> Self:
+    def of_request(cls, stored: Mapping[str, Any]) -> Self:
         """Return what the request of an unfinished run says, in the space it began with. Raises RunError."""
-        return replace(cls.from_dict(request.get("asked", {})), features=space_of_request(request))
+        return replace(cls.from_dict(stored.get("asked", {})), features=space_of_request(stored))
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
@@ -187,12 +187,12 @@ class SweepRequest:
         return {**asdict(self), "features": several if len(several) > 1 else several[0], "specs": specs}
 
     @classmethod
-    def of_request(cls, request: Mapping[str, Any]) -> Self:
+    def of_request(cls, stored: Mapping[str, Any]) -> Self:
         """Return what the request of an unfinished sweep says, in the spaces it began with. Raises RunError."""
-        spaces = request.get("space")
+        spaces = stored.get("space")
         several = spaces if isinstance(spaces, list) else [spaces]
         begun = tuple(space_of_request({"space": space}) for space in several)
-        return replace(cls.from_dict(request.get("asked", {})), features=begun)
+        return replace(cls.from_dict(stored.get("asked", {})), features=begun)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
@@ -208,10 +208,10 @@ class SweepRequest:
             raise RunError(f"what the sweep was asked for cannot be read ({error}); begin it anew") from error
 
 
-def command_of(request: Mapping[str, Any]) -> str:
+def command_of(stored: Mapping[str, Any]) -> str:
     """Return the command whose unfinished run left this request."""
-    asked = request.get("asked")
-    stage = asked.get("stage") if isinstance(asked, dict) else None
+    request = stored.get("asked")
+    stage = request.get("stage") if isinstance(request, dict) else None
     return stage if stage in STAGES else "train-head"
 
 
@@ -237,14 +237,14 @@ def stopped_run(workspace: Workspace, name: str, command: str) -> tuple[str, dic
     if name == "latest":
         of = resume_commands(workspace.runs, unfinished(workspace.runs))
         name = latest_of([each for each, by in of.items() if by == command], workspace.runs)
-    request = read_request(workspace.runs, name)
-    if (found := command_of(request)) != command:
+    stored = read_request(workspace.runs, name)
+    if (found := command_of(stored)) != command:
         raise RunError(f"{name} was begun by {found}; go on by: {workspace.command(found)} --resume {name}")
-    return name, request
+    return name, stored
 
 
 def with_network(
-    asked: FinetuneRequest, request: Mapping[str, Any], given: str | None, workspace: Workspace
+    request: FinetuneRequest, stored: Mapping[str, Any], given: str | None, workspace: Workspace
 ) -> FinetuneRequest:
     """Return the same for a stopped run, with the file of its own network where that lies by now.
 
@@ -259,24 +259,24 @@ def with_network(
     WeightsError
         If none of them is that network.
     """
-    noted, former = request.get("network"), asked.features.backbone
+    noted, former = stored.get("network"), request.features.backbone
     if not isinstance(noted, dict):
         if given is not None:
             raise UsageError(f"the run did not begin with a network of your own; leave out --backbone {given}")
-        return asked
+        return request
     wanted = f"the run began with the network {networks.file_of(noted)}"
     if given is not None:
         path = machine.expand_home(given).absolute()
         if not _is_network(own.read_network(path), noted):
             raise SpecError(f"{wanted}, and {given} is another one; give that file")
-        return _on_file(asked, path)
+        return _on_file(request, path)
     if former is None:
-        return asked  # it began with a run, which says where its network lies
+        return request  # it began with a run, which says where its network lies
     at_hand = networks.network_file(noted, workspace.cache.index)
     for path in (Path(former), *([at_hand] if at_hand else [])):
         with suppress(SpecError, WeightsError):
             if _is_network(own.read_network(path), noted):
-                return _on_file(asked, path)
+                return _on_file(request, path)
     problem = "is another one by now" if Path(former).exists() else "is no longer there"
     raise WeightsError(f"{wanted}, and {former} {problem}; give its file beside --resume: --backbone FILE")
 
@@ -285,5 +285,5 @@ def _is_network(found: OwnNetwork, noted: Mapping[str, Any]) -> bool:
     return (found.name, found.weights) == (noted.get("backbone"), noted.get("weights"))
 
 
-def _on_file(asked: FinetuneRequest, path: Path) -> FinetuneRequest:
-    return replace(asked, features=replace(asked.features, backbone=str(path)))
+def _on_file(request: FinetuneRequest, path: Path) -> FinetuneRequest:
+    return replace(request, features=replace(request.features, backbone=str(path)))

@@ -37,11 +37,11 @@ class RunDataset:
 
         None of a run of 0.1.0, which did not keep it.
         """
-        asked = self.about.get("asked")
-        if not isinstance(asked, Mapping):
+        request = self.about.get("asked")
+        if not isinstance(request, Mapping):
             return None
         then = self.about["dataset"]  # where links led when the run was made
-        now = resolved(asked.get("images"))
+        now = resolved(request.get("images"))
         return (str(then["path"]), then.get("image_root")) if isinstance(then.get("path"), str) else now
 
     @property

@@ -141,8 +141,8 @@ def _of_unfinished(folder: Path) -> list[Path]:
 
 def write_request(
     folder: Path,
-    asked: Mapping[str, Any],
-    material: str,
+    request: Mapping[str, Any],
+    rows_digest: str,
     space: str | Sequence[str] | None,
     network: Mapping[str, Any] | None = None,
 ) -> None:
@@ -150,10 +150,10 @@ def write_request(
 
     Of an own `network` it notes what `source.record` gives, with its two hashes.
     """
-    request = {"asked": dict(asked), "material": material, "space": space, "created": now()}
+    stored = {"asked": dict(request), "material": rows_digest, "space": space, "created": now()}
     if network is not None:
-        request["network"] = dict(network)
-    files.write_json(folder / REQUEST, request)
+        stored["network"] = dict(network)
+    files.write_json(folder / REQUEST, stored)
 
 
 def now() -> str:
@@ -178,19 +178,19 @@ def read_request(root: Path, name: str) -> dict[str, Any]:
     """Return what was asked of the unfinished run `name`. Raises RunError."""
     path = _partial(root, name) / REQUEST
     try:
-        request = json.loads(files.read_small(path, MOST_JSON_BYTES))
-        if not isinstance(request, dict):
+        stored = json.loads(files.read_small(path, MOST_JSON_BYTES))
+        if not isinstance(stored, dict):
             raise ValueError("not an object")
     except FileNotFoundError:
         raise RunError(_not_resumable(root, name)) from None
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read ({error}); remove its folder and train anew") from error
-    return request
+    return stored
 
 
-def require_same(root: Path, name: str, material: str) -> None:
-    """Raise RunError unless the unfinished run `name` began with the rows whose digest is `material`."""
-    if read_request(root, name).get("material") != material:
+def require_same(root: Path, name: str, rows_digest: str) -> None:
+    """Raise RunError unless the unfinished run `name` began with the rows whose digest is `rows_digest`."""
+    if read_request(root, name).get("material") != rows_digest:
         raise RunError(
             f"the images, labels, splits or features of {name} are no longer those it began with; begin anew"
         )

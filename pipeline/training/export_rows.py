@@ -47,17 +47,17 @@ def export_dataset(
     CacheError
         If a shard is damaged, or there is no room.
     """
-    material = join_features(dataset, workspace, choice, max_pixels, features_command, partly=virtual)
-    images = material.usable.tolist()
+    labelled = join_features(dataset, workspace, choice, max_pixels, features_command, partly=virtual)
+    images = labelled.usable.tolist()
     columns = Columns(
         dataset.name,
-        material.keys,
+        labelled.keys,
         [str(dataset.names[i]) for i in images],
-        dataset.labels[material.usable],
-        [str(material.split.sides[i]) for i in images],
+        dataset.labels[labelled.usable],
+        [str(labelled.split.sides[i]) for i in images],
         dataset.classes,
     )
-    size = export(material.space, columns, out, what, virtual=virtual)
-    located = material.space.locate(material.keys)
+    size = export(labelled.space, columns, out, what, virtual=virtual)
+    located = labelled.space.locate(labelled.keys)
     missing, shards = int((~located.found).sum()), len(np.unique(located.shards[located.found]))
-    return Exported(len(images), missing, shards, size, material.space.name, material.quarantined)
+    return Exported(len(images), missing, shards, size, labelled.space.name, labelled.quarantined)

@@ -65,7 +65,7 @@ class FinetuneResult:
 
 
 def finetune(
-    dataset: Dataset, workspace: Workspace, asked: FinetuneRequest, *, resume: str | None = None
+    dataset: Dataset, workspace: Workspace, request: FinetuneRequest, *, resume: str | None = None
 ) -> FinetuneResult:
     """Train, measure, save and publish a full model as asked. `resume` names an unfinished run.
 
@@ -79,23 +79,23 @@ def finetune(
         If the saved model, read back, says something else, or what is to be resumed has changed.
     """
     start = time.perf_counter()
-    if asked.tensorboard:
+    if request.tensorboard:
         tracking.require_tensorboard()
-    origin = open_initial_model(asked, dataset, workspace)
+    origin = open_initial_model(request, dataset, workspace)
     dataset = origin.matched(dataset)
     warn_untrained(origin.base)
     check_sides(dataset, workspace)  # before anything is computed
-    opened = _from_cache if asked.from_cache else _from_images
-    with opened(dataset, workspace, asked, origin) as setting:
-        images, spec = setting.ready.material, setting.network.spec
-        settled = replace(origin.settled.choice, layer=spec.layer, precision=spec.precision, storage=spec.storage)
+    opened = _from_cache if request.from_cache else _from_images
+    with opened(dataset, workspace, request, origin) as setting:
+        images, spec = setting.training_data.labelled, setting.network.spec
+        resolved = replace(origin.resolved.choice, layer=spec.layer, precision=spec.precision, storage=spec.storage)
         if origin.begun is not None:  # whose weights are known by its run.json
-            settled = replace(settled, weights=asked.features.weights)
-        until = asked.freeze_until or (setting.network.layers[setting.until] if setting.until >= 0 else "none")
-        asked = replace(asked, features=settled, freeze_until=until)  # what `auto` turned out to mean
+            resolved = replace(resolved, weights=request.features.weights)
+        until = request.freeze_until or (setting.network.layers[setting.until] if setting.until >= 0 else "none")
+        request = replace(request, features=resolved, freeze_until=until)  # what `auto` turned out to mean
         digest = hashlib.sha256((images.digest() + _network_of(origin)).encode()).hexdigest()
-        with _run(workspace, asked, images, digest, resume, _own_network(origin, workspace)) as (name, directory):
-            summary = _train_and_write(name, directory, asked, setting, workspace, start)
+        with _run(workspace, request, images, digest, resume, _own_network(origin, workspace)) as (name, directory):
+            summary = _train_and_write(name, directory, request, setting, workspace, start)
     return FinetuneResult(name, workspace.runs / name, summary, images.quarantined)
 
 
@@ -107,7 +107,7 @@ class _Setting:
     network: FullModel
     model: KerasModel
     below: KerasModel | None
-    ready: TrainingData[Any]
+    training_data: TrainingData[Any]
     until: int  # the index of the last frozen layer
     computed: int = 0  # rows, for this
 
@@ -128,57 +128,57 @@ def _own_network(origin: InitialModel, workspace: Workspace) -> dict[str, Any] |
 
 @contextmanager
 def _from_images(
-    dataset: Dataset, workspace: Workspace, asked: FinetuneRequest, origin: InitialModel
+    dataset: Dataset, workspace: Workspace, request: FinetuneRequest, origin: InitialModel
 ) -> Iterator[_Setting]:
     spec = origin.base
     depth = depth_of(spec.decode)
-    images = join_images(dataset, workspace, asked.max_pixels, spec.fit, depth)
-    images = with_initial(images, asked, workspace)
-    with open_image_data(images, spec.input_size, spec.fit, asked.max_pixels, depth) as ready:
-        made = _network(origin, spec, asked, ready.classes)
-        yield _Setting(origin, made, made.on_pixels(), made.features_of_pixels(), ready, origin.until)
+    images = join_images(dataset, workspace, request.max_pixels, spec.fit, depth)
+    images = with_initial(images, request, workspace)
+    with open_image_data(images, spec.input_size, spec.fit, request.max_pixels, depth) as training_data:
+        made = _network(origin, spec, request, training_data.classes)
+        yield _Setting(origin, made, made.on_pixels(), made.features_of_pixels(), training_data, origin.until)
 
 
 @contextmanager
 def _from_cache(
-    dataset: Dataset, workspace: Workspace, asked: FinetuneRequest, origin: InitialModel
+    dataset: Dataset, workspace: Workspace, request: FinetuneRequest, origin: InitialModel
 ) -> Iterator[_Setting]:
     """Compute what is missing of the frozen part's rows, then train what comes after it."""
-    options = ComputeOptions(max_pixels=asked.max_pixels)
-    done = extract(dataset, workspace, origin.settled, options, views=asked.views)
-    choice = FeatureChoice(space=done.space.name) if done.space else origin.settled.choice
-    material = join_features(dataset, workspace, choice, asked.max_pixels, "features", views=asked.views)
-    material = with_initial(material, asked, workspace)
-    spec = replace(material.space.spec, layer=origin.base.layer)
-    made = _network(origin, spec, asked, len(dataset.classes))
+    options = ComputeOptions(max_pixels=request.max_pixels)
+    done = extract(dataset, workspace, origin.resolved, options, views=request.views)
+    choice = FeatureChoice(space=done.space.name) if done.space else origin.resolved.choice
+    labelled = join_features(dataset, workspace, choice, request.max_pixels, "features", views=request.views)
+    labelled = with_initial(labelled, request, workspace)
+    spec = replace(labelled.space.spec, layer=origin.base.layer)
+    made = _network(origin, spec, request, len(dataset.classes))
     model = made.after(origin.cut)
-    kept = asked.head.settings["batch_size"] * activations(model)
+    kept = request.head.settings["batch_size"] * activations(model)
     needed = dense.TENSORFLOW + 4 * (_COPIES * model.count_params() + kept)  # kept for the way back
-    with open_tensor_data(material, asked.memory, needed) as ready:
-        yield _Setting(origin, made, model, made.features_after(origin.cut), ready, origin.until, done.computed)
+    with open_tensor_data(labelled, request.memory, needed) as training_data:
+        yield _Setting(origin, made, model, made.features_after(origin.cut), training_data, origin.until, done.computed)
 
 
-def with_initial(images: S, asked: FinetuneRequest, workspace: Workspace) -> S:
+def with_initial(images: S, request: FinetuneRequest, workspace: Workspace) -> S:
     """Return the images with those that the run was trained on with which the model begins."""
-    if asked.init is None:
+    if request.init is None:
         return images
-    return replace(images, initial=initial_images(Path(asked.init), workspace))
+    return replace(images, initial=initial_images(Path(request.init), workspace))
 
 
-def _network(origin: InitialModel, spec: FeatureSpec, asked: FinetuneRequest, classes: int) -> FullModel:
+def _network(origin: InitialModel, spec: FeatureSpec, request: FinetuneRequest, classes: int) -> FullModel:
     """Return the network to begin with, frozen as asked for."""
     logger.info("building %s", origin.backbone)
-    made = FullModel(spec, lambda shape: origin.head(asked.head, shape, classes), origin.weights.network)
+    made = FullModel(spec, lambda shape: origin.head(request.head, shape, classes), origin.weights.network)
     made.load_backbone(origin.weights.identity, origin.weights.path)
-    made.freeze(origin.until, batch_norm=asked.batch_norm == "trainable")
-    made.seed(asked.head.settings["seed"])
+    made.freeze(origin.until, batch_norm=request.batch_norm == "trainable")
+    made.seed(request.head.settings["seed"])
     return made
 
 
 @contextmanager
 def _run(
     workspace: Workspace,
-    asked: FinetuneRequest,
+    request: FinetuneRequest,
     images: LabelledImages,
     digest: str,
     resume: str | None,
@@ -187,42 +187,42 @@ def _run(
     """Give name and folder of the run: a new one, or the one to go on with if its images and weights are the same."""
     if resume is not None:
         store.require_same(workspace.runs, resume, digest)
-        with store.reopened(workspace.runs, resume, workspace.command(asked.stage)) as found:
+        with store.reopened(workspace.runs, resume, workspace.command(request.stage)) as found:
             yield found
         return
-    title = f"{images.dataset.name}-{asked.stage}"
-    with store.new_run(workspace.runs, title, workspace.command(asked.stage)) as (name, directory):
+    title = f"{images.dataset.name}-{request.stage}"
+    with store.new_run(workspace.runs, title, workspace.command(request.stage)) as (name, directory):
         space = images.space.name if isinstance(images, LabelledFeatures) else None
-        store.write_request(directory, asked.to_dict(), digest, space, own_network)
+        store.write_request(directory, request.to_dict(), digest, space, own_network)
         yield name, directory
 
 
 def _train_and_write(
-    name: str, directory: Path, asked: FinetuneRequest, setting: _Setting, workspace: Workspace, start: float
+    name: str, directory: Path, request: FinetuneRequest, setting: _Setting, workspace: Workspace, start: float
 ) -> dict[str, Any]:
-    made, ready = setting.network, setting.ready
+    made, training_data = setting.network, setting.training_data
     parameters = made.trainable_parameters  # before the loop leaves the model at its best epoch
     layers = counted(len(made.trains), "layer")
     logger.info("%s parameters train, in %s: %s", f"{parameters:,}", layers, ", ".join(made.trains))
     if not Checkpoint(directory).path.exists():
-        _announce(asked, setting)
-    trained = _trained(directory, asked, setting, workspace)
-    said = _measured(asked, setting, workspace)
-    _, train_accuracy = measure(said["train"], ready.labels["train"])
-    _warn_of_collapse(train_accuracy, _best(trained)["accuracy"], asked)
-    predictions = [ready.predictions(side, ready.members[side], said[side]) for side in ("val", "test")]
-    metrics = run_folder.compute_split_metrics(predictions, ready.material.dataset.classes)
+        _announce(request, setting)
+    trained = _trained(directory, request, setting, workspace)
+    said = _measured(request, setting, workspace)
+    _, train_accuracy = measure(said["train"], training_data.labels["train"])
+    _warn_of_collapse(train_accuracy, _best(trained)["accuracy"], request)
+    predictions = [training_data.predictions(side, training_data.members[side], said[side]) for side in ("val", "test")]
+    metrics = run_folder.compute_split_metrics(predictions, training_data.labelled.dataset.classes)
     recorded = setting.origin.network_record or networks.record(setting.origin.weights, workspace.cache.index)
     about = {
         **_features(setting, made.save(directory)),
         **({"network": recorded} if recorded else {}),
         "head": {**made.head.spec.to_dict(), "head": made.head.kind},
-        "asked": asked.to_dict(),
+        "asked": request.to_dict(),
     }
-    difference = _check_saved(directory, asked, setting, said["test"])
+    difference = _check_saved(directory, request, setting, said["test"])
     summary = {
-        **_summary(name, asked, setting, trained),
-        **run_folder.summarize_metrics(metrics, ready.material),
+        **_summary(name, request, setting, trained),
+        **run_folder.summarize_metrics(metrics, training_data.labelled),
         "train_accuracy": train_accuracy,
         "trainable_parameters": parameters,
         "parameters": parameters,
@@ -230,7 +230,7 @@ def _train_and_write(
         "seconds": round(time.perf_counter() - start + trained.seconds_before, 3),
     }
     about["summary"] = summary
-    run_folder.write_results(directory, about, ready.material, metrics, trained.history, "epoch", predictions)
+    run_folder.write_results(directory, about, training_data.labelled, metrics, trained.history, "epoch", predictions)
     return summary
 
 
@@ -244,26 +244,26 @@ def _features(setting: _Setting, identity: str) -> dict[str, Any]:
     return {"features": features.to_dict(), "base": {"features": base.to_dict(), "unchanged_until": unchanged}}
 
 
-def _summary(name: str, asked: FinetuneRequest, setting: _Setting, trained: TrainingResult) -> dict[str, Any]:
+def _summary(name: str, request: FinetuneRequest, setting: _Setting, trained: TrainingResult) -> dict[str, Any]:
     """Return what is told of how a run was trained; what it is worth stands beside that."""
-    made, ready = setting.network, setting.ready
+    made, training_data = setting.network, setting.training_data
     return {
         "run": name,
         "head": made.head.kind,
-        "stage": asked.stage,
-        "train_rows": len(ready.members["train"]) * ready.views,
-        "views": ready.views,
-        "init": asked.init and Path(asked.init).name,
+        "stage": request.stage,
+        "train_rows": len(training_data.members["train"]) * training_data.views,
+        "views": training_data.views,
+        "init": request.init and Path(request.init).name,
         "frozen_until": made.layers[setting.until] if setting.until >= 0 else None,
         "trains": made.trains,
-        "from_cache": asked.from_cache,
+        "from_cache": request.from_cache,
         "features_computed": setting.computed,
         "epochs": len(trained.history),
         "best_epoch": _best(trained)["epoch"],
         "seconds_per_epoch": trained.seconds_per_epoch,
         "first_loss": trained.history[0]["loss"],
         "last_loss": trained.history[-1]["loss"],
-        "space": ready.material.space.name if isinstance(ready.material, LabelledFeatures) else None,
+        "space": training_data.labelled.space.name if isinstance(training_data.labelled, LabelledFeatures) else None,
         "backbone": setting.origin.backbone,
         "weights": setting.origin.label,
         "precision": made.spec.precision,
@@ -274,32 +274,32 @@ def _best(trained: TrainingResult) -> Entry:
     return min(trained.history, key=lambda entry: entry["val_loss"])
 
 
-def _measured(asked: FinetuneRequest, setting: _Setting, workspace: Workspace) -> dict[str, np.ndarray]:
+def _measured(request: FinetuneRequest, setting: _Setting, workspace: Workspace) -> dict[str, np.ndarray]:
     """Return what the network says of each split in the plain view, (n, k) float32, as `predict` will answer."""
-    answer = full_model.compile_model(setting.network, setting.origin.cut if asked.from_cache else None)
-    rows = {**setting.ready.rows, "train": _plain(setting.ready)}
+    answer = full_model.compile_model(setting.network, setting.origin.cut if request.from_cache else None)
+    rows = {**setting.training_data.rows, "train": _plain(setting.training_data)}
     said = {}
     for side, some in rows.items():
         with workspace.progress(f"measuring {side}", len(some)) as advance:
-            said[side] = full_model.probabilities(answer, some, asked.head.settings["batch_size"], advance)
+            said[side] = full_model.probabilities(answer, some, request.head.settings["batch_size"], advance)
     return said
 
 
-def _trained(directory: Path, asked: FinetuneRequest, setting: _Setting, workspace: Workspace) -> TrainingResult:
+def _trained(directory: Path, request: FinetuneRequest, setting: _Setting, workspace: Workspace) -> TrainingResult:
     """Run the loop, and leave the network at its best epoch."""
-    settings, ready = asked.head.settings, setting.ready
-    size, labels = settings["batch_size"], ready.data().train_labels
+    settings, training_data = request.head.settings, setting.training_data
+    size, labels = settings["batch_size"], training_data.data().train_labels
     checkpoint = Checkpoint(directory)
-    if asked.init is None and asked.head.settings["normalize"] and not checkpoint.path.exists():
+    if request.init is None and request.head.settings["normalize"] and not checkpoint.path.exists():
         dense.normalise(setting.network.head.model, _head_inputs(setting, size, workspace))
     fresh = None
-    if (recipe := asked.augment) is not None:
+    if (recipe := request.augment) is not None:
         fresh = lambda rows, epoch: rows.augmented(recipe, settings["seed"], epoch)  # noqa: E731
-    batches = Shuffled(ready.rows["train"], labels, size, settings["seed"], fresh)
-    weights = class_weights(labels, ready.classes, settings["class_weight"])
-    val = ready.rows["val"], ready.labels["val"]
+    batches = Shuffled(training_data.rows["train"], labels, size, settings["seed"], fresh)
+    weights = class_weights(labels, training_data.classes, settings["class_weight"])
+    val = training_data.rows["val"], training_data.labels["val"]
     with (
-        tracking.tensorboard(directory, asked.tensorboard) as note,
+        tracking.tensorboard(directory, request.tensorboard) as note,
         workspace.progress("training", settings["epochs"] * len(labels)) as advance,
     ):
         watch = TrainingContext(lambda part: advance(part * len(labels)), note, checkpoint)
@@ -314,15 +314,15 @@ def _trained(directory: Path, asked: FinetuneRequest, setting: _Setting, workspa
                 scale_loss=setting.network.spec.precision == "float16",
             )
         except NotFiniteError:
-            if asked.from_cache:
+            if request.from_cache:
                 for side in ("train", "val"):
-                    require_numbers(ready.rows[side], f"the {side} split")
+                    require_numbers(training_data.rows[side], f"the {side} split")
             raise
 
 
 def _head_inputs(setting: _Setting, size: int, workspace: Workspace) -> Iterator[np.ndarray]:
     """Yield what the new head is to be normalised by: the features of the training rows, as it reads them."""
-    rows, pools = setting.ready.rows["train"], setting.network.head.kind == "gap"
+    rows, pools = setting.training_data.rows["train"], setting.network.head.kind == "gap"
     with workspace.progress("measuring features", len(rows)) as advance:
         if setting.below is None:
             size = min(size, rows.rows_at_once) if isinstance(rows, StoredRows) else size
@@ -334,33 +334,33 @@ def _head_inputs(setting: _Setting, size: int, workspace: Workspace) -> Iterator
             yield block.mean(axis=(1, 2), dtype=np.float32) if pools else block
 
 
-def _announce(asked: FinetuneRequest, setting: _Setting) -> None:
+def _announce(request: FinetuneRequest, setting: _Setting) -> None:
     """Say how long all will take, from a batch that is timed: the way back takes twice as long as the way there."""
-    rows, settings, ready = setting.ready.rows["train"], asked.head.settings, setting.ready
+    rows, settings, training_data = setting.training_data.rows["train"], request.head.settings, setting.training_data
     some = rows[np.arange(min(len(rows), settings["batch_size"], _TIMED))]
     for _ in range(2):  # the first time compiles
         start = time.perf_counter()
         full_model.probabilities(setting.model.predict_on_batch, some, len(some))
     each = (time.perf_counter() - start) / len(some)  # pyright: ignore[reportPossiblyUnboundVariable]
     work, trains = setting.network.work(setting.origin.cut)
-    train, val, test = (len(ready.rows[side]) for side in ("train", "val", "test"))
-    there = settings["epochs"] * (train + val) + (2 - (asked.init is not None)) * train + val + test
+    train, val, test = (len(training_data.rows[side]) for side in ("train", "val", "test"))
+    there = settings["epochs"] * (train + val) + (2 - (request.init is not None)) * train + val + test
     seconds = each * (there + settings["epochs"] * train * 2 * trains / work)
     epochs, take = settings["epochs"], "takes" if settings["epochs"] == 1 else "take"
     told = counted(epochs, "epoch"), counted(train, "image"), take, duration(seconds)
     logger.info("%s of %s %s about %s", *told)
 
 
-def _plain(ready: TrainingData[Any]) -> Rows:
+def _plain(training_data: TrainingData[Any]) -> Rows:
     """Return the training rows in the plain view, which come first."""
-    rows: Rows = ready.rows["train"]
-    return rows if ready.views == 1 else select(rows, np.arange(len(ready.labels["train"])))
+    rows: Rows = training_data.rows["train"]
+    return rows if training_data.views == 1 else select(rows, np.arange(len(training_data.labels["train"])))
 
 
-def _warn_of_collapse(inference: float, training: float, asked: FinetuneRequest) -> None:
+def _warn_of_collapse(inference: float, training: float, request: FinetuneRequest) -> None:
     """Batch norm that trained on small batches can say other things in inference mode."""
     if inference < training - _COLLAPSE:
-        advice = "take --batch-norm frozen" if asked.batch_norm == "trainable" else "lower --learning-rate"
+        advice = "take --batch-norm frozen" if request.batch_norm == "trainable" else "lower --learning-rate"
         logger.warning(
             "in inference mode the model is right about %.3f of its training images, and was about %.3f while it was "
             "trained: it has collapsed; %s",
@@ -368,12 +368,12 @@ def _warn_of_collapse(inference: float, training: float, asked: FinetuneRequest)
         )  # fmt: skip
 
 
-def _check_saved(directory: Path, asked: FinetuneRequest, setting: _Setting, test: np.ndarray) -> float:
+def _check_saved(directory: Path, request: FinetuneRequest, setting: _Setting, test: np.ndarray) -> float:
     """Read the model back and compare what it says of a few test images with what was measured."""
-    ready, spec = setting.ready, setting.network.spec
-    images, members = ready.material, ready.members["test"][:_CHECKED]
+    training_data, spec = setting.training_data, setting.network.spec
+    images, members = training_data.labelled, training_data.members["test"][:_CHECKED]
     saved = full_model.compile_model(FullModel.load(directory, spec))
-    how = spec.input_size, spec.fit, asked.max_pixels, depth_of(spec.decode)
+    how = spec.input_size, spec.fit, request.max_pixels, depth_of(spec.decode)
     with open_decoder(images.dataset, images.keys, images.usable, *how) as source:
         said = full_model.probabilities(saved, ImageRows(source, members), _CHECKED)
     difference = float(np.abs(said - test[: len(members)]).max())

@@ -36,13 +36,13 @@ class FitResult:
     test: np.ndarray
 
 
-def fit_request(ready: TrainingData, asked: TrainRequest, directory: Path, progress: Progress) -> FitResult:
+def fit_request(training_data: TrainingData, request: TrainRequest, directory: Path, progress: Progress) -> FitResult:
     """Fit what was asked for, going on with what lies in `directory`."""
-    fit = _fit_folds if asked.folds else _fit_one
-    steps = heads.steps(asked.head) * max(1, asked.folds)
-    unit = "fits" if asked.head.head == "logreg" else "epochs"
-    with progress(f"training {asked.head.head}", steps, unit) as advance:
-        return fit(ready, asked, directory, advance)
+    fit = _fit_folds if request.folds else _fit_one
+    steps = heads.steps(request.head) * max(1, request.folds)
+    unit = "fits" if request.head.head == "logreg" else "epochs"
+    with progress(f"training {request.head.head}", steps, unit) as advance:
+        return fit(training_data, request, directory, advance)
 
 
 def fit_head(
@@ -53,10 +53,12 @@ def fit_head(
         return heads.fit(spec, data, heads.TrainingContext(advance, note, Checkpoint(directory)))
 
 
-def _fit_one(ready: TrainingData, asked: TrainRequest, directory: Path, advance: Callable[[float], None]) -> FitResult:
-    fitted = fit_head(asked.head, ready.data(), directory, advance, tensorboard=asked.tensorboard)
-    said = (predict_probabilities(fitted.head, ready.rows[side], side) for side in ("val", "test"))
-    return FitResult(fitted, ready.members["val"], *said)
+def _fit_one(
+    training_data: TrainingData, request: TrainRequest, directory: Path, advance: Callable[[float], None]
+) -> FitResult:
+    fitted = fit_head(request.head, training_data.data(), directory, advance, tensorboard=request.tensorboard)
+    said = (predict_probabilities(fitted.head, training_data.rows[side], side) for side in ("val", "test"))
+    return FitResult(fitted, training_data.members["val"], *said)
 
 
 def predict_probabilities(head: Predicts, rows: Rows, side: str) -> np.ndarray:
@@ -68,33 +70,33 @@ def predict_probabilities(head: Predicts, rows: Rows, side: str) -> np.ndarray:
 
 
 def _fit_folds(
-    ready: TrainingData, asked: TrainRequest, directory: Path, advance: Callable[[float], None]
+    training_data: TrainingData, request: TrainRequest, directory: Path, advance: Callable[[float], None]
 ) -> FitResult:
-    labels = ready.labels["train"]
-    said = np.zeros((len(labels), ready.classes), np.float32)
+    labels = training_data.labels["train"]
+    said = np.zeros((len(labels), training_data.classes), np.float32)
     members, history = list[heads.Head](), list[dict[str, float]]()
-    for number, (some, held) in enumerate(stratified_folds(labels, ready.groups, asked.folds), 1):
+    for number, (some, held) in enumerate(stratified_folds(labels, training_data.groups, request.folds), 1):
         folder = directory / member_name(number)
-        data = ready.fold(some, held)
+        data = training_data.fold(some, held)
         if not (folder / JSON_FILE).exists():
-            _fit_member(data, asked, folder, advance)
+            _fit_member(data, request, folder, advance)
         else:
-            advance(heads.steps(asked.head))
+            advance(heads.steps(request.head))
         members.append(heads.load(folder))
         said[held] = predict_probabilities(members[-1], data.val, "train")
         history.append({"fold": number, **_best(json.loads((folder / _HISTORY).read_text()))})
     ensemble = Ensemble(members)
     return FitResult(
         heads.Fitted(ensemble, history, "fold", None),
-        ready.members["train"],
+        training_data.members["train"],
         said,
-        predict_probabilities(ensemble, ready.rows["test"], "test"),
+        predict_probabilities(ensemble, training_data.rows["test"], "test"),
     )
 
 
-def _fit_member(data: heads.Data, asked: TrainRequest, folder: Path, advance: Callable[[float], None]) -> None:
+def _fit_member(data: heads.Data, request: TrainRequest, folder: Path, advance: Callable[[float], None]) -> None:
     folder.mkdir(exist_ok=True)
-    fitted = fit_head(asked.head, data, folder, advance, tensorboard=asked.tensorboard)
+    fitted = fit_head(request.head, data, folder, advance, tensorboard=request.tensorboard)
     write_json(folder / _HISTORY, fitted.history)
     fitted.head.save(folder)
     Checkpoint(folder).remove()

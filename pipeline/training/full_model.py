@@ -238,8 +238,8 @@ def saved_weights(directory: Path) -> Weights:
     return Weights("file", f"sha256:{made['sha256']}", directory / WEIGHTS_FILE, architecture)
 
 
-def frozen_until(layers: Sequence[str], asked: str) -> int:
-    """Return the index of the last frozen layer: that of the layer `asked`, the number it says, or -1 for "none".
+def frozen_until(layers: Sequence[str], until: str) -> int:
+    """Return the index of the last frozen layer: that of the layer `until`, the number it says, or -1 for "none".
 
     `layers` are the backbone's, up to the one the head stands on.
 
@@ -248,15 +248,15 @@ def frozen_until(layers: Sequence[str], asked: str) -> int:
     UsageError
         If there is no such layer.
     """
-    if asked == "none":
+    if until == "none":
         return -1
-    if asked in layers:
-        return layers.index(asked)
-    if asked.isascii() and asked.isdecimal() and (int(asked) < len(layers) or asked == FREEZE_UNTIL):
-        return min(int(asked), len(layers) - 1)  # the default freezes all of a part that ends before it
+    if until in layers:
+        return layers.index(until)
+    if until.isascii() and until.isdecimal() and (int(until) < len(layers) or until == FREEZE_UNTIL):
+        return min(int(until), len(layers) - 1)  # the default freezes all of a part that ends before it
     raise UsageError(
         f"--freeze-until takes a layer's name, its number from 0 to {len(layers) - 1}, or none, found "
-        f"{asked!r:.60} (`summary --backbone B --all` lists them){did_you_mean(asked, layers)}"
+        f"{until!r:.60} (`summary --backbone B --all` lists them){did_you_mean(until, layers)}"
     )
 
 

@@ -58,14 +58,14 @@ class InitialModel:
     """Where a full model begins.
 
     `weights` are loaded into its backbone; `base` describes the features of the weights that backbone once began with.
-    `cut` is the layer whose rows it is trained on, "" if it is trained on images; `settled` says what those rows, or
+    `cut` is the layer whose rows it is trained on, "" if it is trained on images; `resolved` says what those rows, or
     the images, are like. `until` is the index of the last frozen layer, -1 if none is.
     """
 
     base: FeatureSpec
     weights: Weights
     label: str
-    settled: ResolvedChoice
+    resolved: ResolvedChoice
     cut: str
     until: int
     begun: InitialRun | None
@@ -78,17 +78,17 @@ class InitialModel:
     @property
     def backbone(self) -> str:
         """What people call the network."""
-        return networks.label(self.base, self.network_record) if self.begun else self.settled.source.label
+        return networks.label(self.base, self.network_record) if self.begun else self.resolved.source.label
 
-    def head(self, asked: HeadSpec, row_shape: tuple[int, ...], classes: int) -> DenseHead:
+    def head(self, spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> DenseHead:
         """Return the head to begin with, over tensors (h, w, c)."""
         if self.begun is None:
-            heads.require_memory(asked, row_shape, classes)
-            return DenseHead(build_head(asked, row_shape, classes), asked)
+            heads.require_memory(spec, row_shape, classes)
+            return DenseHead(build_head(spec, row_shape, classes), spec)
         with heads.of_its_run(self.begun.path, classes, row_shape):
             found = full_model.to_dense_head(heads.load(self.begun.path), row_shape, classes)
         shape = {name: found.spec.settings[name] for name in SHAPE}
-        return DenseHead(found.model, HeadSpec.make(found.spec.head, **{**asked.settings, **shape}))
+        return DenseHead(found.model, HeadSpec.make(found.spec.head, **{**spec.settings, **shape}))
 
     def matched(self, dataset: Dataset) -> Dataset:
         """Return the dataset with the classes in the order of the run that the model begins with, if there is one."""
@@ -105,7 +105,7 @@ class InitialModel:
         return cuts[-1] if cuts else ""
 
 
-def open_initial_model(asked: FinetuneRequest, dataset: Dataset, workspace: Workspace) -> InitialModel:
+def open_initial_model(request: FinetuneRequest, dataset: Dataset, workspace: Workspace) -> InitialModel:
     """Settle what a full model begins with.
 
     Raises
@@ -117,33 +117,33 @@ def open_initial_model(asked: FinetuneRequest, dataset: Dataset, workspace: Work
     WeightsError
         If the weights cannot be had.
     """
-    if asked.init is not None:
-        return _from_run(open_initial_run(Path(asked.init), dataset), asked, workspace)
-    settled = resolve_choice(workspace, asked.features)
-    cut, until, _ = _cut(asked, settled.source, settled.layer)
-    weights, found = _settled_weights(settled, dataset, workspace, [cut, settled.layer] if cut else [settled.layer])
-    choice = asked.features
+    if request.init is not None:
+        return _from_run(open_initial_run(Path(request.init), dataset), request, workspace)
+    resolved = resolve_choice(workspace, request.features)
+    cut, until, _ = _cut(request, resolved.source, resolved.layer)
+    weights, found = _settled_weights(resolved, dataset, workspace, [cut, resolved.layer] if cut else [resolved.layer])
+    choice = request.features
     choice = replace(
         choice,
         weights=_text(weights),
-        layer=cut or settled.layer,
+        layer=cut or resolved.layer,
         precision=found.precision if found and choice.precision == "auto" else choice.precision,
-        input_size=settled.source.input_size if weights.network else choice.input_size,
-        scaling=settled.source.scaling if weights.network else choice.scaling,
+        input_size=resolved.source.input_size if weights.network else choice.input_size,
+        scaling=resolved.source.scaling if weights.network else choice.scaling,
     )
-    base = replace(settled, choice=replace(choice, layer=settled.layer)).new_spec(weights)
+    base = replace(resolved, choice=replace(choice, layer=resolved.layer)).new_spec(weights)
     return InitialModel(
-        base, weights, weights.label, replace(settled, choice=choice, weights=weights), cut, until, None
+        base, weights, weights.label, replace(resolved, choice=choice, weights=weights), cut, until, None
     )
 
 
-def _cut(asked: FinetuneRequest, source: Source, layer: str) -> tuple[str, int, list[str]]:
+def _cut(request: FinetuneRequest, source: Source, layer: str) -> tuple[str, int, list[str]]:
     """Return where the cached part ends, "" if nothing is cached, the index of the last frozen layer, and all names."""
     names, cuts = _layers(source, layer)
     until = len(names) - 1
-    if asked.stage != "freeze":
-        until = full_model.frozen_until(names, asked.freeze_until or _usual(source, layer))
-    return full_model.cut_at(names, cuts, until) if asked.from_cache else "", until, names
+    if request.stage != "freeze":
+        until = full_model.frozen_until(names, request.freeze_until or _usual(source, layer))
+    return full_model.cut_at(names, cuts, until) if request.from_cache else "", until, names
 
 
 def _layers(source: Source, layer: str) -> tuple[list[str], list[str]]:
@@ -184,8 +184,8 @@ def open_initial_run(path: Path, dataset: Dataset) -> InitialRun:
     return begun
 
 
-def _from_run(begun: InitialRun, asked: FinetuneRequest, workspace: Workspace) -> InitialModel:
-    stated, spec = asked.features, begun.spec
+def _from_run(begun: InitialRun, request: FinetuneRequest, workspace: Workspace) -> InitialModel:
+    stated, spec = request.features, begun.spec
     base = _base_weights(begun, stated, workspace)
     label = str(begun.about["summary"]["weights"])
     if begun.full:
@@ -194,7 +194,7 @@ def _from_run(begun: InitialRun, asked: FinetuneRequest, workspace: Workspace) -
         base = base or networks.require(begun.base, network_record(begun.about), label, begun.path.name, workspace)
         file = base.network
     source = Source(spec.backbone, spec.input_size, spec.scaling, spec.layer, file)
-    cut, until, names = _cut(asked, source, spec.layer)
+    cut, until, names = _cut(request, source, spec.layer)
     if begun.unchanged_until not in ("", *names):
         raise RunError(f"{begun.path / 'run.json'} is not that of a trained model ({begun.unchanged_until[:60]!r})")
     trained = full_model.saved_weights(begun.path) if begun.full else None
@@ -213,10 +213,10 @@ def _from_run(begun: InitialRun, asked: FinetuneRequest, workspace: Workspace) -
         input_size=stated.input_size,
         scaling=stated.scaling,
     )
-    settled = ResolvedChoice(choice, replace(source, file=rows.network, weights=rows.identity), rows, None)
+    resolved = ResolvedChoice(choice, replace(source, file=rows.network, weights=rows.identity), rows, None)
     return InitialModel(
-        replace(settled.new_spec(rows), layer=spec.layer, weights=begun.base.weights),
-        weights, label, settled, cut, until, begun,
+        replace(resolved.new_spec(rows), layer=spec.layer, weights=begun.base.weights),
+        weights, label, resolved, cut, until, begun,
     )  # fmt: skip
 
 
@@ -264,18 +264,18 @@ def _at_most(layer: str, last: str, names: Sequence[str]) -> bool:
 
 
 def _settled_weights(
-    settled: ResolvedChoice, dataset: Dataset, workspace: Workspace, layers: Sequence[str]
+    resolved: ResolvedChoice, dataset: Dataset, workspace: Workspace, layers: Sequence[str]
 ) -> tuple[Weights, FeatureSpec | None]:
     """Return the stated weights, or those of the space that holds most of the dataset's rows, and that space's spec."""
-    if settled.weights is not None:
-        return settled.weights.require(), None
+    if resolved.weights is not None:
+        return resolved.weights.require(), None
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, workspace.cache.index, advance, read_unseen=False)
     for layer in layers:
-        space = find_space(workspace, replace(settled, choice=replace(settled.choice, layer=layer)), identities)
+        space = find_space(workspace, replace(resolved, choice=replace(resolved.choice, layer=layer)), identities)
         if space is not None:
             return weights_of(space, workspace), space.spec
-    return weights_for(settled, None, dataset, workspace), None
+    return weights_for(resolved, None, dataset, workspace), None
 
 
 def _text(weights: Weights) -> str:

@@ -125,15 +125,15 @@ def join_features(
     index = workspace.cache.index
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, index, advance, read_unseen=partly)
-    settled = resolve_choice(workspace, choice)
-    space = find_space(workspace, settled, identities, views)
+    resolved = resolve_choice(workspace, choice)
+    space = find_space(workspace, resolved, identities, views)
     planning = Planning(dataset, identities, index, max_pixels, views)
     plan = planning.meet_undecodable(space) if space is not None else planning.plan(space)
     if not plan.rows:
         raise DatasetError(f"no images to train on: none of {len(dataset):,} can be decoded; `features` lists why")
     lacking = {key for i in plan.todo.distinct.tolist() if (key := identities.keys[i]) is not None}
     if space is None or (plan.todo and not partly):
-        others = [] if space else _other_backbones(workspace, settled.source.name, lacking)
+        others = [] if space else _other_backbones(workspace, resolved.source.name, lacking)
         raise _missing(planning, lacking, space, others, features_command)
     found = LabelledFeatures(*_sorted(dataset, identities, plan), space, views)
     _report_leaks(found.split)

@@ -92,10 +92,10 @@ def open_features(
             space=space, layer=layer, depth=depth, backbone=name, input_size=input_size, scaling=scaling
         )
         limits = decoding.DEFAULT_MAX_PIXELS
-        material = join_features(choice.open(workspace), workspace, chosen, limits, command, views=wanted)
-        stack.enter_context(material.space.reading())
-        warn_untrained(material.space.spec)
-        features = Features(material, what, memory)
+        labelled = join_features(choice.open(workspace), workspace, chosen, limits, command, views=wanted)
+        stack.enter_context(labelled.space.reading())
+        warn_untrained(labelled.space.spec)
+        features = Features(labelled, what, memory)
         features.on_close(stack.pop_all())
         return features
 
@@ -103,13 +103,13 @@ def open_features(
 class Features:
     """The cached rows of a dataset, split. `cache gc` waits until it is closed; a `with` statement does that."""
 
-    def __init__(self, material: LabelledFeatures, what: What, memory: int | None) -> None:
-        self._material = material
+    def __init__(self, labelled: LabelledFeatures, what: What, memory: int | None) -> None:
+        self._material = labelled
         self._closing = ExitStack()
-        numbers = {"train": material.views.numbers}
-        wanted = {side: RowSelection(material.members(side), numbers.get(side, (0,))) for side in SPLITS}
+        numbers = {"train": labelled.views.numbers}
+        wanted = {side: RowSelection(labelled.members(side), numbers.get(side, (0,))) for side in SPLITS}
         self._wanted = {side: each for side, each in wanted.items() if len(each.at)}
-        stored = stored_rows(material.space, material.keys, what, list(self._wanted.values()))
+        stored = stored_rows(labelled.space, labelled.keys, what, list(self._wanted.values()))
         self._stored = dict(zip(self._wanted, stored, strict=True))
         self._room = room_for(stored, memory=memory)
         self._opened = cache(self._open)  # of this object alone, so it goes with it
@@ -140,7 +140,7 @@ class Features:
 
     def names(self, split: SplitName = "train") -> list[str]:
         """Return what the image of each row of `split` is called."""
-        names, wanted = self._material.dataset.names, self._asked(split)
+        names, wanted = self._material.dataset.names, self._request(split)
         return [names[int(i)] for i in self._material.usable[wanted.at]] * len(wanted.views)
 
     def arrays(self, split: SplitName = "train") -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +185,7 @@ class Features:
         """Return the rows of `split` one by one: an object that PyTorch's DataLoader takes as a dataset."""
         return Items(*self._opened(split))
 
-    def _asked(self, split: SplitName) -> RowSelection:
+    def _request(self, split: SplitName) -> RowSelection:
         if split not in SPLITS:
             raise UsageError(f"split must be one of {', '.join(SPLITS)}, found {split!r:.60}")
         if split not in self._wanted:
@@ -195,7 +195,7 @@ class Features:
         return self._wanted[split]
 
     def _open(self, split: SplitName) -> tuple[Rows, np.ndarray]:
-        wanted = self._asked(split)
+        wanted = self._request(split)
         labels = np.tile(self._material.labels(wanted.at), len(wanted.views)).astype(np.int32)
         return load_or_stream(self._stored[split], self._room), labels
 

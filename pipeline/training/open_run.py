@@ -34,7 +34,7 @@ class TrainedRun:
     classes: list[str]
     kind: str  # the head's name
     base: FeatureSpec  # the features of the weights that its backbone once began with; of a head those it reads
-    asked: TrainRequest | FinetuneRequest | None  # None for a run of 0.1.0, which did not keep it
+    request: TrainRequest | FinetuneRequest | None  # None for a run of 0.1.0, which did not keep it
     weights: str  # what those of `base` are called
     content: str | None  # of its images, labels and splits, as `Sorted.content` gives it; None for an older run
     network_record: Mapping[str, Any] | None = None  # of the file of an own network, as `source.record` gives it
@@ -57,12 +57,12 @@ class TrainedRun:
     @property
     def full(self) -> bool:
         """Whether it is a full model, which reads images, not rows."""
-        return isinstance(self.asked, FinetuneRequest)
+        return isinstance(self.request, FinetuneRequest)
 
     @property
     def saw_validation(self) -> bool:
         """Whether it was trained on the images of the validation split, too."""
-        return isinstance(self.asked, TrainRequest) and self.asked.folds > 0
+        return isinstance(self.request, TrainRequest) and self.request.folds > 0
 
     @cached_property
     def head(self) -> heads.Head:
@@ -129,12 +129,12 @@ def open_run(root: Path, name: str) -> TrainedRun:
         if kind not in heads.READS:
             raise KeyError(kind)
         base = FeatureSpec.from_dict(about["base"]["features"]) if "base" in about else spec
-        asked = _asked(about["asked"]) if "asked" in about else None
+        request = _request(about["asked"]) if "asked" in about else None
         weights, content = str(about["summary"]["weights"]), about["dataset"].get("content")
     except (KeyError, TypeError, SpecError) as error:
         raise RunError(f"{path / 'run.json'} is not that of a trained head ({error})") from error
-    return TrainedRun(path, spec, classes, kind, base, asked, weights, content, store.network_record(about))
+    return TrainedRun(path, spec, classes, kind, base, request, weights, content, store.network_record(about))
 
 
-def _asked(value: Any) -> TrainRequest | FinetuneRequest:
+def _request(value: Any) -> TrainRequest | FinetuneRequest:
     return FinetuneRequest.from_dict(value) if "stage" in value else TrainRequest.from_dict(value)

@@ -64,17 +64,17 @@ def _seen(
         return kept
     unchanged = at_hand is not None and at_hand.content == run.content
     images = at_hand if unchanged else _unchanged(run, workspace)
-    if images is not None and isinstance(run.asked, FinetuneRequest) and run.asked.init is not None:
-        images = replace(images, initial=initial_images(Path(run.asked.init), workspace, depth))
+    if images is not None and isinstance(run.request, FinetuneRequest) and run.request.init is not None:
+        images = replace(images, initial=initial_images(Path(run.request.init), workspace, depth))
     return images and images.run_images(joined=run.saw_validation)
 
 
 def _unchanged(run: TrainedRun, workspace: Workspace) -> LabelledImages | None:
     """Return the images of a run's dataset if they, their labels and splits are what they were."""
-    if run.asked is None or run.content is None:
+    if run.request is None or run.content is None:
         return None
     try:
-        dataset = with_classes(run.asked.images.open(workspace), run.name, run.classes)
+        dataset = with_classes(run.request.images.open(workspace), run.name, run.classes)
         found = list_images(dataset, workspace, _quarantined(run))
     except IceboxError as error:
         logger.warning("the dataset of the run %s cannot be looked at: %s", run.name, error)

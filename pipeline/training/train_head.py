@@ -38,7 +38,7 @@ class HeadResult:
 
 
 def train_head(
-    dataset: Dataset, workspace: Workspace, asked: TrainRequest, features_command: str, *, resume: str | None = None
+    dataset: Dataset, workspace: Workspace, request: TrainRequest, features_command: str, *, resume: str | None = None
 ) -> HeadResult:
     """Train, measure and save what was asked for from cached rows; publish it. `resume` names an unfinished run.
 
@@ -52,31 +52,36 @@ def train_head(
         If the saved head, read back, does not say what it said before, or what is to be resumed has changed.
     """
     start = time.perf_counter()
-    if asked.tensorboard:
+    if request.tensorboard:
         tracking.require_tensorboard()
-    material = join_features(dataset, workspace, asked.features, asked.max_pixels, features_command, views=asked.views)
+    labelled = join_features(
+        dataset, workspace, request.features, request.max_pixels, features_command, views=request.views
+    )
     with (
-        open_training_data(material, [asked.head], asked.memory, folds=asked.folds) as ready,
-        _run(workspace, asked, material, resume) as (name, directory),
+        open_training_data(labelled, [request.head], request.memory, folds=request.folds) as training_data,
+        _run(workspace, request, labelled, resume) as (name, directory),
     ):
-        outcome = fit_request(ready, asked, directory, workspace.progress)
+        outcome = fit_request(training_data, request, directory, workspace.progress)
         seconds = time.perf_counter() - start + outcome.fitted.seconds_before
-        summary = write_run(directory, name, ready, asked, outcome, seconds)
-    return HeadResult(name, workspace.runs / name, summary, material.quarantined)
+        summary = write_run(directory, name, training_data, request, outcome, seconds)
+    return HeadResult(name, workspace.runs / name, summary, labelled.quarantined)
 
 
 @contextmanager
 def _run(
-    workspace: Workspace, asked: TrainRequest, material: LabelledFeatures, resume: str | None
+    workspace: Workspace, request: TrainRequest, labelled: LabelledFeatures, resume: str | None
 ) -> Iterator[tuple[str, Path]]:
     """Give name and folder of the run: a new one, or the one to go on with if its rows are still the same."""
     command = workspace.command("train-head")
     if resume is None:
-        with store.new_run(workspace.runs, f"{material.dataset.name}-{asked.head.head}", command) as (name, directory):
-            store.write_request(directory, asked.to_dict(), material.digest(), material.space.name)
+        with store.new_run(workspace.runs, f"{labelled.dataset.name}-{request.head.head}", command) as (
+            name,
+            directory,
+        ):
+            store.write_request(directory, request.to_dict(), labelled.digest(), labelled.space.name)
             yield name, directory
         return
-    store.require_same(workspace.runs, resume, material.digest())
+    store.require_same(workspace.runs, resume, labelled.digest())
     with store.reopened(workspace.runs, resume, command) as found:
         yield found
 
@@ -84,47 +89,47 @@ def _run(
 def write_run(
     directory: Path,
     name: str,
-    ready: TrainingData[LabelledFeatures],
-    asked: TrainRequest,
+    training_data: TrainingData[LabelledFeatures],
+    request: TrainRequest,
     outcome: FitResult,
     seconds: float,
 ) -> dict[str, Any]:
     """Write everything of a run into its folder, check the saved head, and return the summary."""
-    material, fitted = ready.material, outcome.fitted
+    labelled, fitted = training_data.labelled, outcome.fitted
     predictions = [
-        ready.predictions("val", outcome.val_members, outcome.val),
-        ready.predictions("test", ready.members["test"], outcome.test),
+        training_data.predictions("val", outcome.val_members, outcome.val),
+        training_data.predictions("test", training_data.members["test"], outcome.test),
     ]
-    metrics = run_folder.compute_split_metrics(predictions, material.dataset.classes)
+    metrics = run_folder.compute_split_metrics(predictions, labelled.dataset.classes)
     summary = {
         "run": name,
-        "head": asked.head.head,
+        "head": request.head.head,
         "stage": "head",
-        **run_folder.summarize_metrics(metrics, material),
-        "train_rows": len(ready.members["train"]) * asked.views.count,
-        "views": asked.views.count,
-        "folds": asked.folds,
+        **run_folder.summarize_metrics(metrics, labelled),
+        "train_rows": len(training_data.members["train"]) * request.views.count,
+        "views": request.views.count,
+        "folds": request.folds,
         "parameters": fitted.head.parameters,
         "epochs": len(fitted.history) if fitted.x == "epoch" else None,
         "seconds_per_epoch": fitted.seconds_per_epoch,
         **fitted.facts,
         "features_computed": 0,
-        "space": material.space.name,
-        "backbone": networks.label(material.space.spec, material.space.provenance.get("network")),
-        "weights": material.space.provenance.get("weights"),
-        "precision": material.space.spec.precision,
+        "space": labelled.space.name,
+        "backbone": networks.label(labelled.space.spec, labelled.space.provenance.get("network")),
+        "weights": labelled.space.provenance.get("weights"),
+        "precision": labelled.space.spec.precision,
         "seconds": round(seconds, 3),
     }
     about = {
-        "features": material.space.spec.to_dict(),
-        "made_by": material.space.provenance,
-        "head": asked.head.to_dict(),
-        "asked": asked.to_dict(),
+        "features": labelled.space.spec.to_dict(),
+        "made_by": labelled.space.provenance,
+        "head": request.head.to_dict(),
+        "asked": request.to_dict(),
         "summary": summary,
     }
-    run_folder.write_results(directory, about, material, metrics, fitted.history, fitted.x, predictions)
+    run_folder.write_results(directory, about, labelled, metrics, fitted.history, fitted.x, predictions)
     fitted.head.save(directory)
-    _check_saved(directory, ready.rows["test"], outcome.test)
+    _check_saved(directory, training_data.rows["test"], outcome.test)
     return summary
 
 

@@ -39,7 +39,7 @@ class TrainingData(Generic[S]):
     `labels` count images; of "train" there are as many rows as images times `views`, the plain ones first.
     """
 
-    material: S
+    labelled: S
     members: Mapping[str, np.ndarray]
     labels: Mapping[str, np.ndarray]
     rows: Mapping[str, Rows]
@@ -60,21 +60,21 @@ class TrainingData(Generic[S]):
     @property
     def classes(self) -> int:
         """The number of classes."""
-        return len(self.material.dataset.classes)
+        return len(self.labelled.dataset.classes)
 
     @property
     def groups(self) -> np.ndarray:
         """Which training images must stay together: alike numbers, (n,) int64."""
-        return self.material.groups[self.members["train"]]
+        return self.labelled.groups[self.members["train"]]
 
     def predictions(self, side: str, members: np.ndarray, probabilities: np.ndarray) -> Predictions:
         """Return what was said of `members`, with their names and labels."""
-        return Predictions(side, self.material.names(members), self.material.labels(members), probabilities)
+        return Predictions(side, self.labelled.names(members), self.labelled.labels(members), probabilities)
 
 
 @contextmanager
 def open_training_data(
-    material: LabelledFeatures,
+    labelled: LabelledFeatures,
     specs: Sequence[HeadSpec],
     memory: int | None,
     *,
@@ -93,29 +93,29 @@ def open_training_data(
     DoNotFitError
         If a head takes more memory than is free.
     """
-    members, labels = split_members(material, folds=folds)
+    members, labels = split_members(labelled, folds=folds)
     (reads,) = {heads.READS[spec.head] for spec in specs}
     names = [name for name in members if name in sides]
-    with material.space.reading():
-        stored = _stored(material, members, names, reads)
-        about = stored[0].shape[1:], len(material.dataset.classes)
+    with labelled.space.reading():
+        stored = _stored(labelled, members, names, reads)
+        about = stored[0].shape[1:], len(labelled.dataset.classes)
         needed = memory_needed(specs, *about)
         if held:  # else workers train, which have memory of their own
             heads.require_memory(max(specs, key=lambda spec: heads.memory_needed(spec, *about)), *about)
         rows = load_or_stream_all(stored, memory=memory, needed=needed) if held else stored
-        yield TrainingData(material, members, labels, dict(zip(names, rows, strict=True)), material.views.count)
+        yield TrainingData(labelled, members, labels, dict(zip(names, rows, strict=True)), labelled.views.count)
 
 
 @contextmanager
 def open_tensor_data(
-    material: LabelledFeatures, memory: int | None, needed: int
+    labelled: LabelledFeatures, memory: int | None, needed: int
 ) -> Iterator[TrainingData[LabelledFeatures]]:
     """Do the same for a model that reads full tensors, and takes `needed` bytes beside them."""
-    members, labels = split_members(material)
-    with material.space.reading():
-        stored = _stored(material, members, SPLITS, "features")
+    members, labels = split_members(labelled)
+    with labelled.space.reading():
+        stored = _stored(labelled, members, SPLITS, "features")
         rows = load_or_stream_all(stored, memory=memory, needed=needed)
-        yield TrainingData(material, members, labels, dict(zip(SPLITS, rows, strict=True)), material.views.count)
+        yield TrainingData(labelled, members, labels, dict(zip(SPLITS, rows, strict=True)), labelled.views.count)
 
 
 @contextmanager
@@ -129,11 +129,11 @@ def open_image_data(
 
 
 def _stored(
-    material: LabelledFeatures, members: Mapping[str, np.ndarray], sides: Sequence[str], reads: str
+    labelled: LabelledFeatures, members: Mapping[str, np.ndarray], sides: Sequence[str], reads: str
 ) -> list[StoredRows]:
-    numbers = {"train": material.views.numbers}
+    numbers = {"train": labelled.views.numbers}
     wanted = [RowSelection(members[side], numbers.get(side, (0,))) for side in sides]
-    return stored_rows(material.space, material.keys, reads, wanted)
+    return stored_rows(labelled.space, labelled.keys, reads, wanted)
 
 
 def split_members(images: LabelledImages, *, folds: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -49,7 +49,7 @@ _FATAL = "reading or decoding it ended the worker, again and again"
 
 @contextmanager
 def open_dask_pool(
-    choice: ClusterChoice, setup: TaskSetup, dataset: Dataset, effort: ComputeStats
+    choice: ClusterChoice, setup: TaskSetup, dataset: Dataset, stats: ComputeStats
 ) -> Iterator[DaskPool]:
     """Give the fit workers of a cluster, at least one of them ready.
 
@@ -64,17 +64,17 @@ def open_dask_pool(
     versions = machine.versions(machine.FEATURE_PACKAGES)
     samples, topic = _samples(dataset), f"icebox-{uuid4().hex}"
     requirements = Requirements(setup, versions, samples, tuple(kinds.values()), choice.threads, topic)
-    with DaskPool(choice, requirements, effort) as crew:
-        yield crew
+    with DaskPool(choice, requirements, stats) as pool:
+        yield pool
 
 
 class DaskPool:
     """The workers of a scheduler, as a `WorkerPool`."""
 
-    def __init__(self, choice: ClusterChoice, requirements: Requirements, effort: ComputeStats) -> None:
+    def __init__(self, choice: ClusterChoice, requirements: Requirements, stats: ComputeStats) -> None:
         self._link = SchedulerClient(choice, requirements.topic)
         self._requirements = requirements
-        self._effort = effort
+        self._effort = stats
         self._workers: dict[str, Worker] = {}
         self._again: deque[ShardTask] = deque()  # taken back from somebody
         self._next: ShardTask | None = None  # to be handed out

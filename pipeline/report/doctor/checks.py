@@ -89,8 +89,8 @@ def check_dataset(
     index = workspace.cache.index
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, index, advance, read_unseen=False)
-    settled = resolve_choice(workspace, choice)
-    space = find_space(workspace, settled, identities, views)
+    resolved = resolve_choice(workspace, choice)
+    space = find_space(workspace, resolved, identities, views)
     planning = Planning(dataset, identities, index, max_pixels, views)
     depth = depth_of(space.spec.decode) if space else choice.depth or FULL_DEPTH
     looks = profile_images(planning, workspace.progress, depth)
@@ -99,7 +99,7 @@ def check_dataset(
     grouped = identities.keys.grouped()
     sizes = np.diff(np.append(np.flatnonzero(grouped.leads), len(grouped.images)))
     equal = grouped.members(np.flatnonzero(sizes > 1))
-    took = cost.measure(planning, plan, space, settled, workspace) if plan.missing else None
+    took = cost.measure(planning, plan, space, resolved, workspace) if plan.missing else None
     row_shape = took.row_shape if took else tuple(space.provenance.get("row_shape") or ()) if space else ()
     return DatasetCheck(
         dataset,
@@ -115,7 +115,7 @@ def check_dataset(
         files.free_bytes(workspace.root),
         machine.available_memory(),
         depth,
-        settled.source.input_size,
+        resolved.source.input_size,
         row_shape,
     )
 

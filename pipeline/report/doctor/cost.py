@@ -45,14 +45,14 @@ class Cost:
 
 
 def measure(
-    planning: Planning, plan: Plan, space: FeatureSpace | None, settled: ResolvedChoice, workspace: Workspace
+    planning: Planning, plan: Plan, space: FeatureSpace | None, resolved: ResolvedChoice, workspace: Workspace
 ) -> Cost | None:
     """Run the network on some of the images that lack rows, for some seconds; None if none of them can be decoded.
 
     Nothing is downloaded: without weights at hand, untrained ones stand in.
     """
-    weights = _at_hand(space, settled, workspace)
-    spec = replace(space.spec if space else settled.new_spec(weights), weights=weights.identity)
+    weights = _at_hand(space, resolved, workspace)
+    spec = replace(space.spec if space else resolved.new_spec(weights), weights=weights.identity)
     batch = batch_of(space) or default_batch()
     how = spec.input_size, spec.fit, planning.max_pixels
     with Loader(planning.dataset, *how, depth=depth_of(spec.decode)) as loader:
@@ -75,9 +75,9 @@ def measure(
     return Cost(plan.missing / rate, plan.missing * row, memory, rate, row, weights.label, model.row_shape)
 
 
-def _at_hand(space: FeatureSpace | None, settled: ResolvedChoice, workspace: Workspace) -> Weights:
+def _at_hand(space: FeatureSpace | None, resolved: ResolvedChoice, workspace: Workspace) -> Weights:
     """Return the weights that would be used, if they are on this machine, else untrained ones."""
-    source, stated = settled.source, settled.weights
+    source, stated = resolved.source, resolved.weights
     if source.name.startswith(OWN):
         return stated or (weights_of(space, workspace) if space else networks.resolve(source, "auto", workspace))
     found: Weights | None = None

@@ -34,21 +34,23 @@ class Candidate:
     """A dataset's rows in one of the spaces."""
 
     choice: FeatureChoice
-    material: LabelledFeatures
+    labelled: LabelledFeatures
     cost: ExtractionCost
 
 
-def compute_missing(dataset: Dataset, workspace: Workspace, asked: SweepRequest, cluster: ClusterChoice | None) -> int:
+def compute_missing(
+    dataset: Dataset, workspace: Workspace, request: SweepRequest, cluster: ClusterChoice | None
+) -> int:
     """Have the rows that are missing of each backbone computed, one after the other; return how many that were."""
-    options = ComputeOptions(max_pixels=asked.max_pixels, threads=machine.usable_cores())
+    options = ComputeOptions(max_pixels=request.max_pixels, threads=machine.usable_cores())
     return sum(
-        extract(dataset, workspace, choice, options, views=asked.views, cluster=cluster).computed
-        for choice in asked.features
+        extract(dataset, workspace, choice, options, views=request.views, cluster=cluster).computed
+        for choice in request.features
     )
 
 
 def find_candidates(
-    dataset: Dataset, workspace: Workspace, asked: SweepRequest, features_commands: Sequence[str]
+    dataset: Dataset, workspace: Workspace, request: SweepRequest, features_commands: Sequence[str]
 ) -> list[Candidate]:
     """Find the rows of `dataset` in the space that each of `asked.features` means. Computes none.
 
@@ -62,24 +64,24 @@ def find_candidates(
         If an image changed meanwhile.
     """
     found, lacking = list[LabelledFeatures](), list[str]()
-    for choice, command in zip(asked.features, features_commands, strict=True):
+    for choice, command in zip(request.features, features_commands, strict=True):
         try:
-            found.append(join_features(dataset, workspace, choice, asked.max_pixels, command, views=asked.views))
+            found.append(join_features(dataset, workspace, choice, request.max_pixels, command, views=request.views))
         except MissingRowsError:
-            if len(asked.features) == 1:
+            if len(request.features) == 1:
                 raise
             lacking.append(command)
     if lacking:
-        raise _missing(lacking, len(asked.features))
+        raise _missing(lacking, len(request.features))
     _require_different(found)
     materials = _with_same_images(found)
-    costs = _told_apart([_cost(workspace, material) for material in materials])
-    return [Candidate(*each) for each in zip(asked.features, materials, costs, strict=True)]
+    costs = _told_apart([_cost(workspace, labelled) for labelled in materials])
+    return [Candidate(*each) for each in zip(request.features, materials, costs, strict=True)]
 
 
 def digest(candidates: Sequence[Candidate]) -> str:
     """Return a hash of all that decides what is trained on."""
-    first, *others = (candidate.material.digest() for candidate in candidates)
+    first, *others = (candidate.labelled.digest() for candidate in candidates)
     return hashlib.sha256("".join([first, *others]).encode()).hexdigest() if others else first
 
 
@@ -94,7 +96,7 @@ def _missing(commands: Sequence[str], backbones: int) -> MissingRowsError:
 
 
 def _require_different(materials: Sequence[LabelledFeatures]) -> None:
-    names = [material.space.name for material in materials]
+    names = [labelled.space.name for labelled in materials]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"two of the backbones mean the same features, {twice}; leave one of them out")
 
@@ -104,27 +106,27 @@ def _with_same_images(materials: Sequence[LabelledFeatures]) -> list[LabelledFea
 
     An image may have a row in one, and be undecodable by now for another.
     """
-    common = functools.reduce(np.intersect1d, (material.usable for material in materials))
-    if left_out := len(functools.reduce(np.union1d, (material.usable for material in materials))) - len(common):
+    common = functools.reduce(np.intersect1d, (labelled.usable for labelled in materials))
+    if left_out := len(functools.reduce(np.union1d, (labelled.usable for labelled in materials))) - len(common):
         some = counted(left_out, "image is", "images are")
         logger.warning("%s left out: undecodable by now, with features of some of the backbones only", some)
-    bad: dict[str, Quarantined] = {each.path: each for material in materials for each in material.quarantined}
-    same = [_restricted(material, common, list(bad.values())) for material in materials]
-    if len({material.content for material in same}) > 1:
+    bad: dict[str, Quarantined] = {each.path: each for labelled in materials for each in labelled.quarantined}
+    same = [_restricted(labelled, common, list(bad.values())) for labelled in materials]
+    if len({labelled.content for labelled in same}) > 1:
         raise RunError("images changed while the sweep was looking at them; run the same command again")
-    return [replace(material, keys=same[0].keys) for material in same]  # one list of what may be millions
+    return [replace(labelled, keys=same[0].keys) for labelled in same]  # one list of what may be millions
 
 
-def _restricted(material: LabelledFeatures, usable: np.ndarray, quarantined: list[Quarantined]) -> LabelledFeatures:
-    if len(usable) == len(material.usable):
-        return replace(material, quarantined=quarantined) if len(quarantined) > len(material.quarantined) else material
-    at = np.flatnonzero(np.isin(material.usable, usable))
-    keys = [material.keys[i] for i in at.tolist()]
-    return replace(material, usable=usable, keys=keys, groups=material.groups[at], quarantined=quarantined)
+def _restricted(labelled: LabelledFeatures, usable: np.ndarray, quarantined: list[Quarantined]) -> LabelledFeatures:
+    if len(usable) == len(labelled.usable):
+        return replace(labelled, quarantined=quarantined) if len(quarantined) > len(labelled.quarantined) else labelled
+    at = np.flatnonzero(np.isin(labelled.usable, usable))
+    keys = [labelled.keys[i] for i in at.tolist()]
+    return replace(labelled, usable=usable, keys=keys, groups=labelled.groups[at], quarantined=quarantined)
 
 
-def _cost(workspace: Workspace, material: LabelledFeatures) -> ExtractionCost:
-    space = material.space
+def _cost(workspace: Workspace, labelled: LabelledFeatures) -> ExtractionCost:
+    space = labelled.space
     return ExtractionCost(
         networks.label(space.spec, space.provenance.get("network")),
         space.name,

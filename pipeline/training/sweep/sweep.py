@@ -69,7 +69,7 @@ class Sweep:
 def sweep(
     dataset: Dataset,
     workspace: Workspace,
-    asked: SweepRequest,
+    request: SweepRequest,
     features_commands: Sequence[str],
     *,
     resume: str | None = None,
@@ -90,36 +90,36 @@ def sweep(
     RunError
         If no setting could be trained, or what is to be resumed has changed.
     """
-    computed = compute_missing(dataset, workspace, asked, cluster) if compute else 0
-    candidates = find_candidates(dataset, workspace, asked, features_commands)
-    with _folder(workspace, asked, candidates, resume) as (name, folder):
-        settings = _settings(candidates, asked.specs, folder / "trials")
+    computed = compute_missing(dataset, workspace, request, cluster) if compute else 0
+    candidates = find_candidates(dataset, workspace, request, features_commands)
+    with _folder(workspace, request, candidates, resume) as (name, folder):
+        settings = _settings(candidates, request.specs, folder / "trials")
         reused = sum(setting.is_finished for setting in settings)
         if reused:
             logger.info("%d of %s not tried again, as before", reused, counted(len(settings), "setting"))
-        _try_all(settings, workspace, asked.memory, cluster)
+        _try_all(settings, workspace, request.memory, cluster)
         trials = {setting.name: setting.outcome() for setting in settings}
         rows = leaderboard(list(trials.values()))
         best = min(settings, key=lambda setting: trials[setting.name].order)
         if (error := trials[best.name].error) is not None:
             files.remove_folder(folder / "trials")  # going on with them would end as this does
             raise RunError(f"none of {counted(len(trials), 'setting')} could be trained, the first: {error}")
-        summary = _publish_best(workspace, asked, best, folder)
-        _write(folder, name, asked, candidates, best, rows, summary)
-    quarantined = candidates[0].material.quarantined
+        summary = _publish_best(workspace, request, best, folder)
+        _write(folder, name, request, candidates, best, rows, summary)
+    quarantined = candidates[0].labelled.quarantined
     return Sweep(name, workspace.sweeps / name, rows, summary, reused, computed, quarantined)
 
 
 @contextmanager
 def _folder(
-    workspace: Workspace, asked: SweepRequest, candidates: Sequence[Candidate], resume: str | None
+    workspace: Workspace, request: SweepRequest, candidates: Sequence[Candidate], resume: str | None
 ) -> Iterator[tuple[str, Path]]:
     command, content = workspace.command(COMMAND), digest(candidates)
     if resume is None:
-        title, spaces = candidates[0].material.dataset.name, [each.cost.space for each in candidates]
+        title, spaces = candidates[0].labelled.dataset.name, [each.cost.space for each in candidates]
         with store.new_run(workspace.sweeps, title, command) as (name, folder):
             (folder / "trials").mkdir()
-            store.write_request(folder, asked.to_dict(), content, spaces if len(spaces) > 1 else spaces[0])
+            store.write_request(folder, request.to_dict(), content, spaces if len(spaces) > 1 else spaces[0])
             yield name, folder
         return
     store.require_same(workspace.sweeps, resume, content)
@@ -155,7 +155,7 @@ def _settings(candidates: Sequence[Candidate], specs: Sequence[HeadSpec], trials
     """Return every setting on every backbone; of a single one, folders are named as by earlier versions."""
     found = []
     for candidate in candidates:
-        of_space = f"{candidate.material.space.spec.fingerprint()[:8]}-" if len(candidates) > 1 else ""
+        of_space = f"{candidate.labelled.space.spec.fingerprint()[:8]}-" if len(candidates) > 1 else ""
         found += [_Setting(candidate, spec, trials / f"{of_space}{spec.identity}") for spec in specs]
     return found
 
@@ -173,32 +173,32 @@ def _try_all(
         return
     steps = sum(heads.steps(setting.spec) for setting in left)
     with (
-        _crew(cluster, len(left)) as crew,
+        _crew(cluster, len(left)) as pool,
         workspace.progress(f"trying {counted(len(left), 'setting')}", steps, "steps") as advance,
     ):
         for group in _by_rows(left):
-            _try_group(group, memory, crew, podium, advance)
+            _try_group(group, memory, pool, podium, advance)
 
 
 def _try_group(
     group: Sequence[_Setting],
     memory: int | None,
-    crew: Callable[..., Iterator[str]] | None,
+    pool: Callable[..., Iterator[str]] | None,
     podium: _Podium,
     advance: Callable[[float], None],
 ) -> None:
     """Do so for settings that read the same rows: on return those are in memory no longer."""
-    material, specs = group[0].candidate.material, [setting.spec for setting in group]
-    with open_training_data(material, specs, memory, sides=("train", "val"), held=crew is None) as ready:
-        data = ready.data()
-        if crew is not None:
+    labelled, specs = group[0].candidate.labelled, [setting.spec for setting in group]
+    with open_training_data(labelled, specs, memory, sides=("train", "val"), held=pool is None) as training_data:
+        data = training_data.data()
+        if pool is not None:
             needed = memory_needed(specs, data.train.shape[1:], data.classes)
-            finished = _on_workers(crew, group, data, memory, needed)
+            finished = _on_workers(pool, group, data, memory, needed)
         else:
             finished = _here(group, data, advance)
         for setting in finished:
             _report(podium.enter(setting))
-            if crew is not None:
+            if pool is not None:
                 advance(heads.steps(setting.spec))
 
 
@@ -236,7 +236,7 @@ def _here(settings: Sequence[_Setting], data: heads.Data, advance: Callable[[flo
 
 
 def _on_workers(
-    crew: Callable[..., Iterator[str]],
+    pool: Callable[..., Iterator[str]],
     settings: Sequence[_Setting],
     data: heads.Data,
     memory: int | None,
@@ -244,7 +244,7 @@ def _on_workers(
 ) -> Iterator[_Setting]:
     named = {setting.name: setting for setting in settings}
     tasks = {name: (setting.spec, str(setting.folder.absolute())) for name, setting in named.items()}
-    for name in crew(run_trial, tasks, data, memory, needed):
+    for name in pool(run_trial, tasks, data, memory, needed):
         yield named[name]
 
 
@@ -273,22 +273,24 @@ class _Podium:
 # What comes of it
 
 
-def _publish_best(workspace: Workspace, asked: SweepRequest, best: _Setting, folder: Path) -> dict[str, Any]:
+def _publish_best(workspace: Workspace, request: SweepRequest, best: _Setting, folder: Path) -> dict[str, Any]:
     """Measure the best head on the test split, once, and publish it as a run; return its summary."""
     if (known := _winner(workspace, folder)) is not None:
         return store.read_run(known)["summary"]
     found, candidate, spec = read_json(best.folder / TRIAL), best.candidate, best.spec
-    title = f"{candidate.material.dataset.name}-{spec.head}"
+    title = f"{candidate.labelled.dataset.name}-{spec.head}"
     with (
-        open_training_data(candidate.material, [spec], asked.memory, sides=("val", "test")) as ready,
+        open_training_data(candidate.labelled, [spec], request.memory, sides=("val", "test")) as training_data,
         store.new_run(workspace.runs, title, workspace.command("train-head")) as (name, directory),
     ):
         files.write_json(folder / store.WINNER, {"run": name})  # first: published, the run is known to be the winner
         head = heads.load(best.folder)
         fitted = heads.Fitted(head, found["history"], found["x"], found["seconds_per_epoch"], found["facts"])
-        said = (predict_probabilities(head, ready.rows[side], side) for side in ("val", "test"))
-        outcome = FitResult(fitted, ready.members["val"], *said)
-        return write_run(directory, name, ready, asked.head(candidate.choice, spec), outcome, found["seconds"])
+        said = (predict_probabilities(head, training_data.rows[side], side) for side in ("val", "test"))
+        outcome = FitResult(fitted, training_data.members["val"], *said)
+        return write_run(
+            directory, name, training_data, request.head(candidate.choice, spec), outcome, found["seconds"]
+        )
 
 
 def _winner(workspace: Workspace, folder: Path) -> Path | None:
@@ -305,22 +307,22 @@ def _winner(workspace: Workspace, folder: Path) -> Path | None:
 def _write(
     folder: Path,
     name: str,
-    asked: SweepRequest,
+    request: SweepRequest,
     candidates: Sequence[Candidate],
     best: _Setting,
     rows: Sequence[dict[str, Any]],
     summary: Mapping[str, Any],
 ) -> None:
-    material = best.candidate.material
+    labelled = best.candidate.labelled
     about = {
         "format": FORMAT,
         "version": VERSION,
         "sweep": name,
         "created": store.now(),
-        "dataset": {"name": material.dataset.name, "split": material.split.origin},
-        "features": material.space.spec.to_dict(),
+        "dataset": {"name": labelled.dataset.name, "split": labelled.split.origin},
+        "features": labelled.space.spec.to_dict(),
         "backbones": [_about(candidate) for candidate in candidates],
-        "asked": asked.to_dict(),
+        "asked": request.to_dict(),
         "runs": rows,
         "best": summary,
     }
@@ -332,7 +334,7 @@ def _write(
 
 
 def _about(candidate: Candidate) -> dict[str, Any]:
-    space = candidate.material.space
+    space = candidate.labelled.space
     return {
         **asdict(candidate.cost),
         "weights": space.provenance.get("weights"),
