@@ -167,7 +167,7 @@ def test_what_is_no_limit(groups: Groups) -> None:
 def test_a_limit_of_address_space_counts() -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (6 * 10**9, 6 * 10**9))\n"
-        "from pipeline import machine\n"
+        "from pipeline.core import machine\n"
         "print(machine.total_memory(), machine.available_memory())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -216,7 +216,7 @@ def test_linear_algebra_computes_in_no_more_threads_than_it_was_told() -> None:
 CHILD = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from pipeline import machine
+from pipeline.core import machine
 from pipeline.backbone.frozen import streams
 from pipeline.backbone.keras_start import import_keras
 keras = import_keras()

@@ -299,7 +299,7 @@ def test_the_file_must_be_of_the_network_and_the_weights_meant(tmp_path: Path, g
 
 def test_a_file_is_read_without_tensorflow(good: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from pipeline.backbone import own; own.read(Path(sys.argv[1]));"
+        "import sys; from pathlib import Path; from pipeline.backbone import own; own.read_network(Path(sys.argv[1]));"
         "assert not {'tensorflow', 'keras'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script, str(good)], cwd=ROOT, env=environment(), check=True, timeout=300)

@@ -26,7 +26,7 @@ ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 WORK = """
 import time
-from pipeline import terminal
+from pipeline.commands import terminal
 terminal.begin(quiet={quiet})
 with terminal.progress("computing features", 300) as advance:
     for _ in range(30):

@@ -593,8 +593,8 @@ def python(script: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
 _IN_PROCESS = """
 import os, resource, sys
 from pathlib import Path
-from pipeline import images
-from pipeline.runs.request import Asked, DatasetChoice
+from pipeline.images import decoding
+from pipeline.runs.request import DatasetChoice, TrainRequest
 from pipeline.dataset import open_dataset
 from pipeline.extraction.feature_choice import FeatureChoice
 from pipeline.core.spec import HeadSpec
@@ -604,8 +604,8 @@ def run(photos, data, head, **settings):
     dataset = open_dataset(photos, downloads=Path(data))
     with open_workspace(Path(data)) as workspace:
         spec = HeadSpec.make(head, **settings)
-        asked = Asked(DatasetChoice(photos), FeatureChoice(), spec, images.DEFAULT_MAX_PIXELS)
-        return train_head(dataset, workspace, asked, "")
+        request = TrainRequest(DatasetChoice(photos), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS)
+        return train_head(dataset, workspace, request, "")
 """
 
 

@@ -41,7 +41,7 @@ def test_without_locks_hdf5_locks_nothing_whatever_its_own_setting_says(tmp_path
 
 
 _AGAIN = """
-from pipeline import heads
+from pipeline.training import heads
 head = heads.load(Path(sys.argv[1]))
 head.save(Path(sys.argv[1]))
 print(head.parameters)

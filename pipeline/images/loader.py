@@ -39,7 +39,7 @@ _WAITS = 12
 # linear algebra, which would start one for each core.
 _COMMAND = (sys.executable, "-P", "-c", "import os, sys; os.environ['OPENBLAS_NUM_THREADS'] = '1'; "
             "sys.path.insert(0, sys.argv.pop(1)); "
-            "from pipeline import environment; environment.isolate(); environment.allow_pixels(int(sys.argv[3])); "
+            "from pipeline.core import environment; environment.isolate(); environment.allow_pixels(int(sys.argv[3])); "
             "from pipeline.images.decode_process import main; main()", str(Path(__file__).parents[2]))  # fmt: skip
 # Who sends these ends a process for reasons of his own, as the kernel does when memory runs out.
 _STOPPED = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGXCPU}
