@@ -7,6 +7,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,7 +19,7 @@ from own_networks import tiny_options
 from pipeline import images
 from pipeline.cache.digests import digest
 from pipeline.dataset import of_files, open_dataset
-from pipeline.decoder import Loaded, Loader
+from pipeline.decoder import Loaded, Loader, _Decoder
 
 
 def load(paths: list[Path], **options: int) -> list[Loaded]:
@@ -89,6 +90,16 @@ def test_an_image_is_given_a_second_process_before_it_is_blamed(
 def test_an_image_that_never_ends_is_named_and_the_next_is_decoded(
     tmp_path: Path, dangerous: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Decoding has six seconds here, and a process as long as it takes to start."""
+    start = _Decoder._start
+
+    def start_and_wait(decoder: _Decoder) -> Any:
+        started = start(decoder)
+        stderr = Path(f"/proc/{started[0].pid}/fd/2")
+        wait_until(lambda: "memfd:warnings" in str(stderr.readlink()), 300)  # it listens, and decodes next
+        return started
+
+    monkeypatch.setattr(_Decoder, "_start", start_and_wait)
     monkeypatch.setattr("pipeline.decoder.SECONDS", 6.0)
     paths = [write_picture(tmp_path / f"{i}.png", i) for i in range(3)]
     mark(paths[1], b"HANG")
@@ -177,7 +188,7 @@ def test_a_killed_run_leaves_no_decoder_behind(tmp_path: Path, dangerous: Path) 
         decoders = _decoders_of(program)
     finally:
         program.kill()
-        code = program.wait()
+        code = program.wait(300)
     assert code == -signal.SIGKILL
     _, alive = psutil.wait_procs(decoders, timeout=300)
     assert alive == []
