@@ -31,8 +31,7 @@ class Held(_Hindered):
     def read(self, i: int) -> bytes:
         if self.names[i] in self.held:
             (self.folder / str(os.getpid())).touch()
-            while not (self.folder / "open").exists():
-                time.sleep(0.02)
+            _wait_for(self.folder / "open")
         return super().read(i)
 
 
@@ -59,9 +58,18 @@ class Blind(_Hindered):
         if os.environ.get("BLIND"):
             self.failed.touch()
             raise PermissionError(13, "Permission denied")
-        while os.getpid() != self.spared and not self.failed.exists():
-            time.sleep(0.02)
+        if os.getpid() != self.spared:
+            _wait_for(self.failed)
         return super().read(i)
+
+
+def _wait_for(path: Path) -> None:
+    """Wait until something is there. Raises OSError if it never is, as for a file that cannot be read."""
+    end = time.monotonic() + 600
+    while not path.exists():
+        if time.monotonic() > end:
+            raise OSError(f"{path} was waited for in vain")
+        time.sleep(0.02)
 
 
 def hindered(kind: type[_Hindered], dataset: Dataset, *settings: object) -> Dataset:

@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import ROOT, command_line, environment, icebox, write_picture
+from conftest import ROOT, command_line, environment, finished, icebox, write_picture
 from deployed import Deployed
 
 import cli
@@ -49,6 +50,7 @@ def on_terminal(columns: int, command: list[str], **env: str) -> str:
     fcntl.ioctl(handle, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     written = b""
     while True:
+        assert select.select([handle], [], [], 300)[0], written.decode()
         try:
             part = os.read(handle, 65536)
         except OSError:  # how Linux says that nobody has the terminal any more
@@ -108,7 +110,7 @@ def test_what_an_encoding_lacks_is_spelt(tmp_path: Path, encoding: str) -> None:
     def said(*words: str | Path) -> str:
         with tempfile.TemporaryFile() as written:
             line = command_line(tmp_path / "data", *words)[2:]
-            assert warm.Process(line, env=env, stdout=written, stderr=written).wait() == 0
+            assert warm.Process(line, env=env, stdout=written, stderr=written).wait(300) == 0
             written.seek(0)
             text = written.read().decode(encoding)
         assert "Traceback" not in text
@@ -133,10 +135,7 @@ def test_odd_bytes_of_names_are_spelt_too() -> None:
 def complete(line: str, shell: str = "bash") -> list[str]:
     words = line.split(" ")
     env = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_CLI.PY_COMPLETE": f"complete_{shell}"}
-    with tempfile.TemporaryFile() as out:
-        warm.Process([], env=environment(**env), stdout=out).wait()
-        out.seek(0)
-        return out.read().decode().split()
+    return finished([], env=environment(**env)).out.split()
 
 
 def test_a_shell_completes_commands_options_and_names(deployed: Deployed, tmp_path: Path) -> None:
