@@ -23,7 +23,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, command_line, environment, picture
+from conftest import ROOT, command_line, environment, picture, wait_until
 from own_networks import StandIn
 from served import Bucket, Page, Site, bucket_server, served
 from test_extract import counts
@@ -455,16 +455,18 @@ def test_what_lies_far_away_is_read_by_many_threads_and_few_decode(site: Site, t
 
 
 def test_read_ahead_stays_within_bounds(site: Site, tmp_path: Path) -> None:
+    begun = list[int]()
     for i in range(200):
         site.pages[f"/{i}.png"] = Page(png(1))
     dataset = manifest(tmp_path / "list.csv", [f"{site.address}/{i}.png" for i in range(200)])
     remote.limit_connections(4)
     with ThreadPoolExecutor(2) as pool, Loader(dataset, 32, "squash", 10**6) as loader:
-        stream = loader.stream(pool, range(200), lambda image: image, ahead=2)
-        next(iter(stream))
-        time.sleep(0.5)
-        assert site.count("GET") <= 1 + 2 + 2 * 4 + 4
-        stream.close()  # type: ignore[attr-defined]
+        stream = loader.stream(pool, (begun.append(i) or i for i in range(200)), lambda image: image, ahead=2)
+        next(stream)
+        assert len(begun) <= 1 + 2 + 2 * 4
+        wait_until(lambda: site.count("GET") >= len(begun), 300)
+        stream.close()
+        assert site.count("GET") == len(begun)
 
 
 def test_a_source_with_addresses_can_be_sent_to_another_process(site: Site, tmp_path: Path) -> None:
