@@ -18,8 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import cv2
 import numpy as np
 import pytest
@@ -439,6 +441,44 @@ def test_one_that_hangs_holds_up_no_other(site: Site, tmp_path: Path) -> None:
     assert found == [True]
     assert sorted(loaded) == list(range(40))
     assert all(i % 4 for i in loaded[: 30 - ahead])
+
+
+def patient_with(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
+    """Have nothing that this server sends count as lost, whatever SILENCE says: on a busy machine it is late."""
+    get = remote._get
+
+    def get_patiently(system: Any, url: str) -> Any:
+        if not url.startswith(site.address):
+            return get(system, url)
+        kwargs = {**system.kwargs, "timeout": aiohttp.ClientTimeout(total=600)}
+        return get(SimpleNamespace(set_session=system.set_session, encode_url=system.encode_url, kwargs=kwargs), url)
+
+    monkeypatch.setattr(remote, "_get", get_patiently)
+
+
+def test_those_that_hang_are_named_and_the_rows_of_all_others_kept(
+    site: Site, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served() as silent:
+        urls = [f"{(silent if i in (0, 7) else site).address}/{i}.png" for i in range(12)]
+        for i, url in enumerate(urls):
+            hangs = url.startswith(silent.address)
+            (silent if hangs else site).pages[f"/{i}.png"] = Page(png(i), delay=300 if hangs else 0)
+        dataset = manifest(tmp_path / "list.csv", urls)
+        with monkeypatch.context() as patch:
+            patch.setattr(remote, "SILENCE", 0.5)
+            patient_with(patch, site)
+            done = features(dataset, workspace)
+        assert counts(done) == (10, 0, 0, 2)
+        assert [bad.path for bad in done.quarantined] == [urls[0], urls[7]]
+        assert {bad.reason for bad in done.quarantined} == {"cannot be read: timed out after 0.5 s"}
+        assert set(site.gets().values()) == {1}
+        for page in silent.pages.values():
+            page.delay = 0
+        site.asked.clear()
+        monkeypatch.setattr(remote, "_only", remote._State(os.getpid()))  # whose connections are patient
+        assert counts(features(dataset, workspace)) == (2, 10, 0, 0)
+    assert site.count("GET") == 0
 
 
 def test_what_lies_far_away_is_read_by_many_threads_and_few_decode(site: Site, tmp_path: Path) -> None:
