@@ -248,14 +248,20 @@ def mark(path: Path, ending: bytes) -> Path:
     return path
 
 
+def own_share(things: Sequence[T]) -> Sequence[T]:
+    """Return those of the things that this test process has for itself, all of them if it is the only one."""
+    worker, workers = (os.environ.get(f"PYTEST_XDIST_WORKER{end}", "") for end in ("", "_COUNT"))
+    if not worker:
+        return things
+    return things[int(worker.removeprefix("gw")) % len(things) :: int(workers)]
+
+
 def pytest_configure() -> None:
     """Have children obey Ctrl-C, and give each test process its share of the cores for what it starts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it has in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    worker, workers = (os.environ.get(f"PYTEST_XDIST_WORKER{end}", "") for end in ("", "_COUNT"))
-    if worker and hasattr(os, "sched_setaffinity"):
-        cores, number, of = sorted(os.sched_getaffinity(0)), int(worker.removeprefix("gw")), int(workers)
-        os.sched_setaffinity(0, cores[number % len(cores) :: of])
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, own_share(sorted(os.sched_getaffinity(0))))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

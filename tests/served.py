@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from conftest import own_share
+
 LONG_AGO = "Thu, 01 Jan 2026 00:00:00 GMT"
 
 
@@ -214,11 +216,14 @@ def _bucket(process: subprocess.Popen[bytes], port: int, keys: dict[str, str]) -
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody gets who asks the system for any, so that a server can have them later, or again."""
-    found = list[socket.socket]()
+    """Return ports that nobody gets who asks the system for any, so that a server can have them later, or again.
+
+    Each test process draws from numbers of its own.
+    """
+    numbers, found = own_share(range(20_000, 30_000)), list[socket.socket]()
     with ExitStack() as stack:
         while len(found) < count:
             with suppress(OSError):
-                port = random.SystemRandom().randrange(20_000, 30_000)
+                port = random.SystemRandom().choice(numbers)
                 found.append(stack.enter_context(socket.create_server(("127.0.0.1", port))))
         return [each.getsockname()[1] for each in found]
