@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -649,23 +648,30 @@ def test_an_address_that_is_none_is_told(workspace: Workspace, photos: Path) -> 
         run(workspace, photos, cluster=ClusterChoice(scheduler="foo"))
 
 
-@pytest.mark.parametrize("seconds", [0, 3])
+@pytest.mark.parametrize("is_noticed", [False, True])
 def test_a_scheduler_lost_between_rows_of_two_kinds_is_told(
-    workspace: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int
+    workspace: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_noticed: bool
 ) -> None:
     fill(workspace, listed(photos))
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
         cluster.wait_for_workers(1)
         prepared, kinds = pipeline.sweep.prepared, list[Any]()
+        submitted, clients = pipeline.sweep.submitted, list[Client]()
+
+        def submitted_by(client: Client, *arguments: Any) -> Iterator[str]:
+            clients.append(client)
+            return submitted(client, *arguments)
 
         def prepared_without(*arguments: Any, **more: Any) -> Any:
             kinds.append(arguments)
             if len(kinds) == 2:
                 cluster.stop()
-                time.sleep(seconds)
+                if is_noticed:
+                    wait_until(lambda: clients[0].status != "running", 300)
             return prepared(*arguments, **more)
 
         monkeypatch.setattr(pipeline.sweep, "prepared", prepared_without)
+        monkeypatch.setattr(pipeline.sweep, "submitted", submitted_by)
         with pytest.raises(IceboxError, match=r"is gone; start it again$"):
             run(workspace, photos, BOTH_KINDS[::-1], cluster=ClusterChoice(scheduler=cluster.address))
 
