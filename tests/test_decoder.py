@@ -35,6 +35,12 @@ def test_pixels_and_key_are_those_of_the_file(tmp_path: Path) -> None:
     assert np.array_equal(loaded.pixels, images.decode(path.read_bytes()))
 
 
+def test_a_variable_of_the_programs_decides_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_WIDTH", "10")  # a program of one's own keeps it, its decoders do not
+    (loaded,) = load([path := write_picture(tmp_path / "a.png", 1)])
+    assert np.array_equal(loaded.pixels, images.decode(path.read_bytes()))  # type: ignore[arg-type]
+
+
 def test_images_that_are_pixels_need_no_process(tmp_path: Path) -> None:
     digits = open_dataset("digits", downloads=tmp_path)
     before = psutil.Process().children()
