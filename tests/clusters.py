@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import warm
-from conftest import environment
+from conftest import environment, wait_until
 from distributed import Client
 from served import free_ports
 
@@ -60,10 +59,13 @@ class Cluster:
 
     def worker_pids(self, count: int) -> list[int]:
         """Return the process numbers of all workers once there are `count`: a nanny takes a while to start one."""
+
+        def pids() -> list[int] | None:
+            found = list(dict[str, int](client.run(os.getpid)).values())  # type: ignore[arg-type]
+            return found if len(found) >= count else None
+
         with Client(self.address, set_as_default=False, timeout=300) as client:
-            while len(pids := list(dict[str, int](client.run(os.getpid)).values())) < count:  # type: ignore[arg-type]
-                time.sleep(0.05)
-            return pids
+            return wait_until(pids, 300)
 
     def stop(self) -> None:
         for process in self.processes:
@@ -82,17 +84,14 @@ def by_hand(scratch: Path, workers: int, protocol: str = "tcp", options: tuple[s
         cluster.start_scheduler()
         for _ in range(workers):
             cluster.start_worker()
-        _wait_for(cluster)
+        wait_until(lambda: _listens(cluster), 300)
         yield cluster
     finally:
         cluster.stop()
 
 
-def _wait_for(cluster: Cluster) -> None:
+def _listens(cluster: Cluster) -> bool:
     host, port = cluster.address.split("//")[1].rsplit(":", 1)
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        with suppress(OSError), socket.create_connection((host, int(port)), 1):
-            return
-        time.sleep(0.02)
-    raise TimeoutError("the scheduler did not start")
+    with suppress(OSError), socket.create_connection((host, int(port)), 1):
+        return True
+    return False

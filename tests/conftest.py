@@ -91,15 +91,17 @@ def icebox(data: Path, *arguments: str | Path, cwd: Path = ROOT, **env: str) -> 
 
 
 def finished(
-    arguments: list[str], cwd: Path = ROOT, program: str = "cli", env: dict[str, str] | None = None
+    arguments: list[str],
+    cwd: Path = ROOT,
+    program: str = "cli",
+    env: dict[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
 ) -> Finished:
-    """Run `cli.py`, or another program, in a warm process to its end; variables count that are read when needed."""
+    """Run `cli.py`, or another program, in a warm process to its end, with `env` instead of `environment()`."""
+    streams: dict[str, Any] = {"stdin": stdin, "program": program}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = warm.Process(arguments, cwd=cwd, env=env or environment(), stdout=out, stderr=err, program=program)
-        try:
+        with warm.Process(arguments, cwd=cwd, env=env or environment(), stdout=out, stderr=err, **streams) as process:
             code = process.wait(900)
-        finally:
-            process.kill()
         return Finished(code, *(_written(file) for file in (out, err)))
 
 
@@ -108,11 +110,12 @@ def _written(file: IO[bytes]) -> str:
     return io.TextIOWrapper(file, "utf-8", "surrogateescape").read()
 
 
-def wait_until(condition: Callable[[], T | None], seconds: float = 120) -> T:
-    """Return what `condition` does once that is true; the test fails if it never is."""
+def wait_until(condition: Callable[[], T | None], seconds: float = 120, process: warm.AnyProcess | None = None) -> T:
+    """Return what `condition` does once that is true; the test fails if it never is, or if `process` ends before."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"
+        assert process is None or process.poll() is None, f"ended with exit code {process.poll()}"
         time.sleep(0.02)
     return found
 

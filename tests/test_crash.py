@@ -17,7 +17,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -466,11 +466,12 @@ def test_the_lock_of_a_dead_holder_is_taken_over(undisturbed: Path, tmp_path: Pa
 def test_who_waits_is_told_for_whom(undisturbed: Path, tmp_path: Path) -> None:
     data = shutil.copytree(undisturbed, tmp_path / "data")
     said = tmp_path / "said"
-    with closing(Cache(data / "cache")) as cache:
+    with closing(Cache(data / "cache")) as cache, ExitStack() as lock:
         (space,) = cache.spaces()
-        with space.lock(lambda holder: None):
-            process = warm.Process(command_line(data, "cache", "gc")[2:], env=environment(), stderr=said.open("wb"))
-            wait_until(lambda: "\n" in said.read_text())
+        lock.enter_context(space.lock(lambda holder: None))
+        with warm.Process(command_line(data, "cache", "gc")[2:], env=environment(), stderr=said) as process:
+            wait_until(lambda: "\n" in said.read_text(), process=process)
             assert re.match(rf"notice: waiting: process {os.getpid()} on \S+ is using own_", said.read_text())
             assert process.poll() is None
-        assert process.wait(300) == 0
+            lock.close()
+            assert process.wait(300) == 0

@@ -178,13 +178,10 @@ def test_a_killed_run_leaves_no_decoder_behind(tmp_path: Path, dangerous: Path) 
         write_picture(folder / "class" / f"{i:03}.png", i)
     mark(folder / "class" / "399.png", b"HANG")  # the program cannot end before it is killed
     command = command_line(tmp_path / "data", "features", "--dataset", folder, *tiny_options())
-    program = warm.Process(command[2:], env=environment())
-    try:
+    with warm.Process(command[2:], env=environment()) as program:
         decoders = _decoders_of(program)
-    finally:
         program.kill()
-        code = program.wait()
-    assert code == -signal.SIGKILL
+    assert program.returncode == -signal.SIGKILL
     _, alive = psutil.wait_procs(decoders, timeout=300)
     assert alive == []
 
@@ -197,12 +194,11 @@ def _decoders_of(program: warm.Process) -> list[psutil.Process]:
     """Wait until the program has decoders, and return them."""
 
     def decoders() -> list[psutil.Process]:
-        assert program.poll() is None
         with suppress(psutil.Error):  # one that ended meanwhile
             return _decoding(psutil.Process(program.pid))
         return []
 
-    return wait_until(decoders)
+    return wait_until(decoders, process=program)
 
 
 def test_a_decoding_process_that_cannot_start_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

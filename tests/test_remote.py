@@ -23,7 +23,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from conftest import ROOT, command_line, environment, picture
+from conftest import ROOT, command_line, environment, picture, wait_until
 from own_networks import StandIn
 from served import Bucket, Page, Site, bucket_server, served
 from test_extract import counts
@@ -413,15 +413,14 @@ def test_a_server_that_is_gone_costs_no_row_and_no_memory_of_it(
 
 
 def once(condition: Callable[[], bool], event: threading.Event) -> list[bool]:
-    """Set the event once the condition holds, or after five minutes; what is returned gets to hold whether it did."""
+    """Set the event once the condition holds, or after five minutes; append True to the returned list if it held."""
     found = list[bool]()
 
     def wait() -> None:
-        end = time.monotonic() + 300
-        while not condition() and time.monotonic() < end:
-            time.sleep(0.01)
-        found.append(condition())
-        event.set()
+        try:
+            found.append(wait_until(condition, 300))
+        finally:
+            event.set()
 
     threading.Thread(target=wait, daemon=True).start()
     return found
