@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import io
 import json
@@ -303,6 +304,18 @@ def common(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """The folder of this run of the tests that all of its processes have in common."""
     base = tmp_path_factory.getbasetemp()
     return base if worker_id == "master" else base.parent
+
+
+def make_once(path: Path, make: Callable[[Path], object]) -> Path:
+    """Have the first test process that needs it make a file or folder at `path`; the others wait. Return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        if not (path.exists() and lock.read()):  # what a killed process began is there, but is not whole
+            make(path)
+            lock.write("made")
+    return path
 
 
 @pytest.fixture(scope="module")

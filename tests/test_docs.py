@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import fcntl
 import importlib.util
 import os
 import re
@@ -20,7 +19,7 @@ import keras
 import psutil
 import pytest
 import warm
-from conftest import ROOT, environment, icebox, small_model, write_picture
+from conftest import ROOT, environment, icebox, make_once, small_model, write_picture
 from served import free_ports
 
 from pipeline.formats import FORMATS
@@ -101,16 +100,9 @@ def make_project(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def original(common: Path) -> Path:
     """The project that is copied for each page, made once for all test processes."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "clone"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "icebox" / ".venv" / ".ready").exists():
-            make_project(folder / "icebox")
-    return folder / "icebox"
+    return make_once(common / "clone" / "icebox", make_project)
 
 
 @pytest.fixture
