@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 T = TypeVar("T")
+TIMEOUT_S = 300.0  # of one answer of a server or a browser, as the machine may be busy
 
 # What Hypothesis tries is the same every time, unless it is told to look further: --hypothesis-profile=explore
 _ALWAYS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
@@ -320,8 +321,8 @@ def make_once(path: Path, make: Callable[[Path], object]) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A browser for `looked.Looked`. Not for longer than a module: meanwhile asyncio takes the thread for busy."""
-    from looked import CHROMIUM, PATIENCE_MS
+    """A browser for `looked.Looked`, closed after each module: while it runs, this thread cannot run asyncio."""
+    from looked import CHROMIUM
 
     if not CHROMIUM.exists():
         pytest.skip("NOT TESTED: there is no Chromium here; install Debian's package chromium")
@@ -329,6 +330,6 @@ def browser() -> Iterator[Any]:
 
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags, timeout=PATIENCE_MS)
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags, timeout=1000 * TIMEOUT_S)
         yield browser
         browser.close()
