@@ -433,6 +433,7 @@ def test_workers_end_with_the_program_and_what_they_published_stays(
     with warm.Process(arguments, env=environment(no_proxy="127.0.0.1")) as program:
         wait_for_rows(tmp_path, program)
         started = psutil.Process(program.pid).children(recursive=True)
+        program.kill()
     gone, alive = psutil.wait_procs(started, timeout=300)
     assert len(gone) >= 2
     assert not alive
