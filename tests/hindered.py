@@ -1,4 +1,4 @@
-"""Files that cannot be read by any process at any time; workers import this module and nothing else of the tests."""
+"""Datasets whose files some processes cannot read, or not yet. Workers import only this module of the tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Hindered(FileSource):
 
 @dataclass(frozen=True)
 class Held(_Hindered):
-    """Files of which some cannot be read until `folder / "open"` is there; whoever waits for it leaves its number."""
+    """Files of which those in `held` are read once `folder / "open"` exists; processes that wait write their number."""
 
     folder: Path
     held: frozenset[str]
@@ -37,7 +37,7 @@ class Held(_Hindered):
 
 @dataclass(frozen=True)
 class Poison(_Hindered):
-    """Reading the file "poison.png" ends the process, unless it is the one that began the test."""
+    """Files of which "poison.png" kills any process that reads it, except the one numbered `spared`."""
 
     spared: int
 
@@ -49,7 +49,7 @@ class Poison(_Hindered):
 
 @dataclass(frozen=True)
 class Blind(_Hindered):
-    """Nothing can be read in a process that is told so, however well it is vetted; other workers wait for that."""
+    """Files that no process with the variable BLIND can read; others, except `spared`, wait until one has failed."""
 
     failed: Path
     spared: int
@@ -73,7 +73,7 @@ def _wait_for(path: Path) -> None:
 
 
 def hindered(kind: type[_Hindered], dataset: Dataset, *settings: object) -> Dataset:
-    """Return a dataset of files with another kind of source."""
+    """Return the dataset with a source of this kind, which gets the settings, in place of its own."""
     source = dataset.source
     assert isinstance(source, FileSource)
     return replace(dataset, source=kind(source.root, source.names, *settings))

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,7 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from conftest import own_share
+from conftest import own_share, wait_until
+from warm import ColdProcess
 
 LONG_AGO = "Thu, 01 Jan 2026 00:00:00 GMT"
 
@@ -158,21 +158,19 @@ def bucket_server(folder: Path) -> Iterator[Bucket]:
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     for last in (False, False, False, True):  # it cannot be given open sockets, and a free port may be taken meanwhile
         ports: dict[str, int] = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
-        process = _start_weed(folder, ports)
         try:
-            bucket = _bucket(process, ports["s3"], keys)
-            if bucket is not None:
-                yield bucket
-                return
-            assert not last, (folder / "log").read_text()
+            with _start_weed(folder, ports) as process:
+                bucket = _bucket(process, ports["s3"], keys)
+                if bucket is not None:
+                    yield bucket
+                    return
+                assert not last, (folder / "log").read_text()
         finally:
-            process.kill()  # asked politely it waits for itself
-            process.wait()
             for name, port in ports.items():  # which it leaves behind
                 Path(f"/tmp/seaweedfs-{name.replace('.', '-')}-{port}.sock").unlink(missing_ok=True)
 
 
-def _start_weed(folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
+def _start_weed(folder: Path, ports: dict[str, int]) -> ColdProcess:
     options = [
         f"-{name.replace('.grpc', '.port.grpc') if '.' in name else name + '.port'}={ports[name]}" for name in ports
     ]
@@ -182,10 +180,10 @@ def _start_weed(folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
         *("-volume.max=8", "-master.volumeSizeLimitMB=64"),
     ]
     with (folder / "log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        return ColdProcess(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
 
 
-def _bucket(process: subprocess.Popen[bytes], port: int, keys: dict[str, str]) -> Bucket | None:
+def _bucket(process: ColdProcess, port: int, keys: dict[str, str]) -> Bucket | None:
     """Return a new bucket of a server that has just been started, or None if it has ended or is never ready."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.session import Session
@@ -204,14 +202,18 @@ def _bucket(process: subprocess.Popen[bytes], port: int, keys: dict[str, str]) -
         aws_secret_access_key=keys["secretKey"],
         region_name="us-east-1",
     )
-    bucket, deadline = Bucket("pictures", environment, client), time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
+    bucket = Bucket("pictures", environment, client)
+
+    def ready() -> bool:
+        with suppress(BotoCoreError, ClientError):
             client.create_bucket(Bucket=bucket.name)
             bucket.put("ready", b"")
-            return bucket
-        except (BotoCoreError, ClientError):
-            time.sleep(0.2)
+            return True
+        return False
+
+    with suppress(AssertionError):
+        wait_until(ready, 300, process)
+        return bucket
     return None
 
 

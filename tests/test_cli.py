@@ -475,24 +475,17 @@ def test_one_broken_run_or_space_does_not_hide_the_others(tmp_path: Path) -> Non
 
 def test_a_batch_systems_stop_is_as_clean_as_ctrl_c(data: Path, tmp_path: Path) -> None:
     command = ("train-head", "--head", "gap", "--limit", "300", "--epochs", "100000", *tiny_options(), "--json")
-    with (tmp_path / "out").open("w+") as out, (tmp_path / "err").open("w+") as err:
-        process = warm.Process(command_line(data, *command)[2:], env=environment(), stdout=out, stderr=err)
-
-        def kept() -> list[Path]:
-            assert process.poll() is None, Path(err.name).read_text()
-            return list((data / "runs").glob(".partial-*/checkpoint.npz"))
-
-        try:
-            (checkpoint,) = wait_until(kept, 300)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(300) == 1
-        finally:
-            process.kill()
-    said, told = (Path(file.name).read_text() for file in (out, err))
+    out, err = tmp_path / "out", tmp_path / "err"
+    with warm.Process(command_line(data, *command)[2:], env=environment(), stdout=out, stderr=err) as process:
+        kept = wait_until(lambda: list((data / "runs").glob(".partial-*/checkpoint.npz")), 300, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(300) == 1
+    said, told = out.read_text(), err.read_text()
+    (partial,) = (each.parent for each in kept)
     assert "Traceback" not in told, told
-    line = f"python cli.py --data-dir {data} train-head --resume {checkpoint.parent.name.removeprefix('.partial-')}"
+    line = f"python cli.py --data-dir {data} train-head --resume {partial.name.removeprefix('.partial-')}"
     assert json.loads(said) == {"error": f"stopped; what was trained so far is kept; go on by: {line}"}, told
-    assert checkpoint.exists()
+    assert (partial / "checkpoint.npz").exists()
 
 
 def test_without_a_terminal_progress_is_a_line_every_ten_seconds(

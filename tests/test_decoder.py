@@ -36,6 +36,12 @@ def test_pixels_and_key_are_those_of_the_file(tmp_path: Path) -> None:
     assert np.array_equal(loaded.pixels, images.decode(path.read_bytes()))
 
 
+def test_a_variable_of_the_programs_decides_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_WIDTH", "10")  # a program of one's own keeps it, its decoders do not
+    (loaded,) = load([path := write_picture(tmp_path / "a.png", 1)])
+    assert np.array_equal(loaded.pixels, images.decode(path.read_bytes()))  # type: ignore[arg-type]
+
+
 def test_images_that_are_pixels_need_no_process(tmp_path: Path) -> None:
     digits = open_dataset("digits", downloads=tmp_path)
     before = psutil.Process().children()
@@ -183,13 +189,10 @@ def test_a_killed_run_leaves_no_decoder_behind(tmp_path: Path, dangerous: Path) 
         write_picture(folder / "class" / f"{i:03}.png", i)
     mark(folder / "class" / "399.png", b"HANG")  # the program cannot end before it is killed
     command = command_line(tmp_path / "data", "features", "--dataset", folder, *tiny_options())
-    program = warm.Process(command[2:], env=environment())
-    try:
+    with warm.Process(command[2:], env=environment()) as program:
         decoders = _decoders_of(program)
-    finally:
         program.kill()
-        code = program.wait(300)
-    assert code == -signal.SIGKILL
+    assert program.returncode == -signal.SIGKILL
     _, alive = psutil.wait_procs(decoders, timeout=300)
     assert alive == []
 
@@ -202,12 +205,11 @@ def _decoders_of(program: warm.Process) -> list[psutil.Process]:
     """Wait until the program has decoders, and return them."""
 
     def decoders() -> list[psutil.Process]:
-        assert program.poll() is None
         with suppress(psutil.Error):  # one that ended meanwhile
             return _decoding(psutil.Process(program.pid))
         return []
 
-    return wait_until(decoders)
+    return wait_until(decoders, process=program)
 
 
 def test_a_decoding_process_that_cannot_start_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

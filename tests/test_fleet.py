@@ -272,7 +272,7 @@ def while_held(folder: Path, act: Callable[[], Any], waiting: int | None = None)
     def wait() -> None:
         try:
             assert seen.wait(300)
-            wait_until(lambda: list(folder.glob("*" if waiting is None else str(waiting))), 300)
+            wait_until(lambda: list(folder.iterdir()) if waiting is None else (folder / str(waiting)).exists(), 300)
             act()
         finally:
             (folder / "open").touch()
@@ -422,12 +422,8 @@ def endless(images: Path, tmp_path: Path) -> Iterator[Path]:
         yield tmp_path / "list.csv"
 
 
-def wait_for_rows(data: Path, program: warm.Process | subprocess.Popen[str]) -> None:
-    def rows() -> list[Path]:
-        assert program.poll() is None
-        return list(data.glob("cache/*/shards/[0-9a-f]*.h5"))
-
-    wait_until(rows, 300)
+def wait_for_rows(data: Path, program: warm.AnyProcess) -> None:
+    wait_until(lambda: list(data.glob("cache/*/shards/[0-9a-f]*.h5")), 300, program)
 
 
 def features_by_workers(data: Path, endless: Path, images: Path, workers: int) -> list[str]:
@@ -440,13 +436,10 @@ def test_workers_end_with_the_program_and_what_they_published_stays(
     images: Path, endless: Path, tmp_path: Path
 ) -> None:
     arguments = features_by_workers(tmp_path, endless, images, 2)[2:]
-    program = warm.Process(arguments, env=environment(no_proxy="127.0.0.1"))
-    try:
+    with warm.Process(arguments, env=environment(no_proxy="127.0.0.1")) as program:
         wait_for_rows(tmp_path, program)
         started = psutil.Process(program.pid).children(recursive=True)
-    finally:
         program.kill()
-    program.wait(300)
     gone, alive = psutil.wait_procs(started, timeout=300)
     assert len(gone) >= 2
     assert not alive
@@ -460,7 +453,7 @@ def test_ctrl_c_in_the_terminal_reaches_all_and_one_line_comes_of_it(
     images: Path, endless: Path, tmp_path: Path
 ) -> None:
     command, env = features_by_workers(tmp_path, endless, images, 1), environment(no_proxy="127.0.0.1")
-    with subprocess.Popen(
+    with warm.ColdProcess(
         command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as program:
         try:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -415,15 +414,14 @@ def test_a_server_that_is_gone_costs_no_row_and_no_memory_of_it(
 
 
 def once(condition: Callable[[], bool], event: threading.Event) -> list[bool]:
-    """Set the event once the condition holds, or after five minutes; what is returned gets to hold whether it did."""
+    """Set the event once the condition holds, or after five minutes; append True to the returned list if it held."""
     found = list[bool]()
 
     def wait() -> None:
-        end = time.monotonic() + 300
-        while not condition() and time.monotonic() < end:
-            time.sleep(0.01)
-        found.append(condition())
-        event.set()
+        try:
+            found.append(wait_until(condition, 300))
+        finally:
+            event.set()
 
     threading.Thread(target=wait, daemon=True).start()
     return found

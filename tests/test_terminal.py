@@ -10,12 +10,10 @@ import select
 import struct
 import subprocess
 import sys
-import tempfile
 import termios
 from pathlib import Path
 
 import pytest
-import warm
 from conftest import ROOT, command_line, environment, finished, icebox, write_picture
 from deployed import Deployed
 
@@ -108,11 +106,9 @@ def test_what_an_encoding_lacks_is_spelt(tmp_path: Path, encoding: str) -> None:
     env = environment(PYTHONIOENCODING=encoding)
 
     def said(*words: str | Path) -> str:
-        with tempfile.TemporaryFile() as written:
-            line = command_line(tmp_path / "data", *words)[2:]
-            assert warm.Process(line, env=env, stdout=written, stderr=written).wait(300) == 0
-            written.seek(0)
-            text = written.read().decode(encoding)
+        done = finished(command_line(tmp_path / "data", *words)[2:], env=env)
+        assert done.code == 0, done.err
+        text = (done.out + done.err).encode("utf-8", "surrogateescape").decode(encoding)
         assert "Traceback" not in text
         return text
 
