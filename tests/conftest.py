@@ -173,10 +173,16 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
         yield Workspace(tmp_path / "data", cache)
 
 
+def render_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Have no plot rendered, here and in warm processes, which takes longer than fitting a regression."""
+    patch.setattr("pipeline.pictures._rendered", warm.render_nothing)
+    patch.setattr(warm, "drawing", False)
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have no plot rendered, which takes longer than fitting a regression: for tests that look at none."""
-    monkeypatch.setattr("pipeline.pictures._rendered", lambda figure, as_png: b"\x89PNG" if as_png else b"<svg/>")
+    """Have no plot rendered, here and in warm processes: for tests that look at none."""
+    render_nothing(monkeypatch)
 
 
 def small_model(size: int) -> Any:
@@ -284,7 +290,9 @@ def deployed(common: Path) -> Deployed:
     """Trained runs of every kind, shared by all test processes; nobody may change them."""
     from deployed import deploy  # not above: it imports this module
 
-    return deploy(common / "deployed")
+    with pytest.MonkeyPatch.context() as patch:
+        render_nothing(patch)
+        return deploy(common / "deployed")
 
 
 @pytest.fixture(scope="session")
@@ -292,7 +300,9 @@ def deployed_inception(common: Path) -> Deployed:
     """A trained run on InceptionV3, shared like `deployed`, for tests of the network that is taken unless named."""
     from deployed import deploy_inception  # not above: it imports this module
 
-    return deploy_inception(common / "inception")
+    with pytest.MonkeyPatch.context() as patch:
+        render_nothing(patch)
+        return deploy_inception(common / "inception")
 
 
 @pytest.fixture(scope="session")

@@ -27,13 +27,12 @@ import made
 import pytest
 import warm
 from cached import fill, listed, write_images
-from conftest import build_backbones_once, command_line, environment, icebox, wait_until
+from conftest import build_backbones_once, command_line, environment, icebox, render_nothing, wait_until
 from faults import WRITES, Watcher, disk_full, io_error, signalled, watched
 from own_networks import tiny_options
 
 import cli
 import pipeline.shard_task
-from pipeline import pictures
 from pipeline.cache import storage
 from pipeline.cache.space import Cache
 from pipeline.runs import published_names, read_run, unfinished
@@ -249,7 +248,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     with closing(Cache(folder / "data" / "cache")) as cache:
         fill(Workspace(folder / "data", cache), listed(folder / "photos"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "_rendered", lambda *_: b"a picture")  # drawing would be most of the time
+        render_nothing(patch)  # drawing would be most of the time
         yield Scenario("sweep", folder / "data", *SWEEP, "--dataset", str(folder / "photos"))
 
 

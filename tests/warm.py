@@ -3,7 +3,7 @@
 A warm process is forked from a server, one for each process of pytest, in which what commands import is there and
 nothing has been computed. It has its own standard streams, environment and folder; it ends by itself and can be killed.
 What is read as a program starts it does not show, as the variables that libraries look at: for that, tests start
-`cli.py` itself. Only the encoding of the streams is as PYTHONIOENCODING says.
+`cli.py` itself. Only the encoding of the streams is as PYTHONIOENCODING says. Plots it renders where `drawing` is True.
 
 As a program it is the server: python tests/warm.py SOCKET
 """
@@ -35,6 +35,7 @@ _IMPORTED = (
 _LENGTH = 8  # bytes of the number before each message
 _ENVIRONMENT = dict(os.environ)  # before any test has changed it
 _STARTING = threading.Lock()
+drawing = True  # whether the processes that are started render plots; see `conftest.undrawn`
 _servers: dict[str, subprocess.Popen[bytes]] = {}  # address → process; one, once it is needed
 
 
@@ -59,7 +60,7 @@ class Process:
         self.returncode: int | None = None
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(listening or server())
-        message = json.dumps([program, arguments, str(cwd), env, start_new_session]).encode()
+        message = json.dumps([program, arguments, str(cwd), env, start_new_session, drawing]).encode()
         with Path(os.devnull).open("r+b") as nowhere:
             streams = [nowhere if each == subprocess.DEVNULL else each for each in (stdin, stdout, stderr)]
             numbers = [each if isinstance(each, int) else each.fileno() for each in streams]
@@ -111,6 +112,11 @@ def server() -> str:
             assert started.stdout.readline() == b"ready\n"
             _servers[path] = started
     return next(iter(_servers))
+
+
+def render_nothing(figure: Any, as_png: bool) -> bytes:
+    """Return the least that passes for a plot."""
+    return b"\x89PNG" if as_png else b"<svg/>"
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:
@@ -170,8 +176,10 @@ def _run(
     folder: str,
     environment: dict[str, str],
     in_new_session: bool,
+    draws: bool,
 ) -> NoReturn:
     import cli
+    from pipeline import pictures
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if in_new_session:
@@ -182,6 +190,8 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if not draws:
+        pictures._rendered = render_nothing
     sys.argv = [str(ROOT / "cli.py") if program == "cli" else program, *arguments]
     if "PYTHONIOENCODING" in environment:
         for stream in (sys.stdout, sys.stderr):
