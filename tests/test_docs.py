@@ -47,16 +47,18 @@ def commands(code: str) -> list[str]:
 
 
 # The program `python` of the pages: `cli.py` runs in a warm process, with the options of small.toml unless the page has
-# them; everything else runs by Python itself.
+# them; everything else runs by Python itself. Plots are not rendered: no page fails by one that cannot be.
 CLIENT = """#!{python} -IS
 import os, sys
 from pathlib import Path
 if sys.argv[1:2] != ["cli.py"]:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 sys.path.insert(0, {tests!r})
-from warm import Process
+import warm
+warm.drawing = False
 arguments = ["--data-dir", {project!r} + "/data", "--config", {project!r} + "/small.toml", *sys.argv[2:]]
-process = Process(arguments, cwd=Path.cwd(), env=dict(os.environ), stdin=0, stdout=1, stderr=2, listening={listening!r})
+streams = dict(stdin=0, stdout=1, stderr=2)
+process = warm.Process(arguments, cwd=Path.cwd(), env=dict(os.environ), listening={listening!r}, **streams)
 sys.exit(process.wait())
 """
 REAL = """#!/bin/sh
