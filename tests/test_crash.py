@@ -210,14 +210,16 @@ def test_every_call_may_fail(
 def telling(calls: list[tuple[str, Path]], config: pytest.Config, *, firsts: bool = True) -> list[int]:
     """Return the numbers of the first and the last call of each kind, each name given or taken; by `--all` of all.
 
-    The calls on shards are of kinds of their own. Without `firsts`, the first call of each kind is left out.
+    The calls on shards are of kinds of their own; all files of an unpublished run count as having one name. Without
+    `firsts`, the first call of each kind is left out.
     """
     if config.getoption("all"):
         return list(range(1, len(calls) + 1))
     first, last = dict[str, int](), dict[tuple[str, str], int]()
     for number, (kind, path) in enumerate(calls, 1):
         first.setdefault(kind, number)
-        named = kind in ("rename", "remove") and re.sub("[0-9a-f]{8,}|[0-9]+", "", path.name)
+        name = "of a run" if path.match("runs/.partial-*/*") else re.sub("[0-9a-f]{8,}|[0-9]+", "", path.name)
+        named = kind in ("rename", "remove") and name
         last[kind, named or ".h5" * (path.suffix == ".h5")] = number
     return sorted({*(first.values() if firsts else ()), *last.values()})
 
