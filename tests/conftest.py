@@ -178,10 +178,16 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
         yield Workspace(tmp_path / "data", cache)
 
 
+def render_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Have no plot rendered, here and in warm processes, which takes longer than fitting a regression."""
+    patch.setattr("pipeline.pictures._rendered", warm.render_nothing)
+    patch.setattr(warm, "plots", False)
+
+
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have no plot rendered, which takes longer than fitting a regression: for tests that look at none."""
-    monkeypatch.setattr("pipeline.pictures._rendered", lambda figure, as_png: b"\x89PNG" if as_png else b"<svg/>")
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no plot rendered, here and in warm processes: for tests that look at none."""
+    render_nothing(monkeypatch)
 
 
 def small_model(size: int) -> Any:
@@ -283,19 +289,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
-def drawn(cases: Sequence[T], most: int, config: pytest.Config) -> list[T]:
-    """Return `most` of the cases at even distances, the first and the last among them; by `--all` each."""
-    if config.getoption("all") or len(cases) <= most:
-        return list(cases)
-    return [cases[round(i * (len(cases) - 1) / (most - 1))] for i in range(most)]
-
-
 @pytest.fixture(scope="session")
 def deployed(common: Path) -> Deployed:
     """Trained runs of every kind, shared by all test processes; nobody may change them."""
     from deployed import deploy  # not above: it imports this module
 
-    return deploy(common / "deployed")
+    with pytest.MonkeyPatch.context() as patch:
+        render_nothing(patch)
+        return deploy(common / "deployed")
 
 
 @pytest.fixture(scope="session")
@@ -303,7 +304,9 @@ def deployed_inception(common: Path) -> Deployed:
     """A trained run on InceptionV3, shared like `deployed`, for tests of the network that is taken unless named."""
     from deployed import deploy_inception  # not above: it imports this module
 
-    return deploy_inception(common / "inception")
+    with pytest.MonkeyPatch.context() as patch:
+        render_nothing(patch)
+        return deploy_inception(common / "inception")
 
 
 @pytest.fixture(scope="session")

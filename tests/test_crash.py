@@ -27,13 +27,12 @@ import made
 import pytest
 import warm
 from cached import fill, listed, write_images
-from conftest import build_backbones_once, command_line, environment, icebox, wait_until
+from conftest import build_backbones_once, command_line, environment, icebox, render_nothing, wait_until
 from faults import WRITES, Watcher, disk_full, io_error, signalled, watched
 from own_networks import tiny_options
 
 import cli
 import pipeline.shard_task
-from pipeline import pictures
 from pipeline.cache import storage
 from pipeline.cache.space import Cache
 from pipeline.runs import published_names, read_run, unfinished
@@ -211,15 +210,16 @@ def test_every_call_may_fail(
 def representative(calls: list[tuple[str, Path]], config: pytest.Config, *, firsts: bool = True) -> list[int]:
     """Return the numbers of the first and the last call of each kind; with `--all`, the numbers of all calls.
 
-    Calls on shards are a kind of their own, and so are renames and removals by the file's name without its digits.
-    Without `firsts`, the first call of each kind is left out.
+    The calls on shards are of kinds of their own; all files of an unpublished run count as having one name. Without
+    `firsts`, the first call of each kind is left out.
     """
     if config.getoption("all"):
         return list(range(1, len(calls) + 1))
     first, last = dict[str, int](), dict[tuple[str, str], int]()
     for number, (kind, path) in enumerate(calls, 1):
         first.setdefault(kind, number)
-        named = kind in ("rename", "remove") and re.sub("[0-9a-f]{8,}|[0-9]+", "", path.name)
+        name = "of a run" if path.match("runs/.partial-*/*") else re.sub("[0-9a-f]{8,}|[0-9]+", "", path.name)
+        named = kind in ("rename", "remove") and name
         last[kind, named or ".h5" * (path.suffix == ".h5")] = number
     return sorted({*(first.values() if firsts else ()), *last.values()})
 
@@ -250,7 +250,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     with closing(Cache(folder / "data" / "cache")) as cache:
         fill(Workspace(folder / "data", cache), listed(folder / "photos"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "_rendered", lambda *_: b"a picture")  # drawing would be most of the time
+        render_nothing(patch)  # drawing would be most of the time
         yield Scenario("sweep", folder / "data", *SWEEP, "--dataset", str(folder / "photos"))
 
 

@@ -47,16 +47,19 @@ def commands(code: str) -> list[str]:
 
 # The program `python` of the pages: `cli.py` runs in a warm process, with the data directory of the project and the
 # options of small.toml, unless the page names a file of options; everything else runs by Python itself.
+# Plots are not rendered: no page fails because of one that cannot be.
 CLIENT = """#!{python} -IS
 import os, sys
 from pathlib import Path
 if sys.argv[1:2] != ["cli.py"]:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 sys.path.insert(0, {tests!r})
-from warm import Process
+import warm
+warm.plots = False
 own = ["--data-dir", {project!r} + "/data", "--config", {project!r} + "/small.toml"]
 arguments = [*([] if "--config" in sys.argv else own), *sys.argv[2:]]
-process = Process(arguments, cwd=Path.cwd(), env=dict(os.environ), stdin=0, stdout=1, stderr=2, listening={listening!r})
+streams = dict(stdin=0, stdout=1, stderr=2)
+process = warm.Process(arguments, cwd=Path.cwd(), env=dict(os.environ), listening={listening!r}, **streams)
 sys.exit(process.wait())
 """
 REAL = """#!/bin/sh

@@ -45,7 +45,7 @@ from pipeline.train import train_head
 from pipeline.trained import open_run
 from pipeline.workspace import Workspace
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 TINY = own_choice(tiny())
 INCEPTION = FeatureChoice(weights="untrained", precision="float32", storage="float32")
@@ -162,12 +162,22 @@ def test_both_ways_train_alike(from_images: FullRun, from_cache: FullRun) -> Non
     check_alike(from_images, from_cache)
 
 
+def test_inception_trains_what_comes_after_the_layer(inception_from_cache: FullRun) -> None:
+    check_inception(inception_from_cache)
+
+
+@pytest.mark.long  # what is built of InceptionV3 is the same both ways: see `test_it_is_evaluated_from_images`
 def test_inception_trains_alike_both_ways(inception: Place, inception_from_cache: FullRun) -> None:
     from_images = inception.train(settings=TWO_BY_TWO)
     check_alike(from_images, inception_from_cache)
-    for said in (from_images.summary, inception_from_cache.summary):
-        assert (said["trains"][0], said["trains"][-2:]) == ("conv2d_89", ["hidden", "probabilities"])
-        assert (said["frozen_until"], said["weights"]) == ("mixed9", "untrained")
+    check_inception(from_images)
+
+
+def check_inception(run: FullRun) -> None:
+    said = run.summary
+    assert (said["trains"][0], said["trains"][-2:]) == ("conv2d_89", ["hidden", "probabilities"])
+    assert (said["frozen_until"], said["weights"]) == ("mixed9", "untrained")
+    assert said["first_loss"] != pytest.approx(said["last_loss"], rel=1e-3)
 
 
 def test_both_ways_leave_the_same_files_and_the_same_model(from_images: FullRun, from_cache: FullRun) -> None:
@@ -567,7 +577,18 @@ DEFAULTS = {
 }
 
 
-@pytest.mark.parametrize("kind", DEFAULTS)
+LONG = ("plain", "bare", "nested")  # training them is left out, but for --all; `test_network.py` trains their like
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_where_an_own_network_is_cut_unless_told(place: Place, tmp_path: Path, kind: str) -> None:
+    path = write_network(tmp_path / "own.keras", kind)
+    origin = origin_of(place.asked(features=own_choice(path), freeze_until=None), place.dataset, place.workspace)
+    names = layer_names(import_keras().models.load_model(path, compile=False))
+    assert names[origin.until] == DEFAULTS[kind]
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind in LONG)) for kind in DEFAULTS])
 def test_an_own_network_trains_alike_both_ways(place: Place, tmp_path: Path, kind: str) -> None:
     path = write_network(tmp_path / f"{kind}.keras", kind)
     asked: dict[str, Any] = {"features": own_choice(path), "freeze_until": None, "settings": {"learning_rate": 0.01}}

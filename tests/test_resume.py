@@ -26,6 +26,8 @@ from pipeline.spec import HeadSpec
 from pipeline.train import HeadRun, train_head
 from pipeline.workspace import Workspace
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 SPECS = {
     "gap": HeadSpec.make("gap", epochs=6, learning_rate=0.02, batch_size=16, dropout=0.3, schedule="cosine"),
     "flatten": HeadSpec.make("flatten", epochs=4, learning_rate=0.01, batch_size=16, hidden=32, optimizer="rmsprop"),

@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -50,8 +50,8 @@ class Service:
 
 
 @contextmanager
-def started(place: Deployed, *arguments: str, **env: str) -> Iterator[Service]:
-    """Serve runs until an interrupt while an upload is still coming, which must end the server in an orderly way.
+def started(place: Deployed, *arguments: str, uploading: bool = False, **env: str) -> Iterator[Service]:
+    """Serve runs until an interrupt, which must end the server in an orderly way, even during an upload.
 
     Given variables of the environment, `cli.py` is started from nothing.
     """
@@ -65,21 +65,22 @@ def started(place: Deployed, *arguments: str, **env: str) -> Iterator[Service]:
             assert ready, written(err)
             service = Service(process, json.loads(ready), err)
             yield service
-            interrupt(service)
-            assert process.wait(TIMEOUT_S) == 0, written(err)
+            with half_an_upload(service) if uploading else nullcontext():
+                process.send_signal(signal.SIGINT)
+                code = process.wait(TIMEOUT_S)
+            assert code == 0, written(err)
         assert written(err).splitlines()[-1] == "stopped"
         assert "Traceback" not in written(err)
 
 
-def interrupt(service: Service) -> None:
-    """Send the server an interrupt while an upload is still coming."""
+@contextmanager
+def half_an_upload(service: Service) -> Iterator[None]:
     host, _, port = service.url.removeprefix("http://").rpartition(":")
     with socket.create_connection((host, int(port))) as half:
         head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n"
         half.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n--x".encode())
         httpx.get(f"{service.url}/about", **ASK)  # which is answered after the beginning of that was read
-        service.process.send_signal(signal.SIGINT)
-        service.process.wait(TIMEOUT_S)
+        yield
 
 
 def written(err: IO[str]) -> str:
@@ -94,13 +95,13 @@ ALLOWED = ("--allow-host", "Pictures.Example.org", "--allow-host", "b\u00fccher.
 @pytest.fixture(scope="module")
 def service(deployed: Deployed) -> Iterator[Service]:
     names = [deployed.name("logreg"), "--also", deployed.name("finetune")]
-    with started(deployed, *names, *LIMITS, *ALLOWED) as found:
+    with started(deployed, *names, *LIMITS, *ALLOWED, uploading=True) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def inception_service(deployed_inception: Deployed) -> Iterator[Service]:
-    with started(deployed_inception, deployed_inception.name("gap"), *LIMITS) as found:
+    with started(deployed_inception, deployed_inception.name("gap"), *LIMITS, uploading=False) as found:
         yield found
 
 

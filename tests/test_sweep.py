@@ -47,7 +47,7 @@ from pipeline.train import train_head
 from pipeline.trial import run_trial
 from pipeline.workspace import Workspace
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 GRID = (
     *(HeadSpec.make("gap", epochs=4, batch_size=16, learning_rate=rate) for rate in (1e-4, 0.02)),

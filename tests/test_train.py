@@ -35,7 +35,7 @@ from pipeline.spec import FeatureSpec, HeadSpec
 from pipeline.train import HeadRun, train_head
 from pipeline.workspace import Workspace
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "icebox features --dataset photos"

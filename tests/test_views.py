@@ -36,7 +36,7 @@ from pipeline.spec import Augmentation, HeadSpec, Views
 from pipeline.train import train_head
 from pipeline.workspace import Workspace, open_workspace
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 STILL = Augmentation(0, 0, 0, 0, 0, horizontal_flip=False)
 PIXELS = picture(3, 31, 41)

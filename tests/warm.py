@@ -3,7 +3,8 @@
 Each process of pytest has one server, which has imported what commands import and has computed nothing. A warm process
 is a fork of it, with streams, environment and folder of its own; it ends by itself and can be killed. Variables that
 Python or a library reads when it starts have no effect there, but for the streams' encoding (PYTHONIOENCODING): to test
-those, start `cli.py` itself. All warm processes of a server share the seed of Python's hashes.
+those, start `cli.py` itself. Plots are rendered where `plots` is True. All warm processes of a server share the seed
+of Python's hashes.
 
 As a program, this module is the server: python tests/warm.py SOCKET
 """
@@ -36,6 +37,7 @@ _IMPORTED = (
 _LENGTH = 8  # bytes of the number that precedes each message
 _ENVIRONMENT = dict(os.environ)  # copied before any test has changed it
 _STARTING = threading.Lock()
+plots = True  # whether processes that are started render plots; see `conftest.no_plots`
 _servers: dict[str, subprocess.Popen[bytes]] = {}  # address → process; empty until the server is needed
 
 
@@ -63,7 +65,7 @@ class Process:
         self.returncode: int | None = None
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(listening or server())
-        message = json.dumps([program, arguments, str(cwd), env, start_new_session]).encode()
+        message = json.dumps([program, arguments, str(cwd), env, start_new_session, plots]).encode()
         with ExitStack() as opened:
             numbers = list[int]()
             for stream, mode in ((stdin, "rb"), (stdout, "wb"), (stderr, "wb")):
@@ -132,6 +134,11 @@ def server() -> str:
     return next(iter(_servers))
 
 
+def render_nothing(figure: Any, as_png: bool) -> bytes:
+    """Return the least that passes for a plot."""
+    return b"\x89PNG" if as_png else b"<svg/>"
+
+
 def _exactly(connection: socket.socket, count: int) -> bytes:
     got = b""
     while len(got) < count:
@@ -189,8 +196,10 @@ def _run(
     folder: str,
     environment: dict[str, str],
     in_new_session: bool,
+    draws: bool,
 ) -> NoReturn:
     import cli
+    from pipeline import pictures
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if in_new_session:
@@ -201,6 +210,8 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if not draws:
+        pictures._rendered = render_nothing
     sys.argv = [str(ROOT / "cli.py") if program == "cli" else program, *arguments]
     if "PYTHONIOENCODING" in environment:
         for stream in (sys.stdout, sys.stderr):
