@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import warm
-from conftest import environment
+from conftest import environment, wait_until
 from distributed import Client
 from served import free_ports
 
@@ -56,43 +55,56 @@ class Cluster:
 
     def wait_for_workers(self, count: int) -> None:
         with Client(self.address, set_as_default=False, timeout=300) as client:
-            client.wait_for_workers(count)
+            client.wait_for_workers(count, timeout=300)
 
-    def worker_pids(self, count: int) -> list[int]:
-        """Return the process numbers of all workers once there are `count`: a nanny takes a while to start one."""
+    def worker_pids(self, count: int) -> dict[str, int]:
+        """Return address → process number of all workers once there are `count`: a nanny takes a while to start one."""
         with Client(self.address, set_as_default=False, timeout=300) as client:
-            while len(pids := list(dict[str, int](client.run(os.getpid)).values())) < count:  # type: ignore[arg-type]
-                time.sleep(0.05)
-            return pids
+
+            def pids() -> dict[str, int] | None:
+                found = dict[str, int](client.run(os.getpid))  # type: ignore[arg-type]
+                return found if len(found) >= count else None
+
+            return wait_until(pids, 300)
+
+    def has_started(self) -> bool:
+        """Wait until the scheduler listens; return whether it does, False if its port was taken."""
+        scheduler, port = self.processes[0], int(self.address.rsplit(":", 1)[1])
+        wait_until(lambda: scheduler.poll() is not None or port in _listening(scheduler.pid), 300)
+        if scheduler.poll() is None:
+            return True
+        log = (self.scratch / "scheduler-0.log").read_text()
+        assert "Address already in use" in log, log
+        return False
 
     def stop(self) -> None:
         for process in self.processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.wait(300)
+
+
+def _listening(pid: int) -> set[int]:
+    """Return the ports that a process listens at."""
+    with suppress(psutil.Error):  # it has just ended
+        connections = psutil.Process(pid).net_connections("tcp")
+        return {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
+    return set()
 
 
 @contextmanager
 def by_hand(scratch: Path, workers: int, protocol: str = "tcp", options: tuple[str, ...] = ()) -> Iterator[Cluster]:
     """A scheduler and its workers, which start while the test goes on."""
     scratch.mkdir(parents=True, exist_ok=True)
-    (port,) = free_ports(1)
-    cluster = Cluster(f"{protocol}://127.0.0.1:{port}", scratch, options=options)
-    try:
-        cluster.start_scheduler()
-        for _ in range(workers):
-            cluster.start_worker()
-        _wait_for(cluster)
-        yield cluster
-    finally:
-        cluster.stop()
-
-
-def _wait_for(cluster: Cluster) -> None:
-    host, port = cluster.address.split("//")[1].rsplit(":", 1)
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        with suppress(OSError), socket.create_connection((host, int(port)), 1):
-            return
-        time.sleep(0.02)
-    raise TimeoutError("the scheduler did not start")
+    for port in free_ports(4):  # which somebody else may take meanwhile
+        cluster = Cluster(f"{protocol}://127.0.0.1:{port}", scratch, options=options)
+        try:
+            cluster.start_scheduler()
+            for _ in range(workers):
+                cluster.start_worker()
+            if cluster.has_started():
+                yield cluster
+                return
+        finally:
+            cluster.stop()
+    raise AssertionError("each of four ports was taken")

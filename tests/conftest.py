@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import io
 import json
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 T = TypeVar("T")
+TIMEOUT_S = 300.0  # of one answer of a server or a browser, as the machine may be busy
 
 # What Hypothesis tries is the same every time, unless it is told to look further: --hypothesis-profile=explore
 _ALWAYS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
@@ -91,15 +93,17 @@ def icebox(data: Path, *arguments: str | Path, cwd: Path = ROOT, **env: str) -> 
 
 
 def finished(
-    arguments: list[str], cwd: Path = ROOT, program: str = "cli", env: dict[str, str] | None = None
+    arguments: list[str],
+    cwd: Path = ROOT,
+    program: str = "cli",
+    env: dict[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
 ) -> Finished:
-    """Run `cli.py`, or another program, in a warm process to its end; variables count that are read when needed."""
+    """Run `cli.py`, or another program, in a warm process to its end, with `env` instead of `environment()`."""
+    streams: dict[str, Any] = {"stdin": stdin, "program": program}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = warm.Process(arguments, cwd=cwd, env=env or environment(), stdout=out, stderr=err, program=program)
-        try:
+        with warm.Process(arguments, cwd=cwd, env=env or environment(), stdout=out, stderr=err, **streams) as process:
             code = process.wait(900)
-        finally:
-            process.kill()
         return Finished(code, *(_written(file) for file in (out, err)))
 
 
@@ -108,11 +112,12 @@ def _written(file: IO[bytes]) -> str:
     return io.TextIOWrapper(file, "utf-8", "surrogateescape").read()
 
 
-def wait_until(condition: Callable[[], T | None], seconds: float = 120) -> T:
-    """Return what `condition` does once that is true; the test fails if it never is."""
+def wait_until(condition: Callable[[], T | None], seconds: float = 120, process: warm.AnyProcess | None = None) -> T:
+    """Return what `condition` does once that is true; the test fails if it never is, or if `process` ends before."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"
+        assert process is None or process.poll() is None, f"ended with exit code {process.poll()}"
         time.sleep(0.02)
     return found
 
@@ -173,10 +178,16 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Works
         yield Workspace(tmp_path / "data", cache)
 
 
+def render_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Have no plot rendered, here and in warm processes, which takes longer than fitting a regression."""
+    patch.setattr("pipeline.runs.plots._rendered", warm.render_nothing)
+    patch.setattr(warm, "plots", False)
+
+
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have no plot rendered, which takes longer than fitting a regression: for tests that look at none."""
-    monkeypatch.setattr("pipeline.runs.plots._rendered", lambda figure, as_png: b"\x89PNG" if as_png else b"<svg/>")
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no plot rendered, here and in warm processes: for tests that look at none."""
+    render_nothing(monkeypatch)
 
 
 def small_model(size: int) -> Any:
@@ -248,14 +259,20 @@ def mark(path: Path, ending: bytes) -> Path:
     return path
 
 
+def own_share(things: Sequence[T]) -> Sequence[T]:
+    """Return those of the things that this test process has for itself, all of them if it is the only one."""
+    worker, workers = (os.environ.get(f"PYTEST_XDIST_WORKER{end}", "") for end in ("", "_COUNT"))
+    if not worker:
+        return things
+    return things[int(worker.removeprefix("gw")) % len(things) :: int(workers)]
+
+
 def pytest_configure() -> None:
     """Have children obey Ctrl-C, and give each test process its share of the cores for what it starts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it has in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    worker, workers = (os.environ.get(f"PYTEST_XDIST_WORKER{end}", "") for end in ("", "_COUNT"))
-    if worker and hasattr(os, "sched_setaffinity"):
-        cores, number, of = sorted(os.sched_getaffinity(0)), int(worker.removeprefix("gw")), int(workers)
-        os.sched_setaffinity(0, cores[number % len(cores) :: of])
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, own_share(sorted(os.sched_getaffinity(0))))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -272,19 +289,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("long")]
 
 
-def drawn(cases: Sequence[T], most: int, config: pytest.Config) -> list[T]:
-    """Return `most` of the cases at even distances, the first and the last among them; by `--all` each."""
-    if config.getoption("all") or len(cases) <= most:
-        return list(cases)
-    return [cases[round(i * (len(cases) - 1) / (most - 1))] for i in range(most)]
-
-
 @pytest.fixture(scope="session")
 def deployed(common: Path) -> Deployed:
     """Trained runs of every kind, shared by all test processes; nobody may change them."""
     from deployed import deploy  # not above: it imports this module
 
-    return deploy(common / "deployed")
+    with pytest.MonkeyPatch.context() as patch:
+        render_nothing(patch)
+        return deploy(common / "deployed")
 
 
 @pytest.fixture(scope="session")
@@ -292,7 +304,9 @@ def deployed_inception(common: Path) -> Deployed:
     """A trained run on InceptionV3, shared like `deployed`, for tests of the network that is taken unless named."""
     from deployed import deploy_inception  # not above: it imports this module
 
-    return deploy_inception(common / "inception")
+    with pytest.MonkeyPatch.context() as patch:
+        render_nothing(patch)
+        return deploy_inception(common / "inception")
 
 
 @pytest.fixture(scope="session")
@@ -302,10 +316,22 @@ def common(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     return base if worker_id == "master" else base.parent
 
 
+def make_once(path: Path, make: Callable[[Path], object]) -> Path:
+    """Have the first test process that needs it make a file or folder at `path`; the others wait. Return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        if not (path.exists() and lock.read()):  # what a killed process began is there, but is not whole
+            make(path)
+            lock.write("made")
+    return path
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A browser for `looked.Looked`. Not for longer than a module: meanwhile asyncio takes the thread for busy."""
-    from looked import CHROMIUM, PATIENCE_MS
+    """A browser for `looked.Looked`, closed after each module: while it runs, this thread cannot run asyncio."""
+    from looked import CHROMIUM
 
     if not CHROMIUM.exists():
         pytest.skip("NOT TESTED: there is no Chromium here; install Debian's package chromium")
@@ -313,6 +339,6 @@ def browser() -> Iterator[Any]:
 
     with sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags, timeout=PATIENCE_MS)
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags, timeout=1000 * TIMEOUT_S)
         yield browser
         browser.close()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from conftest import write_picture
-from own_networks import tiny, tiny_choice
+from conftest import make_once
+from own_networks import tiny, tiny_choice, write_sides
 
 from pipeline.cache.digests import remembered_digest
 from pipeline.cache.space import Cache
@@ -76,12 +75,13 @@ class Deployed:
 
 def deploy(root: Path) -> Deployed:
     """Make runs of every kind on the tiny network below `root`, unless another process has."""
-    return _made_once(root, KINDS, lambda: replace(tiny_choice(), storage="float32"))
+    return _deployed(make_once(root, lambda root: _make(root, KINDS, replace(tiny_choice(), storage="float32"))))
 
 
 def deploy_inception(root: Path) -> Deployed:
     """Make a `gap` run on untrained InceptionV3 below `root`, unless another process has."""
-    return _made_once(root, ("gap",), lambda: FeatureChoice(weights="untrained", precision="float32"))
+    features = FeatureChoice(weights="untrained", precision="float32")
+    return _deployed(make_once(root, lambda root: _make(root, ("gap",), features)))
 
 
 def know_tiny(cache: Cache) -> None:
@@ -89,20 +89,13 @@ def know_tiny(cache: Cache) -> None:
     remembered_digest(tiny(), cache.index)
 
 
-def _made_once(root: Path, kinds: tuple[str, ...], features: Callable[[], FeatureChoice]) -> Deployed:
-    root.mkdir(exist_ok=True)
-    found = Deployed(root / "data", root / "photos")
-    with (root / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (found.data / "names.json").exists():
-            _make(found, kinds, features())
-    return found
+def _deployed(root: Path) -> Deployed:
+    return Deployed(root / "data", root / "photos")
 
 
-def _make(place: Deployed, kinds: tuple[str, ...], features: FeatureChoice) -> None:
-    for number, (side, count) in enumerate((("train", 20), ("val", 6), ("test", 6))):
-        for i in range(count):
-            write_picture(place.photos / side / ("cats" if i % 2 else "dogs") / f"{i}.png", seed=100 * number + i)
+def _make(root: Path, kinds: tuple[str, ...], features: FeatureChoice) -> None:
+    place = _deployed(root)
+    write_sides(place.photos, (20, 6, 6))
     chosen, names = DatasetChoice(str(place.photos)), dict[str, str]()
     with place.workspace() as workspace:
         extract(place.dataset, workspace, features, ComputeOptions())

@@ -1,4 +1,4 @@
-"""Files that cannot be read by any process at any time; workers import this module and nothing else of the tests."""
+"""Datasets whose files some processes cannot read, or not yet. Workers import only this module of the tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Hindered(FileSource):
 
 @dataclass(frozen=True)
 class Held(_Hindered):
-    """Files of which some cannot be read until `folder / "open"` is there; whoever waits for it leaves its number."""
+    """Files of which those in `held` are read once `folder / "open"` exists; processes that wait write their number."""
 
     folder: Path
     held: frozenset[str]
@@ -31,14 +31,13 @@ class Held(_Hindered):
     def read(self, i: int) -> bytes:
         if self.names[i] in self.held:
             (self.folder / str(os.getpid())).touch()
-            while not (self.folder / "open").exists():
-                time.sleep(0.02)
+            _wait_for(self.folder / "open")
         return super().read(i)
 
 
 @dataclass(frozen=True)
 class Poison(_Hindered):
-    """Reading the file "poison.png" ends the process, unless it is the one that began the test."""
+    """Files of which "poison.png" kills any process that reads it, except the one numbered `spared`."""
 
     spared: int
 
@@ -50,7 +49,7 @@ class Poison(_Hindered):
 
 @dataclass(frozen=True)
 class Blind(_Hindered):
-    """Nothing can be read in a process that is told so, however well it is vetted; other workers wait for that."""
+    """Files that no process with the variable BLIND can read; others, except `spared`, wait until one has failed."""
 
     failed: Path
     spared: int
@@ -59,13 +58,22 @@ class Blind(_Hindered):
         if os.environ.get("BLIND"):
             self.failed.touch()
             raise PermissionError(13, "Permission denied")
-        while os.getpid() != self.spared and not self.failed.exists():
-            time.sleep(0.02)
+        if os.getpid() != self.spared:
+            _wait_for(self.failed)
         return super().read(i)
 
 
+def _wait_for(path: Path) -> None:
+    """Wait until something is there. Raises OSError if it never is, as for a file that cannot be read."""
+    end = time.monotonic() + 600
+    while not path.exists():
+        if time.monotonic() > end:
+            raise OSError(f"{path} was waited for in vain")
+        time.sleep(0.02)
+
+
 def hindered(kind: type[_Hindered], dataset: Dataset, *settings: object) -> Dataset:
-    """Return a dataset of files with another kind of source."""
+    """Return the dataset with a source of this kind, which gets the settings, in place of its own."""
     source = dataset.source
     assert isinstance(source, FileSource)
     return replace(dataset, source=kind(source.root, source.names, *settings))

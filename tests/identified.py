@@ -1,4 +1,4 @@
-"""As a program: identify the files of a folder and tell which of them Python opened meanwhile."""
+"""Identify the files of a folder; as a program, also print which of them Python opened while it did so."""
 
 from __future__ import annotations
 

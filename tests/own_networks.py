@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -13,7 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from conftest import ROOT, SPEC, write_picture
+from conftest import ROOT, SPEC, make_once, write_picture
 
 from pipeline.backbone import own
 from pipeline.backbone.frozen import FrozenBackbone
@@ -43,16 +42,9 @@ def tiny() -> Path:
 
     It is kept beside what pytest keeps, so that it is built once, not once for each process and each run.
     """
-    folder = ROOT / ".pytest_cache" / "networks"
-    folder.mkdir(parents=True, exist_ok=True)
     made_by = Path(__file__).read_bytes() + importlib.metadata.version("keras").encode()
-    path = folder / hashlib.sha256(made_by).hexdigest()[:16] / "tiny.keras"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            write_network(path.with_name("made.keras"), "tiny").replace(path)
-    return path
+    folder = ROOT / ".pytest_cache" / "networks" / hashlib.sha256(made_by).hexdigest()[:16]
+    return make_once(folder / "tiny.keras", lambda path: write_network(path, "tiny"))
 
 
 def tiny_options() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`cli.py` as a program that prints the most memory that it, or a process it started, had at once, in KiB."""
+"""Run `cli.py`, then print the peak memory (KiB) of its process or, if larger, of the largest one it started."""
 
 import resource
 import sys

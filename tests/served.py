@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +17,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from conftest import own_share, wait_until
+from warm import ColdProcess
 
 LONG_AGO = "Thu, 01 Jan 2026 00:00:00 GMT"
 
@@ -44,7 +46,7 @@ class Site:
 
     address: str = ""
     pages: dict[str, Page] = field(default_factory=dict)
-    request: Counter[tuple[str, str]] = field(default_factory=Counter)
+    requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     headers: dict[str, str] = field(default_factory=dict)  # of the last request
     at_once: int = 0
     most_at_once: int = 0
@@ -52,10 +54,10 @@ class Site:
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def count(self, method: str) -> int:
-        return sum(n for (each, _), n in self.request.items() if each == method)
+        return sum(n for (each, _), n in self.requests.items() if each == method)
 
     def gets(self) -> dict[str, int]:
-        return {path: n for (method, path), n in self.request.items() if method == "GET"}
+        return {path: n for (method, path), n in self.requests.items() if method == "GET"}
 
 
 @contextmanager
@@ -76,7 +78,7 @@ def served() -> Iterator[Site]:
 
         def answer(self, body: bool) -> None:
             with site.lock:
-                site.request[self.command, self.path] += 1
+                site.requests[self.command, self.path] += 1
                 site.headers = dict(self.headers)
                 site.at_once += 1
                 site.most_at_once = max(site.most_at_once, site.at_once)
@@ -156,21 +158,19 @@ def bucket_server(folder: Path) -> Iterator[Bucket]:
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     for last in (False, False, False, True):  # it cannot be given open sockets, and a free port may be taken meanwhile
         ports: dict[str, int] = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
-        process = _start_weed(folder, ports)
         try:
-            bucket = _bucket(process, ports["s3"], keys)
-            if bucket is not None:
-                yield bucket
-                return
-            assert not last, (folder / "log").read_text()
+            with _start_weed(folder, ports) as process:
+                bucket = _bucket(process, ports["s3"], keys)
+                if bucket is not None:
+                    yield bucket
+                    return
+                assert not last, (folder / "log").read_text()
         finally:
-            process.kill()  # asked politely it waits for itself
-            process.wait()
             for name, port in ports.items():  # which it leaves behind
                 Path(f"/tmp/seaweedfs-{name.replace('.', '-')}-{port}.sock").unlink(missing_ok=True)
 
 
-def _start_weed(folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
+def _start_weed(folder: Path, ports: dict[str, int]) -> ColdProcess:
     options = [
         f"-{name.replace('.grpc', '.port.grpc') if '.' in name else name + '.port'}={ports[name]}" for name in ports
     ]
@@ -180,10 +180,10 @@ def _start_weed(folder: Path, ports: dict[str, int]) -> subprocess.Popen[bytes]:
         *("-volume.max=8", "-master.volumeSizeLimitMB=64"),
     ]
     with (folder / "log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        return ColdProcess(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
 
 
-def _bucket(process: subprocess.Popen[bytes], port: int, keys: dict[str, str]) -> Bucket | None:
+def _bucket(process: ColdProcess, port: int, keys: dict[str, str]) -> Bucket | None:
     """Return a new bucket of a server that has just been started, or None if it has ended or is never ready."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.session import Session
@@ -202,23 +202,30 @@ def _bucket(process: subprocess.Popen[bytes], port: int, keys: dict[str, str]) -
         aws_secret_access_key=keys["secretKey"],
         region_name="us-east-1",
     )
-    bucket, deadline = Bucket("pictures", environment, client), time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
+    bucket = Bucket("pictures", environment, client)
+
+    def ready() -> bool:
+        with suppress(BotoCoreError, ClientError):
             client.create_bucket(Bucket=bucket.name)
             bucket.put("ready", b"")
-            return bucket
-        except (BotoCoreError, ClientError):
-            time.sleep(0.2)
+            return True
+        return False
+
+    with suppress(AssertionError):
+        wait_until(ready, 300, process)
+        return bucket
     return None
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody gets who asks the system for any, so that a server can have them later, or again."""
-    found = list[socket.socket]()
+    """Return ports that nobody gets who asks the system for any, so that a server can have them later, or again.
+
+    Each test process draws from numbers of its own.
+    """
+    numbers, found = own_share(range(20_000, 30_000)), list[socket.socket]()
     with ExitStack() as stack:
         while len(found) < count:
             with suppress(OSError):
-                port = random.SystemRandom().randrange(20_000, 30_000)
+                port = random.SystemRandom().choice(numbers)
                 found.append(stack.enter_context(socket.create_server(("127.0.0.1", port))))
         return [each.getsockname()[1] for each in found]

@@ -44,7 +44,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def rows(workspace: Workspace, photos: Path, undrawn: None) -> None:
+def rows(workspace: Workspace, photos: Path, no_plots: None) -> None:
     fill(workspace, listed(photos))
 
 

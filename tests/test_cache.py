@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ import h5py
 import hdf5plugin
 import numpy as np
 import pytest
+import warm
 from made import SPEC, add, chunk_places, key, made, shard_file
 
 import pipeline.cache.index
@@ -863,31 +864,28 @@ with space.lock(lambda holder: None):
 
 
 @pytest.fixture
-def holder(space: FeatureSpace) -> Iterator[subprocess.Popen[str]]:
+def holder(space: FeatureSpace) -> Iterator[warm.ColdProcess]:
     """Another process that holds the lock of `space` until it reads a line or ends."""
     command = python(_HOLDER, space.path.parent, space.name)
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    with suppress(BrokenPipeError):
-        process.communicate(timeout=300)
+    with warm.ColdProcess(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
 
 
-def release(holder: subprocess.Popen[str]) -> None:
+def release(holder: warm.ColdProcess) -> None:
     assert holder.stdin is not None
     holder.stdin.write("\n")
     holder.stdin.flush()
 
 
-def kill(holder: subprocess.Popen[str]) -> None:
+def kill(holder: warm.ColdProcess) -> None:
     os.kill(holder.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("end", [release, kill])
 def test_a_second_writer_waits_for_the_first_and_says_for_whom(
-    space: FeatureSpace, holder: subprocess.Popen[str], end: Callable[[subprocess.Popen[str]], None]
+    space: FeatureSpace, holder: warm.ColdProcess, end: Callable[[warm.ColdProcess], None]
 ) -> None:
     waited: list[str] = []
     ended_at: list[float] = []
@@ -907,9 +905,7 @@ def test_a_second_writer_waits_for_the_first_and_says_for_whom(
     assert f"process {holder.pid} on " in waited[0]
 
 
-def test_a_partial_file_is_safe_while_its_writer_holds_the_lock(
-    space: FeatureSpace, holder: subprocess.Popen[str]
-) -> None:
+def test_a_partial_file_is_safe_while_its_writer_holds_the_lock(space: FeatureSpace, holder: warm.ColdProcess) -> None:
     partial = files.partial_name(space.path / "shards", ".h5")
     partial.write_bytes(b"in the making")
 
@@ -922,7 +918,7 @@ def test_a_partial_file_is_safe_while_its_writer_holds_the_lock(
         assert not partial.exists()
 
 
-def test_readers_do_not_wait_for_a_writer(opener: Opener, space: FeatureSpace, holder: subprocess.Popen[str]) -> None:
+def test_readers_do_not_wait_for_a_writer(opener: Opener, space: FeatureSpace, holder: warm.ColdProcess) -> None:
     add(space, [1])
     assert bits(opener().open(space.name).read([key(1)], "features")) == bits(made([1]).features)
     assert holder.poll() is None
@@ -1227,7 +1223,7 @@ def test_a_file_system_without_locks_is_explained(
 
 
 def test_where_locks_are_done_without_rows_are_added_but_nothing_is_removed(
-    space: FeatureSpace, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+    space: FeatureSpace, holder: warm.ColdProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ICEBOX_LOCKS", "off")
     partial = files.partial_name(space.shards, ".h5")

@@ -14,7 +14,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 import pytest
 import warm
 from cached import fill, listed, write_images
-from conftest import ROOT, Finished, command_line, environment, icebox, picture, write_picture
+from conftest import ROOT, Finished, command_line, environment, icebox, picture, wait_until, write_picture
 from deployed import Deployed
 from own_networks import tiny_options
 from PIL import Image
@@ -477,17 +476,12 @@ def test_one_broken_run_or_space_does_not_hide_the_others(tmp_path: Path) -> Non
 
 def test_a_batch_systems_stop_is_as_clean_as_ctrl_c(data: Path, tmp_path: Path) -> None:
     command = ("train-head", "--head", "gap", "--limit", "300", "--epochs", "100000", *tiny_options(), "--json")
-    with (tmp_path / "out").open("w+") as out, (tmp_path / "err").open("w+") as err:
-        process = warm.Process(command_line(data, *command)[2:], env=environment(), stdout=out, stderr=err)
-        try:
-            while not (kept := list((data / "runs").glob(".partial-*/checkpoint.npz"))):
-                assert process.poll() is None, Path(err.name).read_text()
-                time.sleep(0.02)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(300) == 1
-        finally:
-            process.kill()
-    said, told = (Path(file.name).read_text() for file in (out, err))
+    out, err = tmp_path / "out", tmp_path / "err"
+    with warm.Process(command_line(data, *command)[2:], env=environment(), stdout=out, stderr=err) as process:
+        kept = wait_until(lambda: list((data / "runs").glob(".partial-*/checkpoint.npz")), 300, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(300) == 1
+    said, told = out.read_text(), err.read_text()
     (partial,) = (each.parent for each in kept)
     assert "Traceback" not in told, told
     line = f"python cli.py --data-dir {data} train-head --resume {partial.name.removeprefix('.partial-')}"

@@ -17,7 +17,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import made
 import pytest
 import warm
 from cached import fill, listed, write_images
-from conftest import build_backbones_once, command_line, environment, icebox, wait_until
+from conftest import build_backbones_once, command_line, environment, icebox, render_nothing, wait_until
 from faults import WRITES, Watcher, disk_full, io_error, signalled, watched
 from own_networks import tiny_options
 
@@ -36,7 +36,6 @@ import pipeline.extraction.shard_task
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
 from pipeline.core import files
-from pipeline.runs import plots
 from pipeline.runs.store import published_names, read_run, unfinished
 
 SIX = ("features", "--dataset", "digits", "--limit", "6")
@@ -192,7 +191,7 @@ def test_every_call_may_fail(
         assert call(scenario.fresh(tmp_path / "data"), *scenario.command) == 0
     total, codes = len(watcher.calls), Counter[int]()
     assert total >= 4
-    for number in telling(watcher.calls, request.config):
+    for number in representative(watcher.calls, request.config):
         data = scenario.fresh(tmp_path / "data")
         capsys.readouterr()
         with watched(Watcher(number, act, for_good, among)) as watcher:
@@ -208,17 +207,19 @@ def test_every_call_may_fail(
         print(f"\n{scenario.name}, {act.__name__}{' for good' if for_good else ''}: {total} calls, exit codes {codes}")
 
 
-def telling(calls: list[tuple[str, Path]], config: pytest.Config, *, firsts: bool = True) -> list[int]:
-    """Return the numbers of the first and the last call of each kind, each name given or taken; by `--all` of all.
+def representative(calls: list[tuple[str, Path]], config: pytest.Config, *, firsts: bool = True) -> list[int]:
+    """Return the numbers of the first and the last call of each kind; with `--all`, the numbers of all calls.
 
-    The calls on shards are of kinds of their own. Without `firsts`, the first call of each kind is left out.
+    The calls on shards are of kinds of their own; all files of an unpublished run count as having one name. Without
+    `firsts`, the first call of each kind is left out.
     """
     if config.getoption("all"):
         return list(range(1, len(calls) + 1))
     first, last = dict[str, int](), dict[tuple[str, str], int]()
     for number, (kind, path) in enumerate(calls, 1):
         first.setdefault(kind, number)
-        named = kind in ("rename", "remove") and re.sub("[0-9a-f]{8,}|[0-9]+", "", path.name)
+        name = "of a run" if path.match("runs/.partial-*/*") else re.sub("[0-9a-f]{8,}|[0-9]+", "", path.name)
+        named = kind in ("rename", "remove") and name
         last[kind, named or ".h5" * (path.suffix == ".h5")] = number
     return sorted({*(first.values() if firsts else ()), *last.values()})
 
@@ -229,7 +230,7 @@ def test_every_call_may_be_the_last(
 ) -> None:
     with watched(Watcher()) as watcher:
         assert call(scenario.fresh(tmp_path / "data"), *scenario.command) == 0
-    for number in telling(watcher.calls, request.config):
+    for number in representative(watcher.calls, request.config):
         data = scenario.fresh(tmp_path / "data")
         where = f"killed at call {number}: {watcher.calls[number - 1]}"
         assert signalled(number, data, *scenario.command).code == -signal.SIGKILL, where
@@ -249,7 +250,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     with closing(Cache(folder / "data" / "cache")) as cache:
         fill(Workspace(folder / "data", cache), listed(folder / "photos"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "_rendered", lambda *_: b"a picture")  # drawing would be most of the time
+        render_nothing(patch)  # drawing would be most of the time
         yield Scenario("sweep", folder / "data", *SWEEP, "--dataset", str(folder / "photos"))
 
 
@@ -281,7 +282,7 @@ def test_every_call_of_a_sweep_may_be_the_last(
     with watched(Watcher(within=(data / "runs", data / "sweeps"))) as watcher:
         assert call(data, *swept.command) == 0
     check_sweep(swept, data, capsys, "undisturbed")
-    for number in telling(watcher.calls, request.config, firsts=False):
+    for number in representative(watcher.calls, request.config, firsts=False):
         swept.fresh(data)
         where = f"killed at call {number}: {watcher.calls[number - 1]}"
         assert signalled(number, data, *swept.command, within=watcher.within).code == -signal.SIGKILL, where
@@ -290,7 +291,7 @@ def test_every_call_of_a_sweep_may_be_the_last(
 
 def share(act: Callable[[str, Path], None], calls: list[tuple[str, Path]], config: pytest.Config) -> list[int]:
     """Return the numbers of the calls that fail by `act`: every second write by each of both; by `--all` of all."""
-    numbers = telling(calls, config)
+    numbers = representative(calls, config)
     if config.getoption("all"):
         return numbers
     on_full_disk = [number for number in numbers if calls[number - 1][0] in WRITES][1::2]
@@ -466,11 +467,12 @@ def test_the_lock_of_a_dead_holder_is_taken_over(undisturbed: Path, tmp_path: Pa
 def test_who_waits_is_told_for_whom(undisturbed: Path, tmp_path: Path) -> None:
     data = shutil.copytree(undisturbed, tmp_path / "data")
     said = tmp_path / "said"
-    with closing(Cache(data / "cache")) as cache:
+    with closing(Cache(data / "cache")) as cache, ExitStack() as lock:
         (space,) = cache.spaces()
-        with space.lock(lambda holder: None):
-            process = warm.Process(command_line(data, "cache", "gc")[2:], env=environment(), stderr=said.open("wb"))
-            wait_until(lambda: "\n" in said.read_text())
+        lock.enter_context(space.lock(lambda holder: None))
+        with warm.Process(command_line(data, "cache", "gc")[2:], env=environment(), stderr=said) as process:
+            wait_until(lambda: "\n" in said.read_text(), process=process)
             assert re.match(rf"notice: waiting: process {os.getpid()} on \S+ is using own_", said.read_text())
             assert process.poll() is None
-        assert process.wait(300) == 0
+            lock.close()
+            assert process.wait(300) == 0

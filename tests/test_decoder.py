@@ -7,6 +7,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,7 +19,7 @@ from own_networks import tiny_options
 from pipeline.core.hashing import image_key
 from pipeline.dataset import of_files, open_dataset
 from pipeline.images import decoding
-from pipeline.images.loader import Loaded, Loader
+from pipeline.images.loader import Loaded, Loader, _Decoder
 
 
 def load(paths: list[Path], **options: int) -> list[Loaded]:
@@ -33,6 +34,12 @@ def test_pixels_and_key_are_those_of_the_file(tmp_path: Path) -> None:
     assert loaded.pixels is not None
     assert loaded.pixels.dtype == np.uint8
     assert np.array_equal(loaded.pixels, decoding.decode(path.read_bytes()))
+
+
+def test_a_variable_of_the_programs_decides_no_pixel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_WIDTH", "10")  # a program of one's own keeps it, its decoders do not
+    (loaded,) = load([path := write_picture(tmp_path / "a.png", 1)])
+    assert np.array_equal(loaded.pixels, decoding.decode(path.read_bytes()))  # type: ignore[arg-type]
 
 
 def test_images_that_are_pixels_need_no_process(tmp_path: Path) -> None:
@@ -89,6 +96,16 @@ def test_an_image_is_given_a_second_process_before_it_is_blamed(
 def test_an_image_that_never_ends_is_named_and_the_next_is_decoded(
     tmp_path: Path, dangerous: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Decoding has six seconds here, and a process as long as it takes to start."""
+    start = _Decoder._start
+
+    def start_and_wait(decoder: _Decoder) -> Any:
+        started = start(decoder)
+        stderr = Path(f"/proc/{started[0].pid}/fd/2")
+        wait_until(lambda: "memfd:warnings" in str(stderr.readlink()), 300)  # it listens, and decodes next
+        return started
+
+    monkeypatch.setattr(_Decoder, "_start", start_and_wait)
     monkeypatch.setattr("pipeline.images.loader.SECONDS", 6.0)
     paths = [write_picture(tmp_path / f"{i}.png", i) for i in range(3)]
     mark(paths[1], b"HANG")
@@ -172,13 +189,10 @@ def test_a_killed_run_leaves_no_decoder_behind(tmp_path: Path, dangerous: Path) 
         write_picture(folder / "class" / f"{i:03}.png", i)
     mark(folder / "class" / "399.png", b"HANG")  # the program cannot end before it is killed
     command = command_line(tmp_path / "data", "features", "--dataset", folder, *tiny_options())
-    program = warm.Process(command[2:], env=environment())
-    try:
+    with warm.Process(command[2:], env=environment()) as program:
         decoders = _decoders_of(program)
-    finally:
         program.kill()
-        code = program.wait()
-    assert code == -signal.SIGKILL
+    assert program.returncode == -signal.SIGKILL
     _, alive = psutil.wait_procs(decoders, timeout=300)
     assert alive == []
 
@@ -191,12 +205,11 @@ def _decoders_of(program: warm.Process) -> list[psutil.Process]:
     """Wait until the program has decoders, and return them."""
 
     def decoders() -> list[psutil.Process]:
-        assert program.poll() is None
         with suppress(psutil.Error):  # one that ended meanwhile
             return _decoding(psutil.Process(program.pid))
         return []
 
-    return wait_until(decoders)
+    return wait_until(decoders, process=program)
 
 
 def test_a_decoding_process_that_cannot_start_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import fcntl
 import importlib.util
 import os
 import re
@@ -20,7 +19,7 @@ import keras
 import psutil
 import pytest
 import warm
-from conftest import ROOT, environment, icebox, small_model, write_picture
+from conftest import ROOT, environment, icebox, make_once, small_model, write_picture
 from served import free_ports
 
 from pipeline.deployment.export_formats import FORMATS
@@ -46,17 +45,21 @@ def commands(code: str) -> list[str]:
     return [line for line in map(str.strip, code.splitlines()) if line and not line.startswith(NOT_RUN)]
 
 
-# The program `python` of the pages: `cli.py` runs in a warm process, with the options of small.toml unless the page has
-# them; everything else runs by Python itself.
+# The program `python` of the pages: `cli.py` runs in a warm process, with the data directory of the project and the
+# options of small.toml, unless the page names a file of options; everything else runs by Python itself.
+# Plots are not rendered: no page fails because of one that cannot be.
 CLIENT = """#!{python} -IS
 import os, sys
 from pathlib import Path
 if sys.argv[1:2] != ["cli.py"]:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 sys.path.insert(0, {tests!r})
-from warm import Process
-arguments = ["--data-dir", {project!r} + "/data", "--config", {project!r} + "/small.toml", *sys.argv[2:]]
-process = Process(arguments, cwd=Path.cwd(), env=dict(os.environ), stdin=0, stdout=1, stderr=2, listening={listening!r})
+import warm
+warm.plots = False
+own = ["--data-dir", {project!r} + "/data", "--config", {project!r} + "/small.toml"]
+arguments = [*([] if "--config" in sys.argv else own), *sys.argv[2:]]
+streams = dict(stdin=0, stdout=1, stderr=2)
+process = warm.Process(arguments, cwd=Path.cwd(), env=dict(os.environ), listening={listening!r}, **streams)
 sys.exit(process.wait())
 """
 REAL = """#!/bin/sh
@@ -101,16 +104,9 @@ def make_project(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def original(common: Path) -> Path:
     """The project that is copied for each page, made once for all test processes."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "clone"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "icebox" / ".venv" / ".ready").exists():
-            make_project(folder / "icebox")
-    return folder / "icebox"
+    return make_once(common / "clone" / "icebox", make_project)
 
 
 @pytest.fixture
@@ -152,15 +148,24 @@ def test_page(project: Path, page: Path, pytestconfig: pytest.Config) -> None:
         if language == "sh":
             for line in commands(code):
                 check_command(project, re.sub(r"\b878[67]\b", lambda port: ports[str(port[0])], line), LEAST[real])
-        elif language == "toml":  # whose first line is its name
-            (project / code.partition("\n")[0].removeprefix("# ")).write_text(code)
+        elif language == "toml":
+            write_options(project, code, real)
         else:
             check_snippet(project, code)
 
 
+def write_options(project: Path, code: str, real: bool) -> None:
+    """Write a page's file of options, whose first line is its name, with those of small.toml unless `real`."""
+    small = "" if real else (project / "small.toml").read_text()
+    (project / code.partition("\n")[0].removeprefix("# ")).write_text(small + code)
+
+
 def check_command(project: Path, line: str, least: dict[str, float]) -> None:
+    runs = set(project.glob("data/runs/*"))
     done = run(project, ["bash", "-c", line])
     assert done.returncode == 0, f"{line}: {done.stderr}"
+    if "--config" in line:
+        assert set(project.glob("data/runs/*")) > runs, "the file names the data directory"
     if line == "make quickstart":
         check_quickstart(done.stderr, least)
 

@@ -8,10 +8,11 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import h5py
 import pytest
-from conftest import icebox, write_picture
+from conftest import ROOT, Finished, icebox, write_picture
 from own_networks import tiny_options
 from test_imports import python
 
@@ -151,7 +152,7 @@ def test_a_keras_json_that_makes_no_sense_is_named(tmp_path: Path, monkeypatch: 
 
 
 def test_rows_heads_and_pictures_are_the_same_in_odd_surroundings(tmp_path: Path) -> None:
-    """With what a notebook's shell has, and settings of matplotlib in the current folder."""
+    """With a notebook's variables, another seed of Python's hashes, and matplotlib's settings in the current folder."""
     for i, split in enumerate(("train", "train", "val", "test") * 2):
         write_picture(tmp_path / "photos" / split / ("cats" if i < 4 else "dogs") / f"{i}.png", seed=i)
     (odd := tmp_path / "odd").mkdir()
@@ -159,22 +160,30 @@ def test_rows_heads_and_pictures_are_the_same_in_odd_surroundings(tmp_path: Path
     (odd / "matplotlibrc").write_text(settings)
     names = ("TF_ENABLE_ONEDNN_OPTS", "ONEDNN_MAX_CPU_ISA", "OPENCV_IO_MAX_IMAGE_PIXELS", "MPLBACKEND")
     told = {name: {**DECIDING, **HARMLESS}[name] for name in names} | {"PYTHONWARNINGS": "error"}
-    found = []
-    for data, env in ((tmp_path / "one", {}), (tmp_path / "other", told)):
-        request = ("--dataset", tmp_path / "photos", *tiny_options(), "--storage", "float32")
-        made = icebox(data, "features", *request, cwd=odd if env else tmp_path, **env)
-        assert made.code == 0, made.err
-        assert ("not heeded, as no variable decides numbers here" in made.err) == bool(env)
-        run = icebox(data, "train-head", *request, "--head", "logreg", "--json", cwd=odd if env else tmp_path, **env)
-        assert run.code == 0, run.err
-        folder = data / "runs" / run.json["run"]
-        parts = [(folder / name).read_bytes() for name in ("predictions.csv", "curves.png")]
-        page = icebox(data, "report", "latest", cwd=odd if env else tmp_path, **env)
-        assert page.code == 0, page.err
-        (written,) = (data / "reports").glob("*.html")
-        found.append((*parts, written.read_text("utf-8").count("<svg "), stored(data)))
-    assert found[0] == found[1]
-    assert found[0][2] > 0
+    here, there = outputs(tmp_path, tmp_path / "one"), outputs(tmp_path, tmp_path / "other", cwd=odd, **told)
+    for name in here:
+        assert there[name] == here[name], name
+    assert here["plots of the report"]
+
+
+def outputs(root: Path, data: Path, cwd: Path = ROOT, **env: str) -> dict[str, Any]:
+    """Return the rows of the photos, and the predictions and plots of heads trained on them, by commands so started."""
+
+    def run(*command: str | Path) -> Finished:
+        done = icebox(data, *command, cwd=cwd, **env)
+        assert done.code == 0, done.err
+        assert ("not heeded, as no variable decides numbers here" in done.err) == bool(env)
+        return done
+
+    asked = ("--dataset", root / "photos", *tiny_options(), "--storage", "float32")
+    run("features", *asked)
+    found: dict[str, Any] = {"rows": stored(data)}
+    for head in (("logreg",), ("gap", "--epochs", "3", "--batch-size", "2")):
+        folder = data / "runs" / run("train-head", *asked, "--head", *head, "--json").json["run"]
+        found |= {f"{head[0]} {name}": (folder / name).read_bytes() for name in ("predictions.csv", "curves.png")}
+    run("report", "latest")
+    (page,) = (data / "reports").glob("*.html")
+    return found | {"plots of the report": page.read_text("utf-8").count("<svg ")}
 
 
 def stored(data: Path) -> dict[bytes, bytes]:

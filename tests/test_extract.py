@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -459,11 +459,11 @@ def test_two_at_once_on_one_space_compute_each_row_once(tmp_path: Path) -> None:
     line = command_line(data, *command(folder), "--json")[2:]
     outs, errors = ([tmp_path / f"{i}.{end}" for i in range(2)] for end in ("out", "err"))
     waiting = f"waiting: process {os.getpid()} on"  # they say for whom
-    with open_workspace(data) as workspace:
+    with open_workspace(data) as workspace, ExitStack() as processes:
         (space,) = workspace.cache.spaces()
         with space.lock(lambda holder: None):
             both = [
-                warm.Process(line, env=environment(), stdout=out.open("wb"), stderr=err.open("wb"))
+                processes.enter_context(warm.Process(line, env=environment(), stdout=out, stderr=err))
                 for out, err in zip(outs, errors, strict=True)
             ]
             wait_until(lambda: all(waiting in err.read_text() for err in errors))

@@ -48,7 +48,7 @@ from pipeline.training.open_run import open_run
 from pipeline.training.train_head import train_head
 from pipeline.training.training_data import open_image_data
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 TINY = own_choice(tiny())
 INCEPTION = FeatureChoice(weights="untrained", precision="float32", storage="float32")
@@ -165,12 +165,22 @@ def test_both_ways_train_alike(from_images: FinetuneResult, from_cache: Finetune
     check_alike(from_images, from_cache)
 
 
+def test_inception_trains_what_comes_after_the_layer(inception_from_cache: FinetuneResult) -> None:
+    check_inception(inception_from_cache)
+
+
+@pytest.mark.long  # what is built of InceptionV3 is the same both ways: see `test_it_is_evaluated_from_images`
 def test_inception_trains_alike_both_ways(inception: Place, inception_from_cache: FinetuneResult) -> None:
     from_images = inception.train(settings=TWO_BY_TWO)
     check_alike(from_images, inception_from_cache)
-    for said in (from_images.summary, inception_from_cache.summary):
-        assert (said["trains"][0], said["trains"][-2:]) == ("conv2d_89", ["hidden", "probabilities"])
-        assert (said["frozen_until"], said["weights"]) == ("mixed9", "untrained")
+    check_inception(from_images)
+
+
+def check_inception(run: FinetuneResult) -> None:
+    said = run.summary
+    assert (said["trains"][0], said["trains"][-2:]) == ("conv2d_89", ["hidden", "probabilities"])
+    assert (said["frozen_until"], said["weights"]) == ("mixed9", "untrained")
+    assert said["first_loss"] != pytest.approx(said["last_loss"], rel=1e-3)
 
 
 def test_both_ways_leave_the_same_files_and_the_same_model(
@@ -584,7 +594,20 @@ DEFAULTS = {
 }
 
 
-@pytest.mark.parametrize("kind", DEFAULTS)
+LONG = ("plain", "bare", "nested")  # training them is left out, but for --all; `test_network.py` trains their like
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_where_an_own_network_is_cut_unless_told(place: Place, tmp_path: Path, kind: str) -> None:
+    path = write_network(tmp_path / "own.keras", kind)
+    origin = open_initial_model(
+        place.request(features=own_choice(path), freeze_until=None), place.dataset, place.workspace
+    )
+    names = layer_names(import_keras().models.load_model(path, compile=False))
+    assert names[origin.until] == DEFAULTS[kind]
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.long] * (kind in LONG)) for kind in DEFAULTS])
 def test_an_own_network_trains_alike_both_ways(place: Place, tmp_path: Path, kind: str) -> None:
     path = write_network(tmp_path / f"{kind}.keras", kind)
     request: dict[str, Any] = {"features": own_choice(path), "freeze_until": None, "settings": {"learning_rate": 0.01}}

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -21,7 +20,7 @@ import psutil
 import pytest
 import warm
 from clusters import Cluster, by_hand
-from conftest import ROOT, SPEC, command_line, environment, icebox, write_picture
+from conftest import ROOT, SPEC, command_line, environment, icebox, wait_until, write_picture
 from hindered import Blind, Held, Poison, hindered
 from own_networks import own_choice, tiny_choice, tiny_options, write_network
 from served import Page, served
@@ -276,8 +275,7 @@ def while_held(folder: Path, act: Callable[[], Any], waiting: int | None = None)
     def wait() -> None:
         try:
             assert seen.wait(300)
-            while not (list(folder.iterdir()) if waiting is None else (folder / str(waiting)).exists()):
-                time.sleep(0.02)
+            wait_until(lambda: list(folder.iterdir()) if waiting is None else (folder / str(waiting)).exists(), 300)
             act()
         finally:
             (folder / "open").touch()
@@ -300,7 +298,7 @@ def _unheard(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_killed_in_mid_shard_costs_what_it_had_in_hand(
     images: Path, alone: Stored, cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    victim, gate = cluster.worker_pids(2)[0], tmp_path / "gate"
+    victim, gate = min(cluster.worker_pids(2).values()), tmp_path / "gate"
     dataset = held(images, gate)
     thread = while_held(gate, lambda: os.kill(victim, signal.SIGKILL), victim)
     done = run(tmp_path, dataset, ClusterChoice(scheduler=cluster.address))
@@ -318,12 +316,22 @@ def test_a_worker_that_falls_silent_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    victim, gate = cluster.worker_pids(2)[0], tmp_path / "gate"
+    (address, victim), gate = min(cluster.worker_pids(2).items()), tmp_path / "gate"
     dataset = held(images, gate)
+    beats = pipeline.extraction.workers.scheduler_client.SchedulerClient._beats
+
+    def beats_or_is_late(
+        link: pipeline.extraction.workers.scheduler_client.SchedulerClient, of: str, last_seen: float, now: float
+    ) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                pipeline.extraction.workers.scheduler_client, "SILENT_S", 3.0 if of == address else 600.0
+            )  # the other may be busy
+            return beats(link, of, last_seen, now)
 
     def silence() -> None:
         os.kill(victim, signal.SIGSTOP)
-        monkeypatch.setattr(pipeline.extraction.workers.scheduler_client, "SILENT_S", 3.0)
+        monkeypatch.setattr(pipeline.extraction.workers.scheduler_client.SchedulerClient, "_beats", beats_or_is_late)
 
     thread = while_held(gate, silence, victim)
     try:
@@ -427,10 +435,8 @@ def endless(images: Path, tmp_path: Path) -> Iterator[Path]:
         yield tmp_path / "list.csv"
 
 
-def wait_for_rows(data: Path, program: warm.Process | subprocess.Popen[str]) -> None:
-    while not list(data.glob("cache/*/shards/[0-9a-f]*.h5")):
-        assert program.poll() is None
-        time.sleep(0.02)
+def wait_for_rows(data: Path, program: warm.AnyProcess) -> None:
+    wait_until(lambda: list(data.glob("cache/*/shards/[0-9a-f]*.h5")), 300, program)
 
 
 def features_by_workers(data: Path, endless: Path, images: Path, workers: int) -> list[str]:
@@ -443,11 +449,10 @@ def test_workers_end_with_the_program_and_what_they_published_stays(
     images: Path, endless: Path, tmp_path: Path
 ) -> None:
     arguments = features_by_workers(tmp_path, endless, images, 2)[2:]
-    program = warm.Process(arguments, env=environment(no_proxy="127.0.0.1"))
-    wait_for_rows(tmp_path, program)
-    started = psutil.Process(program.pid).children(recursive=True)
-    program.kill()
-    program.wait()
+    with warm.Process(arguments, env=environment(no_proxy="127.0.0.1")) as program:
+        wait_for_rows(tmp_path, program)
+        started = psutil.Process(program.pid).children(recursive=True)
+        program.kill()
     gone, alive = psutil.wait_procs(started, timeout=300)
     assert len(gone) >= 2
     assert not alive
@@ -461,12 +466,15 @@ def test_ctrl_c_in_the_terminal_reaches_all_and_one_line_comes_of_it(
     images: Path, endless: Path, tmp_path: Path
 ) -> None:
     command, env = features_by_workers(tmp_path, endless, images, 1), environment(no_proxy="127.0.0.1")
-    with subprocess.Popen(
+    with warm.ColdProcess(
         command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as program:
-        wait_for_rows(tmp_path, program)
-        os.killpg(program.pid, signal.SIGINT)
-        _, said = program.communicate(timeout=120)
+        try:
+            wait_for_rows(tmp_path, program)
+            os.killpg(program.pid, signal.SIGINT)
+            _, said = program.communicate(timeout=300)
+        finally:
+            program.kill()
     assert program.returncode == 1
     assert "Traceback" not in said
     assert said.splitlines()[-1].startswith("error: stopped; features computed so far are kept")

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import warm
-from conftest import command_line, environment, icebox, write_picture
+from conftest import command_line, finished, icebox, write_picture
 from faults import Watcher, disk_full, watched
 from made import SPEC, add, key, made, shard_file, spoil
 
@@ -245,11 +244,9 @@ def test_at_a_terminal_it_asks(answer: str, code: int, left: int, data: Path) ->
     ours, its = pty.openpty()
     os.write(ours, f"{answer}\n".encode())
     command = command_line(data, "cache", "gc", "--dataset", data.parent / "kept")
-    with (data.parent / "said").open("w+") as said:
-        process = warm.Process(command[2:], env=environment(), stdin=its, stderr=said)
-        assert process.wait(300) == code
-        said.seek(0)
-        assert "3 rows of features will be removed; go on?" in said.read()
+    done = finished(command[2:], stdin=its)
+    assert done.code == code
+    assert "3 rows of features will be removed; go on?" in done.err
     os.close(ours)
     os.close(its)
     assert icebox(data, "cache", "ls", "--json").json["rows"] == left

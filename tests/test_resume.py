@@ -27,6 +27,8 @@ from pipeline.runs.request import DatasetChoice, TrainRequest
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.train_head import HeadResult, train_head
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 SPECS = {
     "gap": HeadSpec.make("gap", epochs=6, learning_rate=0.02, batch_size=16, dropout=0.3, schedule="cosine"),
     "flatten": HeadSpec.make("flatten", epochs=4, learning_rate=0.01, batch_size=16, hidden=32, optimizer="rmsprop"),

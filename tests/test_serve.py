@@ -11,7 +11,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ import httpx
 import numpy as np
 import pytest
 import warm
-from conftest import command_line, environment, icebox, picture
+from conftest import TIMEOUT_S, command_line, environment, icebox, picture
 from deployed import Deployed
 from looked import Looked
 
@@ -29,51 +29,58 @@ from pipeline.deployment import idle_timeout, serve, web
 from pipeline.deployment.serve import Batcher, Pixels
 from pipeline.images.decoding import FULL_DEPTH
 
-PATIENCE_S = 300.0  # a busy machine takes its time
-ASK: Any = {"timeout": PATIENCE_S, "trust_env": False}
+ASK: Any = {"timeout": TIMEOUT_S, "trust_env": False}
 MOST = 1_000_000
 
 
 @dataclass
 class Service:
-    """A server that runs, and what it said when it was ready."""
+    """A server that runs, and the JSON object that it printed when it was ready."""
 
-    process: warm.Process
-    said: dict[str, Any]
+    process: warm.AnyProcess
+    ready: dict[str, Any]
+    err: IO[str]
 
     @property
     def url(self) -> str:
-        return self.said["url"]
+        return self.ready["url"]
 
     def predict(self, data: bytes, name: str = "image.png", **more: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/predict", files={"image": (name, data)}, **ASK, **more)
 
 
 @contextmanager
-def started(place: Deployed, *arguments: str) -> Iterator[Service]:
-    """Serve runs until an interrupt while an upload is still coming, which must end the server in an orderly way."""
-    line = command_line(place.data, "serve", *arguments, "--port", "0", "--json")[2:]
+def started(place: Deployed, *arguments: str, uploading: bool = False, **env: str) -> Iterator[Service]:
+    """Serve runs until an interrupt, which must end the server in an orderly way, even during an upload.
+
+    Given variables of the environment, `cli.py` is started from nothing.
+    """
+    line = command_line(place.data, "serve", *arguments, "--port", "0", "--json")
     read, write = os.pipe()
     with os.fdopen(read) as out, tempfile.TemporaryFile("w+") as err:
-        process = warm.Process(line, env=environment(), stdout=write, stderr=err)
-        os.close(write)
-        try:
-            said = out.readline()
-            assert said, written(err)
-            found = Service(process, json.loads(said))
-            yield found
-            host, _, port = found.url.removeprefix("http://").rpartition(":")
-            with socket.create_connection((host, int(port))) as half:
-                head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n"
-                half.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n--x".encode())
-                httpx.get(f"{found.url}/about", **ASK)  # which is answered after the beginning of that was read
+        streams: dict[str, Any] = {"env": environment(**env), "stdout": write, "stderr": err}
+        with warm.ColdProcess(line, **streams) if env else warm.Process(line[2:], **streams) as process:
+            os.close(write)
+            ready = out.readline()
+            assert ready, written(err)
+            service = Service(process, json.loads(ready), err)
+            yield service
+            with half_an_upload(service) if uploading else nullcontext():
                 process.send_signal(signal.SIGINT)
-                code = process.wait(PATIENCE_S)
+                code = process.wait(TIMEOUT_S)
             assert code == 0, written(err)
-            assert written(err).splitlines()[-1] == "stopped"
-            assert "Traceback" not in written(err)
-        finally:
-            process.kill()
+        assert written(err).splitlines()[-1] == "stopped"
+        assert "Traceback" not in written(err)
+
+
+@contextmanager
+def half_an_upload(service: Service) -> Iterator[None]:
+    host, _, port = service.url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port))) as half:
+        head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n"
+        half.sendall(f"{head}Content-Type: multipart/form-data; boundary=x\r\n\r\n--x".encode())
+        httpx.get(f"{service.url}/about", **ASK)  # which is answered after the beginning of that was read
+        yield
 
 
 def written(err: IO[str]) -> str:
@@ -88,13 +95,13 @@ ALLOWED = ("--allow-host", "Pictures.Example.org", "--allow-host", "b\u00fccher.
 @pytest.fixture(scope="module")
 def service(deployed: Deployed) -> Iterator[Service]:
     names = [deployed.name("logreg"), "--also", deployed.name("finetune")]
-    with started(deployed, *names, *LIMITS, *ALLOWED) as found:
+    with started(deployed, *names, *LIMITS, *ALLOWED, uploading=True) as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def inception_service(deployed_inception: Deployed) -> Iterator[Service]:
-    with started(deployed_inception, deployed_inception.name("gap"), *LIMITS) as found:
+    with started(deployed_inception, deployed_inception.name("gap"), *LIMITS, uploading=False) as found:
         yield found
 
 
@@ -107,6 +114,13 @@ def test_of_inception_it_says_what_predict_says(deployed_inception: Deployed, in
     names = [deployed_inception.name("gap")]
     check_says_what_predict_says(inception_service, deployed_inception, *names, within=2e-3)  # its rows are float16
     assert httpx.get(f"{inception_service.url}/about", **ASK).json()["untrained"] is True
+
+
+def test_started_from_nothing_it_says_what_predict_says(deployed: Deployed) -> None:
+    """With TensorFlow imported after the variables of the environment are taken away, as in a shell."""
+    with started(deployed, deployed.name("gap"), TF_ENABLE_ONEDNN_OPTS="0") as service:
+        check_says_what_predict_says(service, deployed, deployed.name("gap"), within=1e-5)
+        assert "TF_ENABLE_ONEDNN_OPTS=0" in written(service.err)
 
 
 def check_says_what_predict_says(service: Service, place: Deployed, *names: str, within: float) -> None:
@@ -141,7 +155,7 @@ def test_it_describes_itself(deployed: Deployed, service: Service) -> None:
         "untrained": False,
         "max_bytes": MOST,
     }
-    assert service.said == {"url": service.url, "runs": about["runs"], "classes": about["classes"]}
+    assert service.ready == {"url": service.url, "runs": about["runs"], "classes": about["classes"]}
     described = httpx.get(f"{service.url}/openapi.json", **ASK).json()
     answers = described["paths"]["/predict"]["post"]["responses"]
     assert set(answers) == {"200", "408", "413", "422", "503"}
@@ -336,12 +350,12 @@ def test_a_connection_over_which_nothing_is_asked_is_closed(monkeypatch: pytest.
         with socket.create_connection(address) as silent, socket.create_connection(address) as half:
             half.sendall(b"GET / HTTP/1.1\r\nHo")
             for connection in (silent, half):
-                connection.settimeout(PATIENCE_S)
+                connection.settimeout(TIMEOUT_S)
                 assert connection.recv(100) == b""
-        monkeypatch.setattr(idle_timeout, "PATIENCE_S", PATIENCE_S)
+        monkeypatch.setattr(idle_timeout, "PATIENCE_S", TIMEOUT_S)
         assert httpx.get(f"http://127.0.0.1:{address[1]}", **ASK).text == "ok"
         server.should_exit = True
-        thread.join(PATIENCE_S)
+        thread.join(TIMEOUT_S)
 
 
 def test_names_that_are_no_text_are_spelt_out() -> None:
@@ -362,14 +376,14 @@ def test_what_waits_meanwhile_is_answered_together() -> None:
     sizes, go = list[int](), threading.Event()
 
     def answer(batch: Sequence[Pixels]) -> np.ndarray:
-        go.wait(PATIENCE_S)
+        go.wait(TIMEOUT_S)
         sizes.append(len(batch))
         return np.stack([pixels[WAY] * 2 for pixels in batch])
 
     with Batcher(answer) as batcher:
         futures = [batcher(one(i)) for i in range(100)]
         go.set()
-        assert [int(future.result(PATIENCE_S)[0]) for future in futures] == [2 * i for i in range(100)]
+        assert [int(future.result(TIMEOUT_S)[0]) for future in futures] == [2 * i for i in range(100)]
     assert sum(sizes) == 100
     assert max(sizes) == 32
 
@@ -382,8 +396,8 @@ def test_an_error_belongs_to_those_who_asked() -> None:
 
     with Batcher(answer) as batcher:
         with pytest.raises(ValueError, match="thirteen"):
-            batcher(one(13)).result(PATIENCE_S)
-        assert batcher(one(5)).result(PATIENCE_S)[0] == 5
+            batcher(one(13)).result(TIMEOUT_S)
+        assert batcher(one(5)).result(TIMEOUT_S)[0] == 5
 
 
 # The command
@@ -462,4 +476,4 @@ def test_the_page_in_a_browser(
     page.locator("#answers > li ol").nth(1).wait_for()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "pick"
-    assert all(url.startswith((service.url, "blob:", "data:")) for url in look.request)
+    assert all(url.startswith((service.url, "blob:", "data:")) for url in look.requests)

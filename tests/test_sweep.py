@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -52,7 +51,7 @@ from pipeline.training.sweep.trial import run_trial
 from pipeline.training.train_head import train_head
 from pipeline.training.training_data import open_training_data
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 GRID = (
     *(HeadSpec.make("gap", epochs=4, batch_size=16, learning_rate=rate) for rate in (1e-4, 0.02)),
@@ -658,23 +657,30 @@ def test_an_address_that_is_none_is_told(workspace: Workspace, photos: Path) -> 
         run(workspace, photos, cluster=ClusterChoice(scheduler="foo"))
 
 
-@pytest.mark.parametrize("seconds", [0, 3])
+@pytest.mark.parametrize("is_noticed", [False, True])
 def test_a_scheduler_lost_between_rows_of_two_kinds_is_told(
-    workspace: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: int
+    workspace: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_noticed: bool
 ) -> None:
     fill(workspace, listed(photos))
     with by_hand(tmp_path / "cluster", workers=1) as cluster:
         cluster.wait_for_workers(1)
-        kinds = list[Any]()
+        prepared, kinds = pipeline.training.sweep.sweep.open_training_data, list[Any]()
+        submitted, clients = pipeline.training.sweep.sweep.run_on_dask, list[Client]()
+
+        def submitted_by(client: Client, *arguments: Any) -> Iterator[str]:
+            clients.append(client)
+            return submitted(client, *arguments)
 
         def prepared_without(*arguments: Any, **more: Any) -> Any:
             kinds.append(arguments)
             if len(kinds) == 2:
                 cluster.stop()
-                time.sleep(seconds)
-            return open_training_data(*arguments, **more)
+                if is_noticed:
+                    wait_until(lambda: clients[0].status != "running", 300)
+            return prepared(*arguments, **more)
 
         monkeypatch.setattr(pipeline.training.sweep.sweep, "open_training_data", prepared_without)
+        monkeypatch.setattr(pipeline.training.sweep.sweep, "run_on_dask", submitted_by)
         with pytest.raises(IceboxError, match=r"is gone; start it again$"):
             run(workspace, photos, BOTH_KINDS[::-1], cluster=ClusterChoice(scheduler=cluster.address))
 

@@ -6,16 +6,15 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
-import tempfile
 import termios
 from pathlib import Path
 
 import pytest
-import warm
-from conftest import ROOT, command_line, environment, icebox, write_picture
+from conftest import ROOT, command_line, environment, finished, icebox, write_picture
 from deployed import Deployed
 
 import cli
@@ -49,6 +48,7 @@ def on_terminal(columns: int, command: list[str], **env: str) -> str:
     fcntl.ioctl(handle, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     written = b""
     while True:
+        assert select.select([handle], [], [], 300)[0], written.decode()
         try:
             part = os.read(handle, 65536)
         except OSError:  # how Linux says that nobody has the terminal any more
@@ -106,11 +106,9 @@ def test_what_an_encoding_lacks_is_spelt(tmp_path: Path, encoding: str) -> None:
     env = environment(PYTHONIOENCODING=encoding)
 
     def said(*words: str | Path) -> str:
-        with tempfile.TemporaryFile() as written:
-            line = command_line(tmp_path / "data", *words)[2:]
-            assert warm.Process(line, env=env, stdout=written, stderr=written).wait() == 0
-            written.seek(0)
-            text = written.read().decode(encoding)
+        done = finished(command_line(tmp_path / "data", *words)[2:], env=env)
+        assert done.code == 0, done.err
+        text = (done.out + done.err).encode("utf-8", "surrogateescape").decode(encoding)
         assert "Traceback" not in text
         return text
 
@@ -133,10 +131,7 @@ def test_odd_bytes_of_names_are_spelt_too() -> None:
 def complete(line: str, shell: str = "bash") -> list[str]:
     words = line.split(" ")
     env = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_CLI.PY_COMPLETE": f"complete_{shell}"}
-    with tempfile.TemporaryFile() as out:
-        warm.Process([], env=environment(**env), stdout=out).wait()
-        out.seek(0)
-        return out.read().decode().split()
+    return finished([], env=environment(**env)).out.split()
 
 
 def test_a_shell_completes_commands_options_and_names(deployed: Deployed, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from pipeline.training.labelled_features import join_features
 from pipeline.training.train_head import HeadResult, train_head
 from pipeline.training.training_data import split_members
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "icebox features --dataset photos"

@@ -36,7 +36,7 @@ from pipeline.training.labelled_features import join_features
 from pipeline.training.train_head import train_head
 from pipeline.training.training_data import open_training_data
 
-pytestmark = pytest.mark.usefixtures("undrawn")
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 STILL = Augmentation(0, 0, 0, 0, 0, horizontal_flip=False)
 PIXELS = picture(3, 31, 41)

@@ -1,11 +1,12 @@
-"""The command line in a process of its own that need not import TensorFlow first: a copy of one that has.
+"""Run the command line in a process forked from one that has imported TensorFlow, which saves most of its start.
 
-A warm process is forked from a server, one for each process of pytest, in which what commands import is there and
-nothing has been computed. It has its own standard streams, environment and folder; it ends by itself and can be killed.
-What is read as a program starts it does not show, as the variables that libraries look at: for that, tests start
-`cli.py` itself. Only the encoding of the streams is as PYTHONIOENCODING says.
+Each process of pytest has one server, which has imported what commands import and has computed nothing. A warm process
+is a fork of it, with streams, environment and folder of its own; it ends by itself and can be killed. Variables that
+Python or a library reads when it starts have no effect there, but for the streams' encoding (PYTHONIOENCODING): to test
+those, start `cli.py` itself. Plots are rendered where `plots` is True. All warm processes of a server share the seed
+of Python's hashes.
 
-As a program it is the server: python tests/warm.py SOCKET
+As a program, this module is the server: python tests/warm.py SOCKET
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import sys
 import tempfile
 import threading
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, Self
 
 ROOT = Path(__file__).parent.parent
 _IMPORTED = (
@@ -33,14 +35,15 @@ _IMPORTED = (
     "pipeline.extraction.compute", "pipeline.training.finetune", "pipeline.report", "pipeline.training.sweep.sweep",
     "pipeline.training.train_head",
 )  # fmt: skip
-_LENGTH = 8  # bytes of the number before each message
-_ENVIRONMENT = dict(os.environ)  # before any test has changed it
+_LENGTH = 8  # bytes of the number that precedes each message
+_ENVIRONMENT = dict(os.environ)  # copied before any test has changed it
 _STARTING = threading.Lock()
-_servers: dict[str, subprocess.Popen[bytes]] = {}  # address → process; one, once it is needed
+plots = True  # whether processes that are started render plots; see `conftest.no_plots`
+_servers: dict[str, subprocess.Popen[bytes]] = {}  # address → process; empty until the server is needed
 
 
 class Process:
-    """A warm process, with what `subprocess.Popen` calls so."""
+    """A warm process, with the interface of `subprocess.Popen`. At the end of a `with` block it is killed."""
 
     def __init__(
         self,
@@ -49,27 +52,40 @@ class Process:
         cwd: Path = ROOT,
         env: dict[str, str],
         stdin: int | IO[Any] = subprocess.DEVNULL,
-        stdout: int | IO[Any] = subprocess.DEVNULL,
-        stderr: int | IO[Any] = subprocess.DEVNULL,
+        stdout: int | IO[Any] | Path = subprocess.DEVNULL,
+        stderr: int | IO[Any] | Path = subprocess.DEVNULL,
         program: str = "cli",
         start_new_session: bool = False,
         listening: str | None = None,
     ) -> None:
-        """Start `cli.py`, or another module as `python -m` does."""
+        """Start `cli.py`, or another module as `python -m` does; a path of a stream names the file to write.
+
+        The parent is the server of this process, or the one at the socket `listening`.
+        """
         self.args = arguments
         self.returncode: int | None = None
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(listening or server())
-        message = json.dumps([program, arguments, str(cwd), env, start_new_session]).encode()
-        with Path(os.devnull).open("r+b") as nowhere:
-            streams = [nowhere if each == subprocess.DEVNULL else each for each in (stdin, stdout, stderr)]
-            numbers = [each if isinstance(each, int) else each.fileno() for each in streams]
+        message = json.dumps([program, arguments, str(cwd), env, start_new_session, plots]).encode()
+        with ExitStack() as opened:
+            numbers = list[int]()
+            for stream, mode in ((stdin, "rb"), (stdout, "wb"), (stderr, "wb")):
+                path = Path(os.devnull) if stream == subprocess.DEVNULL else stream
+                file = opened.enter_context(path.open(mode)) if isinstance(path, Path) else path
+                numbers.append(file if isinstance(file, int) else file.fileno())
             socket.send_fds(self._connection, [len(message).to_bytes(_LENGTH)], numbers)
         self._connection.sendall(message)
         self.pid = self._answer()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.wait()
+
     def poll(self) -> int | None:
-        """Return the exit code, negative for a signal, or None as long as it runs."""
+        """Return the exit code, negative for a signal, or None as long as the process runs."""
         if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
             self.wait()
         return self.returncode
@@ -86,10 +102,7 @@ class Process:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)  # it keeps its number until its exit code is read here
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
+            os.kill(self.pid, number)  # no other process gets this number before the exit code is read here
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -98,11 +111,19 @@ class Process:
         return int.from_bytes(_exactly(self._connection, _LENGTH), signed=True)
 
 
-def server() -> str:
-    """Return where the server of this process listens; it ends when this process does.
+class ColdProcess(subprocess.Popen[str]):
+    """`subprocess.Popen`, which starts a program from nothing. At the end of a `with` block it is killed."""
 
-    A `Process` of another process may be one of its children, if it is told so: `listening`.
-    """
+    def __exit__(self, *exception: Any) -> None:
+        self.kill()
+        super().__exit__(*exception)
+
+
+AnyProcess = Process | ColdProcess
+
+
+def server() -> str:
+    """Return the socket of the server of this process, starting it once; it ends when this process does."""
     with _STARTING:
         if not _servers:
             path = f"{tempfile.mkdtemp(prefix='warm-')}/socket"
@@ -112,6 +133,11 @@ def server() -> str:
             assert started.stdout.readline() == b"ready\n"
             _servers[path] = started
     return next(iter(_servers))
+
+
+def render_nothing(figure: Any, as_png: bool) -> bytes:
+    """Return the least that passes for a plot."""
+    return b"\x89PNG" if as_png else b"<svg/>"
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:
@@ -129,8 +155,8 @@ def _serve(path: str) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, whose end is this one's
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system removes ended children, whose exit codes are not needed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends pytest, and then standard input ends
     print("ready", flush=True)
     while 0 not in select.select([listener, 0], [], [])[0]:
         connection = listener.accept()[0]
@@ -142,7 +168,7 @@ def _serve(path: str) -> None:
 
 
 def _start_and_wait(connection: socket.socket) -> NoReturn:
-    """Start what is asked for, and tell its number and then its exit code."""
+    """Start the requested process, and send its number and then its exit code."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     length, streams, _, _ = socket.recv_fds(connection, _LENGTH, 3)
     message = _exactly(connection, int.from_bytes(length))
@@ -158,9 +184,9 @@ def _start_and_wait(connection: socket.socket) -> NoReturn:
         assert ended is not None
         code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
         connection.sendall(code.to_bytes(_LENGTH, signed=True))
-        connection.recv(1)  # only when it has been read may the process's number go to another
+        connection.recv(1)  # the process keeps its number until the exit code has been read
     except OSError:
-        pass  # the one who started it is gone
+        pass  # the test that started the process has ended
     os._exit(0)
 
 
@@ -171,8 +197,10 @@ def _run(
     folder: str,
     environment: dict[str, str],
     in_new_session: bool,
+    draws: bool,
 ) -> NoReturn:
     import cli
+    from pipeline import pictures
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if in_new_session:
@@ -183,6 +211,8 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if not draws:
+        pictures._rendered = render_nothing
     sys.argv = [str(ROOT / "cli.py") if program == "cli" else program, *arguments]
     if "PYTHONIOENCODING" in environment:
         for stream in (sys.stdout, sys.stderr):
@@ -205,11 +235,11 @@ def _run(
 
 
 def _import_all() -> None:
-    """Import whatever commands import, and compute nothing: TensorFlow's threads would be missing in each copy."""
+    """Import what commands import, and compute nothing: a fork does not have the threads of TensorFlow."""
     sys.path.insert(0, str(ROOT))
     from pipeline.backbone.keras_start import import_keras
 
-    import_keras()  # first, as it is to find nothing imported that it leaves out
+    import_keras()  # first: what has been imported cannot be hidden from Keras
     for name in _IMPORTED:
         importlib.import_module(name)
     importlib.import_module("cli")._command()
