@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import re
@@ -230,38 +229,6 @@ def test_the_project_names_no_machine_and_no_registry() -> None:
     hosts = re.compile(r"p[y]pi\.org|python[h]osted|npm[j]s|deb\.de[b]ian|^/(?:home|root|work)/", re.MULTILINE)
     for path in [*PAGES, ROOT / "constraints.txt", ROOT / "pyproject.toml", ROOT / "Makefile"]:
         assert not hosts.search(path.read_text()), path
-
-
-def imported_modules(path: Path) -> set[str]:
-    """Return what a module of `pipeline` imports of `pipeline`, as "images" or "cache/space"."""
-    found = set[str]()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pipeline":
-            base = (node.module or "").split(".")[1:]
-            names = [[*base, alias.name] for alias in node.names]
-            found |= {"/".join(parts[:2]) for parts in names}
-    return found
-
-
-def test_a_module_imports_only_from_those_above_it() -> None:
-    """In the table of docs/architecture.md, whose rows are floors."""
-    table = (ROOT / "docs" / "architecture.md").read_text().partition("| module |")[2].partition("\n\n")[0]
-    rows = [re.findall(r"`([\w/]+)`", line.split("|")[1]) for line in table.splitlines()[2:]]
-    floors = {name.strip("/"): number for number, names in enumerate(rows) for name in names}
-
-    def floor(module: str) -> int | None:
-        return floors.get(module, floors.get(module.split("/")[0]))
-
-    for path in sorted((ROOT / "pipeline").rglob("*.py")):
-        module = str(path.relative_to(ROOT / "pipeline").with_suffix("")).removesuffix("/__init__")
-        if module in ("__init__", "cache"):  # which lead to others, or are empty
-            continue
-        here = floor(module)
-        assert here is not None, f"{module} is not in the table"
-        for imported in imported_modules(path):
-            there = floor(imported)
-            assert there is not None, f"{module} imports {imported}, which is not in the table"
-            assert there <= here, f"{module} imports {imported}, which stands below it in the table"
 
 
 def test_what_builds_it_can_read_how_the_license_is_written() -> None:
