@@ -9,6 +9,7 @@ from pathlib import Path
 
 import conftest
 import cv2
+import h5py
 import numpy as np
 
 from pipeline.backbone.table import BACKBONES
@@ -18,6 +19,7 @@ from pipeline.cache.workspace import Workspace
 from pipeline.core.hashing import image_key
 from pipeline.core.spec import PLAIN_VIEW, FeatureSpec, Views
 from pipeline.dataset import Dataset, open_dataset
+from pipeline.extraction.extract import Extraction
 
 SPEC = replace(conftest.SPEC, weights="sha256:" + "0" * 64)
 CLASSES = ("ant", "bee", "cow")
@@ -84,3 +86,19 @@ def fill(
             made = shard.Rows(exact.astype(np.float16), exact.mean(axis=(1, 2)), raw, numbers, views.recipes)
             space.register(space.write(made))
     return space
+
+
+def counts(done: Extraction) -> tuple[int, int, int, int]:
+    assert done.rows + len(done.quarantined) == done.images
+    return done.computed, done.reused, done.duplicates, len(done.quarantined)
+
+
+def stored(data: Path) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
+    """Read every shard with plain h5py: key → (features, pooled)."""
+    rows = {}
+    for path in data.glob("cache/*/shards/[!.]*.h5"):
+        with h5py.File(path) as file:
+            content = {name: np.asarray(file[name]) for name in ("key", "features", "pooled")}
+        for key, features, pooled in zip(content["key"], content["features"], content["pooled"], strict=True):
+            rows[key.tobytes()] = (features, pooled)
+    return rows

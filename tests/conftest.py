@@ -112,6 +112,19 @@ def _written(file: IO[bytes]) -> str:
     return io.TextIOWrapper(file, "utf-8", "surrogateescape").read()
 
 
+def python(script: str) -> str:
+    """Run a script in a process that has imported Keras; return what it prints, and fail if it complains."""
+    command = [
+        sys.executable,
+        "-c",
+        f"import gc, sys\nfrom pipeline.backbone.keras_start import import_keras\n{script}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
 def wait_until(condition: Callable[[], T | None], seconds: float = 120, process: warm.AnyProcess | None = None) -> T:
     """Return what `condition` does once that is true; the test fails if it never is, or if `process` ends before."""
     deadline = time.monotonic() + seconds

@@ -14,6 +14,8 @@ import numpy as np
 from pipeline.cache.shard import Rows, ShardInfo
 from pipeline.cache.space import FeatureSpace
 from pipeline.core.spec import FeatureSpec
+from pipeline.dataset import of_files
+from pipeline.images.loader import Loaded, Loader
 
 SPEC = replace(conftest.SPEC, weights="untrained:glorot:0", decode="decode-1", resize="resize-1")
 
@@ -56,3 +58,8 @@ def chunk_places(path: Path, dataset: str) -> list[tuple[int, int]]:
 def spoil(path: Path) -> None:
     """Flip a bit of the first row's features, which only a reading of the data can notice."""
     flip(path, chunk_places(path, "features")[0][0] + 5)
+
+
+def load(paths: list[Path], **options: int) -> list[Loaded]:
+    with Loader(of_files("some", paths), 299, "squash", options.get("max_pixels", 10**6)) as loader:
+        return [loader(i) for i in range(len(paths))]

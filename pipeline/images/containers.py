@@ -2,7 +2,7 @@
 
 A decoder may fill what is missing from a file with grey and call it a picture, so JPEG, PNG and WebP are walked
 here to their end. The other formats need no walk: OpenCV reports a BMP, GIF or TIFF that was cut short
-(`tests/test_images.py` cuts each of them at every length).
+(`tests/images/test_decoding.py` cuts each of them at every length).
 """
 
 import io

@@ -10,24 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, icebox, write_picture
+from conftest import ROOT, environment, icebox, python, write_picture
 
 from pipeline.core.lazy_imports import failed_import
 from pipeline.core.native_stderr import hold_back
 
 HAS = "[name for name in ('matplotlib', 'pandas', 'sklearn') if name in sys.modules]"
-
-
-def python(script: str) -> str:
-    command = [
-        sys.executable,
-        "-c",
-        f"import gc, sys\nfrom pipeline.backbone.keras_start import import_keras\n{script}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout.strip()
 
 
 def test_what_keras_takes_up_for_others_is_not_loaded_and_can_be_afterwards() -> None:

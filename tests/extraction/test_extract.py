@@ -24,6 +24,7 @@ import hdf5plugin  # noqa: F401  registers the filter
 import numpy as np
 import pytest
 import warm
+from cached import counts, stored
 from conftest import (
     ROOT,
     build_backbone,
@@ -69,22 +70,6 @@ def run(tmp_path: Path) -> Callable[..., Extraction]:
             return extract(dataset, workspace, choice or tiny_choice(), OPTIONS, **options)
 
     return run
-
-
-def counts(done: Extraction) -> tuple[int, int, int, int]:
-    assert done.rows + len(done.quarantined) == done.images
-    return done.computed, done.reused, done.duplicates, len(done.quarantined)
-
-
-def stored(data: Path) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:
-    """Read every shard with plain h5py: key → (features, pooled)."""
-    rows = {}
-    for path in data.glob("cache/*/shards/[!.]*.h5"):
-        with h5py.File(path) as file:
-            content = {name: np.asarray(file[name]) for name in ("key", "features", "pooled")}
-        for key, features, pooled in zip(content["key"], content["features"], content["pooled"], strict=True):
-            rows[key.tobytes()] = (features, pooled)
-    return rows
 
 
 def test_a_second_run_computes_nothing(photos: Path, run: Callable[..., Extraction]) -> None:
@@ -263,8 +248,8 @@ def test_a_processor_does_not_take_the_large_batches_of_a_gpu(
     assert made
     about = json.loads((made.path / "space.json").read_text())
     cases = ((512, 1, 0, 64), (512, 1, 1, 512), (128, 0, 0, 128), (8, 1, 0, 8), (0, 0, 0, None), ("32", 0, 0, None))
-    for stored, began, gpus, expected in cases:
-        about["made_by"] |= {"batch_size": stored, "gpus": began}
+    for kept, began, gpus, expected in cases:
+        about["made_by"] |= {"batch_size": kept, "gpus": began}
         (made.path / "space.json").write_text(json.dumps(about))
         monkeypatch.setattr(machine, "gpu_count", lambda gpus=gpus: gpus)
         with open_workspace(tmp_path / "data") as workspace:

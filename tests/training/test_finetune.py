@@ -594,7 +594,7 @@ DEFAULTS = {
 }
 
 
-LONG = ("plain", "bare", "nested")  # training them is left out, but for --all; `test_network.py` trains their like
+LONG = ("plain", "bare", "nested")  # training them is left out, but for --all; `test_full_model.py` trains their like
 
 
 @pytest.mark.parametrize("kind", LONG)

@@ -14,17 +14,13 @@ import psutil
 import pytest
 import warm
 from conftest import command_line, environment, icebox, mark, wait_until, write_picture
+from made import load
 from own_networks import tiny_options
 
 from pipeline.core.hashing import image_key
 from pipeline.dataset import of_files, open_dataset
 from pipeline.images import decoding
-from pipeline.images.loader import Loaded, Loader, _Decoder
-
-
-def load(paths: list[Path], **options: int) -> list[Loaded]:
-    with Loader(of_files("some", paths), 299, "squash", options.get("max_pixels", 10**6)) as loader:
-        return [loader(i) for i in range(len(paths))]
+from pipeline.images.loader import Loader, _Decoder
 
 
 def test_pixels_and_key_are_those_of_the_file(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def exported(place: Deployed, kind: str, form: str, out: Path) -> ExportResult:
         return export_run(place.run(kind), form, place.dataset, workspace, max_pixels=MOST, out=out)
 
 
-# The others are written and loaded in tests/test_formats.py; at full size only the commands of docs/deploy.md do that,
-# and those by --all alone.
+# The others are written and loaded in tests/deployment/test_export_formats.py; at full size only docs/deploy.md does
+# that, by --all.
 def test_what_is_exported_is_the_full_model(deployed_inception: Deployed, tmp_path: Path) -> None:
     """And it is that with InceptionV3, where there is no Icebox."""
     out = tmp_path / "mine"

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from pipeline.backbone import moments
 from pipeline.backbone.build import build, load_weights
@@ -135,7 +136,7 @@ def test_pixels_count_as_large_as_the_network_takes_them() -> None:
 def test_weights_are_bit_equal_in_another_process_with_other_threads() -> None:
     code = "import test_untrained as t; print(*t.small_digests())"
     threads = {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    places = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    places = os.pathsep.join(map(str, (Path(__file__).parent, ROOT / "tests", ROOT)))
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | threads | {"PYTHONPATH": places},

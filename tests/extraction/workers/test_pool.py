@@ -19,12 +19,12 @@ import numpy as np
 import psutil
 import pytest
 import warm
+from cached import stored
 from clusters import Cluster, by_hand
 from conftest import ROOT, SPEC, command_line, environment, icebox, wait_until, write_picture
 from hindered import Blind, Held, Poison, hindered
 from own_networks import own_choice, tiny_choice, tiny_options, write_network
 from served import Page, served
-from test_extract import stored
 
 import pipeline.extraction.workers.health
 import pipeline.extraction.workers.pool

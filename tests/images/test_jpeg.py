@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, icebox, picture
+from made import load
 from own_networks import tiny_options
 from PIL import Image
-from test_decoder import load
 
 from pipeline.core.errors import DecodeError
 from pipeline.images import decoding, jpeg

@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 import pytest
 from cached import CLASSES, SPEC, fill, listed, row_of, spec_of, write_images
+from conftest import ROOT
 from PIL import Image
 
 from pipeline.cache import shard
@@ -38,7 +39,6 @@ from pipeline.training.training_data import split_members
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
-ROOT = Path(__file__).parent.parent
 COMMAND = "icebox features --dataset photos"
 LOGREG = HeadSpec.make("logreg")
 GAP = HeadSpec.make("gap", epochs=5, learning_rate=0.02, batch_size=16)

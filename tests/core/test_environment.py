@@ -12,9 +12,8 @@ from typing import Any
 
 import h5py
 import pytest
-from conftest import ROOT, Finished, icebox, write_picture
+from conftest import ROOT, Finished, icebox, python, write_picture
 from own_networks import tiny_options
-from test_imports import python
 
 from pipeline.core import environment
 

@@ -630,7 +630,7 @@ def test_workers_started_here_that_are_killed_again_and_again_are_given_up(
 def test_a_worker_whose_memory_limit_is_too_small_is_given_up_and_the_limit_named(
     workspace: Workspace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dask pauses it; that a nanny ends it instead, test_fleet.py shows."""
+    """Dask pauses it; that a nanny ends it instead, extraction/workers/test_pool.py shows."""
     monkeypatch.setattr(pipeline.extraction.workers.health, "PAUSED_S", 2.0)
     fill(workspace, listed(photos))
     with by_hand(tmp_path / "cluster", workers=0) as cluster:

@@ -27,6 +27,7 @@ import hdf5plugin
 import numpy as np
 import pytest
 import warm
+from conftest import ROOT
 from made import SPEC, add, chunk_places, key, made, shard_file
 
 import pipeline.cache.index
@@ -38,7 +39,6 @@ from pipeline.core import files
 from pipeline.core.errors import CacheError, IndexDamagedError, MissingRowsError, ShardDamagedError, SpecError
 from pipeline.core.spec import FeatureRequest, FeatureSpec, canonical_json
 
-ROOT = Path(__file__).parent.parent
 REQUEST = FeatureRequest("inception_v3", "mixed10", "squash", "decode-1", "resize-1", 299, "x/127.5-1", "folded")
 Opener = Callable[[], Cache]
 

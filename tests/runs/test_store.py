@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from pipeline.core.errors import RunError
@@ -63,8 +64,7 @@ def test_after_a_kill_only_a_hidden_folder_is_left(tmp_path: Path) -> None:
         "with new_run(Path(sys.argv[1]), 'digits-gap') as (_, directory):\n"
         "    (directory / 'run.json').write_text('{}'); os._exit(9)\n"
     )
-    root = Path(__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=root, check=False).returncode == 9
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=False).returncode == 9
     assert published(tmp_path) == []
     assert len(list(tmp_path.iterdir())) == 1
 

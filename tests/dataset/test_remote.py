@@ -24,10 +24,10 @@ import aiohttp
 import cv2
 import numpy as np
 import pytest
+from cached import counts
 from conftest import ROOT, command_line, environment, picture, wait_until
 from own_networks import StandIn
 from served import Bucket, Page, Site, bucket_server, served
-from test_extract import counts
 
 import pipeline.extraction.shard_task
 from pipeline.cache.digests import identify
