@@ -1,6 +1,7 @@
 """Dask's scheduler and worker as programs: python -m dask_process scheduler|worker ARGUMENT…
 
-A nanny forks its worker, so that it has whatever this process has imported. A worker finds functions of the test modules.
+A nanny forks its worker, so that the worker has whatever this process has imported, and finds functions of the test
+modules.
 """
 
 from __future__ import annotations
