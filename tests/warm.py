@@ -200,7 +200,7 @@ def _run(
     draws: bool,
 ) -> NoReturn:
     import cli
-    from pipeline import pictures
+    from pipeline.runs import plots as drawing
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if in_new_session:
@@ -212,7 +212,7 @@ def _run(
     os.environ.update(environment)
     os.chdir(folder)
     if not draws:
-        pictures._rendered = render_nothing
+        drawing._rendered = render_nothing
     sys.argv = [str(ROOT / "cli.py") if program == "cli" else program, *arguments]
     if "PYTHONIOENCODING" in environment:
         for stream in (sys.stdout, sys.stderr):
