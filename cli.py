@@ -22,20 +22,22 @@ try:
 except ModuleNotFoundError:
     sys.exit("error: Icebox's packages are not here: `make setup`, then `source .venv/bin/activate`")
 
-from pipeline.commands.about import summary, weights_command
 from pipeline.commands.backbones import backbones
 from pipeline.commands.cache import cache_app
 from pipeline.commands.config import apply_config, origin
-from pipeline.commands.deploy import export, serve
 from pipeline.commands.doctor import doctor
 from pipeline.commands.evaluate import evaluate
+from pipeline.commands.export import export
 from pipeline.commands.features import features
-from pipeline.commands.full import finetune, freeze
-from pipeline.commands.heads import train_head
+from pipeline.commands.finetune import finetune, freeze
 from pipeline.commands.predict import predict
 from pipeline.commands.report import report
 from pipeline.commands.runs import runs_app
+from pipeline.commands.serve import serve
+from pipeline.commands.summary import summary
 from pipeline.commands.sweep import sweep
+from pipeline.commands.train_head import train_head
+from pipeline.commands.weights import weights_command
 from pipeline.core import environment
 
 app = typer.Typer(
@@ -116,14 +118,14 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         import sqlite3
 
-        from pipeline.core.errors import IceboxError, MissingRowsError, UsageError, exhausted
+        from pipeline.core.errors import IceboxError, MissingBackbonesError, UsageError, exhausted
         from pipeline.core.lazy_imports import failed_import
 
         if not stopped and (text := exhausted(error) or failed_import(error)):
             return _fail(text, 1, arguments)
         if isinstance(error, sqlite3.Error):
             return _fail(f"the cache's index: {error}; {_index_hint(error)}", 1, arguments)
-        if isinstance(error, MissingRowsError):
+        if isinstance(error, MissingBackbonesError):
             return _fail(str(error), 1, arguments, error.commands)
         if isinstance(error, (IceboxError, OSError)):
             return _fail(str(error), 2 if isinstance(error, UsageError) else 1, arguments)

@@ -103,7 +103,7 @@ def _make(root: Path, kinds: tuple[str, ...], features: FeatureChoice) -> None:
             if kind in _HEADS:
                 spec, folds = _HEADS[kind]
                 request = TrainRequest(chosen, features, spec, MOST, folds=folds)
-                names[kind] = train_head(place.dataset, workspace, request, "features").name
+                names[kind] = train_head(place.dataset, workspace, request).name
             else:
                 request = FinetuneRequest(images=chosen, features=features, max_pixels=MOST, **_FULL[kind])
                 names[kind] = finetune(place.dataset, workspace, request).name

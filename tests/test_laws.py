@@ -257,7 +257,7 @@ class Life(RuleBasedStateMachine):
 
 
 TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=EXAMPLES // 3, stateful_step_count=25)
+TestLife.settings = settings(max_examples=EXAMPLES // 5, stateful_step_count=25)
 
 
 # Decoding

@@ -786,7 +786,7 @@ def trained() -> tempfile.TemporaryDirectory[str]:
         cached.fill(workspace, photos)
         chosen = DatasetChoice(str(folder / "photos"))
         request = TrainRequest(chosen, FeatureChoice(), HeadSpec.make("logreg", C="0.1"), decoding.DEFAULT_MAX_PIXELS)
-        train_head(photos, workspace, request, "features")
+        train_head(photos, workspace, request)
     return made
 
 

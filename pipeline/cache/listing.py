@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,25 +15,41 @@ from pipeline.core import files
 from pipeline.core.errors import CacheError
 
 
-def describe(space: FeatureSpace) -> dict[str, Any]:
-    """Return what a space is and holds, as JSON values; ages are ISO 8601, UTC.
+@dataclass(frozen=True)
+class SpaceListing:
+    """What a feature space is and holds. Sizes are in bytes, times ISO 8601 in UTC."""
 
-    The ratio is of the rows' bytes in memory to those on disk; None if there is no row.
-    """
+    space: str
+    backbone: str  # what people call the network
+    shards: int
+    rows: int
+    bytes: int
+    compression_ratio: float | None  # of the rows' bytes in memory to those on disk; None if there is no row
+    created: str | None
+    last_added: str | None  # None if there is no shard
+    aside_bytes: int  # of shards that `verify` moved aside
+    spec: Mapping[str, Any]
+    made_by: Mapping[str, Any]  # program, versions, weights
+
+
+def describe(space: FeatureSpace) -> SpaceListing:
+    """Return what a space is and holds."""
     totals, shards = space.totals(), space.shard_files()
     aside = files.list_files(space.path / ASIDE)
     newest = max((stat.st_mtime for stat in shards.values()), default=None)
-    return {
-        "space": space.name,
-        "backbone": _label(space),
-        **asdict(totals),
-        "compression_ratio": _ratio(space, totals.rows, totals.bytes),
-        "created": _text(space.provenance.get("created")),
-        "last_added": None if newest is None else datetime.fromtimestamp(newest, UTC).isoformat(timespec="seconds"),
-        "aside_bytes": sum(stat.st_size for stat in aside.values()),
-        "spec": space.spec.to_dict(),
-        "made_by": dict(space.provenance),
-    }
+    return SpaceListing(
+        space=space.name,
+        backbone=_label(space),
+        shards=totals.shards,
+        rows=totals.rows,
+        bytes=totals.bytes,
+        compression_ratio=_ratio(space, totals.rows, totals.bytes),
+        created=_text(space.provenance.get("created")),
+        last_added=None if newest is None else datetime.fromtimestamp(newest, UTC).isoformat(timespec="seconds"),
+        aside_bytes=sum(stat.st_size for stat in aside.values()),
+        spec=space.spec.to_dict(),
+        made_by=dict(space.provenance),
+    )
 
 
 def _ratio(space: FeatureSpace, rows: int, size: int) -> float | None:

@@ -64,9 +64,9 @@ def data_dir_of(path: Path | None) -> Path | None:
 
 def _say_left_out(file: Path, keys: Sequence[str]) -> None:
     if keys:
-        from pipeline.commands import terminal
+        from pipeline.core import console
 
-        terminal.warn(
+        console.warn(
             f"notice: not taken from {file}, as it was not named on the command line: {', '.join(keys)}; "
             f"to take them, put --config {file} before the command"
         )

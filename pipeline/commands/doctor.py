@@ -2,163 +2,91 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Unpack, cast
 
 import typer
 
+from pipeline.api.inspection_options import DoctorOptions
 from pipeline.commands.completion import dataset_names
-from pipeline.commands.depth import DepthOption
-from pipeline.commands.network import BackboneOption, InputSizeOption, ScalingOption
+from pipeline.commands.parsing import takes
 from pipeline.commands.shared import (
-    CONNECTIONS,
-    MAX_PIXELS,
-    ArchiveOption,
-    AugmentOption,
-    ConnectionsOption,
-    FitOption,
-    ImageRootOption,
     JsonOption,
-    LayerOption,
-    LimitOption,
-    MaxPixelsOption,
-    PrecisionOption,
     QuietOption,
-    SpaceOption,
-    StorageOption,
-    ViewsOption,
-    WeightsOption,
-    feature_choice,
     features_command,
-    finish,
-    open_dataset,
-    opened,
+    icebox,
+    show,
     typed,
-    views_choice,
+    without_unused_views,
 )
-from pipeline.core.units import counted
 
 if TYPE_CHECKING:
-    from pipeline.report.doctor.checks import DatasetCheck
+    from pipeline.api.inspection_results import DatasetCheckResult
 
 _MOST_CLASSES = 20  # lines of the table
 _LISTED = 10  # groups of copies and members of each, and bad images
 
 
+@takes(DoctorOptions)
 def doctor(
     context: typer.Context,
     dataset: Annotated[
         str | None,
         typer.Argument(
             metavar="DATASET",
-            help="What --dataset of other commands takes; left out, only the machine.",
+            help="What --dataset of other commands takes.  [default: check the machine only]",
             autocompletion=dataset_names,
+            show_default=False,
         ),
     ] = None,
-    archive: ArchiveOption = None,
-    image_root: ImageRootOption = None,
-    limit: LimitOption = None,
-    backbone: BackboneOption = None,
-    input_size: InputSizeOption = None,
-    scaling: ScalingOption = None,
-    weights: WeightsOption = "auto",
-    layer: LayerOption = None,
-    precision: PrecisionOption = "auto",
-    storage: StorageOption = "auto",
-    space: SpaceOption = None,
-    fit: FitOption = None,
-    depth: DepthOption = None,
-    views: ViewsOption = 1,
-    augment: AugmentOption = None,
-    max_pixels: MaxPixelsOption = MAX_PIXELS,
-    connections: ConnectionsOption = CONNECTIONS,
+    *,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    **options: Unpack[DoctorOptions],
 ) -> None:
-    """Tell what this machine has, or what is wrong with a DATASET.
+    """Check this machine, or check a DATASET before computing anything.
 
-    With DATASET: what is in it, what should be mended, what is cached, and what the rest will take here.
+    With DATASET: what is in it, what is wrong with it, what is cached, and what computing the rest takes here.
     """
-    from pipeline.commands import terminal
-    from pipeline.core.errors import UsageError
+    from pipeline.api.inspection_results import MachineResult
+    from pipeline.core import console
 
-    if dataset is None:
-        if others := [name for name in typed(context) if name not in ("as_json", "quiet")]:
-            spelt = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-            raise UsageError(f"{', '.join(spelt[name] for name in others)}: say of which DATASET")
-        from pipeline.report.doctor.machine import examine
-
-        with opened(context) as workspace:
-            result = examine(workspace)
-        finish(result, as_json, tuple(result))
+    given = without_unused_views(context, options)
+    if dataset is None:  # then a file of options may say what only a dataset takes, and nobody may type it
+        given = cast(DoctorOptions, {name: given[name] for name in typed(context) if name in given})
+    with icebox(context, quiet=quiet) as box:
+        found = box.doctor(dataset, **given)
+    if as_json or isinstance(found, MachineResult):
+        show(found, as_json)
         return
-    from pipeline.dataset import remote
-    from pipeline.report.doctor.checks import check_dataset, summarize
-    from pipeline.report.doctor.recommendations import recommend
-
-    remote.limit_connections(connections)
-    with opened(context) as workspace:
-        images = open_dataset(workspace, context)
-        found = check_dataset(images, workspace, feature_choice(context), max_pixels, views_choice(context))
-    words = recommend(found)
-    if as_json:
-        terminal.emit_json({**summarize(found), "advice": words})
-        return
-    _show(found, summarize(found))
-    for sentence in words:
-        terminal.say(f"- {sentence}", "yellow")
-    if found.plan.missing:
+    _show(found)
+    if found.rows["missing"]:
         command = features_command(context) + (f" --max-bad {found.allowed_bad:g}" if found.quarantined else "")
-        terminal.say(f"{'' if words else 'nothing stands out; '}to compute them: {command}")
+        console.say(f"{'' if found.advice else 'nothing stands out; '}to compute them: {command}")
 
 
-def _show(found: DatasetCheck, about: dict[str, Any]) -> None:
-    from pipeline.commands import terminal
-    from pipeline.core.units import counted, duration, size_text
+def _show(found: DatasetCheckResult) -> None:
+    from pipeline.core import console
 
-    rows = [(name, *counts.values()) for name, counts in about["classes"].items()]
-    terminal.table(rows[:_MOST_CLASSES], ("class", *next(iter(about["classes"].values()))))
+    rows = [(name, *counts.values()) for name, counts in found.classes.items()]
+    console.table(rows[:_MOST_CLASSES], ("class", *next(iter(found.classes.values()))))
     if len(rows) > _MOST_CLASSES:
-        terminal.say(f"and {len(rows) - _MOST_CLASSES:,} more; --json lists them all")
-    sizes = {name: f"{size[0]:,} x {size[1]:,}" for name, size in about["sizes"].items() if size}
-    lines = {
-        "images": f"{about['images']:,}",
-        "split": about["split"],
-        "formats": ", ".join(f"{count:,} {kind}" for kind, count in about["formats"].items()),
-        "width x height": f"{sizes['median']} (median), {sizes['smallest']} to {sizes['largest']}" if sizes else "",
-        "turned by EXIF": f"{about['turned_by_exif']:,}" if about["turned_by_exif"] else "",
-        "exact copies": _copies(about["copies"]),
-        "near copies": _copies(about["near_copies"]),
-        "cached": f"{about['rows']['cached']:,} of {found.plan.rows - found.plan.duplicates:,} rows"
-        + (f" in {found.space}" if found.space else "")
-        + (f"; {found.plan.duplicates:,} more are copies" if found.plan.duplicates else ""),
-    }
-    if (cost := found.cost) is not None:
-        missing = counted(found.plan.missing, "row")
-        lines["to compute"] = f"{missing}: {duration(cost.seconds)}, {size_text(cost.bytes)} on disk"
-        lines["measured"] = (
-            f"{cost.images_per_second:,.1f} images/s, {cost.bytes_per_row:,} bytes a row, {size_text(cost.memory)} of "
-            f"memory, with the weights {cost.weights}"
-        )
-    terminal.pairs({name: value for name, value in lines.items() if value})
-    for bad in found.quarantined[:_LISTED]:
-        terminal.warn(f"bad: {bad.path}: {bad.reason}")
-    _say_others(len(found.quarantined), "bad images")
-    for title, groups in (("two labels", about["conflicting"]), ("nearly alike", about["near_copies_listed"])):
+        console.say(f"and {len(rows) - _MOST_CLASSES:,} more; --json lists them all")
+    show(found, as_json=False)
+    for bad in found.quarantined_images[:_LISTED]:
+        console.warn(f"bad: {bad.path}: {bad.reason}")
+    _say_others(found.quarantined, "bad images")
+    for title, groups in (("two labels", found.conflicting), ("nearly alike", found.near_copies_listed)):
         for group in groups[:_LISTED]:
             named = ", ".join(f"{each['path']} ({each['split']}, {each['label']})" for each in group[:_LISTED])
-            terminal.say(f"{title}: {named}{f', and {len(group) - _LISTED:,} more' if len(group) > _LISTED else ''}")
+            console.say(f"{title}: {named}{f', and {len(group) - _LISTED:,} more' if len(group) > _LISTED else ''}")
     _say_others(len(found.conflicting), "groups with two labels")
-    _say_others(len(found.near.groups), "groups that are nearly alike")
+    _say_others(len(found.near_copies_listed), "groups that are nearly alike")
+    for sentence in found.advice:
+        console.say(f"- {sentence}", "yellow")
 
 
 def _say_others(count: int, things: str) -> None:
-    from pipeline.commands import terminal
+    from pipeline.core import console
 
     if count > _LISTED:
-        terminal.say(f"and {count - _LISTED:,} more {things}; --json lists them all")
-
-
-def _copies(found: dict[str, int]) -> str:
-    if not found["groups"]:
-        return "none"
-    return f"{found['images']:,} images in {counted(found['groups'], 'group')}, {found['crossing']:,} across splits"
+        console.say(f"and {count - _LISTED:,} more {things}; --json lists them all")

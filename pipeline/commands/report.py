@@ -1,40 +1,18 @@
-"""`report`: runs to look at, each as one page that opens offline."""
+"""`report`: a page about a run, several runs, or a sweep, that opens offline."""
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Unpack, cast
 
 import typer
 
+from pipeline.api.deployment_options import ReportOptions
 from pipeline.commands.completion import run_names
-from pipeline.commands.shared import (
-    MAX_PIXELS,
-    JsonOption,
-    MaxPixelsOption,
-    QuietOption,
-    finish,
-    opened,
-    program,
-    typed,
-)
-
-_SHOWN = (
-    "page",
-    "bytes",
-    "images",
-    "likely_wrong_labels",
-    "near_copies",
-    "near_copies_across_splits",
-    "best",
-    "seconds",
-)
+from pipeline.commands.parsing import takes
+from pipeline.commands.shared import JsonOption, QuietOption, icebox, show, typed
 
 
-_IMAGES = {"projection": "--map", "max_pixels": "--max-pixels"}
-
-
+@takes(ReportOptions)
 def report(
     context: typer.Context,
     names: Annotated[
@@ -46,54 +24,25 @@ def report(
             autocompletion=run_names,
         ),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Compare several runs on one page.")] = False,
-    sweep: Annotated[bool, typer.Option("--sweep", help="RUN is a sweep: a page about all its settings.")] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="The page.  [default: reports/NAME.html in the data directory]"),
-    ] = None,
-    projection: Annotated[
-        Literal["tsne", "pca"] | None,
-        typer.Option("--map", help="How the map is made.  [default: tsne up to 5,000 images, else pca]"),
-    ] = None,
-    max_pixels: MaxPixelsOption = MAX_PIXELS,
+    *,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    **options: Unpack[ReportOptions],
 ) -> None:
-    """Make a page of a run, or of several, to look at in a browser.
+    """Write a page about a run, or several, to look at in a browser.
 
     Mistakes, classes, a map of the images, doubtful labels, near copies; the file opens offline.
     """
-    from pipeline.core.errors import UsageError
-    from pipeline.report.run_report import require_target
+    with icebox(context, quiet=quiet) as box:
+        done = box.report(names or None, **_without_unused(context, options))
+    show(done, as_json, "; ".join(done.left_out or ()) or None)
 
-    if compare and sweep:
-        raise UsageError("--compare is of runs, --sweep of a sweep; leave one of them out")
-    if names and len(names) > 1 and not compare:
-        raise UsageError("several runs make one page with --compare only")
-    if (compare or sweep) and (others := sorted(_IMAGES.keys() & typed(context))):
-        raise UsageError(f"{_IMAGES[others[0]]} is of one run's images; it goes with neither --compare nor --sweep")
-    chosen = names[0] if names else "latest"
-    start = time.perf_counter()
-    with opened(context) as workspace:
-        reports = workspace.root / "reports"
-        if compare or sweep:
-            from pipeline.report import comparison as pages
 
-            folder = pages.find_sweep(chosen, workspace.sweeps) if sweep else None
-            target = out or reports / f"{folder.name if folder else 'compare'}.html"
-            result = (
-                pages.report_sweep(folder, target)
-                if folder
-                else pages.report_comparison(names or [], workspace, target)
-            )
-        else:
-            from pipeline.report.run_report import write_report
-            from pipeline.training.open_run import open_run
-
-            run = open_run(workspace.runs, chosen)
-            target = out or reports / f"{run.name}.html"
-            require_target(target)
-            result = write_report(run, workspace, target, program(context), max_pixels=max_pixels, method=projection)
-    result["seconds"] = round(time.perf_counter() - start, 3)
-    finish(result, as_json, _SHOWN, note="; ".join(result.get("left_out", [])) or None)
+def _without_unused(context: typer.Context, options: ReportOptions) -> ReportOptions:
+    """Return the options without what is of one run's images, if it was not typed: a file says it for such pages."""
+    unused = {"map", "max_pixels"}.difference(typed(context))
+    return (
+        cast(ReportOptions, {name: value for name, value in options.items() if name not in unused})
+        if (options.get("compare") or options.get("sweep"))
+        else options
+    )

@@ -5,8 +5,9 @@ Every message says what was expected, what was found and what to do; the command
 
 import difflib
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -122,14 +123,48 @@ class ShardUnreadableError(CacheError):
 
 
 class MissingRowsError(CacheError, LookupError):
-    """Features that were asked for are not in the cache.
+    """Features that were requested are not in the cache."""
 
-    `commands` are what makes them, where the text does not say it: of several backbones.
+
+class MissingFeaturesError(MissingRowsError):
+    """Features of a dataset are not in the cache, and `features` computes them.
+
+    Parameters
+    ----------
+    problem
+        What is missing, where.
+    lacking
+        Which of the requested feature spaces lack rows, as indices; 0 where there is one.
+
+    Attributes
+    ----------
+    options
+        For each of `lacking` the options of `features` that compute the rows; set by `Icebox`.
+    commands
+        The same as lines to type; set by the command line.
     """
 
-    def __init__(self, text: str, commands: Iterable[str] = ()) -> None:
-        self.commands = tuple(commands)
-        super().__init__(text)
+    def __init__(self, problem: str, lacking: Iterable[int] = (0,)) -> None:
+        self.problem = problem
+        self.lacking = tuple(lacking)
+        self.options: tuple[Mapping[str, Any], ...] = ()
+        self.commands: tuple[str, ...] = ()
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        how = f"make them by: {self.commands[0]}" if self.commands else f"compute them by {self._call()}"
+        return f"{self.problem}; {how} (`cache explain` tells why)"
+
+    def _call(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in (self.options[0] if self.options else {}).items())
+        return f"Icebox.features({given})"
+
+
+class MissingBackbonesError(MissingFeaturesError):
+    """Features of some of several backbones are not in the cache; what to do stands in `commands`, one a line."""
+
+    def __str__(self) -> str:
+        return self.problem
 
 
 class RunError(IceboxError, OSError):

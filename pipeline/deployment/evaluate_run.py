@@ -57,7 +57,6 @@ def evaluate_run(
     run: TrainedRun,
     dataset: Dataset,
     workspace: Workspace,
-    features_command: str,
     *,
     max_pixels: int,
     split: Side | None = None,
@@ -95,11 +94,11 @@ def evaluate_run(
     DatasetError
         If the run does not know a class, or no image is left to measure.
     MissingRowsError
-        If an image that can be decoded has no row; the text names `features_command`.
+        If an image that can be decoded has no row.
     """
     dataset = run.matched(dataset)
     _require_writable(run, out)
-    labelled = _gathered(run, dataset, workspace, features_command, max_pixels, space, memory)
+    labelled = _gathered(run, dataset, workspace, max_pixels, space, memory)
     chosen = _choose(run, labelled, seen_images(run, workspace, labelled), split, own, include_trained)
     side, members = chosen.side, chosen.members
     if isinstance(labelled, LabelledFeatures):
@@ -173,7 +172,6 @@ def _gathered(
     run: TrainedRun,
     dataset: Dataset,
     workspace: Workspace,
-    features_command: str,
     max_pixels: int,
     space: str | None,
     memory: int | None,
@@ -185,7 +183,7 @@ def _gathered(
         images = join_images(dataset, workspace, max_pixels, run.spec.fit, depth_of(run.spec.decode))
         warn_untrained(run.base)
         return images
-    labelled = join_features(dataset, workspace, _choice(run, workspace, space), max_pixels, features_command)
+    labelled = join_features(dataset, workspace, _choice(run, workspace, space), max_pixels)
     run.require_space(labelled.space.spec)
     warn_untrained(labelled.space.spec)
     return labelled

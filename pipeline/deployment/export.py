@@ -46,7 +46,7 @@ _MOST_DIFFERENCE = 1e-3  # of a probability, from the float32 full model
 
 
 @dataclass(frozen=True)
-class ExportResult:
+class ExportedModel:
     """What `export` made: the model's path, and how far it is from the run."""
 
     path: Path
@@ -62,7 +62,7 @@ def export_run(
     max_pixels: int,
     out: Path | None = None,
     weights: str | None = None,
-) -> ExportResult:
+) -> ExportedModel:
     """Write `run` in the format `name` into a folder of its own, which appears whole or not at all.
 
     The model computes in float32. It is loaded again in its own runtime and compared on some of `images` with the
@@ -107,7 +107,7 @@ def export_run(
         }
         files.write_json(folder / CLASSES, run.classes)
         files.write_json(folder / ABOUT, about)
-    return ExportResult(final / form.file, about)
+    return ExportedModel(final / form.file, about)
 
 
 def _description(run: TrainedRun, form: Format, image: tuple[int, ...]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A row that the cache has is not computed again; what is computed is not kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -48,7 +48,7 @@ def predict(
     max_pixels: int,
     weights: str | None = None,
     advance: Callable[[float], None] = lambda n: None,
-) -> Iterator[ImagePrediction]:
+) -> Generator[ImagePrediction, None, None]:
     """Yield what `runs` say on average of each image, in the dataset's order.
 
     Its bytes are decoded and preprocessed as those were that the runs were trained on. `weights` is a file to look

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.cache.workspace import Workspace
-from pipeline.core.errors import IceboxError, MissingRowsError
+from pipeline.core.errors import IceboxError, MissingFeaturesError
 from pipeline.core.utf8 import to_utf8
 from pipeline.dataset.split import SPLITS
 from pipeline.extraction.feature_choice import FeatureChoice
@@ -131,11 +131,9 @@ def _images(run: TrainedRun, workspace: Workspace, max_pixels: int, notes: list[
         dataset = run.matched(run.request.images.open(workspace))
         if run.base.directory in workspace.cache.names():
             try:
-                return join_features(
-                    dataset, workspace, FeatureChoice(space=run.base.directory), max_pixels, "features"
-                )
-            except MissingRowsError as error:
-                notes.append(f"Features are missing, so that {_NO_FEATURES}: {error}")
+                return join_features(dataset, workspace, FeatureChoice(space=run.base.directory), max_pixels)
+            except MissingFeaturesError as error:
+                notes.append(f"Features are missing, so that {_NO_FEATURES}: {error.problem}")
         else:
             notes.append(f"The features of its backbone are not in the cache: {_NO_FEATURES}.")
         return join_images(dataset, workspace, max_pixels, run.base.fit, depth_of(run.base.decode))

@@ -32,7 +32,6 @@ def export_dataset(
     workspace: Workspace,
     choice: FeatureChoice,
     max_pixels: int,
-    features_command: str,
     out: Path,
     what: What,
     *,
@@ -47,7 +46,7 @@ def export_dataset(
     CacheError
         If a shard is damaged, or there is no room.
     """
-    labelled = join_features(dataset, workspace, choice, max_pixels, features_command, partly=virtual)
+    labelled = join_features(dataset, workspace, choice, max_pixels, partly=virtual)
     images = labelled.usable.tolist()
     columns = Columns(
         dataset.name,

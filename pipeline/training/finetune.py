@@ -147,7 +147,7 @@ def _from_cache(
     options = ComputeOptions(max_pixels=request.max_pixels)
     done = extract(dataset, workspace, origin.resolved, options, views=request.views)
     choice = FeatureChoice(space=done.space.name) if done.space else origin.resolved.choice
-    labelled = join_features(dataset, workspace, choice, request.max_pixels, "features", views=request.views)
+    labelled = join_features(dataset, workspace, choice, request.max_pixels, views=request.views)
     labelled = with_initial(labelled, request, workspace)
     spec = replace(labelled.space.spec, layer=origin.base.layer)
     made = _network(origin, spec, request, len(dataset.classes))

@@ -14,7 +14,7 @@ from pipeline.backbone import source as networks
 from pipeline.cache.digests import Identities, identify
 from pipeline.cache.space import FeatureSpace
 from pipeline.cache.workspace import Workspace
-from pipeline.core.errors import DatasetError, MissingRowsError
+from pipeline.core.errors import DatasetError, MissingFeaturesError
 from pipeline.core.spec import PLAIN_VIEW, Views
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset, Split, assign, groups
@@ -108,7 +108,6 @@ def join_features(
     workspace: Workspace,
     choice: FeatureChoice,
     max_pixels: int,
-    features_command: str,
     *,
     views: Views = PLAIN_VIEW,
     partly: bool = False,
@@ -117,8 +116,8 @@ def join_features(
 
     Raises
     ------
-    MissingRowsError
-        If an image that can be decoded has no row; the text names `features_command`.
+    MissingFeaturesError
+        If an image that can be decoded has no row.
     DatasetError
         If none can be decoded.
     """
@@ -134,7 +133,7 @@ def join_features(
     lacking = {key for i in plan.todo.distinct.tolist() if (key := identities.keys[i]) is not None}
     if space is None or (plan.todo and not partly):
         others = [] if space else _other_backbones(workspace, resolved.source.name, lacking)
-        raise _missing(planning, lacking, space, others, features_command)
+        raise _missing(planning, lacking, space, others)
     found = LabelledFeatures(*_sorted(dataset, identities, plan), space, views)
     _report_leaks(found.split)
     return found
@@ -201,8 +200,7 @@ def _missing(
     lacking: Set[bytes],
     space: FeatureSpace | None,
     other_backbones: Sequence[str],
-    features_command: str,
-) -> MissingRowsError:
+) -> MissingFeaturesError:
     unseen = planning.identities.unseen
     count, images = sum(key in lacking for key in planning.identities.keys) + len(unseen), len(planning.dataset)
     in_views = f", in {planning.views.count} views" if planning.views.count > 1 else ""
@@ -211,10 +209,9 @@ def _missing(
     unread = "".join(f"; {many:,} {cause}" for cause, many in causes)
     names = ", ".join(other_backbones)
     others = f"; there are features of {names}, which --backbone names" if names else ""
-    return MissingRowsError(
+    return MissingFeaturesError(
         f"{count:,} of {counted(images, 'image')} {'has' if count == 1 else 'have'} no features"
-        f"{where}{in_views}{unread}{others}; make them by: {features_command}"
-        " (`cache explain` tells why)"
+        f"{where}{in_views}{unread}{others}"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -13,7 +12,7 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 
 from pipeline.cache.workspace import open_workspace
-from pipeline.core.errors import DatasetError, UsageError
+from pipeline.core.errors import DatasetError, MissingFeaturesError, UsageError
 from pipeline.core.spec import Augmentation, Views
 from pipeline.dataset import few_groups
 from pipeline.dataset.split import SPLITS
@@ -71,7 +70,7 @@ def open_features(
 
     Raises
     ------
-    MissingRowsError
+    MissingFeaturesError
         If an image that can be decoded has no row; the text names the command that computes it.
     DatasetError
         If the dataset cannot be listed, or no image of it can be decoded.
@@ -81,10 +80,15 @@ def open_features(
     if what not in ("features", "pooled"):
         raise UsageError(f'what must be "features" or "pooled", found {what!r:.60}')
     choice = DatasetChoice(str(dataset), image_root=image_root and str(image_root), limit=limit)
-    said = {"backbone": backbone, "input-size": input_size, "scaling": scaling, "layer": layer, "depth": depth}
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in said.items() if value is not None]
-    words += [f"--views {views}"] * (views > 1)
-    command = " ".join(["python cli.py features --dataset", shlex.quote(str(dataset)), *words])
+    stated: dict[str, Any] = {
+        "dataset": str(dataset),
+        "backbone": backbone,
+        "input_size": input_size,
+        "scaling": scaling,
+        "layer": layer,
+        "depth": depth,
+    }
+    stated |= {"views": views if views > 1 else None, "augment": augment or None}
     with ExitStack() as stack:
         workspace = stack.enter_context(open_workspace(root))
         name = None if backbone is None else str(backbone)
@@ -92,7 +96,13 @@ def open_features(
             space=space, layer=layer, depth=depth, backbone=name, input_size=input_size, scaling=scaling
         )
         limits = decoding.DEFAULT_MAX_PIXELS
-        labelled = join_features(choice.open(workspace), workspace, chosen, limits, command, views=wanted)
+        try:
+            labelled = join_features(choice.open(workspace), workspace, chosen, limits, views=wanted)
+        except MissingFeaturesError as error:
+            error.options = (
+                {"dataset": str(dataset), **{key: each for key, each in stated.items() if each is not None}},
+            )
+            raise
         stack.enter_context(labelled.space.reading())
         warn_untrained(labelled.space.spec)
         features = Features(labelled, what, memory)

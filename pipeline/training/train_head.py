@@ -38,14 +38,14 @@ class HeadResult:
 
 
 def train_head(
-    dataset: Dataset, workspace: Workspace, request: TrainRequest, features_command: str, *, resume: str | None = None
+    dataset: Dataset, workspace: Workspace, request: TrainRequest, *, resume: str | None = None
 ) -> HeadResult:
     """Train, measure and save what was asked for from cached rows; publish it. `resume` names an unfinished run.
 
     Raises
     ------
     MissingRowsError
-        If an image that can be decoded has no row; the text names `features_command`.
+        If an image that can be decoded has no row.
     DatasetError
         If a split has no image, or there is only one class to learn.
     RunError
@@ -54,9 +54,7 @@ def train_head(
     start = time.perf_counter()
     if request.tensorboard:
         tracking.require_tensorboard()
-    labelled = join_features(
-        dataset, workspace, request.features, request.max_pixels, features_command, views=request.views
-    )
+    labelled = join_features(dataset, workspace, request.features, request.max_pixels, views=request.views)
     with (
         open_training_data(labelled, [request.head], request.memory, folds=request.folds) as training_data,
         _run(workspace, request, labelled, resume) as (name, directory),

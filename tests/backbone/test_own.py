@@ -159,7 +159,7 @@ def test_a_network_computes_what_keras_makes_of_the_file(tmp_path: Path, make: C
         ("MobileNetV2", {"alpha": 0.35, "pooling": "avg"}),
         ("EfficientNet", {"width_coefficient": 0.5, "depth_coefficient": 0.1, "default_size": 64}),
         pytest.param("EfficientNetB0", {}, marks=pytest.mark.long),
-        ("MobileNetV3Small", {"minimalistic": False}),
+        pytest.param("MobileNetV3Small", {"minimalistic": False}, marks=pytest.mark.long),
     ],
 )
 def test_what_keras_applications_build_is_taken_as_a_file_too(tmp_path: Path, builder: str, options: Config) -> None:

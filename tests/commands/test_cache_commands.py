@@ -270,7 +270,7 @@ def tiny_space(data: Path, *options: str | Path) -> FeatureSpec:
         return space.spec
 
 
-@pytest.mark.parametrize("network", ["inception_v3", "tiny"])
+@pytest.mark.parametrize("network", [pytest.param("inception_v3", marks=pytest.mark.long), "tiny"])
 def test_rows_computed_afresh_are_those_in_the_cache(network: str, data: Path, photos: Path) -> None:
     named = UNTRAINED if network == "inception_v3" else tiny_options()
     options = ("--dataset", photos, *named, "--batch-size", "4")

@@ -33,8 +33,8 @@ from PIL import Image
 
 import cli
 from pipeline.cache.workspace import Workspace
-from pipeline.commands import terminal
 from pipeline.commands.shared import called
+from pipeline.core import console
 from pipeline.core.utf8 import to_utf8
 
 FEATURE_KEYS = {
@@ -446,12 +446,13 @@ def test_the_data_directory_may_come_from_the_environment(data: Path) -> None:
 
 
 def test_the_constant_in_the_command_line_is_the_librarys() -> None:
-
-    from pipeline.commands import shared
+    from pipeline.api import options
+    from pipeline.dataset import remote
     from pipeline.extraction import compute
     from pipeline.images import decoding
 
-    assert shared.MAX_PIXELS == decoding.DEFAULT_MAX_PIXELS
+    assert options.MAX_PIXELS == decoding.DEFAULT_MAX_PIXELS
+    assert options.CONNECTIONS == remote.DEFAULT_CONNECTIONS
     assert (compute.DEFAULT_SHARD_ROWS, compute.DEFAULT_BATCH_SIZE) == (256, 32)
 
 
@@ -493,8 +494,8 @@ def test_without_a_terminal_progress_is_a_line_every_ten_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seconds = itertools.count()
-    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
-    with terminal.progress("training gap", 100, "epochs") as advance:
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    with console.progress("training gap", 100, "epochs") as advance:
         for _ in range(29):
             advance(1)
     assert capsys.readouterr().err.splitlines() == [

@@ -165,7 +165,7 @@ def test_a_file_that_was_not_named_removes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     seen: list[Any] = []
-    monkeypatch.setattr("pipeline.commands.cache._keep", lambda *given: seen.append(given[1]) or 1 / 0)
+    monkeypatch.setattr("pipeline.api.cache._retention", lambda _, given: seen.append(given["dataset"] or []) or 1 / 0)
     write(tmp_path / "pyproject.toml", IMPLIED)
     with pytest.raises(ZeroDivisionError):
         cli.main(["--data-dir", "here", "cache", "gc"])
@@ -271,7 +271,7 @@ def test_keys_above_all_tables_reach_no_command_that_means_something_else(
 ) -> None:
     """`cache gc --dataset` removes what is not of that dataset."""
     seen = []
-    monkeypatch.setattr("pipeline.commands.cache._keep", lambda *given: seen.append(given[1]) or 1 / 0)
+    monkeypatch.setattr("pipeline.api.cache._retention", lambda _, given: seen.append(given["dataset"] or []) or 1 / 0)
     file = write(tmp_path / "mine.toml", f'data-dir = "{tmp_path}"\ndataset = "digits"\n')
     with pytest.raises(ZeroDivisionError):
         cli.main(["--config", str(file), "cache", "gc"])

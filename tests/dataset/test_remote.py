@@ -575,7 +575,7 @@ def test_what_is_not_fetched_lacks_its_rows(site: Site, workspace: Workspace, tm
         site.pages[f"/{i}.png"] = Page(png(i))
     dataset = manifest(tmp_path / "list.csv", [f"{site.address}/{i}.png" for i in range(4)])
     with pytest.raises(MissingRowsError, match=r"^4 of 4 images have no features"):
-        join_features(dataset, workspace, UNTRAINED, 10**6, "features")
+        join_features(dataset, workspace, UNTRAINED, 10**6)
     assert [image.state for image in explain(dataset, workspace, UNTRAINED, 10**6).images] == ["new"] * 4
     assert site.count("GET") == 0
     features(dataset, workspace)
@@ -585,13 +585,13 @@ def test_what_is_not_fetched_lacks_its_rows(site: Site, workspace: Workspace, tm
     assert [image.state for image in explained.images] == ["cached"] * 3 + ["changed"]
     assert site.count("GET") == 0
     with pytest.raises(MissingRowsError, match=r"^1 of 4 images has no features"):
-        join_features(dataset, workspace, UNTRAINED, 10**6, "features")
+        join_features(dataset, workspace, UNTRAINED, 10**6)
     assert site.gets() == {"/3.png": 1}  # it might not be to be had, and then lack nothing
     for page in (Page(status=404), Page(png(9), missing=1)):
         site.pages["/3.png"] = page
-        assert len(join_features(dataset, workspace, UNTRAINED, 10**6, "features").keys) == 3
+        assert len(join_features(dataset, workspace, UNTRAINED, 10**6).keys) == 3
     site.pages["/3.png"] = Page(png(3))
-    assert len(join_features(dataset, workspace, UNTRAINED, 10**6, "features").keys) == 4
+    assert len(join_features(dataset, workspace, UNTRAINED, 10**6).keys) == 4
 
 
 def test_images_to_train_on_are_fetched_once_to_be_checked(site: Site, workspace: Workspace, tmp_path: Path) -> None:

@@ -51,12 +51,12 @@ def rows(workspace: Workspace, photos: Path, no_plots: None) -> None:
 def trained(workspace: Workspace, photos: Path, kind: str = "logreg") -> str:
     spec, folds = KINDS[kind]["spec"], KINDS[kind].get("folds", 0)
     request = TrainRequest(DatasetChoice(str(photos)), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, folds=folds)
-    return train_head(listed(photos), workspace, request, "features").name
+    return train_head(listed(photos), workspace, request).name
 
 
 def evaluated(workspace: Workspace, name: str, photos: Path, **more: Any) -> Evaluation:
     run = open_run(workspace.runs, name)
-    return evaluate_run(run, listed(photos), workspace, "features", max_pixels=decoding.DEFAULT_MAX_PIXELS, **more)
+    return evaluate_run(run, listed(photos), workspace, max_pixels=decoding.DEFAULT_MAX_PIXELS, **more)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,7 +231,7 @@ def test_a_part_of_its_own_images_is_measured_where_it_is_new(workspace: Workspa
     name = trained(workspace, photos)
     run = open_run(workspace.runs, name)
     some = limit(listed(photos), 60)
-    done = evaluate_run(run, some, workspace, "features", max_pixels=decoding.DEFAULT_MAX_PIXELS)
+    done = evaluate_run(run, some, workspace, max_pixels=decoding.DEFAULT_MAX_PIXELS)
     known = RunImages.read(run.path)
     assert known is not None
     new = known.contains([image_key(some.read(i)) for i in range(60)], "test").sum()
@@ -321,7 +321,7 @@ def test_a_run_keeps_its_classes_whatever_their_order_and_unicode_form_by_now(
     path = workspace.runs / name / "run.json"
     run = open_run(workspace.runs, name)
     again = replace(listed(photos), classes=("cow", "bee", "ant"), labels=2 - listed(photos).labels)
-    done = evaluate_run(run, again, workspace, "features", max_pixels=decoding.DEFAULT_MAX_PIXELS)
+    done = evaluate_run(run, again, workspace, max_pixels=decoding.DEFAULT_MAX_PIXELS)
     assert (done.metrics["accuracy"], done.left_out) == (
         metrics_of(workspace, name)["accuracy"],
         120 - done.metrics["images"],
@@ -331,7 +331,7 @@ def test_a_run_keeps_its_classes_whatever_their_order_and_unicode_form_by_now(
     run = open_run(workspace.runs, name)
     modern = replace(listed(photos), classes=("ant", "bee", "c\N{LATIN SMALL LETTER O WITH DIAERESIS}w"))
     assert run.classes[2] == "co\N{COMBINING DIAERESIS}w"
-    done = evaluate_run(run, modern, workspace, "features", max_pixels=decoding.DEFAULT_MAX_PIXELS)
+    done = evaluate_run(run, modern, workspace, max_pixels=decoding.DEFAULT_MAX_PIXELS)
     assert done.metrics["accuracy"] == metrics_of(workspace, name)["accuracy"]
     twice = replace(run, classes=[*run.classes, modern.classes[2]])
     with pytest.raises(DatasetError, match="tells 2 classes apart that are called"):

@@ -23,7 +23,7 @@ from pipeline.core.spec import HeadSpec
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.deployment import export
 from pipeline.deployment.ensemble import group_runs
-from pipeline.deployment.export import ExportResult, deployable, export_run
+from pipeline.deployment.export import ExportedModel, deployable, export_run
 from pipeline.deployment.export_formats import FORMATS
 from pipeline.extraction.compute import ComputeOptions
 from pipeline.extraction.extract import extract
@@ -41,13 +41,14 @@ def pixels_of(place: Deployed, count: int, size: int = SIZE) -> np.ndarray:
     return np.stack([pixels for pixels in loaded if pixels is not None])
 
 
-def exported(place: Deployed, kind: str, form: str, out: Path) -> ExportResult:
+def exported(place: Deployed, kind: str, form: str, out: Path) -> ExportedModel:
     with place.workspace() as workspace:
         return export_run(place.run(kind), form, place.dataset, workspace, max_pixels=MOST, out=out)
 
 
-# The others are written and loaded in tests/deployment/test_export_formats.py; at full size only docs/deploy.md does
-# that, by --all.
+# At full size by --all only; small models are written in each format in tests/deployment/test_export_formats.py, and
+# runs on small networks below.
+@pytest.mark.long
 def test_what_is_exported_is_the_full_model(deployed_inception: Deployed, tmp_path: Path) -> None:
     """And it is that with InceptionV3, where there is no Icebox."""
     out = tmp_path / "mine"
@@ -237,7 +238,7 @@ def test_heads_on_own_networks_are_exported(
     extract(dataset, workspace, own_choice(path), ComputeOptions())
     spec = HeadSpec.make(head, **({} if head == "logreg" else {"epochs": 2}))
     request = TrainRequest(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
-    run = open_run(workspace.runs, train_head(dataset, workspace, request, "features").name)
+    run = open_run(workspace.runs, train_head(dataset, workspace, request).name)
     if kind == "vector":
         check_refused(run, dataset, workspace, tmp_path / "refused", monkeypatch)
     for form in forms:

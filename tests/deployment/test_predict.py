@@ -477,7 +477,7 @@ def test_a_damaged_index_has_nothing_printed_twice(
     monkeypatch.setattr(predict, "WINDOW", 5)
     monkeypatch.setattr(predict, "_Speaker", Speaker)
     group: Any = SimpleNamespace(spec=SPEC, share=1.0)
-    monkeypatch.setattr(predict, "grouped", lambda *_: [group])
+    monkeypatch.setattr(predict, "group_runs", lambda *_: [group])
     answers = said([], sorted(photos.rglob("*.png")), elsewhere)
     assert [answer.name for answer in answers] == [str(path) for path in sorted(photos.rglob("*.png"))]
     assert [int(answer.probabilities[0]) for answer in answers if answer.probabilities is not None] == (
@@ -511,7 +511,7 @@ def owns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owns]:
             extract(dataset, workspace, own_choice(path), ComputeOptions())
             spec = HeadSpec.make(head, **({"epochs": 2} if head == "gap" else {}))
             request = TrainRequest(DatasetChoice(str(photos)), own_choice(path), spec, MOST)
-            made = train_head(dataset, workspace, request, "features")
+            made = train_head(dataset, workspace, request)
             found[kind] = path, open_run(workspace.runs, made.name)
         yield Owns(workspace, found, sorted(photos.rglob("*.png")))
 

@@ -110,6 +110,7 @@ def test_it_says_what_predict_says(deployed: Deployed, service: Service) -> None
     check_says_what_predict_says(service, deployed, *names, within=1e-5)
 
 
+@pytest.mark.long  # `test_it_says_what_predict_says` asks the same of a network of 32 pixels
 def test_of_inception_it_says_what_predict_says(deployed_inception: Deployed, inception_service: Service) -> None:
     names = [deployed_inception.name("gap")]
     check_says_what_predict_says(inception_service, deployed_inception, *names, within=2e-3)  # its rows are float16

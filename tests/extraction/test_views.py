@@ -278,7 +278,7 @@ def test_only_training_rows_come_in_all_views(workspace: Workspace, photos: Path
     views = Views(3)
     dataset = cached.listed(photos)
     cached.fill(workspace, dataset, views=views)
-    labelled = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
+    labelled = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, views=views)
     with open_training_data(labelled, [HeadSpec.make("flatten")], memory) as training_data:
         data = training_data.data()
         n = len(training_data.members["train"])
@@ -299,11 +299,11 @@ def test_only_training_rows_come_in_all_views(workspace: Workspace, photos: Path
 def test_heads_train_on_views(workspace: Workspace, photos: Path, spec: HeadSpec) -> None:
     dataset, views = cached.listed(photos), Views(3)
     cached.fill(workspace, dataset, views=views)
-    plain = train_head(dataset, workspace, request(photos, spec, Views(1)), "features").summary
-    run = train_head(dataset, workspace, request(photos, spec, views), "features").summary
+    plain = train_head(dataset, workspace, request(photos, spec, Views(1))).summary
+    run = train_head(dataset, workspace, request(photos, spec, views)).summary
     assert (run["views"], run["train_rows"]) == (3, 3 * plain["train_rows"])
     assert (run["val_rows"], run["test_rows"]) == (plain["val_rows"], plain["test_rows"])
-    folds = train_head(dataset, workspace, request(photos, spec, views, folds=3), "features")
+    folds = train_head(dataset, workspace, request(photos, spec, views, folds=3))
     assert folds.summary["val_rows"] == plain["train_rows"] + plain["val_rows"], "each image is answered once"
     assert folds.summary["val_accuracy"] > 0.5
 
@@ -311,7 +311,7 @@ def test_heads_train_on_views(workspace: Workspace, photos: Path, spec: HeadSpec
 def test_folds_hold_out_images_with_all_their_views(workspace: Workspace, photos: Path) -> None:
     dataset, views = cached.listed(photos), Views(2)
     cached.fill(workspace, dataset, views=views)
-    labelled = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views)
+    labelled = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, views=views)
     with open_training_data(labelled, [HeadSpec.make("gap")], None, folds=2) as training_data:
         n = len(training_data.members["train"])
         some, held = np.arange(0, n, 2), np.arange(1, n, 2)
@@ -328,7 +328,7 @@ def test_views_that_are_missing_are_named_with_their_command(workspace: Workspac
     dataset = cached.listed(photos)
     cached.fill(workspace, dataset)
     with pytest.raises(MissingRowsError, match=r"60 of 60 images have no features in \S+, in 2 views"):
-        train_head(dataset, workspace, request(photos, HeadSpec.make("gap"), Views(2)), "features")
+        train_head(dataset, workspace, request(photos, HeadSpec.make("gap"), Views(2)))
     done = icebox(
         workspace.root, "train-head", "--dataset", photos, "--head", "logreg", "--views", "2", "--augment", "zoom=0.1"
     )
@@ -347,9 +347,7 @@ def test_the_space_is_taken_that_holds_the_views(workspace: Workspace, photos: P
     one = cached.fill(workspace, dataset, spec=cached.SPEC)
     two = cached.fill(workspace, dataset, spec=replace(cached.SPEC, precision="bfloat16"), views=Views(3))
     for views, space in ((Views(1), min(one.name, two.name)), (Views(3), two.name)):
-        labelled = join_features(
-            dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features", views=views
-        )
+        labelled = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, views=views)
         assert labelled.space.name == space
     found = explain(dataset, workspace, FeatureChoice(space=one.name), decoding.DEFAULT_MAX_PIXELS, Views(3))
     assert found.counts == {"other space": 60}

@@ -73,12 +73,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 def run(place: Place) -> TrainedRun:
     chosen = DatasetChoice(str(place.workspace.root.parent / "deep"))
     request = TrainRequest(chosen, TWELVE, HeadSpec.make("logreg", C="0.01"), MOST)
-    done = train_head(place.deep, place.workspace, request, "features")
+    done = train_head(place.deep, place.workspace, request)
     return open_run(place.workspace.runs, done.name)
 
 
 def pooled(dataset: Dataset, place: Place, choice: FeatureChoice) -> np.ndarray:
-    labelled = join_features(dataset, place.workspace, choice, MOST, "features")
+    labelled = join_features(dataset, place.workspace, choice, MOST)
     with labelled.space.reading():
         return labelled.space.reader("pooled").read(labelled.space.locate(labelled.keys))
 
@@ -113,7 +113,7 @@ def test_a_space_is_chosen_by_the_depth_and_a_named_one_brings_its_own(place: Pl
     assert place.first.space and place.twelve.space
 
     def space(choice: FeatureChoice) -> str:
-        return join_features(place.deep, place.workspace, choice, MOST, "features").space.name
+        return join_features(place.deep, place.workspace, choice, MOST).space.name
 
     own = FeatureChoice(backbone=FULL.backbone)
     assert space(own) == place.first.space.name

@@ -308,7 +308,7 @@ def test_a_sweep_over_backbones_shows_accuracy_against_cost(workspace: Workspace
     choices = tuple(FeatureChoice(backbone=name) for name in names)
     specs = tuple(HeadSpec.make("logreg", C=value) for value in (0.01, 1.0))
     request = SweepRequest(DatasetChoice(str(tmp_path / "photos")), choices, specs, DEFAULT_MAX_PIXELS)
-    done = sweep(listed(tmp_path / "photos"), workspace, request, ["", "", ""])
+    done = sweep(listed(tmp_path / "photos"), workspace, request)
     report_sweep(done.path, tmp_path / "page.html")
     look = Looked(browser, (tmp_path / "page.html").as_uri())
     assert set(look.page.locator("#backbones tbody tr td:first-child").all_inner_texts()) == set(names)
@@ -551,7 +551,7 @@ def published(
     request = TrainRequest(
         DatasetChoice(str(photos)), FeatureChoice(), HeadSpec.make("logreg", C="0.1"), DEFAULT_MAX_PIXELS
     )
-    return train_head(listed(photos), workspace, request, "features").name
+    return train_head(listed(photos), workspace, request).name
 
 
 def reported(workspace: Workspace, name: str, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -599,7 +599,7 @@ def test_what_is_found_is_about_all_images_whatever_is_shown(
     request = TrainRequest(
         DatasetChoice(str(photos)), FeatureChoice(), HeadSpec.make("logreg", C="0.1"), DEFAULT_MAX_PIXELS
     )
-    name = train_head(listed(photos), workspace, request, "features").name
+    name = train_head(listed(photos), workspace, request).name
     whole, _ = reported(workspace, name, tmp_path / "whole.html")
     monkeypatch.setattr(selection, "MOST_IMAGES", 12)
     told, data = reported(workspace, name, tmp_path / "some.html")
@@ -708,7 +708,7 @@ def test_a_run_of_many_classes_is_kept_small_and_read_again(many: Many) -> None:
     assert many.data["confusion"] == test["confusion"]
     assert many.told["left_out"] == []
     run = open_run(many.workspace.runs, many.name)
-    done = evaluate_run(run, listed(many.photos), many.workspace, "features", max_pixels=2**30)
+    done = evaluate_run(run, listed(many.photos), many.workspace, max_pixels=2**30)
     assert done.metrics["confusion"] == test["confusion"]
     with Image.open(done.path / "confusion.png") as plot:
         assert plot.width > 500

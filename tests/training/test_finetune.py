@@ -116,7 +116,7 @@ def regression_on(place: Place) -> Path:
     """Train a regression on the rows that the workspace has; return the folder of its run."""
     chosen = DatasetChoice(str(place.photos))
     request = TrainRequest(chosen, place.features, HeadSpec.make("logreg"), decoding.DEFAULT_MAX_PIXELS)
-    return train_head(place.dataset, place.workspace, request, "features").path
+    return train_head(place.dataset, place.workspace, request).path
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def test_it_is_evaluated_from_images(
 ) -> None:
     run = open_run(inception.workspace.runs, inception_from_cache.name)
     options: Any = {"max_pixels": decoding.DEFAULT_MAX_PIXELS}
-    done = evaluate_run(run, inception.dataset, inception.workspace, "features", **options)
+    done = evaluate_run(run, inception.dataset, inception.workspace, **options)
     assert "UNTRAINED" in caplog.text, "said of a backbone whose weights are a file by now"
     assert done.metrics["accuracy"] == inception_from_cache.summary["accuracy"]
     assert done.metrics["log_loss"] == pytest.approx(
@@ -254,7 +254,7 @@ def test_it_is_evaluated_from_images(
     )
     for name, value in (("space", "any"), ("memory", 1000)):
         with pytest.raises(UsageError, match=f"is a full model, which reads images; leave out --{name}"):
-            evaluate_run(run, inception.dataset, inception.workspace, "features", **{name: value}, **options)
+            evaluate_run(run, inception.dataset, inception.workspace, **{name: value}, **options)
 
 
 def test_its_backbone_makes_features_of_its_own(inception: Place, inception_from_cache: FinetuneResult) -> None:
@@ -428,7 +428,7 @@ def test_an_ensemble_is_refused_before_anything_is_computed(made_up: Place, made
     chosen = TrainRequest(
         DatasetChoice(str(made_up.photos)), made_up.features, gap, decoding.DEFAULT_MAX_PIXELS, folds=2
     )
-    run = train_head(made_up.dataset, made_up.workspace, chosen, "features")
+    run = train_head(made_up.dataset, made_up.workspace, chosen)
     with pytest.raises(SpecError, match="is an ensemble of heads; take a run that was trained without --folds"):
         open_initial_model(
             made_up.request(init=str(run.path), features=FeatureChoice()), made_up.dataset, made_up.workspace

@@ -52,7 +52,7 @@ def request(photos: Path, spec: HeadSpec, **more: Any) -> TrainRequest:
 
 def go_on(workspace: Workspace, photos: Path, name: str) -> HeadResult:
     again = TrainRequest.of_request(store.read_request(workspace.runs, name))
-    return train_head(listed(photos), workspace, again, "features", resume=name)
+    return train_head(listed(photos), workspace, again, resume=name)
 
 
 def history(run: HeadResult) -> Any:
@@ -79,7 +79,7 @@ def stop(workspace: Workspace, photos: Path, wanted: TrainRequest, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "save", interrupted(at))
         with pytest.raises(KeyboardInterrupt):
-            train_head(listed(photos), workspace, wanted, "features")
+            train_head(listed(photos), workspace, wanted)
     (name,) = store.unfinished(workspace.runs)
     return name
 
@@ -91,7 +91,7 @@ def test_the_resumed_history_is_that_of_a_run_never_stopped(
 ) -> None:
     """Epoch, optimizer, order, dropout and learning rate: stopped twice."""
     wanted = request(photos, SPECS[head], memory=memory)
-    whole = train_head(listed(photos), workspace, wanted, "features")
+    whole = train_head(listed(photos), workspace, wanted)
     name = stop(workspace, photos, wanted, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "save", interrupted(1))
@@ -111,7 +111,7 @@ def test_the_resumed_history_is_that_of_a_run_never_stopped(
 def test_stopped_while_it_is_published_nothing_is_trained_again(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    whole = train_head(listed(photos), workspace, request(photos, SPECS["gap"]), "features")
+    whole = train_head(listed(photos), workspace, request(photos, SPECS["gap"]))
     real = files.publish
 
     def publish(partial: Path, final: Path) -> None:
@@ -123,7 +123,7 @@ def test_stopped_while_it_is_published_nothing_is_trained_again(
         patch.setattr(files, "publish", publish)
         patch.setattr(Checkpoint, "save", interrupted(-1))
         with pytest.raises(type(error)):
-            train_head(listed(photos), workspace, request(photos, SPECS["gap"]), "features")
+            train_head(listed(photos), workspace, request(photos, SPECS["gap"]))
     (name,) = store.unfinished(workspace.runs)
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.training.loop._epoch", None)  # there is no epoch left to train
@@ -135,7 +135,7 @@ def test_folds_that_are_finished_are_not_trained_again(
     workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = request(photos, SPECS["gap"], folds=3)
-    whole = train_head(listed(photos), workspace, wanted, "features")
+    whole = train_head(listed(photos), workspace, wanted)
     name = stop(workspace, photos, wanted, monkeypatch, at=8)  # in the second fold
     partial = workspace.runs / f".partial-{name}"
     before = (partial / "fold-1" / "head.json").stat().st_mtime_ns
@@ -220,10 +220,10 @@ def test_where_nothing_is_there_to_go_on_with_nobody_is_told_to(
 
     monkeypatch.setattr(files, "new_file", full)
     with pytest.raises(RunError, match=r"checkpoint\.npz cannot be written \(.*\); make room$"):
-        train_head(listed(photos), workspace, request(photos, SPECS["gap"]), "features")
+        train_head(listed(photos), workspace, request(photos, SPECS["gap"]))
     monkeypatch.setattr("pipeline.training.train_head._check_saved", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train_head(listed(photos), workspace, request(photos, HeadSpec.make("logreg", C=1.0)), "features")
+        train_head(listed(photos), workspace, request(photos, HeadSpec.make("logreg", C=1.0)))
     assert "--resume" not in caplog.text
     assert list(workspace.runs.iterdir()) == []
 
@@ -242,7 +242,7 @@ def test_where_a_checkpoint_was_written_before_the_disk_was_full_it_is_told_how_
     monkeypatch.setattr(files, "new_file", full)
     monkeypatch.setattr("pipeline.training.checkpoint._SHARE", 1e9)  # worth it after each epoch
     with pytest.raises(RunError, match=r"make room$"):
-        train_head(listed(photos), workspace, request(photos, SPECS["gap"]), "features")
+        train_head(listed(photos), workspace, request(photos, SPECS["gap"]))
     (name,) = store.unfinished(workspace.runs)
     assert f"train-head --resume {name}" in caplog.text
 
@@ -296,7 +296,7 @@ def test_the_command_is_killed_listed_and_resumed(workspace: Workspace, photos: 
 def test_what_a_run_killed_right_after_it_was_published_no_longer_needs_is_removed(
     workspace: Workspace, photos: Path
 ) -> None:
-    run = train_head(listed(photos), workspace, request(photos, SPECS["gap"]), "features")
+    run = train_head(listed(photos), workspace, request(photos, SPECS["gap"]))
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     extra = [run.path / store.REQUEST, run.path / "checkpoint.npz"]
     for path in extra:

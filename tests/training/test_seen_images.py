@@ -39,14 +39,14 @@ def run(workspace: Workspace, photos: Path) -> Path:
 def trained(workspace: Workspace, photos: Path) -> Path:
     logreg = HeadSpec.make("logreg", C="0.1")
     request = TrainRequest(DatasetChoice(str(photos)), FeatureChoice(), logreg, decoding.DEFAULT_MAX_PIXELS)
-    return train_head(listed(photos), workspace, request, "features").path
+    return train_head(listed(photos), workspace, request).path
 
 
 def begun_with(run: Path, workspace: Workspace, photos: Path) -> LabelledFeatures:
     """The images of a model that begins with the run."""
     gap, most = HeadSpec.make("gap"), decoding.DEFAULT_MAX_PIXELS
     request = FinetuneRequest("finetune", DatasetChoice(str(photos)), FeatureChoice(), gap, most, init=str(run))
-    return with_initial(join_features(listed(photos), workspace, FeatureChoice(), most, "features"), request, workspace)
+    return with_initial(join_features(listed(photos), workspace, FeatureChoice(), most), request, workspace)
 
 
 @pytest.mark.parametrize("record", ["kept", "derived"])

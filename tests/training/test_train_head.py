@@ -74,7 +74,7 @@ def train(
     request = TrainRequest(
         DatasetChoice(dataset.name), choice or FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS, **more
     )
-    return train_head(dataset, workspace, request, COMMAND, resume=resume)
+    return train_head(dataset, workspace, request, resume=resume)
 
 
 def read(path: Path) -> Any:
@@ -380,7 +380,7 @@ def test_where_every_test_image_was_trained_on_that_is_said_and_kept(
 def test_what_the_initial_model_was_trained_on_is_no_test(sided: Path, workspace: Workspace) -> None:
     dataset = listed(sided)
     fill(workspace, dataset)
-    images_of_it = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, COMMAND)
+    images_of_it = join_features(dataset, workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS)
     tested = images_of_it.members("test")
     before = RunImages.of({"train": [images_of_it.keys[i] for i in tested[:4].tolist()]})
     members, labels = split_members(replace(images_of_it, initial=before))
@@ -605,7 +605,7 @@ def run(photos, data, head, **settings):
     with open_workspace(Path(data)) as workspace:
         spec = HeadSpec.make(head, **settings)
         request = TrainRequest(DatasetChoice(photos), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS)
-        return train_head(dataset, workspace, request, "")
+        return train_head(dataset, workspace, request)
 """
 
 

@@ -23,16 +23,9 @@ from pipeline.core.errors import IceboxError, InterruptedComputationError, Unfit
 from pipeline.core.progress import Advance
 from pipeline.core.units import counted, size_text
 from pipeline.dataset import Dataset
+from pipeline.extraction import shard_task
 from pipeline.extraction.compute import ComputeStats, Settle
-from pipeline.extraction.shard_task import (
-    AT_ONCE,
-    ImageOutcome,
-    ShardResult,
-    ShardTask,
-    TaskSetup,
-    There,
-    no_known_rows,
-)
+from pipeline.extraction.shard_task import AT_ONCE, ImageOutcome, ShardResult, ShardTask, TaskSetup, There
 from pipeline.extraction.workers import scheduler_client
 from pipeline.extraction.workers.connect import ClusterChoice
 from pipeline.extraction.workers.members import AssignedTask, Worker
@@ -132,7 +125,7 @@ class DaskPool:
             If a task fails for a reason that is not one worker's, or nobody is left to do it; the text names whom.
         """
         self._settle, self._advance, self._tasks = settle, advance, tasks
-        self._unseen = None if there is no_known_rows else uuid4().hex
+        self._unseen = None if there is shard_task.no_known_rows else uuid4().hex
         self._lonely_since = time.monotonic()
         try:
             while True:

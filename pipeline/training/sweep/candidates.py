@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.backbone import source as networks
 from pipeline.cache.workspace import Workspace
 from pipeline.core import machine
-from pipeline.core.errors import MissingRowsError, RunError, UsageError
+from pipeline.core.errors import MissingBackbonesError, MissingFeaturesError, RunError, UsageError
 from pipeline.core.units import counted
 from pipeline.dataset import Dataset
 from pipeline.extraction import measured_rates
@@ -49,28 +49,26 @@ def compute_missing(
     )
 
 
-def find_candidates(
-    dataset: Dataset, workspace: Workspace, request: SweepRequest, features_commands: Sequence[str]
-) -> list[Candidate]:
-    """Find the rows of `dataset` in the space that each of `asked.features` means. Computes none.
+def find_candidates(dataset: Dataset, workspace: Workspace, request: SweepRequest) -> list[Candidate]:
+    """Find the rows of `dataset` in the space that each of `request.features` means. Computes none.
 
     Raises
     ------
-    MissingRowsError
-        If an image that can be decoded has no row in one of them; it has those of `features_commands` that make them.
+    MissingFeaturesError
+        If an image that can be decoded has no row in one of them; its `lacking` are those that lack rows.
     UsageError
         If two of them mean one space.
     RunError
         If an image changed meanwhile.
     """
-    found, lacking = list[LabelledFeatures](), list[str]()
-    for choice, command in zip(request.features, features_commands, strict=True):
+    found, lacking = list[LabelledFeatures](), list[int]()
+    for number, choice in enumerate(request.features):
         try:
-            found.append(join_features(dataset, workspace, choice, request.max_pixels, command, views=request.views))
-        except MissingRowsError:
+            found.append(join_features(dataset, workspace, choice, request.max_pixels, views=request.views))
+        except MissingFeaturesError:
             if len(request.features) == 1:
                 raise
-            lacking.append(command)
+            lacking.append(number)
     if lacking:
         raise _missing(lacking, len(request.features))
     _require_different(found)
@@ -85,13 +83,13 @@ def digest(candidates: Sequence[Candidate]) -> str:
     return hashlib.sha256("".join([first, *others]).encode()).hexdigest() if others else first
 
 
-def _missing(commands: Sequence[str], backbones: int) -> MissingRowsError:
-    lack = "lacks" if len(commands) == 1 else "lack"
-    these = "this command" if len(commands) == 1 else "these commands"
-    return MissingRowsError(
-        f"{len(commands)} of {backbones} backbones {lack} features of some images; `--compute` makes them first, or "
+def _missing(lacking: Sequence[int], backbones: int) -> MissingBackbonesError:
+    lack = "lacks" if len(lacking) == 1 else "lack"
+    these = "this command" if len(lacking) == 1 else "these commands"
+    return MissingBackbonesError(
+        f"{len(lacking)} of {backbones} backbones {lack} features of some images; `--compute` makes them first, or "
         f"make them by {these}:",
-        commands,
+        lacking,
     )
 
 

@@ -70,7 +70,6 @@ def sweep(
     dataset: Dataset,
     workspace: Workspace,
     request: SweepRequest,
-    features_commands: Sequence[str],
     *,
     resume: str | None = None,
     cluster: ClusterChoice | None = None,
@@ -84,14 +83,14 @@ def sweep(
     Raises
     ------
     MissingRowsError
-        If an image that can be decoded has no row; `features_commands`, one for each of `asked.features`, make them.
+        If an image that can be decoded has no row in one of the spaces.
     DatasetError
         If a split has no image, or there is only one class to learn.
     RunError
         If no setting could be trained, or what is to be resumed has changed.
     """
     computed = compute_missing(dataset, workspace, request, cluster) if compute else 0
-    candidates = find_candidates(dataset, workspace, request, features_commands)
+    candidates = find_candidates(dataset, workspace, request)
     with _folder(workspace, request, candidates, resume) as (name, folder):
         settings = _settings(candidates, request.specs, folder / "trials")
         reused = sum(setting.is_finished for setting in settings)

@@ -32,7 +32,7 @@ from pipeline.backbone.keras_start import import_keras
 from pipeline.cache.space import Cache
 from pipeline.cache.workspace import Workspace
 from pipeline.core import hashing
-from pipeline.core.errors import IceboxError, MissingRowsError, RunError, UsageError
+from pipeline.core.errors import IceboxError, MissingFeaturesError, RunError, UsageError
 from pipeline.core.spec import HeadSpec
 from pipeline.dataset import assign
 from pipeline.extraction import measured_rates
@@ -71,7 +71,7 @@ def photos(tmp_path: Path) -> Path:
 
 def run(workspace: Workspace, photos: Path, specs: tuple[HeadSpec, ...] = GRID, **more: Any) -> Sweep:
     request = SweepRequest(DatasetChoice(str(photos)), (FeatureChoice(),), specs, decoding.DEFAULT_MAX_PIXELS)
-    return sweep(listed(photos), workspace, request, ["features"], **more)
+    return sweep(listed(photos), workspace, request, **more)
 
 
 def about(done: Sweep) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def test_a_trial_is_what_train_head_makes_of_its_settings(
     for row in done.rows:
         spec = HeadSpec.make(row["head"], **row["settings"])
         request = TrainRequest(DatasetChoice(str(photos)), FeatureChoice(), spec, decoding.DEFAULT_MAX_PIXELS)
-        alone = train_head(listed(photos), workspace, request, "features")
+        alone = train_head(listed(photos), workspace, request)
         trial = json.loads((done.path / "trials" / spec.identity / "trial.json").read_text())
         assert json.loads((alone.path / "history.json").read_text()) == trial["history"]
         assert alone.summary["val_accuracy"] == row["val_accuracy"]
@@ -164,7 +164,7 @@ def test_a_regression_that_does_not_fit_memory_is_ranked_last(workspace: Workspa
     request = SweepRequest(
         DatasetChoice(str(photos)), (FeatureChoice(),), GRID, decoding.DEFAULT_MAX_PIXELS, memory=2_000
     )
-    done = sweep(listed(photos), workspace, replace(request, specs=GRID[1:2] + GRID[3:]), ["features"])
+    done = sweep(listed(photos), workspace, replace(request, specs=GRID[1:2] + GRID[3:]))
     assert [row["head"] for row in done.rows] == ["gap", "logreg"]
     assert "logreg needs all rows in memory" in done.rows[1]["error"]
 
@@ -178,7 +178,7 @@ def test_a_sweep_none_of_whose_settings_could_be_trained_is_not_to_be_gone_on_wi
         DatasetChoice(str(photos)), (FeatureChoice(),), GRID[3:], decoding.DEFAULT_MAX_PIXELS, memory=2_000
     )
     with pytest.raises(RunError, match="none of 1 setting could be trained, the first: logreg needs all rows"):
-        sweep(listed(photos), workspace, request, ["features"])
+        sweep(listed(photos), workspace, request)
     assert "--resume" not in caplog.text
     assert list(workspace.sweeps.iterdir()) == []
 
@@ -317,7 +317,7 @@ def run_both(
 ) -> Sweep:
     choices = tuple(FeatureChoice(backbone=name) for name in names)
     request = SweepRequest(DatasetChoice(str(photos)), choices, specs, decoding.DEFAULT_MAX_PIXELS)
-    return sweep(listed(photos), workspace, request, [f"features {name}" for name in names], **more)
+    return sweep(listed(photos), workspace, request, **more)
 
 
 def test_heads_on_several_backbones_are_ranked_together(workspace: Workspace, photos: Path) -> None:
@@ -372,9 +372,9 @@ def test_an_image_without_a_row_in_one_space_is_left_out_of_all(
 def test_what_makes_missing_rows_is_said_for_all_backbones_at_once(workspace: Workspace, photos: Path) -> None:
     fill(workspace, listed(photos))
     names = ("xception", *PAIR)
-    with pytest.raises(MissingRowsError, match="2 of 3 backbones lack features of some images") as caught:
+    with pytest.raises(MissingFeaturesError, match="2 of 3 backbones lack features of some images") as caught:
         run_both(workspace, photos, names=names)
-    assert caught.value.commands == ("features xception", "features mobilenet_v2")
+    assert caught.value.lacking == (0, 2)
     assert not workspace.sweeps.exists()
 
 
@@ -383,7 +383,7 @@ def test_one_space_under_two_names_is_refused(workspace: Workspace, photos: Path
     choices = (FeatureChoice(space=space), FeatureChoice(backbone="inception_v3"))
     request = SweepRequest(DatasetChoice(str(photos)), choices, TWO, decoding.DEFAULT_MAX_PIXELS)
     with pytest.raises(UsageError, match=f"two of the backbones mean the same features, {space}"):
-        sweep(listed(photos), workspace, request, ["", ""])
+        sweep(listed(photos), workspace, request)
 
 
 def test_a_stopped_sweep_of_several_goes_on_in_the_spaces_it_began_with(
@@ -406,7 +406,7 @@ def test_a_stopped_sweep_of_several_goes_on_in_the_spaces_it_began_with(
     request = SweepRequest.of_request(stored)
     assert [each["backbone"] for each in stored["asked"]["features"]] == list(PAIR)
     assert [each.space for each in request.features] == [spec_of(each).directory for each in PAIR]
-    done = sweep(listed(photos), workspace, request, ["", ""], resume=name)
+    done = sweep(listed(photos), workspace, request, resume=name)
     assert (done.reused, len(tried)) == (2, 5)
     same = ("trial", "backbone", "val_accuracy", "val_loss", "p_value")
     assert [[row[key] for key in same] for row in done.rows] == [[row[key] for key in same] for row in whole.rows]
@@ -554,7 +554,7 @@ def keep_rows(spec: HeadSpec, data: heads.Data, folder: Path) -> None:
 def test_workers_read_the_rows_of_each_sweep_anew(workspace: Workspace, photos: Path, tmp_path: Path) -> None:
     """Though it tries the same setting first, with rows at the same place in the memory of the program."""
     fill(workspace, listed(photos))
-    labelled = join_features(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features")
+    labelled = join_features(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS)
     cluster, spec = ClusterChoice(workers=1), HeadSpec.make("logreg")
     with (
         open_training_data(labelled, [spec], None, sides=("train", "val"), held=False) as training_data,
@@ -578,7 +578,7 @@ def test_a_worker_keeps_of_the_rows_what_its_memory_limit_leaves_room_for(
 ) -> None:
     """Not what the machine would."""
     fill(workspace, listed(photos))
-    labelled = join_features(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS, "features")
+    labelled = join_features(listed(photos), workspace, FeatureChoice(), decoding.DEFAULT_MAX_PIXELS)
     with (
         open_training_data(
             labelled, [HeadSpec.make("logreg")], None, sides=("train", "val"), held=False

@@ -18,23 +18,23 @@ from conftest import ROOT, command_line, environment, finished, icebox, write_pi
 from deployed import Deployed
 
 import cli
-from pipeline.commands import terminal
+from pipeline.core import console
 from pipeline.core.units import size_text
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 WORK = """
 import time
-from pipeline.commands import terminal
-terminal.begin(quiet={quiet})
-with terminal.progress("computing features", 300) as advance:
+from pipeline.core import console
+console.begin(quiet={quiet})
+with console.progress("computing features", 300) as advance:
     for _ in range(30):
         advance(10, note="2 workers, 17.3 and 18.1/s")
         time.sleep(0.01)
-terminal.warn("notice: weights are UNTRAINED")
-terminal.table([("20261126-130655-digits-logreg", "logreg", 0.989, "0.962 … 0.997", 0.995, "a" * 30)] * 2,
+console.warn("notice: weights are UNTRAINED")
+console.table([("20261126-130655-digits-logreg", "logreg", 0.989, "0.962 … 0.997", 0.995, "a" * 30)] * 2,
                ("run", "head", "accuracy", "95% interval", "val", "weights"))
-terminal.pairs({{"page": "/a/" + "long/" * 30 + "page.html", "seconds": 3}})
+console.pairs({{"page": "/a/" + "long/" * 30 + "page.html", "seconds": 3}})
 """
 
 
@@ -175,6 +175,6 @@ def test_sizes_have_three_digits(count: float, text: str) -> None:
 
 
 def test_columns_stand_in_line_whatever_the_script(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.table([("猫", 3), ("a\x1bb", 4), ("dog", 5)], ("class", "images"))
+    console.table([("猫", 3), ("a\x1bb", 4), ("dog", 5)], ("class", "images"))
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["class   images", "猫      3", "a\\x1bb  4", "dog     5"]

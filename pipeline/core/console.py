@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import logging
@@ -52,9 +53,16 @@ class _ConsoleHandler(logging.Handler):
 
 @contextmanager
 def progress(title: str, total: int, unit: str = "images") -> Iterator[Advance]:
-    """Show a phase as a bar with rate and time left, or as a line every ten seconds without a terminal."""
-    with (_bar if console.is_terminal else _lines)(title, total, unit) as advance:
+    """Show a phase as a bar with rate and time left; where there can be none, as a line every ten seconds."""
+    with (_bar if _shows_bars() else _lines)(title, total, unit) as advance:
         yield advance
+
+
+def _shows_bars() -> bool:
+    """Return whether bars can be shown: on a terminal, and in a notebook that has widgets."""
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal
 
 
 @contextmanager
