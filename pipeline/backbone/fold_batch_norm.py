@@ -1,7 +1,8 @@
-"""A frozen network with its batch norm folded into the convolutions: the same function, in fewer passes over memory.
+"""Run a frozen network with its batch norms folded into the convolutions: same function, fewer passes over memory.
 
-In inference a batch norm is y = scale · x + shift, with constants for each channel. A convolution before it takes them
-up: its kernel times scale, and shift as its bias (Jacob et al., arXiv:1712.05877, section 3.2).
+In inference a batch norm is y = scale · x + shift, with constants for each channel. The convolution before it can
+include both: its kernel is multiplied by scale, and shift is added to its bias (Jacob et al., arXiv:1712.05877,
+section 3.2). `run_folded` runs a model in this way, `fold` computes the folded kernel and bias.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from pipeline.core.errors import SpecError
 
 
 def run_folded(model: KerasModel, inputs: Any, after: str | None = None) -> Any:
-    """Call a frozen Keras model on `inputs` (n, h, w, c), inside a `tf.function`.
+    """Return the output of a frozen Keras model for `inputs` (n, h, w, c). Call it inside a `tf.function`.
 
-    They are images, or rows of the layer `after`, where the model can be cut. Convolutions with a batch norm behind
-    them are computed with it in one, grouped ones of one channel a group as depthwise ones; all else is called as it
-    is, in inference mode, nested models layer by layer.
-    `model` computes in the precision it was built for. Its weights are read now; later changes to them are not seen.
+    `inputs` are images, or rows of the layer `after`, where the model can be cut. A convolution and the batch norm
+    after it are computed as one convolution. Grouped convolutions with one input channel for each group are computed as
+    depthwise ones. Other layers are called unchanged in inference mode, nested models layer by layer.
+    `model` computes in the precision it was built for. Its weights are read during this call; later changes to the
+    weights have no effect.
 
     Raises
     ------
@@ -32,14 +34,14 @@ def run_folded(model: KerasModel, inputs: Any, after: str | None = None) -> Any:
     import tensorflow as tf
 
     begin = model.inputs[0] if after is None else cut_tensor(model, after)
-    with tf.name_scope("frozen"):  # as the outermost scope TensorFlow takes fewer names than layers may have
+    with tf.name_scope("frozen"):  # TensorFlow refuses some layer names as the outermost scope, but not inside another
         if len(begin.shape) == 2:
             inputs = tf.reshape(inputs, (-1, begin.shape[-1]))
         return _run(model, begin, inputs)[0]
 
 
 def _run(model: KerasModel, begin: Any, value: Any) -> list[Any]:
-    """Return the outputs of `model`, its symbolic tensor `begin` being `value`."""
+    """Return the outputs of `model` when its symbolic tensor `begin` has the value `value`."""
     import tensorflow as tf
 
     folded = _foldable(model, begin)
@@ -47,9 +49,9 @@ def _run(model: KerasModel, begin: Any, value: Any) -> list[Any]:
     values = {id(begin): tf.cast(value, begin.dtype)}
 
     def call(node: Any, args: Any, kwargs: Any) -> Any:
-        fed = values[id(node.input_tensors[0])]  # which may have been given by its place or by keyword
+        fed = values[id(node.input_tensors[0])]  # the first input, positional or keyword argument
         if node in taken:
-            return fed  # for the batch norm, which comes with the convolution
+            return fed  # this convolution is computed together with its batch norm
         if node in folded:
             return _convolve(folded[node].operation, node.operation, fed)
         if is_depthwise(node.operation):
@@ -77,12 +79,12 @@ def _call(model: KerasModel, operation: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _convolve(layer: Any, norm: Any | None, inputs: Any) -> Any:
-    """Return what a convolution, and the batch norm behind it if there is one, make of `inputs`."""
+    """Return the output of a convolution `layer`, followed by the batch norm `norm` if given, for `inputs`."""
     import tensorflow as tf
 
     ops, layers = import_keras().ops, import_keras().layers
-    # Outside of the graph, which keeps no copy of the tensors then. As constants in it they are laid out for
-    # the processor once and not in every call, which is 1% faster at best, but 0.8 GB larger (2.4 in float32).
+    # The tensors are made outside the graph, so the graph keeps no copy of them. Constants inside the graph would be
+    # converted to the processor's layout only once: at best 1% faster, but 0.8 GB more memory (2.4 GB in float32).
     with tf.init_scope():
         *kernels, bias = (tf.constant(each, layer.compute_dtype) for each in fold(layer, norm))
     kinds = {layers.Conv2D: ops.conv, layers.DepthwiseConv2D: ops.depthwise_conv}
@@ -96,9 +98,10 @@ def _convolve(layer: Any, norm: Any | None, inputs: Any) -> Any:
 
 
 def is_depthwise(layer: Any) -> bool:
-    """Return whether a convolution is a depthwise one written as a grouped one, as in ConvNeXt.
+    """Return whether `layer` is a grouped Conv2D that is equal to a depthwise convolution, as in ConvNeXt.
 
-    Keras has XLA compute grouped ones on a CPU, which takes 80 times as long for 7 by 7 on (56, 56, 96).
+    On a CPU, Keras runs grouped convolutions through XLA. For a 7 by 7 kernel on (56, 56, 96), this takes 80 times as
+    long as a depthwise convolution.
     """
     return (
         type(layer) is import_keras().layers.Conv2D
@@ -110,7 +113,10 @@ def is_depthwise(layer: Any) -> bool:
 
 
 def fold(convolution: Any, norm: Any | None) -> tuple[np.ndarray, ...]:
-    """Return the kernels, as the convolution has them, and the bias (c_out,) of both layers in one, float64."""
+    """Return the kernels and the bias (c_out,) of a convolution with the batch norm `norm` folded in, as float64.
+
+    The kernels have the shapes of those of `convolution`; without a `norm` their values are unchanged too.
+    """
     *before, kernel = _kernels(convolution)
     own = None if convolution.bias is None else _numbers(convolution.bias)
     if norm is None:
@@ -124,7 +130,7 @@ def fold(convolution: Any, norm: Any | None) -> tuple[np.ndarray, ...]:
     if own is not None:
         bias += own * scale
     if isinstance(convolution, import_keras().layers.DepthwiseConv2D):
-        scale = scale.reshape(kernel.shape[2:])  # its kernel is (h, w, c, m), its output channel c · m
+        scale = scale.reshape(kernel.shape[2:])  # a depthwise kernel is (h, w, c, m) and has c · m output channels
     return *before, kernel * scale, bias
 
 
@@ -139,9 +145,10 @@ def _numbers(variable: Any) -> np.ndarray:
 
 
 def _foldable(model: KerasModel, begin: Any) -> dict[Any, Any]:
-    """Return the nodes of batch norms, each with that of the convolution whose output it alone takes.
+    """Return node of a batch norm → node of the convolution to fold it into.
 
-    The output is computed here, so it is not what the walk begins with, and nobody else asks for it.
+    The batch norm must be the only node that uses the output of the convolution. This output must not be the tensor
+    `begin`, whose value is given, nor an output of the model.
     """
     calls = nodes(model)
     users = defaultdict(list)
@@ -158,7 +165,7 @@ def _foldable(model: KerasModel, begin: Any) -> dict[Any, Any]:
 
 
 def _fit(layer: Any, norm: Any) -> bool:
-    """Return whether a batch norm over the channels comes behind a convolution that can take it up."""
+    """Return whether `layer` is a convolution and `norm` a batch norm over channels that can be folded into it."""
     keras = import_keras()
     layers = keras.layers
     return (

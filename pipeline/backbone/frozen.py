@@ -1,4 +1,8 @@
-"""The function from pixels to features, compiled once: the frozen network up to its layer."""
+"""The frozen network up to the requested layer, compiled once as a function from pixels to features.
+
+`FrozenBackbone` builds the model, compiles it for one batch shape and computes the features. `streams` gives the number
+of batches computed at the same time, `best_batch` finds the fastest batch size by measuring.
+"""
 
 from __future__ import annotations
 
@@ -27,39 +31,42 @@ from pipeline.core.spec import OWN, FeatureSpec
 logger = logging.getLogger(__name__)
 
 
-# Which graph computes the features: Keras' own, as in spaces of the first version, or one with batch norm folded into
-# the convolutions. They round differently, so that each has its spaces.
+# The graph that computes the features: "keras" is Keras' own, used by feature spaces of the first version; "folded" has
+# batch norms folded into the convolutions. The two round differently, so each engine has its own feature spaces.
 ENGINES = ("keras", "folded")
-ENGINE = "folded"  # of new spaces
+ENGINE = "folded"  # for new feature spaces
 _MOST_STREAMS = 4
 
-# A batch size is looked for where computing takes long: each one that is tried takes some seconds.
+# Measuring one batch size takes some seconds, so the search runs only for at least so many rows and seconds of work.
 _WORTH_ROWS = 2_000
 _WORTH_SECONDS = 300.0
-_MOST_MIXED = 1e-3  # of a row's largest number: what rounding may make of it beside another image
+_MOST_MIXED = 1e-3  # largest rounding difference between batches, relative to the row's largest absolute value
 _MEASURED_SECONDS = 1.5
 _LEAST_BATCH = 8
-_FASTER = 1.03  # a difference that is not chance
+_FASTER = 1.03  # smallest ratio of rates that is not measurement noise
 
 
 def streams(cores: int | None = None) -> int:
-    """Return how many batches a model computes at a time on so many cores, by default on all there are.
+    """Return how many batches a model computes at the same time on `cores` cores (default: all usable cores).
 
-    On a CPU each has a few cores, at best one, to itself: two that share the work of a layer wait for each other at
-    its end, and for whatever else one of them has to do. Each stream takes some 200 MB. On a GPU, untried, the
-    features of one batch travel back while the other is computed.
+    On a CPU each stream has a few cores of its own, ideally one. Cores that share the work of a layer wait for the
+    slowest of them at the end of the layer. Each stream takes some 200 MB. With a GPU the result is 2: the features of
+    one batch are copied back while the next batch is computed (not measured).
     """
     if machine.gpu_count():
         return 2
     cores = cores or machine.usable_cores()
-    # As many as leave the fewest cores over, each having as many as the others.
+    # Every stream gets the same number of cores; choose the count that leaves the fewest cores unused.
     return max(range(min(2, cores), min(cores, _MOST_STREAMS) + 1), key=lambda n: (cores // n * n, n))
 
 
 class FrozenBackbone:
-    """The function from images to features, compiled once for one batch shape.
+    """Function from images to features, compiled once for one batch shape.
 
-    One shape only, short batches padded: a row then depends on its image alone, not on its neighbours.
+    Short batches are padded to this shape, so a row depends on its image alone, not on the other images of the batch.
+
+    `weights` is the weights file, and `network` the file with an own network's architecture. TensorFlow is limited to
+    `threads` cores; None leaves its thread settings unchanged.
     """
 
     def __init__(
@@ -70,13 +77,18 @@ class FrozenBackbone:
         threads: int | None = None,
         network: Path | None = None,
     ) -> None:
-        """Build and load it. Raises WeightsError and SpecError.
+        """Build the network and load its weights.
 
-        TensorFlow is told to use `threads` cores for this alone; None leaves its threads as they are.
+        Raises
+        ------
+        SpecError
+            If the engine is unknown, or the network, its size or its layer cannot be used.
+        WeightsError
+            If the weights are not those of this network.
         """
         if spec.engine not in ENGINES:
             raise SpecError(f"these features were made by another version of Icebox, its engine {spec.engine!r:.40}")
-        check_weights(spec.backbone, weights)  # before TensorFlow, which takes its time
+        check_weights(spec.backbone, weights)  # before importing TensorFlow, which takes seconds
         import_keras()
         self._streams = streams(threads)
         if threads is not None:
@@ -90,7 +102,7 @@ class FrozenBackbone:
         allow_any_names(whole)
         self._model = cut(whole, spec.layer)
         self.spec = spec
-        self.row_shape: tuple[int, ...] = tuple(self._model.output_shape[1:])  # of one image's features, (h, w, c)
+        self.row_shape: tuple[int, ...] = tuple(self._model.output_shape[1:])  # (h, w, c): the features of one image
         _require_room(spec.layer, self.row_shape)
         if spec.backbone.startswith(OWN):
             _require_rows_of_their_own(self._model, spec)
@@ -101,14 +113,15 @@ class FrozenBackbone:
         self._run = _compiled(self._model, self.spec, batch_size)
 
     def bound_batch(self, most_bytes: int) -> None:
-        """Change to a smaller batch size if the features of a batch take more than `most_bytes` as they are stored."""
+        """Reduce the batch size if the features of a batch take more than `most_bytes` bytes in the storage type."""
         if (most := images_within(most_bytes, self.row_shape, self.spec)) < self.batch_size:
             self._take(most)
 
     def choose_batch(self, rows: int, most: int) -> None:
-        """Change to the batch size that computes fastest here, if `rows` rows take so long that measuring pays.
+        """Change to the fastest batch size on this machine, between 8 and `most` images.
 
-        At least 8 images, at most `most`.
+        Nothing changes if there are fewer than 2,000 rows, or if all `rows` take less than 300 s: measuring would take
+        longer than it saves.
         """
         if rows < _WORTH_ROWS or (rate := self.rate()) * _WORTH_SECONDS > rows:
             return
@@ -117,7 +130,7 @@ class FrozenBackbone:
             self._take(fastest)
 
     def _rate_of(self, batch_size: int) -> float:
-        """Return the images/s at another batch size; 0 if the memory is too small for it."""
+        """Return the images/s at another batch size, 0 if the memory is too small for this size."""
         import tensorflow as tf
 
         self._take(batch_size)
@@ -127,7 +140,7 @@ class FrozenBackbone:
             return 0.0
 
     def rate(self) -> float:
-        """Return images/s, all streams together: the median of what is measured now in a few seconds."""
+        """Return the images/s of all streams together, the median of measurements over a few seconds."""
         images = np.zeros((self.batch_size, self.spec.input_size, self.spec.input_size, 3), np.uint8)
         self(images)  # the first call optimises the graph
         count = self._streams
@@ -139,14 +152,14 @@ class FrozenBackbone:
         return count * self.batch_size / statistics.median(seconds)
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the features (n, h, w, c) in the storage type and their float32 spatial means (n, c).
+        """Return the features (n, h, w, c) in the storage type, and their float32 spatial means (n, c).
 
-        `images` is (n, size, size, 3) uint8 RGB, 1 ≤ n ≤ batch_size.
+        `images` is (n, size, size, 3) uint8 RGB, with 1 ≤ n ≤ batch_size.
 
         Raises
         ------
         IceboxError
-            If a feature is not finite, or not within the storage type.
+            If a feature is not finite, or outside the range of the storage type.
         """
         n = len(images)
         if n < self.batch_size:
@@ -162,7 +175,7 @@ class FrozenBackbone:
 
 
 def images_within(most_bytes: int, row_shape: tuple[int, ...], spec: FeatureSpec) -> int:
-    """Return of how many images, at least one, the features take no more than `most_bytes` as they are stored."""
+    """Return the number of images, at least 1, whose features fit into `most_bytes` bytes in the storage type."""
     return max(1, most_bytes // (math.prod(row_shape) * np.dtype(spec.storage).itemsize))
 
 
@@ -175,7 +188,10 @@ def _require_room(layer: str, row_shape: tuple[int, ...]) -> None:
 
 
 def _require_rows_of_their_own(model: KerasModel, spec: FeatureSpec) -> None:
-    """Raise SpecError unless the row of an image is the same at each place of a batch, beside any other images."""
+    """Raise SpecError if the row of an image depends on its position in the batch or on the other images.
+
+    Differences up to `_MOST_MIXED` are taken as rounding.
+    """
     import tensorflow as tf
 
     random = np.random.default_rng(0)
@@ -190,9 +206,11 @@ def _require_rows_of_their_own(model: KerasModel, spec: FeatureSpec) -> None:
 
 
 def best_batch(size: int, most: int, rate: float, rate_of: Callable[[int], float]) -> int:
-    """Return the batch size that is fastest, a larger one only if that is not chance; `rate` is that of `size`.
+    """Return the fastest batch size near `size`, at most `most`.
 
-    A smaller one takes less memory, and wastes less of the last batch.
+    `rate` is the images/s at `size`, and `rate_of` measures the rate at another size. Half of `size`, if that is at
+    least 8, is chosen if it is as fast: smaller batches take less memory and waste less of the last batch. Otherwise
+    the size is doubled as long as the rate grows by more than 3%, which is not measurement noise.
     """
     if (half := size // 2) >= _LEAST_BATCH and (as_fast := rate_of(half)) >= rate:
         logger.info("batches of %d images: %.1f a second, of %d %.1f", half, as_fast, size, rate)
@@ -204,7 +222,10 @@ def best_batch(size: int, most: int, rate: float, rate_of: Callable[[int], float
 
 
 def _compiled(model: KerasModel, spec: FeatureSpec, batch_size: int) -> Any:
-    """Return the graph: uint8 in, so that a quarter of the bytes travel; scaling inside."""
+    """Return the compiled graph from uint8 pixels to features, spatial means and a flag "is finite" for each image.
+
+    Scaling is part of the graph: uint8 pixels are a quarter of the bytes of float32 to copy.
+    """
     import tensorflow as tf
 
     shape = (batch_size, spec.input_size, spec.input_size, 3)
@@ -215,17 +236,18 @@ def _compiled(model: KerasModel, spec: FeatureSpec, batch_size: int) -> Any:
         finite = tf.reduce_all(tf.math.is_finite(stored), axis=[1, 2, 3])  # (B,)
         return stored, tf.reduce_mean(exact, axis=[1, 2]), finite
 
-    # On a CPU XLA makes it slower; on a GPU it melts what stands between the convolutions into them.
+    # XLA is slower on a CPU; on a GPU it fuses the operations between convolutions into them.
     xla = bool(tf.config.list_physical_devices("GPU"))
-    # Nothing in it branches on values, and to look for that in all its layers takes as long as the rest of tracing.
+    # No layer branches on values, so AutoGraph is off: its search for branches takes as long as the rest of tracing.
     graph = tf.function(run, [tf.TensorSpec(shape, tf.uint8)], autograph=False, jit_compile=xla)
     return graph.get_concrete_function()
 
 
 def features_of(model: KerasModel, inputs: Any, spec: FeatureSpec, after: str | None = None) -> Any:
-    """Return what a frozen `model` makes of pixels (n, h, w, 3) uint8, inside a `tf.function`, by the spec's engine.
+    """Return the output of a frozen `model` for pixels (n, h, w, 3) uint8, computed with the engine of `spec`.
 
-    With `after`, of rows (n, h, w, c) of that layer, whose output must carry the network on alone.
+    With `after`, `inputs` are rows (n, h, w, c) of that layer, where the model must be possible to cut. Call it inside
+    a `tf.function`.
     """
     import tensorflow as tf
 

@@ -1,7 +1,10 @@
-"""The graph of a network: its calls in order, where it can be cut, what comes after a layer, how much work a layer is.
+"""The graph of a Keras model: its calls in order, the layers to cut it at, and the cost of each layer.
 
-Keras keeps a node for each call of an operation: of a layer, which may be called several times, of a nested model, or
-of a bare operation such as the addition in `x + 3`.
+Keras keeps a node for each call of an operation. An operation is a layer, a nested model, or a bare operation such as
+the addition in `x + 3`. A layer may be called several times.
+
+`walk` runs a graph, and `cut_layers` lists the layers where it can be cut. `cut` returns the part up to a layer,
+`layers_after` the part after it.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ _ROW = "vector_as_row"
 
 
 def functional(operation: Any) -> Any | None:
-    """Return the graph of a model, which may be nested in another one; None if `operation` is not a model."""
-    inner = getattr(operation, "_functional", None) or operation  # a Sequential keeps its graph there
+    """Return the graph of a model, also of a nested one; None if `operation` is not a model."""
+    inner = getattr(operation, "_functional", None) or operation  # a Sequential model keeps its graph in _functional
     return inner if hasattr(inner, "_nodes_by_depth") else None
 
 
 def nodes(model: KerasModel) -> list[Any]:
-    """Return the nodes of `model` in an order that they can be computed in; those of equal depth as its layers are."""
+    """Return the nodes of `model` in topological order; nodes of equal depth are in the order of the layers."""
     graph: Any = functional(model)
     rank = {id(operation): i for i, operation in enumerate(graph.operations)}
     ranked = [
@@ -39,9 +42,10 @@ def nodes(model: KerasModel) -> list[Any]:
 
 
 def walk(model: KerasModel, values: dict[int, Any], call: Callable[[Any, Any, Any], Any]) -> dict[int, Any]:
-    """Compute what of `model` can be computed from `values`, and return those of all tensors.
+    """Compute every tensor of `model` that can be computed from `values`, and return the values of all known tensors.
 
-    `values` go by the `id` of the model's symbolic tensors. `call` takes a node, its arguments and its keywords.
+    `values` maps the `id` of a symbolic tensor of the model to its value, and is extended in place. `call` takes a
+    node, its positional arguments and its keyword arguments, and returns the output.
     """
     flatten = import_keras().tree.flatten
     for node in nodes(model):
@@ -55,7 +59,10 @@ def walk(model: KerasModel, values: dict[int, Any], call: Callable[[Any, Any, An
 
 
 def layer_names(model: KerasModel) -> list[str]:
-    """Return the names of the layers in their order, the operation that gives the output last, be it a layer or not."""
+    """Return the names of the layers in their order.
+
+    The operation that gives the output is always included, also if it is not a layer; then it comes last.
+    """
     graph: Any = functional(model)
     names = [layer.name for layer in graph.layers]
     last = graph.outputs[0]._keras_history.operation.name
@@ -63,10 +70,10 @@ def layer_names(model: KerasModel) -> list[str]:
 
 
 def cut_layers(model: KerasModel) -> list[str]:
-    """Return the names of the layers where `model` can be cut, but the input, in order.
+    """Return the names of the layers where `model` can be cut, in order, without the input.
 
-    These are the layers through whose output, (h, w, c) or (c,), every path from input to output passes. A layer that
-    is called several times is none of them. The last operation is one, also a bare one or a nested model.
+    Every path from input to output passes through the output of such a layer, which has the shape (h, w, c) or (c,).
+    A layer that is called several times is not included. The last operation may also be a bare one or a nested model.
     """
     calls, layer = nodes(model), import_keras().layers.Layer
     count = Counter(id(node.operation) for node in calls)
@@ -78,25 +85,25 @@ def cut_layers(model: KerasModel) -> list[str]:
 
 
 def cut_tensor(model: KerasModel, layer: str) -> Any:
-    """Return the symbolic tensor that `layer` gives, which is one of the `cut_layers` of `model` or of a longer one.
+    """Return the symbolic output tensor of `layer`, which is one of the `cut_layers` of `model`.
 
-    A bare operation with which a network ends is one of them, and has a head behind it in a full model.
+    In a full model, `layer` may also be the bare operation that the backbone ends with: the head follows it.
     """
     return [node.outputs[0] for node in _carrying(nodes(model)) if node.operation.name == layer][-1]
 
 
 def _carrying(calls: list[Any]) -> list[Any]:
-    """Return those of the nodes of a network whose output carries it on alone, but the input.
+    """Return the nodes whose single output is the only tensor that all later nodes need, without the input.
 
-    Going through them in an order that they could be computed in: an output carries the network on alone if nothing
-    computed so far, but that output, is still needed by what comes after.
+    `calls` are the nodes of a network in topological order. A node is returned if no later node uses the output of an
+    earlier node, and if its own output has the shape (h, w, c) or (c,).
     """
     origin = {id(tensor): i for i, node in enumerate(calls) for tensor in node.outputs}
     last_use = [0] * len(calls)
     for i, node in enumerate(calls):
         for tensor in node.input_tensors:
             last_use[origin[id(tensor)]] = max(last_use[origin[id(tensor)]], i)
-    found, needed_until = [], 0  # the furthest node that needs what was computed before this one
+    found, needed_until = [], 0  # index of the last node that uses an output of a node before this one
     for i, node in enumerate(calls):
         if not node.is_input and needed_until <= i and _is_features(node.outputs):
             found.append(node)
@@ -109,14 +116,14 @@ def _is_features(outputs: list[Any]) -> bool:
 
 
 def cut(model: KerasModel, layer: str) -> KerasModel:
-    """Return the network up to `layer`, whose output alone must carry the network on; it gives (n, h, w, c).
+    """Return the network up to `layer`, which must be one of its `cut_layers`; its output is (n, h, w, c).
 
-    A layer that gives a vector (c,) is one of (1, 1, c).
+    The output of a layer that gives a vector (c,) is reshaped to (1, 1, c).
 
     Raises
     ------
     SpecError
-        If there is no such layer, or a path from input to output goes around it; the text names those nearest.
+        If there is no such layer, or the model cannot be cut there. The message names the nearest possible layers.
     """
     keras, cuts = import_keras(), cut_layers(model)
     if layer not in cuts:
@@ -152,7 +159,7 @@ def _refusal(model: KerasModel, layer: str, cuts: list[str]) -> str:
 
 
 def layers_after(model: KerasModel, layer: str, name: str | None = None) -> KerasModel:
-    """Return what of `model` comes after `layer`, where it can be cut: its rows (n, h, w, c) → the output."""
+    """Return the part of `model` after `layer`, where it can be cut: a model from rows (n, h, w, c) to the output."""
     keras, tensor = import_keras(), cut_tensor(model, layer)
     name = name and _scope(name)
     if len(tensor.shape) == 4:
@@ -163,10 +170,10 @@ def layers_after(model: KerasModel, layer: str, name: str | None = None) -> Kera
 
 
 def multiplications(layer: Any) -> int:
-    """Return how many multiplications with weights a layer does for one image where it is called first.
+    """Return the number of multiplications with weights in the first call of a layer, for one image.
 
-    Of a nested model, those of its layers. Convolutions, plain, grouped, depthwise, separable and transposed, and
-    dense layers are counted; all others, attention among them, count as none.
+    Dense layers and convolutions (plain, grouped, depthwise, separable, transposed) are counted. All other layers,
+    attention included, count as 0. For a nested model the result is the sum over its layers.
     """
     return _work(layer._inbound_nodes[0])
 
@@ -176,21 +183,24 @@ def _work(node: Any) -> int:
 
 
 def output_shapes(model: KerasModel) -> list[tuple[str, tuple[int | None, ...]]]:
-    """Return what each call in `model` gives for one image, as the operation's name and a shape without the batch."""
+    """Return (operation name, shape without the batch axis) of each output of each call in `model`.
+
+    Nested models are replaced by the calls of their layers.
+    """
     calls = [call for node in nodes(model) for call in _calls(node.operation, node.input_tensors, node.outputs)]
     return [(operation.name, tuple(tensor.shape[1:])) for operation, _, given in calls for tensor in given]
 
 
 def _of_call(operation: Any, inputs: list[Any], outputs: list[Any]) -> int:
     kernels = [getattr(operation, name, None) for name in ("kernel", "depthwise_kernel", "pointwise_kernel")]
-    # Where the kernel is laid: once on a vector, else on each place of what comes out, or of what goes in.
+    # A kernel is applied once for each spatial position of the output; in a transposed convolution, of the input.
     places = inputs if type(operation).__name__.endswith("Transpose") else outputs
     each = sum(math.prod(kernel.shape) for kernel in kernels if kernel is not None)
     return each and each * math.prod(size or 1 for size in places[0].shape[1:-1])
 
 
 def _calls(operation: Any, inputs: list[Any], outputs: list[Any]) -> list[tuple[Any, list[Any], list[Any]]]:
-    """Return a call as operation, inputs and outputs; of a nested model, the calls of its layers on such inputs."""
+    """Return a call as (operation, inputs, outputs); for a nested model, the calls of its layers for these inputs."""
     graph = functional(operation)
     if graph is None:
         return [(operation, inputs, outputs)]
@@ -206,7 +216,10 @@ def _calls(operation: Any, inputs: list[Any], outputs: list[Any]) -> list[tuple[
 
 
 def share_of_work(model: KerasModel, after: str = "") -> list[tuple[Any, int]]:
-    """Return each call in `model` that comes after the layer `after` as its operation and its multiplications."""
+    """Return (operation, number of multiplications) of each call in `model` after the layer `after`.
+
+    Without `after`, all calls are returned.
+    """
     calls = nodes(model)
     if after:
         tensor = cut_tensor(model, after)
@@ -215,17 +228,20 @@ def share_of_work(model: KerasModel, after: str = "") -> list[tuple[Any, int]]:
 
 
 def activations(model: KerasModel) -> int:
-    """Return how many numbers the layers of `model` give for one image, all together: training keeps them."""
+    """Return the total number of output values of all layers of `model` for one image, which training keeps."""
     return sum(math.prod(size or 1 for size in shape) for _, shape in output_shapes(model))
 
 
 def allow_any_names(model: KerasModel) -> None:
-    """Have TensorFlow trace layers whatever they are called: it takes no blanks and no other alphabets in a name."""
+    """Let TensorFlow trace layers with any name.
+
+    TensorFlow refuses scope names with spaces or non-ASCII letters, so such layers get no name scope.
+    """
     for layer in model._flatten_layers():
         if layer.name != _scope(layer.name):
             layer._open_name_scope = contextlib.nullcontext
 
 
 def _scope(name: str) -> str:
-    """Return a name that TensorFlow takes for a scope."""
+    """Return `name` with the characters replaced that TensorFlow does not allow in a scope name."""
     return re.sub(r"[^A-Za-z0-9_.>-]", "_", re.sub(r"^[^A-Za-z0-9.]", "_", name))

@@ -1,7 +1,8 @@
-"""The archive that Keras saves a model in (.keras), opened with care, as it may come from anywhere.
+"""Read the archive that Keras saves a model in (.keras) as untrusted input.
 
-It is a zip file of exactly config.json, metadata.json and model.weights.h5. Nothing of it is unpickled or imported,
-and no member is written under a name that the archive chooses.
+The archive must be a zip file of exactly config.json, metadata.json and model.weights.h5. Nothing in it is unpickled or
+imported, and no member is written under a name chosen by the archive. `read_config` returns the architecture,
+`extracted_weights` the weights as a file, and `identity_of_weights` their hash.
 """
 
 from __future__ import annotations
@@ -29,28 +30,28 @@ from pipeline.core.spec import canonical_json
 
 CONFIG, METADATA, WEIGHTS = "config.json", "metadata.json", "model.weights.h5"
 _MOST = {CONFIG: 2**23, METADATA: 2**16, WEIGHTS: 2**32}  # bytes unpacked; NASNetLarge's config has 1.3 MB
-_MOST_TIMES = 200  # as large as packed; a config of JSON shrinks to a thirtieth
-_SMALL = 2**20  # bytes, about which no one needs to care how well they were packed
-_END = struct.Struct("<4sHHHHLLH")  # what a zip file ends with, if nothing comes after it
+_MOST_TIMES = 200  # largest ratio of unpacked to packed size; it is about 30 for a config of JSON
+_SMALL = 2**20  # bytes unpacked, up to which the ratio is not checked
+_END = struct.Struct("<4sHHHHLLH")  # the end record of a zip file without a comment
 _SAVE_ANEW = "save the model anew with Keras 3: model.save('name.keras')"
 
-# What a zip file that is damaged, or made to mislead, raises.
+# Exceptions that `zipfile` raises for a damaged or manipulated file.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, NotImplementedError, KeyError)
 
 
 def is_archive(path: Path) -> bool:
-    """Return whether a file begins as a zip archive does. Raises OSError if it cannot be read."""
+    """Return whether the file at `path` begins like a zip archive. Raises OSError if it cannot be read."""
     with files.open_regular(path, os.O_RDONLY) as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def read_config(path: Path) -> bytes:
-    """Return config.json of the archive at `path`.
+    """Return the bytes of config.json in the archive at `path`.
 
     Raises
     ------
     SpecError
-        If it is no archive that Keras 3 saved a whole model in, in one line with what it is instead.
+        If the file is not a whole model saved by Keras 3. The message, one line, says what the file is instead.
     """
     with _opened(path) as archive:
         _require_keras_3(_read(archive, path, METADATA), path)
@@ -59,14 +60,16 @@ def read_config(path: Path) -> bytes:
 
 @contextmanager
 def extracted_weights(path: Path) -> Iterator[Path]:
-    """Give the weights in the archive at `path` as a file of their own, which is plain HDF5 with numbers only.
+    """Extract the weights in the archive at `path` to a temporary HDF5 file, and yield its path.
+
+    The file was checked to contain numbers only. It is removed at the end of the `with` block.
 
     Raises
     ------
     SpecError
-        If it is no archive that Keras 3 saved a whole model in.
+        If the file is not a whole model saved by Keras 3.
     WeightsError
-        If the weights are damaged, or anything else than numbers.
+        If the weights are damaged, or contain anything other than numbers.
     """
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / WEIGHTS
@@ -81,9 +84,9 @@ def extracted_weights(path: Path) -> Iterator[Path]:
 
 
 def variables(plain: Path) -> dict[str, tuple[int, ...]]:
-    """Return path in the HDF5 file → shape of each variable of the model, sorted by path.
+    """Return path in the HDF5 file `plain` → shape of each variable of the model, sorted by path.
 
-    What only training uses is left out: the optimizer's state, and the counters of random generators.
+    Variables that only training uses are left out: the optimizer's state, and the counters of random generators.
     """
     found: dict[str, tuple[int, ...]] = {}
 
@@ -97,10 +100,11 @@ def variables(plain: Path) -> dict[str, tuple[int, ...]]:
 
 
 def identity_of_weights(plain: Path) -> str:
-    """Return "sha256:…" of what the weights are: of each variable's path, shape, dtype and bytes, in their order.
+    """Return the identity "sha256:…" of the weights in the HDF5 file `plain`.
 
-    Hashed are, for each path that `variables` lists, the canonical JSON of [path, shape, dtype], a line break and the
-    values in row-major order, little-endian. HDF5's layout and attributes, and what only training uses, are not.
+    The hash covers, for each path in the order of `variables`: the canonical JSON of its path, shape and dtype, a line
+    break, and the values in row-major order, little-endian. HDF5's layout and attributes, and variables that only
+    training uses, are not part of the hash.
     """
     digest = hashlib.sha256()
     with h5py.File(plain, "r", locking=False) as file:
@@ -119,7 +123,7 @@ def _serves_training(name: str) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open the archive, its members looked at."""
+    """Open the archive at `path` after checking its members. Raises SpecError if a check fails."""
     try:
         if path.is_dir():
             raise SpecError(f"{path} {_folder(path)}")
@@ -151,7 +155,10 @@ def _damage_explained(path: Path) -> Iterator[None]:
 
 
 def _no_archive(beginning: bytes, size: int) -> str:
-    """Return what a file is that is no zip archive; "" if it begins as one."""
+    """Return a message on what a file is if it is not a zip archive; "" if it begins like one.
+
+    `beginning` is the first 512 bytes of the file, `size` its size in bytes.
+    """
     if not size:
         return f"is empty; {_SAVE_ANEW}"
     if beginning.startswith(b"PK\x03\x04"):
@@ -172,7 +179,10 @@ def _folder(path: Path) -> str:
 
 
 def _require_end(end: bytes, size: int, path: Path) -> None:
-    """Raise SpecError if anything but the list of members stands at the end, where Keras writes nothing else."""
+    """Raise SpecError unless the file ends with the zip directory and its end record, without a comment.
+
+    Keras writes nothing after them. `end` is the last 22 bytes of the file, `size` the size of the file in bytes.
+    """
     mark, *_, length, start, comment = _END.unpack(end)
     if mark != b"PK\x05\x06" or comment or start + length + _END.size != size:
         raise SpecError(f"{path} is torn, or something follows after the archive; copy it again, or {_SAVE_ANEW}")
@@ -189,7 +199,7 @@ def _check_members(members: list[zipfile.ZipInfo], path: Path) -> None:
 
 
 def _fault(member: zipfile.ZipInfo) -> str:
-    """Return what is wrong with a member; "" if nothing is."""
+    """Return what is wrong with a member, or "" if nothing is wrong."""
     name, packed, unpacked = member.filename, member.compress_size, member.file_size
     kind = stat.S_IFMT(member.external_attr >> 16)
     if name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
@@ -230,13 +240,13 @@ def _read(archive: zipfile.ZipFile, path: Path, name: str) -> bytes:
 
 def _extract(archive: zipfile.ZipFile, path: Path, plain: Path) -> None:
     with plain.open("wb") as file, _damage_explained(path), archive.open(WEIGHTS) as member:
-        shutil.copyfileobj(member, file, 2**20)  # reads no further than the size that was looked at
+        shutil.copyfileobj(member, file, 2**20)  # reads at most the size that `_fault` checked
     if plain.stat().st_size != archive.getinfo(WEIGHTS).file_size:
         raise SpecError(f"{path} is torn: {WEIGHTS} ends early; copy it again, or {_SAVE_ANEW}")
 
 
 def _require_stored(plain: Path) -> None:
-    """Raise WeightsError if variables claim far more than the file holds: Keras writes them unpacked."""
+    """Raise WeightsError if the variables claim over four times the file's size: Keras stores them uncompressed."""
     claimed = 0
 
     def look(name: str, item: h5py.Group | h5py.Dataset) -> None:

@@ -1,10 +1,15 @@
-"""The architecture that Keras saved as JSON: checked against lists of what is allowed, and brought to one form.
+"""Check the architecture that Keras saved as JSON against lists of allowed objects, and normalise it.
 
-The checked form is what a network is rebuilt from, and its hash is the network's identity. So two architectures that
-compute something different never have the same one. Left out of it is what does not change what a network computes:
-its own name, initializers, regularizers, constraints, `trainable`, compilation, the shapes Keras notes for building,
-dtype policies (the program sets its own), where in Keras a class is defined, and the running numbers in the names that
-Keras gives layers, which are counted anew. A Sequential model is written as the Functional one it is.
+`check` returns the normalised form, which networks are rebuilt from. Its hash is the network's identity, so two
+architectures that compute different outputs never have the same identity. Everything that does not change the output is
+left out:
+
+- the model's name, `trainable`, compilation, initializers, regularizers and constraints;
+- the shapes that Keras stores for building, and the module of a class inside Keras;
+- dtype policies, because Icebox sets its own.
+
+The numbers in the layer names that Keras generates are counted again from the start. A Sequential model is written as a
+Functional model.
 """
 
 from __future__ import annotations
@@ -34,8 +39,8 @@ from pipeline.core.spec import OWN, canonical_json
 Config = dict[str, Any]
 
 _NAME = "own_network"
-_DEEPEST = 100  # containers within containers; a model within a model takes eight
-_MOST_CALLS = 20_000  # of layers, those of inner models counted each time these are called; NASNetLarge has 1,041
+_DEEPEST = 100  # levels of nested lists and dicts; a nested model takes eight
+_MOST_CALLS = 20_000  # layer calls; those of a nested model count once for each of its calls; NASNetLarge has 1,041
 _DTYPES = re.compile(r"bool|u?int(8|16|32|64)|b?float(16|32|64)|bfloat16")
 _FLOATS = ("float32", "float16", "bfloat16")
 _ARRAY = "__numpy__"
@@ -43,12 +48,12 @@ _ONLY_TRAINING = ("_regularizer", "_constraint")
 
 
 def parse(text: bytes) -> Config:
-    """Return the checked form of a config.json.
+    """Return the checked and normalised form of the bytes of a config.json.
 
     Raises
     ------
     SpecError
-        If it is not JSON, or `check` refuses it.
+        If `text` is not JSON, or `check` refuses it.
     """
     try:
         value = json.loads(text, parse_constant=_no_number)
@@ -60,15 +65,15 @@ def parse(text: bytes) -> Config:
 
 
 def check(value: Any) -> Config:
-    """Return the one form of an architecture, read from JSON, that `keras.Model` can be rebuilt from.
+    """Return the normalised form of an architecture read from JSON, from which a `keras.Model` can be rebuilt.
 
-    It is the identity on what it returned itself.
+    A value that `check` returned is returned unchanged.
 
     Raises
     ------
     SpecError
-        If anything in it is not one of Keras' own objects that only compute, or it is not one network of one RGB image
-        and one output; the text says what was found and what to do, on one line, to be put behind the file's name.
+        If the architecture contains anything but Keras' own objects that only compute. Also if it does not have one RGB
+        image as input and one output. The message is one line to put after the file's name: the finding and the remedy.
     """
     _require_shallow(value)
     try:
@@ -90,7 +95,7 @@ def identity(config: Config) -> str:
 
 
 def input_size(config: Config) -> int | None:
-    """Return the side in pixels of the images that a checked architecture was saved for; None if it takes any."""
+    """Return the side in pixels of the images that a checked architecture was saved for; None for any size."""
     return _input_side(config)
 
 
@@ -100,9 +105,9 @@ def output_layer(config: Config) -> str:
 
 
 def at_size(config: Config, size: int) -> Config:
-    """Return an architecture for images of `size` pixels a side.
+    """Return a copy of a checked architecture for images of `size` by `size` pixels.
 
-    Inner models that were built for images of the saved size are changed alike, other inner models take any size.
+    Nested models that were built for the saved size are changed to `size` too; other nested models then take any size.
     """
     before = input_size(config)
     changed = json.loads(canonical_json(config))
@@ -133,7 +138,7 @@ def _require_shallow(value: Any) -> None:
     raise SpecError("its architecture is nested deeper than any network's")
 
 
-# Models: what calls what.
+# Models, and the calls in them.
 
 
 def _model(value: Any, *, top: bool = False) -> Config:
@@ -157,7 +162,7 @@ def _model(value: Any, *, top: bool = False) -> Config:
 
 
 def _as_functional(inner: Config) -> Config:
-    """Return the config of a Functional model that calls the layers of a Sequential one after the other."""
+    """Return the config of the Functional model that is equal to a Sequential model with the config `inner`."""
     layers, shape = list(inner["layers"]), inner.get("build_input_shape")
     if not layers or layers[0]["class_name"] != "InputLayer":
         if not shape:
@@ -169,7 +174,7 @@ def _as_functional(inner: Config) -> Config:
         nodes = [{"args": [tensor([before, 0, 0])], "kwargs": {}}] if before else []
         before = layer["config"]["name"]
         called.append({**layer, "name": before, "inbound_nodes": nodes})
-    last = int(layers[-1]["class_name"] in ("Functional", "Model"))  # Keras counts the calls of those from 1 here
+    last = int(layers[-1]["class_name"] in ("Functional", "Model"))  # Keras counts calls of these classes from 1 here
     first = layers[0]["config"]["name"]
     return {"layers": called, "input_layers": [first, 0, 0], "output_layers": [before, last, 0]}
 
@@ -181,9 +186,9 @@ def _called_layer(value: Any) -> Config:
     name = value["name"]
     nodes = [{side: _plain(node[side], name) for side in ("args", "kwargs")} for node in value["inbound_nodes"]]
     for node in nodes:
-        node["kwargs"].pop("training", None)  # Keras notes some default here; who calls the whole model decides it
+        node["kwargs"].pop("training", None)  # Keras stores a default; the call of the whole model sets the value
         if node["kwargs"].get("mask") is None:
-            node["kwargs"].pop("mask", None)  # no mask, as where nothing is said of one
+            node["kwargs"].pop("mask", None)  # None is equal to leaving the argument out
     return {**layer, "name": name, "inbound_nodes": nodes}
 
 
@@ -210,7 +215,7 @@ def _refs(value: Any) -> Iterator[list[Any]]:
 
 
 def _calls(model: Config) -> int:
-    """Return how many calls of layers a call of a model makes."""
+    """Return the number of layer calls in one call of a model."""
     total = 0
     for layer in model["config"]["layers"]:
         calls = max(1, len(layer.get("inbound_nodes", ())))
@@ -218,7 +223,7 @@ def _calls(model: Config) -> int:
     return total
 
 
-# Layers, operations and what they hold.
+# Layers, operations and their arguments.
 
 
 def _object(module: str, kind: str, config: Config) -> Config:
@@ -226,9 +231,12 @@ def _object(module: str, kind: str, config: Config) -> Config:
 
 
 def _layer(value: Any) -> Config:
-    """Return a layer, an operation or an inner model, without what does not change what it computes."""
+    """Return a layer, an operation or a nested model, normalised: without settings that do not change its output.
+
+    Raises SpecError if it is not allowed.
+    """
     kind = require_known(value, "layer")
-    if "shared_object_id" in value:  # Keras notes one where an object is met again
+    if "shared_object_id" in value:  # Keras stores this key if the same layer occurs more than once
         name = value["config"].get("name")
         raise SpecError(f"has the layer {name!r:.60} in two models at once; give each of them layers of its own")
     if kind in MODELS:
@@ -252,12 +260,12 @@ def _layer(value: Any) -> Config:
 
 
 def _value(key: str, value: Any, name: str) -> Any:
-    """Return an argument of a layer."""
+    """Return the normalised argument `key` of the layer `name`. Raises SpecError if its value is not allowed."""
     if key.endswith("_initializer") and value is not None:
-        return "zeros"  # weights are loaded, and zeros are had at once
+        return "zeros"  # the fastest initializer: the weights are loaded later
     if key.endswith("activation") and isinstance(value, str) and value not in ACTIVATIONS:
         raise SpecError(f"has the activation {value!r:.60} at {name!r:.60}, which is not Keras' own; {OWN_ONLY}")
-    if key == "dtype":  # of an InputLayer
+    if key == "dtype":  # only an InputLayer still has this argument here
         if not isinstance(value, str) or not _DTYPES.fullmatch(value):
             raise SpecError(f"has the dtype {value!r:.60} at {name!r:.60}")
         return "float32" if value in _FLOATS else value
@@ -265,7 +273,10 @@ def _value(key: str, value: Any, name: str) -> Any:
 
 
 def _plain(value: Any, name: str) -> Any:
-    """Return an argument that is made of numbers, texts, layers and Keras' notation for tensors and slices."""
+    """Return a normalised argument of the layer `name`.
+
+    It may consist of numbers, strings, layers, arrays, and Keras' notation for tensors, slices and activations.
+    """
     if isinstance(value, list):
         return [_plain(each, name) for each in value]
     if not isinstance(value, dict):
@@ -297,7 +308,7 @@ def _numbers(value: Any) -> Any:
 
 
 _ACTIVATION_MODULES = ("builtins", "keras.activations", "keras.src.activations.activations")
-# The image.
+# The input image.
 
 
 def _input_layers(model: Config) -> Iterator[Config]:
@@ -314,7 +325,10 @@ def _input_layer(config: Config) -> Config:
 
 
 def _input_side(config: Config) -> int | None:
-    """Return the side of the image in pixels, None for any. Raises SpecError if it is not one square RGB image."""
+    """Return the side of the input image in pixels, None for any size.
+
+    Raises SpecError if the input is not one square RGB image.
+    """
     layer = _input_layer(config)
     if layer["class_name"] != "InputLayer":
         raise SpecError(f"begins with {layer['class_name']}, expected an input: keras.Input((height, width, 3))")
@@ -335,4 +349,4 @@ def _input_side(config: Config) -> int | None:
     return shape[0]
 
 
-_MOST_PIXELS = 4096  # on a side, as a feature space's spec takes
+_MOST_PIXELS = 4096  # on a side: the limit of a feature space's spec

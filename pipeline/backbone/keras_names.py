@@ -1,4 +1,8 @@
-"""The names of an architecture's layers: those that Keras counts on and on begin from the start in each model."""
+"""Rename the layers of an architecture, so that the numbers in generated names start anew in each model.
+
+Keras continues the numbers over all models of a process. `new_names` gives the new names, `renamed_layers` and
+`renamed_ends` apply them.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,23 @@ TENSOR = "__keras_tensor__"
 
 
 def snake_case(name: str) -> str:
-    """Return the name that Keras gives the first layer of a class."""
+    """Return the name that Keras gives the first layer of the class `name`, such as "conv2d" for "Conv2D"."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_", name).lower()
 
 
 def tensor(history: list[Any]) -> dict[str, Any]:
-    """Return Keras' notation for a tensor, `history` being its [layer, call, output]; Keras notes a shape beside it."""
+    """Return Keras' JSON notation for the tensor with the `history` [layer, call, output].
+
+    Keras also stores the shape and dtype; here they are constants.
+    """
     return {"class_name": TENSOR, "config": {"shape": [], "dtype": "float32", "keras_history": history}}
 
 
 def new_names(layers: list[tuple[str, str]]) -> dict[str, str]:
-    """Return name → new name of layers, given as (class, name); other names than running ones stay."""
+    """Return name → new name for `layers`, given as (class, name); only names that Keras generated are changed.
+
+    Raises SpecError if two layers have the same name, before or after renaming.
+    """
     if len({name for _, name in layers}) < len(layers):
         raise SpecError("has two layers of the same name")
     numbered: dict[str, list[tuple[int, str]]] = {}
@@ -39,7 +49,10 @@ def new_names(layers: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def renamed_layers(layers: list[dict[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return layers under their new names, the tensors they are called on renamed too."""
+    """Return `layers` with their new names, also in the tensors that the layers are called on.
+
+    Without `names`, they are computed by `new_names`.
+    """
     names = names or new_names([(each["class_name"], each["config"]["name"]) for each in layers])
     renamed = []
     for layer in layers:
@@ -62,7 +75,10 @@ def _renamed_tensors(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def renamed_ends(value: Any, names: Mapping[str, str]) -> Any:
-    """Return a structure of [layer, call, output] with the new names. Raises SpecError if there is no such layer."""
+    """Return a nested structure of [layer, call, output] with the new names.
+
+    Raises SpecError if `names` lacks a layer of it.
+    """
     if isinstance(value, list) and len(value) == 3 and isinstance(value[0], str):
         if value[0] not in names or not all(type(index) is int and index >= 0 for index in value[1:]):
             raise SpecError(f"refers to a layer {value[0]!r:.60} that it does not have")

@@ -1,8 +1,11 @@
-"""Which of Keras' own objects an architecture may name.
+"""Lists of the Keras objects that an architecture may contain, and checks against these lists.
 
-These are lists of what is allowed. Whatever else Keras has is refused: layers that hold code or load it (Lambda,
-TFSMLayer, TorchModuleWrapper, JaxLayer, FlaxLayer), layers that read files or text (StringLookup, TextVectorization),
-and operations that call functions (Map, Scan, Cond) or make tensors of any size out of nothing (Arange, Full, OneHot).
+All other objects of Keras are refused:
+
+- layers that contain or load code (Lambda, TFSMLayer, TorchModuleWrapper, JaxLayer, FlaxLayer);
+- layers that read files or text (StringLookup, TextVectorization);
+- operations that call functions (Map, Scan, Cond);
+- operations that create tensors of any size without an input of that size (Arange, Full, OneHot).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# keras.layers, by the names that Keras saves, without aliases.
+# Classes of keras.layers, under the names that Keras saves, without aliases.
 LAYERS = _names(
     """
     Activation ActivityRegularization AdaptiveAveragePooling1D AdaptiveAveragePooling2D AdaptiveAveragePooling3D
@@ -38,13 +41,13 @@ LAYERS = _names(
     """
 )
 
-# Layers that keras.applications adds for networks of its own, by module.
+# Module → layers that keras.applications defines for its own networks.
 APPLICATION_LAYERS = {
     "keras.src.applications.convnext": frozenset({"LayerScale", "StochasticDepth"}),
     "keras.src.applications.inception_resnet_v2": frozenset({"CustomScaleLayer"}),
 }
 
-# Bare operations on tensors, as `x * 2` and `keras.ops.mean(x)` leave them in a graph, by module.
+# Module → bare operations on tensors, such as those of `x * 2` and `keras.ops.mean(x)` in a graph.
 OPERATIONS = {
     "keras.src.ops.core": _names("Cast SaturateCast Slice StopGradient Unstack"),
     "keras.src.ops.numpy": _names(
@@ -72,7 +75,7 @@ OPERATIONS = {
     "keras.src.ops.linalg": frozenset({"Norm"}),
 }
 
-# keras.activations, by the names that Keras saves.
+# Functions of keras.activations, under the names that Keras saves.
 ACTIVATIONS = _names(
     """
     celu elu exponential gelu glu hard_shrink hard_sigmoid hard_silu hard_swish hard_tanh leaky_relu linear log_sigmoid
@@ -92,7 +95,8 @@ CONSTRAINTS = _names("MaxNorm MinMaxNorm NonNeg UnitNorm")
 MODELS = _names("Functional Sequential Model")
 POLICIES = _names("float32 float16 bfloat16 mixed_float16 mixed_bfloat16")
 
-# What later versions of Keras write though it is how earlier ones compute: by class, "" for every one.
+# Class → arguments that only later versions of Keras write, with the values that earlier versions imply.
+# "" means every class.
 LATER_DEFAULTS: dict[str, dict[str, Any]] = {
     "": {"quantization_config": None},
     "BatchNormalization": {"renorm": False, "renorm_clipping": None, "renorm_momentum": 0.99},
@@ -114,12 +118,15 @@ _CODE = {
 
 
 def module_of(value: dict[str, Any]) -> str:
-    """Return the module that an object is said to be of; "" if none."""
+    """Return the module that the JSON of an object names, or "" if there is none."""
     return value.get("module") or ""
 
 
 def require_known(value: Any, kind: str) -> str:
-    """Return the class of a model or a layer. Raises SpecError if it is not one of Keras' own that are allowed."""
+    """Return the class name in the JSON of a model or a layer; `kind` is "model" or "layer".
+
+    Raises SpecError if the class is not one of Keras' own that are allowed.
+    """
     if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
         found = value.get("class_name") if isinstance(value, dict) else value
         _refuse(str(found), module_of(value) if isinstance(value, dict) else "")
@@ -146,7 +153,7 @@ def _refuse(name: str, module: str) -> None:
 
 
 def require_policy(policy: Any, name: str) -> None:
-    """Raise SpecError if the layer `name` computes otherwise than in plain or mixed floats of at most 32 bits."""
+    """Raise SpecError unless the dtype policy of the layer `name` is plain or mixed floats of at most 32 bits."""
     if isinstance(policy, dict):
         if policy.get("class_name") not in ("DTypePolicy", "FloatDTypePolicy"):
             raise SpecError(
@@ -158,7 +165,10 @@ def require_policy(policy: Any, name: str) -> None:
 
 
 def require_known_or_none(key: str, value: Any) -> None:
-    """Raise SpecError if an initializer, a regularizer or a constraint, none of which is kept, is not Keras' own."""
+    """Raise SpecError if an initializer, regularizer or constraint is not one of Keras' own.
+
+    `key` is the name of the layer's argument, `value` its JSON; other arguments are not checked.
+    """
     known = {"_initializer": INITIALIZERS, "_regularizer": REGULARIZERS, "_constraint": CONSTRAINTS}
     for ending, names in known.items():
         if (

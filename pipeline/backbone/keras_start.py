@@ -1,4 +1,7 @@
-"""TensorFlow and Keras, loaded once, quietly, and with the threads and the memory they should have."""
+"""Import TensorFlow and Keras once, without messages on stderr, and set their threads, memory and defaults.
+
+`import_keras` returns the keras module, `limit_threads` sets the number of threads.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,25 @@ logger = logging.getLogger(__name__)
 
 KerasModel = Any  # keras.Model; its own type hints are wrong in too many places to be checked against
 _IMPORTING = threading.Lock()
-_ADDRESS_SPACE = 2_500_000_000  # bytes: measured were 1.7 GB for Keras imported, and 0.4 GB for its first operation
+_ADDRESS_SPACE = 2_500_000_000  # bytes; measured: 1.7 GB for importing Keras, 0.4 GB for its first operation
 
-# What Keras imports if it is there, for wrappers, plots and tables that nothing here uses: a third of its start.
+# Packages that Keras imports if they are installed, for wrappers, plots and tables that Icebox does not use.
+# They take a third of the import time.
 _OPTIONAL = ("matplotlib", "pandas", "sklearn")
 
 
 def import_keras(*, whole: bool = False) -> Any:
-    """Import TensorFlow and Keras quietly, GPU memory growing as needed, and return the keras module.
+    """Import TensorFlow and Keras without their messages on stderr, and return the keras module.
 
-    Keras is left without what only other programs would use of it, unless they are to have the `whole` of it.
+    GPU memory is allocated as needed. matplotlib, pandas and scikit-learn are hidden from Keras during the import,
+    unless `whole` is true: another program in the same process may use the parts of Keras that need them.
+
+    Raises
+    ------
+    IceboxError
+        If Keras refuses its keras.json, or if limits leave TensorFlow too little memory or too few threads.
     """
-    with _IMPORTING:  # one thread may have begun with it while files are hashed
+    with _IMPORTING:  # another thread may already import Keras while files are hashed
         return _import_keras(() if whole else _OPTIONAL)
 
 
@@ -45,22 +55,22 @@ def _import_keras(hidden: Sequence[str]) -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ["KERAS_BACKEND"] = "tensorflow"
     if not machine.driver_gpus():
-        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # or TensorFlow looks for one and reports a failure
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # else TensorFlow searches for a GPU and reports a failure
     if not hidden:
-        import_matplotlib()  # as Keras does, without what ends it
+        import_matplotlib()  # Keras imports it too, and fails if MPLBACKEND names a missing backend
     if "keras" not in sys.modules:
-        # TensorFlow's libraries greet on stderr before any of their settings is read.
+        # TensorFlow's libraries write to stderr before they read any settings.
         with hold_back("TensorFlow"), _uncollected() if hidden else contextlib.nullcontext(), without(*hidden):
             _find_keras()
     import keras
     import tensorflow as tf
 
-    tf.get_logger().setLevel("ERROR")  # several small models in one process make it warn of retracing
+    tf.get_logger().setLevel("ERROR")  # else several small models in one process cause warnings about retracing
     _set_defaults(keras, tf)
-    if not tf.config.threading.get_intra_op_parallelism_threads():  # nobody has said how many
+    if not tf.config.threading.get_intra_op_parallelism_threads():  # 0: the number of threads has not been set
         limit_threads(machine.usable_cores(), machine.usable_cores())
     for gpu in tf.config.list_physical_devices("GPU"):
-        # Refused once the GPU is in use, which it can only be with the setting already made.
+        # TensorFlow refuses the setting once the GPU is in use; an earlier call has made the setting then.
         if not tf.config.experimental.get_memory_growth(gpu):
             tf.config.experimental.set_memory_growth(gpu, True)
     return keras
@@ -69,7 +79,7 @@ def _import_keras(hidden: Sequence[str]) -> Any:
 def _find_keras() -> None:
     try:
         importlib.import_module("keras")
-    except (ValueError, AttributeError, TypeError, OSError) as error:  # as it takes a file that makes no sense
+    except (ValueError, AttributeError, TypeError, OSError) as error:  # raised by Keras for an invalid keras.json
         path = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "keras.json"
         if not path.exists() or (isinstance(error, OSError) and error.filename != str(path)):
             raise
@@ -77,7 +87,7 @@ def _find_keras() -> None:
 
 
 def _set_defaults(keras: Any, tf: Any) -> None:
-    """Have both compute as they do by themselves: neither a keras.json nor the program around decides a number."""
+    """Set Keras and TensorFlow to their defaults, so that no keras.json or calling program changes the features."""
     keras.config.set_floatx("float32")
     keras.config.set_epsilon(1e-7)
     keras.config.set_image_data_format("channels_last")
@@ -90,19 +100,23 @@ def _set_defaults(keras: Any, tf: Any) -> None:
 
 
 def limit_threads(of_a_layer: int, layers: int) -> None:
-    """Have TensorFlow compute so many layers at a time, each in so many threads, unless it has computed something."""
+    """Let TensorFlow compute `layers` layers at the same time, each with `of_a_layer` threads.
+
+    This has no effect once TensorFlow has computed anything in this process.
+    """
     import tensorflow as tf
 
-    with contextlib.suppress(RuntimeError):  # how it says that it is too late; slower, perhaps, but as right
+    with contextlib.suppress(RuntimeError):  # too late to change the threads: perhaps slower, but the same results
         tf.config.threading.set_intra_op_parallelism_threads(of_a_layer)
         tf.config.threading.set_inter_op_parallelism_threads(layers)
 
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Do not look for garbage among modules that are being imported, nor later: they stay, a million objects.
+    """Switch off the garbage collector during an import, and exclude all objects that exist then from later collection.
 
-    Not in somebody else's program, whose own objects would stay too.
+    The imported modules are about a million objects that stay until the process ends. Do not use this context inside
+    another program: the program's own objects would be excluded too.
     """
     collects = gc.isenabled()
     gc.disable()

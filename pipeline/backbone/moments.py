@@ -1,7 +1,8 @@
-"""Mean and variance of the signal in an untrained network, followed through its graph by arithmetic alone.
+"""Compute the mean and variance of the signal after each operation of an untrained network, without running it.
 
-The method of AutoInit (Bingham and Miikkulainen 2021, arXiv:2109.08958): each layer maps the mean and the variance
-of its inputs to those of its output. Nothing is computed with TensorFlow, so that the result is the same everywhere.
+The method is AutoInit (Bingham and Miikkulainen 2021, arXiv:2109.08958): each layer maps the mean and the variance
+of its inputs to those of its output. TensorFlow is not used, so the result is the same on every machine. `pixels` gives
+the moments of the input, `after` those of an operation's output, `activated` those after an activation.
 """
 
 from __future__ import annotations
@@ -16,32 +17,32 @@ from pipeline.backbone.table import BACKBONES
 
 
 class Moments(NamedTuple):
-    """Mean and variance of a tensor over images, places and channels."""
+    """Mean and variance of a tensor over images, positions and channels."""
 
     mean: float
     variance: float
 
     @property
     def square(self) -> float:
-        """Mean of the squares."""
+        """Return the mean of the squares."""
         return self.variance + self.mean * self.mean
 
 
-# Pixels scaled outside the network, to -1 … 1 or as an own network has it. A kernel of mean zero answers to the
-# contrast of neighbouring pixels alone, which in photographs scaled to -1 … 1 deviates by about a tenth.
+# Pixels scaled before the network, to -1 … 1 or as an own network expects. A kernel of mean zero responds only to the
+# contrast of neighbouring pixels. In photographs scaled to -1 … 1 its standard deviation is about 0.1.
 PIXELS = Moments(0.0, 1.0)
 _BGR_PIXELS = Moments(0.0, 64.0**2)  # -128 … 128
-SCALED_PIXELS = Moments(0.0, 1 / 16)  # by the network itself, to about -1 … 1
-NORMALISED = Moments(0.0, 1.0)  # behind a layer with weights, and behind a layer that normalises
+SCALED_PIXELS = Moments(0.0, 1 / 16)  # scaled inside the network, to about -1 … 1
+NORMALISED = Moments(0.0, 1.0)  # after a normalisation layer
 
 
 def pixels(backbone: str) -> Moments:
-    """Return the moments of the pixels that go into a network of that name."""
+    """Return the moments of the pixels that the network `backbone` takes as input."""
     row = BACKBONES.get(backbone)
     return _BGR_PIXELS if row is not None and row.scaling == BGR_MEANS else PIXELS
 
 
-# Mean and variance of a nonlinearity's output are taken over as many equally probable points of a normal distribution.
+# Mean and variance of a nonlinearity's output are computed over 64 equally probable points of a normal distribution.
 _POINTS = 64
 _QUANTILES = [NormalDist().inv_cdf((i + 0.5) / _POINTS) for i in range(_POINTS)]
 _DEVIATION = math.sqrt(sum(x * x for x in _QUANTILES) / _POINTS)
@@ -64,7 +65,7 @@ def _elu(x: float) -> float:
     return x if x > 0 else math.expm1(x)
 
 
-# By the names of keras.activations; a nonlinearity that is not here counts as a ReLU.
+# Name in keras.activations → function; a nonlinearity that is not listed is treated as a ReLU.
 _ACTIVATIONS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
     "relu": lambda x: max(x, 0.0),
@@ -85,7 +86,7 @@ _ACTIVATIONS: dict[str, Callable[[float], float]] = {
 
 
 def activated(moments: Moments, name: str) -> Moments:
-    """Return the moments behind the activation of that name (as in `keras.activations`)."""
+    """Return the moments after the activation `name` of `keras.activations`; an unlisted name counts as "relu"."""
     return _through(moments, _ACTIVATIONS.get(name, _ACTIVATIONS["relu"]))
 
 
@@ -125,7 +126,7 @@ def _joined(parts: list[Moments], channels: list[int]) -> Moments:
     return Moments(mean, square - mean * mean)
 
 
-# By the names of Keras' layers and operations.
+# Class name of a Keras layer or operation → function from the moments of its inputs to those of its output.
 _MERGED: dict[str, Callable[[list[Moments]], Moments]] = {
     "Add": _sum,
     "Subtract": lambda parts: _sum([parts[0], _scaled(parts[1], -1)]),
@@ -142,10 +143,10 @@ _PIXEL_OPERATIONS = ("Rescaling", "Normalization", "Add", "Subtract", "Multiply"
 
 
 def after(operation: Any, parts: list[Moments], channels: list[int]) -> Moments:
-    """Return the moments of what an `operation` without a kernel makes of its inputs.
+    """Return the moments of the output of an `operation` without a kernel.
 
-    `parts` holds the moments of its inputs, plain numbers among them included, `channels` how many channels each has.
-    An operation without a rule, such as pooling, keeps those of its first input.
+    `parts` holds the moments of its inputs, including inputs that are plain numbers. `channels` holds the number of
+    channels of each input tensor. An operation without a rule, such as pooling, keeps the moments of its first input.
     """
     kind, first = type(operation).__name__, parts[0]
     if (first is PIXELS or first is SCALED_PIXELS) and kind in _PIXEL_OPERATIONS:

@@ -1,7 +1,8 @@
-"""Anybody's own network: the `.keras` file that Keras 3 saves, read without Keras, rebuilt from what was checked.
+"""Own networks: read the `.keras` file that Keras 3 saves, check it without Keras, and rebuild the model from it.
 
-Keras' own reader is never given the file. Its architecture is checked and brought to one form (`keras_config`), a new
-model is built from that, and its weights are loaded from a plain file (`keras_archive`).
+Keras never reads the `.keras` file itself. `keras_config` checks and normalises the architecture, and a new model is
+built from the result. The weights are loaded from an HDF5 file that `keras_archive` extracts. `read_network` returns
+the identity of a network, `build` the untrained model, and `load_weights` loads its weights.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.core import files
 from pipeline.core.errors import SpecError, UsageError, WeightsError
 
-MOST_STORED = 2**26  # bytes of the JSON that a run keeps
+MOST_STORED = 2**26  # bytes of the JSON that is stored with a run
 _TAKEN = ("gap_head", "flatten_head", "vector_as_row", "pixels", "full_model")
-_MOST_NUMBERS = 2**29  # of a network's weights, 2 GiB in float32, as `weights_file` takes
-_MOST_VALUES = 2**28  # of a layer's output for one image, 1 GiB in float32
+_MOST_NUMBERS = 2**29  # weights of a network: 2 GiB in float32, the limit of `weights_file`
+_MOST_VALUES = 2**28  # values of a layer's output for one image: 1 GiB in float32
 
-# What Keras raises at an architecture that it cannot build, beside TensorFlow's own errors.
+# Exceptions that Keras raises for an architecture that it cannot build, in addition to TensorFlow's own errors.
 _NOT_BUILT = (
     ValueError,
     TypeError,
@@ -41,13 +42,14 @@ _NOT_BUILT = (
 
 @dataclass(frozen=True)
 class OwnNetwork:
-    """A `.keras` file that was read.
+    """Identity and architecture of a network that was read from a `.keras` file.
 
-    `name` is "own:" and the sha256 of the canonical JSON of `config`, the checked architecture: what it leaves out is
-    listed in `keras_config`. `weights` is "sha256:" and the sha256 of the variables' paths, shapes, dtypes and values,
-    as `keras_archive.identity_of_weights` says. Neither depends on the file's name, place, dates or layout.
+    `name` is "own:" followed by the SHA-256 of the canonical JSON of `config`, the checked architecture; `keras_config`
+    lists what is left out of it. `weights` is "sha256:" followed by the SHA-256 of the variables' paths, shapes, dtypes
+    and values (see `keras_archive.identity_of_weights`). Neither depends on the file's name, folder, dates or layout.
 
-    `input_size` is in pixels, None if images of any size are taken. `default_layer` gives the network's output.
+    `input_size` is in pixels, None if the network takes images of any size. `default_layer` is the name of the layer
+    that gives the network's output.
     """
 
     path: Path
@@ -59,14 +61,15 @@ class OwnNetwork:
 
 
 def read_network(path: Path) -> OwnNetwork:
-    """Return who the network in the `.keras` file at `path` is, without TensorFlow.
+    """Return the identity and the architecture of the network in the `.keras` file at `path`, without TensorFlow.
 
     Raises
     ------
     SpecError
-        If it is not a file that Keras 3 saved, or not one network of one RGB image that Keras' own layers make.
+        If the file was not saved by Keras 3, or its layers are not Keras' own. Also if the network does not have one
+        RGB image as input and one output.
     WeightsError
-        If its weights are damaged, or anything else than numbers.
+        If the weights are damaged, or contain anything other than numbers.
     """
     config = architecture(path)
     with keras_archive.extracted_weights(path) as plain:
@@ -76,7 +79,15 @@ def read_network(path: Path) -> OwnNetwork:
 
 
 def count_parameters(path: Path) -> int:
-    """Return how many numbers the weights in the `.keras` file at `path` are. Raises what `read` does of them."""
+    """Return the number of values in the weights of the `.keras` file at `path`.
+
+    Raises
+    ------
+    SpecError
+        If the file was not saved by Keras 3.
+    WeightsError
+        If the weights are damaged, or contain anything other than numbers.
+    """
     with keras_archive.extracted_weights(path) as plain:
         return sum(math.prod(shape) for shape in keras_archive.variables(plain).values())
 
@@ -87,7 +98,7 @@ def architecture(path: Path) -> dict[str, Any]:
     Raises
     ------
     SpecError
-        As `read` does.
+        In the same cases as in `read_network`.
     """
     try:
         return keras_config.parse(keras_archive.read_config(path))
@@ -98,12 +109,12 @@ def architecture(path: Path) -> dict[str, Any]:
 
 
 def checked_architecture(path: Path) -> dict[str, Any]:
-    """Return the checked architecture in a `.keras` file, or in the JSON that a run of an own network keeps.
+    """Return the checked architecture in a `.keras` file, or in the JSON stored with a run of an own network.
 
     Raises
     ------
     SpecError
-        If it holds none, or one that is refused.
+        If the file contains no architecture, or one that `keras_config.check` refuses.
     """
     if keras_archive.is_archive(path):
         return architecture(path)
@@ -115,30 +126,39 @@ def checked_architecture(path: Path) -> dict[str, Any]:
 
 
 def identity_of(config: dict[str, Any]) -> str:
-    """Return "own:…" of an architecture, also one that was stored. Raises SpecError if it is refused."""
+    """Return the identity "own:…" of an architecture, which is checked first. Raises SpecError if it is refused."""
     return keras_config.identity(keras_config.check(config))
 
 
 def build(path: Path, precision: str = "float32", input_size: int | None = None) -> KerasModel:
-    """Return the network in the `.keras` file at `path`, untrained, computing in `precision` on float32 variables.
+    """Return the network in the `.keras` file at `path` without its weights.
 
-    Input (n, size, size, 3) float32, output (n, h, w, c) or (n, c).
+    It computes in `precision` on float32 variables. Its input is (n, size, size, 3) float32, its output (n, h, w, c) or
+    (n, c). Without an `input_size`, the size is the one that the network was saved for.
 
     Raises
     ------
     SpecError
-        As `read` does; also if Keras cannot build it for that size, or if its output is not one feature map or vector
-        of known size.
+        In the same cases as in `read_network`; also if Keras cannot build the network for this size, or if its output
+        is not one feature map or vector of known size.
     WeightsError
-        If its weights are damaged, or of another network.
+        If the weights in the file are damaged, or belong to another network.
     UsageError
-        If it takes images of any size, and none is given.
+        If the network takes images of any size, and no `input_size` is given.
     """
     return _build_filled(architecture(path), path, precision, input_size)
 
 
 def build_expected(identity: str, precision: str, input_size: int | None, path: Path | None) -> KerasModel:
-    """As `build`, of the network `identity`, "own:…". Raises SpecError if the file is of another one, or not given."""
+    """Return the network `identity` ("own:…") from the file at `path`, a `.keras` file or the JSON stored with a run.
+
+    Raises
+    ------
+    SpecError
+        If `path` is None, or the file contains another network; otherwise as in `build`.
+    WeightsError, UsageError
+        As in `build`.
+    """
     if path is None:
         raise SpecError(f"the network {identity} is known by its hash alone; give its file: --backbone FILE.keras")
     config = checked_architecture(path)
@@ -164,19 +184,22 @@ def _build_filled(config: dict[str, Any], path: Path, precision: str, input_size
 
 
 def build_from(config: dict[str, Any], precision: str = "float32", input_size: int | None = None) -> KerasModel:
-    """Return the network of an architecture that was stored, checked again. As `build` else."""
+    """Return the network of a stored architecture, which is checked again, without weights.
+
+    Parameters and output are those of `build`; so are the exceptions, except those that concern the file.
+    """
     return _build(keras_config.check(config), precision, input_size, _require_bounded, "the architecture")
 
 
 def load_weights(model: KerasModel, path: Path) -> str:
-    """Have Keras fill `model` with the weights in the `.keras` file at `path`; return who they are, "sha256:…".
+    """Load the weights in the `.keras` file at `path` into `model`, and return their identity "sha256:…".
 
     Raises
     ------
     WeightsError
-        If they do not fit, some are lacking or there are others.
+        If the weights do not fit the model, or if variables are missing or left over.
     SpecError
-        If the file is not one that Keras 3 saved.
+        If the file was not saved by Keras 3.
     """
     with keras_archive.extracted_weights(path) as plain:
         found = keras_archive.variables(plain)
@@ -196,7 +219,15 @@ def load_weights(model: KerasModel, path: Path) -> str:
 
 
 def load_expected(model: KerasModel, identity: str, path: Path) -> None:
-    """As `load_weights`, of the weights `identity`, "sha256:…". Raises WeightsError if the file holds others."""
+    """Load the weights `identity` ("sha256:…") from the `.keras` file at `path` into `model`.
+
+    Raises
+    ------
+    WeightsError
+        If the file contains other weights; otherwise as in `load_weights`.
+    SpecError
+        As in `load_weights`.
+    """
     if (found := load_weights(model, path)) != identity:
         raise WeightsError(f"{path} holds the weights {found}, expected {identity}; give the file that holds those")
 
@@ -230,8 +261,11 @@ def _build(
 
 
 def _allocated_if(require: Callable[[int], None], config: dict[str, Any]) -> KerasModel:
-    """Return the model that Keras builds; memory for its weights is taken after `require` has heard their number."""
-    import keras  # import_keras would set the dtype policy back
+    """Return the model that Keras builds from `config`.
+
+    `require` is called with the number of weights before memory for them is allocated. It raises to refuse the model.
+    """
+    import keras  # import_keras would reset the dtype policy
     from keras.src.backend.common import global_state
 
     try:
@@ -239,15 +273,19 @@ def _allocated_if(require: Callable[[int], None], config: dict[str, Any]) -> Ker
             model: KerasModel = keras.saving.deserialize_keras_object(config, safe_mode=True)
             require(sum(math.prod(weight.shape) for weight in model.weights))
     except BaseException:
-        global_state.set_global_attribute("uninitialized_variables", [])  # or the next model would allocate them
+        global_state.set_global_attribute("uninitialized_variables", [])  # else the next model would allocate them
         raise
     with keras.StatelessScope():
-        pass  # when it is left, Keras gives the variables made above their values
+        pass  # at the end of this scope, Keras initialises the variables created above
     return model
 
 
 def _require_features(model: KerasModel, what: str) -> None:
-    """Raise SpecError if the output is not (h, w, c) or (c,) of known size, or an output on the way is absurd."""
+    """Raise SpecError if the model cannot be used as a backbone.
+
+    Its output must be (h, w, c) or (c,) of known size, with one row for each image, and differ from its input. No layer
+    may give more than 2**28 values for one image, or have a name that Icebox uses for its own layers.
+    """
     if model.output is model.input:
         raise SpecError(f"{what} gives the images as they are: its output is its input")
     for name, shape in output_shapes(model):
@@ -271,6 +309,6 @@ def _require_features(model: KerasModel, what: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    # Of one that Keras met while it built a layer it says much before it comes to that.
+    # For an error inside a layer, Keras puts a long introduction before the error's own message.
     text = str(error).rpartition("Exception encountered: ")[2].strip()
     return text.split("\n")[0][:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""How pixels go into a network."""
+"""Scale the pixels of images for a network: the names of scalings (`canonical`) and their arithmetic (`scale`)."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ TANH, IMAGENET, BGR_MEANS, UNIT, NONE = "x/127.5-1", "imagenet", "bgr-means", "x
 NAMED = (NONE, TANH, UNIT, IMAGENET, BGR_MEANS)
 CHOICES = "none, x/127.5-1, x/255, imagenet, bgr-means, or MEAN,STD in grey levels"
 
-# ImageNet's mean and deviation of red, green and blue in 0 … 1; its means of blue, green and red in grey levels.
+# Mean and standard deviation of ImageNet's red, green and blue for pixels in 0 … 1.
 _MEAN, _DEVIATION = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
-_BGR_MEANS = np.array([103.939, 116.779, 123.68], np.float32)
+_BGR_MEANS = np.array([103.939, 116.779, 123.68], np.float32)  # ImageNet's means of blue, green and red in 0 … 255
 
-# What MEAN,STD says where it is a named scaling to the last bit. 127.5,127.5 is not: it rounds in another order.
+# MEAN,STD → named scaling that gives exactly the same floats. "127.5,127.5" is not listed: it rounds differently from
+# "x/127.5-1".
 _SAME = {"0,1": NONE, "0,255": UNIT}
 
 
 def canonical(text: str) -> str:
-    """Return the one text of a scaling: equal texts are equal arithmetic.
+    """Return the canonical text of a scaling: equal texts mean equal arithmetic.
 
-    Numbers are taken as float32, as pixels are: "127.0, 128" is "127,128", "0,255" is "x/255".
+    Numbers are rounded to float32, the type of the pixels. "127.0, 128" gives "127,128", and "0,255" gives "x/255".
 
     Raises
     ------
     UsageError
-        If it names no scaling.
+        If `text` is not the name of a scaling or MEAN,STD.
     """
     plain = "".join(text.split()).lower()
     if plain in NAMED:
@@ -53,9 +54,10 @@ def _number(text: str) -> np.float32 | None:
 
 
 def scale(images: Any, scaling: str) -> Any:
-    """Return RGB pixels 0 … 255 as a network takes them; float in, float of the same type out.
+    """Return RGB pixels in 0 … 255 scaled for a network, in the same float type.
 
-    `images` is (n, h, w, 3): float32 of NumPy, TensorFlow or Keras, symbolic or not. `scaling` is canonical.
+    `images` is (n, h, w, 3) float32, a NumPy array or a tensor of TensorFlow or Keras, symbolic or not. `scaling` is a
+    text that `canonical` returned. With "bgr-means" the channels are reversed too.
     """
     if scaling == NONE:
         return images

@@ -1,4 +1,8 @@
-"""Which network is meant: a row of the table or somebody's own file, and where its weights lie. Without TensorFlow."""
+"""Find the network and the weights that the options mean, without TensorFlow.
+
+A network is a row of the table or an own `.keras` file. `open_source` resolves `--backbone`, `--input-size` and
+`--scaling`, `resolve` resolves `--weights`, and `find` finds both again for a stored feature spec and its `record`.
+"""
 
 from __future__ import annotations
 
@@ -23,47 +27,47 @@ from pipeline.core.spec import OWN, FeatureSpec
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network that was named, as the table or its file says it; None where that says nothing."""
+    """A network as described by the table or by its file; None for values that are not given there."""
 
-    name: str  # as `FeatureSpec.backbone` has it
+    name: str  # the value of `FeatureSpec.backbone`
     input_size: int | None
     scaling: str | None
     default_layer: str
-    file: Path | None = None  # where the architecture of an own network stands
+    file: Path | None = None  # the file with the architecture of an own network
     weights: str | None = None  # the identity of the weights in that file
 
     @property
     def label(self) -> str:
-        """What people call it: the name of the row, or of the file."""
+        """Return the name to show: that of the row or of the file."""
         return self.file.name if self.file else self.name
 
 
 @dataclass(frozen=True)
 class Source(Architecture):
-    """A network, and how images go into it."""
+    """A network with a known input size in pixels and a known scaling of the pixels."""
 
     input_size: int
     scaling: str
 
 
 def of_row(row: Backbone) -> Source:
-    """Return the network of a row of the table, as it says."""
+    """Return the network of a row of the table, with the row's input size and scaling."""
     return Source(row.name, row.input_size, row.scaling, row.default_layer)
 
 
 def is_file(choice: str) -> bool:
-    """Return whether a choice of backbone means a file of one's own."""
-    # An empty text would be the current folder.
+    """Return whether the value `choice` of `--backbone` means the file of an own network."""
+    # As a path, an empty string would be the current folder.
     return choice not in ("", *BACKBONES) and (choice.endswith(".keras") or machine.expand_home(choice).exists())
 
 
 def anchored(choice: str | None) -> str | None:
-    """Return the same choice with an absolute path, so that it means the same from anywhere."""
+    """Return the same choice with an absolute path, so that it is valid in any working directory."""
     return str(machine.expand_home(choice).absolute()) if choice is not None and is_file(choice) else choice
 
 
 def architecture(choice: str | None) -> Architecture:
-    """Return the network that `--backbone` means.
+    """Return the network that the value `choice` of `--backbone` means; None means the default backbone.
 
     Raises
     ------
@@ -82,14 +86,14 @@ def architecture(choice: str | None) -> Architecture:
 def open_source(choice: str | None, input_size: int | None, scaling: str | None, workspace: Workspace) -> Source:
     """Return the network that `--backbone`, `--input-size` and `--scaling` mean.
 
-    What is not said of an own network is taken from its feature spaces on disk and from published runs.
+    For an own network, options that are not given are taken from its feature spaces on disk and from published runs.
 
     Raises
     ------
     UsageError
-        If there is no such network, or what must be said of an own one is not.
+        If there is no such network, or if the size or scaling of an own network is neither given nor known.
     SpecError
-        If the file is refused, or is known with several sizes or scalings.
+        If the file is refused, or if several sizes or scalings are known.
     """
     scaling = None if scaling is None else canonical(scaling)
     found = architecture(choice)
@@ -106,18 +110,18 @@ def open_source(choice: str | None, input_size: int | None, scaling: str | None,
 
 
 def lacks_scaling(choice: str, workspace: Workspace) -> bool:
-    """Return whether the scaling of an own network must be said: it is known with none, or with several."""
+    """Return whether `--scaling` is required for an own network: no scaling or several of them are known."""
     return len({spec.scaling for spec in _known(architecture(choice), workspace)}) != 1
 
 
 def _known(found: Architecture, workspace: Workspace) -> list[FeatureSpec]:
-    """Return the features of an own network that are on disk, and those that published runs began with."""
+    """Return the specs of an own network's feature spaces on disk, and those of published runs of the network."""
     specs = [*(each.spec for each in workspace.cache.spaces()), *_of_runs(workspace.runs)]
     return [spec for spec in specs if (spec.backbone, spec.weights) == (found.name, found.weights)]
 
 
 def _of_runs(root: Path) -> Iterator[FeatureSpec]:
-    """Yield the features that each published run began with; a run that does not say is passed over."""
+    """Yield the feature spec that each published run was started from; runs without a readable spec are skipped."""
     for path in sorted(root.glob("[!.]*/run.json")):
         try:
             about = json.loads(files.read_small(path, own.MOST_STORED))
@@ -133,7 +137,15 @@ _MEANING = {
 
 
 def _only(found: Architecture, values: Mapping[str, set[str]]) -> list[str]:
-    """Return the one value of each option; whatever must still be said is told at once."""
+    """Return the one value of each option.
+
+    Raises
+    ------
+    SpecError
+        If an option has several known values.
+    UsageError
+        If options have no value. The message names all of them.
+    """
     if several := [f"{option} {' and '.join(sorted(each))}" for option, each in values.items() if len(each) > 1]:
         raise SpecError(f"{found.label} is known with {', and with '.join(several)}; say which")
     if lacking := [f"by {option} {_MEANING[option]}" for option, each in values.items() if not each]:
@@ -142,7 +154,16 @@ def _only(found: Architecture, values: Mapping[str, set[str]]) -> list[str]:
 
 
 def resolve(source: Source, choice: str, workspace: Workspace, *, offline: bool = False) -> Weights:
-    """Return the weights that `--weights` means, to compute with. Raises what `weights.resolve` does."""
+    """Return the weights that the value `choice` of `--weights` means, ready to compute with.
+
+    Raises
+    ------
+    UsageError, WeightsError
+        In the same cases as in `weights.resolve`; UsageError also if the file of an own network is not given, or if
+        `choice` names other weights for it.
+    SpecError
+        If the file of an own network holds weights with another digest than `choice`.
+    """
     index, progress = workspace.cache.index, workspace.progress
     if source.file is None:
         if source.name.startswith(OWN):
@@ -150,8 +171,8 @@ def resolve(source: Source, choice: str, workspace: Workspace, *, offline: bool 
                 f"--weights {choice!r:.80}: an own network brings its weights; name its file by --backbone FILE"
             )
         return weights.resolve(choice, source.name, workspace.downloads, index, offline=offline, progress=progress)
-    remembered_digest(source.file, index)  # by which the file is found again
-    if weights.is_path(choice):  # weights of this network, as a fine-tuned run has them
+    remembered_digest(source.file, index)  # `find` looks the file up by this digest
+    if weights.is_path(choice):  # other weights for this network, such as those of a fine-tuned run
         return replace(weights.from_file(choice, index), network=source.file)
     _refuse_other_weights(source, choice)
     return Weights("file", str(source.weights), source.file, source.file)
@@ -167,7 +188,10 @@ def _refuse_other_weights(network: Architecture, choice: str) -> None:
 
 
 def stated(source: Source, choice: str, workspace: Workspace) -> Weights | None:
-    """Return the weights that were stated, None if it is left to the spaces on disk; a digest needs no file."""
+    """Return the weights that the user chose; None for "auto", where the feature spaces on disk decide.
+
+    For "sha256:DIGEST" of a named network, the weights file itself need not be available.
+    """
     if source.file is not None:
         return resolve(source, choice, workspace)
     if choice == "auto":
@@ -178,7 +202,10 @@ def stated(source: Source, choice: str, workspace: Workspace) -> Weights | None:
 
 
 def backbone_text(spec: FeatureSpec, choice: str, workspace: Workspace) -> Weights | None:
-    """Return the weights, or the own network, that a person names for features of `spec`; None if it has others."""
+    """Return the weights that the user names for features of `spec`; None if `spec` has other weights.
+
+    `choice` is a value of `--weights`; for an own network, the path of its file.
+    """
     if not spec.backbone.startswith(OWN):
         found = weights.resolve(
             choice, spec.backbone, workspace.downloads, workspace.cache.index, progress=workspace.progress
@@ -191,7 +218,11 @@ def backbone_text(spec: FeatureSpec, choice: str, workspace: Workspace) -> Weigh
 
 
 def record(found: Weights, index: Index) -> dict[str, Any] | None:
-    """Return what is kept of the file of an own network, by which `find` knows it again; None for a named one."""
+    """Return the record of an own network's file that is stored with features and runs; None for a named network.
+
+    The record holds the file's name and SHA-256, by which `find` finds the file, and for a `.keras` file the number of
+    parameters.
+    """
     if found.network is None:
         return None
     path = found.network
@@ -200,28 +231,31 @@ def record(found: Weights, index: Index) -> dict[str, Any] | None:
 
 
 def network_file(recorded: Mapping[str, Any] | None, index: Index) -> Path | None:
-    """Return the file of an own network by its `record`, if it is on this machine, without opening it."""
+    """Return the file of an own network from its `record`, without opening it; None if it is not on this machine."""
     return next(_at_hand(str((recorded or {}).get("sha256", "")), index), None)
 
 
 def file_of(recorded: Mapping[str, Any] | None) -> str:
-    """Return how people can tell the file of an own network, by its `record`: its name and its digest."""
+    """Return a text that identifies the file of an own network, from its `record`: its name and its SHA-256."""
     about = recorded or {}
     return f"{about.get('file', 'a file')} (sha256 {about.get('sha256', '?')})"
 
 
 def label(spec: FeatureSpec, recorded: Mapping[str, Any] | None) -> str:
-    """Return what people call the network of `spec`: the name of a row, or of the file."""
+    """Return the name to show for the network of `spec`: that of a row or of the file."""
     return str((recorded or {}).get("file", spec.backbone))
 
 
 def distinct_labels(labels: Sequence[str], marks: Sequence[str]) -> list[str]:
-    """Return the same; labels that stand more than once, as two files may have one name, each with its mark."""
+    """Return `labels`, adding the corresponding mark in parentheses to each label that occurs more than once.
+
+    Two files of own networks may have the same name.
+    """
     return [f"{each} ({mark})" if labels.count(each) > 1 else each for each, mark in zip(labels, marks, strict=True)]
 
 
 def find(spec: FeatureSpec, recorded: Mapping[str, Any] | None, workspace: Workspace) -> Weights | None:
-    """Return the weights that `spec` names, if they are on this machine; an own network is found by its `record`.
+    """Return the weights of `spec`, or None if they are not on this machine; an own network is found by its `record`.
 
     Raises
     ------
@@ -242,14 +276,16 @@ def find(spec: FeatureSpec, recorded: Mapping[str, Any] | None, workspace: Works
 
 
 def describe(choice: str | None, stated: str | None, workspace: Workspace) -> dict[str, str | None]:
-    """Return where the weights of a backbone come from, as `weights.describe` does; an own network brings its own.
+    """Return where the weights of a backbone come from, as `weights.describe` does.
+
+    For an own network, the weights are those in its file, or the weights file at the path `stated`.
 
     Raises
     ------
     UsageError
-        If there is no such network, or other weights are `stated` for an own one.
+        If there is no such network, or if `stated` does not fit an own network.
     SpecError
-        If the file is refused.
+        If the file is refused, or holds weights with another digest than `stated`.
     """
     found = architecture(choice)
     if found.file is None:
@@ -263,8 +299,8 @@ def describe(choice: str | None, stated: str | None, workspace: Workspace) -> di
 
 
 def _at_hand(digest: str, index: Index) -> Iterator[Path]:
-    """Yield the files that still have this digest, of those that were seen on this machine."""
-    if not re.fullmatch("[0-9a-f]{64}", digest):  # what a file says that may come from elsewhere
+    """Yield the files on this machine that the index lists under the SHA-256 `digest` and that still have it."""
+    if not re.fullmatch("[0-9a-f]{64}", digest):  # the digest may come from a file made on another machine
         return
     for path in index.files_with_digest(bytes.fromhex(digest)):
         if path.is_file() and remembered_digest(path, index).hex() == digest:
@@ -274,7 +310,17 @@ def _at_hand(digest: str, index: Index) -> Iterator[Path]:
 def require(
     spec: FeatureSpec, recorded: Mapping[str, Any] | None, label: object, of: str, workspace: Workspace
 ) -> Weights:
-    """Return the weights that `of`, a space or a run, was computed with. Raises WeightsError if they are not here."""
+    """Return the weights of `spec`, which `of` was computed with.
+
+    `label` names the weights and `of` the feature space or run, both for the message.
+
+    Raises
+    ------
+    WeightsError
+        If the weights are not on this machine.
+    SpecError
+        If this version has no such network.
+    """
     if found := find(spec, recorded, workspace):
         return found
     if spec.backbone.startswith(OWN):

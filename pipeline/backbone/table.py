@@ -1,8 +1,9 @@
-"""The table of backbones: what goes with each network of keras.applications, so that adding one is adding a row.
+"""The table of backbones, with one row for each network of keras.applications.
 
-Builders, sizes, addresses and hashes are those of keras/src/applications in Keras 3.15; the scaling is the one of the
-application's own `preprocess_input`. Parameters, multiplications and the shape of a row were taken from the graph. Of
-MobileNet and MobileNetV2 Keras has other weights for some sizes (128, 160, 192); here those for 224 serve every size.
+Builders, sizes, addresses and hashes are those of keras/src/applications in Keras 3.15. The scaling is that of the
+application's own `preprocess_input`. Parameters, multiplications and row shapes were computed from the graph. For
+MobileNet and MobileNetV2, Keras has different weights for some sizes (128, 160, 192); Icebox uses those for 224 at
+every size.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from pipeline.core.errors import UsageError, did_you_mean
 
 @dataclass(frozen=True)
 class Backbone:
-    """What goes with one network: preprocessing belongs to the model, so size and scaling stand here."""
+    """One network of keras.applications, with its input size, scaling, default layer and ImageNet weights."""
 
     name: str
     application: str  # the builder's name in keras.applications
     input_size: int
-    scaling: str  # canonical; "none" where the network scales by itself
-    default_layer: str  # the last feature map, the output without top
-    weights_url: str  # ImageNet's, without top
-    weights_file: str  # what Keras calls that file in its own folder
-    weights_hash: str | None  # "md5:…" or "sha256:…" as published; None: Keras publishes none
+    scaling: str  # canonical; "none" if the network itself scales the pixels
+    default_layer: str  # gives the last feature map, the output without top
+    weights_url: str  # ImageNet's weights without top
+    weights_file: str  # the name of that file in Keras' own folder
+    weights_hash: str | None  # "md5:…" or "sha256:…" as published; None if Keras publishes no hash
     parameters: int  # without top
     multiplications: int  # with weights, for one image of `input_size`, without top
     row: tuple[int, int, int]  # (h, w, c) of the default layer for one image of `input_size`
@@ -52,9 +53,11 @@ def _row(
     file: str | None = None,
     side: int | None = None,
 ) -> Backbone:
-    """Return a row. `address` and `file` may hold {name}, {variant}, what its last "_" is before, and {builder}.
+    """Return a row of the table.
 
-    Without a `side` of the feature map it is a 32nd of the image's, rounded up.
+    `address` and `file` may contain {name}. `address` may also contain {variant}, the part of the name after its last
+    "_", and {builder}, `application` in lower case. `side` is that of the feature map; by default it is a 32nd
+    of the image's side, rounded up.
     """
     variant, builder = name.rpartition("_")[2], application.lower()
     url = address.format(name=name, variant=variant, builder=builder)
@@ -64,7 +67,7 @@ def _row(
     return Backbone(name, application, input_size, scaling, layer, url, file, weights_hash, *counts)
 
 
-# What the rows of a family have in common.
+# The values that the rows of a family have in common.
 _inception = partial(_row, scaling=TANH, address=_KERAS + "{name}/{name}" + _NO_TOP)
 _mobilenet = partial(_row, scaling=TANH)
 _mobilenet_v3 = partial(
@@ -367,7 +370,7 @@ DEFAULT_BACKBONE = "inception_v3"
 
 
 def find_backbone(name: str) -> Backbone:
-    """Return the row called `name`. Raises UsageError if there is none; the text names the nearest."""
+    """Return the row called `name`. Raises UsageError if there is none; the message names a similar one."""
     if name not in BACKBONES:
         near = did_you_mean(name, BACKBONES)
         raise UsageError(f"no backbone {name!r:.60} (`backbones` lists them, your own is a .keras file){near}")

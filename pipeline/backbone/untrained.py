@@ -1,20 +1,21 @@
-"""Untrained weights that serve: seeded, the same on every machine, and features of ordinary magnitude.
+"""Draw untrained weights from a seed: equal on every machine, with features of ordinary magnitude.
 
-Two recipes. A recipe's name stands in the spec of a feature space: what it draws never changes.
+There are two recipes, and `recipe_of` names the one for a network. The recipe's name is part of a feature space's spec,
+so the weights that a recipe draws never change.
 
-`glorot_centred_1`, of InceptionV3: Glorot-uniform kernels (Glorot and Bengio 2010), each output channel's kernel then
-shifted to mean zero: behind a ReLU all inputs are positive, and a kernel that answers to their common mean makes every
-image look the same a few layers on. Batch norm stays the identity. Such a network fades its input to about 1e-6; it is
-positively homogeneous, so a factor on the first kernel alone brings the features back to ordinary magnitudes and
-changes nothing else.
+`glorot_centred_1` is for InceptionV3. Kernels are Glorot-uniform (Glorot and Bengio 2010), then the kernel of each
+output channel is shifted to mean zero. After a ReLU all inputs are positive. Kernels that respond to their common
+mean would make the features of all images nearly equal after a few layers. Batch norms are the identity. In such a
+network the signal shrinks to about 1e-6 of its size. The network is positively homogeneous, so one factor on the first
+kernel brings the features back to ordinary magnitudes and changes nothing else.
 
-`unit_variance_1`, of every other network: each output channel's kernel is drawn uniformly, shifted to mean zero and
-brought to one length, as weight standardisation does (Brock, De and Smith 2021, arXiv:2101.08692); the length is such
-that the output's deviation comes to 1 by the moments followed through the graph (`moments`), or to another number where
-a gate, a smooth nonlinearity or the sum of a residual block takes it (`_deviation`). The kernel of a depthwise
-convolution keeps a sum, the same for all channels: it lets through both what is smooth and what has detail, and the
-common mean is left to the next kernel that sees all channels. Normalisations are the identity, biases 0.
-Kernels are drawn as whole numbers, their sums are exact, and each further step is one correctly rounded operation.
+`unit_variance_1` is for all other networks. The kernel of each output channel is drawn uniformly, shifted to mean zero
+and scaled to a fixed norm. Weight standardisation does the same (Brock, De and Smith 2021, arXiv:2101.08692). The norm
+is chosen so that the output's standard deviation is 1; `moments` follows the moments of the signal through the graph.
+The target differs before a gate, a smooth nonlinearity or the sum of a residual block (`_deviation`). The kernel of a
+depthwise convolution keeps a nonzero sum, equal for all channels, so that both smooth and detailed signals pass. The
+common mean is then removed by the next kernel that sums over all channels. Normalisations are the identity, biases 0.
+Kernels are drawn as integers, their sums are exact, and each further step is one correctly rounded operation.
 """
 
 from __future__ import annotations
@@ -33,30 +34,32 @@ from pipeline.core.errors import SpecError
 
 _GLOROT_CENTRED, _UNIT_VARIANCE = "glorot_centred_1", "unit_variance_1"
 
-# A power of two, so that no digit changes; as large as float16 allows: the first layer's outputs stay below 65504.
+# A power of two multiplies without rounding. This one is the largest for float16: the first layer's outputs stay below
+# 65504.
 _GAIN = 2.0**14
-_LEAST_VARIANCE = 2.0**-20  # behind an operation that makes everything equal
-# The deviation of what goes into a gate (squeeze and excitation). A gate driven to 0 and 1 by its input multiplies the
-# differences in size between images, block after block.
+_LEAST_VARIANCE = 2.0**-20  # lower bound, for operations whose output is constant
+# Standard deviation of the input of a gate (squeeze and excitation). A gate with outputs near 0 and 1 increases the
+# differences in magnitude between images in each block.
 _GATE = 1 / 16
-# The deviation of what goes into a nonlinearity that is a ReLU for large numbers only. Of smaller ones it lets through
-# less in proportion, so that layer by layer the features of one image grow a thousandfold over those of another.
+# Standard deviation of the input of a smooth nonlinearity, which is close to a ReLU for large numbers only. It reduces
+# small numbers more, so the features of one image would become a thousand times larger than those of another.
 _SMOOTH, _SMOOTH_NAMES = 8.0, ("silu", "hard_silu", "gelu", "mish", "softplus")
-# The deviation of what a residual block adds to its input. Behind a ReLU and a centred kernel a difference is larger
-# than before, also one of rounding; blocks that add little keep that small (De and Smith 2020, arXiv:2002.10444).
+# Standard deviation of the output that a residual block adds to its input. A ReLU and a centred kernel enlarge every
+# difference, also rounding errors. Blocks that add little keep them small (De and Smith 2020, arXiv:2002.10444).
 _RESIDUAL = 1 / 4
-# What a ReLU made positive stays so behind a depthwise kernel where it is smooth. In the next nonlinearity it behaves
-# like a normal distribution with so many times the mean (tried with EfficientNet and MobileNet on photographs).
+# The output of a ReLU stays positive after a depthwise kernel where the signal is smooth. In the next nonlinearity this
+# signal behaves like a normal distribution with a mean larger by this factor (tested with EfficientNet and MobileNet on
+# photographs).
 _POSITIVE = 2.0
 
 
 def recipe_of(backbone: str) -> str:
-    """Return the name of the recipe by which untrained weights of `backbone` are drawn."""
+    """Return the name of the recipe that draws the untrained weights of `backbone`."""
     return _GLOROT_CENTRED if backbone == "inception_v3" else _UNIT_VARIANCE
 
 
 def initialise(model: Any, recipe: str, seed: int) -> None:
-    """Give the Keras `model` its untrained weights, drawn by `recipe` in the order of the graph from `seed`.
+    """Set the weights of the Keras `model` to untrained ones, drawn from `seed` by `recipe` in the order of the graph.
 
     Raises
     ------
@@ -91,8 +94,11 @@ def _glorot_centred(random: np.random.Generator, shape: tuple[int, ...]) -> np.n
 
 
 def _initialise_unit_variance(model: Any, random: np.random.Generator, inputs: list[Moments]) -> Moments:
-    """Give weights to every operation of the graph; return the moments of its output."""
-    graph = getattr(model, "_functional", None) or model  # of a Sequential model
+    """Set the weights of every operation of the graph; return the moments of the graph's output.
+
+    `inputs` holds the moments of each input of `model`.
+    """
+    graph = getattr(model, "_functional", None) or model  # a Sequential model keeps its graph in _functional
     known = {id(tensor): each for tensor, each in zip(graph.inputs, inputs, strict=True)}
     users = _users(graph)
     for node in _nodes(graph):
@@ -111,7 +117,7 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 def _users(graph: Any) -> dict[int, list[Any]]:
-    """Return the nodes that take each tensor of the graph, by its id."""
+    """Return id of a tensor of the graph → nodes that take this tensor as input."""
     users = defaultdict(list)
     for node in _nodes(graph):
         for tensor in node.input_tensors:
@@ -120,7 +126,7 @@ def _users(graph: Any) -> dict[int, list[Any]]:
 
 
 def _deviation(node: Any, users: dict[int, list[Any]]) -> float:
-    """Return the deviation that the output of a layer with a kernel is to have."""
+    """Return the target standard deviation of the output of a layer with a kernel."""
     if _is_gate(node.operation):
         return _GATE
     tensor = node.outputs[0]
@@ -143,23 +149,24 @@ def _activation(operation: Any) -> str:
 
 
 def _arguments(node: Any, known: dict[int, Moments]) -> list[Any]:
-    """Return the tensors and the plain numbers that an operation takes, in their order."""
+    """Return the tensors and the plain numbers among an operation's positional arguments, in their order."""
     flat = import_keras().tree.flatten(node.arguments.args)
     return [x for x in flat if id(x) in known or (isinstance(x, int | float) and not isinstance(x, bool))]
 
 
-# What a weight is that no signal is summed with: no shift, and the factor 1.
+# Values of the weights that are not kernels: shifts are 0, factors are 1.
 _CONSTANTS = {"bias": 0.0, "beta": 0.0, "alpha": 0.0, "moving_mean": 0.0, "gamma": 1.0, "moving_variance": 1.0}
 
 
 def _initialise_operation(
     operation: Any, random: np.random.Generator, parts: list[Moments], channels: list[int], deviation: float
 ) -> Moments:
-    """Give weights to one operation of the graph; return the moments of its output.
+    """Set the weights of one operation of the graph; return the moments of its output.
 
-    That of a layer with a kernel is to have this `deviation`, before its own activation.
+    `parts` holds the moments of its inputs, `channels` their numbers of channels. `deviation` is the target standard
+    deviation of the output of a layer with a kernel, before the layer's own activation.
     """
-    if hasattr(operation, "_nodes_by_depth") or hasattr(operation, "_functional"):  # a model within the model
+    if hasattr(operation, "_nodes_by_depth") or hasattr(operation, "_functional"):  # a nested model
         return _initialise_unit_variance(operation, random, parts)
     found = None
     for weight in getattr(operation, "weights", []):
@@ -170,7 +177,7 @@ def _initialise_operation(
             axes = _input_axes(operation, name, shape)
             gain = _gain(parts[0].variance) * deviation
             keeps_mean = 1 < math.prod(shape[:-2]) == math.prod(shape[axis] for axis in axes)
-            if name == "depthwise_kernel":  # of a separable convolution: the pointwise kernel has the gain
+            if name == "depthwise_kernel":  # in a separable convolution, only the pointwise kernel has the gain
                 gain = 1.0
             weight.assign(_kernel(random, shape, axes, gain, keeps_mean))
             found = Moments(_POSITIVE * gain * parts[0].mean if keeps_mean else 0.0, deviation * deviation)
@@ -180,14 +187,14 @@ def _initialise_operation(
 
 
 def _is_gate(layer: Any) -> bool:
-    """Return whether a layer makes a factor for each channel: it ends in a sigmoid, or sees one place alone."""
+    """Return whether a layer gives a factor for each channel: it ends in a sigmoid, or is a Conv2D on 1 by 1 input."""
     return _activation(layer) in ("sigmoid", "hard_sigmoid") or (
         type(layer).__name__ == "Conv2D" and tuple(layer.input.shape[1:-1]) == (1, 1)
     )
 
 
 def _input_axes(layer: Any, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the axes of a kernel over which one output channel sums."""
+    """Return the axes of a kernel that are summed over for one output channel."""
     kind, last = type(layer).__name__, len(shape) - 1
     if name == "depthwise_kernel" or kind.startswith("DepthwiseConv"):
         return tuple(range(last - 1))
@@ -199,10 +206,13 @@ def _input_axes(layer: Any, name: str, shape: tuple[int, ...]) -> tuple[int, ...
 def _kernel(
     random: np.random.Generator, shape: tuple[int, ...], axes: tuple[int, ...], gain: float, keeps_mean: bool
 ) -> np.ndarray:
-    """Return a kernel whose part over `axes` has mean zero and length `gain`; with `keeps_mean`, its sum is `gain`."""
+    """Return a float32 kernel whose part over `axes` has mean zero and Euclidean norm `gain`.
+
+    With `keeps_mean`, a constant is added, so that the sum over `axes` is `gain`.
+    """
     drawn = random.integers(-(2**15), 2**15, shape, np.int16).astype(np.float64)
     count = math.prod(shape[axis] for axis in axes)
-    total = drawn.sum(axis=axes, keepdims=True)  # exact: whole numbers below 2**53
+    total = drawn.sum(axis=axes, keepdims=True)  # exact: integers below 2**53
     squares = (drawn * drawn).sum(axis=axes, keepdims=True)
     if count == 1:
         kernel = np.where(drawn < 0, -1.0, 1.0)
@@ -214,9 +224,9 @@ def _kernel(
 
 
 def _gain(variance: float) -> float:
-    """Return the factor that brings `variance` to 1.
+    """Return the factor that scales `variance` to 1, rounded to eight binary digits.
 
-    To eight binary digits: the last ones of `exp` and `erf`, in the moments, differ between machines.
+    The last digits of `exp` and `erf`, which the moments are computed with, differ between machines.
     """
     fraction, exponent = math.frexp(1 / math.sqrt(max(variance, _LEAST_VARIANCE)))
     return math.ldexp(round(fraction * 256), exponent - 8)

@@ -1,6 +1,7 @@
-"""Which weights the backbone gets, settled without TensorFlow: a checked file, or an untrained recipe.
+"""Find the weights of a backbone, without TensorFlow: a weights file that was checked, or an untrained recipe.
 
-The digest of the file, not its name, is what a feature space is known by.
+A feature space is identified by the digest of the weights file, not by the file's name. `resolve` returns the weights
+that `--weights` means, and downloads ImageNet's if needed. `find_by_identity` finds weights again by their digest.
 """
 
 from __future__ import annotations
@@ -26,26 +27,29 @@ from pipeline.core.progress import Progress, silent
 
 logger = logging.getLogger(__name__)
 
-_SEED_DIGITS = 18  # as many as a feature space's spec takes
+_SEED_DIGITS = 18  # the limit of a feature space's spec
 _MOST_OF_NOTE = 4096  # bytes
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights. `identity` goes into the feature spec; `path` is None when untrained, or when the file is gone."""
+    """Weights of a backbone, and the file they are in.
+
+    `identity` is part of the feature spec. `path` is None for untrained weights, and if the file is not available.
+    """
 
     kind: Literal["imagenet", "file", "untrained"]
     identity: str
     path: Path | None
-    network: Path | None = None  # where the architecture of an own network stands
+    network: Path | None = None  # the file with the architecture of an own network
 
     @property
     def label(self) -> str:
-        """What to call them in a summary: imagenet, untrained, or the file's name."""
+        """Return the name to show in a summary: "imagenet", "untrained", or the file's name."""
         return self.path.name if self.kind == "file" and self.path else self.kind
 
     def require(self) -> Weights:
-        """Return these, to compute with. Raises WeightsError if their file is gone."""
+        """Return these weights, ready to compute with. Raises WeightsError if their file is not available."""
         if self.kind == "file" and self.path is None:
             raise WeightsError(
                 f"the weights {self.identity} are not on this machine any more; give the file by `--weights FILE`"
@@ -56,18 +60,18 @@ class Weights:
 def resolve(
     choice: str, backbone: str, downloads: Path, index: Index, *, offline: bool = False, progress: Progress = silent
 ) -> Weights:
-    """Return the weights that `choice` names, to compute with.
+    """Return the weights that `choice` names, ready to compute with.
 
     `choice` is "auto", "imagenet", "untrained", "untrained:SEED", "sha256:DIGEST" of a file that was used before, or
-    a path. With `offline`, "auto" takes ImageNet's file if it is at hand and untrained weights else; without, it is
-    "imagenet".
+    a path. "auto" means "imagenet". With `offline`, "auto" means ImageNet's file if it is available, and untrained
+    weights otherwise.
 
     Raises
     ------
     WeightsError
-        If the file cannot be had; the text lists the ways out.
+        If the file is not available; the message lists what to do.
     UsageError
-        If the seed is not a number, or the digest none.
+        If the seed is not a number, or the digest is not a SHA-256.
     """
     if choice.startswith("sha256:"):
         return by_digest(choice, backbone, downloads, index).require()
@@ -86,24 +90,27 @@ def resolve(
 
 
 def anchored(choice: str) -> str:
-    """Return the same choice with an absolute path, so that it means the same from anywhere."""
+    """Return the same choice with an absolute path, so that it is valid in any working directory."""
     return str(machine.expand_home(choice).absolute()) if is_path(choice) else choice
 
 
 def is_path(choice: str) -> bool:
-    """Return whether a choice of weights is a file's path."""
+    """Return whether the value `choice` of `--weights` is the path of a file."""
     return choice not in ("auto", "imagenet", "untrained") and not choice.startswith(("untrained:", "sha256:"))
 
 
 def by_digest(choice: str, backbone: str, downloads: Path, index: Index) -> Weights:
-    """Return the weights "sha256:DIGEST", without a path if their file is gone. Raises UsageError on what is none."""
+    """Return the weights with the identity "sha256:DIGEST", without a path if their file is not available.
+
+    Raises UsageError if `choice` does not have this form.
+    """
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", choice):
         raise UsageError(f"--weights sha256:DIGEST takes 64 hexadecimal digits, found {choice!r:.80}")
     return find_by_identity(choice, backbone, downloads, index) or Weights("file", choice, None)
 
 
 def find_by_identity(identity: str, backbone: str, downloads: Path, index: Index) -> Weights | None:
-    """Return the weights a feature space names, if they are still at hand on this machine."""
+    """Return the weights with the `identity` in a feature spec, or None if their file is not on this machine."""
     if identity.startswith("untrained:"):
         return Weights("untrained", identity, None)
     wanted = bytes.fromhex(identity.removeprefix("sha256:"))
@@ -114,10 +121,10 @@ def find_by_identity(identity: str, backbone: str, downloads: Path, index: Index
 
 
 def find_imagenet(backbone: Backbone, downloads: Path) -> Path | None:
-    """Return ImageNet's weights file if it is in `downloads` or in Keras' own folder, and is the right one.
+    """Return the path of ImageNet's weights file if it is valid and in `downloads` or in Keras' own folder, else None.
 
-    It is right if it has the published hash. Of the networks without one, it has the digest noted in `downloads`; if
-    none is noted yet, it is a whole weights file.
+    A file is valid if it has the published hash. Where Keras publishes no hash, it must have the digest recorded in
+    `downloads`. If no digest has been recorded yet, it must be an undamaged weights file.
     """
     for path in _imagenet_places(backbone, downloads):
         if not path.is_file():
@@ -129,7 +136,10 @@ def find_imagenet(backbone: Backbone, downloads: Path) -> Path | None:
 
 
 def imagenet_place(backbone: Backbone, downloads: Path) -> Path | None:
-    """Return where a file of the name of ImageNet's weights lies, unchecked: to hash a large one takes seconds."""
+    """Return the path of a file named like ImageNet's weights, or None, without checking the file.
+
+    Hashing a large file takes seconds.
+    """
     return next((path for path in _imagenet_places(backbone, downloads) if path.is_file()), None)
 
 
@@ -139,7 +149,7 @@ def _imagenet_places(backbone: Backbone, downloads: Path) -> tuple[Path, Path]:
 
 
 def _fault(path: Path, backbone: Backbone, downloads: Path) -> str | None:
-    """Return why a file is not ImageNet's weights of `backbone`; None if nothing says so."""
+    """Return why the file at `path` cannot be ImageNet's weights of `backbone`, or None if every check passes."""
     import pooch
 
     known = backbone.weights_hash or _noted(backbone, downloads)
@@ -150,7 +160,7 @@ def _fault(path: Path, backbone: Backbone, downloads: Path) -> str | None:
             return str(error)
         return None
     algorithm, _, digest = known.partition(":")
-    # A remembered digest would prove nothing: any file given by --weights FILE has one.
+    # Hash the file again: a remembered digest is no proof, because every file given by --weights FILE has one.
     if pooch.file_hash(path, algorithm) == digest:
         return None
     right = "published file" if backbone.weights_hash else f"file noted in {_note(backbone, downloads)}"
@@ -158,12 +168,15 @@ def _fault(path: Path, backbone: Backbone, downloads: Path) -> str | None:
 
 
 def _note(backbone: Backbone, downloads: Path) -> Path:
-    """Return where the digest of a file is noted of which Keras publishes none, as `sha256sum` writes it."""
+    """Return the path of the note with the SHA-256 of a weights file whose hash Keras does not publish.
+
+    The note has the format of `sha256sum`.
+    """
     return downloads / f"{backbone.weights_file}.sha256"
 
 
 def _noted(backbone: Backbone, downloads: Path) -> str | None:
-    """Return the noted digest as "sha256:…", None if there is none. Raises WeightsError on a note that holds none."""
+    """Return the digest in the note as "sha256:…", None without a note. Raises WeightsError if it is not a SHA-256."""
     note = _note(backbone, downloads)
     try:
         text = files.read_small(note, _MOST_OF_NOTE).decode(errors="replace")
@@ -175,7 +188,10 @@ def _noted(backbone: Backbone, downloads: Path) -> str | None:
 
 
 def _note_digest(path: Path, backbone: Backbone, downloads: Path) -> None:
-    """Note the digest of the file at `path` and say it, unless there is one: later it must be the same file."""
+    """Write the digest of the file at `path` to the note, and log it, unless the note exists.
+
+    From then on, the weights file must have this digest. Raises WeightsError if the note cannot be written.
+    """
     note = _note(backbone, downloads)
     if note.exists():
         return
@@ -211,7 +227,10 @@ def _download(backbone: Backbone, downloads: Path, progress: Progress) -> Path:
 
 
 def _download_unhashed(backbone: Backbone, downloads: Path, progress: Progress) -> Path:
-    """Return a file that nothing is known of, downloaded beside its place and moved there if it is whole."""
+    """Download ImageNet's weights without a known hash, and return the path of the file.
+
+    The file is downloaded to a temporary folder, checked to be plain HDF5 with numbers only, and moved to `downloads`.
+    """
     downloads.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=files.PARTIAL_PREFIX, dir=downloads) as aside:
         path = fetch(backbone.weights_url, None, Path(aside), progress, backbone.weights_file)
@@ -220,7 +239,10 @@ def _download_unhashed(backbone: Backbone, downloads: Path, progress: Progress) 
 
 
 def from_file(choice: str, index: Index) -> Weights:
-    """Return the weights in the Keras weights file at a path that was given. Raises WeightsError if it is none."""
+    """Return the weights in the Keras weights file at the path `choice`.
+
+    Raises WeightsError if there is no such file, or if its name does not end in ".h5".
+    """
     return _from_file("file", machine.expand_home(choice), index)
 
 
@@ -245,12 +267,17 @@ def _untrained(choice: str, backbone: str) -> Weights:
 
 
 def describe(choice: str | None, workspace: Workspace, backbone: str = DEFAULT_BACKBONE) -> dict[str, str | None]:
-    """Return where weights of `backbone` come from; with a `choice`, get those ready and return who they are.
+    """Return where the weights of `backbone` come from.
+
+    A `choice` means the same as in `resolve`. With it, the weights are made available (downloaded if needed), and the
+    result is their name, identity and path.
 
     Raises
     ------
     UsageError
-        If there is no such backbone.
+        If there is no such backbone; with a `choice`, also as in `resolve`.
+    WeightsError
+        If the note of a digest is not a SHA-256; with a `choice`, also as in `resolve`.
     """
     row, index = find_backbone(backbone), workspace.cache.index
     if choice is not None:

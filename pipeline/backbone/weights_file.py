@@ -1,7 +1,7 @@
-"""Keras weights files: written and read by Keras, and looked at before, as they may come from anywhere.
+"""Save and load Keras weights files, and check them first as untrusted input.
 
-Keras weights are HDF5: numbers under names. HDF5 can do more, such as pointing into other files or claiming sizes that
-nothing stands behind, and files that Keras saved whole may hold code; weights need none of that.
+Keras weights are HDF5 files with named arrays of numbers. HDF5 files can also refer to other files, or claim sizes much
+larger than their content. A whole model saved by Keras may contain code. `check` refuses all of this.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import h5py
 from pipeline.backbone.keras_start import KerasModel
 from pipeline.core.errors import WeightsError
 
-_MOST_BYTES = 2**31  # unpacked; InceptionV3 has 87 MB, with an optimizer's state three times that
+_MOST_BYTES = 2**31  # uncompressed; InceptionV3 has 87 MB, and three times as much with an optimizer's state
 _MOST_OBJECTS = 100_000
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
 def check(path: Path) -> None:
-    """Look at every name, link, size and dtype in the weights file `path`, and at none of its numbers.
+    """Check every name, link, size and dtype in the weights file at `path`, without reading its numbers.
 
     Raises
     ------
     WeightsError
-        If it is not plain HDF5 with numbers only.
+        If the file is not HDF5, or contains anything other than numbers.
     """
     try:
         with path.open("rb") as file:
@@ -41,25 +41,25 @@ def check(path: Path) -> None:
             _check_content(file, path)
     except WeightsError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # h5py's, at a damaged file
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:  # raised by h5py for a damaged file
         raise WeightsError(f"{path} cannot be read as HDF5: {' '.join(str(error).split())[:200]}") from error
 
 
 def save(model: KerasModel, path: Path) -> None:
-    """Have Keras write the weights of `model`. Raises WeightsError if the file cannot be locked."""
+    """Save the weights of `model` to `path` with Keras. Raises WeightsError if the file cannot be locked."""
     with _locks_explained(path):
         model.save_weights(path)
 
 
 def load(model: KerasModel, path: Path) -> None:
-    """Have Keras fill `model` from a weights file, whatever it is called.
+    """Load the weights file at `path` into `model` with Keras, whatever the file's name ends in.
 
     Raises
     ------
     WeightsError
         If the file cannot be locked.
     UserWarning
-        If it lacks layers, which Keras would leave at random values, or has others.
+        If layers are missing in the file, which Keras would leave at random values, or if it has other layers.
     """
     with _locks_explained(path), warnings.catch_warnings(), named_for_keras(path) as named:
         warnings.simplefilter("error", UserWarning)
@@ -81,12 +81,14 @@ def _locks_explained(path: Path) -> Iterator[None]:
 
 @contextmanager
 def named_for_keras(path: Path) -> Iterator[Path]:
-    """Give a path to a weights file whose ending says what is in it: Keras' readers go by the name alone.
+    """Yield a path to the weights file whose ending fits its format, because Keras chooses its reader by the ending.
+
+    The path is `path` itself, or a temporary symbolic link to it.
 
     Raises
     ------
     OSError
-        If it is no HDF5 file.
+        If the file is not HDF5.
     """
     with h5py.File(path, "r", locking=False) as file:
         ending = ".h5" if "layer_names" in file.attrs or "model_weights" in file else ".weights.h5"
@@ -133,7 +135,7 @@ def _check_content(file: h5py.File, path: Path) -> None:
         total += found.nbytes
         return _fault(found, total)
 
-    # What `look` returns ends the walk; an exception would come out of HDF5 with a traceback of its own.
+    # A result of `look` other than None ends the walk; an exception would pass through HDF5, with a second traceback.
     if fault := file.visititems_links(look):
         raise WeightsError(f"{path} {fault}, which weights do not")
 
@@ -141,7 +143,7 @@ def _check_content(file: h5py.File, path: Path) -> None:
 def _fault(dataset: h5py.Dataset, total: int) -> str | None:
     if dataset.external or dataset.is_virtual:
         return f"keeps {dataset.name!r} in other files"
-    # "V2" is how Keras writes bfloat16; integers are counters of optimizers and seeds.
+    # Keras writes bfloat16 as "V2"; integers are counters of optimizers, and seeds.
     if dataset.dtype.kind not in "fiub" and dataset.dtype.str != "|V2":
         return f"has {dataset.dtype} at {dataset.name!r}"
     if total > _MOST_BYTES:

@@ -1,5 +1,5 @@
-"""Features on disk: shards of rows in HDF5, and the SQLite index that finds them.
+"""The feature cache on disk: rows of features in HDF5 shards, and a SQLite index that finds them.
 
-A shard is written once, named by its hash, and never changed; the index is derived from the shards. `space` is one
-feature space and the cache of all of them. Nothing here imports TensorFlow.
+A shard is written once, named by its sha256, and never changed. The index can be derived again from the shards.
+`space` has `FeatureSpace` and `Cache`, the folder of all feature spaces. No module here imports TensorFlow.
 """

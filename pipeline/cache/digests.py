@@ -1,4 +1,7 @@
-"""Who an image is: the sha256 of its bytes, remembered as long as its file has not been touched."""
+"""The key of each image of a dataset: the sha256 of its bytes, remembered in the index while its file is unchanged.
+
+`identify` finds the keys of all images of a dataset, `remembered_digest` the sha256 of one file.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,22 @@ from pipeline.core.errors import CacheError, read_failure
 from pipeline.core.hashing import image_key
 from pipeline.dataset import Dataset, remote
 
-# A file touched less than this before it was hashed may be touched again within the clock's grain and look
-# the same. Two seconds is the coarsest grain in use (FAT).
+# Resolution of file times in nanoseconds; the coarsest in use is 2 s (FAT). A file changed less than this before it
+# was hashed may change again and keep the same times, so its digest is not remembered.
 _GRAIN_NS = 2_000_000_000
-_NO_STAMP = FileStamp(-1, -1, -1, -1)  # agrees with no file, so that it is hashed again
+_NO_STAMP = FileStamp(-1, -1, -1, -1)  # matches no file, so that the file is hashed again
 _BLOCK = 4096  # images looked up, hashed and remembered at a time
-_TOGETHER = 64  # of these handed to one thread at most: a task for each file takes longer than a look at it
-_THREADS = 16  # a file system far away answers many at once, each slowly
+_TOGETHER = 64  # files per thread task, at most: starting a task takes longer than one `stat` call
+_THREADS = 16  # network file systems are slow per request, but serve many requests at once
 
 
 @dataclass(frozen=True)
 class Identities:
     """The key of each image: 32 bytes, or None where it is not known.
 
-    `unread` says why an image could not be read; `unseen` are those that nobody has read yet, or not since they
-    changed, and `twins` is the first of these of an address → the others of it. `fetched` has what is to be
-    remembered of addresses that were read: validator and digest.
+    `unread` maps images that cannot be read to the reason. `unseen` are images at URLs that were never read, or
+    not since they changed. Of unseen images with the same URL, `twins` maps the first to the others. `fetched` maps
+    URLs that were read to the validator (ETag or Last-Modified) and digest to remember.
     """
 
     keys: Keys
@@ -44,12 +47,12 @@ class Identities:
 
     @property
     def to_read(self) -> list[int]:
-        """The unseen images, of each address the first."""
+        """The unseen images, one for each URL, sorted."""
         others = {i for some in self.twins.values() for i in some}
         return sorted(self.unseen - others)
 
     def remember_fetched(self, index: Index) -> None:
-        """Have the index remember what was fetched, and forget it here."""
+        """Store the digests of `fetched` in the index, and clear `fetched`."""
         index.remember_urls(self.fetched)
         self.fetched.clear()
 
@@ -65,11 +68,18 @@ def identify(
 ) -> Identities:
     """Return the keys of all images of `dataset`, hashing only files whose digest is not remembered.
 
-    `advance(n)` is called after every n images; `much_to_hash`, with the keys found just now, when some of thousands of
-    files turn out to be new and there are more. Without `remember` the index learns nothing. Without `read_unseen`
-    what is behind an address and was never read, or changed since, is not read now either, but noted as unseen.
+    Parameters
+    ----------
+    advance
+        Called with n after every n images.
+    remember
+        Whether to store new digests in the index.
+    read_unseen
+        Whether to read URLs that were never read, or changed since; otherwise their images are listed as unseen.
+    much_to_hash
+        Called with the keys of a block of 4,096 images in which files were new, if more blocks follow.
     """
-    remote.forget_fetched()  # of what an earlier plan may have left
+    remote.forget_fetched()  # an earlier plan may have left downloads
     found = Identities(Keys.unknown(len(dataset)), {})
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(dataset), _BLOCK):
@@ -92,7 +102,7 @@ def identify(
 def _identify_block(
     dataset: Dataset, block: range, index: Index, pool: ThreadPoolExecutor, found: Identities
 ) -> dict[Path, tuple[FileStamp, bytes]]:
-    """Find the keys of some images; return the digests worth remembering."""
+    """Set the keys of the images in `block` that are not at URLs; return the stamps and digests to remember."""
     files: dict[int, Path] = {}
     for i in block:
         path = dataset.path(i)
@@ -119,13 +129,13 @@ def _identify_block(
 
 
 def _identify_urls(dataset: Dataset, block: range, index: Index, found: Identities, read_unseen: bool) -> None:
-    """Find the keys of the images among these that are behind addresses."""
+    """Set the keys of the images in `block` that are at URLs."""
     urls = {i: url for i in block if (url := dataset.url(i)) is not None}
     if not urls:
         return
     known = dict(zip(urls, index.url_digests(urls.values()), strict=True))
     with ThreadPoolExecutor(remote.connections()) as pool:
-        # Of many images in one archive, the archive is asked for once.
+        # For many images in one archive, the server is asked once, about the archive.
         urls_to_ask = list(dict.fromkeys(remote.fetch_whole(url) for i, url in urls.items() if known[i]))
         said = dict(zip(urls_to_ask, pool.map(_ask, urls_to_ask), strict=True))
         to_read: dict[str, list[int]] = {}
@@ -135,7 +145,7 @@ def _identify_urls(dataset: Dataset, block: range, index: Index, found: Identiti
                 found.unread[i] = read_failure(now)
             elif before and now is not None and now == before[0]:
                 found.keys[i] = before[1]
-            elif read_unseen or (before and now is None):  # it may be what it was
+            elif read_unseen or (before and now is None):  # without a validator the image may still be unchanged
                 to_read.setdefault(url, []).append(i)
             else:
                 found.unseen.add(i)
@@ -149,9 +159,9 @@ def _identify_urls(dataset: Dataset, block: range, index: Index, found: Identiti
 
 
 def read_some(dataset: Dataset, found: Identities) -> None:
-    """Read a few of the unseen images if no image is known, so that it can be told which space has their rows.
+    """Read a few of the unseen images if no key is known, so that the space with their rows can be found.
 
-    What was fetched is held for whoever computes.
+    The downloads are kept in memory for the computation that may follow.
     """
     if found.keys.known.any():
         return
@@ -183,7 +193,7 @@ def _fetch(url: str) -> remote.Fetched | OSError:
 
 
 def _read(url: str) -> tuple[str | None, bytes] | OSError:
-    """Return validator and digest of what is behind an address, or why it cannot be read."""
+    """Return the validator and digest of the image at `url`, or the error that prevents reading it."""
     fetched = _fetch(url)
     return fetched if isinstance(fetched, OSError) else (fetched.validator, image_key(fetched.data))
 
@@ -194,7 +204,7 @@ _Identified = tuple[FileStamp, bytes, bool]  # stamp, key, and whether to rememb
 def _looked_at_again(
     paths: list[Path], results: list[_Identified | FileStamp | str], pool: ThreadPoolExecutor
 ) -> list[_Identified | str]:
-    """Return the results, the files that were dated in the future being hashed once they have lain still."""
+    """Return the results, after hashing the files dated in the future once the clock's resolution has passed."""
     dated = {at: result for at, result in enumerate(results) if isinstance(result, FileStamp)}
     if dated:
         time.sleep(_GRAIN_NS / 1e9)
@@ -203,10 +213,10 @@ def _looked_at_again(
 
 
 def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> _Identified | FileStamp | str:
-    """Return stamp, key and whether to remember it, or why the file cannot be read.
+    """Return stamp, key and whether to remember it, or the reason why the file cannot be read.
 
-    Of a file whose ctime lies in the future, as by the clock of a server, return the stamp alone: `_identify_dated`
-    goes on with it when the clock's grain has passed.
+    For a file whose ctime is in the future, as a server's clock may set it, return the stamp alone. `_identify_dated`
+    then hashes the file after a wait of `_GRAIN_NS`.
     """
     try:
         found = path.stat()
@@ -214,11 +224,11 @@ def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> _Identi
         if known is not None and known[0] == stamp:
             return stamp, known[1], False
         if not stat.S_ISREG(found.st_mode):
-            return "cannot be read: not a regular file"  # a pipe would be waited for, a device read for ever
+            return "cannot be read: not a regular file"  # reading a pipe or a device may never end
         now = time.time_ns()
         if stamp.ctime > now:
             return stamp
-        # Whoever changes the file sets its ctime to the present; an mtime that is yet to come says nothing of that.
+        # A change of the file sets its ctime to the present. An mtime in the future was set by a program: ignore it.
         touched = stamp.ctime if stamp.mtime > now else max(stamp.mtime, stamp.ctime)
         return _hashed(path, stamp, now - touched > _GRAIN_NS)
     except OSError as error:
@@ -226,7 +236,7 @@ def _identify_file(path: Path, known: tuple[FileStamp, bytes] | None) -> _Identi
 
 
 def _identify_dated(path: Path, before: FileStamp) -> _Identified | str:
-    """Return the same of a file that looked like `before` a grain of the clock ago."""
+    """Return stamp, key and whether to remember it, of a file whose stamp was `before` some `_GRAIN_NS` ago."""
     try:
         stamp = file_stamp(path)
         return _hashed(path, stamp, stamp == before)
@@ -241,18 +251,19 @@ def _hashed(path: Path, stamp: FileStamp, lay_still: bool) -> _Identified:
 
 
 def file_stamp(path: Path) -> FileStamp:
-    """Return what `path` looks like now."""
+    """Return the present stamp of the file `path`."""
     return _stamp(path.stat())
 
 
 def _stamp(found: os.stat_result) -> FileStamp:
-    return FileStamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino % 2**63)  # SQLite's largest
+    return FileStamp(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino % 2**63)  # SQLite's integers
 
 
 def remembered_digest(path: Path, index: Index) -> bytes:
-    """Return the sha256 of the file `path`, hashing it only if it changed since it was last asked for.
+    """Return the sha256 of the file `path` as 32 bytes, hashing it only if it changed since the last call.
 
-    Where it was seen is remembered even if its digest may not be trusted yet: `Index.files_with_digest` finds it.
+    The path is stored in the index even while the digest is too new to be trusted, so that
+    `Index.files_with_digest` finds it. Raises CacheError if the file cannot be read.
     """
     path = path.absolute()
     known = index.file_digests([path])[0]

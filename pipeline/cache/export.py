@@ -1,11 +1,12 @@
-"""A dataset's rows as one HDF5 file, to be taken elsewhere or read by other programs.
+"""Export the rows of a dataset to one HDF5 file, to copy to another machine or read with other programs.
 
     features (n, h, w, c) or pooled (n, c)   as in the shards
     label    (n,) int32, indices into class_names (k,)
     path, split (n,) text; key (n, 32) uint8, sha256 of the image's bytes; present (n,) bool
 
-Self-contained, or virtual: then the rows stay in the shards, and what is missing there reads as NaN. HDF5 keeps every
-shard open that a virtual dataset was read from, nested ones too; one that it cannot open reads as NaN without an error.
+The file contains the rows, or is virtual: it then refers to the shards, and missing rows read as NaN. HDF5 keeps open
+every shard that a virtual dataset has read, nested ones too. The rows of a shard that HDF5 cannot open read as NaN,
+without an error.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from pipeline.core.utf8 import to_utf8
 FORMAT = "icebox-export"
 VERSION = 1
 What = Literal["features", "pooled"]
-_MARGIN = 1.05  # HDF5's own bookkeeping on top of the rows
-_VIRTUAL_ROW_BYTES = 200  # about what key, name, label and split of an image take
+_MARGIN = 1.05  # estimated file size over the size of the rows, for HDF5's metadata
+_VIRTUAL_ROW_BYTES = 200  # approximate size of an image's key, name, label and split
 _BLOCK_BYTES = 2**26  # of rows in memory at a time
-_OTHER_FILES = 64  # that a process may have open beside the shards of a virtual file
+_OTHER_FILES = 64  # number of files that a process may have open beside the shards of a virtual file
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What is known of n images beside their features."""
+    """The columns of an export beside the features, for n images."""
 
     dataset: str
     keys: Sequence[bytes]
@@ -58,15 +59,15 @@ class Columns:
 def export(space: FeatureSpace, columns: Columns, out: Path, what: What, *, virtual: bool) -> int:
     """Write the rows of `columns.keys`, in that order, to the new file `out`; return its bytes.
 
-    It appears whole or not at all. With `virtual` it refers to the shards by absolute path, and a row that is
-    missing, now or later, is NaN; without, every row must be there.
+    The file appears whole or not at all. With `virtual` it refers to the shards by absolute path, and a row that is
+    missing, now or later, reads as NaN. Without `virtual` every row must be in the cache.
 
     Raises
     ------
     MissingRowsError
-        If a row is missing and the file is not to be virtual, or none is there.
+        If a row is missing and `virtual` is false, or if all rows are missing.
     CacheError
-        If a shard is damaged, or there is no room.
+        If a shard is damaged, another process writes `out`, or the disk is full.
     """
     with space.reading():
         located = space.locate(columns.keys)
@@ -76,7 +77,7 @@ def export(space: FeatureSpace, columns: Columns, out: Path, what: What, *, virt
             raise MissingRowsError(f"none of the rows is in {space.name}; run `features`")
         job = _Export(space, columns, located, what)
         partial = out.with_name(f"{files.PARTIAL_PREFIX}{out.name}")
-        if without_locks():  # nothing keeps two exports from writing to one name
+        if without_locks():  # without a lock, two exports could write to the same file
             partial = files.partial_name(out.parent, ".h5")
         try:
             job.check_room(out, virtual)
@@ -115,13 +116,13 @@ class _Export:
         self._names = {record.id: name for name, record in space.index.shards(space.name).items()}
         self._reader = space.reader(what)
         first = self._path(int(located.shards[located.found][0]))
-        self._shape, self._dtype = row_layout(first, what)  # of one row
+        self._shape, self._dtype = row_layout(first, what)  # shape and dtype of one row
 
     def _path(self, shard: int) -> Path:
         return self._space.shard_path(self._names[shard])
 
     def check_room(self, out: Path, virtual: bool) -> None:
-        """Refuse before a byte is written if the rows cannot fit."""
+        """Raise CacheError before anything is written if the disk has too little free space for the rows."""
         totals = self._space.totals()
         row = totals.bytes / totals.rows if self._what == "features" else math.prod(self._shape) * self._dtype.itemsize
         row = _VIRTUAL_ROW_BYTES if virtual else row
@@ -130,7 +131,7 @@ class _Export:
             raise CacheError(f"{out} needs about {size_text(needed)}, {size_text(free)} are free; make room")
 
     def check_open_files(self, out: Path) -> None:
-        """Refuse a virtual file of more shards than this process may open, as HDF5 would read NaN of the others."""
+        """Raise CacheError if a virtual file needs more open shards than allowed: HDF5 would read NaN for the rest."""
         shards, may = len(self._shards), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if may != resource.RLIM_INFINITY and shards > may - _OTHER_FILES:
             raise CacheError(
@@ -155,14 +156,14 @@ class _Export:
             file.create_dataset(name, data=np.array([to_utf8(value).encode() for value in values], object), dtype=text)
 
     def write_rows(self, file: h5py.File, sink: _Sink) -> None:
-        """Copy the rows. Chunks of features are taken as they lie in the shards, if those are packed alike."""
+        """Copy the rows. Compressed chunks of features are copied unchanged from shards with the same compression."""
         n = len(self._columns.keys)
         filters = row_filters(self._what, (n, *self._shape), self._dtype)
         target: Any = file.create_dataset(self._what, (n, *self._shape), self._dtype, **filters)
         with self._space.progress("exporting", n, "rows") as advance:
             for shard, at in self._by_shard():
                 path = self._path(shard)
-                check_bytes(path)  # an unpacked chunk would tell of damage; these are passed on unseen
+                check_bytes(path)  # raw chunks are copied without decompression, which would detect damage
                 with opened(path) as source:
                     self._check_keys(source, shard, at)
                     raw = self._what == "features" and _packed_alike(source[self._what], target)
@@ -170,28 +171,28 @@ class _Export:
                         _copy_chunks(source[self._what], self._located.positions[at], target, at)
                 if not raw:
                     self._copy_values(target, at)
-                if sink.error is not None:  # the rest would be written to nowhere
+                if sink.error is not None:  # a write failed, so that the file will be discarded
                     return
                 advance(len(at))
 
     def _copy_values(self, target: Any, at: np.ndarray) -> None:
-        """Unpack rows and pack them as `target` is; `at` are those of one shard, in its order."""
+        """Decompress the rows `at`, all of one shard and in its order, and write them to `target`."""
         for some in self._blocks(at):
             rows, order = self._reader.read(self._located.take(some)), np.argsort(some)
-            target[some[order]] = rows[order]  # HDF5 takes ascending places only
+            target[some[order]] = rows[order]  # HDF5 accepts ascending indices only
 
     def _blocks(self, at: np.ndarray) -> list[np.ndarray]:
-        """Cut the indices of rows into parts that fit into memory."""
+        """Split the row indices `at` into parts of up to `_BLOCK_BYTES` of features."""
         most = max(1, _BLOCK_BYTES // (math.prod(self._shape) * self._dtype.itemsize))
         return np.split(at, range(most, len(at), most))
 
     def read_back(self, path: Path, virtual: bool) -> None:
-        """Compare every row of the written file, or of a virtual one a row of each shard, with those of the shards.
+        """Compare the rows of the written file with those in the shards; of a virtual file, one row of each shard.
 
         Raises
         ------
         CacheError
-            If they are not the same, or cannot be read.
+            If a row differs, or cannot be read.
         """
         places = np.arange(len(self._columns.keys))
         if virtual:
@@ -209,7 +210,7 @@ class _Export:
                 advance(len(some))
 
     def _written_rows(self, path: Path, places: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield the rows at ascending `places` of the written file, a block at a time."""
+        """Yield the rows at the ascending indices `places` of the written file, a block at a time."""
         try:
             with h5py.File(path, "r", locking=False) as file:
                 written: Any = file[self._what]
@@ -234,7 +235,7 @@ class _Export:
             raise ShardDamagedError(self._path(shard), "holds other rows than the index says")
 
     def write_virtual(self, file: h5py.File) -> None:
-        """Map runs of rows that lie side by side in a shard."""
+        """Create the virtual dataset; rows that are adjacent in a shard are mapped together."""
         n = len(self._columns.keys)
         layout = h5py.VirtualLayout((n, *self._shape), self._dtype)
         shards, positions = self._located.shards, self._located.positions
@@ -256,12 +257,12 @@ class _Export:
 
     @staticmethod
     def _name(path: Path) -> str:
-        """Return what a virtual dataset calls a file: HDF5 takes names for patterns, as of printf."""
+        """Return the name of a source file with % escaped, as HDF5 reads such names as printf patterns."""
         return str(path.absolute()).replace("%", "%%")
 
 
 def _packed_alike(source: Any, target: Any) -> bool:
-    """Return whether a chunk of one dataset can stand in the other as it is."""
+    """Return whether both datasets have the same chunks, dtype and filters, so that raw chunks can be copied."""
     made = [dataset.id.get_create_plist() for dataset in (source, target)]
     pipelines = [[plist.get_filter(i)[:3] for i in range(plist.get_nfilters())] for plist in made]
     return source.chunks == target.chunks and source.dtype == target.dtype and pipelines[0] == pipelines[1]
@@ -280,7 +281,7 @@ def _checksums(rows: np.ndarray) -> list[int]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
-    """Give the file to be written, held for this process alone; what a killed one left is begun anew.
+    """Yield the file to write, locked by this process and empty; the remains of a killed export are overwritten.
 
     Raises BlockingIOError if another process is writing it.
     """
@@ -293,7 +294,10 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _written(raw: BinaryIO, path: Path) -> Iterator[tuple[h5py.File, _Sink]]:
-    """Give a new HDF5 file in `raw`. Its disk may fill up: HDF5 would crash the process at its end, so is not told."""
+    """Yield a new HDF5 file written to `raw`, with its sink; on leaving, raise the first error of a write.
+
+    The error is kept from HDF5: after a failed write, as on a full disk, HDF5 would crash the process at its end.
+    """
     sink = _Sink(raw.fileno(), lambda: files.about_to("write", path))
     with h5_in(sink) as file:
         yield file, sink
@@ -302,9 +306,10 @@ def _written(raw: BinaryIO, path: Path) -> Iterator[tuple[h5py.File, _Sink]]:
 
 
 class _Sink(io.RawIOBase):
-    """A file that takes every write: after the first that fails it keeps them in memory, and remembers why.
+    """File object that never fails to write. After the first failed write, it keeps further blocks in memory.
 
-    HDF5 reads back what it wrote; were that missing, it would crash.
+    `error` is that first error, or None. The blocks are kept because HDF5 reads back its own blocks, and crashes
+    if one is missing.
     """
 
     def __init__(self, handle: int, before_write: Callable[[], None]) -> None:
@@ -312,7 +317,7 @@ class _Sink(io.RawIOBase):
         self._before_write = before_write
         self._at = 0
         self._size = 0
-        self._kept: list[tuple[int, bytes]] = []  # (offset, block), the later ones over the earlier ones
+        self._kept: list[tuple[int, bytes]] = []  # (offset, block); a later block replaces an earlier one
         self.error: OSError | None = None
 
     def write(self, data: Any, /) -> int:

@@ -1,7 +1,8 @@
-"""Make room: shards without a living row go, those mostly dead or very small are repacked, leftovers are removed.
+"""Free disk space (`cache gc`): remove shards without a row to keep, repack wasteful ones, remove leftover files.
 
-Whatever moment it is killed at, every living row stands in at least one shard: a repacked one is published before
-those it replaces go. A row may then stand in two, which is legal, and the next run finds it.
+A row to keep is called living, any other one dead. A shard is repacked if at least half of its rows are dead or if it
+is very small. A new shard is published before those that it replaces are removed. So every living row is in at least
+one shard even if the process is killed. A row may then be in two shards; the next run finds and repairs that.
 """
 
 from __future__ import annotations
@@ -24,31 +25,31 @@ from pipeline.core.errors import ShardDamagedError, ShardUnreadableError
 logger = logging.getLogger(__name__)
 
 SHARD_ROWS = 256  # of a repacked shard, at most
-SMALL_ROWS = 64  # a shard of fewer is worth merging with others like it; of large rows, one of a quarter of the most
-_DEAD_SHARE = 0.5  # of a shard's rows, from which on it is written anew without them
+SMALL_ROWS = 64  # shards of fewer rows are merged; if rows are large, those up to a quarter of the largest number
+_DEAD_SHARE = 0.5  # a shard is repacked if at least this share of its rows is dead
 
 Row = tuple[bytes, int]  # key and view
 
 
 @dataclass(frozen=True)
 class Retention:
-    """What must stay: everything by default, else the rows of these keys and whole spaces."""
+    """The rows to keep: all of them by default, else the rows of `keys` and all rows of `spaces`."""
 
     keys: Collection[bytes] | None = None
     spaces: Collection[str] = ()
 
     def everything_of(self, space: str) -> bool:
-        """Return whether all rows of a space stay."""
+        """Return whether all rows of the space are kept."""
         return space in self.spaces or (self.keys is None and not self.spaces)
 
     def lives(self, key: bytes) -> bool:
-        """Return whether a row stays in a space that is not kept whole."""
+        """Return whether the rows of `key` are kept in a space that is not kept whole."""
         return self.keys is not None and key in self.keys
 
 
 @dataclass
 class GcResult:
-    """What was removed and rewritten, or would be."""
+    """The numbers of rows, shards and bytes that were removed and rewritten, or would be with `dry_run`."""
 
     rows_removed: int = 0
     shards_removed: int = 0
@@ -66,9 +67,10 @@ class _Shard:
 
 
 def collect(cache: Cache, keep: Retention, *, damaged: bool = False, dry_run: bool = False) -> GcResult:
-    """Remove what `keep` does not name from all spaces, and leftovers; with `damaged`, shards moved aside too.
+    """Remove from all spaces the rows that `keep` does not name, and leftover files; return the numbers.
 
-    With `dry_run` nothing changes, and the sizes of repacked shards are estimated.
+    With `damaged`, shards that `verify` moved aside are removed too. With `dry_run` nothing changes, and the sizes of
+    repacked shards are estimated.
     """
     done = GcResult()
     for space in cache.spaces():
@@ -94,25 +96,25 @@ def _collect_space(space: FeatureSpace, keep: Retention, damaged: bool, dry_run:
     done.rows_removed += sum(shard.record.rows - len(shard.living) for shard in (*dead, *spent))
     done.shards_removed += len(dead)
     done.shards_repacked += len(spent)
-    _remove_shards(space, dead, dry_run, done)  # first: on a full disk it makes the room to repack the others
+    _remove_shards(space, dead, dry_run, done)  # first, as on a full disk repacking needs the freed space
     written = _repack(space, spent, dry_run, done)
     _remove_shards(space, [shard for shard in spent if shard.record.name not in written], dry_run, done)
 
 
 def _remove_aside(folder: Path, dry_run: bool, done: GcResult) -> None:
-    if folder.is_symlink():  # what lies elsewhere is not ours to remove
+    if folder.is_symlink():  # files outside the cache must not be removed
         logger.warning("%s is a link, and is left as it is", folder)
         return
     _remove_files(folder, list(files.list_files(folder)), dry_run, done)
 
 
 def _disposable(space: FeatureSpace, keep: Retention, dry_run: bool) -> tuple[list[_Shard], list[_Shard]]:
-    """Return the shards without a living row, and those worth repacking.
+    """Return the shards to remove, which have no living row, and the shards to repack.
 
-    A shard is removed, repacked, or relied on for a row that another holds too, only if it is what the index says;
-    in the latter two cases every byte of it is looked at. One that is not is left for `verify`, and said.
+    Each of these is checked against the index first, and so is a shard that keeps a row which is in another one too.
+    In the latter two cases the sha256 is checked as well. A shard that fails is left for `verify`, with a warning.
     """
-    fine: dict[bool, set[str]] = {False: set(), True: set()}  # whether every byte was looked at → shards
+    fine: dict[bool, set[str]] = {False: set(), True: set()}  # whether the sha256 was checked → sound shards
     broken = set[str]()
     while True:
         shards, relied_on = _living(space, keep, broken)
@@ -128,7 +130,7 @@ def _disposable(space: FeatureSpace, keep: Retention, dry_run: bool) -> tuple[li
 
 
 def _is_sound(space: FeatureSpace, name: str, every_byte: bool, dry_run: bool) -> bool:
-    """Return whether a shard is what its name and the index say; if not, note it."""
+    """Return whether a shard agrees with its name and the index; if not, warn and, without `dry_run`, mark it."""
     record = space.index.shards(space.name)[name]
     try:
         info = space.examine(name) if every_byte else read_info(space.shard_path(name), space.spec)
@@ -137,7 +139,7 @@ def _is_sound(space: FeatureSpace, name: str, every_byte: bool, dry_run: bool) -
         if np.array_equal(info.keys, keys) and np.array_equal(info.views, views):
             return True
         problem = "holds other rows than the index says"
-        if not dry_run:  # the index is wrong, or the shard: whoever opens the space next finds out
+        if not dry_run:  # index or shard is wrong: the next process that opens the space checks the shard again
             space.index.forget_shards(space.name, [name])
     except ShardDamagedError as error:
         problem = error.problem
@@ -150,9 +152,9 @@ def _is_sound(space: FeatureSpace, name: str, every_byte: bool, dry_run: bool) -
 
 
 def _living(space: FeatureSpace, keep: Retention, broken: Collection[str]) -> tuple[list[_Shard], set[str]]:
-    """Return the good shards, each with its living rows, and those relied on for rows that others hold too.
+    """Return the good shards, each with its living rows, and the names of shards that keep rows of other shards too.
 
-    A row in several lives in the one with most rows only.
+    A row that is in several shards counts as living only in the shard with the most rows.
     """
     records = [r for r in space.index.shards(space.name).values() if r.state == "good" and r.name not in broken]
     everything, seen = keep.everything_of(space.name), dict[Row, str]()
@@ -174,17 +176,17 @@ def _worth_repacking(space: FeatureSpace, shards: Sequence[_Shard]) -> list[_Sha
     some = [shard for shard in shards if len(shard.living)]
     spent = [shard for shard in some if len(shard.living) <= (1 - _DEAD_SHARE) * shard.record.rows]
     few = [shard for shard in some if shard not in spent and len(shard.living) < SMALL_ROWS]
-    # Of large rows a full shard has few.
+    # If rows are large, a full shard has few rows, and is not small.
     small = [shard for shard in few if len(shard.living) <= _most_rows(space, shard) // 4]
-    # One small shard alone is as good as it gets.
+    # A single small shard cannot be merged with another one.
     return spent + (small if len(small) + len(spent) > 1 else [])
 
 
 def _most_rows(space: FeatureSpace, shard: _Shard) -> int:
-    """Return how many rows a repacked shard has, at most."""
+    """Return the largest number of rows of a repacked shard."""
     try:
         shape, dtype = row_layout(space.shard_path(shard.record.name), "features")
-    except (ShardDamagedError, ShardUnreadableError):  # what is wrong with it is found where every byte is looked at
+    except (ShardDamagedError, ShardUnreadableError):  # the check of its bytes reports the problem later
         return SHARD_ROWS
     return max(1, min(SHARD_ROWS, SHARD_BYTES // (math.prod(shape) * dtype.itemsize)))
 
@@ -208,7 +210,7 @@ def _repack(space: FeatureSpace, spent: Sequence[_Shard], dry_run: bool, done: G
 
 
 def _gathered(space: FeatureSpace, spent: Sequence[_Shard], advance: Callable[[int], None]) -> Iterator[Rows]:
-    """Yield the living rows of `spent` in shards of full size, the last one smaller."""
+    """Yield the living rows of `spent` in parts of the size of a full shard; the last part may be smaller."""
     waiting: list[Rows] = []
     for shard in spent:
         path, most = space.shard_path(shard.record.name), _most_rows(space, shard)
@@ -229,7 +231,7 @@ def _remove_shards(space: FeatureSpace, shards: Sequence[_Shard], dry_run: bool,
     if dry_run or not shards:
         return
     with space.removing(_waiting(space)):
-        # The index first: killed in between, the shard is met again as unknown, and nobody misses it.
+        # The index first: if the process is killed in between, the shard is unlisted and is added again later.
         space.index.forget_shards(space.name, [shard.record.name for shard in shards])
         for shard in shards:
             files.remove(space.shard_path(shard.record.name))
@@ -247,7 +249,7 @@ def _remove_files(folder: Path, names: Sequence[str], dry_run: bool, done: GcRes
 
 
 def _tidy_index(cache: Cache, dry_run: bool, done: GcResult) -> None:
-    """Drop what the index knows of files and spaces that are no more, and damaged indexes set aside before."""
+    """Remove deleted files and spaces from the index, and delete damaged index files that were moved aside."""
     path = cache.index.path
     old = [name for name in files.list_files(path.parent) if name.startswith(f"{path.name}.damaged-")]
     _remove_files(path.parent, old, dry_run, done)

@@ -1,6 +1,6 @@
-"""The index as a file: opened, made, brought up to date, read and changed, set aside when it is damaged.
+"""The SQLite file of the index: opening, schema and its migrations, transactions, and recovery from damage.
 
-What it holds, `index` knows.
+`IndexFile` runs the statements; its subclass `Index` in `index` has the queries.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ALTER TABLE shards ADD COLUMN state TEXT NOT NULL DEFAULT 'good';
 ALTER TABLE shards ADD COLUMN problem TEXT;
 ALTER TABLE quarantine ADD COLUMN since TEXT;
 """
-# What a file of ours holds: anything more, a trigger say, is somebody else's.
+# The tables and SQL indexes of each version. A file with any other object, such as a trigger, was not made by Icebox.
 _OLD_OBJECTS = {"shards", "rows", "rows_by_key", "files", "quarantine"}
 _OBJECTS = {0: set[str](), 1: _OLD_OBJECTS, 2: _OLD_OBJECTS, VERSION: {*_OLD_OBJECTS, "urls"}}
 _NOT_WRITABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
@@ -54,10 +54,10 @@ _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turn what SQLite raises on a damaged file into one error; what else it raises goes on."""
+    """Turn SQLite's errors about a damaged file into IndexDamagedError; other errors are raised unchanged."""
     try:
         yield
-    except UnicodeDecodeError as error:  # what SQLite says of a damaged schema has its bytes in it
+    except UnicodeDecodeError as error:  # SQLite's message about a damaged schema contains its bytes
         raise IndexDamagedError(path, f"what it holds is no text: {error}", certain=True) from error
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", 0)
@@ -65,18 +65,19 @@ def damage_named(path: Path) -> Iterator[None]:
             raise IndexDamagedError(path, "it was removed while it was in use") from error
         if (code & 0xFF) in _DAMAGED:
             raise IndexDamagedError(path, str(error), foreign=code == sqlite3.SQLITE_NOTADB) from error
-        if "unsupported file format" in str(error):  # a byte of the header was flipped
+        if "unsupported file format" in str(error):  # a byte of the header is wrong
             raise IndexDamagedError(path, str(error), certain=True) from error
-        if "decode to UTF-8" in str(error):  # a name that is no text any more: SQLite sees no fault in that
+        if "decode to UTF-8" in str(error):  # SQLite's own check accepts a damaged text column
             raise IndexDamagedError(path, str(error), certain=True) from error
         raise
 
 
 class IndexFile:
-    """The open database, and the ways in which statements are run on it.
+    """The open database file, with methods to run statements on it.
 
-    A file that is no index, or no longer one, is set aside and a new one begun, unless a person named it, who may have
-    meant another. Such a one is `of` one cache: shards are known by the name of their space, which two caches share.
+    A file that is damaged, or is no index, is moved aside and a new one is created. A file named by ICEBOX_INDEX that
+    is no index is refused instead, as the user may have named it by mistake. Such an index belongs to one cache, whose
+    folder is `of`: shards are recorded by the name of their space, and two caches can have spaces of one name.
     """
 
     def __init__(self, path: Path, of: Path | None = None) -> None:
@@ -105,14 +106,14 @@ class IndexFile:
             return self._claimed(connect(self.path))
 
     def _claimed(self, db: sqlite3.Connection) -> sqlite3.Connection:
-        """Mark a named index as that of this cache. Raises CacheError if it is another's."""
+        """Mark an index named by ICEBOX_INDEX as this cache's. Raises CacheError if another cache has marked it."""
         if self._of is None:
             return db
         mark = int.from_bytes(hashlib.sha256(os.fsencode(self._of.resolve())).digest()[:4]) >> 1 or 1  # 31 bits
         with damage_named(self.path):
             (found,) = db.execute("PRAGMA application_id").fetchone()
             if not found:
-                with suppress(sqlite3.OperationalError):  # it cannot be written, so that nobody else fills it either
+                with suppress(sqlite3.OperationalError):  # a read-only index needs no mark: no cache can write to it
                     db.execute(f"PRAGMA application_id = {mark}")
         if found in (0, mark):
             return db
@@ -123,27 +124,27 @@ class IndexFile:
         )
 
     def close(self) -> None:
-        """Close the database; the object is of no use afterwards."""
+        """Close the database; the object cannot be used afterwards."""
         self._db.close()
 
     def check(self) -> None:
-        """Have SQLite look at every page of the file.
+        """Check every page of the file with SQLite's `integrity_check`.
 
         Raises
         ------
         IndexDamagedError
-            If it finds anything wrong.
+            If SQLite finds damage.
         """
         found = self._all("PRAGMA integrity_check(1)")
         if found != [("ok",)]:
             raise IndexDamagedError(self.path, str(found[0][0]) if found else "no answer")
 
     def require_writable(self) -> None:
-        """Raise CacheError unless the index can be written: what is computed could not be noted in it."""
+        """Raise CacheError unless the index can be written: computed rows could not be added to it."""
         try:
             with self._reading() as db:
                 db.execute("BEGIN IMMEDIATE")
-                db.execute(f"PRAGMA user_version = {VERSION}")  # as it is; the first change makes the journal, too
+                db.execute(f"PRAGMA user_version = {VERSION}")  # no change, but the write also creates the journal
                 db.rollback()
         except sqlite3.OperationalError as error:
             if not _is_unwritable(error):
@@ -155,22 +156,22 @@ class IndexFile:
             ) from error
 
     def renew(self, damage: IndexDamagedError) -> None:
-        """Set the damaged file aside and begin an empty one, to be filled from the shards."""
+        """Move the damaged file aside and create an empty one, to be filled from the shards."""
         self._db.close()
         set_aside(damage)
         self._db = self._claimed(connect(self.path))
 
-    # Every statement goes through one of these
+    # Every statement runs through one of the following methods
 
     def _all(self, query: str, values: Sequence[Any] = (), *kinds: Any) -> list[Any]:
-        """Return what a query finds; each row must be of these `kinds`, if any are given."""
+        """Return the rows that a query finds; if `kinds` are given, they are the required types of the columns."""
         with self._reading() as db:
             found = db.execute(query, values).fetchall()
         self._check(found, kinds)
         return found
 
     def _check(self, rows: Sequence[Sequence[Any]], kinds: Sequence[Any]) -> None:
-        """Raise IndexDamagedError if a row is of other types than were written: SQLite sees no fault in that."""
+        """Raise IndexDamagedError if a column has another type than was written: SQLite does not check types."""
         if not rows or not kinds:
             return
         for column, kind in zip(zip(*rows, strict=True), kinds, strict=True):
@@ -180,7 +181,7 @@ class IndexFile:
 
     @contextmanager
     def _believed(self) -> Iterator[None]:
-        """Do the same for what is read in bulk, where looking at each value would take as long as reading it."""
+        """Turn errors about wrong values into IndexDamagedError, for bulk reads, where `_check` would be too slow."""
         try:
             yield
         except (ValueError, TypeError, OverflowError, IndexError) as error:
@@ -193,7 +194,7 @@ class IndexFile:
             yield self._db
 
     def _remember(self, query: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Keep what only spares work later: a cache that cannot be written can still be read."""
+        """Store rows that only save work later. If the index cannot be written, log a warning and go on."""
         if not rows:
             return
         try:
@@ -206,7 +207,7 @@ class IndexFile:
 
     @contextmanager
     def _changing(self) -> Iterator[sqlite3.Connection]:
-        """Run the statements inside as one transaction: all of them take effect, or none."""
+        """Run the statements inside as one transaction."""
         with self._reading() as db:
             try:
                 yield db
@@ -218,7 +219,7 @@ class IndexFile:
 
     @contextmanager
     def _wanted(self, keys: Sequence[bytes], views: Sequence[int] | None = None) -> Iterator[sqlite3.Connection]:
-        """Offer `keys` and `views` as a temporary table to join with: one pass instead of a query for every row."""
+        """Create the temporary table `wanted` of `keys` and `views`, to look up many rows by one join."""
         views = [0] * len(keys) if views is None else views
         with self._reading() as db:
             columns = "ordinal INTEGER PRIMARY KEY, key BLOB NOT NULL, view INTEGER NOT NULL"
@@ -232,17 +233,17 @@ class IndexFile:
 
 
 def _is_unwritable(error: sqlite3.Error) -> bool:
-    """Return whether the file, or its folder, where SQLite keeps a journal, may not be written."""
+    """Return whether the error means that the file, or its folder with SQLite's journal, cannot be written."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in _NOT_WRITABLE
 
 
 def set_aside(damage: IndexDamagedError) -> None:
-    """Move a damaged index out of the way; whoever opens the cache next derives a new one from the shards."""
-    if not damage.certain and _sound(damage.path):  # another process has done so already
+    """Move a damaged index aside; the next process that opens the cache derives a new one from the shards."""
+    if not damage.certain and _sound(damage.path):  # another process has replaced the file already
         return
     aside = damage.path.with_name(f"{damage.path.name}.damaged-{datetime.now():%Y%m%d-%H%M%S}")
     logger.warning("%s; it is moved to %s and derived again from the shards", damage.text, aside.name)
-    # The journal first: SQLite would take it for the new file's and undo what that never did.
+    # The journal is moved first: SQLite would apply it to the new file, undoing changes that were never made there.
     for ending in ("-journal", "-wal", "-shm", ""):
         found = damage.path.with_name(damage.path.name + ending)
         if files.exists(found):
@@ -258,9 +259,10 @@ def _sound(path: Path) -> bool:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open the index at `path`, made or brought up to date if need be. Raises IndexDamagedError and CacheError."""
+    """Open the index at `path`; create or migrate it if needed. Raises IndexDamagedError and CacheError."""
     if not files.exists(path):
-        files.make_file(path)  # SQLite's own are closed to the group, whatever the umask says; its journals follow
+        # SQLite creates files without write permission for the group, whatever the umask; journals copy the file's.
+        files.make_file(path)
     files.about_to("open index", path)
     db = sqlite3.connect(path, timeout=60)
     try:
@@ -273,7 +275,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(db: sqlite3.Connection, path: Path) -> None:
-    # Keys are hashes: neighbours in a shard are far apart in the index, so that much of it is gone through at once.
+    # Keys are hashes: rows of one shard are spread over the whole index, so that a large cache (32 MiB) helps.
     for setting in ("trusted_schema = OFF", "temp_store = MEMORY", "foreign_keys = ON", "cache_size = -32768"):
         db.execute(f"PRAGMA {setting}")
     version, objects = _version(db)
@@ -284,7 +286,7 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
         )
     if objects != _OBJECTS.get(version):
         raise IndexDamagedError(path, "it is not one that Icebox made", foreign=True)
-    if version < VERSION:  # one that is up to date may lie where nothing can be written
+    if version < VERSION:  # an up-to-date index is not written to: it may be on a read-only file system
         files.about_to("make index", path)
         _bring_up_to_date(db)
 
@@ -297,7 +299,7 @@ def _version(db: sqlite3.Connection) -> tuple[int, set[str]]:
 
 def _bring_up_to_date(db: sqlite3.Connection) -> None:
     with closing(db.cursor()) as cursor:
-        # Nobody else may do the same meanwhile: the lock comes first, then the question what there is to do.
+        # The version is read again under the lock, as another process may have migrated the index meanwhile.
         cursor.execute("BEGIN IMMEDIATE")
         try:
             version, _ = _version(db)

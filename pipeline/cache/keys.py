@@ -1,4 +1,7 @@
-"""The keys of many images as arrays: 33 bytes an image, sorted and told apart without an object for each."""
+"""The keys (sha256) of many images as NumPy arrays: 33 bytes per image, sorted and compared without Python objects.
+
+`Keys` is a sequence of keys, some unknown; `Grouped` lists images with equal keys together.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from typing import Any, Self, overload
 import numpy as np
 
 KEY_BYTES = 32
-_BLOCK = 1 << 16  # keys made into objects, or compared whole, at a time
+_BLOCK = 1 << 16  # keys that are converted to objects, or compared by all bytes, at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Grouped:
-    """Images that have a key, those of one key together.
+    """Images that have a key, with images of equal keys next to each other.
 
-    `images` (m,) int64 are sorted by key, then by themselves; `leads` (m,) bool marks the first of each key.
+    `images` (m,) int64 are image indices, sorted by key, then by index. `leads` (m,) bool marks the first of each key.
     """
 
     images: np.ndarray
@@ -24,11 +27,11 @@ class Grouped:
 
     @property
     def first(self) -> np.ndarray:
-        """The image that stands for each of the k distinct keys, in the order of the keys: (k,) int64."""
+        """The first image of each of the k distinct keys, in the order of the keys: (k,) int64."""
         return self.images[self.leads]
 
     def members(self, groups: np.ndarray) -> list[list[int]]:
-        """Return all images of each of these groups, which are indices into `first`."""
+        """Return the list of images of each group; `groups` are indices into `first`."""
         if not len(groups):
             return []
         bounds = np.append(np.flatnonzero(self.leads), len(self.images))
@@ -36,9 +39,9 @@ class Grouped:
 
 
 class Keys(Sequence[bytes | None]):
-    """The key of each of n images, or None where it is not known; one can be set at a time.
+    """Sequence of the keys of n images, None where a key is not known. Single keys can be set.
 
-    `digests` is (n, 32) uint8, zeros where there is none, and `known` (n,) bool.
+    `digests` is (n, 32) uint8, zeros where the key is not known; `known` is (n,) bool.
     """
 
     def __init__(self, digests: np.ndarray, known: np.ndarray) -> None:
@@ -47,12 +50,12 @@ class Keys(Sequence[bytes | None]):
 
     @classmethod
     def unknown(cls, count: int) -> Self:
-        """Return `count` times None."""
+        """Return `count` unknown keys."""
         return cls(np.zeros((count, KEY_BYTES), np.uint8), np.zeros(count, bool))
 
     @classmethod
     def of(cls, values: Sequence[bytes | None]) -> Self:
-        """Return these."""
+        """Return `values` as `Keys`."""
         keys = cls.unknown(len(values))
         for i, value in enumerate(values):
             keys[i] = value
@@ -89,10 +92,10 @@ class Keys(Sequence[bytes | None]):
         return f"Keys({len(self):,} images, {int(self.known.sum()):,} known)"
 
     def grouped(self, but: Sequence[int] | np.ndarray = ()) -> Grouped:
-        """Return the images that have a key, sorted by it, without those in `but`."""
+        """Return the images that have a key, sorted by key; the image indices in `but` are left out."""
         known = self.known.copy()
         known[np.asarray(but, np.int64)] = False
-        if known.all():  # as a rule: no copy of so much is made
+        if known.all():  # the usual case, handled without a copy of all keys
             images = in_order(self.digests)
         else:
             images = np.flatnonzero(known)
@@ -106,26 +109,27 @@ def raw(keys: Sequence[bytes]) -> np.ndarray:
 
 
 def split(digests: np.ndarray) -> list[bytes]:
-    """Return (n, 32) uint8 as n keys."""
+    """Return (n, 32) uint8 digests as a list of n keys."""
     joined = digests.tobytes()
     return [joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)]
 
 
 def comparable(digests: np.ndarray | bytes) -> np.ndarray:
-    """Return (n, 32) uint8, or keys that were joined, as n values that NumPy compares as wholes."""
+    """Return (n, 32) uint8 digests, or n concatenated keys, as (n,) byte strings that NumPy compares and sorts."""
     joined: Any = digests if isinstance(digests, bytes) else np.ascontiguousarray(digests)
-    return np.frombuffer(joined, f"S{KEY_BYTES}")  # all are of this length, so that zeros at the end mislead nobody
+    # NumPy ignores zero bytes at the end of a string; as all keys have the same length, comparisons stay right.
+    return np.frombuffer(joined, f"S{KEY_BYTES}")
 
 
 def in_order(digests: np.ndarray) -> np.ndarray:
-    """Return the order that sorts (n, 32) uint8, equal ones staying in theirs: (n,) int64."""
+    """Return the indices that sort (n, 32) uint8 digests, by a stable sort: (n,) int64."""
     begins = digests[:, :8].copy().view(">u8").ravel().astype(np.uint64)
     order = np.argsort(begins, kind="stable")
     begins = begins[order]
     alike = begins[1:] == begins[:-1]
     if not alike.any() or not _differ(digests, order)[1:][alike].any():
         return order
-    # Somebody made keys that begin alike but are not: those are sorted by all of their bytes.
+    # Different keys with the same first 8 bytes (only if made on purpose) are sorted by all of their bytes.
     doubtful = np.append(alike, False) | np.insert(alike, 0, False)
     some = np.sort(order[doubtful])
     order[doubtful] = some[np.argsort(comparable(digests[some]), kind="stable")]
@@ -133,7 +137,7 @@ def in_order(digests: np.ndarray) -> np.ndarray:
 
 
 def _differ(digests: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Return for each place in `order` whether its key is another than the one before, (m,) bool."""
+    """Return for each position in `order` whether its key differs from the one before, (m,) bool."""
     differ = np.ones(len(order), bool)
     for start in range(1, len(order), _BLOCK):
         stop = min(start + _BLOCK, len(order))

@@ -1,4 +1,4 @@
-"""What a feature space holds, in numbers: for `cache ls`."""
+"""Describe a feature space in numbers, for `cache ls`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from pipeline.core.errors import CacheError
 
 @dataclass(frozen=True)
 class SpaceListing:
-    """What a feature space is and holds. Sizes are in bytes, times ISO 8601 in UTC."""
+    """Description of a feature space and its content. Sizes are in bytes, times ISO 8601 in UTC."""
 
     space: str
-    backbone: str  # what people call the network
+    backbone: str  # a name of `backbone.table`, or the file name of an own network
     shards: int
     rows: int
     bytes: int
-    compression_ratio: float | None  # of the rows' bytes in memory to those on disk; None if there is no row
+    compression_ratio: float | None  # bytes of the rows in memory over bytes on disk; None if there is no row
     created: str | None
     last_added: str | None  # None if there is no shard
-    aside_bytes: int  # of shards that `verify` moved aside
+    aside_bytes: int  # size of the shards that `verify` moved aside
     spec: Mapping[str, Any]
     made_by: Mapping[str, Any]  # program, versions, weights
 
 
 def describe(space: FeatureSpace) -> SpaceListing:
-    """Return what a space is and holds."""
+    """Return the description of `space` and its content."""
     totals, shards = space.totals(), space.shard_files()
     aside = files.list_files(space.path / ASIDE)
     newest = max((stat.st_mtime for stat in shards.values()), default=None)
@@ -59,13 +59,13 @@ def _ratio(space: FeatureSpace, rows: int, size: int) -> float | None:
     path = space.shard_path(good[0])
     try:
         layouts = [row_layout(path, dataset) for dataset in ("features", "pooled")]
-    except CacheError:  # listing goes on; `cache verify` says what is wrong
+    except CacheError:  # a damaged shard must not stop the listing; `cache verify` reports it
         return None
     return round(rows * sum(math.prod(shape) * dtype.itemsize for shape, dtype in layouts) / size, 2)
 
 
 def _label(space: FeatureSpace) -> str:
-    """Return what people call the network: the name of a row of the table, or of the file of an own one."""
+    """Return the name to show for the network: its name in `backbone.table`, or the file name of an own network."""
     recorded = space.provenance.get("network")
     named = _text(recorded.get("file")) if isinstance(recorded, dict) else None
     return named or space.spec.backbone

@@ -1,4 +1,4 @@
-"""Rows of many shards, read in the order they are asked for."""
+"""Read rows from many shards, in the requested order."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from pipeline.core.errors import CacheError, MissingRowsError
 
 
 class ShardReader:
-    """Reads rows of one dataset from many shards. Holds no database, so any thread may use it."""
+    """Reader of one dataset, "features" or "pooled", from many shards. Any thread may use it, as it opens no database.
+
+    `names` maps the index's shard ids to shard names.
+    """
 
     def __init__(self, directory: Path, names: Mapping[int, str], dataset: str) -> None:
-        self._directory = directory.absolute()  # it may be sent to a process elsewhere
+        self._directory = directory.absolute()  # the reader may be sent to a process in another working directory
         self._names = names
         self._dataset = dataset
 
     def read(self, located: RowLocations, out: np.ndarray | None = None) -> np.ndarray:
-        """Return the located rows in their order, in `out` if given; each shard is opened once, in file order."""
+        """Return the located rows, in their order, in `out` if given; each shard is opened once, read in file order.
+
+        Raises MissingRowsError if `located` is empty, and CacheError if a shard is gone or damaged.
+        """
         if not len(located.shards):
             raise MissingRowsError("no rows were asked for")
         order = np.lexsort((located.positions, located.shards))

@@ -1,14 +1,15 @@
-"""One shard: an HDF5 file of up to some hundreds of rows, written once, named by the hash of its bytes.
+"""Write, read and check shards: HDF5 files of up to a few hundred rows, written once and named by their sha256.
 
-Layout (version 1), row i being one image and one view of it:
+Layout (version 1); row i belongs to one view of one image:
 
-    features (n, h, w, c)  float16 or float32, one row a chunk, Zstandard and Fletcher32
-    pooled   (n, c)        float32 spatial means, taken before rounding to the storage type, likewise, bytes shuffled
+    features (n, h, w, c)  float16 or float32, one row per chunk, Zstandard and Fletcher32
+    pooled   (n, c)        float32 spatial means, computed before rounding to the storage type; Zstandard, Fletcher32
+                           and byte shuffle
     key      (n, 32)       uint8, sha256 of the image's encoded bytes (or raw pixels)
     view     (n,)          int64, 0 for the plain image
 
-and the attributes version, and as ASCII bytes format, spec (canonical JSON) and views (JSON: view number → recipe, of
-the views that are in the shard).
+The attributes are version (an integer) and, as ASCII bytes, format, spec (canonical JSON) and views (JSON: view
+number → recipe, for the views in the shard).
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from pipeline.core.spec import FeatureSpec, canonical_json
 FORMAT = "icebox-shard"
 VERSION = 1
 PLAIN: Mapping[int, Any] = {0: "plain"}  # the recipes of rows that have no augmented view
-SHARD_BYTES = 2**28  # of a shard's features in memory, at most, where nobody said how many rows it has
-MAX_ROWS = 65_536  # far above what is ever written: a file claiming more is not ours
-MAX_ROW_BYTES = 2**27  # as float32; of the largest one, EfficientNetB7 cut at its first blocks, 66 MiB
+SHARD_BYTES = 2**28  # largest size of a shard's features in memory, if the number of rows is not given
+MAX_ROWS = 65_536  # far above what Icebox writes: a file with more rows is not a shard
+MAX_ROW_BYTES = 2**27  # of a row as float32; the largest known, EfficientNetB7 cut at its first blocks, has 66 MiB
 _CHUNK_BYTES = 2**20
 _NOT_THE_SHARDS = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
-# HDF5's oldest format has no checksums in its own bookkeeping: one flipped bit there made another row, or zeros, be
-# read without an error. The format of HDF5 1.10 has them, and takes less room.
+# HDF5's oldest format has no checksums in its metadata: one flipped bit there can return another row, or zeros,
+# without an error. The format of HDF5 1.10 has checksums, and is smaller.
 _LIBVER = h5py.h5f.LIBVER_V110
 
 
@@ -50,7 +51,7 @@ _LIBVER = h5py.h5f.LIBVER_V110
 class Rows:
     """Rows in memory: features (n, h, w, c), pooled (n, c) float32, keys (n, 32) uint8, views (n,) int64.
 
-    `recipes` says of at least each view that occurs what it is.
+    `recipes` maps at least each view in `views` to its recipe, JSON values that describe the view.
     """
 
     features: np.ndarray
@@ -63,7 +64,7 @@ class Rows:
         return len(self.keys)
 
     def take(self, at: slice | np.ndarray) -> Rows:
-        """Return the rows at `at`."""
+        """Return the rows at the indices, slice or mask `at`."""
         return Rows(self.features[at], self.pooled[at], self.keys[at], self.views[at], self.recipes)
 
     @staticmethod
@@ -75,7 +76,7 @@ class Rows:
 
 
 class RowBuffer:
-    """Rows that come some at a time, at most `most`; each is copied once, to where it stays."""
+    """Buffer that collects up to `most` rows from several calls of `add`; each row is copied once."""
 
     def __init__(self, most: int, recipes: Mapping[int, Any]) -> None:
         self._most = most
@@ -87,7 +88,7 @@ class RowBuffer:
         return self._count
 
     def add(self, rows: Rows) -> None:
-        """Copy some more."""
+        """Copy `rows` to the end of the buffer."""
         some = rows.features, rows.pooled, rows.keys, rows.views
         if not self._columns:
             self._columns = tuple(np.empty((self._most, *each.shape[1:]), each.dtype) for each in some)
@@ -97,13 +98,13 @@ class RowBuffer:
         self._count = end
 
     def rows(self) -> Rows:
-        """Return the rows there are, without a copy; at least one must be there."""
+        """Return the collected rows, at least one, without a copy."""
         return Rows(*(column[: self._count] for column in self._columns), recipes=self._recipes)
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the index needs to know of a published shard."""
+    """The parts of a published shard that the index records: keys (n, 32) uint8 and views (n,) int64 among them."""
 
     name: str
     bytes: int
@@ -115,12 +116,12 @@ class ShardInfo:
 def write_shard(
     directory: Path, rows: Rows, spec: FeatureSpec, check: Callable[[int], None] = lambda size: None
 ) -> ShardInfo:
-    """Write `rows` as a new shard in `directory` and publish it under its hash; `check` is told its bytes before.
+    """Write `rows` as a new shard in `directory`, named by its sha256; `check` gets its size in bytes before writing.
 
     Raises
     ------
     CacheError
-        If the disk is full or cannot be written; nothing is left behind then.
+        If the disk is full or cannot be written. No file is left then.
     """
     partial = files.partial_name(directory, ".h5")
     try:
@@ -135,14 +136,14 @@ def write_shard(
         raise CacheError(f"cannot write a shard in {directory}: {error}; make room and run again") from error
     finally:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)  # gone already when all went well
+            partial.unlink(missing_ok=True)  # after a successful write the file has its final name
     return ShardInfo(name, len(image), rows.keys, rows.views, rows.features.shape[1:])
 
 
 def shard_image(rows: Rows, spec: FeatureSpec) -> memoryview:
     """Return the bytes of the shard of `rows`; equal rows give equal bytes.
 
-    HDF5 never sees the disk: once a write of its own has failed, as on a full disk, the process crashes at its end.
+    HDF5 writes to memory only: after a failed write to a full disk, it would crash the process at its end.
     """
     buffer = io.BytesIO()
     with h5_in(buffer) as file:
@@ -165,7 +166,7 @@ def _fill(file: h5py.File, rows: Rows, spec: FeatureSpec) -> None:
     views = {str(number): rows.recipes[number] for number in np.unique(rows.views).tolist()}
     texts = {"format": FORMAT, "spec": canonical_json(spec.to_dict()), "views": json.dumps(views)}
     for name, text in texts.items():
-        # Of fixed length, as bytes: HDF5 keeps other strings where no checksum covers them, and damage crashes it.
+        # Fixed-length bytes: HDF5 stores other strings without a checksum, and crashes if they are damaged.
         file.attrs[name] = np.bytes_(text.encode("ascii"))
     for name, values in (("features", rows.features), ("pooled", rows.pooled)):
         file.create_dataset(name, data=values, **row_filters(name, values.shape, values.dtype))
@@ -174,18 +175,18 @@ def _fill(file: h5py.File, rows: Rows, spec: FeatureSpec) -> None:
 
 
 def row_filters(dataset: str, shape: tuple[int, ...], dtype: np.dtype) -> dict[str, Any]:
-    """Return how "features" or "pooled" of n rows are chunked and compressed, as keywords of `create_dataset`."""
+    """Return chunks, compression and checksum of "features" or "pooled", as keywords of h5py's `create_dataset`."""
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     whole_row = dataset == "features"
     rows = 1 if whole_row else max(1, min(shape[0], _CHUNK_BYTES // row_bytes))
-    # Most features are 0: sorted by significance, the bytes of the others take a tenth more room and time to unpack.
-    # Blosc2, which cuts a row into blocks first, is no smaller, and slower both ways (benchmarks/encodings.py).
+    # Features are not shuffled: most are 0, and shuffling makes them a tenth larger and slower to decompress.
+    # Blosc2 is no smaller, and slower to write and to read (benchmarks/encodings.py).
     zstd = hdf5plugin.Zstd(clevel=1)
     return {"chunks": (rows, *shape[1:]), "fletcher32": True, "shuffle": not whole_row, **zstd}
 
 
 def read_info(path: Path, spec: FeatureSpec) -> ShardInfo:
-    """Return the keys and views of a shard, looking at its layout but not at its rows.
+    """Return the keys and views of a shard after checking its layout; features are not read.
 
     Raises
     ------
@@ -204,12 +205,14 @@ def read_info(path: Path, spec: FeatureSpec) -> ShardInfo:
 
 
 def check_bytes(path: Path) -> None:
-    """Read every byte of a shard and compare their hash with its name.
+    """Compare the sha256 of a shard's bytes with its name.
 
     Raises
     ------
     ShardDamagedError
-        If they differ, or it cannot be read.
+        If they differ.
+    ShardUnreadableError
+        If the file cannot be read.
     """
     try:
         found = files.sha256_file(path)
@@ -220,7 +223,7 @@ def check_bytes(path: Path) -> None:
 
 
 def read_spec(path: Path) -> FeatureSpec:
-    """Return the feature space that a shard says it belongs to. Raises CacheError or SpecError."""
+    """Return the spec of a feature space that is stored in a shard. Raises CacheError or SpecError."""
     with damage_named(path), opened(path) as file:
         text: Any = file.attrs["spec"]
         return FeatureSpec.from_dict(json.loads(text))
@@ -244,12 +247,12 @@ def read_rows(
 ) -> None:
     """Read rows `positions` (ascending) of `dataset` from a shard into `out[at]`.
 
-    `keys` (n, 32) and `views` (n,) are who the rows must be: the shard itself says so, whatever the index believes.
+    `keys` (n, 32) and `views` (n,) are compared with those stored in the shard, as the index may be wrong.
 
     Raises
     ------
     ShardDamagedError
-        If the shard is gone or damaged (Fletcher32 notices flipped bytes), or holds other rows there.
+        If the shard is gone or damaged (Fletcher32 detects changed bytes), or has other rows at `positions`.
     """
     with damage_named(path), opened(path) as file:
         stored, seen = _all(file, "key"), _all(file, "view")
@@ -260,7 +263,7 @@ def read_rows(
 
 
 def read_whole(path: Path, positions: np.ndarray) -> Rows:
-    """Return all there is of the rows `positions` (ascending) of a shard. Raises ShardDamagedError."""
+    """Return the rows `positions` (ascending) of a shard, with all their columns. Raises ShardDamagedError."""
     with damage_named(path), opened(path) as file:
         columns = []
         for name in ("features", "pooled", "key", "view"):
@@ -271,14 +274,14 @@ def read_whole(path: Path, positions: np.ndarray) -> Rows:
 
 
 def _unreadable(path: Path, error: OSError) -> ShardUnreadableError:
-    """Not known to be damaged: a folder without permission must not have everything computed anew."""
+    """Return the error for a shard that may be whole: missing permission must not cause rows to be computed again."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     return ShardUnreadableError(path, reason, from_disk=error.errno == errno.EIO)
 
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turn what h5py raises on a damaged file, of many kinds, into one error that names shard and remedy."""
+    """Turn the many errors that h5py raises for a damaged file into ShardDamagedError, which names the remedy."""
     try:
         yield
     except CacheError:
@@ -288,7 +291,7 @@ def damage_named(path: Path) -> Iterator[None]:
 
 
 def read_recipes(path: Path) -> dict[int, Any]:
-    """Return what a shard says its views are: number → recipe. Raises ShardDamagedError."""
+    """Return view number → recipe, as stored in a shard. Raises ShardDamagedError."""
     with damage_named(path), opened(path) as file:
         return _recipes(file, _all(file, "view"), path)
 
@@ -308,11 +311,11 @@ def _all(file: h5py.File, name: str) -> np.ndarray:
 
 def _read(dataset: Any, positions: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
     if dataset.chunks[0] > 1:
-        # One call for all: the rows share chunks.
+        # One call reads all rows, as they share chunks.
         first, last = int(positions.min()), int(positions.max())
         out[at] = dataset[first : last + 1][positions - first]
         return
-    # Rows side by side in one call: a call for each takes as long as unpacking it.
+    # One call reads a run of adjacent rows: a call per row takes as long as decompressing the row.
     for run in np.split(np.arange(len(positions)), np.flatnonzero(np.diff(positions) != 1) + 1):
         here, there = np.s_[int(positions[run[0]]) : int(positions[run[-1]]) + 1], at[run]
         if (np.diff(there) == 1).all():
@@ -322,10 +325,10 @@ def _read(dataset: Any, positions: np.ndarray, out: np.ndarray, at: np.ndarray) 
 
 
 def opened(path: Path) -> h5py.File:
-    """Open a shard for reading, refusing anything that is not laid out as we write it."""
+    """Open a shard for reading. Raises ShardDamagedError if its layout is not that of a shard."""
     files.about_to("open shard", path)
     try:
-        # Shards never change, so no lock is needed; asking for one fails on NFS and Lustre.
+        # Shards never change, so no lock is needed; HDF5's locks fail on NFS and Lustre.
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
         if error.errno in _NOT_THE_SHARDS:
@@ -340,7 +343,7 @@ def opened(path: Path) -> h5py.File:
 
 
 def _check_layout(file: h5py.File, path: Path) -> None:
-    """Look at links, shapes and dtypes before a byte is read: a file from elsewhere may lie about them."""
+    """Check links, shapes and dtypes before any data is read, as a foreign file may have false ones."""
     if file.attrs.get("format") != FORMAT.encode() or file.attrs.get("version") != VERSION:
         raise ShardDamagedError(path, f"is not an {FORMAT} of version {VERSION}")
     dims = {"features": 4, "pooled": 2, "key": 2, "view": 1}
@@ -354,7 +357,7 @@ def _check_layout(file: h5py.File, path: Path) -> None:
         and file["features"].dtype in (np.float16, np.float32)  # type: ignore[union-attr]
         and file["features"].chunks == (1, *shapes["features"][1:])  # type: ignore[union-attr]
         and 0 < math.prod(shapes["features"][1:]) * 4 <= MAX_ROW_BYTES
-        and file["features"].id.get_num_chunks() == n  # type: ignore[union-attr]  # rows claimed but not there read as 0
+        and file["features"].id.get_num_chunks() == n  # type: ignore[union-attr]  # absent chunks read as 0
         and file["pooled"].dtype == np.float32  # type: ignore[union-attr]
         and file["key"].dtype == np.uint8  # type: ignore[union-attr]
         and file["view"].dtype == np.int64  # type: ignore[union-attr]
@@ -368,7 +371,7 @@ def _plain_shape(file: h5py.File, name: str, ndim: int, path: Path) -> tuple[int
     dataset = file.get(name) if isinstance(link, h5py.HardLink) else None
     plain = isinstance(dataset, h5py.Dataset) and not dataset.external and not dataset.is_virtual
     plain = plain and dataset.chunks is not None and dataset.fletcher32  # type: ignore[union-attr]
-    # A chunk is unpacked whole: one far larger than what is in it would take gigabytes.
+    # HDF5 decompresses whole chunks: a chunk far larger than the dataset could take gigabytes of memory.
     plain = plain and math.prod(dataset.chunks) * dataset.dtype.itemsize <= MAX_ROW_BYTES  # type: ignore
     if not plain or dataset.ndim != ndim:  # type: ignore[union-attr]
         raise ShardDamagedError(path, f"has no plain dataset {name!r}")

@@ -1,8 +1,8 @@
-"""The feature cache: a folder of feature spaces, each a folder of shards, and the index beside them.
+"""The feature cache (`Cache`): a folder of feature spaces (`FeatureSpace`), each with its shards, and one index.
 
-<root>/<space>/space.json        the full spec and who made it
+<root>/<space>/space.json        the full spec, and the program and versions that made it
 <root>/<space>/shards/<hash>.h5
-<root>/cache.db                  or wherever ICEBOX_INDEX says
+<root>/cache.db                  the index, or the file named by ICEBOX_INDEX
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from pipeline.core.spec import Augmentation, FeatureRequest, FeatureSpec
 logger = logging.getLogger(__name__)
 
 GONE = "is gone from the disk"
-MOST_DESCRIPTION = 2**20  # bytes of a space.json; ours have about 1,000
+MOST_DESCRIPTION = 2**20  # bytes of a space.json at most; those of Icebox have about 1,000
 _SHARD_NAME = re.compile(r"[0-9a-f]{64}\.h5")
 
 
 @dataclass(frozen=True)
 class SpaceTotals:
-    """How much a space holds."""
+    """The numbers of shards, rows and bytes in a space."""
 
     shards: int
     rows: int
@@ -50,7 +50,7 @@ class SpaceTotals:
 
     @property
     def bytes_per_row(self) -> int | None:
-        """Bytes on disk over rows; None without rows."""
+        """Bytes on disk per row; None if the space has no row."""
         return round(self.bytes / self.rows) if self.rows else None
 
 
@@ -74,19 +74,19 @@ class FeatureSpace:
         return self.path.name
 
     def sync(self) -> None:
-        """Make the index agree with the shards on disk: adopt the unknown, note the damaged and the vanished.
+        """Update the index from the shards on disk: add unlisted shards, mark damaged and deleted ones.
 
-        A shard is adopted if its bytes hash to its name; one known by name and size needs no second look. Rows
-        of all others count as missing.
+        A shard is added if the sha256 of its bytes is its name. A listed shard of unchanged size is not read again.
+        Rows of all other shards count as missing.
         """
-        with shared(self.path / ".reading"):  # nobody removes a shard between the look at the folder and at the file
-            # In this order: a shard published in between is then met as unknown, not taken for vanished.
+        with shared(self.path / ".reading"):  # no process removes a shard between listing the folder and reading it
+            # The index is read first: a shard published in between is then unlisted, not mistaken for a deleted one.
             known = self.index.shards(self.name)
             sizes = {name.removesuffix(".h5"): stat.st_size for name, stat in self.shard_files().items()}
             changed = {name for name, size in sizes.items() if name in known and known[name].bytes != size}
             good = {name for name, record in known.items() if record.state == "good"}
             gone = sorted(good - sizes.keys())
-            for name in gone:  # first: if another machine's `gc` put its rows elsewhere, adopting that settles it
+            for name in gone:  # before adding: shards that another machine's `gc` repacked replace the lost rows
                 self.index.mark_shard(self.name, name, known[name].bytes, "bad", GONE)
             self._adopt(sorted(sizes.keys() - (good - changed)), known)
             left = self.index.shards(self.name) if gone else {}
@@ -95,18 +95,18 @@ class FeatureSpace:
                     self._warn(known[name], GONE)
 
     def shard_files(self) -> dict[str, os.stat_result]:
-        """Return name → stat of the files in the shards' folder that are named as shards are."""
+        """Return file name → stat of the files in the shards' folder that have the name of a shard."""
         found = files.list_files(self.shards)
         return {name: stat for name, stat in found.items() if _SHARD_NAME.fullmatch(name)}
 
     def examine(self, name: str) -> ShardInfo:
-        """Return keys and views of a shard, every byte of it checked. Raises ShardDamagedError."""
+        """Return the keys and views of a shard after checking every byte. Raises ShardDamagedError."""
         path = self.shard_path(name)
         check_bytes(path)
         return read_info(path, self.spec)
 
     def check_row_shape(self, info: ShardInfo) -> None:
-        """Raise ShardDamagedError if a shard's rows are of another shape than those of this space."""
+        """Raise ShardDamagedError if a shard's rows have another shape than those of this space."""
         self._row_shape = self._row_shape or self._described_shape() or self._usual_shape() or info.row_shape
         if self._row_shape != info.row_shape:
             found, expected = ("x".join(map(str, shape)) for shape in (info.row_shape, self._row_shape))
@@ -120,11 +120,11 @@ class FeatureSpace:
         return tuple(stored) if plain and stored else None
 
     def _usual_shape(self) -> tuple[int, ...] | None:
-        """Return the shape of the rows of most shards: one that somebody laid beside them must not outlaw the rest."""
+        """Return the row shape of most shards: a foreign shard in the folder must not make the others look damaged."""
         good = [record.name for record in self.index.shards(self.name).values() if record.state == "good"]
         found = Counter[tuple[int, ...]]()
         for name in good or [name.removesuffix(".h5") for name in self.shard_files()]:
-            with suppress(CacheError):  # a damaged one tells nothing; it is met on its own
+            with suppress(CacheError):  # a damaged shard does not count here; it is reported when it is read
                 found[row_layout(self.shard_path(name), "features")[0]] += 1
         return found.most_common(1)[0][0] if found else None
 
@@ -171,68 +171,68 @@ class FeatureSpace:
         return SpaceTotals(*self.index.totals(self.name))
 
     def locate(self, keys: Sequence[bytes], views: Sequence[int] | None = None) -> RowLocations:
-        """Return where each key is stored, in its one of `views`, by default the plain one."""
+        """Return where the row of each key is stored; `views` names a view for each key, by default the plain one."""
         return self.index.locate(self.name, keys, views)
 
     def has_rows(self, digests: np.ndarray, at: np.ndarray, view: int) -> np.ndarray:
-        """Return whether the keys `digests[at]` have a row in one view, (m,) bool.
+        """Return for each key of `digests[at]` whether it has a row in `view`, (m,) bool.
 
-        `digests` is (n, 32) uint8, and `at` (m,) int64 must be in the order of the keys.
+        `digests` is (n, 32) uint8. `at` is (m,) int64 and must list the keys in ascending order.
         """
         return self.index.has_rows(self.name, digests, at, view)
 
     @contextmanager
     def lock(self, on_wait: Callable[[str], None]) -> Iterator[None]:
-        """Be the only writer of this space; on entry what others wrote meanwhile is known."""
+        """Hold the space as its only writer. On entry the index is synchronised with shards that others wrote."""
         with exclusive(self.path / ".lock", on_wait):
-            files.make_folder(self.shards)  # what copies a cache may leave empty folders out
+            files.make_folder(self.shards)  # a program that copied the cache may have left out empty folders
             self.sync()
             yield
 
     def require_writable(self) -> None:
-        """Raise CacheError unless rows can be added and noted. Not for `gc`, which makes room on a full disk."""
+        """Raise CacheError unless shards and index can be written. `gc` skips this: it must work on a full disk."""
         files.require_writable(self.shards)
         self.index.require_writable()
 
     def remove_leftovers(self) -> None:
-        """Remove what killed writers left behind. Only the holder of `lock` may call this."""
-        if without_locks():  # somebody may be writing them
+        """Remove the partial files of killed writers. Call this only while holding `lock`."""
+        if without_locks():  # another process may be writing them
             return
         files.remove_partials(self.shards)
         files.remove_partials(self.path)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Keep `gc` from removing shards that are being read; on entry the index knows what there is."""
+        """Keep `gc` from removing shards while they are read. On entry the index is synchronised with the disk."""
         with shared(self.path / ".reading"):
             self.sync()
             yield
 
     @contextmanager
     def removing(self, on_wait: Callable[[str], None]) -> Iterator[None]:
-        """Wait until nobody reads, and keep readers out. Only the holder of `lock` may call this."""
+        """Wait until no process reads, and keep readers out. Call this only while holding `lock`."""
         with exclusive(self.path / ".reading", on_wait, needed=True):
             yield
 
     def recipes(self) -> dict[int, Augmentation | None]:
-        """Return the number of each view in this space → how it is made, None being the plain image.
+        """Return view number → augmentation, for each view in this space; None is the plain image.
 
-        Views that another version made by other means are left out.
+        Views of another augmentation policy, as of another version of Icebox, are left out.
         """
         found: dict[int, Augmentation | None] = {0: None}
         for shard, view in self.index.views(self.name):
             if view not in found:
                 about = read_recipes(self.shard_path(shard))[view]
-                with suppress(ValueError, KeyError, TypeError):  # it may be anything that is JSON
+                with suppress(ValueError, KeyError, TypeError):  # the stored description may be any JSON value
                     found[view] = Augmentation.from_view(about, view)
         return found
 
     def write(self, rows: Rows) -> ShardInfo:
-        """Publish `rows` as a shard. Touches no database, so any thread or machine may call it."""
+        """Publish `rows` as a shard. Any thread or machine may call this, as the index is not used."""
         return write_shard(self.shards, rows, self.spec)
 
     def register(self, info: ShardInfo) -> None:
-        """Make a published shard's rows known to the index."""
+        """Add a published shard and its rows to the index."""
         self.index.add_shard(self.name, info)
 
     def read(self, keys: Sequence[bytes], dataset: str) -> np.ndarray:
@@ -256,7 +256,7 @@ class FeatureSpace:
             raise MissingRowsError(f"{lost:,} of {len(located.found):,} rows are not in {self.name}; run `features`")
 
     def reader(self, dataset: str) -> ShardReader:
-        """Return a reader of one dataset of this space's shards."""
+        """Return a reader of `dataset`, "features" or "pooled", from this space's shards."""
         names = {record.id: name for name, record in self.index.shards(self.name).items()}
         return ShardReader(self.shards, names, dataset)
 
@@ -273,7 +273,7 @@ def _finite(text: str) -> float:
 
 
 def is_lost(folder: Path) -> bool:
-    """Return whether a folder was a space, and holds shards, but has lost its description."""
+    """Return whether a folder holds shards but no space.json."""
     described = files.exists(folder / "space.json")
     return not described and not all(map(files.is_partial, files.list_files(folder / "shards")))
 
@@ -289,7 +289,7 @@ class Cache:
 
     @cached_property
     def index(self) -> Index:
-        """The index, opened, or made, when it is first needed: a command that only lists leaves no cache behind."""
+        """The index, opened or created at first use, so that a command that only lists creates no file."""
         return Index(self.index_path, self._index_of)
 
     def close(self) -> None:
@@ -302,7 +302,7 @@ class Cache:
         return [name for name in files.list_folders(self.root) if files.exists(self.root / name / "space.json")]
 
     def spaces(self) -> list[FeatureSpace]:
-        """Return every space on disk that can be opened; of the others it is said why not."""
+        """Return every space on disk that can be opened; a warning gives the reason for each other one."""
         found = []
         for name in files.list_folders(self.root):
             if is_lost(self.root / name):
@@ -318,12 +318,12 @@ class Cache:
         return found
 
     def open(self, name: str, *, sync: bool = True) -> FeatureSpace:
-        """Return the space in folder `name`; with `sync`, after a look at which shards there are.
+        """Return the space in folder `name`; with `sync`, update its index from the shards on disk first.
 
         Raises
         ------
         SpecError
-            If there is none, or its description is not one this version reads.
+            If there is no such space, or this version cannot read its space.json.
         """
         path = self.root / name
         if name not in self.names():
@@ -347,40 +347,40 @@ class Cache:
         return space
 
     def create(self, spec: FeatureSpec, made_by: Mapping[str, Any]) -> FeatureSpace:
-        """Return the space of `spec`, made now unless it is on disk already.
+        """Return the space of `spec`, creating it unless it is on disk already.
 
         Raises
         ------
         SpecError
-            If the folder of that name holds another spec: the whole spec is compared, not its hash.
+            If the folder of that name holds another spec. The whole spec is compared, not its hash.
         CacheError
-            If it cannot be written.
+            If the folder cannot be written.
         """
         path = self.root / spec.directory
         if not files.exists(path / "space.json"):
             try:
                 files.make_folder(path / "shards")
-                with exclusive(path / ".lock", lambda holder: None):  # leftovers are removed by whoever holds it
+                with exclusive(path / ".lock", lambda holder: None):  # a holder of this lock removes partial files
                     self.describe(path, spec, made_by)
             except CacheError:
                 raise
             except OSError as error:
                 raise CacheError(f"{path} cannot be written ({error}); make room, or see its permissions") from error
         space = self.open(spec.directory)
-        if space.spec != spec:  # two specs under one hash
+        if space.spec != spec:  # two specs have the same hash
             raise SpecError(f"{path} holds another feature space; move it away")
         return space
 
     def describe(self, path: Path, spec: FeatureSpec, made_by: Mapping[str, Any]) -> None:
-        """Write the description of the space in folder `path`."""
+        """Write space.json, the description of the space in folder `path`."""
         text = json.dumps({"spec": spec.to_dict(), "made_by": dict(made_by)}, indent=1)
         files.write_whole(path / "space.json", text.encode())
 
     def choose(self, request: FeatureRequest, keys: Keys, views: Sequence[int] = (0,)) -> FeatureSpace | None:
-        """Return the space that agrees with all stated fields and holds most of `keys` in `views`; None if none does.
+        """Return the space that matches `request` and has the most rows of `keys` in `views`; None if none has any.
 
-        Rows in shards that are damaged count only where no space has whole ones. Among equals trained weights come
-        before untrained ones, then the name decides.
+        Rows in damaged shards count only if two spaces have equally many rows in good shards. After that, trained
+        weights come before untrained ones, then the first name wins.
         """
         agreeing = [space for space in self.spaces() if not request.differences(space.spec)]
         if not agreeing:
@@ -390,7 +390,7 @@ class Cache:
         for space in agreeing:
             if len(agreeing) > 1:
                 found = sum(int(space.has_rows(keys.digests, first, view).sum()) for view in views)
-            else:  # as a rule: one row is enough
+            else:  # the usual case: with one candidate, one row is enough
                 found = any(self.index.has_any(space.name, keys.digests, first, view) for view in views)
             lost = sum(self.index.count_lost(space.name, keys.digests, first, view) for view in views)
             rank = (found, lost, not space.spec.untrained)

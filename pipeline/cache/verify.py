@@ -1,7 +1,7 @@
-"""Is the cache what it was when it was written? Looks at every shard, compares, names what is wrong, moves it aside.
+"""Check the cache for damage (`cache verify`): report every problem, and with `repair` move damaged shards aside.
 
-Quick: names, layouts, row counts, keys, and the index against the shards. With `sample` above 0 that share of the
-shards is read to the last byte: a shard is named by the hash of its bytes, so nothing that changed escapes.
+Each shard's name, layout, number of rows and keys are checked, and the index is compared with the shards. With
+`sample` above 0, that share of the shards is read completely: a shard is named by its sha256, so any change is found.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ASIDE = "aside"  # the folder in a space where damaged shards are moved
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong, what it costs in rows, and whether it was mended."""
+    """A problem of one file, the number of rows that it affects, and whether it was repaired."""
 
     path: Path
     problem: str
@@ -42,26 +42,26 @@ class Problem:
 
 @dataclass
 class Verification:
-    """What was looked at, and what was found."""
+    """The numbers of spaces, shards, rows and bytes that were checked, and the problems that were found."""
 
     spaces: int = 0
     shards: int = 0
     rows: int = 0
     bytes: int = 0
-    bytes_read: int = 0  # in shards read to the last byte
+    bytes_read: int = 0  # size of the shards that were read completely
     problems: list[Problem] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong any more."""
+        """Whether no problem was found, or all were repaired."""
         return all(problem.repaired for problem in self.problems)
 
 
 def verify(cache: Cache, *, space: str | None = None, sample: float = 0.0, repair: bool = False) -> Verification:
-    """Check all spaces, or one; the share `sample` of each space's shards, 0 to 1, is read to the last byte.
+    """Check all spaces, or one; the share `sample` (0 to 1) of each space's shards is read completely.
 
-    With `repair` damaged shards are moved aside, their rows counting as missing from then on; an index that
-    disagrees with sound shards is put right; a lost space.json is written again from what the shards say.
+    With `repair`, damaged shards are moved aside, and their rows count as missing from then on. An index that
+    disagrees with undamaged shards is corrected. A lost space.json is written again from the spec in the shards.
 
     Raises
     ------
@@ -86,13 +86,13 @@ def _waiting(holder: str) -> None:
 def _check_index(cache: Cache, done: Verification) -> None:
     try:
         cache.index.check()
-    except IndexDamagedError as error:  # every command mends this by itself, so this one does too
+    except IndexDamagedError as error:  # repaired even without `repair`, as every command does that
         cache.index.renew(error)
         done.problems.append(Problem(error.path, error.reason, repaired=True))
 
 
 def _folders(cache: Cache, space: str | None) -> list[str]:
-    """Return the folders that are spaces, or were: one without its description still has its shards."""
+    """Return the folders of spaces, also of those that have shards but have lost their space.json."""
     names = [name for name in files.list_folders(cache.root) if _holds_something(cache.root / name)]
     if space is None:
         return names
@@ -102,7 +102,7 @@ def _folders(cache: Cache, space: str | None) -> list[str]:
 
 
 def _holds_something(folder: Path) -> bool:
-    """Return whether a folder is more than what is left if its maker was killed before it described the space."""
+    """Return whether a folder has a space.json or shards; a process killed while creating a space leaves neither."""
     return files.exists(folder / "space.json") or is_lost(folder)
 
 
@@ -119,7 +119,7 @@ def _open(cache: Cache, name: str, repair: bool, done: Verification) -> FeatureS
 
 
 def _may_be_replaced(path: Path) -> bool:
-    """Return whether a description is gone, or can be read and is no good: one without permission may be whole."""
+    """Return whether space.json is missing, or readable and so damaged; without read permission it may be sound."""
     try:
         files.read_small(path, MOST_DESCRIPTION)
     except FileNotFoundError:
@@ -130,7 +130,7 @@ def _may_be_replaced(path: Path) -> bool:
 
 
 def _describe_again(cache: Cache, path: Path) -> bool:
-    """Write space.json from what a shard says of its space; return whether one did."""
+    """Write space.json from the spec stored in a shard; return whether a shard with a matching spec was found."""
     for name in files.list_files(path / "shards"):
         try:
             spec = read_spec(path / "shards" / name)
@@ -153,13 +153,13 @@ class _Space:
         self._done = done
 
     def check(self) -> None:
-        # The index first: a shard published in between is then merely unknown, which is no fault.
+        # The index is read first: a shard published in between is then only unlisted, which is no problem.
         known = self._index.shards(self._space.name)
         shards = self._space.shard_files()
         self._foreign(files.list_entries(self._space.shards) - shards.keys())
         sizes = {name.removesuffix(".h5"): stat.st_size for name, stat in shards.items()}
         if sizes.keys() - known.keys() and known.keys() - sizes.keys():
-            # Another machine may have repacked shards, by an index of its own: then no row is lost.
+            # Another machine with its own index may have repacked shards: then no row is lost.
             self._space.sync()
             known = self._index.shards(self._space.name)
         self._done.spaces += 1
@@ -203,7 +203,7 @@ class _Space:
             except ShardDamagedError as error:
                 result = error
         if isinstance(result, CacheError):
-            if files.exists(path) or self._still_good(name):  # else `gc` removed it meanwhile
+            if files.exists(path) or self._still_good(name):  # otherwise `gc` has removed the shard meanwhile
                 self._report(Problem(path, _reason(result), rows), name, is_damage=_is_damage(result))
             return
         self._done.shards += 1
@@ -211,7 +211,7 @@ class _Space:
         self._done.bytes += size
         if record is None or record.state != "good" or self._agrees(record, result):
             return
-        # One of the two is wrong: its bytes tell whether it is the shard.
+        # The index or the shard is wrong; the sha256 of the shard decides.
         if isinstance(again := self._examined(name, to_read=True), CacheError):
             self._report(Problem(path, _reason(again), rows), name)
         elif self._still_good(name):
@@ -235,7 +235,7 @@ class _Space:
     def _gone(self, known: Mapping[str, ShardRecord], present: Iterable[str]) -> None:
         missing = [record for record in known.values() if record.state != "settled" and record.name not in present]
         for record in missing:
-            if record.name in self._index.shards(self._space.name):  # else `gc` removed it meanwhile
+            if record.name in self._index.shards(self._space.name):  # otherwise `gc` has removed the shard meanwhile
                 self._report(Problem(self._space.shard_path(record.name), GONE, record.rows), record.name)
 
     def _still_good(self, name: str) -> bool:
@@ -243,9 +243,9 @@ class _Space:
         return record is not None and record.state == "good"
 
     def _report(self, problem: Problem, shard: str | None = None, *, is_damage: bool = True) -> None:
-        """Note a problem of a file; with `repair`, move the file aside and let its rows count as missing.
+        """Record a problem of a file; with `repair`, move the file aside, so that its rows count as missing.
 
-        One that merely cannot be read, for want of permission say, is left where it is.
+        A file that may be sound but cannot be read, for example without permission, is left where it is.
         """
         repair = self._repair and is_damage
         if repair:
@@ -266,7 +266,7 @@ class _Space:
 
 
 def _is_damage(error: CacheError) -> bool:
-    """Return whether a shard is no good: what it holds is wrong, or the disk does not give it back."""
+    """Return whether a shard is damaged: its content is wrong, or the disk fails to read it."""
     return isinstance(error, ShardDamagedError) or (isinstance(error, ShardUnreadableError) and error.from_disk)
 
 

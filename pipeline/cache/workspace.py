@@ -1,4 +1,4 @@
-"""Where things lie under the data directory, opened once and handed to every stage."""
+"""The data directory: the paths of its folders and its open cache, passed to every stage."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pipeline.core.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Workspace:
-    """The data directory: cache/, runs/, sweeps/ and downloads/, and how progress is reported.
+    """The data directory, with cache/, runs/, sweeps/ and downloads/, and the way progress is reported.
 
-    `program` is how the command line is called on it, for what is to be typed next.
+    `program` is the command line that starts Icebox on this directory; messages suggest commands with it.
     """
 
     root: Path
@@ -25,22 +25,22 @@ class Workspace:
     program: Sequence[str] = ("python", "cli.py")
 
     def command(self, name: str) -> str:
-        """Return what is to be typed for a command."""
+        """Return the shell command line that starts the command `name`."""
         return shlex.join([*self.program, name])
 
     @property
     def runs(self) -> Path:
-        """Where run directories are published."""
+        """The folder of published runs."""
         return self.root / "runs"
 
     @property
     def sweeps(self) -> Path:
-        """Where sweeps are published."""
+        """The folder of published sweeps."""
         return self.root / "sweeps"
 
     @property
     def downloads(self) -> Path:
-        """Where weights and archives are kept."""
+        """The folder of downloaded weights and archives."""
         return self.root / "downloads"
 
 
@@ -48,6 +48,6 @@ class Workspace:
 def open_workspace(
     root: Path, progress: Progress = silent, program: Sequence[str] = Workspace.program
 ) -> Iterator[Workspace]:
-    """Open the data directory `root`; what it lacks is made when it is needed."""
+    """Open the data directory `root`; missing folders and files are created when they are needed."""
     with closing(Cache(root / "cache", progress)) as cache:
         yield Workspace(root, cache, progress, program)

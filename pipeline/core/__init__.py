@@ -1,5 +1,5 @@
-"""What every package needs: errors, the specs of what was chosen, files, locks, hashing, the machine, progress.
+"""Modules that every other package uses: errors, specs, files, locks, hashing, the machine, progress.
 
-`spec` has the frozen dataclasses that decide a feature's value or a head's training, and their canonical JSON;
-`files` has every file-system call, and writes aside, makes durable and renames.
+`spec` has the frozen dataclasses of the settings that decide a feature's value or a head's training, and their
+canonical JSON. `files` has all file-system calls, with atomic writes.
 """

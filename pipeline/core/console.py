@@ -1,4 +1,7 @@
-"""What people read: notices, progress with time left, and short tables, all on stderr."""
+"""Text output for users, on stderr: notices, progress bars with the remaining time, and short tables.
+
+The JSON object of a command is the one output to stdout.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ from pipeline.core.units import duration
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-_LINE_EVERY_S = 10.0  # without a terminal a line now and then stands in for the bar
+_LINE_EVERY_S = 10.0  # without a terminal, a line at this interval replaces the bar
 _LEAST_TITLE, _BESIDE_TITLE = 16, 44  # characters
-_LEAST_COLUMNS = 3  # of a table, however narrow the terminal
+_LEAST_COLUMNS = 3  # columns of a table that are always shown, even on a narrow terminal
 
 
 def begin(*, quiet: bool = False) -> None:
-    """Let the library's notices reach the console, warnings standing out; if `quiet`, nothing but warnings."""
+    """Print the library's log messages to the console, warnings in yellow; with `quiet`, only warnings."""
     console.quiet = quiet
     logger = logging.getLogger("pipeline")
     logger.handlers[:] = [_ConsoleHandler()]
@@ -42,7 +45,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = record.levelno >= logging.WARNING
-        if warning and record.getMessage() in self._said:  # met again on the way; once is enough
+        if warning and record.getMessage() in self._said:  # each warning is printed once
             return
         self._said.add(record.getMessage())
         if warning:
@@ -53,13 +56,13 @@ class _ConsoleHandler(logging.Handler):
 
 @contextmanager
 def progress(title: str, total: int, unit: str = "images") -> Iterator[Advance]:
-    """Show a phase as a bar with rate and time left; where there can be none, as a line every ten seconds."""
+    """Show a phase as a bar with rate and remaining time, or without a terminal as a line every ten seconds."""
     with (_bar if _shows_bars() else _lines)(title, total, unit) as advance:
         yield advance
 
 
 def _shows_bars() -> bool:
-    """Return whether bars can be shown: on a terminal, and in a notebook that has widgets."""
+    """Return whether bars can be shown: on a terminal, and in a notebook with ipywidgets."""
     if console.is_jupyter:
         return importlib.util.find_spec("ipywidgets") is not None
     return console.is_terminal
@@ -89,7 +92,7 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Advance]:
 
 
 def _shortened(title: str) -> str:
-    """Return a bar's title such that numbers, rate and time left have room beside it, and a little of the bar."""
+    """Return `title`, cut to leave room for numbers, rate, remaining time and some of the bar."""
     most = max(_LEAST_TITLE, console.width - _BESIDE_TITLE)
     return title if len(title) <= most else f"{title[: most - 1]}…"
 
@@ -127,10 +130,10 @@ def _lines(title: str, total: int, unit: str) -> Iterator[Advance]:
 
 
 def table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> None:
-    """Print rows under headers, names whole so that they can be copied.
+    """Print rows under headers. Cells are never cut, so that names can be copied.
 
-    On a terminal that is too narrow the last columns are left out, which is said; those that tell most stand first.
-    Without rows nothing is printed.
+    On a terminal that is too narrow, the last columns are left out, and a line names them; put the most important
+    columns first. Without rows nothing is printed.
     """
     lines = [list(headers), *([_text(cell) for cell in row] for row in rows)]
     if len(lines) == 1:
@@ -145,7 +148,7 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> None:
 
 
 def insert_column(rows: list[list[object]], headers: list[str], at: int, header: str, values: Sequence[object]) -> None:
-    """Put a column in front of column `at` of a table, unless all its values are the same."""
+    """Insert a column before column `at` of a table, unless all its values are equal."""
     if len(set(values)) > 1:
         headers.insert(at, header)
         for row, value in zip(rows, values, strict=True):
@@ -160,29 +163,32 @@ def _columns_that_fit(widths: Sequence[int]) -> int:
 
 
 def pairs(values: Mapping[str, object]) -> None:
-    """Print names and values, a line each."""
+    """Print each name with its value on a line."""
     columns = max(map(width, values), default=0)
     for name, value in values.items():
         say(f"{padded(name, columns)}  {_text(value)}")
 
 
 def width(text: str) -> int:
-    """Return how many columns `say` prints it in: letters of some scripts take two, what is spelt out takes more."""
+    """Return how many terminal columns `text` takes when printed by `say`.
+
+    Characters of some scripts take two columns; unprintable characters are escaped, and take more.
+    """
     return cell_len(_spelt_out(text))
 
 
 def padded(text: str, columns: int) -> str:
-    """Return text that is printed in so many columns, if it does not take more."""
+    """Return `text` padded with spaces to `columns` terminal columns; longer text is returned unchanged."""
     return text + " " * (columns - width(text))
 
 
 def say(text: str, style: str | None = None) -> None:
-    """Print one line; what a file's name may hold beside letters, line breaks and escapes, is spelt out."""
+    """Print one line. Unprintable characters, such as line breaks in file names, are escaped."""
     console.print(_spelt_out(text), style=style, markup=False)
 
 
 def warn(text: str) -> None:
-    """Print one line that stands out, even where the rest is kept quiet."""
+    """Print one line in yellow, also if `begin` was called with `quiet`."""
     shown = Console(stderr=True, highlight=False, soft_wrap=True) if console.quiet else console
     shown.print(_spelt_out(text), style="yellow", markup=False)
 
@@ -192,7 +198,7 @@ def _spelt_out(text: str) -> str:
 
 
 def age(moment: str | None) -> str:
-    """Return how long ago an ISO 8601 time was, as people say it; "" for none or one that cannot be read."""
+    """Return how long ago an ISO 8601 time was, as "3 days ago"; "" for None or an invalid time."""
     from datetime import UTC, datetime
 
     try:
@@ -207,12 +213,12 @@ def age(moment: str | None) -> str:
 
 
 def interval(ends: Sequence[float]) -> str:
-    """Return the ends of an interval of probabilities, in one cell."""
+    """Return the two ends of an interval of probabilities as "0.912 … 0.947"."""
     return " … ".join(f"{end:.3f}" for end in ends)
 
 
 def emit_json(value: Mapping[str, Any]) -> None:
-    """Print the one JSON object of a command to stdout."""
+    """Print the JSON object of a command to stdout."""
     json.dump(value, sys.stdout, ensure_ascii=True, allow_nan=False)
     sys.stdout.write("\n")
     sys.stdout.flush()

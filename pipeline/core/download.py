@@ -1,4 +1,4 @@
-"""One published file, fetched once and checked by its hash, with progress."""
+"""Download a published file once, check its hash, and report progress."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _TIMEOUT_S = 30
 
 
 def fetch(url: str, known_hash: str | None, folder: Path, progress: Progress, name: str | None = None) -> Path:
-    """Return the file at `url` in `folder`, downloaded if it is not there or not what `known_hash` says.
+    """Return the path of the file at `url` in `folder`, downloading it if it is missing or has another hash.
 
-    pooch downloads under a temporary name and checks "<algorithm>:<hex digits>" before the file gets its own, `name`,
-    by default the last part of `url`. Without a `known_hash` any file that is there, or comes, is taken.
+    pooch downloads to a temporary name and checks `known_hash`, "<algorithm>:<hex digits>". Then the file gets its
+    final name `name`, by default the last part of `url`. If `known_hash` is None, any content is accepted.
 
     Raises
     ------
     OSError, ValueError
-        If it cannot be downloaded, or is another file than was published; `cause` makes one line of it.
+        If the download fails, or the file has another hash; `cause` returns the reason on one line.
     """
     import pooch
 
@@ -42,7 +42,7 @@ def fetch(url: str, known_hash: str | None, folder: Path, progress: Progress, na
 
 
 def _open_to_others(path: Path) -> None:
-    """Give a file the permissions that the umask leaves: pooch's temporary ones are their owner's alone."""
+    """Give a file the permissions of the umask: pooch's temporary files can be read by their owner only."""
     usual = path.with_name(f".{path.name}-{os.getpid()}")
     usual.touch()
     path.chmod(stat.S_IMODE(usual.stat().st_mode))
@@ -50,7 +50,7 @@ def _open_to_others(path: Path) -> None:
 
 
 def cause(error: Exception) -> str:
-    """Return the innermost cause on one line: network libraries wrap it several times over."""
+    """Return the innermost cause of an error on one line: network libraries wrap it several times."""
     inner: BaseException = error
     while inner.__cause__ or inner.__context__:
         inner = inner.__cause__ or inner.__context__  # type: ignore[assignment]
@@ -58,7 +58,10 @@ def cause(error: Exception) -> str:
 
 
 class _Bar:
-    """What pooch calls while it downloads; in the end it starts over and reports the whole once more."""
+    """Progress bar with the interface that pooch expects.
+
+    At the end pooch calls `reset` and reports all bytes once more; the repetition is ignored.
+    """
 
     def __init__(self, title: str, progress: Progress) -> None:
         self.total = 0  # set by pooch, in bytes, when the server has answered
@@ -80,7 +83,7 @@ class _Bar:
             self._advance(some)
 
     def reset(self) -> None:
-        """Ignore it: what was reported stays reported."""
+        """Do nothing: the reported progress is kept."""
 
     def close(self) -> None:
         if self._phase is not None:

@@ -1,7 +1,7 @@
-"""Variables of the environment that decide numbers in the libraries below: taken away before these read them.
+"""Remove environment variables that change the results of TensorFlow, OpenCV, NumPy or HDF5 before these load.
 
-What decides a feature or a head is asked for by options and is recorded; a variable that somebody's shell sets for
-another program is neither. Those that say how much of the machine may be used, where files lie and what is logged stay.
+Everything that decides a feature or a head is an option, and is recorded. A variable set for another program is
+neither, so it must not have an effect. Variables for resources, file locations and logging are kept.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import warnings
 
 logger = logging.getLogger(__name__)
 
-# By library. Terraform's begin with TF_ too; OPENBLAS_CORETYPE stays, which says what the processor is where OpenBLAS
-# cannot see it. docs/configuration.md has the list for people.
+# Patterns of the variables, by library. TF_ alone is no pattern, as Terraform's variables begin with TF_ too.
+# OPENBLAS_CORETYPE is kept: it names the processor where OpenBLAS cannot detect it. docs/configuration.md has the list.
 _DECIDING = {
     "tensorflow": re.compile(
         r"TF_(ENABLE|DISABLE|USE|SET|ONEDNN|MKL_OPTIMIZE|XLA|JITRT|AUTO_MIXED|AUTOTUNE|MATMUL|CONV2D|FP16|CUDNN|CUBLAS|CUFFT"
@@ -27,20 +27,20 @@ _DECIDING = {
     "numpy": re.compile(r"NPY_\w+|SCIPY_ARRAY_API|SKLEARN_\w+"),
     "hdf5": re.compile(r"HDF5_(DRIVER|DRIVER_CONFIG|TEST_DRIVER|VOL_CONNECTOR|VDS_PREFIX|EXTFILE_PREFIX)|BLOSC_\w+"),
 }
-_OF_TENSORFLOW = {"TF2_BEHAVIOR": "1"}  # what it sets itself when it is imported, for programs that are started then
-_WHERE_CUDA_LIES = "--xla_gpu_cuda_data_dir"  # which XLA has no other variable for
-_taken: list[str] = []  # and not told yet
+_OF_TENSORFLOW = {"TF2_BEHAVIOR": "1"}  # set by TensorFlow's import, and so inherited by child processes
+_WHERE_CUDA_LIES = "--xla_gpu_cuda_data_dir"  # the XLA flag for the CUDA folder, which no other variable can set
+_taken: list[str] = []  # removed variables, as NAME=VALUE, that `tell` has not reported yet
 
 
 def isolate() -> None:
-    """Take away all of it, in a process of our own that has imported none of the libraries yet."""
+    """Remove all such variables, in a process of Icebox that has imported none of the libraries yet."""
     disregard(*_DECIDING)
     if any(option.startswith("error") for option in sys.warnoptions):
         _show_warnings()
 
 
 def disregard(*libraries: str) -> None:
-    """Take away what would decide numbers in libraries that this process has not imported yet."""
+    """Remove the variables that change results of `libraries`, which this process must not have imported yet."""
     for library in libraries:
         for name in [name for name in os.environ if _DECIDING[library].fullmatch(name)]:
             value = os.environ[name]
@@ -55,19 +55,19 @@ def disregard(*libraries: str) -> None:
 
 
 def allow_pixels(most: int) -> None:
-    """Let OpenCV, not imported yet, decode images of so many pixels: what `--max-pixels` says is the limit."""
-    os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(max(2**30, most))  # by itself it takes 2**30
+    """Raise OpenCV's limit for decoding to `most` pixels, the value of `--max-pixels`, before OpenCV is imported."""
+    os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(max(2**30, most))  # OpenCV's default is 2**30
 
 
 def tell() -> None:
-    """Say once what was taken away."""
+    """Log a warning with the removed variables, once."""
     if _taken:
         logger.warning("not heeded, as no variable decides numbers here: %s (docs/configuration.md)", ", ".join(_taken))
     _taken.clear()
 
 
 def _show_warnings() -> None:
-    """Show warnings as Python does by itself, here and in programs started from here: somebody made errors of them."""
+    """Reset Python's warnings to its defaults, here and in child processes, as the user has turned them into errors."""
     sys.warnoptions.clear()
     os.environ.pop("PYTHONWARNINGS", None)
     warnings.resetwarnings()

@@ -1,6 +1,6 @@
-"""What can go wrong, each kind also a built-in exception.
+"""The exceptions of Icebox, most of which also derive from a built-in exception.
 
-Every message says what was expected, what was found and what to do; the command line prints it as it is.
+Every message says what was expected, what was found and what to do. The command line prints it unchanged.
 """
 
 import difflib
@@ -11,14 +11,14 @@ from typing import Any
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return "; did you mean …?" with the one of `names` that is nearly `name`, or "" if none is."""
+    """Return "; did you mean …?" with the most similar of `names`, or "" if none is similar to `name`."""
     lower = {each.lower(): each for each in names}
     near = difflib.get_close_matches(name.lower(), lower, n=1)
     return f"; did you mean {lower[near[0]]}?" if near else ""
 
 
 def exhausted(error: BaseException) -> str | None:
-    """Return what ran out and what to do, if an error of Python or of a library says that; None if it is another."""
+    """Return which resource ran out and what to do, if `error` means that (memory, threads, open files); else None."""
     text = " ".join(str(error).split())[:200] or type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, FileNotFoundError) and "usable temporary directory" in text:
@@ -31,10 +31,10 @@ def exhausted(error: BaseException) -> str | None:
         return f"no more threads or processes may be started ({text}): {MORE_THREADS}"
     unmapped = isinstance(error, ImportError) and ("failed to map segment" in text or "allocate memory" in text)
     if isinstance(error, ImportError) and not unmapped and isinstance(error.__cause__, ImportError | MemoryError):
-        return exhausted(error.__cause__)  # some libraries put pages of advice before it
+        return exhausted(error.__cause__)  # some libraries wrap the cause in long general advice
     if isinstance(error, MemoryError) or number == errno.ENOMEM or unmapped:
         return f"there is no more memory ({text}): {MORE_MEMORY}"
-    if type(error).__name__ == "ResourceExhaustedError":  # TensorFlow's, which is not imported for this
+    if type(error).__name__ == "ResourceExhaustedError":  # TensorFlow's class, compared by name to avoid its import
         return f"there is no more memory for TensorFlow ({text}): a smaller --batch-size takes less; {MORE_MEMORY}"
     return None
 
@@ -44,40 +44,40 @@ MORE_THREADS = "end other programs of this user, or raise the limit (ulimit -u, 
 
 
 class IceboxError(Exception):
-    """Anything a person can mend: the command line prints its text on one line and exits with 1."""
+    """Base class of errors that the user can correct. The command line prints the text on one line and exits with 1."""
 
 
 class StoppedError(IceboxError):
-    """The program was told to stop: by Ctrl-C, or by a batch system. The text says what is kept, and how to go on."""
+    """The program was stopped by Ctrl-C or a batch system. The text says what is kept, and how to continue."""
 
     def __init__(self, stop: KeyboardInterrupt) -> None:
-        """Say what those who were interrupted noted on `stop`, each in a sentence without its end."""
+        """Make the text from the notes (PEP 678) that interrupted functions added to `stop`."""
         notes = getattr(stop, "__notes__", None) or ["to go on, run the same command again"]
         super().__init__("; ".join(["stopped", *notes]))
 
 
 class UsageError(IceboxError, ValueError):
-    """An option or argument that cannot be meant: the command line exits with 2."""
+    """An option or argument is not valid. The command line exits with 2."""
 
 
 class DoNotFitError(UsageError):
-    """More must be in memory than may be."""
+    """The requested data do not fit into the allowed memory."""
 
 
 class SpecError(IceboxError, ValueError):
-    """A feature space that is not the one asked for, or settings that contradict each other."""
+    """A feature space is not the requested one, or settings contradict each other."""
 
 
 class DatasetError(IceboxError, ValueError):
-    """A dataset that cannot be listed: no such folder, a malformed manifest, a wrong archive."""
+    """A dataset cannot be listed: the folder is missing, the manifest is malformed, or the archive is a wrong one."""
 
 
 class DecodeError(IceboxError, ValueError):
-    """Bytes that are not one whole image. The text is the reason alone, short enough for a table."""
+    """The bytes are not one complete image. The text is the reason only, short enough for a table."""
 
 
 class WeightsError(IceboxError, OSError):
-    """Weights that cannot be had, or do not fit the backbone."""
+    """Weights are not available, or do not fit the backbone."""
 
 
 class CacheError(IceboxError, OSError):
@@ -85,9 +85,10 @@ class CacheError(IceboxError, OSError):
 
 
 class IndexDamagedError(CacheError):
-    """The index cannot be read any more. `path` is the file, to be set aside; it is derived again.
+    """The index is damaged. The file `path` is moved aside, and a new index is derived from the shards.
 
-    `certain` if what it holds cannot be, though SQLite finds no fault; `foreign` if it may never have been one.
+    `certain` if the content is impossible although SQLite's check may pass; `foreign` if the file may never have been
+    an index of Icebox.
     """
 
     def __init__(self, path: Path, reason: str, *, certain: bool = False, foreign: bool = False) -> None:
@@ -100,7 +101,7 @@ class IndexDamagedError(CacheError):
 
 
 class ShardDamagedError(CacheError):
-    """A shard that is not to be read from. `problem` is what is wrong with it, without its path."""
+    """A shard is damaged and must not be read. `problem` describes the damage, without the path."""
 
     def __init__(self, path: Path, problem: str) -> None:
         self.path = path
@@ -110,9 +111,9 @@ class ShardDamagedError(CacheError):
 
 
 class ShardUnreadableError(CacheError):
-    """A shard that may be whole, but cannot be read. `problem` is why, without its path.
+    """A shard cannot be read, but may be undamaged. `problem` is the reason, without the path.
 
-    `from_disk` if the disk does not give it back; else permission is lacking, or there are too many open files.
+    `from_disk` if the disk failed (EIO). Other reasons are missing permission or too many open files.
     """
 
     def __init__(self, path: Path, reason: str, *, from_disk: bool) -> None:
@@ -123,25 +124,25 @@ class ShardUnreadableError(CacheError):
 
 
 class MissingRowsError(CacheError, LookupError):
-    """Features that were requested are not in the cache."""
+    """Requested features are not in the cache."""
 
 
 class MissingFeaturesError(MissingRowsError):
-    """Features of a dataset are not in the cache, and `features` computes them.
+    """Features of a dataset are not in the cache; `features` can compute them.
 
     Parameters
     ----------
     problem
-        What is missing, where.
+        Which features are missing, and where.
     lacking
-        Which of the requested feature spaces lack rows, as indices; 0 where there is one.
+        Indices of the requested feature spaces that lack rows; (0,) if only one was requested.
 
     Attributes
     ----------
     options
-        For each of `lacking` the options of `features` that compute the rows; set by `Icebox`.
+        For each of `lacking`, the options of `features` that compute the rows; set by `Icebox`.
     commands
-        The same as lines to type; set by the command line.
+        The same as shell commands; set by the command line.
     """
 
     def __init__(self, problem: str, lacking: Iterable[int] = (0,)) -> None:
@@ -161,22 +162,25 @@ class MissingFeaturesError(MissingRowsError):
 
 
 class MissingBackbonesError(MissingFeaturesError):
-    """Features of some of several backbones are not in the cache; what to do stands in `commands`, one a line."""
+    """Features of some of several backbones are not in the cache; `commands` lists the command for each of them."""
 
     def __str__(self) -> str:
         return self.problem
 
 
 class RunError(IceboxError, OSError):
-    """A run directory that cannot be written or read."""
+    """A run directory cannot be written or read."""
 
 
 class CheckpointError(RunError):
-    """What a stopped training left cannot be gone on with."""
+    """A stopped training cannot be resumed from its checkpoint."""
 
 
 class InterruptedComputationError(IceboxError):
-    """Whoever gave work out was lost, with nothing that was published. `recover` finds another, or raises why not."""
+    """The connection to the Dask scheduler was lost; published shards are kept.
+
+    Calling `recover` connects to another scheduler, or raises an error with the reason why that is not possible.
+    """
 
     def __init__(self, text: str, recover: Callable[[], None]) -> None:
         self.recover = recover
@@ -184,9 +188,12 @@ class InterruptedComputationError(IceboxError):
 
 
 class UnfitWorkerError(IceboxError):
-    """A process that was to compute lacks something or has another version of it; the text says what, not where."""
+    """A worker process lacks a file, a folder or a package, or has another version of it.
+
+    The text names the difference, not the worker.
+    """
 
 
 def read_failure(error: OSError) -> str:
-    """Return the reason to list for a file that could not be read; such a failure is never remembered."""
+    """Return the reason to list for a file that could not be read. Such failures are never stored in the index."""
     return f"cannot be read: {error.strerror or error}"

@@ -1,10 +1,10 @@
-"""Every file-system call of the cache, in one place; the runs make theirs here too.
+"""All file-system calls of the cache and of the runs, in one module: atomic writes, reads, listings, removals.
 
-A file appears under its final name only when it is whole and on the disk: written beside it under a
-temporary name, fsynced, renamed, and the directory fsynced after.
+A file gets its final name only when it is complete and on the disk. It is written to the same folder under a
+temporary name, fsynced and renamed, and then the folder is fsynced.
 
-HDF5 and SQLite call the system themselves; whoever lets them says so by `about_to`. So a test that sets
-`watcher` sees every step, and can make any of them fail, or kill the process just before it.
+HDF5 and SQLite make system calls themselves, so code that uses them calls `about_to` first. A test that sets
+`watcher` thus sees every step, and can make it fail or kill the process just before it.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from typing import Any, BinaryIO
 from pipeline.core.errors import CacheError, RunError
 
 _BLOCK = 2**20  # bytes that are read at once
-MOST_JSON_BYTES = 2**28  # of one file: what lists images or classes is written and read up to this
+MOST_JSON_BYTES = 2**28  # largest size of a JSON file with lists of images or classes, written or read
 PARTIAL_PREFIX = ".partial-"
-_BLOCK = 2**20  # written at a time: a full disk is met between two of them
+_BLOCK = 2**20  # bytes written at a time, so that a full disk is noticed between two blocks
 
-# Called with the kind of call and its path, before each; what it raises, the call raises.
+# Called before each file-system call, with the kind of call and its path. An exception from it stops the call.
 watcher: Callable[[str, Path], None] | None = None
 
 
 def about_to(call: str, path: Path) -> None:
-    """Announce a call. Everything in this module does; HDF5's and SQLite's callers do it for them."""
+    """Announce a file-system call to `watcher`. Callers of HDF5 and SQLite must do so too."""
     if watcher is not None:
         watcher(call, path)
 
 
 def partial_name(directory: Path, suffix: str = "") -> Path:
-    """Return a name in `directory` that nobody else uses; readers skip names with this prefix."""
+    """Return a unique temporary path in `directory`; readers skip names with the prefix `PARTIAL_PREFIX`."""
     return directory / f"{PARTIAL_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}{suffix}"
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder `path` and those above it, where they are missing."""
+    """Create the folder `path` and its missing parents. Raises CacheError if a file is in the way."""
     about_to("make folder", path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Write a new file; it is not durable before `publish`."""
+    """Write a new file, which must not exist; it is not durable before `publish`."""
     about_to("create", path)
     with path.open("xb", buffering=0) as file:
         rest = memoryview(data)
@@ -63,14 +63,14 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
 
 
 def make_file(path: Path) -> None:
-    """Make an empty file with the permissions that the umask leaves, unless there is one."""
+    """Create an empty file with the permissions of the umask, unless the file exists."""
     about_to("create", path)
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
 
 
 def require_writable(directory: Path) -> None:
-    """Raise CacheError unless files can be made in `directory`: known before anything is computed for it."""
+    """Raise CacheError unless files can be created in `directory`. Call this before computing results for it."""
     probe = partial_name(directory)
     try:
         write_file(probe, b"")
@@ -85,7 +85,7 @@ def require_writable(directory: Path) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Make the closed file `partial` durable and give it its final name, replacing any file there."""
+    """Make the closed file `partial` durable and rename it to `final`, replacing any file there."""
     fsync(partial)
     about_to("rename", final)
     partial.replace(final)
@@ -93,7 +93,7 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` to `path` such that a reader sees all of it or nothing of it."""
+    """Write `data` to `path` atomically: a reader sees the complete file or none."""
     partial = partial_name(path.parent)
     try:
         write_file(partial, data)
@@ -104,9 +104,9 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any, most: int = MOST_JSON_BYTES) -> None:
-    """Write readable JSON, the whole file or none. Raises RunError if nobody would read so large a file."""
+    """Write `value` as indented JSON, atomically. Raises RunError if the text has more than `most` bytes."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    content = text.encode("utf-8", "backslashreplace")  # a file name's odd byte, as JSON spells it
+    content = text.encode("utf-8", "backslashreplace")  # undecodable bytes in file names become JSON's \udcXX
     if len(content) > most:
         raise RunError(f"{path.name} would have {len(content):,} bytes; {most:,} are read at most")
     write_whole(path, content)
@@ -114,7 +114,7 @@ def write_json(path: Path, value: Any, most: int = MOST_JSON_BYTES) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Give a file to be written; on leaving without an error it replaces `path`, whole and durable."""
+    """Yield a file to write; on leaving without an error the file is made durable and replaces `path`."""
     partial = partial_name(path.parent)
     about_to("create", partial)
     try:
@@ -128,7 +128,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_small(path: Path, most: int) -> bytes:
-    """Return the content of a file of at most `most` bytes. Raises OSError also if it is larger."""
+    """Return the content of a file of at most `most` bytes. Raises OSError if it is larger or cannot be read."""
     about_to("read", path)
     with open_regular(path, os.O_RDONLY) as file:
         data = file.read(most + 1)
@@ -138,14 +138,14 @@ def read_small(path: Path, most: int) -> bytes:
 
 
 def try_to_read(path: Path) -> None:
-    """Read a little of a file. Raises OSError if that cannot be done."""
+    """Read one byte of a file. Raises OSError if it cannot be read."""
     with open_regular(path, os.O_RDONLY) as file:
         file.read(1)
 
 
 def open_regular(path: Path, flags: int) -> BinaryIO:
-    """Open a file, made if `flags` say so. Raises OSError if it is anything else: a pipe would be waited for."""
-    # Without O_NONBLOCK the opening of a pipe itself would wait.
+    """Open a regular file, unbuffered, with the `flags` of `os.open`. Raises OSError for pipes, devices and folders."""
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
     handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -154,7 +154,7 @@ def open_regular(path: Path, flags: int) -> BinaryIO:
 
 
 def exists(path: Path) -> bool:
-    """Return whether something is there, if only a link that leads nowhere. What may not be looked at is there."""
+    """Return whether `path` exists. A broken link counts as existing, and so does a path without permission."""
     about_to("look", path)
     try:
         path.lstat()
@@ -166,7 +166,7 @@ def exists(path: Path) -> bool:
 
 
 def size(path: Path) -> int:
-    """Return the bytes of a file."""
+    """Return the size of a file in bytes."""
     about_to("look", path)
     return path.stat().st_size
 
@@ -206,7 +206,7 @@ def list_files(directory: Path) -> dict[str, os.stat_result]:
 
 
 def list_entries(directory: Path) -> set[str]:
-    """Return the names of whatever lies in `directory`; empty if there is no such folder."""
+    """Return the names of all entries of `directory`, of any type; empty if there is no such folder."""
     about_to("list", directory)
     try:
         return {path.name for path in directory.iterdir()}
@@ -217,10 +217,10 @@ def list_entries(directory: Path) -> set[str]:
 def _stat(entry: os.DirEntry[str]) -> os.stat_result | None:
     try:
         return entry.stat()
-    except FileNotFoundError:  # removed since it was listed, or a link that leads nowhere
+    except FileNotFoundError:  # the entry was removed meanwhile, or is a broken link
         return None
     except OSError as error:
-        if error.errno == errno.ELOOP:  # nor does one that leads to itself
+        if error.errno == errno.ELOOP:  # a link that leads to itself
             return None
         raise
 
@@ -237,26 +237,26 @@ def list_folders(directory: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file, if it exists."""
     about_to("remove", path)
     path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and all in it."""
+    """Remove a folder and its content."""
     about_to("remove", path)
     shutil.rmtree(path)
 
 
 def move(path: Path, target: Path) -> None:
-    """Give a file another name on the same file system, durably."""
+    """Rename a file on the same file system, durably."""
     about_to("rename", target)
     path.rename(target)
     fsync(target.parent)
 
 
 def free_bytes(path: Path) -> int:
-    """Return the bytes a user may still write on the file system that holds `path` or will hold it."""
+    """Return the free bytes on the file system of `path`, which need not exist yet."""
     about_to("look", path)
     while not path.exists():
         path = path.parent
@@ -264,12 +264,12 @@ def free_bytes(path: Path) -> int:
 
 
 def is_partial(name: str) -> bool:
-    """Return whether a file of this name was never finished: somebody is writing it, or was killed doing so."""
+    """Return whether `name` is that of an unfinished file, which a process is writing or left when it was killed."""
     return name.startswith(PARTIAL_PREFIX)
 
 
 def remove_partials(directory: Path) -> int:
-    """Remove what killed writers left behind and return its bytes. Only the holder of the lock may call this."""
+    """Remove the unfinished files of killed writers; return their bytes. Call this only while holding the lock."""
     leftovers = {name: stat for name, stat in list_files(directory).items() if is_partial(name)}
     for name in leftovers:
         remove(directory / name)

@@ -1,4 +1,4 @@
-"""Imports of large libraries without the further ones they would take along, and why one cannot be loaded here."""
+"""Import large libraries without their optional dependencies, and explain why a library cannot be loaded."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from typing import Any
 
 @contextmanager
 def without(*names: str) -> Iterator[None]:
-    """Hide packages from what this thread imports meanwhile, as if they were not installed.
+    """Hide the packages `names` from imports in this thread, as if they were not installed.
 
-    For libraries that do without them. What is imported already stays in sight, and other threads notice nothing.
+    Use this for libraries to which these packages are optional. Modules that are imported already stay visible, and
+    other threads are not affected.
     """
     finder = _Hiding(names)
     sys.meta_path.insert(0, finder)
@@ -27,9 +28,10 @@ def without(*names: str) -> Iterator[None]:
 
 
 def import_matplotlib() -> Any:
-    """Import matplotlib, which refuses to be imported where MPLBACKEND names a backend that is not installed.
+    """Return the module matplotlib, imported even if MPLBACKEND names a backend that is not installed.
 
-    Every notebook's shell has that. The backend is set as matplotlib itself sets it, for programs that draw on it too.
+    In the shell of a notebook, MPLBACKEND often does so. The backend is set afterwards, as matplotlib itself does,
+    for other code in this process that draws with it.
     """
     is_first = "matplotlib" not in sys.modules
     backend = os.environ.pop("MPLBACKEND", None)
@@ -39,32 +41,32 @@ def import_matplotlib() -> Any:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
     if is_first and backend:
-        with suppress(ValueError):  # how matplotlib says that it does not have it
+        with suppress(ValueError):  # matplotlib's error for a backend that is not installed
             matplotlib.rcParams["backend"] = backend
     return matplotlib
 
 
 class _Hiding:
-    """A finder of modules that finds no others than those behind it do, and says of some that they do not exist."""
+    """Import hook that hides the given modules from the thread that created it."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._names, self._thread = names, threading.get_ident()
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        """Leave it to the next finder. Raises ModuleNotFoundError for what is hidden."""
+        """Return None, so that the next finder is asked. Raises ModuleNotFoundError for a hidden module."""
         if name in self._names and threading.get_ident() == self._thread:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 _OURS = {"pipeline", "cli", "__main__"}
-_UNIX = {"fcntl", "resource"}  # modules of Python that only Unix systems have
+_UNIX = {"fcntl", "resource"}  # modules of the standard library that exist on Unix only
 _SYSTEM_LIBRARY = re.compile(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object file")
-# Where OpenCV's wheels find what they need of the system.
+# The system packages with the libraries that OpenCV's wheels need.
 _PACKAGES = {"cv2": " (Debian, Ubuntu: apt install libgl1 libglib2.0-0; Fedora: dnf install mesa-libGL glib2)"}
 
 
 def failed_import(error: Exception) -> str | None:
-    """Return why a library cannot be loaded on this machine, and what helps; None if `error` is another matter."""
+    """Return why a library cannot be loaded on this machine, and what to do; None if `error` has another cause."""
     library = _being_imported(error)
     if library is None or library in _OURS:
         return None
@@ -89,7 +91,7 @@ def _being_imported(error: Exception) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the line of an error that tells most: some libraries put whole tracebacks and pages of advice there."""
+    """Return the most informative line of an error: some libraries add whole tracebacks and long advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

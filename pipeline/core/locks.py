@@ -1,4 +1,8 @@
-"""Advisory locks on a feature space that die with their holder: one writer; many readers, or one who removes."""
+"""Advisory file locks (`flock`), which the system releases when their process ends.
+
+A feature space has a lock for its one writer, and a lock that readers share and that `gc` takes alone to remove shards.
+A run or a sweep that is being computed has its folder locked; an unfinished folder without a lock is abandoned.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +20,28 @@ from pipeline.core.errors import CacheError
 
 
 def without_locks() -> bool:
-    """Return whether a person said that the cache lies where there are no locks: ICEBOX_LOCKS=off."""
+    """Return whether locks are switched off by ICEBOX_LOCKS=off, for file systems without locks."""
     return os.environ.get("ICEBOX_LOCKS", "").lower() in ("off", "0", "no", "false")
 
 
 def spare_hdf5() -> None:
-    """Have HDF5, Keras' included, lock no file where locks are `done_without`. It looks once, while it is loaded."""
+    """Switch off HDF5's own file locks, also for Keras, if `without_locks()`. Call this before HDF5 is loaded."""
     if without_locks():
         os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
 
 
 @contextmanager
 def exclusive(path: Path, on_wait: Callable[[str], None], *, needed: bool = False) -> Iterator[None]:
-    """Hold the lock file `path`; if another holds it, call `on_wait(holder)` once and wait.
+    """Hold the lock file `path`; if another process holds it, call `on_wait(holder)` once and wait.
 
-    The system gives the lock up when its holder ends, however it ends, so none is ever left behind. Where locks are
-    `done_without`, nothing is held: who only adds rows does no harm then. Who removes files has the lock `needed`.
+    The system releases the lock when its process ends, even by a crash, so no lock is left behind. If
+    `without_locks()`, nothing is locked: processes that only add rows do not harm each other. Code that removes
+    files passes `needed`.
 
     Raises
     ------
     CacheError
-        If the lock file cannot be written, the file system has no locks, or one is needed and done without.
+        If the lock file cannot be written, the file system has no locks, or `needed` and `without_locks()`.
     """
     if without_locks():
         if needed:
@@ -45,7 +50,7 @@ def exclusive(path: Path, on_wait: Callable[[str], None], *, needed: bool = Fals
         return
     files.about_to("lock", path)
     try:
-        # Not through a link: a space from somebody else must not have another file written to.
+        # Links are refused: a feature space copied from an untrusted source could make Icebox write to another file.
         file = files.open_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     except OSError as error:
         raise CacheError(f"{path} cannot be written ({error.strerror or error}), so nothing is added") from error
@@ -60,7 +65,7 @@ def exclusive(path: Path, on_wait: Callable[[str], None], *, needed: bool = Fals
                 fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             raise _no_locks(path.parent, error) from error
-        with suppress(OSError):  # the name is for people who wait; a full disk must not keep `gc` from making room
+        with suppress(OSError):  # the holder's name is only for messages; a full disk must not stop `gc`
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
@@ -69,14 +74,14 @@ def exclusive(path: Path, on_wait: Callable[[str], None], *, needed: bool = Fals
 
 
 def hold_alone(file: BinaryIO, path: Path) -> None:
-    """Hold an open file until it is closed, unless locks are `done_without`.
+    """Lock an open file until it is closed; do nothing if `without_locks()`.
 
     Raises
     ------
     BlockingIOError
-        If another process holds it.
+        If another process holds the lock.
     CacheError
-        If its file system has no locks.
+        If the file system has no locks.
     """
     if without_locks():
         return
@@ -90,9 +95,9 @@ def hold_alone(file: BinaryIO, path: Path) -> None:
 
 @contextmanager
 def shared(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` together with other readers, waiting for whoever holds it alone.
+    """Hold the lock file `path` together with other readers, after waiting for a process that holds it alone.
 
-    Where the folder cannot be written nobody removes anything either, so there it is done without.
+    If the folder cannot be written, nothing is locked: no process can remove files from it either.
     """
     if without_locks():
         yield
@@ -117,18 +122,18 @@ def shared(path: Path) -> Iterator[None]:
 
 @contextmanager
 def new_folder_held(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold it as being worked on, as far as its file system has locks for folders.
+    """Create `folder` and lock it, which marks it as in use, if the file system has locks for folders.
 
     Raises
     ------
     FileExistsError
-        If something of that name is there.
+        If a file or folder of that name exists.
     """
-    with _alone_in(folder.parent):  # made and held in one: in between, another process would find it abandoned
+    with _alone_in(folder.parent):  # in one step, as other processes take a folder without a lock for abandoned
         files.about_to("make folder", folder)
         folder.mkdir()
         handle = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # NFS has no locks for folders: `abandoned` then says no, and the folder is left alone
+        with suppress(OSError):  # NFS has no locks for folders: `find_abandoned` returns False there
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield
@@ -138,14 +143,14 @@ def new_folder_held(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def held_if_abandoned(folder: Path) -> Iterator[bool]:
-    """Hold `folder` as being worked on, if nobody does; give whether it is held. A folder that is gone is not.
+    """Lock `folder` unless another process works on it; yield whether it is locked, False if it does not exist.
 
-    Where locks are `done_without`, nothing is held, and whoever asks for the folder has it.
+    If `without_locks()`, nothing is locked, and the value is True for every existing folder.
 
     Raises
     ------
     CacheError
-        If its file system has no locks for folders.
+        If the file system has no locks for folders.
     """
     with ExitStack() as stack:
         with _alone_in(folder.parent):
@@ -154,14 +159,14 @@ def held_if_abandoned(folder: Path) -> Iterator[bool]:
 
 
 def find_abandoned(folder: Path) -> bool:
-    """Return whether nobody works on `folder` any more; False where its file system has no locks to tell by."""
+    """Return whether no process works on `folder` any more; False if the file system has no locks for folders."""
     with _alone_in(folder.parent), ExitStack() as stack, suppress(CacheError):
         return _is_free(folder, stack)
     return False
 
 
 def remove_abandoned(folder: Path) -> bool:
-    """Remove a folder unless somebody works on it, or there are no locks to tell by; return whether it was removed."""
+    """Remove a folder if no process works on it; return whether it was removed, False also if there are no locks."""
     if without_locks() or not find_abandoned(folder):
         return False
     with held_if_abandoned(folder) as held:
@@ -172,13 +177,14 @@ def remove_abandoned(folder: Path) -> bool:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Be the only process that begins, takes up or looks at work in `folder`; others wait for the instant it takes.
+    """Lock `folder` for a moment, to be the only process that creates, resumes or examines a run or sweep in it.
 
-    Without it, a look at a lock, which is to take it for a moment, would keep the owner of the work from locking it.
+    Examining a lock means taking it for a moment. Without this outer lock, that could make the owner fail to lock
+    its own folder.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # where folders have no locks, none is found abandoned
+        with suppress(OSError):  # without locks for folders, no folder counts as abandoned
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -186,12 +192,12 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _is_free(folder: Path, stack: ExitStack) -> bool:
-    """Return whether `folder` could be locked; the lock is held until `stack` is closed. Raises CacheError."""
+    """Lock `folder` until `stack` is closed; return whether that was possible. Raises CacheError."""
     if without_locks():
         return folder.is_dir()
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # published or removed meanwhile, or another user's
+    except OSError:  # the folder was published or removed meanwhile, or belongs to another user
         return False
     stack.callback(os.close, handle)
     try:
@@ -200,14 +206,14 @@ def _is_free(folder: Path, stack: ExitStack) -> bool:
         return False
     except OSError as error:
         raise _no_locks(folder, error) from error
-    return folder.is_dir()  # its owner may have published it between opening and locking
+    return folder.is_dir()  # the owner may have published the folder between opening and locking
 
 
 _LOCKLESS = {
     errno.ENOLCK: "its server's lock service does not answer",
     errno.ENOSYS: "it is mounted without locks",
     errno.EOPNOTSUPP: "it is mounted without locks",
-    524: "it is mounted without locks",  # ENOTSUPP, the kernel's own, which has no name outside
+    524: "it is mounted without locks",  # ENOTSUPP of the Linux kernel, which Python's errno does not list
     errno.EIO: "its server does not answer",
 }
 

@@ -1,4 +1,7 @@
-"""What this machine has, and what this process may use of it, asked without TensorFlow."""
+"""The hardware of this machine, and the share of it that this process may use, found without TensorFlow.
+
+All numbers of threads and bytes of memory come from here. The module also checks installed packages and limits.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,19 @@ from pipeline.core import resource_limits
 from pipeline.core.errors import MORE_MEMORY, MORE_THREADS, IceboxError, UsageError
 from pipeline.core.units import size_text
 
-# What decides a row's value, and how it is written.
+# Packages whose versions decide the values of rows and the files they are written to.
 FEATURE_PACKAGES = ("icebox", "tensorflow", "keras", "opencv-python", "pillow", "h5py", "hdf5plugin")
 
-# By which NumPy's and SciPy's linear algebra, scikit-learn, Arrow and OpenCV are told how many threads to start.
+# Variables from which NumPy's and SciPy's linear algebra, scikit-learn, Arrow and OpenCV take their number of threads.
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
 
-# Flags of /proc/cpuinfo under which oneDNN multiplies bfloat16 in hardware.
+# Flags of /proc/cpuinfo of processors on which oneDNN multiplies bfloat16 in hardware.
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The hardware as far as choices depend on it, and what this process may use of it; memory in bytes."""
+    """The hardware that decisions depend on, and the share of it that this process may use; memory is in bytes."""
 
     cpu: str
     cores: int
@@ -45,7 +48,7 @@ class Machine:
 
 
 def inspect_machine() -> Machine:
-    """Return what this machine has now."""
+    """Return the present hardware and limits."""
     import psutil
 
     model, flags = _cpu()
@@ -62,28 +65,28 @@ def inspect_machine() -> Machine:
 
 
 def total_memory() -> int:
-    """Return the bytes this process may use at most: what the machine has, or a limit that is less."""
+    """Return the largest number of bytes this process may use: the machine's memory, or a lower limit."""
     import psutil
 
     return min([psutil.virtual_memory().total, *(limit.most for limit in resource_limits.memory_limits())])
 
 
 def available_memory() -> int:
-    """Return the bytes this process may still take: what the machine has left, or a limit leaves, if less."""
+    """Return how many more bytes this process may use: the machine's free memory, or less if a limit leaves less."""
     import psutil
 
     return min([psutil.virtual_memory().available, *(limit.left for limit in resource_limits.memory_limits())])
 
 
 def expand_home(path: str) -> Path:
-    """Return the path with the home folder that a leading ~ means, as a shell hands it over."""
+    """Return `path` with a leading ~ replaced by the home folder, as a shell does."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  the Path method raises on "~nobody"
 
 
 def usable_cores() -> int:
     """Return how many cores this process may keep busy.
 
-    Those it may run on, or as many as its control group gives it time for, if fewer; one that it has half of counts.
+    That is the number of cores in its affinity, or the CPU quota of its control group, rounded up, if lower.
     """
     return max(1, min([_cores_to_run_on(), *map(math.ceil, resource_limits.cpu_quotas())]))
 
@@ -93,9 +96,9 @@ def _cores_to_run_on() -> int:
 
 
 def limit_libraries() -> None:
-    """Have libraries that are loaded from now on start no more threads than `usable_cores`, unless a person said more.
+    """Limit the threads of libraries that are loaded later to `usable_cores`, unless the user has set a number.
 
-    They know which cores a process may run on, but not what share of their time its control group has.
+    These libraries respect a process's affinity, but not the CPU quota of its control group.
     """
     if (cores := usable_cores()) < _cores_to_run_on():
         for name in _THREADS:
@@ -103,13 +106,13 @@ def limit_libraries() -> None:
 
 
 def reading_threads() -> int:
-    """Return how many threads read and hash files: a few more than cores, as files are waited for."""
+    """Return how many threads read and hash files: a few more than cores, as threads wait for the disk."""
     return min(32, usable_cores() + 4)
 
 
 @contextmanager
 def computing_threads(most: int) -> Iterator[None]:
-    """Have the linear algebra of NumPy and SciPy compute in at most `most` threads, or fewer if it was told so."""
+    """Limit the linear algebra of NumPy and SciPy to `most` threads; a lower limit that is set already stays."""
     from threadpoolctl import threadpool_info, threadpool_limits
 
     with threadpool_limits({each["prefix"]: min(most, each["num_threads"]) for each in threadpool_info()}):
@@ -117,20 +120,20 @@ def computing_threads(most: int) -> Iterator[None]:
 
 
 def best_precision() -> str:
-    """Return the precision for a new feature space: the fastest one this machine computes in hardware."""
+    """Return the precision for a new feature space: the fastest one that this machine supports in hardware."""
     if gpu_count():
         return "float16"
     return "bfloat16" if _cpu()[1] & _BFLOAT16_FLAGS else "float32"
 
 
 def gpu_count() -> int:
-    """Return how many GPUs TensorFlow could use: those the driver shows, if TensorFlow's CUDA parts are there."""
-    count = driver_gpus()  # first, as without a driver that is known at once
+    """Return how many GPUs TensorFlow could use: the driver's number, or 0 without TensorFlow's CUDA libraries."""
+    count = driver_gpus()  # first, as this returns at once without a driver
     return count if count and tensorflow_has_cuda() else 0
 
 
 def driver_gpus() -> int:
-    """Return how many GPUs the CUDA driver shows; 0 without a driver."""
+    """Return how many GPUs the CUDA driver lists; 0 without a driver."""
     count = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -152,7 +155,7 @@ def tensorflow_has_cuda() -> bool:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str | None]:
-    """Return the version of each package that is installed, None for those that are not."""
+    """Return the version of each package, None if it is not installed."""
     return {name: _version(name) for name in packages}
 
 
@@ -168,7 +171,7 @@ def _distributions() -> set[str]:
 
 
 def _cpu() -> tuple[str, set[str]]:
-    """Return the processor's name and its feature flags; no flags where the system does not list them."""
+    """Return the processor's name and its feature flags, an empty set if the system does not list them."""
     listing = Path("/proc/cpuinfo")
     if not listing.exists():
         return platform.processor() or platform.machine(), set()
@@ -181,15 +184,15 @@ def _cpu() -> tuple[str, set[str]]:
 
 
 def require_packages(what: str, packages: Sequence[str], extra: str) -> None:
-    """Raise UsageError, naming the `extra` to install, unless the packages that `what` needs are there."""
+    """Raise UsageError, naming the `extra` to install, unless the packages that `what` needs are installed."""
     if lacking := [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]:
         raise UsageError(f"{what} needs {' and '.join(lacking)}: {installs(extra)}")
 
 
 def require_room(what: str, address_space: int, threads: int) -> None:
-    """Raise IceboxError where limits leave less address space (bytes) or fewer threads than `what` takes.
+    """Raise IceboxError if limits leave less address space (bytes) or fewer threads than `what` needs.
 
-    TensorFlow would crash, and NumPy's linear algebra end the process by a signal that looks like Ctrl-C.
+    Without this check TensorFlow would crash, and NumPy's linear algebra would end the process by SIGINT, as Ctrl-C.
     """
     import resource
 
@@ -197,7 +200,7 @@ def require_room(what: str, address_space: int, threads: int) -> None:
 
     most = resource.getrlimit(resource.RLIMIT_AS)[0]
     if most == resource.RLIM_INFINITY:
-        _require_threads(what, threads)  # which take address space for as long as the process lives
+        _require_threads(what, threads)  # not under a limit, as each thread keeps address space until the process ends
     elif (left := most - psutil.Process().memory_info().vms) < address_space:
         raise IceboxError(
             f"{what} takes {size_text(address_space)} of address space, and {size_text(max(0, left))} are left of the "
@@ -223,10 +226,10 @@ def _require_threads(what: str, count: int) -> None:
 
 
 def installs(extra: str) -> str:
-    """Return the command that installs an extra the way Icebox itself was installed."""
+    """Return the command that installs an extra in the same way as Icebox was installed."""
     root = Path(__file__).parents[2]
     if not (root / "pyproject.toml").is_file():
         return f"pip install 'icebox[{extra}]'"
-    if Path(sys.prefix).resolve() == (root / ".venv").resolve():  # which `make setup` works on
+    if Path(sys.prefix).resolve() == (root / ".venv").resolve():  # the environment that `make setup` creates
         return f"make setup EXTRAS={extra}"
     return f"pip install --editable {shlex.quote(f'{root}[{extra}]')}"

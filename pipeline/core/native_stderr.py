@@ -1,4 +1,4 @@
-"""What native libraries print while they are loaded: kept off the terminal, unless they fail or end the process."""
+"""Hide what native libraries print while they are loaded, unless loading fails or ends the process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-# A process of its own, as a library that aborts leaves this one no time to say anything. It reads until it is told that
-# loading failed, by a null character, or until nobody is left to write; if all went well, it is ended before. Of a
-# signal that ends the process it hears at once: the first process of a container takes all others with it.
+# Code of the helper process that holds the output back. A separate process is needed, as a library that aborts ends
+# this one at once. The helper reads until a null character (loading failed) or the end of its input (the main process
+# is gone), and then prints the output. If loading succeeds, the helper is killed first. A fatal signal is reported
+# through a second pipe, at once: when the first process of a container ends, all its other processes are killed.
 _HOLDER = """
 import os, select, sys
 held, failed, faults = b"", False, int(sys.argv[2])
@@ -37,18 +38,19 @@ _holders: list[subprocess.Popen[bytes]] = []
 
 @contextlib.contextmanager
 def hold_back(loaded: str) -> Iterator[None]:
-    """Keep what is printed on descriptor 2 while `loaded` is being loaded off the terminal, unless that fails.
+    """Hide what is written to descriptor 2 while the library `loaded` is loaded; print it if loading fails.
 
-    In other threads too; the program's own messages go there by a descriptor of their own, as `cli.py` has it.
+    The output of other threads is hidden too. The program's own messages are not, as `cli.py` gives them another
+    descriptor.
     """
     sys.stderr.flush()
     heard, faults = os.pipe()
     command = [sys.executable, "-IS", "-c", _HOLDER, loaded, str(heard)]
-    try:  # a session of its own, as Ctrl-C in the terminal is for us
+    try:  # a session of its own, as Ctrl-C in the terminal must not end the helper
         holder = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[heard], start_new_session=True
         )
-    except OSError:  # no further process may be started: what is printed is seen, then, rather than lost
+    except OSError:  # the helper cannot be started, so the output is not hidden
         os.close(faults)
         yield
         return
@@ -63,12 +65,12 @@ def hold_back(loaded: str) -> Iterator[None]:
         with _faults_to(faults):
             yield
     except Exception:
-        with contextlib.suppress(BrokenPipeError):  # it is gone, and what failed is what is to be heard of
+        with contextlib.suppress(BrokenPipeError):  # without the helper, the error of the loading is still raised
             os.write(2, b"\0")
         holder.wait()
         raise
     finally:
-        drop()  # before the descriptor is led back, which it would take for the end of this process
+        drop()  # before descriptor 2 is restored, which the helper would take for the end of this process
         os.dup2(terminal, 2)
         os.close(terminal)
         os.close(faults)
@@ -76,7 +78,7 @@ def hold_back(loaded: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _faults_to(descriptor: int) -> Iterator[None]:
-    """Have a signal that ends this process written to a descriptor, unless somebody else has asked for that."""
+    """Have `faulthandler` report fatal signals to `descriptor`, unless it is enabled already."""
     if faulthandler.is_enabled():
         yield
         return
@@ -88,7 +90,7 @@ def _faults_to(descriptor: int) -> Iterator[None]:
 
 
 def drop() -> None:
-    """Forget what is held back, as where the program ends while something is being loaded for nothing."""
+    """Kill the helper processes and so discard the hidden output, also when the program ends during loading."""
     while _holders:
         holder = _holders.pop()
         holder.kill()

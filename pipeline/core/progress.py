@@ -1,4 +1,7 @@
-"""How long work is reported without the library printing: a stage opens a phase and says how far it is."""
+"""Interfaces to report the progress of long work, so that library code need not print.
+
+A stage opens a phase by `Progress`, and reports its steps by `Advance`.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,21 @@ from typing import Protocol
 
 
 class Advance(Protocol):
-    """Says that `n` more steps are done, or undone if n < 0; `note` is shown beside the phase's title from then on."""
+    """Function that reports `n` more completed steps; a negative `n` takes steps back.
+
+    A `note` is shown beside the phase's title from then on.
+    """
 
     def __call__(self, n: float, /, note: str = "") -> None:
-        """Note the steps."""
+        """Report `n` steps."""
         ...
 
 
 class Progress(Protocol):
-    """Opens a phase of `total` steps and gives the function that advances it."""
+    """Function that opens a phase of `total` steps; its context manager yields the phase's `Advance`."""
 
     def __call__(self, title: str, total: int, unit: str = "images") -> AbstractContextManager[Advance]:
-        """Open a phase; on leaving the context it ends."""
+        """Return a context manager that opens the phase, and ends it on leaving."""
         ...
 
 

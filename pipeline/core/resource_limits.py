@@ -1,7 +1,7 @@
-"""What the system lets this process use: time on cores and memory, by its control groups and resource limits.
+"""Limits on this process's CPU time and memory, set by its control groups (cgroups) and resource limits.
 
-Control groups are read in versions 1 and 2, also where both are in use. Cpusets need no reading: the system makes them
-part of a process's affinity.
+Control groups of versions 1 and 2 are read, also where both are in use. Cpusets are not read, as the system includes
+them in a process's affinity.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 _ROOT = Path("/")
-_UNLIMITED = 2**60  # bytes; version 1 says about 2**63 where there is no limit
+_UNLIMITED = 2**60  # bytes; version 1 has a value near 2**63 if there is no limit
 
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """At most `most` bytes, of which `left` are not taken yet."""
+    """A limit of `most` bytes, of which `left` are free."""
 
     most: int
     left: int
 
 
 def cpu_quotas() -> Iterator[float]:
-    """Yield how many cores' time each control group gives this process and those it shares the group with."""
+    """Yield the CPU quota of each control group of this process, in cores; all processes of the group share it."""
     for folder in _groups("cpu", version=2):
         quota, _, period = _text(folder / "cpu.max").partition(" ")
         yield from _share(quota, period)
@@ -33,9 +33,9 @@ def cpu_quotas() -> Iterator[float]:
 
 
 def memory_limits() -> Iterator[MemoryLimit]:
-    """Yield the limits of each control group this process is in, and of its address space."""
+    """Yield the memory limits of each control group of this process, and the limit of its address space."""
     for folder in _groups("memory", version=2):
-        for name in ("memory.max", "memory.high"):  # beyond the second it is slowed down until it hardly runs
+        for name in ("memory.max", "memory.high"):  # above memory.high a process is slowed down severely
             yield from _memory_limit(folder / name, folder / "memory.current", "inactive_file")
     for folder in _groups("memory", version=1):
         used = folder / "memory.usage_in_bytes"
@@ -44,7 +44,7 @@ def memory_limits() -> Iterator[MemoryLimit]:
 
 
 def _share(quota: str, period: str) -> Iterator[float]:
-    if quota.isdigit() and period.isdigit() and int(period):  # not "max", nor -1
+    if quota.isdigit() and period.isdigit() and int(period):  # "max" and -1 mean no quota
         yield int(quota) / int(period)
 
 
@@ -53,7 +53,7 @@ def _memory_limit(limit: Path, used: Path, file_cache: str) -> Iterator[MemoryLi
     if not most.isdigit() or not taken.isdigit() or int(most) >= _UNLIMITED:
         return
     counts = dict(line.split(maxsplit=1) for line in _text(limit.parent / "memory.stat").splitlines() if " " in line)
-    returned = int(counts.get(file_cache, 0))  # what is kept of files that were read is given up when memory is wanted
+    returned = int(counts.get(file_cache, 0))  # the system frees this part of the file cache when memory is needed
     yield MemoryLimit(int(most), max(0, int(most) - int(taken) + returned))
 
 
@@ -61,7 +61,7 @@ def _address_space() -> Iterator[MemoryLimit]:
     import psutil
 
     process = psutil.Process()
-    if not hasattr(process, "rlimit"):  # as on macOS, which does not heed it either
+    if not hasattr(process, "rlimit"):  # as on macOS, which does not enforce this limit
         return
     most, _ = process.rlimit(psutil.RLIMIT_AS)
     if most != psutil.RLIM_INFINITY:
@@ -69,17 +69,17 @@ def _address_space() -> Iterator[MemoryLimit]:
 
 
 def _groups(controller: str, version: int) -> Iterator[Path]:
-    """Yield the folder of the control group this process is in, and those of the groups around it as far as visible."""
+    """Yield the folder of this process's control group, and those of its visible parent groups."""
     for place, path in _mounts(controller, version):
         for own in _memberships(controller, version):
-            # A container may be shown its own group as the root, under a path that it cannot see.
+            # In a container, the own group may be mounted as the root, while its listed path is not visible.
             below = own.relative_to(path) if own.is_relative_to(path) and ".." not in own.parts else PurePosixPath()
             for group in (below, *below.parents):
                 yield place / group
 
 
 def _memberships(controller: str, version: int) -> Iterator[PurePosixPath]:
-    """Yield the path of this process's group in the hierarchy of a controller."""
+    """Yield the path of this process's control group in the hierarchy of `controller`, such as "cpu" or "memory"."""
     for line in _text(_ROOT / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -88,7 +88,7 @@ def _memberships(controller: str, version: int) -> Iterator[PurePosixPath]:
 
 
 def _mounts(controller: str, version: int) -> Iterator[tuple[Path, PurePosixPath]]:
-    """Yield where the hierarchy of a controller is mounted, and which of its groups stands there."""
+    """Yield the mount point of the hierarchy of `controller`, and the path of the group that is mounted there."""
     for line in _text(_ROOT / "proc/self/mountinfo").splitlines():
         mount, _, system = line.partition(" - ")
         kind, _, options = system.partition(" ")
@@ -99,15 +99,15 @@ def _mounts(controller: str, version: int) -> Iterator[tuple[Path, PurePosixPath
 
 
 def _unescaped(field: str) -> str:
-    """Return a path of mountinfo, where blanks, tabs, line breaks and backslashes stand as octal numbers."""
+    """Return a path of mountinfo with its octal escapes (of space, tab, line break, backslash) decoded."""
     for letter in " \t\n\\":
         field = field.replace(f"\\{ord(letter):03o}", letter)
     return field
 
 
 def _text(path: Path) -> str:
-    """Return what a file of the system says; "" if it does not exist, or may not be read, which is no limit."""
+    """Return the text of a system file; "" if it is missing or unreadable, which means no limit."""
     try:
-        return os.fsdecode(path.read_bytes()).strip()  # other mounts may have names in any encoding
+        return os.fsdecode(path.read_bytes()).strip()  # mount points may have names in any encoding
     except OSError:
         return ""

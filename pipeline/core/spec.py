@@ -1,8 +1,8 @@
-"""What the user chose, as frozen dataclasses with one canonical JSON form.
+"""The settings that decide features and heads, as frozen dataclasses with one canonical JSON form.
 
-`FeatureSpec` holds everything that decides a feature's value and nothing else; its hash names the feature
-space. `FeatureRequest` is the same with gaps: what was left at `auto` is None and matches anything.
-`Views` says in which augmented views an image is wanted, `HeadSpec` holds the settings of one head.
+`FeatureSpec` holds the settings that decide a feature's value, and no others; its hash names the feature space.
+`FeatureRequest` has the same fields, where None stands for `auto` and matches any value.
+`Views` describes the augmented views of an image, `HeadSpec` the settings of one head.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from pipeline.core.errors import SpecError, UsageError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 STORAGES = ("float16", "float32")
-OWN = "own:"  # begins the name of a network that is no row of the table; the sha256 of its architecture follows
+OWN = "own:"  # prefix of the name of a user's own network, before the sha256 of its architecture
 _WEIGHTS = re.compile(r"sha256:[0-9a-f]{64}|untrained:\w+:[0-9]{1,18}")
-_MOST_PIXELS = 4096  # on a side
-_MOST_NAME = 80  # letters in the name of a folder
-_OWN_DIGITS = 12  # letters of the name of an own network in that of a folder
+_MOST_PIXELS = 4096  # largest input size, in pixels per side
+_MOST_NAME = 80  # characters of each name in a folder's name
+_OWN_DIGITS = 12  # characters of an own network's name in a folder's name
 
 
 def canonical_json(value: Mapping[str, Any]) -> str:
-    """Return the one JSON text of `value`: sorted keys, no spaces, ASCII only."""
+    """Return the canonical JSON text of `value`: sorted keys, no spaces, ASCII only."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def _plain(name: str) -> str:
-    """Return a name as part of a folder's: letters, digits and dashes of ASCII, and no longer than one may be."""
+    """Return `name` for use in a folder's name: ASCII letters, digits, _ and ., and at most `_MOST_NAME` characters."""
     return re.sub(r"[^A-Za-z0-9_.]", "_", name)[:_MOST_NAME]
 
 
@@ -64,14 +64,14 @@ class FeatureSpec:
 
     @property
     def untrained(self) -> bool:
-        """Whether the weights were never trained, so that accuracies say little about real use."""
+        """Whether the weights were never trained, so that accuracies are not typical of real use."""
         return self.weights.startswith("untrained:")
 
     @property
     def directory(self) -> str:
         """Return the folder name of this space, "<backbone>-<layer>-<8 hex digits>"."""
         backbone = self.backbone.replace(OWN, "own_")[:_OWN_DIGITS] if self.backbone.startswith(OWN) else self.backbone
-        # A layer of an own network may be called anything.
+        # A layer of an own network may have any name, so `_plain` replaces special characters.
         return f"{_plain(backbone)}-{_plain(self.layer)}-{self.fingerprint()[:8]}"
 
     def fingerprint(self) -> str:
@@ -84,12 +84,12 @@ class FeatureSpec:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
-        """Return the spec that `to_dict` gave.
+        """Return the spec whose `to_dict` is `value`.
 
         Raises
         ------
         SpecError
-            If a field is missing or unknown: a space made by another version is refused, not guessed at.
+            If a field is missing, unknown or out of range. A space made by another version is refused.
         """
         names = {field.name for field in fields(cls)}
         if set(value) != names:
@@ -104,42 +104,42 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class FeatureRequest:
-    """The fields of a `FeatureSpec` that were stated; None stands for `auto` and agrees with any value."""
+    """The fields of a `FeatureSpec` that the user stated; None stands for `auto` and matches any value."""
 
     backbone: str | None
     layer: str | None
     fit: str | None
-    decode: str | tuple[str, ...]  # or any of several
+    decode: str | tuple[str, ...]  # a tuple matches any of its values
     resize: str
     input_size: int | None
     scaling: str | None
-    engine: str | tuple[str, ...]  # or any of several
+    engine: str | tuple[str, ...]  # a tuple matches any of its values
     weights: str | None = None
     precision: str | None = None
     storage: str | None = None
 
     def differences(self, spec: FeatureSpec) -> list[str]:
-        """Return the names of the stated fields in which `spec` is another space."""
+        """Return the names of the stated fields that `spec` does not match."""
         stated = {name: value for name, value in asdict(self).items() if value is not None}
         any_of = {name: value if isinstance(value, tuple) else (value,) for name, value in stated.items()}
         return [name for name, values in any_of.items() if getattr(spec, name) not in values]
 
 
-# Which affine warp `images.augment` makes of a recipe: change it whenever the same recipe would give other pixels.
+# The version of the affine warp in `images.augment`. Change it whenever the same recipe gives other pixels.
 AUGMENT_POLICY = "affine-linear-1"
 FILLS = ("nearest", "reflect", "wrap", "black")
 MOST_VIEWS = 100
-# The largest legal value of each number in a recipe; all begin at 0.
+# The largest allowed value of each number in a recipe; the smallest is 0.
 _MOST_AUGMENTED = {"rotation": 180.0, "width_shift": 1.0, "height_shift": 1.0, "shear": 2.0, "zoom": 0.9}
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far an image is warped at random, at most.
+    """The largest random changes of an augmented view.
 
-    `rotation` is in degrees either way, `width_shift` and `height_shift` are shares of its side, `shear` is horizontal
-    displacement per height, `zoom` a share more or less of width and height, each by itself. Flips happen to half of
-    the views. `fill` is what appears at the edges.
+    `rotation` is in degrees, in both directions. `width_shift` and `height_shift` are fractions of the image's width
+    and height. `shear` is the horizontal displacement per height. `zoom` is a relative change of width and of height,
+    drawn separately. Each flip applies to half of the views. `fill` names the way in which empty borders are filled.
     """
 
     rotation: float = 30.0
@@ -156,7 +156,7 @@ class Augmentation:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
                 raise UsageError(f"{name} must be a number in 0 … {most:g}, found {str(value)!r:.60}")
-            object.__setattr__(self, name, float(value) + 0.0)  # 30 and 30.0 are one recipe, 0 and -0.0 too
+            object.__setattr__(self, name, float(value) + 0.0)  # 30 and 30.0 give the same recipe, as do 0 and -0.0
         for name in ("horizontal_flip", "vertical_flip"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name} must be true or false, found {str(getattr(self, name))!r:.60}")
@@ -165,7 +165,9 @@ class Augmentation:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the recipe that "rotation=15,fill=reflect" says, the rest at its defaults; "default" is all of them.
+        """Return the recipe of a text like "rotation=15,fill=reflect", or "default" for all default settings.
+
+        Settings that the text does not name have their defaults.
 
         Raises
         ------
@@ -184,7 +186,7 @@ class Augmentation:
         return cls(**stated)
 
     def __str__(self) -> str:
-        """Return the text that `parse` takes, of what differs from the defaults."""
+        """Return the settings that differ from the defaults, as a text for `parse`."""
         defaults = asdict(type(self)())
         differing = {name: value for name, value in asdict(self).items() if value != defaults[name]}
         return ",".join(f"{name}={str(value).lower()}" for name, value in differing.items())
@@ -195,7 +197,10 @@ class Augmentation:
 
     @classmethod
     def from_view(cls, about: Mapping[str, Any], number: int) -> Self:
-        """Return the recipe of what `view` gave. Raises UsageError, KeyError or TypeError if `number` is not its."""
+        """Return the recipe of the view description `about`.
+
+        Raises UsageError, KeyError or TypeError if `about` is no description by `view`, or `number` is not its number.
+        """
         fields_of_recipe = {name: value for name, value in dict(about).items() if name not in ("policy", "index")}
         recipe = cls(**fields_of_recipe)
         if about != recipe.view(about["index"]) or number != view_number(about):
@@ -204,7 +209,7 @@ class Augmentation:
 
 
 def _like(default: Any, text: str) -> Any:
-    """Return a text as a value of the type of `default`, if it is one; else as it is, to be refused."""
+    """Return `text` converted to the type of `default`; if that fails, return it unchanged, to be refused later."""
     if isinstance(default, bool):
         return {"true": True, "false": False}.get(text.lower(), text)
     if not isinstance(default, float):
@@ -216,14 +221,14 @@ def _like(default: Any, text: str) -> Any:
 
 
 def view_number(about: Mapping[str, Any]) -> int:
-    """Return the number of the view that `Augmentation.view` describes: drawn from all that decides it."""
+    """Return the number of the view with description `about`: 63 bits of the sha256 of its canonical JSON."""
     digest = hashlib.sha256(canonical_json(about).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1  # the index and the shards hold signed 64 bits
+    return int.from_bytes(digest[:8], "big") >> 1  # index and shards store signed 64-bit integers
 
 
 @dataclass(frozen=True)
 class Views:
-    """`count` views of each image: the plain one, which is view 0, and `count` - 1 augmented ones of one recipe."""
+    """The `count` views of each image: view 0 is the plain image, the others are augmented by `recipe`."""
 
     count: int = 1
     recipe: Augmentation = Augmentation()
@@ -234,7 +239,7 @@ class Views:
 
     @property
     def recipes(self) -> dict[int, Any]:
-        """Return the number of each view → what it is, view 0 first."""
+        """Return view number → "plain" or the description of the view, view 0 first."""
         augmented = [self.recipe.view(index) for index in range(1, self.count)]
         return {0: "plain", **{view_number(about): about for about in augmented}}
 
@@ -245,14 +250,14 @@ class Views:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
-        """Return what `dataclasses.asdict` gave. Raises UsageError, KeyError or TypeError if it is not that."""
+        """Return the views whose `dataclasses.asdict` is `value`. Raises UsageError, KeyError or TypeError."""
         return cls(value["count"], Augmentation(**value["recipe"]))
 
 
 PLAIN_VIEW = Views()  # the plain view alone
 
 
-# What each head can be told, with its defaults. A setting that is not listed for a head is refused.
+# The settings of each head, with their defaults. A setting that is not listed for a head is refused.
 _DENSE: dict[str, Any] = {
     "epochs": 50,
     "batch_size": 64,
@@ -273,12 +278,13 @@ HEAD_DEFAULTS: dict[str, dict[str, Any]] = {
     "logreg": {"C": C_PATH, "select": "val", "class_weight": "none", "calibrate": True, "max_iter": 1000},
 }
 HEADS = tuple(HEAD_DEFAULTS)
-SHAPE = ("hidden", "dropout", "normalize")  # of a dense head: what it is; the rest is how it is trained
+SHAPE = ("hidden", "dropout", "normalize")  # the settings that define a dense head's layers; others affect training
 STAGES = ("freeze", "finetune")  # of full models
-FREEZE_UNTIL = "250"  # with InceptionV3 the last two blocks train: the recipe in Keras' documentation of applications
+# With InceptionV3 the last two blocks are trained, as in the fine-tuning example of the Keras Applications docs.
+FREEZE_UNTIL = "250"
 BATCH_NORMS = ("frozen", "trainable")
 
-# (smallest, largest) legal value of each numeric setting, of each of its values if it takes several; inclusive.
+# (smallest, largest) allowed value of each numeric setting, inclusive; for a list, of each of its values.
 _RANGES: dict[str, tuple[float, float]] = {
     "epochs": (1, 1_000_000),
     "batch_size": (1, 65_536),
@@ -301,26 +307,26 @@ CHOICES: dict[str, tuple[str, ...]] = {
 _MOST_VALUES = 32  # hidden layers, or values of C
 WHOLE = {"epochs", "batch_size", "patience", "seed", "hidden", "max_iter"}
 _YES_OR_NO = {"normalize", "calibrate"}
-_SEVERAL = {"hidden": "none", "C": None}  # how none at all is spelt, where that is legal
+_SEVERAL = {"hidden": "none", "C": None}  # settings that take a list → the text for an empty list, None if not allowed
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """One head and its settings, complete: defaults are filled in by `make`."""
+    """One head with all of its settings; `make` fills in the defaults."""
 
     head: str
     settings: Mapping[str, Any]
 
     @classmethod
     def make(cls, head: str, /, **given: Any) -> Self:
-        """Return the spec of `head` with `given` over its defaults; None means 'not given'.
+        """Return the spec of `head` with the settings `given`, and its defaults where they are absent or None.
 
-        A value may be what `to_dict` gives or the text of it as on the command line: "256,128", "1e-3".
+        A value may be of the type that `to_dict` returns, or text as on the command line: "256,128", "1e-3".
 
         Raises
         ------
         UsageError
-            If the head is unknown, a setting is not one of its own, or a value is out of range.
+            If the head is unknown, the head does not have a setting, or a value is out of range.
         """
         if head not in HEAD_DEFAULTS:
             raise UsageError(f"no head named {head!r}; there are {', '.join(HEADS)}")
@@ -333,7 +339,7 @@ class HeadSpec:
 
     @property
     def identity(self) -> str:
-        """12 hex digits, alike for equal specs only."""
+        """The first 12 hex digits of the sha256 of the spec's canonical JSON."""
         return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
@@ -343,7 +349,7 @@ class HeadSpec:
 
 
 def _setting(name: str, value: Any) -> Any:
-    """Return a setting in its own type, checked. Raises UsageError."""
+    """Return the value of a setting, converted to its type and checked. Raises UsageError."""
     if name in CHOICES:
         if value not in CHOICES[name]:
             raise UsageError(f"{_option(name)} must be one of {', '.join(CHOICES[name])}, found {str(value)!r:.60}")

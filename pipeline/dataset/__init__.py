@@ -1,4 +1,4 @@
-"""Where images come from: a known dataset, a folder of class folders or a manifest becomes a `Dataset`."""
+"""Open a dataset by its name, from a folder of class folders or from a manifest, as a `Dataset`."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ __all__ = [
 ]
 
 _ARCHIVES = {published.name: published for published in (CIFAR10, CIFAR100)}
-_MOST_BESIDE = 1_000  # names compared with one that was mistyped: a folder may hold millions
+_MOST_BESIDE = 1_000  # file names compared with a mistyped one; a folder may hold millions
 _KNOWN = ("digits", *_ARCHIVES)
 _OTHERWISE = f"a folder of class folders, or a manifest ({', '.join(MANIFEST_ENDINGS)})"
 
 
 def is_known(name: str) -> bool:
-    """Return whether `name` is a dataset that Icebox knows by name, not a path."""
+    """Return whether `name` is the name of a built-in dataset, not a path."""
     return name in _KNOWN
 
 
@@ -55,29 +55,30 @@ def open_dataset(
     image_root: Path | None = None,
     progress: Progress = silent,
 ) -> Dataset:
-    """List the dataset called `name`; no image file is read. What stands out in it (see `notices`) is logged.
+    """Return the dataset called `name` as a list of images; no image file is read. Its `notices` are logged.
 
-    A known name wins over a folder of the same name, which can be given as "./digits"; a notice says so.
+    The name of a built-in dataset takes precedence over a folder of that name, and a warning says so. Name the folder
+    as "./digits".
 
     Parameters
     ----------
     name
         "digits", "cifar10", "cifar100", or the path of a folder or manifest.
     downloads
-        The folder where downloaded archives are kept; made when first needed.
+        The folder where downloaded archives are kept; created when first needed.
     progress
-        Shows how far a download is.
+        Shows the progress of a download.
     archive
-        The published CIFAR tarball at hand, in place of a download.
+        The published CIFAR tarball, if it is already on this machine, in place of a download.
     image_root
-        The folder that the paths of a manifest start from and may not leave, in place of the manifest's own.
+        The folder that the paths of a manifest start from and may not leave. By default the manifest's own folder.
 
     Raises
     ------
     DatasetError
         If there is no such dataset, or it cannot be listed.
     UsageError
-        If `archive` is given with a dataset that has none, or `image_root` with one that is no manifest.
+        If `archive` is given with a dataset other than CIFAR, or `image_root` without a manifest.
     """
     found = _open(name, downloads, archive, image_root, progress)
     for text in notices(found):
@@ -104,13 +105,13 @@ def _open_path(name: str, image_root: Path | None) -> Dataset:
     path = machine.expand_home(name)
     try:
         is_folder, is_file, exists = path.is_dir(), path.is_file(), path.exists()
-    except OSError as error:  # a name too long, a parent that may not be entered
+    except OSError as error:  # the name is too long, or a parent folder may not be entered
         raise DatasetError(f"cannot look at {name!r}: {error.strerror or error}") from error
     if not name or not exists:
         raise DatasetError(_unknown(name))
     if is_folder:
         return open_folder(path)
-    if not is_file:  # a pipe would be waited for
+    if not is_file:  # reading a pipe would block
         raise DatasetError(f"expected {_OTHERWISE}, found {name!r}, which is neither a file nor a folder")
     if path.suffix.lower() in MANIFEST_ENDINGS:
         return open_manifest(path, image_root)
@@ -123,9 +124,9 @@ def _unknown(name: str) -> str:
 
 
 def _beside(path: Path) -> list[str]:
-    """Return what lies in the folder that `path` would lie in, spelt as it is."""
+    """Return the paths of the files and folders beside `path`, as candidates for the correct spelling."""
     try:
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         return [str(each) for each in itertools.islice(beside, _MOST_BESIDE)]
-    except OSError:  # may not be looked into: then there is nothing to propose
+    except OSError:  # the folder may not be listed, so there are no candidates
         return []

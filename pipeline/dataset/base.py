@@ -1,4 +1,4 @@
-"""The `Dataset`: a list of images and where to read each, with the pixels left where they are."""
+"""Define `Dataset`: a list of images with labels, and a `Source` that reads each image on demand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.core.errors import DatasetError, UsageError
 from pipeline.dataset import remote
 
-# What people call the three sides, in lower case, and what we call them.
+# Common names of the three splits, in lower case, and the name that Icebox uses for each.
 SPLIT_NAMES: Mapping[str, str] = {
     "train": "train",
     "training": "train",
@@ -31,7 +31,7 @@ SPLIT_NAMES: Mapping[str, str] = {
 
 
 class Source(Protocol):
-    """Gives image i when asked; picklable, so that another process can read too."""
+    """Reads image i of a dataset on demand; picklable, so that other processes can read images too."""
 
     def read(self, i: int) -> bytes | np.ndarray:
         """Return the encoded bytes of image i, or its pixels: uint8, (h, w) grey or (h, w, 3) RGB."""
@@ -42,36 +42,36 @@ class Source(Protocol):
         ...
 
     def url(self, i: int) -> str | None:
-        """Return the resolved address of image i, or None if it has none."""
+        """Return the resolved URL of image i, or None if it is not a remote image."""
         ...
 
     def take(self, rows: np.ndarray) -> Source:
-        """Return the source of the images at `rows`, (m,) int64, which holds no other pixels."""
+        """Return a source of the images at `rows`, (m,) int64, that holds the pixels of no other image."""
         ...
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """Images that are files: `names` are paths relative to `root`, or absolute, or addresses (see `remote`)."""
+    """Images in files: `names` are paths relative to `root`, absolute paths, or URLs (see `remote`)."""
 
     root: Path
     names: Sequence[str]
 
     def read(self, i: int) -> bytes:
-        """Return the bytes of file i. Raises OSError if it cannot be read, or is no regular file."""
+        """Return the bytes of file i. Raises OSError if it cannot be read or is not a regular file."""
         path = self.path(i)
         if path is None:
             return remote.fetch(self._resolved(i)).data
         if not stat.S_ISREG(path.stat().st_mode):
-            raise OSError("not a regular file")  # a pipe would be waited for, a device read for ever
+            raise OSError("not a regular file")  # reading a pipe may block, reading a device may never end
         return path.read_bytes()
 
     def path(self, i: int) -> Path | None:
-        """Return the path of file i; None if it is behind an address."""
+        """Return the path of file i; None if it is a remote image."""
         return None if remote.is_url(self.names[i]) else self.root / self.names[i]
 
     def url(self, i: int) -> str | None:
-        """Return the resolved address of file i, or None if it is on this machine."""
+        """Return the resolved URL of file i, or None if it is on this machine."""
         return self._resolved(i) if remote.is_url(self.names[i]) else None
 
     def _resolved(self, i: int) -> str:
@@ -84,33 +84,33 @@ class FileSource:
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Images that come as one array: `pixels`, uint8, (n, h, w) grey or (n, h, w, 3) RGB."""
+    """Images in one array: `pixels`, uint8, (n, h, w) grey or (n, h, w, 3) RGB."""
 
     pixels: np.ndarray
 
     def __post_init__(self) -> None:
-        self.pixels.setflags(write=False)  # rows are handed out as views: nobody may alter the dataset
+        self.pixels.setflags(write=False)  # `read` returns views, which must not change the dataset
 
     def read(self, i: int) -> np.ndarray:
         """Return the pixels of image i, a read-only view."""
         return self.pixels[i]
 
     def path(self, i: int) -> None:
-        """Return None: these images are no files."""
+        """Return None: images in an array have no files."""
         return
 
     def url(self, i: int) -> None:
-        """Return None: these images are no files."""
+        """Return None: images in an array have no URLs."""
         return
 
     def take(self, rows: np.ndarray) -> ArraySource:
-        """Return the images at `rows`, (m,) int64, as a copy: a pickled part carries its own pixels only."""
+        """Return the images at `rows`, (m,) int64, as a copy, so that it can be pickled without the other pixels."""
         return ArraySource(self.pixels[rows])
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A list of n images: what each is called, its label, and on demand its bytes.
+    """A list of n images: the name and label of each, and on demand its bytes or pixels.
 
     Parameters
     ----------
@@ -119,22 +119,23 @@ class Dataset:
     classes
         The class names in Unicode form NFC, sorted.
     names
-        (n,) what a person calls image i: a path with "/", or such as "digits/17". May repeat in a manifest.
+        (n,) the name of each image: a path with "/", a URL, or a name like "digits/17". A manifest may repeat names.
     labels
         (n,) int32, indices into `classes`.
     splits
-        (n,) "train", "val" or "test", or None if the dataset brings no splits.
+        (n,) "train", "val" or "test", or None if the dataset has no splits.
     groups
-        (n,) images of one group belong on one side; "" is a group of its own. None if there are no groups.
+        (n,) the group of each image; all images of a group belong on one side (train, val or test). An image with ""
+        is in no group. None if there are no groups.
     source
         Reads image i.
     ignored
-        How many files were passed over, by ending (lower case, "" for none), or as "hidden"; folders of other programs
-        and hidden ones by name, which ends in "/".
+        How many files were ignored, by ending (lower case, "" for none) or as "hidden". Ignored folders, hidden or of
+        other programs, are counted by name, with "/" at the end.
     without_images
-        The folders of splits and classes that hold no image, as "dogs" or "test/dogs".
+        The folders of splits and classes that hold no image, such as "dogs" or "test/dogs".
     embedded
-        Whether it comes with an installed library and never needs a network.
+        Whether the dataset comes with an installed library and never needs a network.
     """
 
     name: str
@@ -168,21 +169,21 @@ class Dataset:
         return self.source.read(i)
 
     def path(self, i: int) -> Path | None:
-        """Return the absolute path of image i, or None if it is no file on this machine."""
+        """Return the absolute path of image i, or None if it is not a file on this machine."""
         return self.source.path(i)
 
     def url(self, i: int) -> str | None:
-        """Return the resolved address of image i, or None if it has none."""
+        """Return the resolved URL of image i, or None if it is not a remote image."""
         return self.source.url(i)
 
     def urls(self) -> Iterator[str]:
-        """Yield the resolved addresses of the images that have one."""
+        """Yield the resolved URLs of the remote images."""
         return (url for i in range(len(self)) if (url := self.source.url(i)) is not None)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Dataset:
-        """Return the images at `indices`, in that order, or those where a boolean array is true.
+        """Return a dataset of the images at `indices`, in that order, or of those where a boolean array is true.
 
-        The classes stay as they are, so that labels mean the same. Raises IndexError if one is out of range.
+        All classes are kept, so that labels keep their meaning. Raises IndexError if an index is out of range.
         """
         rows = np.asarray(indices)
         rows = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows.astype(np.int64)
@@ -199,9 +200,9 @@ class Dataset:
 def of_files(
     name: str, files: Sequence[Path | str], names: Sequence[str] | None = None, ignored: Mapping[str, int] | None = None
 ) -> Dataset:
-    """Return images of no known class, from files at absolute paths or resolved addresses.
+    """Return a dataset of images without a known class, from files at absolute paths or resolved URLs.
 
-    They are called `names`, by default as those.
+    All have the class "unknown". `names` are their names, by default the paths and URLs.
     """
     texts, labels = [str(file) for file in files], np.zeros(len(files), np.int32)
     source = FileSource(Path("/"), texts)
@@ -215,7 +216,7 @@ def _pick(values: Sequence[Any], rows: np.ndarray) -> list[Any]:
 def index_labels(texts: Iterable[str], order: Callable[[str], Any] | None = None) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the sorted distinct `texts` in Unicode form NFC, and for each text its index among them, (n,) int32.
 
-    They are sorted as text, or by what `order` returns for them.
+    The sort key is `order`; by default they are sorted as text.
     """
     seen: dict[str, int] = {}
     codes = np.fromiter((seen.setdefault(text, len(seen)) for text in texts), dtype=np.int32)
@@ -226,7 +227,7 @@ def index_labels(texts: Iterable[str], order: Callable[[str], Any] | None = None
 
 
 def identical_images(classes: Sequence[str]) -> list[list[str]]:
-    """Return groups of class names that look alike: they differ in case, in blanks or in Unicode's compatible forms."""
+    """Return groups of class names that look alike: they differ in case, spaces or compatible Unicode forms only."""
     groups: dict[str, list[str]] = {}
     for name in classes:
         visible = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
@@ -235,22 +236,22 @@ def identical_images(classes: Sequence[str]) -> list[list[str]]:
 
 
 def remap(order: Sequence[int], codes: np.ndarray) -> np.ndarray:
-    """Return for each code its place in `order`, a permutation of all codes, as (n,) int32."""
+    """Return for each code its position in `order`, a permutation of all codes, as (n,) int32."""
     place = np.empty(len(order), np.int32)
     place[list(order)] = np.arange(len(order), dtype=np.int32)
     return place[codes]
 
 
 def brought_splits(splits: list[str]) -> list[str] | None:
-    """Return `splits`, or None if they set nothing apart: a lone "train" holds no image back."""
+    """Return `splits`, or None if all are "train", which leaves no image for validation or test."""
     return None if set(splits) <= {"train"} else splits
 
 
 def limit(dataset: Dataset, count: int) -> Dataset:
-    """Return the first `count` images of a fixed, class-balanced order; the dataset itself if it has no more.
+    """Return the first `count` images of a fixed, class-balanced order; `dataset` itself if it has no more images.
 
-    The order takes one image of each class in turn while the class has any, within a class by the sha256 of
-    the image's name. It depends on no seed, and a smaller limit is always the beginning of a larger one.
+    The order takes one image of each class in turn, as long as the class has any left. Within a class, images are
+    sorted by the sha256 of their names. No seed is used, and a smaller limit is always the start of a larger one.
 
     Raises
     ------
@@ -264,7 +265,7 @@ def limit(dataset: Dataset, count: int) -> Dataset:
     drawn = hash_numbers(name.encode("utf-8", "surrogatepass") for name in dataset.names)
     by_class = np.lexsort((drawn, dataset.labels))
     sizes = np.bincount(dataset.labels, minlength=len(dataset.classes))
-    turn = np.arange(len(dataset)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # place within the class
+    turn = np.arange(len(dataset)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # position within the class
     return dataset.take(by_class[np.argsort(turn, kind="stable")][:count])
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from the published tarballs, checked by hash, streamed, never unpacked to disk."""
+"""Read CIFAR-10 and CIFAR-100 from the published tarballs: checked by sha256, streamed, never unpacked to disk."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _MAX_MEMBER = 256 << 20  # bytes; the largest published member, CIFAR-100's trai
 
 @dataclass(frozen=True)
 class Published:
-    """A tarball of pickled batches: where it is, what it hashes to and what its members are called."""
+    """A published tarball of pickled batches: its URL, its sha256 and the names of its members."""
 
     name: str
     url: str
     sha256: str
-    batches: Mapping[str, str]  # member → split, in the order of the rows
+    batches: Mapping[str, str]  # member → split, in the order of the images
     meta: str
     labels_key: bytes
     names_key: bytes
@@ -59,23 +59,23 @@ CIFAR100 = Published(
 def open_cifar(
     published: Published, *, downloads: Path, archive: Path | None = None, progress: Progress = silent
 ) -> Dataset:
-    """Return the images, (32, 32, 3) uint8 RGB, with the published train and test splits.
+    """Return CIFAR-10 or CIFAR-100: images (32, 32, 3) uint8 RGB, with the published train and test splits.
 
     All pixels are held in memory (184 MB).
 
     Parameters
     ----------
     published
-        Which tarball; its `sha256` is checked whether it was downloaded or at hand.
+        The tarball to read, `CIFAR10` or `CIFAR100`. Its `sha256` is checked for a download and for `archive`.
     downloads
         The folder where the tarball is kept.
     archive
-        The tarball at hand, in place of a download.
+        The tarball, if it is already on this machine, in place of a download.
 
     Raises
     ------
     DatasetError
-        If the tarball cannot be had, is another file, or does not hold what was published.
+        If the tarball cannot be downloaded or read, has another sha256, or does not have the published content.
     """
     path = _download(published, downloads, progress) if archive is None else _checked(published, archive)
     members = _read_members(published, path)
@@ -96,7 +96,7 @@ def open_cifar(
 
 
 def _image_names(dataset: str, splits: list[str]) -> list[str]:
-    """Return "cifar10/test/0", "cifar10/test/1", …: each split is counted on its own."""
+    """Return names such as "cifar10/test/0", "cifar10/test/1", …, numbered within each split."""
     counts = dict.fromkeys(splits, 0)
     names = []
     for split in splits:
@@ -106,10 +106,10 @@ def _image_names(dataset: str, splits: list[str]) -> list[str]:
 
 
 def _download(published: Published, downloads: Path, progress: Progress) -> Path:
-    """Return the tarball in `downloads`, fetched if it is missing or damaged."""
+    """Return the path of the tarball in `downloads`; download it if it is missing or damaged."""
     try:
         return fetch(published.url, f"sha256:{published.sha256}", downloads, progress)
-    except (OSError, ValueError) as error:  # no network, no space; or another file than was published
+    except (OSError, ValueError) as error:  # no network or no space, or the sha256 is wrong
         reason = cause(error)
         raise DatasetError(
             f"{published.name}: could not download {published.url} ({reason}); "
@@ -133,7 +133,7 @@ def _checked(published: Published, archive: Path) -> Path:
 
 
 def _read_members(published: Published, path: Path) -> dict[str, dict[bytes, Any]]:
-    """Return what the named members hold; all others pass by unread."""
+    """Return the unpickled content of the batches and the class names, by member; skip all other members."""
     wanted = {published.meta, *published.batches}
     found: dict[str, dict[bytes, Any]] = {}
     try:
@@ -171,7 +171,7 @@ def _class_names(published: Published, meta: dict[bytes, Any]) -> list[str]:
 
 
 def _batch(published: Published, member: str, content: dict[bytes, Any], classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return one batch as pixels, (n, 32, 32, 3) uint8 RGB, and labels, (n,) int32 in the order published."""
+    """Return one batch as pixels, (n, 32, 32, 3) uint8 RGB, and labels, (n,) int32 in the published order."""
     data = content.get(b"data")
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (_PIXELS,):
         found = f"{data.dtype} {data.shape}" if isinstance(data, np.ndarray) else type(data).__name__
@@ -181,13 +181,13 @@ def _batch(published: Published, member: str, content: dict[bytes, Any], classes
         raise DatasetError(f"{member}: expected a list of labels from 0 to {classes - 1}")
     if len(labels) != len(data):
         raise DatasetError(f"{member}: expected {len(data)} labels, found {len(labels)}")
-    pixels = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # planes to channels last
+    pixels = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # channels first to channels last
     return np.ascontiguousarray(pixels), np.array(labels, np.int32)
 
 
 def _unpickle(stream: IO[bytes], member: str) -> Any:
     try:
-        # Python 2 wrote these files: its strings are bytes.
+        # The files were pickled by Python 2, whose strings are bytes.
         return _ArrayUnpickler(stream, encoding="bytes").load()
     except DatasetError as error:
         raise DatasetError(f"{member}: {error}") from error
@@ -196,7 +196,7 @@ def _unpickle(stream: IO[bytes], member: str) -> Any:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Builds arrays and plain values, and calls nothing else a pickle may name."""
+    """An unpickler of arrays and plain values that refuses any other class or function, so that no code can run."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         try:
@@ -208,14 +208,14 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _empty_array(_kind: object, shape: tuple[int, ...], _code: bytes) -> np.ndarray:
-    """Stand in for numpy's `_reconstruct`, whose shape a pickle could set to terabytes."""
+    """Return an empty array, in place of numpy's `_reconstruct`: a pickle could request terabytes there."""
     if shape != (0,):
         raise DatasetError(f"expected arrays to be rebuilt from shape (0,), found {shape}")
     return np.empty(0, np.uint8)
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Stand in for `_codecs.encode`, by which protocol 2 writes bytes under Python 3."""
+    """Return `text` as latin1 bytes, in place of `_codecs.encode`, with which Python 3 writes bytes in protocol 2."""
     if encoding not in ("latin1", b"latin1"):
         raise DatasetError(f"expected bytes written as latin1, found {encoding!r}")
     return text.encode("latin1")
@@ -224,7 +224,7 @@ def _latin1(text: str, encoding: str) -> bytes:
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _empty_array,
     ("numpy._core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy", "ndarray"): "ndarray",  # only ever an argument of the above; as text it cannot be called
+    ("numpy", "ndarray"): "ndarray",  # only an argument of `_reconstruct`; a str cannot be called
     ("numpy", "dtype"): np.dtype,
     ("_codecs", "encode"): _latin1,
 }

@@ -1,4 +1,4 @@
-"""The likely cause when a manifest cannot be read, or when the files that it names are not there."""
+"""Find the likely cause if a manifest cannot be read, or if the files that it names do not exist."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path, PureWindowsPath
 
 from pipeline.dataset import remote
 
-_HEAD = 32  # bytes of a file that tell what it is
+_HEAD = 32  # first bytes of a file, by which its format is recognised
 _ENDINGS = (".jpg", ".jpeg", ".png")
-_TRIED = 100  # paths that could be written otherwise; a manifest may have millions
-_FIRST = 3  # paths of a manifest that are looked at however they are written
+_TRIED = 100  # unusual paths that are checked; a manifest may have millions
+_FIRST = 3  # first paths of a manifest, checked even if they look usual
 _UTF_16 = "UTF-16 text; save it as UTF-8 (in spreadsheets: CSV UTF-8)"
 _UTF_32 = "UTF-32 text; save it as UTF-8"
 
-# What a file begins with, what it is then, and what helps.
+# The first bytes of a format, its name, and how to fix the file.
 _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xfe\0\0", _UTF_32),
     (b"\0\0\xfe\xff", _UTF_32),
@@ -30,7 +30,7 @@ _BEGINNINGS: tuple[tuple[bytes, str], ...] = (
 
 
 def foreign_format(path: Path) -> str | None:
-    """Return what a file is that is neither UTF-8 text nor Parquet, and what helps; None if its beginning is neither.
+    """Return the format of a file that is not a text or Parquet manifest, and how to fix it; None if not recognised.
 
     Raises OSError if it cannot be read.
     """
@@ -39,7 +39,7 @@ def foreign_format(path: Path) -> str | None:
     for beginning, what in _BEGINNINGS:
         if head.startswith(beginning):
             return what
-    nulls = head[:8].count(0)  # of a header, which is ASCII whatever the alphabet of the rows
+    nulls = head[:8].count(0)  # the header is ASCII, even if the rows use another alphabet
     return None if nulls < 3 or head.startswith(b"PAR1") else _UTF_16 if nulls < 6 else _UTF_32
 
 
@@ -55,9 +55,9 @@ def line_that_is_not_utf8(path: Path) -> int:
 
 
 def missing_file(root: Path, names: Sequence[str]) -> str | None:
-    """Return which of these paths is no file, and the likely cause: written otherwise it is one. None if there is none.
+    """Return a message about a path that is not a file, but would be if written differently; None if there is none.
 
-    Only some are tried: the first few, and a hundred of those with backslashes, blanks or letters beyond ASCII.
+    Only some paths are tried: the first three, and up to a hundred with backslashes, outer spaces or non-ASCII letters.
     """
     some = [(name, _more_complete(root, name)) for name in names[:_FIRST]]
     some += [(name, _written_otherwise(name)) for name in islice(filterfalse(_is_plain, names), _TRIED)]
@@ -74,14 +74,14 @@ def _is_plain(name: str) -> bool:
 
 
 def _more_complete(root: Path, name: str) -> Mapping[str, str]:
-    """Return other paths that this one may be the abbreviation of, each with what is wrong."""
+    """Return longer paths that `name` may stand for, each with the fault of `name`."""
     lacking = dict.fromkeys((f"{name}{ending}" for ending in _ENDINGS), "the path lacks its ending")
     above = os.path.join("..", name)  # noqa: PTH118
     return {**lacking, above: f"paths start from {root.parent}: give --image-root"}
 
 
 def _written_otherwise(name: str) -> Mapping[str, str]:
-    """Return other ways to write a path, each with what is wrong with this one."""
+    """Return other ways to write the path `name`, each with the fault of `name`."""
     plain = name.strip().replace("\\", "/")
     drive, *parts = PureWindowsPath(plain).parts or (plain,)
     from_drive = ["/".join(parts[at:]) for at in range(len(parts))] if ":" in drive else []
@@ -96,4 +96,4 @@ def _written_otherwise(name: str) -> Mapping[str, str]:
 
 
 def _is_file(root: Path, name: str) -> bool:
-    return os.path.isfile(os.path.join(root, name))  # noqa: PTH113, PTH118  unlike Path's, False for a name too long
+    return os.path.isfile(os.path.join(root, name))  # noqa: PTH113, PTH118  Path.is_file raises if a name is too long

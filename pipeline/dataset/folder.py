@@ -1,4 +1,4 @@
-"""A folder of class folders, with or without split folders above them."""
+"""List a folder of class folders, with or without split folders above them, as a `Dataset`."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ logger = logging.getLogger(__name__)
 
 _LAYOUT = "expected <class>/<image>, or train/<class>/<image> with test/ and perhaps val/ beside it"
 _LOOP = "(link loop)"
-_LISTED_AT_ONCE = 16  # folders: a file system far away answers many at once, each slowly
+_LISTED_AT_ONCE = 16  # folders; network file systems are slow, but list many folders in parallel
 
 
 def open_folder(root: Path) -> Dataset:
-    """List the images under `root`, sorted by name; the folders below it are the classes, or splits with those below.
+    """Return the images below `root` as a dataset, sorted by name.
 
-    Which of the two is decided by `layout`. A class is a folder with images, at any depth. Links are followed; hidden
-    files, folders of other programs and files that are no images are counted in `ignored`.
+    The folders directly in `root` are the classes, or the splits with the classes below them; `layout` decides. A
+    class has its images at any depth. Links are followed. Hidden files, folders of other programs and files without an
+    image ending are counted in `ignored`.
 
     Raises
     ------
     DatasetError
-        If there are no images, an image lies outside a class folder, the folders are neither all splits nor all
-        classes, or one cannot be listed.
+        If there are no images, an image is outside a class folder, the folders are neither all splits nor all
+        classes, or a folder cannot be listed.
     """
-    root = root.absolute()  # a worker elsewhere may run in another folder
+    root = root.absolute()  # a Dask worker may run in another folder
     ignored: Counter[str] = Counter()
     names = sorted(images_below(root, ignored))
     if not names:
         raise DatasetError(f"{root}: {_LAYOUT}, found no images (passed over: {ignored_text(ignored) or 'nothing'})")
     folders = {name.rpartition("/")[0] for name in names}
-    depth = 0 if "" in folders else class_depth(root, folders)  # which part of a name is the class
+    depth = 0 if "" in folders else class_depth(root, folders)  # the index of the class in the parts of a name
     if stray := [name for name in names if name.count("/") <= depth]:
         raise DatasetError(f"{root}: {_LAYOUT}, found {len(stray)} outside a class folder, as {stray[0]!r}")
     classes, labels = index_labels(name.split("/", depth + 1)[depth] for name in names)
@@ -71,7 +72,7 @@ def _warn_of_one_class(root: Path, name: str, below: set[str]) -> None:
 
 
 def _without_images(root: Path, depth: int, folders: set[str]) -> Iterator[str]:
-    """Yield the folders of splits and classes that hold no image, relative to `root`, sorted."""
+    """Yield the folders of splits and classes without an image, relative to `root`, sorted."""
     filled = {"/".join(folder.split("/")[: level + 1]) for folder in folders for level in range(depth + 1)}
     inside = [""] if depth == 0 else ["", *(f"{split}/" for split in sorted(filled) if "/" not in split)]
     for prefix in inside:
@@ -80,13 +81,13 @@ def _without_images(root: Path, depth: int, folders: set[str]) -> Iterator[str]:
 
 
 def _folders(folder: Path) -> Sequence[str]:
-    """Return the names of the folders in a folder that may hold images, sorted."""
+    """Return the sorted names of the folders directly in `folder`, without ignored ones."""
     return sorted(entry.name for entry in _entries(folder) if _is_folder(entry) and not folder_ignored_as(entry.name))
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder to be listed: `prefix` is what its images' names begin with, `above` are the folders it lies in."""
+    """A folder to list: `prefix` starts the names of its images, `above` are the (device, inode) of its parents."""
 
     path: Path
     prefix: str = ""
@@ -94,7 +95,7 @@ class _Folder:
 
 
 def images_below(root: Path, ignored: Counter[str]) -> Iterator[str]:
-    """Yield the images below `root` as relative paths with "/", in no order; count the rest in `ignored`."""
+    """Yield the images below `root` as relative paths with "/", in no fixed order; count other files in `ignored`."""
     pool = ThreadPoolExecutor(_LISTED_AT_ONCE)
     try:
         waiting = deque([pool.submit(_listed, _Folder(root))])
@@ -108,10 +109,10 @@ def images_below(root: Path, ignored: Counter[str]) -> Iterator[str]:
 
 
 def _listed(folder: _Folder) -> tuple[list[str], list[_Folder], Counter[str]]:
-    """Return the names of the images in a folder, the folders in it, and how many of what else."""
+    """Return the names of the images in a folder, the folders in it, and the counts of what is ignored."""
     names, folders, ignored = list[str](), list[_Folder](), Counter[str]()
     here, entries = _identity(folder.path), _entries(folder.path)
-    if here in folder.above:  # a link back to a folder we are in: it would never end
+    if here in folder.above:  # a link to a parent folder; listing it would never end
         return [], [], Counter({_LOOP: 1})
     for entry in entries:
         is_folder = _is_folder(entry)
@@ -120,7 +121,7 @@ def _listed(folder: _Folder) -> tuple[list[str], list[_Folder], Counter[str]]:
             ignored[ignored_as] += 1
         elif is_folder:
             folders.append(_Folder(Path(entry.path), f"{folder.prefix}{entry.name}/", folder.above | {here}))
-        else:  # a pipe too: its reading fails, and is listed
+        else:  # pipes too; reading one fails later and is reported
             names.append(folder.prefix + entry.name)
     return names, folders, ignored
 

@@ -1,4 +1,4 @@
-"""What is said of something behind an address, without its content, that will be other once it changes."""
+"""Build validators of remote files from ETag, date and the like: texts that differ once the file changes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-GRAIN = 2  # seconds: what was changed later than this before it was sent may change again and look the same
+GRAIN = 2  # seconds; a file changed more recently may change again without a new date
 
-# What changes with the content, as the file systems of fsspec call it.
+# Entries of fsspec's `info` that change with the content of a file.
 _MARKS = (
     *("ETag", "etag", "e_tag", "checksum", "md5Hash", "content_md5", "blob_id", "crc32c", "generation", "VersionId"),
     *("version_id", "LastModified", "last_modified", "modified", "updated", "mtime", "modify", "modificationTime"),
@@ -16,13 +16,16 @@ _MARKS = (
 
 
 def of_file(about: dict[str, Any]) -> str | None:
-    """Return the marks in what a file system of fsspec says of a file; None without any."""
+    """Return the validator of a file from its fsspec `info`; None if that has no entry that shows changes."""
     found = [f"{name}={about[name]}" for name in _MARKS if about.get(name) is not None]
     return "; ".join([f"size={about.get('size')}", *found]) if found else None
 
 
 def of_answer(response: Any) -> str | None:
-    """Return ETag and date of an answer; None without either, or if it was changed too lately to be sure."""
+    """Return the validator of an HTTP response: its ETag and Last-Modified.
+
+    None if both are missing, or the last change is so recent that another could have the same date.
+    """
     headers = response.headers
     tag, changed = headers.get("ETag"), headers.get("Last-Modified")
     if not (tag or changed) or (changed and _is_fresh(changed, headers.get("Date"))):

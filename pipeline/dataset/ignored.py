@@ -1,4 +1,4 @@
-"""What lies among images and is none: which names are passed over, what they are, and what helps."""
+"""Decide by name which files and folders are ignored in a folder of images, and describe them for a message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".
 
 _HIDDEN = "hidden"
 
-# Folders that network storage and operating systems leave behind, in lower case; hidden ones need no mention.
+# Folders that network storage and operating systems create, in lower case; all hidden folders are ignored anyway.
 _FOREIGN_FOLDERS = frozenset(
     {
         *("@eadir", "#recycle", "#snapshot", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "@__thumb"),
@@ -41,12 +41,12 @@ _OTHER = "no image endings"
 
 
 def folder_ignored_as(name: str) -> str | None:
-    """Return the name that a folder is counted under, with "/", if it is hidden or another program's; else None."""
+    """Return the name with "/" under which a folder is counted, if it is hidden or of another program; else None."""
     return f"{name}/" if name[0] == "." or name.lower() in _FOREIGN_FOLDERS else None
 
 
 def file_ignored_as(name: str) -> str | None:
-    """Return what a file is counted as if it is no image: "hidden", or its ending in lower case; else None."""
+    """Return "hidden", or the ending in lower case, under which a file is counted if it is not an image; else None."""
     ending = _ending(name)
     if name[0] == "." and ending != ".icloud":
         return _HIDDEN
@@ -54,7 +54,7 @@ def file_ignored_as(name: str) -> str | None:
 
 
 def ignored_text(ignored: Mapping[str, int]) -> str:
-    """Return what was passed over in words: names and counts, what they are, and what helps."""
+    """Return a message about ignored files and folders: names, counts, what they are, and how to use them."""
     kinds: dict[str, list[str]] = {}
     for name, count in sorted(ignored.items()):
         kinds.setdefault(_kind(name), []).append(f"{name or 'no ending'} {count:,}")

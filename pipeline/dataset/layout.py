@@ -1,4 +1,4 @@
-"""Whether the folders below a dataset's root are splits or classes; a mixture of both is refused, never guessed at."""
+"""Decide whether the folders in the root of a dataset are splits or classes; refuse a mixture of both."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from pipeline.core.errors import DatasetError
 from pipeline.dataset.base import SPLIT_NAMES
 
-_NAMED = 5  # folders that a message names
+_NAMED = 5  # most folders listed in a message
 _MANIFEST = "name the class and the split of each image in a manifest (a CSV file with the columns path,label,split)"
 
 
 @dataclass(frozen=True)
 class _Tree:
-    """A folder, and the paths from there of the folders that images lie in; "" is the folder itself."""
+    """A folder, and the relative paths of the folders in it that directly contain images; "" is the folder itself."""
 
     path: str
     filled: tuple[str, ...]
@@ -28,17 +28,17 @@ class _Tree:
 
     @property
     def side(self) -> str | None:
-        """The split that its name means, or None."""
+        """The split that the name of the folder means, or None."""
         return SPLIT_NAMES.get(self.name.lower())
 
     @property
     def direct(self) -> bool:
-        """Whether images lie directly in it."""
+        """Whether images are directly in the folder."""
         return "" in self.filled
 
     @cached_property
     def folders(self) -> tuple[_Tree, ...]:
-        """The folders right below it that hold images, at any depth; sorted."""
+        """The folders directly in this folder that have images at any depth, sorted."""
         below: dict[str, list[str]] = {}
         for folder in filter(None, self.filled):
             first, _, rest = folder.partition("/")
@@ -48,22 +48,22 @@ class _Tree:
 
 
 def class_depth(root: Path, folders: Collection[str]) -> int:
-    """Return which part of an image's path is its class: 0 the first, 1 the second, below the splits.
+    """Return the index of the class in the parts of an image's path: 0, or 1 if the first part is a split.
 
-    A folder with a split's name is a split if all its neighbours are, and a class if it holds images directly and some
-    neighbour is no split. Folders without images do not count.
+    Folders with split names are splits if all folders beside them have such names too. Otherwise such a folder is a
+    class if all its images are directly in it, and an error if not. Folders without images do not count.
 
     Parameters
     ----------
     root
-        Only named in messages.
+        The root folder of the dataset, for messages.
     folders
-        The folders that images lie directly in, relative to `root`, with "/".
+        The folders that directly contain images, relative to `root`, with "/".
 
     Raises
     ------
     DatasetError
-        If the folders are neither all splits nor all classes, or splits lie where classes are expected.
+        If the folders are neither all splits nor all classes, or splits are found where classes are expected.
     """
     tops = _Tree("", tuple(folders)).folders
     if all(top.side for top in tops):
@@ -74,7 +74,7 @@ def class_depth(root: Path, folders: Collection[str]) -> int:
 
 
 def _check_splits(root: Path, tops: Sequence[_Tree]) -> None:
-    """Refuse two folders that are one split, and a split below a split."""
+    """Raise DatasetError if two folders are the same split, or a split contains splits."""
     for side in sorted({top.side or "" for top in tops}):
         if len(same := [top for top in tops if top.side == side]) > 1:
             raise DatasetError(
@@ -90,7 +90,7 @@ def _check_splits(root: Path, tops: Sequence[_Tree]) -> None:
 
 
 def _check_classes(root: Path, tops: Sequence[_Tree]) -> None:
-    """Refuse splits beside classes, under other names, or below them."""
+    """Raise DatasetError if there are splits beside the classes, below them, or under names such as "test_set"."""
     splits = [top for top in tops if top.side and top.folders]
     if splits:
         others = [top for top in tops if top not in splits]
@@ -108,7 +108,7 @@ def _check_classes(root: Path, tops: Sequence[_Tree]) -> None:
 
 
 def _check_below(root: Path, top: _Tree, *, alone: bool) -> None:
-    """Refuse a class folder that has splits in it; `alone` if it is the only one."""
+    """Raise DatasetError if a class folder has splits in it; `alone` if it is the only class folder."""
     while alone and not top.direct and len(top.folders) == 1 and not top.folders[0].side:
         top = top.folders[0]
     splits = [each for each in top.folders if each.side]
@@ -120,9 +120,10 @@ def _check_below(root: Path, top: _Tree, *, alone: bool) -> None:
 
 
 def _likely_splits(tops: Sequence[_Tree]) -> list[_Tree]:
-    """Return the folders whose names contain those of different splits, as "test_set": all, or with classes in common.
+    """Return the folders whose names contain the names of splits, as "test_set" does; [] if they are likely classes.
 
-    So "test tube" and "train station" are classes beside others.
+    They count as splits if all folders are such, or if they have class folders in common. So "test tube" and "train
+    station" are classes if there are other classes.
     """
     likely = {top.path: top for top in tops if _words(top.name) & SPLIT_NAMES.keys()}
     if not _sets_apart(SPLIT_NAMES.get(word) for top in likely.values() for word in _words(top.name)):
@@ -132,13 +133,13 @@ def _likely_splits(tops: Sequence[_Tree]) -> list[_Tree]:
 
 
 def _sets_apart(sides: Iterable[str | None]) -> bool:
-    """Return whether there are images to train on among these, and others."""
+    """Return whether `sides` contain "train" and another split."""
     found = set(sides) - {None}
     return "train" in found and len(found) > 1
 
 
 def _words(name: str) -> set[str]:
-    """Return the words of a name: "train" and "images" of "train2017-Images", "test" of "testset"."""
+    """Return the words in a name: "train" and "images" for "train2017-Images", "test" for "testset"."""
     return {word.removesuffix("set").removesuffix("data") for word in re.findall("[a-z]+", name.lower())}
 
 

@@ -1,4 +1,4 @@
-"""A CSV, TSV or Parquet manifest: one image a row, with the columns path, label and perhaps split, group."""
+"""Read a CSV, TSV or Parquet manifest: one image a row, in the columns path and label, optionally split and group."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MANIFEST_ENDINGS = (*_DELIMITERS, ".parquet", ".pq")
 _COLUMNS = ("path", "label", "split", "group")
 
-# The number of a line or row, and its path, label, split and group; "" where a value or column is missing.
+# The number of a line or row, and its path, label, split and group; "" if a value or column is missing.
 _Row = tuple[int, Sequence[str]]
 
 
 def open_manifest(path: Path, image_root: Path | None = None) -> Dataset:
-    """List the images of a manifest, in its order.
+    """Return the images of a manifest as a dataset, in the order of its rows.
 
-    Paths start from `image_root`, or from the manifest's own folder, and may not leave it: a manifest may come from
-    somebody else, and what it names is read. Absolute ones must lie in there too. Links are followed. Addresses, such
-    as `https://…` and `s3://…`, are read as `remote` says.
+    Paths start from `image_root`, by default the manifest's own folder, and must stay inside it, absolute paths too: a
+    manifest may come from another person, and Icebox reads the files that it names. Links are followed. URLs, such as
+    `https://…` and `s3://…`, are read by `remote`.
 
-    The text is UTF-8, with or without a byte order mark; labels and groups may be whole numbers in Parquet, and such
-    labels are sorted as numbers. Other columns are passed over. No image file is read; where some are not there
-    because of how their paths are written, a notice says so.
+    Text is UTF-8, with or without a byte order mark. In Parquet, labels and groups may be whole numbers; such labels
+    are sorted as numbers. Other columns are ignored. No image file is read. If files are missing because their paths
+    are written differently, a warning is logged.
 
     Raises
     ------
     DatasetError
-        If it cannot be read, a column is missing or a row is malformed; the text names the line.
+        If the manifest cannot be read, a column is missing or a row is malformed; the message names the line.
     UsageError
-        If a package is not there that its addresses need.
+        If a package that its URLs need is not installed.
     """
     path, root, listed = _listed(path, image_root, ("path", "label"))
     rows = _Rows(path, root)
@@ -63,9 +63,9 @@ def open_manifest(path: Path, image_root: Path | None = None) -> Dataset:
 
 
 def manifest_images(path: Path, image_root: Path | None = None) -> tuple[Path, list[str]]:
-    """Return the folder that a manifest's paths start from, and the paths; of its columns only `path` is looked at.
+    """Return the folder that the paths of a manifest start from, and the paths; only the column `path` is read.
 
-    Raises DatasetError and UsageError as `open_manifest` does.
+    Raises DatasetError and UsageError for the same reasons as `open_manifest`.
     """
     path, root, listed = _listed(path, image_root, ("path",))
     names = []
@@ -79,7 +79,7 @@ def manifest_images(path: Path, image_root: Path | None = None) -> tuple[Path, l
 
 
 def _look_at_paths(path: Path, root: Path, names: Sequence[str]) -> None:
-    """Check that packages for addresses are there, and say why files are likely to be missing."""
+    """Check that the packages for URLs are installed; log a warning with the likely cause if files are missing."""
     remote.require(name for name in names if remote.is_url(name))
     if found := missing_file(root, names):
         logger.warning("%s: %s", path, found)
@@ -92,8 +92,8 @@ def _no_rows(path: Path) -> str:
 def _listed(
     path: Path, image_root: Path | None, required: Sequence[str]
 ) -> tuple[Path, Path, Iterator[tuple[str, Sequence[str]]]]:
-    """Return the manifest, the folder its paths start from, and its rows, each with where it stands."""
-    path = path.absolute()  # a worker elsewhere may run in another folder
+    """Return the manifest's path, the folder its paths start from, and its rows, each with "FILE: line N"."""
+    path = path.absolute()  # a Dask worker may run in another folder
     root = path.parent if image_root is None else Path(os.path.normpath(image_root.absolute()))
     if not root.is_dir():
         raise DatasetError(f"expected --image-root to be a folder, found none at {root}")
@@ -104,7 +104,7 @@ def _listed(
 
 
 class _Rows:
-    """The rows so far, checked one by one. Texts that repeat are interned, so a million rows stay small."""
+    """The columns of the rows read so far; `add` checks each row. Repeated texts are interned to save memory."""
 
     def __init__(self, path: Path, root: Path) -> None:
         self.path = path
@@ -151,7 +151,7 @@ def _check_path(where: str, path: str, root: str) -> None:
         except ValueError as error:
             raise DatasetError(f"{where}: expected {error}, found {path!r}") from error
         return
-    # Only for the few paths that could leave it: a million rows are checked in a second.
+    # Only absolute paths and those with ".." can leave the folder; no check of the others keeps a million rows fast.
     if (path.startswith("/") or ".." in path) and not _lies_in(root, path):
         raise DatasetError(
             f"{where}: expected a path inside {root}, found {path!r}; if it is meant, name the folder that all images "
@@ -164,7 +164,10 @@ def _lies_in(root: str, path: str) -> bool:
 
 
 def _columns(path: Path, header: Sequence[str], required: Sequence[str]) -> list[int | None]:
-    """Return where path, label, split and group stand in the header; None for an optional one not there."""
+    """Return the indices of path, label, split and group in the header; None for a missing optional column.
+
+    Raises DatasetError if a required column is missing, or a column appears twice.
+    """
     names = [name.strip().lower() for name in header]
     for name in _COLUMNS:
         found = names.count(name)
@@ -178,7 +181,7 @@ def _columns(path: Path, header: Sequence[str], required: Sequence[str]) -> list
 
 
 def _other_delimiter(path: Path, header: Sequence[str]) -> str:
-    """Say so if the columns of a text are separated by something else than its ending says."""
+    """Return a message if the separator of a text file is not that of its ending, else ""."""
     expected = _DELIMITERS.get(path.suffix.lower())
     others = [each for each in ",;\t|" if each != expected and len(header) == 1 and each in header[0]]
     return f"; columns are separated by {expected!r}, found {others[0]!r}" if expected and others else ""
@@ -190,7 +193,7 @@ def _text_rows(path: Path, delimiter: str, required: Sequence[str]) -> Iterator[
         if what := foreign_format(path):
             raise DatasetError(f"{path}: expected UTF-8 text in columns, found {what}")
         with path.open(encoding="utf-8-sig", newline="") as file:
-            # Strict: an unclosed quote is an error, where it would swallow the rest of the file as one field.
+            # Strict: an unclosed quote is an error; otherwise, the rest of the file would become one field.
             reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
             header = next(reader, [])
             columns, number = _columns(path, header, required), reader.line_num
@@ -241,7 +244,7 @@ def _parquet_rows(path: Path, required: Sequence[str]) -> Iterator[_Row]:
 
 
 def _has_whole_numbers(path: Path) -> bool:
-    """Return whether the labels of a manifest that could be read are a Parquet column of whole numbers."""
+    """Return whether the labels of a valid manifest are a Parquet column of whole numbers."""
     if path.suffix.lower() in _DELIMITERS:
         return False
     import pyarrow as pa
@@ -252,14 +255,14 @@ def _has_whole_numbers(path: Path) -> bool:
 
 
 def _value_type(kind: Any) -> Any:
-    """Return the type of a column's values, of a dictionary's too."""
+    """Return the type of a column's values, also for a dictionary-encoded column."""
     import pyarrow as pa
 
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _check_types(path: Path, columns: Sequence[Any]) -> None:
-    """Refuse columns whose text would be a guess: only text, and whole numbers where no path is meant."""
+    """Raise DatasetError unless all columns are text or empty; label and group may be whole numbers."""
     import pyarrow as pa
 
     for name, column in zip(_COLUMNS, columns, strict=True):

@@ -1,4 +1,4 @@
-"""What a person should hear about a dataset's listing, in words: what was passed over, and which classes look alike."""
+"""Describe for the user what is unusual in a dataset: ignored files, empty folders, classes that look alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAMED = 10
 
 
 def notices(dataset: Dataset) -> Iterator[str]:
-    """Yield one line for each thing that stands out in how `dataset` was listed; nothing if all files are images."""
+    """Yield one line of text for each unusual point of `dataset`; none if all files are images."""
     if dataset.ignored:
         yield f"passed over: {ignored_text(dataset.ignored)}"
     if empty := dataset.without_images:

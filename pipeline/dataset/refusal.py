@@ -1,4 +1,4 @@
-"""Why something behind an address cannot be had, in the same words whatever library tells it."""
+"""Turn the errors of all remote libraries into one error, `RefusedError`, with the same message for the same cause."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PASSING = {408, 425, 429, 500, 502, 503, 504}
 
 
 class RefusedError(OSError):
-    """An answer that is none. `passing` if another try may do better, after `pause` seconds."""
+    """A failed request. `passing` if it may be temporary; then the next try comes after at least `pause` seconds."""
 
     def __init__(self, cause: str, passing: bool = False, pause: float = 0) -> None:
         super().__init__(cause)
@@ -20,22 +20,22 @@ class RefusedError(OSError):
 
 
 def check_status(response: Any) -> None:
-    """Raise RefusedError if an answer of aiohttp is none."""
+    """Raise RefusedError if the status of an aiohttp response is an error, 400 or more."""
     if response.status >= 400:
         wait = response.headers.get("Retry-After", "")
         raise status(response.status, float(wait) if wait.isdecimal() else 0)
 
 
 def status(code: int, pause: float = 0) -> RefusedError:
-    """Return the cause that an HTTP status is."""
+    """Return the error for an HTTP status."""
     phrase = HTTPStatus(code).phrase if code in HTTPStatus.__members__.values() else ""
     return RefusedError(f"HTTP {code} {phrase}".strip(), code in _PASSING, pause)
 
 
 def failure(error: BaseException, silence: float) -> RefusedError:
-    """Return the cause of a failure, in the same words whatever library tells it.
+    """Return the error for an exception of any remote library, with the same message for the same cause.
 
-    `silence` is how many seconds without a byte were too many.
+    `silence` is the time-out in seconds, for the message.
     """
     if isinstance(error, RefusedError):
         return error
@@ -77,11 +77,11 @@ _KINDS: tuple[tuple[set[str], str, bool], ...] = (
 
 
 def _code_of(error: BaseException) -> int:
-    """Return the HTTP status that an error of boto or gcsfs carries, or 0."""
+    """Return the HTTP status, 400 to 599, in an error of boto or gcsfs, or 0."""
     answer = getattr(error, "response", None)
     if isinstance(answer, dict):
         answer = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    if type(error).__module__.startswith("aiohttp"):  # which calls a body cut short a 400
+    if type(error).__module__.startswith("aiohttp"):  # aiohttp reports a truncated body as status 400
         return 0
     for code in (answer, getattr(error, "code", None)):
         if isinstance(code, int) and 400 <= code < 600:

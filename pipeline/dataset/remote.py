@@ -1,7 +1,7 @@
-"""Images behind addresses, read through fsspec: `https://…`, `s3://…`, or a member of an archive, `zip://a.jpg::…`.
+"""Read remote images through fsspec: `https://…`, `s3://…`, or a member of an archive, `zip://a.jpg::…`.
 
-An address may come from somebody else's manifest, so only protocols that read from afar are known here, and an archive
-on this machine must lie where plain paths may.
+A URL may come from another person's manifest. So only remote protocols are allowed, and an archive on this machine
+must be in the folder where plain paths may be. Messages call a URL an address.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline.dataset.refusal import RefusedError, check_status, failure
 
 T = TypeVar("T")
 
-# What each protocol needs beside fsspec, and whether `make setup EXTRAS=remote` brings it.
+# The package that each protocol needs besides fsspec, and whether `make setup EXTRAS=remote` installs it.
 _PACKAGES: dict[str, tuple[str, bool] | None] = {
     **dict.fromkeys(("http", "https"), ("aiohttp", True)),
     **dict.fromkeys(("s3", "s3a"), ("s3fs", True)),
@@ -40,45 +40,45 @@ _ARCHIVES = ("zip", "tar")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 
 DEFAULT_CONNECTIONS = 16
-SILENCE = 30.0  # seconds without a byte before a request counts as lost
-LARGEST = 1 << 30  # bytes of one image
-_WHOLE = 900.0  # seconds that one request may take in all
+SILENCE = 30.0  # seconds without a byte after which a request has timed out
+LARGEST = 1 << 30  # limit for one image, in bytes
+_WHOLE = 900.0  # limit for one request, in seconds
 _TRIES = 3
-_PAUSE = 0.5  # seconds before the second try, about; twice that before the third
-_LONGEST_PAUSE = 30.0  # that a server may ask for
+_PAUSE = 0.5  # about so many seconds before the second try; twice that before the third
+_LONGEST_PAUSE = 30.0  # seconds; the longest Retry-After of a server that is obeyed
 _BLOCK = 1 << 18
-_NO_HEAD = {401, 403, 405, 501}  # what servers, and addresses signed for GET alone, say to HEAD
+_NO_HEAD = {401, 403, 405, 501}  # replies to HEAD of servers without it, and of URLs that are signed for GET only
 
-_PARTS = ("client_kwargs", "config_kwargs")  # of fsspec's configuration, where time-outs are
+_PARTS = ("client_kwargs", "config_kwargs")  # entries of fsspec's configuration that contain time-outs
 
 
 class Fetched(NamedTuple):
-    """What was read, and what the server said beforehand or with it that will be other once it changes, or None."""
+    """The bytes of a remote image, and the validator by which a change on the server is noticed, or None."""
 
     data: bytes
     validator: str | None
 
 
 def is_url(text: str) -> bool:
-    """Return whether `text` is an address, not a path."""
+    """Return whether `text` is a URL, not a path."""
     return "://" in text and _URL.match(text) is not None
 
 
 def resolve(url: str, root: str | None) -> str:
-    """Return the address with what it says of this machine made absolute.
+    """Return `url` with the path of an archive on this machine made absolute.
 
     Parameters
     ----------
     url
-        The address as a person wrote it.
+        The URL as the user wrote it.
     root
-        The folder, absolute, that an archive on this machine must lie in and relative ones start from; None for the
-        current folder, and any place.
+        The absolute folder that a local archive must be in, and that relative paths start from. If None, paths start
+        from the current folder and may be anywhere.
 
     Raises
     ------
     ValueError
-        If it is none that may be read; the text says what was expected.
+        If the URL may not be read; the message says what was expected.
     """
     if not url.isprintable():
         raise ValueError("an address of printable characters")
@@ -102,7 +102,7 @@ def resolve(url: str, root: str | None) -> str:
 
 
 def require(urls: Iterable[str]) -> None:
-    """Raise UsageError, naming what to install, unless the packages that these addresses need are there."""
+    """Check that the packages these URLs need are installed. Raises UsageError with the package to install."""
     protocols = {_split(url if _split(url)[0] not in _ARCHIVES else url.partition("::")[2])[0] for url in urls}
     for protocol in sorted(protocols):
         needed = _PACKAGES.get(protocol)
@@ -116,18 +116,18 @@ def require(urls: Iterable[str]) -> None:
 
 
 def fetch_whole(url: str) -> str:
-    """Return what tells whether an image is still the same: the address itself, or the archive it lies in."""
+    """Return the URL whose validator shows changes of an image: its own URL, or that of its archive."""
     protocol, rest = _split(url)
     return f"{protocol}://::{rest.partition('::')[2]}" if protocol in _ARCHIVES else url
 
 
 def fetch(url: str) -> Fetched:
-    """Read what is behind a resolved address; what may pass is tried three times.
+    """Read the image at a resolved URL; a failure that may be temporary is retried, up to three tries in all.
 
     Raises
     ------
     OSError
-        If it cannot be had; the text is the cause, short and without the address.
+        If the image cannot be read; the message is the cause, short and without the URL.
     """
     held = _state().held.pop(url, None)
     if isinstance(held, OSError):
@@ -136,33 +136,33 @@ def fetch(url: str) -> Fetched:
 
 
 def hold(url: str, fetched: Fetched | OSError) -> None:
-    """Keep what was fetched, or why it was not, until it is asked for once more; it should not be much."""
+    """Keep a fetched image, or its error, in memory until the next `fetch` of it; meant for a few images only."""
     _state().held[url] = fetched
 
 
 def forget_fetched() -> None:
-    """Forget what is held."""
+    """Discard all images and errors kept by `hold`."""
     _state().held.clear()
 
 
 def validator(url: str) -> str | None:
-    """Return what the server says now of `whole(…)`, without reading it; None if that tells nothing.
+    """Return the present validator of `url`, as returned by `fetch_whole`, without reading it; None if it has none.
 
     Raises
     ------
     OSError
-        As `fetch` does.
+        For the same reasons as in `fetch`.
     """
     return _tried(lambda: _validator(url))
 
 
 def connections() -> int:
-    """Return how many requests of this process may be under way at once."""
+    """Return how many requests this process may make at once."""
     return _state().connections
 
 
 def limit_connections(count: int) -> None:
-    """Set how many requests of this process may be under way at once."""
+    """Set how many requests this process may make at once."""
     state = _state()
     state.connections, state.gate = count, threading.BoundedSemaphore(count)
 
@@ -172,12 +172,12 @@ def _split(url: str) -> tuple[str, str]:
     return protocol.lower(), rest
 
 
-# What a process has open
+# Open file systems and archives of a process
 
 
 @dataclass
 class _State:
-    """The file systems and archives of one process: a fork must not use its parent's connections."""
+    """The file systems and archives of one process: a forked process must not use its parent's connections."""
 
     pid: int
     connections: int = DEFAULT_CONNECTIONS
@@ -200,28 +200,28 @@ def _state() -> _State:
 
 
 class _System:
-    """An fsspec file system, which may be asked from any thread."""
+    """An fsspec file system whose methods any thread may call."""
 
     def __init__(self, made: Any) -> None:
         self.made = made
         self._lock = threading.Lock()
 
     def ask(self, name: str, *arguments: Any, **named: Any) -> Any:
-        """Call a method, within a time-out where there can be one; what knows no parallel requests gets none."""
+        """Call a method of the file system: with a time-out if it is asynchronous, else one call at a time."""
         if self.made.async_impl:
             return self.run(getattr(self.made, f"_{name}"), *arguments, **named)
         with self._lock:
             return getattr(self.made, name)(*arguments, **named)
 
     def run(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """Wait for a coroutine on fsspec's own loop."""
+        """Run a coroutine on fsspec's event loop and return its result."""
         from fsspec.asyn import sync
 
         return sync(self.made.loop, function, *arguments, timeout=_WHOLE, **named)
 
 
 def _system(url: str) -> tuple[_System, str]:
-    """Return the file system of an address, opened once, and what it calls the file."""
+    """Return the file system of a URL, opened once per process, and the path of the file in it."""
     from fsspec import get_filesystem_class
 
     protocol = _split(url)[0]
@@ -234,12 +234,12 @@ def _system(url: str) -> tuple[_System, str]:
             options = {**_options(protocol, kind.protocol), **url_options}
             state.systems[key] = _System(kind(**options, use_listings_cache=False, skip_instance_cache=True))
             if protocol.startswith("s3"):
-                state.systems[key].made.retries = 1  # we try again ourselves
+                state.systems[key].made.retries = 1  # `_tried` repeats failed requests
         return state.systems[key], kind._strip_protocol(url)
 
 
 def _options(protocol: str, names: str | tuple[str, ...]) -> dict[str, Any]:
-    """Return our time-outs, beside what the user's own configuration of fsspec says."""
+    """Return the time-outs of a file system; the user's configuration of fsspec takes precedence."""
     from fsspec.config import conf
 
     stated = [conf.get(name, {}) for name in ((names,) if isinstance(names, str) else names)]
@@ -266,7 +266,7 @@ def _fetch(url: str) -> Fetched:
     system, path = _system(url)
     if protocol in ("http", "https"):
         return system.run(_get, system.made, path)
-    # The validator first: what changes in between is noticed the next time.
+    # The validator is read first: a change between the two requests is then noticed the next time.
     about = system.ask("info", path)
     if about.get("type") == "directory":
         raise FileNotFoundError(path)
@@ -281,7 +281,7 @@ def _validator(url: str) -> str | None:
         state = _state()
         with state.lock:
             if url in state.archives and (now is None or state.archives[url].validator != now):
-                del state.archives[url]  # closed by who still reads it
+                del state.archives[url]  # closed when no thread reads it any more
         return now
     system, path = _system(url)
     if protocol in ("http", "https"):
@@ -319,7 +319,7 @@ async def _head(system: Any, url: str) -> str | None:
         if response.status not in _NO_HEAD:
             check_status(response)
             return of_answer(response)
-    async with session.get(system.encode_url(url), **system.kwargs) as response:  # whose body is not read
+    async with session.get(system.encode_url(url), **system.kwargs) as response:  # the body is not read
         check_status(response)
         return of_answer(response)
 
@@ -328,7 +328,7 @@ async def _head(system: Any, url: str) -> str | None:
 
 
 class _Archive:
-    """An archive whose directory was read; its members are read one at a time."""
+    """An open archive with its list of members; they are read one at a time."""
 
     def __init__(self, kind: str, file: IO[bytes], validator: str | None) -> None:
         self.validator = validator
@@ -337,7 +337,7 @@ class _Archive:
         self._opened: Any
         if kind == "zip":
             self._opened = zipfile.ZipFile(file)
-        else:  # a compressed one would be read from its beginning for each member
+        else:  # a compressed tar would be read from its start for each member
             self._opened = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
             self._members = {member.name: member for member in self._opened if member.isreg()}
 
@@ -352,7 +352,7 @@ class _Archive:
 
 
 def _archive(url: str) -> _Archive:
-    """Return an archive, opened once; `url` as `whole` gives it."""
+    """Return an archive, opened once per process; `url` comes from `fetch_whole`."""
     state = _state()
     with state.lock:
         opening = state.opening.setdefault(url, threading.Lock())
@@ -378,7 +378,7 @@ def _archive(url: str) -> _Archive:
 
 
 def _tried(work: Callable[[], T]) -> T:
-    """Do it, up to three times, with growing pauses, if what went wrong may pass. Raises OSError with the cause."""
+    """Call `work`, up to three times with growing pauses, if errors may be temporary. Raises OSError with the cause."""
     for attempt in range(_TRIES):
         try:
             with _state().gate:
@@ -387,7 +387,7 @@ def _tried(work: Callable[[], T]) -> T:
             refused = failure(error, SILENCE)
             if not refused.passing or attempt == _TRIES - 1:
                 raise refused from error
-            # Nobody is to be asked by all threads at once again.
+            # A random pause keeps all threads from repeating their requests at the same moment.
             pause = _PAUSE * 2**attempt * (0.5 + random.random())
         time.sleep(max(pause, min(refused.pause, _LONGEST_PAUSE)))
     raise AssertionError("unreachable")

@@ -1,4 +1,4 @@
-"""Which images train, validate and test: by what the dataset brings, else by content, never by a seed."""
+"""Assign each image to train, val or test: by the splits of the dataset, else by image content, never by a seed."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The side of each image, and what is to be said about it.
+    """The side (train, val or test) of each image, and counts of problems with these sides.
 
     Parameters
     ----------
     sides
         (n,) `<U5`: "train", "val" or "test".
     origin
-        How it came about, for people.
+        How the sides were decided, as text for the user.
     crossing
-        How many images have an identical copy on another side; 0 unless the dataset brought its splits.
+        How many images have an identical copy on another side; 0 unless the dataset has its own splits.
     crossing_groups
-        How many groups lie on more than one side; 0 likewise.
+        How many groups have images on more than one side; 0 unless the dataset has its own splits.
     conflicting
         How many images have an identical copy under another label.
     """
@@ -45,28 +45,28 @@ class Split:
 
     @property
     def drawn(self) -> bool:
-        """Whether no image has a side that somebody gave it."""
+        """Whether Icebox drew all sides, because the dataset has no splits."""
         return self.origin == _DRAWN
 
 
 def assign(dataset: Dataset, keys: Sequence[bytes | None]) -> Split:
-    """Return the side of each image; what the dataset brings is kept, and its leaks are counted.
+    """Return the side of each image; splits of the dataset are kept, and images that leak between them are counted.
 
-    Without splits, 80/10/10 is drawn from the content: all copies of an image and all members of a group
-    share a side, and it stays theirs when images are added (unless one joins two groups). Brought splits
-    without val get a tenth of train lent by the same draw; if they lack test, what they call val is the test.
+    Without splits, images are divided 80/10/10 by a hash of their content. All copies of an image and all members of
+    a group share a side. They keep it when images are added, unless a new image joins two groups. If the dataset has
+    splits but no val, the same hash takes a tenth of train as val. If it has no test, its val serves as test.
 
     Parameters
     ----------
     dataset
-        Of n images.
+        The n images.
     keys
-        (n,) the sha256 of each image's bytes; None for one that could not be read: its name stands in.
+        (n,) the sha256 of each image's bytes; None for an unreadable image, whose name is hashed instead.
 
     Raises
     ------
     ValueError
-        If there is not one key for each image.
+        If the number of keys is not the number of images.
     """
     image_key, distinct = _distinct(dataset, keys)
     drawn = hash_numbers(b"icebox split" + root for root in _roots(dataset.groups, image_key, distinct))
@@ -86,18 +86,18 @@ def assign(dataset: Dataset, keys: Sequence[bytes | None]) -> Split:
 
 
 def groups(dataset: Dataset, keys: Sequence[bytes | None]) -> np.ndarray:
-    """Return a number for each image, (n,) int64, alike for those that must stay together.
+    """Return a number for each image, (n,) int64, equal for images that must stay on one side.
 
-    These are copies of one image, the members of a group, and of groups that share an image.
+    These are copies of one image, members of a group, and members of groups that share an image.
     """
     image_key, distinct = _distinct(dataset, keys)
     return _number(_roots(dataset.groups, image_key, distinct))[0][image_key]
 
 
 def few_groups(dataset: Dataset) -> str | None:
-    """Return in words how many groups a draw has to share out: the likely cause where a side is left without an image.
+    """Return a message on how many groups the draw has to divide, for when a side has no image.
 
-    None if nothing is drawn, or no group has several images.
+    Too few groups are then the likely cause. None if nothing is drawn, or no group has several images.
     """
     sizes = Counter(group for group in dataset.groups or () if group)
     brought = set(dataset.splits or ("train",))
@@ -110,7 +110,7 @@ def few_groups(dataset: Dataset) -> str | None:
 
 
 def _distinct(dataset: Dataset, keys: Sequence[bytes | None]) -> tuple[np.ndarray, list[bytes]]:
-    """Return for each image the number of its key, (n,) int64, and the k distinct keys."""
+    """Return for each image the index of its key among the distinct keys, (n,) int64, and those k keys."""
     return _number([_sha256(n) if key is None else key for n, key in zip(dataset.names, keys, strict=True)])
 
 
@@ -119,7 +119,7 @@ def _sides(share: np.ndarray) -> np.ndarray:
 
 
 def _keep(sides: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, str]:
-    """Return the brought sides with a val, lent from train if need be, and how that came about."""
+    """Return the sides of the dataset, with a val taken from train if it lacks one, and the text for `origin`."""
     present = set(sides.tolist())
     if "train" not in present or {"val", "test"} <= present:
         return sides, "brought by the dataset"
@@ -132,17 +132,17 @@ def _keep(sides: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _roots(groups: Sequence[str] | None, image_key: np.ndarray, distinct: list[bytes]) -> list[bytes]:
-    """Return for each distinct key what its side is drawn from: itself, or the group it belongs to.
+    """Return for each distinct key the bytes that decide its side: the key itself, or the hash of its group's name.
 
-    Groups that share an image are one, known by the smallest of their names: a union-find over groups in the
-    order of their names, where the smaller always becomes the parent.
+    Groups that share an image are merged, and have the smallest of their names. The method is a union-find over the
+    sorted names, in which the smaller name always becomes the parent.
     """
     if groups is None:
         return distinct
     names = sorted(set(groups) - {""})
     number = {name: i for i, name in enumerate(names)}
     parent = list(range(len(names)))
-    owner = [-1] * len(distinct)  # a group of each key
+    owner = [-1] * len(distinct)  # the index of one group of each key, or -1
     for key, group in zip(image_key.tolist(), groups, strict=True):
         if group:
             mine = number[group]
@@ -171,14 +171,14 @@ def _crossing_groups(groups: Sequence[str] | None, codes: np.ndarray) -> int:
 
 
 def _number(values: Sequence[Hashable]) -> tuple[np.ndarray, list]:
-    """Return for each value the number of its first appearance, (n,) int64, and the distinct values."""
+    """Return for each value its index among the distinct values, (n,) int64, and these, in order of appearance."""
     seen: dict[Hashable, int] = {}
     ids = np.fromiter((seen.setdefault(value, len(seen)) for value in values), np.int64, len(values))
     return ids, list(seen)
 
 
 def _is_mixed(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return for each id, 0 to k - 1, whether its values differ: (k,) bool."""
+    """Return for each id from 0 to k - 1 whether it has different `values`: (k,) bool."""
     first = np.empty(ids.max(initial=-1) + 1, values.dtype)
     first[ids] = values
     mixed = np.zeros(len(first), bool)

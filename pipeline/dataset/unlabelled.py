@@ -1,4 +1,4 @@
-"""Images of no known class, to be judged by a run: files, whole folders, manifests, in the order they are named."""
+"""List images without labels, for classification by a run: files, folders, manifests and URLs, in the given order."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 def open_images(paths: Sequence[str], image_root: Path | None = None) -> Dataset:
-    """List images whose class is not known, all as class "unknown"; none is read. What is passed over is logged.
+    """Return a dataset of images without labels, all of class "unknown"; no image is read. Ignored files are logged.
 
-    A folder stands for the images anywhere below it, sorted; hidden ones, folders of
-    other programs and other files are counted in `ignored`.
-    A manifest stands for those in its column `path`, which start from `image_root` or its own folder. An address
-    (`https://…`, see `remote`) stands for one image. Any other file is taken for an image, whatever its ending.
+    A folder means all images below it, sorted; hidden files, folders of other programs and files without an image
+    ending are counted in `ignored`. A manifest means the images in its column `path`; their paths start from
+    `image_root`, by default the manifest's own folder. A URL (`https://…`, see `remote`) means one image. Any other
+    file is read as an image, whatever its ending.
 
     Raises
     ------
     DatasetError
-        If there is nothing at a path, a folder holds no image, a manifest cannot be read, or an address is none.
+        If a path does not exist, a folder has no image, a manifest cannot be read, or a URL is not valid.
     UsageError
-        If `image_root` is given without a manifest, or a package is not there that an address needs.
+        If `image_root` is given without a manifest, or a package that a URL needs is not installed.
     """
     names, files = list[str](), list[str]()
     ignored: Counter[str] = Counter()
@@ -55,7 +55,7 @@ def open_images(paths: Sequence[str], image_root: Path | None = None) -> Dataset
             names += found
             files += (str(Path(name).absolute()) for name in found)
         elif path.suffix.lower() in MANIFEST_ENDINGS:
-            if not path.is_file():  # a pipe would be waited for
+            if not path.is_file():  # reading a pipe would block
                 raise DatasetError(f"expected a manifest at {text!r}, found no regular file")
             root, found = manifest_images(path, image_root)
             manifests = True
@@ -63,7 +63,7 @@ def open_images(paths: Sequence[str], image_root: Path | None = None) -> Dataset
             files += (remote.resolve(name, str(root)) if remote.is_url(name) else str(root / name) for name in found)
         else:
             names.append(text)
-            files.append(str(path.absolute()))  # nothing is folded: what follows a link may be elsewhere
+            files.append(str(path.absolute()))  # ".." is kept: after a link, it leads to another folder
     if image_root is not None and not manifests:
         raise UsageError("--image-root goes with a manifest only, found it with images and folders")
     listed = of_files("images", files, names, ignored)
@@ -84,6 +84,6 @@ def _is_folder(path: Path, text: str) -> bool:
     try:
         if text and (path.exists() or path.is_symlink()):
             return path.is_dir()
-    except OSError as error:  # a name too long, a parent that may not be entered
+    except OSError as error:  # the name is too long, or a parent folder may not be entered
         raise DatasetError(f"cannot look at {text!r}: {error.strerror or error}") from error
     raise DatasetError(f"no image, folder or manifest at {text!r}")

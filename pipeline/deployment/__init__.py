@@ -1,1 +1,1 @@
-"""A published run at work: predict, evaluate, export, serve, and the commands that make it again."""
+"""Use published runs: predict, evaluate, export and serve, and build the commands that reproduce a run."""

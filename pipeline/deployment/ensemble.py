@@ -1,6 +1,7 @@
-"""What published runs say of images, together: the mean of their probabilities.
+"""Combine several published runs into an ensemble: the mean of their probabilities.
 
-Runs that read the same features are one network with several heads, so that the backbone works once for all of them.
+`group_runs` joins runs that read the same features into a `RunGroup`: one network with one backbone and several heads.
+The backbone then computes once for all of them.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from pipeline.training.heads.dense import DenseHead, average
 from pipeline.training.open_run import TrainedRun
 from pipeline.training.rows import RowSelection, stored_rows
 
-_ROOM = 2**28  # bytes that cached rows may take in memory
+_ROOM = 2**28  # most bytes of cached rows in memory
 
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs that read the same features, or a full model, which has a backbone of its own.
+    """Runs that read the same features, or a single full model, which has a backbone of its own.
 
-    `share` is what they count among all; `given` are the weights of its backbone, if they were stated.
+    `share` is the weight of the group in the mean: its number of runs over the number of all runs. `given` are the
+    backbone's weights if the user named a file, else None.
     """
 
     runs: tuple[TrainedRun, ...]
@@ -40,29 +42,29 @@ class RunGroup:
 
     @property
     def spec(self) -> FeatureSpec:
-        """The features that its heads read."""
+        """The specification of the features that the group's heads read."""
         return self.runs[0].spec
 
     def space(self) -> FeatureSpace | None:
-        """Return the cached rows of these features, if there are any."""
+        """Return the feature space with the cached rows of these features; None if the cache has none."""
         cache, name = self.workspace.cache, self.spec.directory
         return cache.open(name) if name in cache.names() else None
 
     def of_rows(self, space: FeatureSpace, keys: Sequence[bytes]) -> np.ndarray:
-        """Return what the runs say on average of images by their rows, (n, k) float32. All must have one."""
+        """Return the mean probabilities of the runs from cached rows, (n, k) float32. Every key must have a row."""
         at = [RowSelection(np.arange(len(keys)))]
         rows = {reads: stored_rows(space, keys, reads, at)[0] for reads in {run.reads for run in self.runs}}
         return np.stack([run.predict(rows[run.reads].within(_ROOM)) for run in self.runs]).mean(axis=0)
 
     def network(self, precision: str | None = None) -> FullModel:
-        """Return backbone and heads as one network, in the precision of the features if no other is given.
+        """Return backbone and heads as one network; the default precision is the one of the features.
 
         Raises
         ------
         RunError
-            If a head is not of its run.
+            If a head does not belong to its run.
         WeightsError
-            If the backbone's weights are not on this machine, or do not fit.
+            If the backbone's weights are not on this machine, or do not fit the backbone.
         """
         if self.runs[0].full:
             return self.runs[0].network(precision)
@@ -88,14 +90,14 @@ def _stitched(run: TrainedRun, shape: tuple[int, ...]) -> DenseHead:
 
 
 def group_runs(runs: Sequence[TrainedRun], workspace: Workspace, weights: str | None = None) -> list[RunGroup]:
-    """Return the runs by what they read; `weights` is a file to look at for a backbone's.
+    """Return the runs grouped by the features they read; `weights` is a file with the weights of a backbone.
 
     Raises
     ------
     DatasetError
-        If they know other classes than the first.
+        If a run has other classes than the first run.
     SpecError
-        If one was trained on images that were read in another way than this version does, or `weights` belong to none.
+        If this version of Icebox reads images in another way than at a run's training, or `weights` belong to no run.
     """
     found: dict[object, list[TrainedRun]] = {}
     for run in runs:
@@ -114,7 +116,7 @@ def _require_same_reading(run: TrainedRun) -> None:
 
 
 def _stated(runs: Sequence[TrainedRun], workspace: Workspace, weights: str) -> dict[FeatureSpec, Weights]:
-    """Return the weights, or the own network, that were stated, by the features that are computed with them."""
+    """Return the weights that the user named (or the user's own network), by the features they compute."""
     found, refused = dict[FeatureSpec, Weights](), list[Exception]()
     first: dict[FeatureSpec, TrainedRun] = {}
     for run in runs:
@@ -123,7 +125,7 @@ def _stated(runs: Sequence[TrainedRun], workspace: Workspace, weights: str) -> d
     for spec, run in first.items():
         try:
             given = networks.backbone_text(spec, weights, workspace)
-        except (SpecError, UsageError, WeightsError) as error:  # it may be that of another run
+        except (SpecError, UsageError, WeightsError) as error:  # the file may belong to another run
             refused.append(error)
             continue
         if given is None:
@@ -137,7 +139,7 @@ def _stated(runs: Sequence[TrainedRun], workspace: Workspace, weights: str) -> d
 
 
 def _others(run: TrainedRun, weights: str, workspace: Workspace) -> SpecError:
-    """Return the error for weights, or an own network, that are not those of a run."""
+    """Return the error for weights, or for a network of the user's own, that do not belong to a run."""
     own = run.network_record is not None
     wanted = networks.file_of(run.network_record) if own else f"{run.weights} ({run.spec.weights})"
     at_hand = networks.find(run.spec, run.network_record, workspace)

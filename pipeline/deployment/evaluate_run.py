@@ -1,4 +1,7 @@
-"""A published run applied to cached rows: those of its own dataset, or of another with the same classes."""
+"""Evaluate a published run on its own dataset or on another dataset with the same classes.
+
+A head reads cached rows, a full model reads images. The results are stored as metrics, predictions and plots.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ _FILES = {"metrics.json", "predictions.csv", "confusion.png", "calibration.png"}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a run is worth on some images: metrics as `evaluate` gives them, and where all of it is kept."""
+    """The result of an evaluation: the metrics of `compute_metrics`, and the folder `path` that stores all results."""
 
     run: str
     dataset: str
@@ -49,8 +52,8 @@ class Evaluation:
     metrics: dict[str, Any]
     path: Path
     quarantined: list[Quarantined]
-    trained_on: int | None  # how many of the images asked for the run was trained or selected on; None if not known
-    left_out: int  # how many of these were not measured
+    trained_on: int | None  # requested images that the run was trained or selected on; None if not known
+    left_out: int  # how many of those were not measured
 
 
 def evaluate_run(
@@ -66,33 +69,33 @@ def evaluate_run(
     include_trained: bool = False,
     out: Path | None = None,
 ) -> Evaluation:
-    """Measure `run` on `dataset` and keep metrics, predictions and pictures in the run's folder.
+    """Measure `run` on `dataset` and store metrics, predictions and plots in the run's folder, or in `out`.
 
-    A head reads cached rows, a full model images. The classes of `dataset` are matched to the run's by name. Images
-    that the run was trained or selected on are known by their content and left out, unless they are asked for.
+    A head reads cached rows, a full model reads images. The classes of `dataset` are matched to the run's by name.
+    Images that the run was trained or selected on are recognised by their content. They are left out by default.
 
     Parameters
     ----------
     split
-        Which images; by default the test split, of a dataset not its own and without splits all of them. "train" and
-        "all" ask for images it was trained on, too; "val" asks for those it was selected on.
+        The images to measure. The default is the test split, or all images of another dataset without splits. "train"
+        and "all" include images that the run was trained on; "val" includes images that the run was selected on.
     space
-        A feature space by name, instead of the run's own.
+        The name of a feature space to read, instead of the run's own.
     own
-        Whether `dataset` is the one it was trained on, so that by default its test split is meant.
+        Whether `dataset` is the run's training dataset; the default of `split` is then "test".
     include_trained
-        Measure images that the run was trained on, too.
+        Also measure images that the run was trained on.
     out
-        The folder to make, instead of one in the run's folder.
+        The folder to create, instead of one in the run's folder.
 
     Raises
     ------
     SpecError
-        If the space is not the one it was trained in.
+        If the space is not the one that the run was trained in.
     UsageError
-        If a space is named for a full model, or `out` holds something else.
+        If a space is named for a full model, or `out` contains other files than an earlier evaluation.
     DatasetError
-        If the run does not know a class, or no image is left to measure.
+        If a class is not one of the run's classes, or no image is left to measure.
     MissingRowsError
         If an image that can be decoded has no row.
     """
@@ -109,7 +112,7 @@ def evaluate_run(
     metrics = compute_metrics(predictions.labels, predictions.probabilities, run.classes)
     title = (
         side if own or labelled.content == run.content else f"{dataset.name}-{side}-{labelled.digest()[:8]}"
-    )  # names may be alike, images not
+    )  # the digest separates datasets of the same name
     title += "-trained-included" * (include_trained and bool(chosen.trained_on))
     path = _keep(run, title, predictions, metrics, out)
     return Evaluation(
@@ -119,7 +122,7 @@ def evaluate_run(
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Which images are measured, (n,) positions, and what is told of those that were asked for: see `Evaluation`."""
+    """The images to measure: `members` (n,) are positions in the dataset; for the counts see `Evaluation`."""
 
     side: Side
     members: np.ndarray
@@ -135,7 +138,7 @@ def _choose(
     own: bool,
     include_trained: bool,
 ) -> _Chosen:
-    """Choose the images to measure; what the run has seen of them is said. Raises DatasetError if none is left."""
+    """Choose the images to measure; warn of images that the run has seen. Raises DatasetError if none is left."""
     side: Side = split or ("test" if own or not images.split.drawn else "all")
     members = np.arange(len(images.keys)) if side == "all" else images.members(side)
     if not len(members):
@@ -144,7 +147,7 @@ def _choose(
         return _Chosen(side, members, None, 0)
     keys = [images.keys[i] for i in members.tolist()]
     seen = known.contains(keys, *SEEN)
-    if split == "val":  # which asks for images that it was selected on
+    if split == "val":  # the user requests images the run was selected on, so only the others count as seen
         seen, selected = known.contains(keys, "train", "initial"), seen
         _tell(f"{_count(selected)} were trained on or decided which model was kept: new ones will be harder", selected)
     if include_trained or split in ("train", "all"):
@@ -154,7 +157,7 @@ def _choose(
         raise DatasetError(f"{_count(seen)} were trained on by {run.name}: none is left; --include-trained takes them")
     _tell(f"{_count(seen)} were trained on and are left out; --include-trained takes them too", seen)
     members = members[~seen]
-    if split is None and np.array_equal(members, images.members("test")):  # as of its own dataset under another name
+    if split is None and np.array_equal(members, images.members("test")):  # the run's own dataset, under another name
         side = "test"
     return _Chosen(side, members, int(seen.sum()), int(seen.sum()))
 
@@ -229,14 +232,14 @@ def _said_of_images(
 
 
 def _require_writable(run: TrainedRun, out: Path | None) -> None:
-    """Raise, before anything is measured, if nothing can be kept in `out`, or in the run's folder if that is None.
+    """Raise, before anything is measured, if results cannot be stored in `out` (None: in the run's folder).
 
     Raises
     ------
     UsageError
-        If `out` is anything but an empty folder or an earlier evaluation, which is replaced.
+        If `out` exists and is neither an empty folder nor an earlier evaluation. Both of these are replaced.
     RunError
-        If it cannot be written to.
+        If the folder cannot be written to.
     """
     if out is not None and out.exists():
         here = out.resolve() == Path.cwd()
@@ -249,7 +252,7 @@ def _require_writable(run: TrainedRun, out: Path | None) -> None:
 
 
 def _keep(run: TrainedRun, title: str, predictions: Predictions, metrics: dict[str, Any], out: Path | None) -> Path:
-    """Write everything into a folder of the run, or `out`, replacing what an earlier evaluation of the same left."""
+    """Write all results into a folder of the run, or into `out`; an earlier evaluation there is replaced."""
     final = run.path / "evaluations" / store.slug(title) if out is None else out.resolve()
     heading = f"{run.name}\non {title}: accuracy {metrics['accuracy']:.3f}, {counted(metrics['images'], 'image')}"
     try:

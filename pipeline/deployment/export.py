@@ -1,4 +1,7 @@
-"""`export`: a run as one deployable model, raw pixels in, class probabilities out, checked in its own runtime."""
+"""Export a run as one deployable model, from raw pixels to class probabilities: the implementation of `export`.
+
+`export_run` writes the model, loads it again in its own runtime, and compares its probabilities with the run's.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +41,16 @@ logger = logging.getLogger(__name__)
 FORMAT = "icebox-export"
 ABOUT = "export.json"
 _FOLDER = "exports"  # in the data directory
-_PARTIAL = "-export"  # how names of unfinished ones end
-_MOST_ABOUT = 2**20  # bytes
-_COMPARED = 32  # images
-_MOST_REASON = 300  # characters
-_MOST_DIFFERENCE = 1e-3  # of a probability, from the float32 full model
+_PARTIAL = "-export"  # ending of the folder names of unfinished exports
+_MOST_ABOUT = 2**20  # largest size of an export.json in bytes
+_COMPARED = 32  # images on which the exported model is compared
+_MOST_REASON = 300  # characters of a converter's message that are shown
+_MOST_DIFFERENCE = 1e-3  # largest allowed difference of a probability from the float32 full model
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What `export` made: the model's path, and how far it is from the run."""
+    """An exported model: its path and the content of its export.json, with the measured differences to the run."""
 
     path: Path
     about: dict[str, Any]
@@ -63,23 +66,24 @@ def export_run(
     out: Path | None = None,
     weights: str | None = None,
 ) -> ExportedModel:
-    """Write `run` in the format `name` into a folder of its own, which appears whole or not at all.
+    """Write `run` in the format `name` into a new folder, either completely or not at all.
 
-    The model computes in float32. It is loaded again in its own runtime and compared on some of `images` with the
-    float32 full model, and with what the run itself says, in the precision it was trained in.
+    The model computes in float32. It is loaded again in its own runtime and compared on up to 32 of `images`: with the
+    float32 full model, and with the run's predictions in the precision it was trained in.
 
     Raises
     ------
     UsageError
-        If the format's package is missing, or `out` holds something else.
+        If the format's package is missing, or `out` contains other files than an earlier export.
     DatasetError
         If none of `images` can be decoded.
     RunError
-        If the exported model says something else by more than 1e-3, or cannot be converted or written.
+        If a probability of the exported model differs by more than 1e-3 from the float32 full model, or the model
+        cannot be converted or written.
     """
     form = FORMATS[name]
     form.require()
-    final = Path(os.path.realpath(out or workspace.root / _FOLDER / f"{run.name}-{name}"))  # it has a parent and a name
+    final = Path(os.path.realpath(out or workspace.root / _FOLDER / f"{run.name}-{name}"))  # resolved: "." has no name
     _require_free(final)
     _remove_leftovers(final.parent)
     start = time.perf_counter()
@@ -130,7 +134,7 @@ def _description(run: TrainedRun, form: Format, image: tuple[int, ...]) -> dict[
 
 
 def _some(images: Dataset, run: TrainedRun, max_pixels: int) -> tuple[Dataset, np.ndarray]:
-    """Return a few images of all classes that can be decoded, and their pixels (n, size, size, 3) uint8."""
+    """Return up to 32 decodable images, from all classes, and their pixels (n, size, size, 3) uint8."""
     spec, good, pixels = run.spec, list[int](), list[np.ndarray]()
     some = limit(images, 4 * _COMPARED)
     with Loader(some, spec.input_size, spec.fit, max_pixels, depth=depth_of(spec.decode)) as load:
@@ -152,7 +156,7 @@ def _some(images: Dataset, run: TrainedRun, max_pixels: int) -> tuple[Dataset, n
 def _difference_to_run(
     run: TrainedRun, some: Dataset, expected: np.ndarray, workspace: Workspace, max_pixels: int, weights: str | None
 ) -> float:
-    """Return how far what the run itself says of images is from `expected`, (n, k)."""
+    """Return the largest difference between the run's own probabilities and `expected`, (n, k)."""
     answers = predict([run], some, workspace, max_pixels=max_pixels, weights=weights)
     found = [
         float(np.abs(answer.probabilities - full).max())
@@ -167,7 +171,7 @@ def _difference_to_run(
 def deployable(network: FullModel, *, named: bool) -> KerasModel:
     """Return a network as one Keras model of standard layers: pixels (n, size, size, 3) uint8 RGB → probabilities.
 
-    `named` gives the output in a dict, so that formats that name their outputs call it "probabilities".
+    With `named` the output is a dict with the key "probabilities", the output's name in formats with named outputs.
     """
     keras = import_keras()
     size = network.spec.input_size
@@ -178,9 +182,9 @@ def deployable(network: FullModel, *, named: bool) -> KerasModel:
 
 
 def _standard(layer: Any) -> Any:
-    """Return a layer itself, a normalisation as a batch norm in inference mode.
+    """Return a layer unchanged, but a `Normalization` layer as an equal `BatchNormalization` in inference mode.
 
-    A normalisation keeps its numbers outside the graph, where converters (tf2onnx 1.17 for one) lose them.
+    A `Normalization` layer stores its mean and variance outside the graph; converters such as tf2onnx 1.17 lose them.
     """
     layers = import_keras().layers
     if not isinstance(layer, layers.Normalization):
@@ -193,7 +197,7 @@ def _standard(layer: Any) -> Any:
 
 @contextlib.contextmanager
 def _failures_reported(run: TrainedRun, form: Format) -> Iterator[None]:
-    """Raise RunError for whatever a converter or a runtime raises, by types of its own, of a model it cannot take."""
+    """Turn exceptions of a converter or a runtime, which have types of their own, into RunError."""
     try:
         yield
     except (IceboxError, OSError):
@@ -210,11 +214,14 @@ def _failures_reported(run: TrainedRun, form: Format) -> Iterator[None]:
 
 
 def _difference(form: Format, path: Path, pixels: np.ndarray, expected: np.ndarray, run: TrainedRun) -> float:
-    """Load the model that was written and return how far its answers are from those expected."""
+    """Load the written model and return the largest difference of its probabilities from `expected`.
+
+    Raises RunError if the difference exceeds 1e-3.
+    """
     logger.info("loading it again, and comparing on %s", counted(len(pixels), "image"))
     said = form.load(path)(pixels)
     difference = float(np.abs(said - expected).max()) if said.shape == expected.shape else np.inf
-    if not difference <= _MOST_DIFFERENCE:  # so that NaN counts as different
+    if not difference <= _MOST_DIFFERENCE:  # not `>`: NaN must count as different
         raise RunError(
             f"{run.name} as {form.name} says something else than the full model, by {difference:.2g} of a "
             "probability; nothing was exported"
@@ -223,14 +230,14 @@ def _difference(form: Format, path: Path, pixels: np.ndarray, expected: np.ndarr
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what exports that were killed left behind."""
+    """Remove the unfinished folders of killed exports."""
     for name in files.list_folders(folder):
         if files.is_partial(name) and name.endswith(_PARTIAL):
             remove_abandoned(folder / name)
 
 
 def _require_free(final: Path) -> None:
-    """Raise UsageError if `final` is anything but an empty folder or an earlier export, which is replaced."""
+    """Raise UsageError if `final` exists and is neither an empty folder nor an earlier export, which is replaced."""
     if final == Path.cwd():
         raise UsageError("--out is the folder you stand in; name one to be made")
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
@@ -250,7 +257,7 @@ def _is_export(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _published(final: Path) -> Iterator[Path]:
-    """Give a folder to fill, as `runs.new_folder` does. Raises RunError if it cannot be written."""
+    """Yield a folder to fill, like `store.new_folder`. Raises RunError if it cannot be written."""
     try:
         with store.new_folder(final, _PARTIAL) as folder:
             yield folder

@@ -1,4 +1,4 @@
-"""The formats a model is exported in: how each is written, and loaded again in its own runtime."""
+"""Define the export formats (`FORMATS`): how each is written, and how it is loaded in its own runtime."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from pipeline.core import machine
 from pipeline.core.native_stderr import hold_back
 from pipeline.training.full_model import BatchPredictor
 
-CLASSES = "classes.json"  # what the class names are called, inside a model and beside it
+CLASSES = "classes.json"  # file of the class names, inside an exported model and beside it
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format. `write(model, path, classes)` puts the class names into the file, too."""
+    """An export format. `write(model, path, classes)` also stores the class names in the file.
+
+    `file` is the name of the model's file or folder. `load(path)` returns a function from pixels to probabilities.
+    """
 
     name: str
     file: str
@@ -36,7 +39,7 @@ class Format:
     named: bool = True  # whether outputs have names
 
     def require(self) -> None:
-        """Raise UsageError unless its packages are installed."""
+        """Raise UsageError unless the format's packages are installed."""
         machine.require_packages(f"--format {self.name}", self.packages, self.name)
 
 
@@ -51,12 +54,12 @@ def _load_keras(path: Path) -> BatchPredictor:
 
 
 def _add_to_zip(path: Path, classes: Sequence[str]) -> None:
-    with zipfile.ZipFile(path, "a") as archive:  # to what is no archive it is appended as one
+    with zipfile.ZipFile(path, "a") as archive:  # for another kind of file, a zip archive is appended
         archive.writestr(CLASSES, json.dumps(classes))
 
 
 def _write_savedmodel(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
-    """Write what Keras' own export does, but each weight once."""
+    """Write the same SavedModel as Keras' own export, but store each weight only once."""
     import tensorflow as tf
 
     shape = (None, *model.input_shape[1:])
@@ -69,7 +72,7 @@ def _write_savedmodel(model: KerasModel, path: Path, classes: Sequence[str]) -> 
     module.weights = [variable.value for variable in model.variables]
     module.serve = serve
     tf.saved_model.save(module, str(path), signatures={"serving_default": serve})
-    extra = path / "assets.extra"  # TensorFlow's place for files that travel with a model
+    extra = path / "assets.extra"  # TensorFlow's folder for extra files of a model
     extra.mkdir(exist_ok=True)
     (extra / CLASSES).write_text(json.dumps(classes))
 
@@ -86,12 +89,12 @@ def _write_onnx(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
     import onnx
     from tf2onnx.handler import tf_op
 
-    tf_op("Erfc").register_compat_handler(_convert_erfc, 9)  # from the version on in which ONNX has Erf
+    tf_op("Erfc").register_compat_handler(_convert_erfc, 9)  # ONNX has Erf since opset 9
     model = _without_xla(model)
     for layer in model._flatten_layers():
-        if isinstance(layer, import_keras().layers.Normalization):  # by arrays its numbers are within the graph
+        if isinstance(layer, import_keras().layers.Normalization):  # arrays become constants of the graph
             layer.mean, layer.variance = np.asarray(layer.mean), np.asarray(layer.variance)
-    model(np.zeros((1, *model.input_shape[1:]), np.uint8))  # Keras exports what was called once
+    model(np.zeros((1, *model.input_shape[1:]), np.uint8))  # Keras exports only a model that was called before
     with _quietly():
         model.export(path, format="onnx", verbose=False)
     made = onnx.load(path)
@@ -100,16 +103,16 @@ def _write_onnx(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
 
 
 def _convert_erfc(graph: Any, node: Any, **_: Any) -> None:
-    """Make ONNX's 1 - Erf of TensorFlow's Erfc, which the exact GELU has and tf2onnx (1.17) does not know."""
+    """Convert TensorFlow's Erfc to ONNX as 1 - Erf: the exact GELU uses Erfc, and tf2onnx 1.17 does not support it."""
     one = graph.make_const(f"{node.name}/one", np.ones((), np.float32)).output[0]
     node.type = "Erf"
     graph.insert_new_node_on_output("Sub", node.output[0], f"{node.name}/sub", [one, node.output[0]])
 
 
 def _without_xla(model: KerasModel) -> KerasModel:
-    """Return a model whose grouped convolutions are depthwise ones, or plain ones side by side.
+    """Return the model with each grouped convolution replaced by a depthwise one, or by one convolution per group.
 
-    On a CPU Keras has XLA compute grouped ones, in calls that tf2onnx (1.17) leaves as they are.
+    On a CPU, Keras computes grouped convolutions by XLA calls, which tf2onnx 1.17 does not convert.
     """
     keras = import_keras()
     ops = keras.ops
@@ -152,7 +155,7 @@ def _load_onnx(path: Path) -> BatchPredictor:
 def _write_litert(model: KerasModel, path: Path, classes: Sequence[str]) -> None:
     with _quietly():
         model.export(path, format="litert", verbose=False)
-    _add_to_zip(path, classes)  # as TensorFlow Lite's own metadata are: the interpreter reads the front only
+    _add_to_zip(path, classes)  # like TensorFlow Lite's metadata: the interpreter ignores an appended archive
 
 
 def _load_litert(path: Path) -> BatchPredictor:
@@ -170,7 +173,7 @@ def _write_openvino(model: KerasModel, path: Path, classes: Sequence[str]) -> No
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         _write_savedmodel(model, Path(folder), classes)
-        # Not by `openvino.convert_model`, which reports its use over the network.
+        # `openvino.convert_model` is avoided, because it sends usage reports over the network.
         made = openvino.Core().read_model(folder)
         made.set_rt_info(json.dumps(classes), ["classes"])
         openvino.save_model(made, path, compress_to_fp16=False)
@@ -179,7 +182,7 @@ def _write_openvino(model: KerasModel, path: Path, classes: Sequence[str]) -> No
 def _load_openvino(path: Path) -> BatchPredictor:
     import openvino
 
-    # Left to itself OpenVINO computes in bfloat16 where the CPU has it.
+    # By default OpenVINO computes in bfloat16 on CPUs that support it.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": machine.usable_cores()}
     model = openvino.compile_model(path, "CPU", settings)
     return lambda pixels: np.asarray(model(pixels)[0])
@@ -187,7 +190,7 @@ def _load_openvino(path: Path) -> BatchPredictor:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep converters' chatter off the terminal."""
+    """Hide the output and the warnings of converters."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

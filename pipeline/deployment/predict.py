@@ -1,6 +1,7 @@
-"""`predict`: what runs say of new images, a window of them at a time, so that millions are fine.
+"""Classify new images with one or more published runs: the implementation of `predict`.
 
-A row that the cache has is not computed again; what is computed is not kept.
+Images are processed in windows of 512, so memory does not grow with their number. Rows in the cache are used; features
+that are computed here are not stored. Main parts: `predict` (all images) and `_Speaker` (one group of runs).
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from pipeline.images.loader import Loaded, Loader, batched, decoding_pool
 from pipeline.training.full_model import BatchPredictor, compile_model
 from pipeline.training.open_run import TrainedRun
 
-WINDOW = 512  # images whose answers are in memory together
+WINDOW = 512  # images whose probabilities are in memory at the same time
 _BATCH = 32
 
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """What was said of one image: probabilities (k,) float32, or None and the reason why nothing is.
+    """The prediction for one image: probabilities (k,) float32, or None and the reason why there are none.
 
-    `cached` tells whether all of it came from cached rows.
+    `cached` is true if the rows of all runs came from the cache.
     """
 
     name: str
@@ -49,31 +50,31 @@ def predict(
     weights: str | None = None,
     advance: Callable[[float], None] = lambda n: None,
 ) -> Generator[ImagePrediction, None, None]:
-    """Yield what `runs` say on average of each image, in the dataset's order.
+    """Yield the mean prediction of `runs` for each image, in the dataset's order.
 
-    Its bytes are decoded and preprocessed as those were that the runs were trained on. `weights` is a file to look
-    at for a backbone's weights that the index does not know; `advance(n)` is called as images are done.
+    Images are decoded and preprocessed like the training images of the runs. `weights` is a file with a backbone's
+    weights, for weights that the index does not know; `advance(n)` is called when n images are done.
 
     Raises
     ------
     DatasetError
-        If the runs know different classes.
+        If the runs have different classes.
     WeightsError
-        If the weights of a backbone that has to compute are not on this machine.
+        If rows must be computed and the backbone's weights are not on this machine.
     """
     groups = group_runs(runs, workspace, weights)
     with ExitStack() as stack:
         loaders = [_loader(images, group, max_pixels) for group in groups]
         for load in loaders:
             stack.enter_context(load)
-        pool = stack.enter_context(decoding_pool())  # whose threads end before the decoders do
+        pool = stack.enter_context(decoding_pool())  # entered last: its threads end before the decoders
         speakers = [_Speaker(group, load, pool, max_pixels) for group, load in zip(groups, loaders, strict=True)]
         for start in range(0, len(images), WINDOW):
             window = images.take(np.arange(start, min(start + WINDOW, len(images))))
             try:
                 answers = _window_answers(window, start, speakers, workspace, advance)
             except IndexDamagedError as damage:
-                # Begun anew here, not by the command as a whole: the answers before these are printed by now.
+                # Only this window is repeated, not the whole command: earlier predictions are already printed.
                 workspace.cache.index.renew(damage)
                 answers = _window_answers(window, start, speakers, workspace, lambda n: None)
             yield from answers
@@ -82,7 +83,7 @@ def predict(
 def _window_answers(
     window: Dataset, start: int, speakers: Sequence[_Speaker], workspace: Workspace, advance: Callable[[float], None]
 ) -> list[ImagePrediction]:
-    """Return what is said of some images, the first of them being image `start` of all."""
+    """Return the predictions for a window of images; its first image is image `start` of the dataset."""
     identities = identify(window, workspace.cache.index, lambda n: None, read_unseen=False)
     found = [
         speaker.answers(_Window(window, identities, start), lambda n: advance(n / len(speakers)))
@@ -105,16 +106,16 @@ def _loader(images: Dataset, group: RunGroup, max_pixels: int) -> Loader:
 
 
 def top_classes(probabilities: np.ndarray | None, classes: list[str], count: int) -> list[tuple[str, float]]:
-    """Return the `count` likeliest classes and their probabilities, equal ones in their order; none of None."""
+    """Return the `count` likeliest classes and their probabilities, ties in class order; an empty list for None."""
     if probabilities is None:
         return []
     order = np.argsort(-probabilities, kind="stable")[:count]
-    return [(classes[i], min(1.0, float(probabilities[i]))) for i in order.tolist()]  # a mean may round to more
+    return [(classes[i], min(1.0, float(probabilities[i]))) for i in order.tolist()]  # a mean may round above 1
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Some images of a dataset, the first of them being image `start` of it; who they are is corrected on the way."""
+    """A window of a dataset, from image `start` on; `identities` is updated while images are read."""
 
     images: Dataset
     identities: Identities
@@ -123,7 +124,10 @@ class _Window:
 
 @dataclass(frozen=True)
 class _Said:
-    """What one group of runs says of a window: probabilities (n, k), or instead the reasons why there are none."""
+    """The predictions of one group of runs for a window of n images.
+
+    `probabilities` is (n, k), with zeros for images without a prediction; `reasons` has the reason for each of those.
+    """
 
     probabilities: np.ndarray
     cached: np.ndarray  # (n,) bool
@@ -131,7 +135,7 @@ class _Said:
 
 
 class _Speaker:
-    """Answers for one group of runs; its network is built when the first image needs it."""
+    """Computes the predictions of one group of runs; builds its network when the first image needs it."""
 
     def __init__(self, group: RunGroup, load: Loader, pool: ThreadPoolExecutor, max_pixels: int) -> None:
         self._group = group
@@ -143,14 +147,17 @@ class _Speaker:
         self._answerer: BatchPredictor | None = None
 
     def answers(self, window: _Window, advance: Callable[[float], None]) -> _Said:
-        """Return what is said of a window's images; an answer belongs to the very bytes that were decoded."""
+        """Return the predictions for a window's images.
+
+        Each prediction belongs to the key of the bytes that were decoded, also if a file changes meanwhile.
+        """
         keys, unread = window.identities.keys, window.identities.unread
         condemned = self._index.condemned()
         said = self._from_cache(list({key for key in keys if key is not None and key not in condemned}))
         cached, computed = set(said), 0
         refused = self._refused([key for key in keys if key is not None and key not in said])
-        # Once is enough, unless a file changes after it was hashed: its former copies then lack an answer.
-        # What is behind addresses may turn out to be an old acquaintance when it is fetched.
+        # One pass is enough, unless a file changes after it was hashed: copies of its old content then have no
+        # prediction yet. A remote image may turn out to have a key that is already known.
         while todo := [*window.identities.to_read, *_lacking(keys, said.keys() | refused.keys())]:
             cached |= self._compute(window, todo, said, refused, advance)
             computed += len(todo)
@@ -162,7 +169,7 @@ class _Speaker:
         return _Said(probabilities, np.array([key in cached for key in keys]), reasons)
 
     def _from_cache(self, keys: list[bytes]) -> dict[bytes, np.ndarray]:
-        """Return what cached rows tell, of those that have one."""
+        """Return the probabilities by key, for the keys that have a cached row."""
         space = self._group.space()
         if space is None or not keys:
             return {}
@@ -182,9 +189,10 @@ class _Speaker:
         refused: dict[bytes, str],
         advance: Callable[[float], None],
     ) -> set[bytes]:
-        """Decode images and note what is said of them, or why they cannot be decoded.
+        """Decode images; add their probabilities to `said`, or the reason why they cannot be decoded to `refused`.
 
-        It is said by the network, or by rows of those that nobody had read; returns the keys of these.
+        The network computes the probabilities. A remote image whose key was unknown before may have a cached row,
+        which is used instead; the keys of such images are returned.
         """
 
         def within(image: Loaded) -> Loaded:
@@ -208,12 +216,12 @@ class _Speaker:
         refused: dict[bytes, str],
         advance: Callable[[float], None],
     ) -> Iterator[Loaded]:
-        """Pass on what was decoded and has no row; note why the others were not."""
+        """Yield the decoded images without a cached row; record the reasons for those that cannot be decoded."""
         for image in loaded:
             if image.pixels is not None:
                 was_unseen = image.i in window.identities.unseen
                 record_key(image, window.images, window.identities, self._index)
-                if was_unseen and image.key and (rows := self._from_cache([image.key])):  # it can be decoded
+                if was_unseen and image.key and (rows := self._from_cache([image.key])):  # now known to decode
                     said.update(rows)
                     found.update(rows)
                     advance(1)
@@ -232,7 +240,7 @@ class _Speaker:
 
 
 def _lacking(keys: Sequence[bytes | None], answered: Set[bytes]) -> list[int]:
-    """Return the first image of each key that is not answered: copies are answered once."""
+    """Return the index of the first image of each key without a prediction, so that copies are computed once."""
     first: dict[bytes, int] = {}
     for i, key in enumerate(keys):
         if key is not None and key not in answered:

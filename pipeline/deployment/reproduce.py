@@ -1,4 +1,4 @@
-"""The command lines that make a run again."""
+"""Build the command lines that reproduce a run, and the options of a new run like it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.images.decoding import DEFAULT_MAX_PIXELS, FULL_DEPTH, depth_of
 from pipeline.runs.request import FinetuneRequest, TrainRequest
 from pipeline.training.open_run import TrainedRun
 
-Option = tuple[str, Any]  # its name and value: None leaves it out, True makes it a flag
+Option = tuple[str, Any]  # name and value: an option with None is left out, one with True is a flag
 _SPACE = (
     "--weights",
     "--space",
@@ -32,9 +32,10 @@ _SPACE = (
 
 
 def reproduction_commands(run: TrainedRun, program: Sequence[str], bad: float) -> list[str]:
-    """Return what is to be typed, in order: what makes the features, and what trains; nothing if a run cannot tell.
+    """Return the command lines that reproduce a run, in order: first the features, then the training.
 
-    `program` is what each line begins with, `bad` the share of the images that were quarantined.
+    The list is empty if the run stores no request. Each line begins with `program`. `bad` is the share of the images
+    that were quarantined, for `--max-bad`.
     """
     allowed: Option = ("--max-bad", math.ceil(bad * 1e4) / 1e4 if bad else None)
     lines = []
@@ -46,12 +47,12 @@ def reproduction_commands(run: TrainedRun, program: Sequence[str], bad: float) -
 
 
 def options_like(run: TrainedRun, command: str) -> dict[str, Any]:
-    """Return what `command` would have to be told to do as for `run`: options without dashes, and their values.
+    """Return the options with which `command` repeats its part of `run`: names without dashes, and their values.
 
     Raises
     ------
     UsageError
-        If it is not a command that such a run came of.
+        If `command` is not one of the commands that made such a run.
     """
     steps = dict(_steps(run))
     if command not in steps:
@@ -61,13 +62,13 @@ def options_like(run: TrainedRun, command: str) -> dict[str, Any]:
     negated = {name.replace("--no-", "--", 1): False for name in given if name.startswith("--no-")}
     said = {**{name: value for name, value in given.items() if not name.startswith("--no-")}, **negated}
     own_file = run.base.backbone.startswith(OWN) and "--backbone" in said
-    if own_file or is_path(said.get("--weights", "auto")):  # what lies there by now may be another file
+    if own_file or is_path(said.get("--weights", "auto")):  # the file at that path may have changed since
         said["--weights"] = run.base.weights
     return {name.removeprefix("--"): value for name, value in said.items()}
 
 
 def _steps(run: TrainedRun) -> list[tuple[str, list[Option]]]:
-    """Return commands and their options, in order."""
+    """Return the commands that reproduce a run, with their options, in order; empty without a stored request."""
     request = run.request
     if request is None:
         return []
@@ -85,16 +86,19 @@ def _steps(run: TrainedRun) -> list[tuple[str, list[Option]]]:
 
 
 def _in_space(options: Sequence[Option], name: str) -> list[Option]:
-    """Return the options with the very space in place of what says which, as there may be others by then."""
+    """Return the options with `--space name` instead of the options that choose a space.
+
+    Those options may choose another space once the cache has more spaces.
+    """
     first = ("--space", name)
     return [first if option[0] == "--weights" else option for option in options if option[0] not in _SPACE[1:]]
 
 
 def _of_space(run: TrainedRun, request: TrainRequest | FinetuneRequest, *, storage: bool) -> list[Option]:
-    """Return what says which features: as they came out, not `auto`, which may mean others by then."""
+    """Return the options that choose the run's features, with the values used: `auto` may mean other values later."""
     base, weights = run.base, request.features.weights
     if weights == "auto" and base.backbone.startswith(OWN):
-        pass  # those in its file
+        pass  # the weights are in the network's own file
     elif weights == "auto":
         _, _, seed = base.weights.rpartition(":")
         weights = f"untrained:{seed}" if base.untrained else "imagenet" if run.weights == "imagenet" else base.weights
@@ -106,10 +110,10 @@ def _of_space(run: TrainedRun, request: TrainRequest | FinetuneRequest, *, stora
 
 
 def _backbone(run: TrainedRun) -> list[Option]:
-    """Return what says which network, and how images go into it, as far as that is not the default."""
+    """Return the options that choose the backbone, its input size and its scaling, except defaults."""
     base, choice = run.base, run.request.features if run.request else FeatureChoice()
     row = BACKBONES.get(base.backbone)
-    if row is None and choice.backbone is None:  # an own network, whose file nobody named
+    if row is None and choice.backbone is None:  # a user's own network without a known file
         return [("--space", base.directory)]
     name = base.backbone if row else choice.backbone
     size = base.input_size if row is None or base.input_size != row.input_size else None
@@ -126,11 +130,11 @@ def _full(run: TrainedRun, request: FinetuneRequest) -> list[Option]:
     if request.init is None:
         new = [("--head", request.head.head)] if request.stage == "finetune" else []
         return [*tuned, *new, *_of_space(run, request, storage=request.from_cache), *_settings(request.head, ())]
-    return [*tuned, ("--weights", request.features.weights), *_settings(request.head, SHAPE)]  # a run brings the rest
+    return [*tuned, ("--weights", request.features.weights), *_settings(request.head, SHAPE)]  # --init sets the rest
 
 
 def _settings(head: HeadSpec, but: Sequence[str]) -> list[Option]:
-    """Return all settings: which of them are the defaults depends on the command."""
+    """Return all settings as options, also defaults, because these depend on the command."""
     return [_setting(name, value) for name, value in head.settings.items() if name not in but]
 
 

@@ -1,4 +1,8 @@
-"""`serve`: runs that answer over HTTP. Requests that wait are answered together, in one batch."""
+"""Serve published runs over HTTP: the implementation of `serve`.
+
+Requests that wait at the same time are computed together in one batch (`Batcher`). `service` loads the models; `serve`
+runs the web server.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +34,19 @@ from pipeline.training.open_run import TrainedRun
 logger = logging.getLogger(__name__)
 
 _BATCH = 32
-_MOST_WAITING = 256  # uploads; more are turned away
-_IN_MEMORY = 4  # of them for each core
-_MOST_CONNECTIONS = 512  # each may hold an upload
-_LAST_ANSWERS_S = 5  # when it is ended
+_MOST_WAITING = 256  # uploads that may wait; further ones are refused
+_IN_MEMORY = 4  # waiting uploads in memory for each core
+_MOST_CONNECTIONS = 512  # open connections; each may hold an upload
+_LAST_ANSWERS_S = 5  # seconds for open requests to finish when the server stops
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
-Way = tuple[int, str, int]  # pixels a side, how an image is made square, and how many bits 16-bit channels hold
+Way = tuple[int, str, int]  # input size in pixels, `fit` (how an image is made square), bits that 16-bit channels hold
 Pixels = Mapping[Way, np.ndarray]  # → (size, size, 3) uint8 RGB
 _Asked = tuple[Pixels, Future[np.ndarray]]
 
 
 class Batcher:
-    """Answers single images from any thread, by batches of those that wait meanwhile."""
+    """Predicts single images given from any thread; a single thread computes all waiting images as one batch."""
 
     def __init__(self, answer: Callable[[Sequence[Pixels]], np.ndarray]) -> None:
         self._answer = answer
@@ -58,7 +62,7 @@ class Batcher:
         self._thread.join()
 
     def __call__(self, pixels: Pixels) -> Future[np.ndarray]:
-        """Return the probabilities to come, (k,) float32."""
+        """Return a future of the image's probabilities, (k,) float32."""
         future = Future[np.ndarray]()
         self._waiting.put((pixels, future))
         return future
@@ -68,11 +72,11 @@ class Batcher:
             self._settle([first, *self._following()])
 
     def _following(self) -> Iterator[_Asked]:
-        """Yield what waits by now, as far as it goes into one batch."""
+        """Yield the images that wait now, at most one batch of 32 with the first image."""
         for _ in range(min(_BATCH - 1, self._waiting.qsize())):
-            following = self._waiting.get()  # at once: nobody else takes any
+            following = self._waiting.get()  # never blocks: only this thread takes from the queue
             if following is None:
-                self._waiting.put(None)  # the end, which comes after this batch
+                self._waiting.put(None)  # put back the end mark, to stop after this batch
                 return
             yield following
 
@@ -82,7 +86,7 @@ class Batcher:
             return
         try:
             said = self._answer([pixels for pixels, _ in batch])
-        except Exception as error:  # it belongs to those who asked
+        except Exception as error:  # the callers that wait for this batch get the exception
             for _, future in batch:
                 future.set_exception(error)
             return
@@ -94,9 +98,10 @@ class Batcher:
 def service(
     runs: Sequence[TrainedRun], workspace: Workspace, *, max_pixels: int, weights: str | None = None
 ) -> Iterator[Callable[[bytes], Future[np.ndarray]]]:
-    """Give the function from an image file to its probabilities; models are loaded and warm.
+    """Yield a function from the bytes of an image file to a future of its probabilities.
 
-    It may be called from any thread. It decodes where it is called, and raises DecodeError or MemoryError if it cannot.
+    The models are loaded and have already run once. The function may be called from any thread. It decodes the image
+    in that thread, and raises DecodeError or MemoryError if the image cannot be decoded.
     """
     groups = group_runs(runs, workspace, weights)
     logger.info("loading %s", ", ".join(run.name for run in runs))
@@ -135,21 +140,22 @@ def serve(
     weights: str | None = None,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Answer at `host` and `port` (0 for a free one) until Ctrl-C; `ready(url)` is called when it does.
+    """Serve at `host` and `port` (0 for a free one) until Ctrl-C; call `on_ready(url)` when the server is ready.
 
-    It answers to the names of the loopback address if it listens there, else to any; if others are `allowed`, as a
-    proxy in front of it passes them on, to its own and those.
+    A server on a loopback address accepts requests with the loopback names in their Host header; another server
+    accepts any name. With names in `allowed` (those that a proxy forwards, for example), any server accepts only these,
+    its own names and the loopback names. An upload has at most `max_bytes`; an answer has the `top` likeliest classes.
 
     Raises
     ------
     UsageError
-        If the packages are missing, or what is allowed is not the name of a host.
+        If the packages are missing, or a name in `allowed` is not a host name.
     IceboxError
-        If the port cannot be had.
+        If the port cannot be used.
     """
     machine.require_packages("serve", ["fastapi", "uvicorn", "python-multipart"], "serve")
     further = [_host_name(name) for name in allowed]
-    tempfile.gettempdir()  # where uploads wait; raises FileNotFoundError
+    tempfile.gettempdir()  # uploads wait in this folder; raises FileNotFoundError if there is none
     import uvicorn
 
     from pipeline.deployment import idle_timeout, web
@@ -179,12 +185,12 @@ def serve(
             on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
             try:
                 uvicorn.Server(config).run(sockets=[listener])
-            except KeyboardInterrupt:  # which is how people end it; uvicorn has answered what was asked before
+            except KeyboardInterrupt:  # the usual way to stop; uvicorn has finished open requests
                 logger.info("stopped")
 
 
 class _Answering:
-    """Answers uploads; but a few are in memory, the others wait on disk, and more than that are turned away."""
+    """Predicts uploads; a few are in memory, the others wait on disk, and above 256 waiting uploads are refused."""
 
     def __init__(self, answer: Callable[[bytes], Future[np.ndarray]], classes: list[str], top: int) -> None:
         self._answer = answer
@@ -201,7 +207,7 @@ class _Answering:
         self._pool.shutdown(cancel_futures=True)
 
     async def __call__(self, read: Callable[[], Awaitable[bytes]]) -> list[tuple[str, float]]:
-        """Return the likeliest classes. Raises BusyError, and what decoding raises."""
+        """Return the likeliest classes with their probabilities. Raises BusyError, DecodeError or MemoryError."""
         from pipeline.deployment import web
 
         if self._waiting >= _MOST_WAITING:
@@ -217,12 +223,12 @@ class _Answering:
 
 
 def _no_stopped_uploads(record: logging.LogRecord) -> bool:
-    """Return whether a line of uvicorn's log is to be shown: not that an upload was still coming when it ended."""
+    """Return whether to show a record of uvicorn's log; errors of uploads cancelled by the server's stop are hidden."""
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def _host_name(text: str) -> str:
-    """Return a host's name as browsers send it. Raises UsageError if it is none."""
+    """Return a host name as browsers send it: IDNA-encoded, in lower case. Raises UsageError if it is not valid."""
     try:
         name = text.rstrip(".").encode("idna").decode().lower()
     except UnicodeError:
@@ -240,7 +246,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        reason = (error.strerror or str(error)).split(" (while")[0]  # what Python adds repeats the address
+        reason = (error.strerror or str(error)).split(" (while")[0]  # drop Python's addition, which repeats the address
         raise IceboxError(
             f"nothing can be served at {host} port {port} ({reason}); name others by --host, --port"
         ) from error

@@ -1,6 +1,7 @@
-"""The web application of `serve`: a page to drop images on, and the endpoint behind it.
+"""Define the web application of `serve`: an upload page and a JSON endpoint.
 
-Imported by `serve` alone, as it needs the extra of that name. FastAPI reads the annotations, so they are not postponed.
+Only `serve` imports this module, because it needs the optional packages of that name. FastAPI reads the annotations, so
+the module does not postpone their evaluation.
 """
 
 import asyncio
@@ -20,25 +21,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.core.errors import DecodeError
 
-_OVERHEAD = 2**16  # bytes of a form around the file in it
-_PATIENCE_S = 60.0  # for an upload to come in
+_OVERHEAD = 2**16  # bytes of a form besides the file in it
+_PATIENCE_S = 60.0  # seconds until an upload must be complete
 
 
 class Guess(BaseModel):
-    """A class and how likely it is."""
+    """A class and its probability."""
 
     label: str
     probability: float = Field(ge=0, le=1)
 
 
 class Prediction(Guess):
-    """What an image shows: the likeliest class, and `top`, the likeliest ones in their order."""
+    """The likeliest class of an image, and `top`, the likeliest classes in descending order of probability."""
 
     top: list[Guess]
 
 
 class About(BaseModel):
-    """What answers here."""
+    """The served runs, their classes and the limits of requests."""
 
     runs: list[str]
     classes: list[str]
@@ -47,16 +48,16 @@ class About(BaseModel):
 
 
 class Refusal(BaseModel):
-    """Why there is no answer."""
+    """The reason why a request was refused."""
 
     detail: str
 
 
 class BusyError(Exception):
-    """More images are waiting than will be answered soon."""
+    """Raised if too many images wait already."""
 
 
-Read = Callable[[], Awaitable[bytes]]  # gives an upload, which may wait on disk until then
+Read = Callable[[], Awaitable[bytes]]  # reads an upload, which may be on disk until then
 
 
 def make_app(
@@ -64,13 +65,13 @@ def make_app(
 ) -> FastAPI:
     """Return the application.
 
-    `answer` gives the likeliest classes of an image file, or raises DecodeError, MemoryError or BusyError; `names` are
-    the hosts it may be called by, None for any.
+    `answer` returns the likeliest classes of an image file, or raises DecodeError, MemoryError or BusyError. `names`
+    are the host names that requests may use, None for any.
     """
     app = FastAPI(
         title="Icebox",
         summary="Class probabilities of images.",
-        docs_url=None,  # these pages fetch their scripts from elsewhere
+        docs_url=None,  # FastAPI's documentation pages load scripts from another server
         redoc_url=None,
     )
     page, policy = _page()
@@ -81,7 +82,7 @@ def make_app(
 
     @app.get("/about")
     async def describe() -> About:
-        """Tell what answers here."""
+        """Describe the served runs."""
         return about
 
     refusals: dict[int | str, dict[str, Any]] = {code: {"model": Refusal} for code in (408, 413, 422, 503)}
@@ -90,7 +91,7 @@ def make_app(
     async def predict(
         image: Annotated[UploadFile, File(description="An image file, of any kind OpenCV reads.")],
     ) -> Prediction:
-        """Say what an image shows."""
+        """Classify an image."""
         if (image.size or 0) > about.max_bytes:
             raise _too_large(about.max_bytes)
         try:
@@ -112,7 +113,7 @@ async def _no_image(request: Request, error: Exception) -> Response:
 
 
 def _page() -> tuple[str, str]:
-    """Return the page and the policy by which a browser runs nothing but what stands in it."""
+    """Return the page and its Content-Security-Policy: browsers run only the page's own script and style."""
     text = (resources.files("pipeline.deployment") / "pages" / "upload.html").read_text("utf-8")
 
     def digest(tag: str) -> str:
@@ -132,10 +133,10 @@ def _too_large(most: int) -> HTTPException:
 
 
 class _Guard:
-    """Turns away requests that are too large, too slow, or meant for another host.
+    """Refuses requests that are too large, too slow, or have another host name in their Host header.
 
-    A web page elsewhere may have a name of its own lead here. What answers GET answers HEAD too, whose body the server
-    leaves out.
+    The check of the host name prevents DNS rebinding: the owner of another site can let its name resolve to this
+    server. HEAD requests are handled as GET requests; the server leaves out the body.
     """
 
     def __init__(self, app: ASGIApp, most: int, names: Sequence[str] | None) -> None:
@@ -172,7 +173,7 @@ class _Guard:
 
 
 def _host(header: str) -> str | None:
-    """Return the name in a Host header, or None if there is none; `icebox.example.` is `icebox.example`."""
+    """Return the host name in a Host header without a final dot, or None if there is none."""
     try:
         return (urlsplit(f"//{header}").hostname or "").rstrip(".") or None
     except ValueError:

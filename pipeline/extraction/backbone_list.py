@@ -1,6 +1,6 @@
-"""The networks there are: those of the table and own ones, with what is known of them on this machine.
+"""List the available networks, those of the table and own ones, with what is known of them on this machine.
 
-Listing them loads no TensorFlow and hashes no weights file.
+Listing loads no TensorFlow and hashes no weights file.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from pipeline.extraction import measured_rates
 
 _FLOAT16 = 2  # bytes
 _FLOAT32 = 4
-_OWN_DIGITS, _WEIGHTS_DIGITS = len(OWN) + 8, len("sha256:") + 8  # of the hashes that tell networks of one name apart
+_OWN_DIGITS, _WEIGHTS_DIGITS = len(OWN) + 8, len("sha256:") + 8  # of hashes that distinguish networks of one name
 
-Rate = Mapping[str, Any]  # as `rates.known` gives it
+Rate = Mapping[str, Any]  # as `measured_rates.known` returns it
 
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """A network and what is known of it here; None where nothing is.
+    """A network and what is known of it on this machine; unknown values are None.
 
-    `row` is (h, w, c). `bytes_per_row` is what the largest feature space of that layer and size takes on disk,
-    `uncompressed` what a row takes in memory, in float16. `images_per_second` is at the precision that was asked for;
-    `rates` has those of all. `weights` is "yes" where ImageNet's lie on this machine, "no" where not, "file" where an
-    own network's file does.
+    `row` is the shape (h, w, c) of a row. `bytes_per_row` are its bytes on disk in the largest feature space of that
+    layer and size; `uncompressed` are its bytes in memory, in float16. `images_per_second` is the rate at the requested
+    precision; `rates` is precision → images/s. `weights` is "yes" if the ImageNet weights are on this machine, "file"
+    if the file of an own network is, else "no".
     """
 
     name: str
@@ -56,14 +56,14 @@ class BackboneInfo:
 
 
 def list_backbones(names: Sequence[str], workspace: Workspace, precision: str) -> list[BackboneInfo]:
-    """Return the named networks, or all there are: first those of the table, the cheapest first.
+    """Return the named networks, or all if `names` is empty: first those of the table, the cheapest first.
 
     Raises
     ------
     UsageError
         If there is no such network.
     SpecError
-        If a file is refused.
+        If the file of an own network cannot be used.
     """
     wanted = [networks.architecture(name) for name in names]
     spaces, known = workspace.cache.spaces(), measured_rates.known(workspace)
@@ -82,9 +82,10 @@ def list_backbones(names: Sequence[str], workspace: Workspace, precision: str) -
 
 
 def with_size(network: Architecture, spaces: Iterable[FeatureSpace]) -> Architecture:
-    """Return the same; a network of any size with that of its features: of its default layer, if there are some.
+    """Return the network with an input size, if its file fixes none and it has features.
 
-    Of several sizes it is that of the space with most rows.
+    The size is that of the feature space with most rows, preferably of a space of the network's default layer. Other
+    networks are returned unchanged.
     """
     if network.input_size is not None:
         return network
@@ -118,7 +119,7 @@ def _named(
 
 
 def _own(network: Architecture, spaces: Iterable[FeatureSpace], known: Iterable[Rate], precision: str) -> BackboneInfo:
-    """Return what is known of an own network: of its default layer and size, as of those of the table."""
+    """Return what is known of an own network, for its default layer and size, as for a network of the table."""
     all_of_it = _of_network(network, spaces)
     network = with_size(network, all_of_it)
     of_default = network.default_layer, network.input_size
@@ -148,7 +149,7 @@ def _own(network: Architecture, spaces: Iterable[FeatureSpace], known: Iterable[
 def _of_space(space: FeatureSpace, workspace: Workspace) -> Architecture:
     """Return the own network of a space.
 
-    Its file says the default layer and size; where it is not on this machine, they are those of the space.
+    Default layer and input size come from its file, or from the space if the file is not on this machine.
     """
     spec, path = space.spec, networks.network_file(space.provenance.get("network"), workspace.cache.index)
     layer, size = spec.layer, spec.input_size
@@ -156,13 +157,13 @@ def _of_space(space: FeatureSpace, workspace: Workspace) -> Architecture:
         if path is not None:
             config = own.checked_architecture(path)
             layer, size = keras_config.output_layer(config), keras_config.input_size(config)
-    except SpecError:  # as another version refuses it
+    except SpecError:  # for example, this version cannot use the file
         path = None
     return Architecture(spec.backbone, size, spec.scaling, layer, path, spec.weights)
 
 
 def _largest_of_own(spaces: Iterable[FeatureSpace]) -> dict[tuple[str, str], FeatureSpace]:
-    """Return for each own network, told apart by architecture and weights, the space with most rows."""
+    """Return for each own network, (architecture, weights), the space with most rows."""
     found: dict[tuple[str, str], FeatureSpace] = {}
     for space in sorted(spaces, key=lambda each: each.totals().rows):
         if space.spec.backbone.startswith(OWN):
@@ -171,20 +172,20 @@ def _largest_of_own(spaces: Iterable[FeatureSpace]) -> dict[tuple[str, str], Fea
 
 
 def _of_network(network: Architecture, spaces: Iterable[FeatureSpace]) -> list[FeatureSpace]:
-    """Return the spaces of an own network, that with most rows first."""
+    """Return the spaces of an own network, the one with most rows first."""
     some = [each for each in spaces if (each.spec.backbone, each.spec.weights) == (network.name, network.weights)]
     return sorted(some, key=lambda each: each.totals().rows, reverse=True)
 
 
 def _rates_of(known: Iterable[Rate], backbone: str, layer: str, size: int | None) -> dict[str, float]:
-    """Return precision → images/s of a network here, of its last measurement."""
+    """Return precision → images/s of a network on this machine, from the last measurement at each precision."""
     key = {"backbone": backbone, "layer": layer, "input_size": size, "engine": ENGINE}
     same = [each for each in known if all(each.get(name) == value for name, value in key.items())]
     return {str(each.get("precision")): each["images_per_second"] for each in same}
 
 
 def _bytes_per_row(spaces: Iterable[FeatureSpace]) -> int | None:
-    """Return the bytes on disk over the rows of the space that has most; None if none has any."""
+    """Return the bytes on disk of a row in the space with most rows; None if no space has rows."""
     largest = max((space.totals() for space in spaces), key=lambda each: each.rows, default=None)
     return largest.bytes_per_row if largest else None
 

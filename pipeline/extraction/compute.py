@@ -1,6 +1,7 @@
-"""Rows that are missing → published shards: a computation is cut into tasks, and what comes of them is noted.
+"""Compute missing rows: cut them into tasks of a shard each, run the tasks, and record the results in the index.
 
-Tasks run in this process, or wherever a `WorkerPool` has them run. Only here does the index learn of anything.
+Tasks run in this process (`LocalPool`) or in Dask workers, both behind the protocol `WorkerPool`. Tasks never write to
+the index: `compute` records their shards and failed images.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ logger = logging.getLogger(__name__)
 DEFAULT_SHARD_ROWS = 256
 DEFAULT_BATCH_SIZE = 32
 MAX_BATCH_SIZE = 512
-_ANNOUNCED_FROM = 100  # rows; fewer are done before one has read an estimate
-_WORTH_SAYING = 2**31  # bytes that shards in the making take, from which on it is said
-_TASKS_EACH = 4  # at least, for each of several processes
+_ANNOUNCED_FROM = 100  # rows; fewer are computed too quickly for an estimate to be of use
+_WORTH_SAYING = 2**31  # bytes of memory for unfinished shards, above which a warning is logged
+_TASKS_EACH = 4  # tasks for each of several processes, at least
 
 Settle = Callable[[ShardTask, ShardResult], None]
 
 
 class WorkerPool(Protocol):
-    """Whoever runs tasks, with the model at hand."""
+    """Runs tasks in one or more processes that have loaded the model."""
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -63,36 +64,38 @@ class WorkerPool(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """How many images its model is given at once."""
+        """The number of images in a batch of the model."""
         ...
 
     @property
     def size(self) -> int:
-        """How many processes it has now."""
+        """The number of processes in the pool now."""
         ...
 
     def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance, there: There) -> None:
-        """Have all tasks run and give each, with what came of it, to `settle`, in the thread that calls this.
+        """Run all tasks, and pass each with its result to `settle`, in the calling thread.
 
-        Rows that are `there` already need not be computed; a process that cannot ask knows of its own alone.
+        A row for which `there(key, view)` is true exists and need not be computed. A process that cannot call `there`,
+        a Dask worker, knows only the rows that it computed itself.
         """
         ...
 
 
 @dataclass
 class ComputeStats:
-    """What a computation took. `seconds`: from its first task to the last shard published.
+    """The time a computation took, and what else was measured.
 
-    `worker_seconds` add up those of all processes that computed; `model_seconds` of them their model worked. `lost`
-    counts rows that had to be computed again, as whoever had them in hand was lost.
+    `seconds` counts from the first task to the last published shard. `worker_seconds` is the sum over all processes
+    that computed, and `model_seconds` the part of it in which their models worked. `lost` counts rows that were
+    computed again because their worker was lost or dismissed.
     """
 
     seconds: float = 0.0
     worker_seconds: float = 0.0
     model_seconds: float = 0.0
     lost: int = 0
-    peak: int = 0  # the largest value of images with 16 bits a channel
-    workers: list[dict[str, Any]] = field(default_factory=list)  # of a cluster: what each did
+    peak: int = 0  # the largest pixel value of images with 16 bits a channel
+    workers: list[dict[str, Any]] = field(default_factory=list)  # one entry for each Dask worker
 
     @property
     def model_share(self) -> float | None:
@@ -116,11 +119,11 @@ class LocalPool:
 
     @property
     def batch_size(self) -> int:
-        """How many images the model is given at once."""
+        """The number of images in a batch of the model."""
         return self._worker.batch_size
 
     def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance, there: There) -> None:
-        """Run the tasks. On Ctrl-C the rows computed so far are published before the interrupt goes on."""
+        """Run the tasks. On Ctrl-C the rows computed so far are published before KeyboardInterrupt is raised again."""
         stopped, waiting = threading.Event(), deque[tuple[ShardTask, Future[ShardResult]]]()
         start = time.perf_counter()
 
@@ -149,36 +152,38 @@ class LocalPool:
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """What changes how features are computed, but not their values."""
+    """Options of a computation that do not change the values of features."""
 
-    shard_rows: int | None = None  # None: 256, or as many as take SHARD_BYTES
-    batch_size: int | None = None  # None: that of the space, or what is fastest
+    shard_rows: int | None = None  # rows of a shard; None: 256, or fewer that fit into SHARD_BYTES
+    batch_size: int | None = None  # None: that of the space, or the fastest
     max_pixels: int = decoding.DEFAULT_MAX_PIXELS
-    strict: bool = False  # end at the first image that cannot be decoded
-    threads: int | None = None  # cores that TensorFlow uses for nothing else in this process
+    strict: bool = False  # stop at the first image that cannot be decoded
+    threads: int | None = None  # cores to compute with; they limit TensorFlow in this whole process
 
     def model_batch(self, before: int | None = None, *, of_cluster: bool = False) -> int:
-        """Return how many images the model is given at once, to begin with: no more than a shard holds.
+        """Return the batch size to start with, at most the rows of a shard.
 
-        `before` is what a space was begun with: its rows are all to be rounded alike. What the machines of a cluster
-        have is not known here.
+        `before` is the batch size that the space was created with: the same size rounds all its rows alike. For a
+        cluster the default is `DEFAULT_BATCH_SIZE`, because the hardware of its workers is not known here.
         """
         usual = DEFAULT_BATCH_SIZE if of_cluster else default_batch()
         return min(self.batch_size or before or usual, self.shard_rows or DEFAULT_SHARD_ROWS)
 
     def task_rows(self, batch: int, row_bytes: int) -> int:
-        """Return how many rows of `row_bytes` in memory make a shard: whole batches, at least one."""
+        """Return the number of rows of a shard: whole batches, at least one. A row takes `row_bytes` in memory."""
         most = self.shard_rows or min(DEFAULT_SHARD_ROWS, SHARD_BYTES // row_bytes)
         return max(1, most // batch) * batch
 
 
 def require_memory(rows: int, row_shape: tuple[int, ...], spec: FeatureSpec, processes: int = 1) -> None:
-    """Say what large shards take in memory: two of `rows` rows in each process, one computed and one written.
+    """Check that shards of `rows` rows fit into memory, and warn if they take more than 2 GiB.
+
+    Each process has two shards in memory: one is computed while the other is written.
 
     Raises
     ------
     DoNotFitError
-        If they take more than is free here.
+        If they take more memory than is free on this machine.
     """
     row = row_bytes(row_shape, spec)
     needed, free = 2 * processes * rows * row, machine.available_memory()
@@ -193,19 +198,23 @@ def require_memory(rows: int, row_shape: tuple[int, ...], spec: FeatureSpec, pro
 
 
 def row_bytes(row_shape: tuple[int, ...], spec: FeatureSpec) -> int:
-    """Return the bytes of a row in memory: features (h, w, c) as they are stored, and their spatial means."""
+    """Return the bytes of a row in memory: features (h, w, c) in their stored dtype, and spatial means in float32."""
     return math.prod(row_shape) * np.dtype(spec.storage).itemsize + 4 * row_shape[-1]
 
 
 def default_batch() -> int:
-    """Return the batch size of a new space: on a CPU larger ones are no faster, and more of the last one is padding."""
+    """Return the batch size of a new space: 32 with a GPU, 16 without.
+
+    On a CPU larger batches are not faster, and more of the last batch is padding.
+    """
     return DEFAULT_BATCH_SIZE if machine.gpu_count() else DEFAULT_BATCH_SIZE // 2
 
 
 def batch_of(space: FeatureSpace | None) -> int | None:
-    """Return the batch size a space was begun with, if it says so; less where a GPU began it and there is none here.
+    """Return the batch size that a space was created with, None if it is not recorded.
 
-    An image of a batch takes some 10 MB, more than once on a CPU.
+    It is at most 512, and at most 64 if the space was created with a GPU and this machine has none: an image of a batch
+    takes some 10 MB of memory, and a CPU computes several batches at a time.
     """
     about = space.provenance if space else {}
     stored = about.get("batch_size")
@@ -216,17 +225,20 @@ def batch_of(space: FeatureSpace | None) -> int | None:
 
 
 def largest_batch_to_try() -> int:
-    """Return the largest batch that is measured.
+    """Return the largest batch size to measure.
 
-    On a CPU it is the usual one: trying others would take more memory for many images than for few, and none was ever
-    faster.
+    On a CPU it is the default: no larger batch was ever faster, and only measuring it would already take more memory.
     """
     return MAX_BATCH_SIZE if machine.gpu_count() else default_batch()
 
 
 @dataclass(frozen=True)
 class Job:
-    """All a computation needs. `identities` is corrected where a file changed or vanished since it was hashed."""
+    """What a computation needs.
+
+    `identities` is corrected where a file changed or vanished since it was hashed. `task_rows` is the number of rows of
+    a task.
+    """
 
     dataset: Dataset
     identities: Identities
@@ -239,7 +251,12 @@ class Job:
 
 
 def compute(job: Job, rows_of: np.ndarray, views: np.ndarray, pool: WorkerPool) -> None:
-    """Compute and publish rows: views (m,) of the images `rows_of` (m,), ascending; the caller holds the space's lock.
+    """Compute and publish rows. The caller must hold the lock of the space.
+
+    Parameters
+    ----------
+    rows_of, views
+        (m,) int64: for each row the index of its image in the dataset, ascending, and the number of its view.
 
     Raises
     ------
@@ -276,7 +293,10 @@ def _rows_there(space: FeatureSpace) -> KnownRows:
 
 
 def _task_rows(job: Job, total: int, pool: WorkerPool) -> int:
-    """Return how many rows a task has: a shard, or fewer batches if processes would wait for the last of them."""
+    """Return the number of rows of a task: those of a shard, or fewer if there are several processes.
+
+    With at least `_TASKS_EACH` tasks for each process, none waits long for the last task.
+    """
     if (processes := pool.size) <= 1:
         return job.task_rows
     batch = pool.batch_size
@@ -284,16 +304,17 @@ def _task_rows(job: Job, total: int, pool: WorkerPool) -> int:
 
 
 def _tasks(job: Job, rows_of: np.ndarray, views: np.ndarray, task_rows: int) -> Iterator[ShardTask]:
-    """Cut the rows into tasks, one at a time: of millions of rows few are in hand."""
+    """Yield the tasks one at a time, so that of millions of rows only a few are in memory."""
     for start in range(0, len(rows_of), task_rows):
         part = slice(start, start + task_rows)
         origin, at = np.unique(rows_of[part], return_inverse=True)
-        expected = len(rows_of) if start < AT_ONCE * task_rows else 0  # of whom none knows if another was refused
+        # Tasks that run at once do not know of each other: each of the first checks the room for all rows.
+        expected = len(rows_of) if start < AT_ONCE * task_rows else 0
         yield ShardTask(job.dataset.take(origin), origin, at, views[part], expected)
 
 
 def _note(job: Job, task: ShardTask, done: ShardResult) -> None:
-    """Let the index know of a shard, and of the images that have no row."""
+    """Record the result of a task in the index: its shard, corrected keys, and images that have no row."""
     if done.shard is not None:
         job.space.register(done.shard)
     job.stats.model_seconds += done.model_seconds
@@ -312,17 +333,20 @@ def _note(job: Job, task: ShardTask, done: ShardResult) -> None:
 def record_failure(
     image: ImageOutcome | Loaded, dataset: Dataset, identities: Identities, index: Index, max_pixels: int
 ) -> None:
-    """Remember that an image could not be decoded, or note that it could not be read, which is not remembered."""
+    """Record an image without a row.
+
+    An image that cannot be decoded is quarantined in the index. A failure to read it is noted in `identities` only.
+    """
     record_key(image, dataset, identities, index)
     if image.key is not None:
         index.remember_quarantined({image.key: image.reason}, decoding.decoder_version(), max_pixels)
 
 
 def record_key(image: ImageOutcome | Loaded, dataset: Dataset, identities: Identities, index: Index) -> None:
-    """Correct who an image is.
+    """Correct the key of an image in `identities` to that of the bytes that were just read.
 
-    The digest that was remembered is not to be trusted if its bytes are others now; that of an address waits in
-    `identities.fetched` to be remembered.
+    If a file's bytes have changed, the index forgets its stored digest. The digest of a remote image is put into
+    `identities.fetched`, from where it is stored later.
     """
     planned, path, url = identities.keys[image.i], dataset.path(image.i), dataset.url(image.i)
     if image.key is not None and image.key != planned and path is not None:
@@ -337,13 +361,13 @@ def record_key(image: ImageOutcome | Loaded, dataset: Dataset, identities: Ident
 
 
 def strict_error(name: str, reason: str, more: int = 0) -> DecodeError:
-    """Return the error for people who want no image to be set aside."""
+    """Return the error of `--on-error fail` for an image; `more` others failed too."""
     others = f" (and {more:,} more)" if more else ""
     return DecodeError(f"{name}: {reason}{others}; mend or remove it, or leave out --on-error fail")
 
 
 def _announce(job: Job, row_seconds: float, row_bytes: float, count: int) -> None:
-    """Say how long all will take and how large they get."""
+    """Log how long the computation of `count` rows will take, and their size on disk."""
     logger.info(
         "%s to compute: about %s, %s on disk (%s free)",
         counted(count, "image"),

@@ -1,4 +1,4 @@
-"""Images that have rows, decoded again: an earlier version may have accepted what this one knows to be damaged."""
+"""Decode images that have rows again: an earlier version may have accepted images that this one finds damaged."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from pipeline.extraction.planning import DEFAULT_FIT, Quarantined
 from pipeline.images import decoding
 from pipeline.images.loader import Loader, decoding_pool
 
-_SMALL = 32  # pixels on a side, as nobody looks at them
-_ANY_SIZE = 2**40  # pixels: each was decoded before, within a limit that nobody remembers
+_SMALL = 32  # pixels on a side; only whether an image can be decoded matters
+_ANY_SIZE = 2**40  # pixels: each image was decoded before, within a limit that was not stored
 _AHEAD = 64  # images
 
 
 @dataclass(frozen=True)
 class DecodeCheck:
-    """How many images were decoded again, which of them could not be, and how many can be by now that could not."""
+    """The result of `check_decoding`.
+
+    `images` is the number of images decoded again, `quarantined` those that failed. `released` is the number of images
+    that failed in an earlier check and can be decoded now.
+    """
 
     images: int
     quarantined: list[Quarantined]
@@ -31,15 +35,15 @@ class DecodeCheck:
 
 
 def check_decoding(dataset: Dataset, workspace: Workspace, space: str | None = None) -> DecodeCheck:
-    """Decode the images of `dataset` that have rows, in `space` or in any; quarantine those that cannot be.
+    """Decode the images of `dataset` that have rows, in `space` or in any; quarantine those that cannot be decoded.
 
-    Their rows stay on disk, but are not used any more. Images that were quarantined so before and can be decoded by
-    now are released.
+    The rows of quarantined images stay on disk, but are not used any more. Images that an earlier check quarantined
+    and that can be decoded now are released.
 
     Raises
     ------
     SpecError
-        If there is no such space.
+        If there is no space of that name.
     """
     index = workspace.cache.index
     with workspace.progress("identifying images", len(dataset)) as advance:
@@ -72,7 +76,7 @@ def check_decoding(dataset: Dataset, workspace: Workspace, space: str | None = N
 
 
 def _with_rows(identities: Identities, spaces: Sequence[FeatureSpace], condemned: set[bytes]) -> list[int]:
-    """Return the first image of each content that has a row, or is quarantined although it had one."""
+    """Return the first image of each key that has a row, or was quarantined by an earlier check (`condemned`)."""
     first = identities.keys.grouped(but=sorted(identities.unseen)).first
     has_row = np.array([identities.keys[int(i)] in condemned for i in first], bool)
     for space in spaces:

@@ -1,4 +1,4 @@
-"""Why would an image be computed, or not? What `cache explain` says."""
+"""Explain for each image of a dataset whether its features would be computed, and why: `cache explain`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ State = Literal["cached", "copy", "quarantined", "bad shard", "other space", "ch
 
 @dataclass(frozen=True)
 class ImageExplained:
-    """One image: its name, its state, and what is behind it."""
+    """An image: its name in the dataset, its state, and the reason for it, "" if it is cached."""
 
     path: str
     state: State
@@ -33,9 +33,10 @@ class ImageExplained:
 
 @dataclass(frozen=True)
 class SpaceExplained:
-    """One space on disk: how many of the images it holds, and in which fields it differs from what was asked.
+    """A space on disk: how many rows of the dataset it has, and in which fields it differs from the requested one.
 
-    `differs` has for each such field what was asked and what was found. `backbone` is what people call its network.
+    `differs` has for each such field the requested value ("asked") and that of the space ("found"). `backbone` is the
+    name of its network in messages.
     """
 
     space: str
@@ -47,28 +48,30 @@ class SpaceExplained:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `features` would do with a dataset, and why."""
+    """What `features` would do with a dataset, and why: the result of `explain`."""
 
-    space: str | None  # None: a new one would be made
-    backbone: str  # what people call the network that was asked for
+    space: str | None  # None: a new space would be created
+    backbone: str  # name of the requested network in messages
     images: list[ImageExplained]
     spaces: list[SpaceExplained]
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return state → how many images."""
+        """The number of images in each state."""
         return dict(Counter(image.state for image in self.images).most_common())
 
 
 def explain(
     dataset: Dataset, workspace: Workspace, choice: FeatureChoice, max_pixels: int, views: Views = PLAIN_VIEW
 ) -> Explanation:
-    """Say for each image of `dataset` whether it has its rows, in all `views`, and if not, why. Changes nothing.
+    """Return for each image of `dataset` whether it has its rows, in all `views`, and if not, why.
+
+    Nothing on disk changes.
 
     Raises
     ------
     IceboxError
-        If the weights or the space that were stated cannot be had.
+        If the stated weights or the stated space are not available.
     """
     index = workspace.cache.index
     before = _digests_before(dataset, workspace)
@@ -95,7 +98,7 @@ def explain(
 
 
 def _digests_before(dataset: Dataset, workspace: Workspace) -> list[bytes | None]:
-    """Return for each image the digest remembered from before, or None."""
+    """Return for each image the digest that the index has stored for its file or address, or None."""
     index, before = workspace.cache.index, list[bytes | None]([None] * len(dataset))
     files = {i: path.absolute() for i in range(len(dataset)) if (path := dataset.path(i)) is not None}
     urls = {i: url for i in range(len(dataset)) if (url := dataset.url(i)) is not None}
@@ -106,12 +109,12 @@ def _digests_before(dataset: Dataset, workspace: Workspace) -> list[bytes | None
 
 
 def select_images(images: Sequence[ImageExplained], dataset: Dataset, wanted: Sequence[str]) -> list[ImageExplained]:
-    """Return those of `images` that a person means by `wanted`: names in the dataset, or paths on disk.
+    """Return those of `images` that `wanted` names: by names in the dataset, or by paths on disk.
 
     Raises
     ------
     UsageError
-        If one is not in the dataset.
+        If a name is not in the dataset.
     """
     named: dict[str, list[int]] = {}
     for i, name in enumerate(dataset.names):
@@ -131,7 +134,7 @@ _UNSEEN = "it has not been fetched before"
 
 
 class _Reasons:
-    """Finds the reason for each image, asking the index once for all."""
+    """Finds the state and reason of each image, with one look-up in the index for all images."""
 
     def __init__(
         self,
@@ -150,7 +153,7 @@ class _Reasons:
         rows = [(key, view) for i, view in todo if (key := identities.keys[i])]
         missing, views = [key for key, _ in rows], [view for _, view in rows]
         self._missing = set(missing)
-        # `find_space` prefers one that lost rows
+        # `find_space` counts lost rows too, so the rows of damaged shards are in the space that it chose.
         self._lost = space.index.lost(space.name, missing, views) if space else {}
         self._elsewhere: dict[bytes, list[str]] = {}
         for each in spaces:
@@ -160,7 +163,7 @@ class _Reasons:
         self._first = {key: i for i, key in reversed(list(enumerate(identities.keys))) if key is not None}
 
     def of(self, i: int) -> tuple[State, str]:
-        """Return state and reason of image i."""
+        """Return the state and the reason of image `i`."""
         key = self._keys[i]
         if i in self._plan.quarantined:
             reason, since = self._plan.quarantined[i]

@@ -1,6 +1,6 @@
-"""Stage one, `features`: choose the feature space, plan what is missing, have it computed.
+"""Stage one, the command `features`: choose the feature space, plan which rows are missing, and compute them.
 
-Nothing here loads TensorFlow unless rows are missing.
+`extract` does all of it. TensorFlow is loaded only if rows are missing, or if many files are new.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Extraction:
-    """What `features` did; rows = computed + reused + duplicates = views x (images - quarantined)."""
+    """The result of `extract`, in rows: computed + reused + duplicates = views x (images - quarantined)."""
 
     images: int
     computed: int
@@ -68,11 +68,11 @@ class Extraction:
     duplicates: int
     quarantined: list[Quarantined]
     stats: ComputeStats
-    space: FeatureSpace | None  # None if nothing was computed ever
+    space: FeatureSpace | None  # None if no row was ever computed
 
     @property
     def rows(self) -> int:
-        """Images that have features, times their views."""
+        """The number of rows of the dataset: one for each image that has features, in each view."""
         return self.computed + self.reused + self.duplicates
 
 
@@ -86,14 +86,14 @@ def extract(
     retry_failed: bool = False,
     cluster: ClusterChoice | None = None,
 ) -> Extraction:
-    """Make sure that every image of `dataset` that can be decoded has its rows, computing only what is missing.
+    """Compute the missing rows of `dataset`, so that every image that can be decoded has a row in each view.
 
-    The work is done in this process, or by the workers that `cluster` names.
+    Rows are computed in this process, or by the workers of `cluster`. `retry_failed` retries undecodable images.
 
     Raises
     ------
     IceboxError
-        If the weights, the layer or the space cannot be had, or the cache cannot be written.
+        If the weights, the layer or the space are not available, or the cache cannot be written.
     DecodeError
         With `options.strict`, at the first image that cannot be read or decoded.
     """
@@ -101,7 +101,7 @@ def extract(
     load = _Early(cache) if cluster is None else lambda keys: None
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, cache.index, advance, read_unseen=False, much_to_hash=load)
-    if cluster is None:  # else workers fetch what is behind addresses, and nobody else
+    if cluster is None:  # else only the workers fetch remote images
         read_some(dataset, identities)
     if retry_failed:
         cache.index.forget_quarantined(key for key in identities.keys if key is not None)
@@ -128,27 +128,27 @@ def extract(
     return Extraction(len(dataset), plan.reused - before, before, plan.duplicates, failed, stats, space)
 
 
-_TELLING_ROWS = 64  # or as many as take `_TELLING_S`: over fewer, the first and the last batch decide the rate
+_TELLING_ROWS = 64  # or those of `_TELLING_S` seconds: over fewer, the first and last batch distort the rate
 _TELLING_S = 10.0
 
 
 def _keep_rate(
     workspace: Workspace, spec: FeatureSpec, computed: int, stats: ComputeStats, cluster: ClusterChoice | None
 ) -> None:
-    """Remember how fast this machine computed rows, if it was this machine, and enough of them."""
+    """Store the rate at which this machine computed rows, if it computed them itself, and enough of them."""
     elsewhere = cluster is not None and cluster.scheduler is not None
     if computed > 0 and not elsewhere and (computed >= _TELLING_ROWS or stats.seconds >= _TELLING_S):
         measured_rates.remember(workspace, spec, computed / stats.seconds, computed)
 
 
-LOADING = "loading TensorFlow"  # the name of the thread
+LOADING = "loading TensorFlow"  # the name of the thread, by which `cli.py` finds it
 
 
 class _Early:
-    """Loads TensorFlow while many files are hashed that were never seen: one core of several does both at once.
+    """Starts to load TensorFlow in a thread while many new files are still being hashed.
 
-    Not if some of the first of them are known images after all, as where a folder was moved, or the cache came from
-    elsewhere: then perhaps nothing is missing.
+    `identify` calls it with the keys of the first new files. If one of these has a row, TensorFlow is not loaded:
+    the folder or the cache was moved, and perhaps no row is missing.
     """
 
     def __init__(self, cache: Cache) -> None:
@@ -161,18 +161,18 @@ class _Early:
         self._decided, some = True, keys.grouped().first
         index = self._cache.index
         if not any(index.has_any(space.name, keys.digests, some, 0) for space in self._cache.spaces()):
-            # `cli.py` does not wait for it if it has come to an end without.
+            # `cli.py` does not wait for this thread if the command ends earlier.
             threading.Thread(target=_try_to_load, name=LOADING).start()
 
 
 def _try_to_load() -> None:
-    with suppress(Exception):  # whoever needs TensorFlow meets it again, and says it
+    with suppress(Exception):  # the code that needs TensorFlow raises the same error again
         import_keras()
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What is to be computed, and as what, and by whom."""
+    """The arguments of a computation: the planning, the feature choice, its options, and the workers."""
 
     planning: Planning
     resolved: ResolvedChoice
@@ -183,20 +183,20 @@ class _Source:
 def _compute_missing(
     source: _Source, workspace: Workspace, space: FeatureSpace | None, count: int
 ) -> tuple[FeatureSpace, int, Plan, ComputeStats]:
-    """Compute what is missing, alone in the space; return it, the rows there before, the last plan, what it took."""
+    """Compute missing rows under the space's lock; return the space, its rows before, the last plan and the stats."""
     cache, planning, options, stats = workspace.cache, source.planning, source.options, ComputeStats()
     weights = weights_for(source.resolved, space, planning.dataset, workspace)
     spec = space.spec if space else source.resolved.new_spec(weights)
-    if space is None and spec.directory in cache.names():  # made for other images, or by a run killed early
+    if space is None and spec.directory in cache.names():  # created for other images, or by a run killed early
         space = cache.open(spec.directory)
     if space is None:
-        cache.index.require_writable()  # before TensorFlow and weights are loaded for nothing
+        cache.index.require_writable()  # else TensorFlow and weights would be loaded for nothing
     warn_untrained(spec)
     setup = _setup(source, spec, weights, space, cache.root)
     with ExitStack() as stack:
         pool = None
         if space is None:
-            # Made only after the weights turned out to fit: a mistake in an option leaves no empty space behind.
+            # Created only after the weights are loaded: a mistake in an option leaves no empty space behind.
             pool = stack.enter_context(_crew(setup, source, stats, count, new=True))
             space = cache.create(spec, {**_made_by(weights, pool, cache.index), "row_shape": list(pool.row_shape)})
         else:
@@ -207,11 +207,11 @@ def _compute_missing(
             space.remove_leftovers()
             plan = planning.plan(space)
             before, rows = plan.reused, space.totals().rows
-            if not plan.todo:  # whoever held the lock has computed it all
+            if not plan.todo:  # another process, which held the lock, has computed all rows
                 return space, before, plan, stats
             pool = pool or stack.enter_context(_crew(setup, source, stats, plan.missing, new=False))
             shard_rows = options.task_rows(pool.batch_size, row_bytes(pool.row_shape, spec))
-            if source.cluster is None or source.cluster.scheduler is None:  # whose workers have memory of their own
+            if source.cluster is None or source.cluster.scheduler is None:  # else workers may be elsewhere
                 require_memory(min(shard_rows, plan.missing), pool.row_shape, spec, pool.size)
             job = Job(
                 planning.dataset,
@@ -224,7 +224,7 @@ def _compute_missing(
                 stats,
             )
             plan = _compute_all(planning, plan, job, pool)
-            # More than were known to be there may have turned out to be, of images that nobody had read.
+            # Remote images with unknown hashes may turn out to have rows, which `before` does not count.
             return space, max(before, plan.reused - (space.totals().rows - rows)), plan, stats
 
 
@@ -246,7 +246,7 @@ def _setup(source: _Source, spec: FeatureSpec, weights: Weights, space: FeatureS
 
 @contextmanager
 def _crew(setup: TaskSetup, source: _Source, stats: ComputeStats, rows: int, new: bool) -> Iterator[WorkerPool]:
-    """Give whoever computes `rows` rows, of a `new` space or not: this process, or the workers of a cluster."""
+    """Give the pool that computes `rows` rows: this process, which chooses the batch of a `new` space, or a cluster."""
     if source.cluster is not None:
         from pipeline.extraction.workers.pool import open_dask_pool
 
@@ -267,16 +267,16 @@ def _refuse_bad(dataset: Dataset, plan: Plan) -> None:
 
 
 def _compute_all(planning: Planning, plan: Plan, job: Job, pool: WorkerPool) -> Plan:
-    """Compute until nothing is missing; return the plan that says so.
+    """Compute until no row is missing; return the last plan, which has none to compute.
 
-    One pass is enough unless a file changes after it was hashed: its former copies may then lack a row.
+    One pass is enough unless a file changes after it was hashed: copies of its former content may then lack a row.
     """
     while plan.todo:
         try:
             compute(job, plan.todo.images, plan.todo.views, pool)
         except InterruptedComputationError as error:
             error.recover()
-            job.space.sync()  # what was published meanwhile is not computed again
+            job.space.sync()  # shards published meanwhile are not computed again
         plan = planning.plan(job.space)
     return plan
 

@@ -1,4 +1,7 @@
-"""What the user said about the features, and which feature space on disk, or which new one, that means."""
+"""Find the feature space that a user's options mean: one of those on disk, or a new one.
+
+`FeatureChoice` has the options; `resolve_choice` looks up the network, and `find_space` finds the space.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,10 @@ _DEFAULT_STORAGE = "float16"
 
 @dataclass(frozen=True)
 class FeatureChoice:
-    """What the user said about the features; "auto" leaves a field to the spaces on disk, then to the machine.
+    """The user's options about features.
 
-    None stands for the backbone's default, or for that of the space that is named.
+    "auto" takes the value of a space on disk, or if there is none, what is best on this machine. None takes the value
+    of the space named by `space`, or if none is named, the backbone's default.
     """
 
     weights: str = "auto"
@@ -41,13 +45,13 @@ class FeatureChoice:
     precision: str = "auto"
     storage: str = "auto"
     space: str | None = None
-    depth: int | None = None  # bits of 16-bit channels; None: 16, or that of the space that is named
+    depth: int | None = None  # bits used of 16-bit channels; None: 16, or that of the named space
     backbone: str | None = None  # a row of the table, or the path of a .keras file
     input_size: int | None = None
     scaling: str | None = None
 
     def anchored(self) -> Self:
-        """Return the same with absolute paths of files, so that it means the same from anywhere."""
+        """Return the choice with absolute file paths, so that it means the same in any current folder."""
         return replace(self, weights=anchored(self.weights), backbone=networks.anchored(self.backbone))
 
 
@@ -55,8 +59,8 @@ class FeatureChoice:
 class ResolvedChoice:
     """A choice with its network looked up.
 
-    `space` is the one that was named. `weights` are None where they were left to the spaces on disk, or to what `auto`
-    means.
+    `space` is the space that was named, if any. `weights` is None if the choice leaves them open ("auto"): then the
+    space on disk decides, or the default for a new space.
     """
 
     choice: FeatureChoice
@@ -70,11 +74,11 @@ class ResolvedChoice:
         return self.choice.layer or (self.space.spec.layer if self.space else self.source.default_layer)
 
     def request(self) -> FeatureRequest:
-        """Return the fields of a spec that were stated."""
+        """Return the fields of a feature spec that the user stated; a space on disk must agree with them."""
         choice, source, named = self.choice, self.source, self.space is not None
         any_depth = (
             named and choice.depth is None
-        )  # a space named outright need agree only with what was said beside it
+        )  # a named space must agree only with the options that were given beside it
         return FeatureRequest(
             backbone=source.name,
             layer=choice.layer if named else self.layer,
@@ -90,7 +94,7 @@ class ResolvedChoice:
         )
 
     def new_spec(self, weights: Weights) -> FeatureSpec:
-        """Return the space that the choice means where none on disk agrees with it."""
+        """Return the spec of the new space to create if no space on disk agrees with the choice."""
         choice, source = self.choice, self.source
         return FeatureSpec(
             backbone=source.name,
@@ -110,7 +114,10 @@ class ResolvedChoice:
 def weights_for(
     resolved: ResolvedChoice, space: FeatureSpace | None, dataset: Dataset, workspace: Workspace
 ) -> Weights:
-    """Return the weights to compute with: those stated, else those of the space, else what `auto` means."""
+    """Return the weights to compute with: those stated, else those of the space, else what `auto` means.
+
+    Raises WeightsError if they are not available.
+    """
     if resolved.weights is not None:
         return resolved.weights.require()
     if space is not None:
@@ -124,11 +131,11 @@ def resolve_choice(workspace: Workspace, choice: FeatureChoice) -> ResolvedChoic
     Raises
     ------
     UsageError
-        If there is no such network, or what must be said of an own one is not.
+        If there is no such network, or an own network lacks an option that it needs.
     WeightsError
-        If the weights that were stated cannot be had.
+        If the stated weights are not available.
     SpecError
-        If the space that `choice.space` names differs from what else was stated.
+        If the space named by `choice.space` differs from another stated option.
     """
     space = workspace.cache.open(choice.space) if choice.space is not None else None
     if space is not None and choice.backbone is None:
@@ -147,7 +154,7 @@ def resolve_choice(workspace: Workspace, choice: FeatureChoice) -> ResolvedChoic
 
 
 def _source_of(space: FeatureSpace, choice: FeatureChoice) -> Source:
-    """Return the network of a space, as far as nothing else was said: the file of an own one is not looked for."""
+    """Return the network of a space, with the stated size and scaling; the file of an own network is not searched."""
     spec = space.spec
     size = choice.input_size or spec.input_size
     scaling = spec.scaling if choice.scaling is None else canonical(choice.scaling)
@@ -159,7 +166,7 @@ def find_space(
 ) -> FeatureSpace | None:
     """Return the space on disk that a choice means, None if there is none.
 
-    Left to itself, it is the one that holds most of the rows, in `views`.
+    If the choice names no space, this is the agreeing space that has most of the images' rows in `views`.
     """
     if resolved.space is not None:
         return resolved.space
@@ -174,7 +181,7 @@ def weights_of(space: FeatureSpace, workspace: Workspace) -> Weights:
 
 
 def version_differences(spec: FeatureSpec) -> dict[str, tuple[str, str]]:
-    """Return the fields in which `spec` could not be of this version: name → what it has, what this version has."""
+    """Return the fields of `spec` that this version cannot compute: name → (its value, the values of this version)."""
     ours: dict[str, Sequence[str]] = {
         "decode": tuple(decoding.DECODE_POLICIES),
         "resize": (decoding.RESIZE_POLICY,),
@@ -187,7 +194,7 @@ def version_differences(spec: FeatureSpec) -> dict[str, tuple[str, str]]:
 
 
 def warn_untrained(spec: FeatureSpec) -> None:
-    """Say it loudly when features come from weights that were never trained."""
+    """Log a warning if the features come from untrained weights."""
     if spec.untrained:
         logger.warning(
             "the weights of %s are UNTRAINED: fine for trying Icebox out, no basis for judging your images",

@@ -1,4 +1,4 @@
-"""How fast networks compute features on this machine: measured with untrained weights, each result kept at once."""
+"""Measure how fast networks compute features on this machine, with untrained weights; store each result at once."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from pipeline.extraction.feature_choice import FeatureChoice, ResolvedChoice
 
 logger = logging.getLogger(__name__)
 
-_COPIES = 3  # of a network's numbers in memory, in float32, while it is built and compiled
-_BESIDE = 1_500_000_000  # bytes that TensorFlow and the batches take
-# What measuring takes: a network is built and compiled, then some batches are computed.
+_COPIES = 3  # copies of a network's weights in memory, in float32, while it is built and compiled
+_BESIDE = 1_500_000_000  # bytes of memory for TensorFlow and the batches
+# The time of a measurement: the network is built and compiled, then some batches are computed.
 _BUILDING_S = 12
 _BATCHES = 6
-_MULTIPLICATIONS = 25e9  # a second, of each core; where there is a GPU, compiling is what takes the time
+_MULTIPLICATIONS = 25e9  # per second and core; with a GPU most of the time goes into compiling
 
 
 def measure(names: Sequence[str], workspace: Workspace, precision: str) -> None:
-    """Measure images/s of the named networks, or of all in the table, and remember each as soon as it is known.
+    """Measure images/s of the named networks, or of all in the table, and store each rate as soon as it is known.
 
-    A network that would not fit into the memory is left out, which is said.
+    A network that does not fit into memory is left out, with a warning.
 
     Raises
     ------
     UsageError
-        If there is no such network, or one takes images of any size and has no features.
+        If there is no such network, or if a network takes images of any size and has no features yet.
     SpecError
-        If a file is refused.
+        If the file of an own network cannot be used.
     """
     spaces = workspace.cache.spaces()
     found = [with_size(networks.architecture(name), spaces) for name in names or _cheapest_first()]
@@ -66,7 +66,7 @@ def _cheapest_first() -> list[str]:
 
 
 def _source(network: Architecture) -> Source:
-    """Return a network as it can be built; how pixels go in does not change how fast it is."""
+    """Return a network that can be built. Its scaling may be a guess: scaling of pixels does not change the rate."""
     if network.input_size is None:
         raise UsageError(
             f"{network.label} takes images of any size; make features of one first: `features --input-size N`"
@@ -95,9 +95,9 @@ def _expected_seconds(source: Source) -> int:
 
 
 def _measure(source: Source, workspace: Workspace, precision: str) -> None:
-    """Measure one network and remember its rate; give its memory back."""
+    """Measure one network, store its rate, and free its memory."""
     weights = networks.resolve(source, "auto" if source.file else "untrained", workspace)
-    # Untrained features may be too large for float16, and are not kept.
+    # Untrained features may be too large for float16; float32 is safe, and they are not stored.
     resolved = ResolvedChoice(FeatureChoice(precision=precision, storage="float32"), source, weights, None)
     spec = resolved.new_spec(weights)
     model = FrozenBackbone(spec, weights.path, default_batch(), machine.usable_cores(), weights.network)

@@ -1,8 +1,8 @@
-"""How fast each network computed features on this machine: measured once, kept in the cache folder.
+"""Store and read how fast each network computed features on this machine, in a file of the cache folder.
 
 <cache>/rates.json    the last rate of each network, layer, input size and precision, on each machine
 
-What else a feature space is made of (weights, scaling, storage) hardly changes the rate, and is left out.
+The other fields of a feature space (weights, scaling, storage) hardly change the rate, and are left out.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _DECIDING = ("backbone", "layer", "input_size", "precision", "engine")  # fields
 
 
 def remember(workspace: Workspace, spec: FeatureSpec, images_per_second: float, images: int) -> None:
-    """Keep the rate at which this machine computed features, in place of an earlier one.
+    """Store the rate at which this machine computed features, in place of an earlier one.
 
     Parameters
     ----------
     spec
-        Of the feature space; its backbone, layer, input size, precision and engine decide.
+        Spec of the feature space; backbone, layer, input size, precision and engine identify the rate.
     images_per_second
         Finite and positive.
     images
-        How many images it was measured over.
+        Number of images of the measurement.
     """
     if not (math.isfinite(images_per_second) and images_per_second > 0):
         raise ValueError(f"a rate must be finite and positive, found {images_per_second}")
@@ -53,32 +53,33 @@ def remember(workspace: Workspace, spec: FeatureSpec, images_per_second: float, 
         files.make_folder(path.parent)
         with exclusive(path.with_name(f".{FILE}.lock"), lambda holder: None):
             if not without_locks():
-                files.remove_partials(path.parent)  # of a program that was killed here
+                files.remove_partials(path.parent)  # left by a program that was killed here
             others = [each for each in _read(path) if not _is_of(each, key)]
             about = {"format": _FORMAT, "version": _VERSION, "rates": [*others, entry]}
             files.write_whole(path, (json.dumps(about, indent=1) + "\n").encode())
-    except OSError as error:  # a cache that cannot be written can still be read
+    except OSError as error:  # a read-only cache is still of use
         logger.warning("%s cannot be written (%s): how fast %s is will be measured again", path, error, spec.backbone)
 
 
 def recall(workspace: Workspace, spec: FeatureSpec) -> float | None:
-    """Return the images/s at which this machine last computed features as `spec` says, None if it never did."""
+    """Return the last rate of this machine for `spec`, in images/s, or None if it was never measured."""
     key = _key(spec)
     found = [each for each in _read(workspace.cache.root / FILE) if _is_of(each, key)]
     return found[-1]["images_per_second"] if found else None
 
 
 def known(workspace: Workspace) -> list[dict[str, Any]]:
-    """Return what this machine measured, the oldest first.
+    """Return the rates measured on this machine, the oldest first.
 
-    Each has the fields of a FeatureSpec that decide, `images_per_second`, `images` and `measured` (ISO 8601, UTC).
+    Each has backbone, layer, input_size, precision and engine of the FeatureSpec, and `images_per_second`, `images` and
+    `measured` (ISO 8601, UTC).
     """
     here = _here()
     return [each for each in _read(workspace.cache.root / FILE) if _is_of(each, here)]
 
 
 def _key(spec: FeatureSpec) -> dict[str, Any]:
-    """Return what a rate depends on, as plain JSON values."""
+    """Return the values that a rate depends on, as JSON values."""
     return {**_here(), **{name: getattr(spec, name) for name in _DECIDING}}
 
 
@@ -91,7 +92,7 @@ def _is_of(entry: dict[str, Any], key: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Return the rates in a file, the oldest first; none if there is no such file, or it cannot be read."""
+    """Return the rates in a file, the oldest first; an empty list if the file is missing or cannot be read."""
     if not files.exists(path):
         return []
     try:

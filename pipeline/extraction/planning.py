@@ -1,4 +1,7 @@
-"""What is to be done for a dataset: which of its rows are missing, and which images cannot have any."""
+"""Plan the computation for a dataset: which of its rows are missing, and which images cannot have a row.
+
+`Planning.plan` compares the keys of the images with the rows of a space and with the quarantine.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_FIT = "squash"
 _CHECKED_AHEAD = 64  # images
-_SIZE = 64  # of pixels that nobody looks at: it is asked only whether an image can be decoded
+_SIZE = 64  # pixels on a side; only whether an image can be decoded matters
 _BLOCK = 1 << 16  # keys compared with the quarantine at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Todo:
-    """Rows to be computed, ordered by image: image indices (m,) int64 and the number of each row's view (m,) int64."""
+    """Rows to compute, ordered by image: image indices (m,) int64, and the view number of each row (m,) int64."""
 
     images: np.ndarray
     views: np.ndarray
@@ -40,12 +43,12 @@ class Todo:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[int, int]]) -> Self:
-        """Return these (image, view number)."""
+        """Return a Todo of pairs (image index, view number), in their order."""
         return cls(*np.array(rows, np.int64).reshape(-1, 2).T)
 
     @property
     def distinct(self) -> np.ndarray:
-        """The images that lack rows, each once, (k,) int64."""
+        """The indices of images that lack rows, each once, (k,) int64."""
         return self.images[np.flatnonzero(np.diff(self.images, prepend=-1))]
 
     def views_of(self, image: int) -> list[int]:
@@ -56,27 +59,27 @@ class Todo:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done for a dataset; indices count its images, and a row is one view of one image."""
+    """What to compute for a dataset. A row is one view of one image; image indices are those of the dataset."""
 
-    todo: Todo  # of each key the first image stands for all
-    reused: int  # rows that are there
+    todo: Todo  # of images with the same key only the first
+    reused: int  # rows that exist
     duplicates: int  # rows of images that are copies of another image of the dataset
-    quarantined: dict[int, tuple[str, str | None]]  # image → why it cannot be read or decoded, since when
+    quarantined: dict[int, tuple[str, str | None]]  # image index → why it cannot be read or decoded, since when
 
     @property
     def missing(self) -> int:
-        """How many rows are to be computed."""
+        """The number of rows to compute."""
         return len(self.todo)
 
     @property
     def rows(self) -> int:
-        """How many rows the dataset's images have, or will have once `todo` is done."""
+        """The number of rows that the dataset has, or will have once `todo` is computed."""
         return self.missing + self.reused + self.duplicates
 
 
 @dataclass(frozen=True)
 class Planning:
-    """What a plan is made from: the images, who they are, what is known of them, in which views they are wanted."""
+    """The inputs of a plan: the images, their keys, the index, the pixel limit, and the wanted views."""
 
     dataset: Dataset
     identities: Identities
@@ -85,7 +88,7 @@ class Planning:
     views: Views = PLAIN_VIEW
 
     def plan(self, space: FeatureSpace | None) -> Plan:
-        """Return which rows need computing, given what `space` holds; None holds nothing."""
+        """Return the plan, given the rows that `space` has; None stands for a space without rows."""
         identities, unseen = self.identities, np.array(sorted(self.identities.unseen), np.int64)
         to_read = np.array(identities.to_read, np.int64)
         grouped = identities.keys.grouped(but=unseen)
@@ -107,7 +110,7 @@ class Planning:
         return Plan(todo, known * self.views.count - len(todo), copies * self.views.count, quarantined)
 
     def _lacking(self, space: FeatureSpace | None, first: np.ndarray) -> np.ndarray:
-        """Return which views the keys of `first`, images in the order of their keys, have no row of: (k, v) bool."""
+        """Return which views have no row in `space`, (k, v) bool, of the k images `first`, ordered by their keys."""
         lacking = np.ones((len(first), self.views.count), bool)
         if space is not None:
             for column, view in enumerate(self.views.numbers):
@@ -115,9 +118,10 @@ class Planning:
         return lacking
 
     def _refused(self, some: np.ndarray, lacks: np.ndarray) -> tuple[np.ndarray, list[tuple[str, str | None]]]:
-        """Return which of these images are known to be undecodable, (m,) bool, and of each of those why, since when.
+        """Return which of these images are quarantined, (m,) bool, and for each of those the reason and since when.
 
-        Only of images that lack rows, (m,) bool, is it asked, but for those whose rows are condemned.
+        The quarantine matters only for images that lack rows, `lacks` (m,) bool. Condemned images have rows, but
+        `check_decoding` found that they cannot be decoded: they count in any case.
         """
         known = self.index.refused(decoding.decoder_version(), self.max_pixels) if lacks.any() else {}
         condemned = self.index.condemned()
@@ -128,7 +132,7 @@ class Planning:
         return is_refused, [(each.reason, each.since) for each in reasons]
 
     def _among(self, some: np.ndarray, known: Collection[bytes]) -> np.ndarray:
-        """Return which of these images have a key that is `known`, (m,) bool."""
+        """Return which of the m images `some` have a key in `known`, (m,) bool."""
         found = np.zeros(len(some), bool)
         if known:
             names = comparable(b"".join(sorted(known)))
@@ -139,7 +143,7 @@ class Planning:
         return found
 
     def _todo(self, some: np.ndarray, lacking: np.ndarray) -> Todo:
-        """Return the rows of (m,) images, of the views where `lacking`, (m, v) bool, is true."""
+        """Return the rows of the images `some`, (m,), in the views where `lacking`, (m, v) bool, is true."""
         numbers = np.array(self.views.numbers, np.int64)
         by_number, order = np.argsort(numbers), np.argsort(some)
         some, lacking = some[order], lacking[order][:, by_number]
@@ -147,10 +151,10 @@ class Planning:
         return Todo(images[lacking], views[lacking])
 
     def meet_undecodable(self, space: FeatureSpace | None) -> Plan:
-        """Return the plan after decoding images that lack rows until one can be decoded.
+        """Return the plan after decoding images that lack rows, one by one, until one can be decoded.
 
-        Those before it are quarantined. So neither TensorFlow is loaded nor is anything demanded when what lacks rows
-        can have none, as after the index, which remembers the quarantine, was lost.
+        The images before that one are quarantined. If no image can be decoded, nothing is left to compute, and neither
+        TensorFlow nor weights are needed. This happens after the index, which stores the quarantine, was deleted.
         """
         plan = self.plan(space)
         if not plan.todo:
@@ -162,19 +166,19 @@ class Planning:
         return self.plan(space)
 
     def _lacks_rows(self, image: Loaded, space: FeatureSpace | None) -> bool:
-        """Note who an image is that was just loaded; return whether a row of it can and must be computed."""
+        """Record the key of an image that was just loaded; return whether a row of it can and must be computed."""
         if image.pixels is None:
             self._note_bad(image)
             return False
         was_unseen = image.i in self.identities.unseen
         record_key(image, self.dataset, self.identities, self.index)
-        # What nobody had read may turn out to be an old acquaintance.
+        # An image that was read for the first time may have the bytes of an image with rows.
         return not was_unseen or bool(self._lacking(space, np.array([image.i])).any())
 
     def try_to_decode(self, some: Iterable[int], fit: str, progress: Progress) -> int:
-        """Decode these images, to know which of them cannot be, and who those are that nobody had read.
+        """Decode the images `some`, quarantine those that cannot be decoded, and record the keys of unseen ones.
 
-        Returns the largest value of those with 16 bits a channel.
+        Returns the largest pixel value of images with 16 bits a channel, 0 if there are none.
         """
         some, peak = list(some), 0
         with (
@@ -198,9 +202,10 @@ class Planning:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """An image without a row, by the name people know it under, and why. Names may repeat in a manifest.
+    """An image without a row, by its name in the dataset, and the reason. Names may repeat in a manifest.
 
-    `since` is when its content was first refused (ISO 8601, UTC); None if it could not be read, which is not kept.
+    `since` is when its content was first refused (ISO 8601, UTC). It is None if the image could not be read, because
+    such failures are not stored.
     """
 
     path: str
@@ -209,11 +214,11 @@ class Quarantined:
 
 
 def warn_dark(peak: int, depth: int) -> None:
-    """Say what to do about 16-bit images taken for `depth` bits, if their largest value, `peak`, shows other bits."""
+    """Log a warning if `peak`, the largest value of the 16-bit images, does not fit to images of `depth` bits."""
     if advice := decoding.depth_advice(peak, depth):
         logger.warning("of the images with 16 bits a channel that were decoded now %s", advice)
 
 
 def name_quarantined(dataset: Dataset, plan: Plan) -> list[Quarantined]:
-    """Return the quarantined images in the dataset's order."""
+    """Return the quarantined images of a plan, in the order of the dataset."""
     return [Quarantined(dataset.names[i], *why) for i, why in sorted(plan.quarantined.items())]

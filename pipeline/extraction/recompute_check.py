@@ -1,4 +1,4 @@
-"""Does this machine still say what the cache says? Cached rows, computed afresh and compared."""
+"""Check the cache against this machine: compute random cached rows again, and compare them."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ from pipeline.images.loader import Loaded, Loader
 
 logger = logging.getLogger(__name__)
 
-SAME = 0.1  # of a row's norm; rounding in bfloat16 by other means than before moves features by about 0.02
+SAME = 0.1  # relative to a row's norm; another way of rounding to bfloat16 changes features by about 0.02
 
 
 @dataclass(frozen=True)
 class RecomputeResult:
-    """How far rows computed now are from those in the cache."""
+    """How much rows that were computed now differ from those in the cache."""
 
     space: str
     rows: int
-    identical: int  # rows that agree to the last bit
-    max_difference: float  # between two numbers
-    max_relative: float  # of a row: norm of the difference over norm of what is cached
+    identical: int  # rows that agree in every bit
+    max_difference: float  # largest absolute difference of two numbers
+    max_relative: float  # largest of all rows: norm of the difference / norm of the cached row
 
     @property
     def same(self) -> bool:
-        """Whether the rows are still the same features, but for rounding."""
+        """Whether the rows are the same features, apart from rounding."""
         return self.max_relative <= SAME
 
 
 def recompute(space: FeatureSpace, count: int, workspace: Workspace, dataset: Dataset | None) -> RecomputeResult | None:
-    """Compute `count` random rows of `space` afresh and compare; None if the space holds no row.
+    """Compute up to `count` random rows of `space` again and compare them; return None if the space has no row.
 
-    Their images are looked for in `dataset`, or if there is none, among the files that were ever hashed on this
-    machine and in the embedded digits.
+    Their images are searched in `dataset`. Without a dataset they are searched among all files that were hashed on this
+    machine, and in the embedded digits.
 
     Raises
     ------
     MissingRowsError
-        If none of the images is at hand.
+        If none of the images is available.
     SpecError
-        If this version could not have made the space.
+        If this version cannot compute features of this space.
     WeightsError
-        If the weights the space was made with are not.
+        If the weights of the space are not available.
     """
     if not space.totals().rows:
         return None
@@ -87,7 +87,7 @@ def _known_images(workspace: Workspace) -> list[Dataset]:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A cached row to be compared, and what its image looks like in that view."""
+    """A cached row to compare: key and view, and the pixels of its image in that view."""
 
     key: bytes
     view: int
@@ -95,7 +95,7 @@ class _Drawn:
 
 
 def _draw(space: FeatureSpace, count: int, sources: list[Dataset], workspace: Workspace) -> list[_Drawn]:
-    """Return up to `count` random rows of `space`, augmented views among them, whose images are at hand."""
+    """Return up to `count` random rows of `space`, including augmented views, whose images are available."""
     found: dict[tuple[bytes, int], _Drawn] = {}
     recipes = space.recipes()
     for dataset in sources:

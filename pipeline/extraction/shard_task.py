@@ -1,6 +1,7 @@
-"""One shard, from images to a published file, in whatever process.
+"""Run one shard task: read and decode images, compute their features, and publish them as one shard.
 
-Threads decode ahead, the model works, and a file is written while the next task has the model.
+`ShardWorker` does this in any process, here or in a Dask worker. Its threads decode ahead of the model, and a shard is
+written while the next task uses the model.
 """
 
 from __future__ import annotations
@@ -28,30 +29,30 @@ from pipeline.dataset import Dataset, remote
 from pipeline.images import augment, decoding
 from pipeline.images.loader import Decoders, Loaded, Loader, batched, decoding_pool, in_threads
 
-There = Callable[[bytes, int], bool]  # whether the row of this key and view need not be computed
+There = Callable[[bytes, int], bool]  # whether the row of this key and view exists and need not be computed
 
-AT_ONCE = 2  # tasks a process has in hand: one has the model, the other decodes ahead or writes
+AT_ONCE = 2  # tasks of a process: one uses the model, the other decodes ahead or writes
 
 
 def no_known_rows(key: bytes, view: int) -> bool:
-    """Return that a row is yet to be computed."""
+    """Return False: every row must be computed."""
     return False
 
 
 class KnownRows:
-    """Which rows a space has, or gets from this computation; may be asked from any thread.
+    """The rows that a space has, or gets from this computation; thread-safe.
 
-    Only who does not know beforehand which images these are has to ask: what was unseen may be a copy of any other.
+    Ask only when image hashes are unknown in advance (remote images): two of them may turn out to be the same image.
     """
 
     def __init__(self, before: np.ndarray) -> None:
-        """Begin with the `row_mark` of each row that is there, sorted: (n,) uint64."""
+        """Start with the `row_mark` of each existing row, `before` (n,) uint64, sorted."""
         self._before = before
         self._since = set[int]()
         self._lock = threading.Lock()
 
     def __call__(self, key: bytes, view: int) -> bool:
-        """Return whether the row was asked for or there before."""
+        """Return whether the row exists or was asked for before; from now on it counts as asked for."""
         mark = row_mark(key, view)
         at = int(np.searchsorted(self._before, np.uint64(mark)))
         if at < len(self._before) and int(self._before[at]) == mark:
@@ -64,9 +65,10 @@ class KnownRows:
 
 @dataclass(frozen=True)
 class TaskSetup:
-    """What all tasks of a computation share, and a process keeps ready between them; picklable.
+    """What all tasks of a computation share; picklable. A process keeps the model of one setup loaded between tasks.
 
-    `weights` is None where they are drawn. Of `views` the recipe counts, which augmented views are made by.
+    `weights` is the weights file, None for untrained weights, which are drawn at random. Of `views` only the recipe of
+    augmented views matters: each task lists its own view numbers.
     """
 
     spec: FeatureSpec
@@ -76,12 +78,12 @@ class TaskSetup:
     max_pixels: int = decoding.DEFAULT_MAX_PIXELS
     views: Views = PLAIN_VIEW
     strict: bool = False  # stop at the first image that cannot be decoded
-    connections: int = remote.DEFAULT_CONNECTIONS  # requests of one process at once
-    network: Path | None = None  # where the architecture of an own network stands
-    batch_bytes: int | None = None  # that the features of a batch may take: of large rows fewer images are in one
+    connections: int = remote.DEFAULT_CONNECTIONS  # parallel requests of one process
+    network: Path | None = None  # the file with the architecture of an own network
+    batch_bytes: int | None = None  # limit of a batch's features; large rows make batches smaller
 
     def batch_of(self, row_shape: tuple[int, ...]) -> int:
-        """Return how many images the model is given at once, of which a row is (h, w, c)."""
+        """Return the number of images in a batch of the model, whose rows have the shape (h, w, c)."""
         if self.batch_bytes is None:
             return self.batch_size
         return min(self.batch_size, images_within(self.batch_bytes, row_shape, self.spec))
@@ -89,18 +91,20 @@ class TaskSetup:
 
 @dataclass(frozen=True, eq=False)
 class ShardTask:
-    """Rows to be published as one shard; picklable.
+    """Rows to compute and publish as one shard; picklable.
 
     Parameters
     ----------
     dataset
-        The k images they are of, and no others.
+        The k images of these rows, and no others.
     origin
-        (k,) int64, what each is in the dataset that it was taken from, ascending.
+        (k,) int64, ascending: the index of each image in the dataset of the whole computation.
     images, views
-        (m,) int64, for each row its image, 0 ≤ image < k, ascending, and the number of its view.
+        (m,) int64: for each row its image, 0 ≤ image < k, ascending, and the number of its view.
     expected
-        How many rows the whole computation has, in its first tasks; 0 in others.
+        Number of rows of the whole computation, in its first tasks; 0 in the others.
+    losses
+        How many workers were lost while they had this task.
     """
 
     dataset: Dataset
@@ -108,13 +112,13 @@ class ShardTask:
     images: np.ndarray
     views: np.ndarray
     expected: int = 0
-    losses: int = field(default=0)  # how often whoever had it in hand was lost
+    losses: int = field(default=0)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def part(self, rows: slice | np.ndarray) -> ShardTask:
-        """Return the task of some of the rows."""
+        """Return a task of the given `rows` only."""
         some, images = np.unique(self.images[rows], return_inverse=True)
         part = self.dataset.take(some), self.origin[some], images, self.views[rows]
         return ShardTask(*part, losses=self.losses)
@@ -122,21 +126,24 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ImageOutcome:
-    """How image `i` of a task was found: its key, None if it could not be read; why it has no row, "" if it has."""
+    """The outcome of image `i` of a task.
+
+    `key` is None if the image could not be read. `reason` says why it has no row, "" if it has one.
+    """
 
     i: int
     key: bytes | None
     reason: str
-    validator: str | None = None  # what the server said of an image behind an address
-    peak: int = 0  # the largest value of a file with 16 bits a channel
+    validator: str | None = None  # the HTTP validator that the server sent for a remote image
+    peak: int = 0  # the largest pixel value of a file with 16 bits a channel
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What came of a task.
+    """The result of a task.
 
-    `shard` is None if no image could be decoded; `met` are the images met, all unless it was stopped; the model worked
-    for `model_seconds`.
+    `shard` is None if no row was computed. `met` has the outcome of each image that was handled: all of them, unless
+    the task was stopped. The model worked for `model_seconds` seconds.
     """
 
     shard: ShardInfo | None
@@ -145,12 +152,12 @@ class ShardResult:
 
     @property
     def rows(self) -> int:
-        """How many rows were published."""
+        """The number of rows published."""
         return len(self.shard.keys) if self.shard else 0
 
 
 class _Busy:
-    """Adds up the seconds in which at least one thread is inside of its context."""
+    """A context manager that adds up the seconds in which at least one thread is inside."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -171,13 +178,16 @@ class _Busy:
 
 
 class ShardWorker:
-    """Runs tasks of one setup, `AT_ONCE` of them in threads at a time. Leaving the context ends decoding processes."""
+    """Runs tasks of one setup, in up to `AT_ONCE` threads at a time.
+
+    Leaving the context ends its threads and the decoding processes.
+    """
 
     def __init__(self, setup: TaskSetup, threads: int | None = None) -> None:
         """Load the model. Raises WeightsError and SpecError.
 
-        It and the decoding get `threads` cores, which TensorFlow has to itself then; None: all there are, with
-        TensorFlow's threads as they are.
+        The model and the decoding use `threads` cores, and TensorFlow's threads are limited to these for the whole
+        process. None: use all cores, and leave TensorFlow's threads as they are.
         """
         self.setup = setup
         remote.limit_connections(setup.connections)
@@ -206,11 +216,11 @@ class ShardWorker:
 
     @property
     def batch_size(self) -> int:
-        """How many images the model is given at once."""
+        """The number of images in a batch of the model."""
         return self._model.batch_size
 
     def choose_batch(self, rows: int, most: int) -> None:
-        """Change to a faster batch size of at most `most`, if for `rows` rows it pays to look for one."""
+        """Change to a faster batch size of at most `most`, if the search for one pays off for `rows` rows."""
         if self.setup.batch_bytes is not None:
             most = min(most, images_within(self.setup.batch_bytes, self.row_shape, self.setup.spec))
         self._model.choose_batch(rows, most)
@@ -222,17 +232,20 @@ class ShardWorker:
         stopped: Callable[[], bool],
         there: There = no_known_rows,
     ) -> ShardResult:
-        """Compute the rows of `task` that are not `there`, and publish them; once `stopped()` those computed so far.
+        """Compute the rows of `task` that do not exist yet, and publish them as one shard.
+
+        `advance(n)` is called after every n rows. Once `stopped()` is true, the rows computed so far are published.
+        A row for which `there(key, view)` is true is not computed.
 
         Raises
         ------
         CacheError
-            If the shard cannot be written, or what is expected does not fit on the disk.
+            If the shard cannot be written, or the expected rows do not fit on the disk.
         """
         met, made, busy = list[ImageOutcome](), RowBuffer(len(task), self.setup.views.recipes), _Busy()
         with closing(self._decoded(task, met, advance, stopped, there)) as decoded:
             batches = batched(decoded, self._model.batch_size)
-            first = [batch for batch in [next(batches, None)] if batch]  # decoded before it is our turn
+            first = [batch for batch in [next(batches, None)] if batch]  # decoded while another task uses the model
             with (
                 closing(self._in_turn(chain(first, batches))) as ours,
                 closing(in_threads(self._models, partial(self._compute, busy), ours, self._streams)) as computed,
@@ -251,12 +264,12 @@ class ShardWorker:
         stopped: Callable[[], bool],
         there: There,
     ) -> Generator[Loaded]:
-        """Yield every image in its views; note how each was met."""
+        """Yield each decodable image in the views that have no row; add the outcome of every image to `met`."""
         setup = self.setup
         load = Loader(task.dataset, setup.spec.input_size, setup.spec.fit, setup.max_pixels, self._decoders)
         first = np.flatnonzero(np.diff(task.images, prepend=-1))
         wanted = dict(zip(task.images[first].tolist(), np.split(task.views, first[1:]), strict=True))
-        # As many images ahead as make two batches.
+        # Decode so many images ahead that their rows fill two batches.
         ahead = max(2, 2 * self._model.batch_size * len(wanted) // len(task))
         loaded = load.stream(self._pool, wanted, lambda image: self._views(image, wanted[image.i].tolist()), ahead)
         with closing(loaded):
@@ -276,7 +289,7 @@ class ShardWorker:
                     advance(len(views))
 
     def _views(self, plain: Loaded, views: Sequence[int]) -> list[Loaded]:
-        """Return a plain image in each of `views`, in all alike if it could not be decoded."""
+        """Return an image in each of `views`, without pixels in all of them if it could not be decoded."""
         recipe = self.setup.views.recipe
         if plain.pixels is None or plain.key is None:
             return [replace(plain, view=view) for view in views]
@@ -288,7 +301,7 @@ class ShardWorker:
         ]
 
     def _in_turn(self, batches: Iterator[list[Loaded]]) -> Generator[list[Loaded]]:
-        """Yield batches, no other task having the model until the last one was taken."""
+        """Yield batches while this task holds the model: another task gets it after the last batch was taken."""
         with self._turn:
             yield from batches
 
@@ -307,12 +320,12 @@ class ShardWorker:
 
 
 def check_room(directory: Path, count: int, row_bytes: float) -> None:
-    """Refuse what cannot fit: `count` rows of `row_bytes` each.
+    """Check that `count` rows of `row_bytes` bytes each fit on the disk of `directory`.
 
     Raises
     ------
     CacheError
-        If they need more than is free.
+        If they need more bytes than are free.
     """
     free = files.free_bytes(directory)
     if row_bytes * count > free:

@@ -1,5 +1,5 @@
-"""From the bytes of a file to uint8 RGB pixels (h, w, 3), decoded by separate processes.
+"""Decode the bytes of image files to uint8 RGB pixels (h, w, 3), in separate processes.
 
-`containers` and `jpeg` refuse files that are not there whole, `decoding` makes the pixels, `decode_process` runs it
-where a crash does no harm, and `loader` reads, hashes and decodes many images at once.
+`containers` and `jpeg` refuse incomplete files, `decoding` decodes and resizes, `decode_process` does so in a process
+that may crash, and `loader` reads, hashes and decodes many images at once.
 """

@@ -1,4 +1,4 @@
-"""Augmented views: one affine warp of an image, drawn from who the image is and which view of it is wanted."""
+"""Make augmented views: one affine warp of an image, by numbers hashed from the image's key and the view's number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.core.spec import Augmentation
 
-DRAWS = 8  # numbers that decide one warp
+DRAWS = 8  # pseudo-random numbers that decide one warp
 _BORDERS = {
     "nearest": cv2.BORDER_REPLICATE,
     "reflect": cv2.BORDER_REFLECT_101,
@@ -20,18 +20,18 @@ _BORDERS = {
 
 
 def draws(key: bytes, view: int) -> np.ndarray:
-    """Return `DRAWS` numbers in [0, 1), float64, that the image's key (32 bytes) and the view's number decide.
+    """Return `DRAWS` pseudo-random numbers in [0, 1), float64, for an image's key (32 bytes) and a view's number.
 
-    Taken from a hash, not from a generator: the same on every machine and with every version of NumPy.
+    They come from a hash, not from a generator, so that every machine and every version of NumPy gives the same.
     """
     digest = hashlib.sha512(key + view.to_bytes(8, "big")).digest()
     return (np.frombuffer(digest, ">u8") >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def warp(pixels: np.ndarray, recipe: Augmentation, drawn: np.ndarray) -> np.ndarray:
-    """Return uint8 (h, w, 3) pixels warped about their centre as `recipe` allows, by `DRAWS` numbers in [0, 1).
+    """Return uint8 pixels (h, w, 3), warped about their centre within `recipe` by `DRAWS` numbers in [0, 1).
 
-    Flips first, then zoom, shear, rotation and shift, as one affine map with linear interpolation.
+    Flips come first, then zoom, shear, rotation and shift, as one affine map with linear interpolation.
     """
     height, width = pixels.shape[:2]
     matrix = _matrix(width, height, recipe, drawn)
@@ -40,7 +40,7 @@ def warp(pixels: np.ndarray, recipe: Augmentation, drawn: np.ndarray) -> np.ndar
 
 
 def _matrix(width: int, height: int, recipe: Augmentation, drawn: np.ndarray) -> np.ndarray:
-    """Return the map (2, 3) from places in the image to places in its view."""
+    """Return the affine matrix (2, 3) from pixel positions in the image to positions in its view."""
     sign = 2 * drawn - 1  # in [-1, 1)
     angle = math.radians(recipe.rotation * sign[0])
     shift = np.array([recipe.width_shift * width * sign[1], recipe.height_shift * height * sign[2]])

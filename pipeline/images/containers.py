@@ -1,8 +1,8 @@
-"""What an image file says of itself, read without decoding a pixel: its header, and whether it is whole.
+"""Read the header of an image file, and check that the file is complete, without decoding a pixel.
 
-A decoder may fill what is missing from a file with grey and call it a picture, so JPEG, PNG and WebP are walked
-here to their end. The other formats need no walk: OpenCV reports a BMP, GIF or TIFF that was cut short
-(`tests/images/test_decoding.py` cuts each of them at every length).
+A decoder may fill the missing part of a file with grey and report no error. So JPEG, PNG and WebP files are parsed to
+their end here. The other formats need no such check: OpenCV reports a truncated BMP, GIF or TIFF
+(`tests/images/test_decoding.py` truncates each of them at every length).
 """
 
 import io
@@ -21,10 +21,10 @@ from pipeline.core.errors import DecodeError
 from pipeline.images import jpeg
 from pipeline.images.foreign_formats import CONVERT, RAW, foreign
 
-# These tell of odd metadata (a damaged EXIF block, say), once per file; no pixel depends on it.
+# These warnings report unusual metadata, such as a damaged EXIF block, once per file; no pixel depends on them.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.(Jpeg|Tiff|Bmp)ImagePlugin")
 
-# A marker that is no stuffed 0xFF byte, restart marker or fill byte: what ends a scan, or opens a segment.
+# A marker that ends a scan or begins a segment: not a stuffed 0xFF byte, a restart marker or a fill byte.
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _JPEG_END = 0xD9
 
@@ -33,33 +33,33 @@ _PNG_WANTED = frozenset({b"IHDR", b"tRNS", b"eXIf"})
 
 _TIFF_ORIENTATION = 274
 _SUBFILE, _SUBFILES, _DNG = 254, 330, 50706  # tags of raw photos
-_CLASSIC = 42  # in its third byte, or fourth
+_CLASSIC = 42  # version of a TIFF that is not a BigTIFF, in its third or fourth byte
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What must be known before decoding, and what OpenCV does not tell of the pixels it returns.
+    """The size and pixel format of an image file: facts needed before decoding, or that OpenCV does not return.
 
-    `width` and `height` are those of the stored picture; in a TIFF, of the upright one.
+    `width` and `height` are the size of the stored image in pixels; for a TIFF, of the upright image.
     """
 
     kind: str
     width: int
     height: int
     exif: bytes = b""
-    clear: int | None = None  # the grey level that means transparent, in the units of the decoded pixels
-    opaque: bool = False  # a fourth channel, if there is one, is not alpha
-    premultiplied: bool = False  # colours were multiplied by alpha already
+    clear: int | None = None  # the grey level that means transparent, on the scale of the decoded pixels
+    opaque: bool = False  # a fourth channel, if present, is not alpha
+    premultiplied: bool = False  # colours are already multiplied by alpha
     inverted: bool = False  # 0 is white
-    five_bits: bool = False  # channels hold 5 or 6 bits, in the upper bits
+    five_bits: bool = False  # channels have 5 or 6 bits, the upper ones of 8
     deep: bool = False  # more than 8 bits a channel
-    alpha: bool = False  # may be transparent in places; never told of a GIF
+    alpha: bool = False  # may have transparent pixels; always False for a GIF
 
 
 def read_header(data: bytes) -> Header:
-    """Read the header of an image file, and walk the file to its end where OpenCV would not miss a part.
+    """Return the header of an image file; check that JPEG, PNG and WebP files are complete, as OpenCV does not.
 
-    Raises DecodeError, and nothing else, for any bytes that are not one whole image as far as can be told so.
+    Raises DecodeError, and no other error, if `data` is not one whole image, as far as this is visible here.
     """
     if not data:
         raise DecodeError("empty file")
@@ -70,19 +70,19 @@ def read_header(data: bytes) -> Header:
         return read(data)
     except DecodeError:
         raise
-    except Exception as error:  # parsing arbitrary bytes runs into anything; only some of it has a text for people
+    except Exception as error:  # arbitrary bytes cause any error; only these two types have a useful text
         detail = f" ({one_line(error)})" if isinstance(error, OSError | SyntaxError) else ""
         raise DecodeError(f"{kind} with a damaged header{detail}") from error
 
 
 def one_line(message: object) -> str:
-    """Shorten a library's message to part of a line."""
+    """Return the message of a library on one line, at most 80 characters."""
     return " ".join(str(message).split())[:80]
 
 
-# Pillow's classes are called directly: Image.open would add its own pixel limit, a process-wide setting, to
-# --max-pixels. PNG, WebP and GIF headers are read here, because for these Pillow does more than reading them:
-# it unpacks text and profiles (within limits of its own), makes a decoder with its canvas, follows frames.
+# Pillow's classes are called directly, because Image.open would add a pixel limit of its own to --max-pixels.
+# Headers of PNG, WebP and GIF are read here, because Pillow does more than that for these formats: it unpacks text
+# and profiles, allocates a decoder and a canvas, and follows frames.
 
 
 def _read_jpeg(data: bytes) -> Header:
@@ -97,17 +97,17 @@ def _read_jpeg(data: bytes) -> Header:
 
 
 def check_jpeg(data: bytes) -> None:
-    """Follow the JPEG segments to the end marker; bytes after it (MPO, trailers) are nobody's business.
+    """Check that the segments of a JPEG reach its end marker; bytes after it (MPO, trailers) are ignored.
 
-    Raises DecodeError if the file ends before.
+    Raises DecodeError if the file ends earlier.
     """
     at = 2
     while found := _JPEG_MARKER.search(data, at):
         marker, at = data[found.end() - 1], found.end()
         if marker == _JPEG_END:
             return
-        # Segments are stepped over, so the end marker of an EXIF thumbnail is not taken for the file's own.
-        # Scan data follows its segment directly: the next search runs through it.
+        # Skipping the content of segments also skips the end marker of an EXIF thumbnail.
+        # Scan data follows its segment directly, so the next search goes through it.
         at += int.from_bytes(data[at : at + 2], "big")
     raise DecodeError("JPEG cut short: no end marker")
 
@@ -116,7 +116,7 @@ def _read_png(data: bytes) -> Header:
     chunks = png_chunks(data)
     width, height, depth, colour = struct.unpack_from(">IIBB", chunks[b"IHDR"])
     clear = None
-    if colour == 0 and len(chunks.get(b"tRNS", b"")) == 2:  # OpenCV ignores it in grey images, and only there
+    if colour == 0 and len(chunks.get(b"tRNS", b"")) == 2:  # OpenCV ignores tRNS in grey images only
         clear = int.from_bytes(chunks[b"tRNS"], "big")
         clear = clear if depth >= 8 else clear * 255 // (2**depth - 1)
     exif, alpha = chunks.get(b"eXIf", b""), colour in (4, 6) or b"tRNS" in chunks
@@ -124,9 +124,9 @@ def _read_png(data: bytes) -> Header:
 
 
 def png_chunks(data: bytes) -> dict[bytes, bytes]:
-    """Walk the PNG chunks to IEND and return the bodies of IHDR (always), tRNS and eXIf (if present).
+    """Return the bodies of the PNG chunks IHDR (always), tRNS and eXIf (if present), read up to IEND.
 
-    Checksums are compared here because libpng would report them on stderr, whatever the log level.
+    Checksums are compared here, because libpng would report wrong ones on stderr at any log level.
 
     Raises DecodeError for a file without its end, a wrong checksum or a missing header.
     """
@@ -162,9 +162,9 @@ def _read_webp(data: bytes) -> Header:
 
 
 def webp_chunks(data: bytes) -> dict[bytes, bytes]:
-    """Return the first bytes of the first chunk of each kind in a WebP file, and all of its EXIF chunk.
+    """Return the first chunk of each kind in a WebP file: at most ten bytes of each, and all of EXIF.
 
-    Raises DecodeError if the file is shorter than it says.
+    Raises DecodeError if the file is shorter than its header says.
     """
     end = 8 + int.from_bytes(data[4:8], "little")
     if end > len(data):
@@ -191,29 +191,29 @@ def _read_bmp(data: bytes) -> Header:
 def _read_tiff(data: bytes) -> Header:
     try:
         image = Tiff.TiffImageFile(io.BytesIO(data))
-    except SyntaxError as error:  # Pillow has no mode for it, which is no damage if the tags can be read
+    except SyntaxError as error:  # Pillow has no mode for this TIFF; if its tags can be read, the file is not damaged
         raise _unsupported_tiff(data, error) from error
     tags = image.tag_v2
     bits: tuple[int, ...] = tags.get(Tiff.BITSPERSAMPLE, (1,))
     extra: tuple[int, ...] = tags.get(Tiff.EXTRASAMPLES, ())
     if data[8:10] == b"CR" or _DNG in tags or (tags.get(_SUBFILE, 0) & 1 and _SUBFILES in tags):
-        raise DecodeError(RAW)  # its first picture is a small preview
+        raise DecodeError(RAW)  # the first picture of a raw photo is a small preview
     if fault := _tiff_fault(tags, bits):
         raise DecodeError(f"TIFF with {fault}: not supported; save it with 8 or 16 bits a channel")
     return Header(
         "TIFF",
         *image.size,
         opaque=image.mode != "RGBA",
-        # 1 is alpha that was multiplied in, 2 is not; libtiff multiplies it in when it reads 8 bits.
+        # 1 means colours multiplied by alpha, 2 not multiplied; libtiff multiplies them when it reads 8 bits.
         premultiplied=1 in extra or (2 in extra and bits[0] == 8),
-        inverted=bits[0] == 16 and tags[Tiff.PHOTOMETRIC_INTERPRETATION] == 0,  # libtiff does it for 8 bits
+        inverted=bits[0] == 16 and tags[Tiff.PHOTOMETRIC_INTERPRETATION] == 0,  # libtiff inverts 8 bits itself
         deep=bits[0] > 8,
         alpha=image.mode == "RGBA",
     )
 
 
 def _unsupported_tiff(data: bytes, error: SyntaxError) -> DecodeError | SyntaxError:
-    """Return what to raise for a TIFF that Pillow cannot take."""
+    """Return the error to raise for a TIFF that Pillow cannot open."""
     tags = Tiff.ImageFileDirectory_v2(data[:8] if _CLASSIC in data[2:4] else data[:16])
     file = io.BytesIO(data)
     file.seek(tags.next)
@@ -225,7 +225,7 @@ def _unsupported_tiff(data: bytes, error: SyntaxError) -> DecodeError | SyntaxEr
 
 
 def _tiff_fault(tags: Mapping[int, Any], bits: tuple[int, ...]) -> str:
-    """Name what OpenCV 5.0 would get wrong without a word; '' if nothing."""
+    """Return the property of a TIFF that OpenCV 5.0 would decode wrongly without an error; "" if none."""
     photometric, planes = tags.get(Tiff.PHOTOMETRIC_INTERPRETATION, 0), tags.get(Tiff.PLANAR_CONFIGURATION, 1)
     tiled, deep = Tiff.TILEWIDTH in tags, bits[0] == 16
     faults = {

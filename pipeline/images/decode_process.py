@@ -1,9 +1,9 @@
-"""The other end of `images.loader`: decodes the image files that come in on descriptor 0, and may crash doing so.
+"""The decoding process that `images.loader` starts: it decodes the image files sent to descriptor 0, and may crash.
 
-Each is answered by two messages: one byte that says what follows, of pixels with the largest value of 16-bit channels
-in two more, then that: pixels, or text. The process ends when
-the connection does, which is also when whoever started it is killed. It listens to its own stderr: what the libraries
-print there while an image is decoded is about that image.
+For each image the process sends two messages. The first is the kind of the result, one byte; for pixels, two more
+bytes hold the largest value of 16-bit channels. The second is the pixels, or the text of the error. The process ends
+when the connection closes, also if its parent is killed. The process captures its own stderr: messages that libraries
+print during decoding are about that image.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _STDERR = 2
 
 
 def main() -> None:
-    """Answer until there are no more requests. The arguments are size, fit, max_pixels and depth."""
-    for stop in (signal.SIGINT, signal.SIGTERM):  # they go to the whole group; our parent decides when it is over
+    """Decode images until the connection closes. The arguments of the process are size, fit, max_pixels and depth."""
+    for stop in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the parent decides when to end
         signal.signal(stop, signal.SIG_IGN)
-    cv2.setNumThreads(1)  # as many processes run as there are cores
+    cv2.setNumThreads(1)  # one process runs per core already
     size, fit, max_pixels, depth = int(sys.argv[1]), cast(decoding.Fit, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     listen()
     with suppress(EOFError, ConnectionError), Connection(0) as parent:
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def listen() -> None:
-    """Let stderr go to a file in memory, where `heard` reads it."""
+    """Redirect stderr to a file in memory, which `heard` reads."""
     if hasattr(os, "memfd_create"):
         os.dup2(os.memfd_create("warnings"), _STDERR)
         return
@@ -50,7 +50,7 @@ def listen() -> None:
 
 
 def heard() -> str:
-    """Return what was printed to stderr since the last call. Where nothing was, that takes one system call."""
+    """Return the text printed to stderr since the last call. If there is none, this costs one system call."""
     length = os.lseek(_STDERR, 0, os.SEEK_CUR)
     if not length:
         return ""
@@ -61,11 +61,11 @@ def heard() -> str:
 
 
 def decode_whole(data: bytes, size: int, fit: decoding.Fit, max_pixels: int, depth: int) -> tuple[np.ndarray, int]:
-    """Return what `images.decode_with_peak` does.
+    """Return the same as `decoding.decode_with_peak`: pixels, (size, size, 3) uint8 RGB, and the largest 16-bit value.
 
     Raises DecodeError also for a JPEG whose pixels are damaged.
     """
-    heard()  # what was left by the last image
+    heard()  # discards messages about the previous image
     decoded = decoding.decode_with_peak(data, size, fit, max_pixels, depth)
     warning = heard()
     looked_at = data.startswith(jpeg.MAGIC) and (warning or jpeg.is_suspect(data))
@@ -87,5 +87,5 @@ def _decode(data: bytes, size: int, fit: decoding.Fit, max_pixels: int, depth: i
         return REFUSED, str(error).encode()
     except MemoryError as error:
         return NO_MEMORY, str(error).encode()
-    except Exception as error:  # told to the parent, who raises it
+    except Exception as error:  # sent to the parent process, which raises it
         return BUG, f"{type(error).__name__}: {error}".encode()

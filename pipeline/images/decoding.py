@@ -1,11 +1,11 @@
-"""Bytes to uint8 RGB: the one decoding of the whole program.
+"""Decode the bytes of an image file to uint8 RGB pixels; all of Icebox decodes with this module.
 
-Headers are read before any pixel is decoded, so that a file of a few KB cannot ask for gigabytes; OpenCV then
-decodes. What comes out is what a person sees: turned upright, 8 bits a channel, over white where transparent,
-the first frame of an animation. A file that is not there whole is refused, never filled.
+The header is read before any pixel is decoded, so that a file of a few KB cannot claim gigabytes of memory. OpenCV
+then decodes the file. The result is what an image viewer shows: rotated upright by EXIF, 8 bits a channel, blended
+over white where transparent, and the first frame of an animation. An incomplete file is refused, never filled up.
 
-16 bits a channel may hold fewer: a camera of 12 bits leaves values up to 4,095, which are nearly black among 65,535.
-The file does not say so; a person does, by the depth.
+Channels of 16 bits may hold fewer: a 12-bit camera writes values up to 4,095, which look nearly black on a scale to
+65,535. The file does not state this depth; the user does, with `depth`.
 """
 
 import os
@@ -24,27 +24,27 @@ from pipeline.images.foreign_formats import CONVERT
 Fit = Literal["squash", "crop", "pad"]
 FITS: tuple[str, ...] = get_args(Fit)
 
-# Both names go into the feature spec: change them whenever the same file would give other pixels.
+# Both names are part of the feature spec: change a name whenever the same file would give different pixels.
 DECODE_POLICY = "rgb8-exif-over_white-1"
 RESIZE_POLICY = "opencv-area_down-linear_up-1"
 
 FULL_DEPTH = 16
-DEPTHS = range(9, FULL_DEPTH + 1)  # bits that a channel of 16 may really hold
+DEPTHS = range(9, FULL_DEPTH + 1)  # how many of its 16 bits a channel may really use
 DEFAULT_MAX_PIXELS = 180_000_000
 
-_CHECKS = 2  # what is accepted, and why what is not is refused: count on when that changes
+_CHECKS = 2  # version of the rules that refuse files, and of their messages: add 1 when these change
 _NO_MEMORY = -4  # cv2.Error.StsNoMem
 _MAX_SIDE = 1_000_000  # libpng's limit; OpenCV's own is 2**20 for all formats
 _PAD_GREY = 127  # about 0 after x / 127.5 - 1
 _EXIF_ORIENTATION = 0x0112
 
-# Every failure is told in a DecodeError, so the chatter of the libraries would only tear the progress display.
+# DecodeError reports every failure; log messages of OpenCV would only break the progress display.
 if "OPENCV_LOG_LEVEL" not in os.environ:
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def decode_policy(depth: int | None) -> str:
-    """Return the name of the policy that takes 16-bit channels for `depth` bits; None means 16. Raises UsageError."""
+    """Return the decoding policy that scales 16-bit channels as `depth` bits; None means 16. Raises UsageError."""
     if depth not in (None, *DEPTHS):
         raise UsageError(f"--depth must be a whole number in {DEPTHS[0]} … {DEPTHS[-1]}, found {depth}")
     return DECODE_POLICY if depth in (None, FULL_DEPTH) else f"{DECODE_POLICY}-depth_{depth}"
@@ -54,16 +54,16 @@ DECODE_POLICIES = {decode_policy(depth): depth for depth in DEPTHS}
 
 
 def depth_of(policy: str) -> int:
-    """Return how many bits a decode policy takes 16-bit channels for. Raises SpecError if it is not one of ours."""
+    """Return as how many bits a decoding policy scales 16-bit channels. Raises SpecError for an unknown policy."""
     if policy not in DECODE_POLICIES:
         raise SpecError(f"images decoded as {policy!r:.60} cannot be decoded by this version of Icebox")
     return DECODE_POLICIES[policy]
 
 
 def depth_advice(peak: int, depth: int) -> str:
-    """Return what to do about 16-bit images taken for `depth` bits, `peak` being their largest value; "" if nothing."""
+    """Return advice on 16-bit images of largest value `peak`, scaled as `depth` bits; "" if their depth is right."""
     bits = max(peak.bit_length(), DEPTHS[0])
-    if not peak or depth - 1 <= bits <= depth:  # within a factor of 2 the pictures may just be a little dark
+    if not peak or depth - 1 <= bits <= depth:  # within a factor of 2 the images may simply be a little dark
         return ""
     if bits > depth:
         return (
@@ -83,32 +83,32 @@ def decode(
     max_pixels: int = DEFAULT_MAX_PIXELS,
     depth: int = FULL_DEPTH,
 ) -> np.ndarray:
-    """Decode one image and bring it to `size` x `size`.
+    """Decode one image and resize it to `size` x `size`.
 
     Parameters
     ----------
     data
         The bytes of an image file, or pixels: uint8 of shape (h, w), (h, w, 1) or (h, w, 3), RGB.
     size
-        The side of the result.
+        The side of the result, in pixels.
     fit
-        `squash` ignores the aspect ratio, `crop` takes the largest central square, `pad` adds grey.
+        `squash` ignores the aspect ratio, `crop` takes the largest central square, `pad` adds grey borders.
     max_pixels
-        Refuse, before decoding, an image with more.
+        The largest number of pixels; an image with more is refused before it is decoded.
     depth
-        How many bits a file's 16-bit channels really hold; greater values are white.
+        How many bits the 16-bit channels of a file really use; greater values become white.
 
     Returns
     -------
     np.ndarray
-        (size, size, 3) uint8, RGB, contiguous. Given an array that fits already, it may be that array.
+        (size, size, 3) uint8, RGB, contiguous. It may be `data` itself, if that has this size already.
 
     Raises
     ------
     DecodeError
-        If it is not one whole image; the text is the reason, on one line.
+        If `data` is not one whole image; the message is the reason, on one line.
     MemoryError
-        If the machine has no room for the decoded image.
+        If there is not enough memory for the decoded image.
     """
     return decode_with_peak(data, size, fit, max_pixels, depth)[0]
 
@@ -116,7 +116,7 @@ def decode(
 def decode_with_peak(
     data: bytes | np.ndarray, size: int, fit: Fit, max_pixels: int, depth: int
 ) -> tuple[np.ndarray, int]:
-    """Do the same, and return beside it the largest value of a file with 16 bits a channel; 0 of others."""
+    """Return the pixels that `decode` returns, and the largest value of a file with 16 bits a channel, else 0."""
     if isinstance(data, np.ndarray):
         return resize(_check_pixels(data, max_pixels), size, fit), 0
     pixels, peak = _decode_file(data, max_pixels, depth)
@@ -124,9 +124,9 @@ def decode_with_peak(
 
 
 def resize(pixels: np.ndarray, size: int, fit: Fit) -> np.ndarray:
-    """Bring uint8 (h, w, 3) to (size, size, 3): by area where it shrinks, linearly where it grows.
+    """Resize uint8 pixels (h, w, 3) to (size, size, 3): by area where they shrink, linearly where they grow.
 
-    Returns the array itself if it has that size already. Raises UsageError for an unknown `fit`.
+    Returns `pixels` itself if it has that size already. Raises UsageError for an unknown `fit`.
     """
     if fit not in FITS:
         raise UsageError(f"fit must be one of {', '.join(FITS)}; found {fit!r}")
@@ -141,12 +141,12 @@ def resize(pixels: np.ndarray, size: int, fit: Fit) -> np.ndarray:
 
 
 def decoder_version() -> str:
-    """Name what decodes: a remembered failure holds for this version only."""
+    """Return the versions of the decoders and checks; a stored failure is valid for this version only."""
     return f"opencv {cv2.__version__} pillow {PIL.__version__} checks {_CHECKS}"
 
 
 def _scaled(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    # Averaging is only right for the side that shrinks; the other then grows in a step of its own.
+    # INTER_AREA is right only for a side that shrinks; a side that grows is resized in a second step.
     smaller = (min(width, pixels.shape[1]), min(height, pixels.shape[0]))
     if smaller != (pixels.shape[1], pixels.shape[0]):
         pixels = cv2.resize(pixels, smaller, interpolation=cv2.INTER_AREA)
@@ -184,11 +184,11 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _decode_file(data: bytes, max_pixels: int, depth: int = FULL_DEPTH) -> tuple[np.ndarray, int]:
-    data = bytes(data)  # no copy if it is bytes
+    data = bytes(data)  # makes no copy of bytes
     header = read_header(data)
     _check_size(header.width, header.height, max_pixels)
     pixels = _decode_pixels(data, header)
-    # TIFF headers give the size of the picture upright, the others the size as stored.
+    # The size in a TIFF header is that of the upright image; in other formats, that of the stored image.
     if {*pixels.shape[:2]} != {header.width, header.height}:
         raise DecodeError(f"{header.kind} damaged: the header and the pixels disagree about the size")
     peak = _peak(pixels)
@@ -198,7 +198,7 @@ def _decode_file(data: bytes, max_pixels: int, depth: int = FULL_DEPTH) -> tuple
 
 
 def _peak(pixels: np.ndarray) -> int:
-    """Return the largest value of 16-bit colours, of whatever alpha; 0 of 8 bits."""
+    """Return the largest value of 16-bit colours, alpha ignored; 0 for 8-bit pixels."""
     if pixels.dtype != np.uint16:
         return 0
     return int(pixels.max() if pixels.ndim == 2 else pixels[..., :3].max())
@@ -206,7 +206,8 @@ def _peak(pixels: np.ndarray) -> int:
 
 def _decode_pixels(data: bytes, header: Header) -> np.ndarray:
     # IMREAD_UNCHANGED alone keeps alpha and 16 bits (IMREAD_ANYDEPTH spoils 16-bit colour TIFFs in 5.0), but it
-    # leaves pictures unturned, save TIFFs, which OpenCV always turns. So none is turned here, and _upright does it.
+    # does not rotate images by EXIF, except TIFFs, which OpenCV always rotates. So JPEGs are not rotated here either,
+    # and `_upright` rotates all formats but TIFF.
     upright = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     flags = upright if header.kind == "JPEG" else cv2.IMREAD_UNCHANGED
     try:
@@ -231,11 +232,11 @@ def _to_rgb8(pixels: np.ndarray, header: Header, depth: int) -> np.ndarray:
     if header.clear is not None and pixels.ndim == 2:
         pixels[pixels == header.clear] = np.iinfo(pixels.dtype).max
     if pixels.dtype == np.uint16:
-        pixels = cv2.convertScaleAbs(pixels, alpha=255 / (2**depth - 1))  # rounds: 65535 is 255, 0 is 0
+        pixels = cv2.convertScaleAbs(pixels, alpha=255 / (2**depth - 1))  # rounds; at 16 bits, 65,535 becomes 255
     if header.inverted:
         pixels = cv2.bitwise_not(pixels)
     if header.five_bits:
-        pixels |= pixels >> 5  # 248 is the most that OpenCV returns, and was white
+        pixels |= pixels >> 5  # OpenCV returns at most 248 for 5 bits; this maps it to 255
     if pixels.ndim == 2:
         return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
     if pixels.shape[2] == 3:
@@ -254,14 +255,14 @@ def _over_white(pixels: np.ndarray, header: Header) -> np.ndarray:
 
 
 def orientation(exif: bytes) -> int:
-    """Return how an EXIF block says that pixels are to be turned: 1 (not at all) to 8; 1 if it makes no sense."""
+    """Return the EXIF orientation of an image, 1 (upright) to 8; 1 if the EXIF block is missing or damaged."""
     if not exif:
         return 1
     tags = Image.Exif()
     try:
         tags.load(exif)
         value = tags.get(_EXIF_ORIENTATION)
-    except Exception:  # a damaged EXIF block says nothing, and the pixels are whole
+    except Exception:  # a damaged EXIF block gives no orientation, and the pixels are complete
         return 1
     return value if isinstance(value, int) else 1
 
@@ -269,5 +270,5 @@ def orientation(exif: bytes) -> int:
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (5, 6, 7, 8):
         pixels = cv2.transpose(pixels)
-    flips = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # 1 left and right, 0 top and bottom, -1 both
+    flips = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # cv2.flip: 1 swaps left and right, 0 top and bottom, -1 both
     return cv2.flip(pixels, flips[orientation]) if orientation in flips else pixels

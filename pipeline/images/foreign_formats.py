@@ -1,4 +1,4 @@
-"""What a file is that is no image in a supported format, told by its content, and what helps."""
+"""Recognise files that are not images in a supported format, by their content, and say how to fix each."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _TEXTS = {
     b"<?xml": "XML text, not an image, perhaps what a server answered; download the image itself",
     b"{": "JSON text, not an image, perhaps what a server answered; download the image itself",
 }
-_LOOKED_AT = 4096  # bytes of a text
+_LOOKED_AT = 4096  # bytes at the start of a text that are searched
 
 
 def foreign(data: bytes) -> str:
-    """Return what a file is, and what helps, on one line; "" if nothing here knows it."""
+    """Return the format of a file and how to fix it, on one line; "" if the format is unknown."""
     if data[4:8] == b"ftyp":
         return _of_brands(data)
     if data[128:132] == b"DICM":
@@ -47,7 +47,7 @@ def foreign(data: bytes) -> str:
 
 
 def _of_brands(data: bytes) -> str:
-    """Return what a file of the ISO base media format is, by the brands that it names first."""
+    """Return the format of an ISO base media file, by the brands in its first box, and how to fix it."""
     end = min(int.from_bytes(data[:4], "big"), 256)
     brands = {data[8:12], *(data[at : at + 4] for at in range(16, end, 4))}
     if brands & {b"avif", b"avis"}:

@@ -1,11 +1,11 @@
-"""Whether the pixels of a JPEG are all there: what its decoder warns of, and its scans followed bit by bit.
+"""Check whether the pixels of a JPEG are damaged, by the warnings of libjpeg and by parsing its scans bit by bit.
 
-libjpeg decodes anything: it fills what is missing with grey, and prints its first warning only. That one may be
-harmless (bytes between two segments), so the file is then decoded again without what lies between the segments. Bytes
-left over behind a scan, and a run of zeros within, are signs of damage that sound files have too: there the scan is
-followed bit by bit. In a sound scan no code is unknown, no block has more than 64 coefficients, no brightness lies
-out of range, and the last byte is the last one. A scan that lost some bytes goes on out of step, and soon breaks one
-of these rules.
+libjpeg decodes damaged files too: it fills missing parts with grey and prints its first warning only. That warning may
+be harmless (extra bytes between two segments), so the file is then decoded again without such bytes. Extra bytes after
+a scan, and runs of zeros in it, are signs of damage, but intact files may have them too. In these cases the scan is
+parsed bit by bit. In an intact scan every code is known, no block has more than 64 coefficients, every brightness is
+in range, and no bytes are left after the last block. A scan that lost some bytes is read from a wrong bit on, and soon
+breaks one of these rules.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-# libjpeg's warnings of pixels that are missing or wrong. Others stand in sound files too: extraneous bytes before a
+# libjpeg's warnings about missing or wrong pixels. Intact files may cause the others: extraneous bytes before a
 # marker, an unknown JFIF revision, a bad ICC marker.
 _DAMAGE = re.compile(
     r"[Pp]remature end[\w ]*|bad (Huffman|arithmetic) code|found marker 0x\w+ instead of RST\d|"
@@ -30,21 +30,21 @@ _RESTARTS = range(0xD0, 0xD8)
 _ALONE = {0x01, 0xD8, *_RESTARTS}  # markers without a segment
 _START, _END, _SCAN, _TABLES, _QUANTISATION, _INTERVAL = 0xD8, 0xD9, 0xDA, 0xC4, 0xDB, 0xDD
 _FRAMES = {*range(0xC0, 0xD0)} - {_TABLES, 0xC8, 0xCC}
-_SEQUENTIAL = {0xC0, 0xC1}  # Huffman-coded frames without progression, the ones that can be followed here
+_SEQUENTIAL = {0xC0, 0xC1}  # Huffman-coded frames without progression, which `_follow` can parse
 _NEEDED = {*_FRAMES, _TABLES, 0xCC, _QUANTISATION, _INTERVAL, _SCAN}
 _LS = 0xF7
 _RARE = {0xC3: "lossless JPEG", **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG"),
          **dict.fromkeys((0xC9, 0xCA, 0xCB), "arithmetic-coded JPEG")}  # fmt: skip
-_MOST_FOLLOWED = 2**22  # bytes of coded data, which take some ten seconds; of more, the decoder is believed
-_MOST_DC = 2048  # twice what a block's mean brightness comes to, as editing without decoding may overshoot
+_MOST_FOLLOWED = 2**22  # bytes of coded data, about ten seconds of parsing; for more, only warnings of libjpeg count
+_MOST_DC = 2048  # twice the largest mean brightness of a block, because lossless editing may exceed that
 _MOST_DC_BITS = 11
-_MOST_LEFT = 2  # bytes behind a scan, as of a line's end; one out of step leaves more
-_ZEROS = bytes(32)  # as where a block of a disk was lost; a sound scan has them in empty blocks only
+_MOST_LEFT = 2  # extra bytes after a scan that are harmless, such as a line end; damage leaves more
+_ZEROS = bytes(32)  # a sign of a lost disk block; an intact scan has them in empty image blocks only
 
 
 @dataclass(frozen=True)
 class _Segment:
-    """One segment; of a scan also its coded data, cut at the restart markers."""
+    """One segment of a JPEG: marker and content; a scan also has its coded data, split at the restart markers."""
 
     marker: int
     body: bytes
@@ -52,7 +52,7 @@ class _Segment:
 
 
 def rarity(data: bytes) -> str:
-    """Return how a JPEG is coded if few programs can decode it, however sound; "" if as usual."""
+    """Return the name of a JPEG's coding if few programs can decode it; "" for the usual codings."""
     frame = next((each for each in _segments(data) if each.marker in _FRAMES or each.marker == _LS), None)
     if frame is None:
         return ""
@@ -64,27 +64,27 @@ def rarity(data: bytes) -> str:
 
 
 def is_suspect(data: bytes) -> bool:
-    """Return whether a JPEG that decodes without a warning should be followed all the same."""
+    """Return whether to parse the scans of a JPEG even if it decodes without a warning: they contain 32 zero bytes."""
     return _ZEROS in data and any(_ZEROS in part for segment in _segments(data) for part in segment.parts)
 
 
 def damage(data: bytes, warning: str, warning_of: Callable[[bytes], str]) -> str:
-    """Return what is wrong with the pixels of a JPEG, "" if nothing is known to be.
+    """Return the damage to the pixels of a JPEG; "" if none is found.
 
     Parameters
     ----------
     data
-        The file; OpenCV decodes it.
+        The bytes of the file, which OpenCV can decode.
     warning
-        What libjpeg printed meanwhile, perhaps nothing.
+        The text that libjpeg printed while decoding it; may be empty.
     warning_of
-        Decodes another JPEG and returns what libjpeg prints of that.
+        Decodes another JPEG and returns the text that libjpeg prints.
     """
     if found := _DAMAGE.search(warning):
         return found[0]
     segments = list(_segments(data))
     suspect = not warning or is_suspect(data)
-    if warning:  # perhaps about what lies between the segments, and no other one is printed
+    if warning:  # may be about bytes between segments, and hide a later warning
         bare = b"\xff\xd8" + b"".join(_written(each) for each in segments if each.marker in _NEEDED) + b"\xff\xd9"
         warning = warning_of(bare)
         if found := _DAMAGE.search(warning):
@@ -95,20 +95,20 @@ def damage(data: bytes, warning: str, warning_of: Callable[[bytes], str]) -> str
     if _can_be_followed(segments):
         try:
             return _follow(segments)
-        except (LookupError, ValueError):  # tables or sizes that are not there: libjpeg knows better
+        except (LookupError, ValueError):  # a table or size is missing here: only warnings of libjpeg count
             return ""
     left = int(extraneous[1]) if extraneous else 0
     return extraneous[0] if extraneous and left > _MOST_LEFT and not _padded(segments, left) else ""
 
 
 def _can_be_followed(segments: Sequence[_Segment]) -> bool:
-    """Return whether all scans are sequential, and short enough: a megabyte takes about two seconds."""
+    """Return whether all scans are sequential and short enough; parsing takes about two seconds per megabyte."""
     coded = sum(len(part) for segment in segments for part in segment.parts)
     return {segment.marker for segment in segments} & _FRAMES <= _SEQUENTIAL and coded <= _MOST_FOLLOWED
 
 
 def _padded(segments: Sequence[_Segment], count: int) -> bool:
-    """Return whether the last `count` bytes of some scan are alike: padding."""
+    """Return whether the last `count` bytes of any scan part are equal, and so are padding."""
     return any(len({*part[-count:]}) <= 1 for segment in segments for part in segment.parts)
 
 
@@ -121,7 +121,7 @@ def _written(segment: _Segment) -> bytes:
 
 
 def _segments(data: bytes) -> Iterator[_Segment]:
-    """Yield the segments up to the end marker; bytes between them are passed over, as libjpeg does."""
+    """Yield the segments up to the end marker; bytes between segments are skipped, as in libjpeg."""
     at = 2
     while found := _MARKER.search(data, at):
         marker, at = data[found.end() - 1], found.end()
@@ -141,7 +141,7 @@ def _length(data: bytes, at: int) -> int:
 
 
 def _coded(data: bytes, at: int) -> tuple[list[bytes], int]:
-    """Return the coded data that begins at `at`, cut at its restart markers, and where it ends."""
+    """Return the coded data from offset `at`, split at its restart markers, and the offset of its end."""
     parts = list[bytes]()
     start = at
     while (found := _MARKER.search(data, at)) and data[found.end() - 1] in _RESTARTS:
@@ -151,24 +151,27 @@ def _coded(data: bytes, at: int) -> tuple[list[bytes], int]:
     return [*parts, data[start:end]], end
 
 
-# --- following a sequential scan -----------------------------------------------------------------------------
+# --- parsing a sequential scan bit by bit -----------------------------------------------------------------------------
 
 
 @dataclass
 class _Tables:
-    """What the segments before a scan say: of a Huffman table 65,536 numbers, the code's length * 256 + its symbol."""
+    """Tables and sizes from the segments before a scan.
+
+    A Huffman table is 65,536 numbers, one for each 16 bits: the length of their first code * 256 + its symbol.
+    """
 
     huffman: dict[int, Sequence[int]] = field(default_factory=dict)
-    quantisation: dict[int, int] = field(default_factory=dict)  # of the mean brightness
-    interval: int = 0  # MCUs between restart markers; 0: there are none
+    quantisation: dict[int, int] = field(default_factory=dict)  # table → divisor of a block's mean brightness (DC)
+    interval: int = 0  # MCUs (groups of blocks) between restart markers; 0 for no markers
     height: int = 0
     width: int = 0
-    components: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # → across, down, quantisation table
+    components: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # blocks across, down, and table
 
 
 @dataclass(frozen=True)
 class _Block:
-    """How one block of an MCU is coded."""
+    """The component and tables of one block of an MCU, and the largest absolute DC value allowed."""
 
     component: int
     dc: Sequence[int]
@@ -177,9 +180,9 @@ class _Block:
 
 
 def _follow(segments: Sequence[_Segment]) -> str:
-    """Return what is wrong with the scans of a sequential JPEG, or "".
+    """Return the first fault in the scans of a sequential JPEG, or "".
 
-    Raises LookupError or ValueError if it lacks a table that it refers to.
+    Raises LookupError or ValueError if a table that a scan refers to is missing.
     """
     tables = _Tables()
     for segment in segments:
@@ -211,12 +214,12 @@ def _take(segment: _Segment, tables: _Tables) -> None:
 
 
 def _huffman(counts: bytes, symbols: bytes) -> Sequence[int]:
-    """Return for each 16 bits that may come next the length of their code * 256 + its symbol; 0 where there is none."""
+    """Return for each value of 16 bits the length of its first code * 256 + the code's symbol; 0 if no code fits."""
     lengths = np.repeat(np.arange(1, 17), list(counts))
     if len(lengths) != len(symbols):
         raise ValueError("a Huffman table that is cut short")
     entries = np.repeat(lengths * 256 + np.frombuffer(symbols, np.uint8), 1 << (16 - lengths))
-    return np.pad(entries[:65536], (0, max(0, 65536 - len(entries)))).tolist()  # a made-up table has millions
+    return np.pad(entries[:65536], (0, max(0, 65536 - len(entries)))).tolist()  # a forged table has millions
 
 
 def _follow_scan(scan: _Segment, tables: _Tables) -> str:
@@ -232,7 +235,7 @@ def _follow_scan(scan: _Segment, tables: _Tables) -> str:
 
 
 def _layout(body: bytes, tables: _Tables) -> tuple[list[_Block], int]:
-    """Return the blocks of an MCU of a scan, and how many MCUs it has."""
+    """Return the blocks in one MCU of a scan, and the number of its MCUs."""
     coded = [(body[1 + 2 * i], body[2 + 2 * i]) for i in range(body[0])]
     across, down = (max(each[side] for each in tables.components.values()) for side in (0, 1))
     blocks = list[_Block]()
@@ -243,15 +246,15 @@ def _layout(body: bytes, tables: _Tables) -> tuple[list[_Block], int]:
         blocks += [block] * (wide * high if len(coded) > 1 else 1)
     if len(coded) > 1:
         return blocks, -(-tables.width // (8 * across)) * -(-tables.height // (8 * down))
-    wide, high, _ = tables.components[coded[0][0]]  # alone it has no blocks beyond its own edges
+    wide, high, _ = tables.components[coded[0][0]]  # a scan of one component has no blocks beyond its edges
     return blocks, -(-tables.width * wide // (8 * across)) * -(-tables.height * high // (8 * down))
 
 
 def _follow_part(coded: bytes, count: int, blocks: Sequence[_Block]) -> str:
-    """Follow `count` MCUs; return what is wrong with them, or ""."""
-    data = coded.rstrip(b"\xff").replace(b"\xff\0", b"\xff")  # without fill bytes and stuffing
-    padded = np.frombuffer(data + bytes(600), np.uint8).astype(np.uint32)  # a block may run over the end
-    packed: Any = padded[:-2] << 16 | padded[1:-1] << 8 | padded[2:]  # the 24 bits from each byte on
+    """Return the first fault in `count` coded MCUs, or ""."""
+    data = coded.rstrip(b"\xff").replace(b"\xff\0", b"\xff")  # removes fill bytes and byte stuffing
+    padded = np.frombuffer(data + bytes(600), np.uint8).astype(np.uint32)  # a block may be read past the end
+    packed: Any = padded[:-2] << 16 | padded[1:-1] << 8 | padded[2:]  # the 24 bits that start at each byte
     words = memoryview(packed)
     at, end, means = 0, 8 * len(data), dict.fromkeys((block.component for block in blocks), 0)
     for _ in range(count):
@@ -278,9 +281,9 @@ def _follow_part(coded: bytes, count: int, blocks: Sequence[_Block]) -> str:
 
 
 def _follow_block(words: memoryview, at: int, codes: Sequence[int]) -> tuple[int, int]:
-    """Return where a block that goes on at bit `at` ends, and how many coefficients it has behind its first.
+    """Return the bit where a block ends, and the number of its AC coefficients, which start at bit `at`.
 
-    That is -1 where a code is unknown.
+    The number is -1 if a code is unknown.
     """
     filled = 0
     while filled < 63:
@@ -296,9 +299,9 @@ def _follow_block(words: memoryview, at: int, codes: Sequence[int]) -> tuple[int
 
 
 def _left_over(data: bytes, at: int) -> str:
-    """Return what is wrong with the bytes behind the last block, which ends before bit `at`; "" of padding.
+    """Return the fault in the bytes after the last block, which ends before bit `at`; "" for padding.
 
-    An encoder fills the last byte up with ones, so that what follows such a byte was put there by somebody else.
+    An encoder fills the last byte with ones. Bytes after such a byte were added later, by another program.
     """
     used, rest = -(-at // 8), data[-(-at // 8) :]
     ones = (1 << (8 * used - at)) - 1

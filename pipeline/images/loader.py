@@ -1,4 +1,8 @@
-"""Reads, hashes and decodes images, each decoder in a process of its own: one that crashes costs its image only."""
+"""Read, hash and decode the images of a dataset.
+
+Files are decoded in separate processes, so that a crash of the decoder loses one image only. `Loader` loads images of
+a dataset, `Decoders` decodes the bytes of image files.
+"""
 
 from __future__ import annotations
 
@@ -32,39 +36,39 @@ from pipeline.images.decode_process import BUG, NO_MEMORY, PIXELS
 T = TypeVar("T")
 R = TypeVar("R")
 
-_MOST_DECODERS = 16  # each takes some 60 MB, and a model on a CPU keeps fewer busy
-SECONDS = 120.0  # for one image of at most DEFAULT_MAX_PIXELS; the largest take some seconds, ten times that where busy
+_MOST_DECODERS = 16  # each takes about 60 MB; a model on a CPU needs fewer than these
+SECONDS = 120.0  # for an image of up to DEFAULT_MAX_PIXELS; large ones take seconds, ten times that on a busy machine
 _WAITS = 12
-# -P: a folder we happen to stand in must not bring its own `json`. It decodes in one thread, and needs none for NumPy's
-# linear algebra, which would start one for each core.
+# -P keeps the current folder off the import path, where a file `json.py` would replace the standard module.
+# One OpenBLAS thread: the process decodes in one thread, and NumPy would start another for each core.
 _COMMAND = (sys.executable, "-P", "-c", "import os, sys; os.environ['OPENBLAS_NUM_THREADS'] = '1'; "
             "sys.path.insert(0, sys.argv.pop(1)); "
             "from pipeline.core import environment; environment.isolate(); environment.allow_pixels(int(sys.argv[3])); "
             "from pipeline.images.decode_process import main; main()", str(Path(__file__).parents[2]))  # fmt: skip
-# Who sends these ends a process for reasons of his own, as the kernel does when memory runs out.
+# These signals come from outside, for example from the kernel when memory runs out: the image is not the cause.
 _STOPPED = {signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGXCPU}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One image, read and decoded: pixels (size, size, 3) uint8 RGB, or None and the reason why not.
+    """An image that was read and decoded: pixels (size, size, 3) uint8 RGB, or None and the reason for the failure.
 
-    `key` is None if the failure may pass, as it is not the image's own: it could not even be read, say.
+    `key` is None if the failure may be temporary and the image is not its cause, for example a failed read.
     """
 
     i: int
     key: bytes | None
     pixels: np.ndarray | None
     reason: str = ""
-    view: int = 0  # the number of the view that the pixels show; 0 is the plain image
-    validator: str | None = None  # what the server said of an image behind an address
-    header: Header | None = None  # of what could be decoded, where it was asked for
-    peak: int = 0  # the largest value of a file with 16 bits a channel
+    view: int = 0  # the number of the augmented view in `pixels`; 0 is the original image
+    validator: str | None = None  # the server's validator (ETag, Last-Modified) of a remote image
+    header: Header | None = None  # of a decoded image, if the loader returns headers
+    peak: int = 0  # the largest value in a file with 16 bits a channel, else 0
 
 
 @dataclass(frozen=True)
 class _Read:
-    """One image, read: its bytes or pixels, or None and why not."""
+    """An image that was read: its bytes or pixels, or None and the error."""
 
     i: int
     data: bytes | np.ndarray | None
@@ -73,7 +77,7 @@ class _Read:
 
 
 class Decoders:
-    """Decodes image files, from any thread: each thread that asks has a process of its own, which may crash.
+    """Decode image files in separate processes, one for each calling thread; a process may crash.
 
     Leaving the context ends the processes; no thread may be decoding then.
     """
@@ -91,18 +95,18 @@ class Decoders:
             decoder.stop()
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Return pixels (size, size, 3) uint8 RGB. Raises what `with_peak` does."""
+        """Return the pixels of an image file, (size, size, 3) uint8 RGB. Raises the same errors as `with_peak`."""
         return self.with_peak(data)[0]
 
     def with_peak(self, data: bytes) -> tuple[np.ndarray, int]:
-        """Return pixels (size, size, 3) uint8 RGB, and the largest value of a file with 16 bits a channel, else 0.
+        """Return the pixels of an image file, (size, size, 3) uint8 RGB, and its largest 16-bit value; 0 for 8 bits.
 
         Raises
         ------
         DecodeError
-            If `data` is not one whole image, or crashes the decoder, or the decoder does not come to an end.
+            If `data` is not one whole image, crashes the decoder, or takes longer than the time limit.
         MemoryError
-            If there is no room to decode it, or somebody ended the process.
+            If there is not enough memory to decode it, or the process was ended from outside.
         """
         if not hasattr(self._mine, "decoder"):
             self._mine.decoder = _Decoder(*self._request)
@@ -111,11 +115,11 @@ class Decoders:
 
 
 class Loader:
-    """Loads images of a dataset, from any thread; the hash is taken of the very bytes that are decoded.
+    """Load images of a dataset, from any thread; the hash is computed from the same bytes that are decoded.
 
-    Files are decoded in other processes; images that come as pixels need none. Those behind addresses are read by
-    more threads than decode, as the network lets them wait. Leaving the context ends the processes; no thread may be
-    loading then.
+    Files are decoded in other processes; images that come as pixels need no decoding. Remote images are read in more
+    threads than there are decoders, because reading waits for the network. Leaving the context ends the processes;
+    no thread may be loading then.
     """
 
     def __init__(
@@ -128,9 +132,10 @@ class Loader:
         headers: bool = False,
         depth: int = decoding.FULL_DEPTH,
     ) -> None:
-        """Load images of `dataset`, with their `headers` or not, 16-bit channels taken for `depth` bits.
+        """Set up loading of `dataset`; 16-bit channels are scaled as `depth` bits.
 
-        `decoders` of the same settings, if they are given, are not ended with the context.
+        `headers` adds the header to each loaded image. `decoders` must have the same settings; leaving the context
+        does not end them.
         """
         self._dataset = dataset
         self._size = size
@@ -154,10 +159,10 @@ class Loader:
     def stream(
         self, pool: ThreadPoolExecutor, indices: Iterable[int], finish: Callable[[Loaded], R], ahead: int
     ) -> Generator[R]:
-        """Load images in the threads of `pool`, and yield what `finish`, called there, makes of each.
+        """Load images in the threads of `pool`, call `finish` on each there, and yield its results.
 
-        At most `ahead` results wait. They come in order, unless some are behind addresses: then as these arrive, so
-        that one that is waited for holds up no other.
+        At most `ahead` results wait to be yielded. They keep the order of `indices`, unless the dataset has remote
+        images: then they are yielded as they arrive, so that a slow image does not delay the others.
         """
         if not self._from_afar:
             yield from in_threads(pool, lambda i: finish(self(i)), indices, ahead)
@@ -166,9 +171,9 @@ class Loader:
             yield from in_threads(pool, lambda read: finish(self._decode(read)), arriving, ahead)
 
     def until(self, indices: Iterable[int], enough: Callable[[Loaded], bool]) -> None:
-        """Load images one by one until `enough` says so of one.
+        """Load images one by one until `enough` returns True for one.
 
-        It, and what was fetched ahead of it, is kept for whoever reads it next.
+        Remote images that were fetched, that one included, are kept for the next call that reads them.
         """
         with closing(
             self._arriving(indices, self._put_back) if self._from_afar else (self._read(i) for i in indices)
@@ -179,7 +184,7 @@ class Loader:
                     return
 
     def _arriving(self, indices: Iterable[int], left: Callable[[_Read], None] | None = None) -> Generator[_Read]:
-        """Read images in as many threads as there may be requests; `left` gets what was read ahead in vain."""
+        """Yield images read in one thread per allowed request; `left` receives images read but not yielded."""
         connections = remote.connections()
         pool = ThreadPoolExecutor(connections, "reading")
         try:
@@ -196,7 +201,7 @@ class Loader:
             return _Read(i, None, error=error)
 
     def _put_back(self, read: _Read) -> None:
-        """Keep what was read ahead of what turned out to be wanted: whoever wants it next need not fetch it again."""
+        """Keep a remote image, or its error, for the next call that reads it, which then needs no request."""
         url = self._dataset.url(read.i)
         if url is not None and isinstance(read.data, bytes):
             remote.hold(url, remote.Fetched(read.data, read.validator))
@@ -214,7 +219,7 @@ class Loader:
         except DecodeError as error:
             return Loaded(i, key, None, str(error), validator=read.validator)
         except MemoryError as error:
-            # The machine's fault, not the image's: without a key it is not remembered.
+            # The machine is the cause, not the image. Without a key, the failure is not stored.
             return Loaded(i, None, None, f"cannot be read: {error or 'out of memory'}")
 
     def _header(self, data: bytes | np.ndarray) -> Header | None:
@@ -229,7 +234,7 @@ class Loader:
 
 
 class _Decoder:
-    """A process that decodes, started when first needed and again after a crash."""
+    """A decoding process, started at the first image and again after a crash."""
 
     def __init__(self, size: int, fit: str, max_pixels: int, depth: int) -> None:
         self._shape = (size, size, 3)
@@ -238,15 +243,15 @@ class _Decoder:
         self._running: tuple[subprocess.Popen[bytes], Connection] | None = None
 
     def decode(self, data: bytes) -> tuple[np.ndarray, int]:
-        """Return the pixels of an image file, and the largest value of 16-bit channels.
+        """Return the pixels of an image file, and the largest value of 16-bit channels; 0 for 8 bits.
 
         Raises
         ------
         DecodeError
-            If it is not one whole image, or decoding it takes longer than any image should, or crashes the process
-            twice: an earlier image may have prepared the first crash.
+            If `data` is not one whole image, takes longer than the time limit, or crashes the process twice: an
+            earlier image may be the cause of the first crash.
         MemoryError
-            If there is no room to decode it, or somebody ended the process.
+            If there is not enough memory to decode it, or the process was ended from outside.
         """
         code = 0
         for _ in range(2):
@@ -259,14 +264,14 @@ class _Decoder:
             except (EOFError, ConnectionError):
                 code = process.wait()
                 self.stop()
-        if code >= 0:  # no crash: Python ended, with a message that nobody saw
+        if code >= 0:  # not a crash: Python exited, and its message went to /dev/null
             raise RuntimeError(f"the decoding process ended with exit code {code}; see `{shlex.join(self._command)}`")
         if -code in _STOPPED:
             raise MemoryError(f"the decoder was stopped by {_signal_name(-code)}, perhaps for want of memory")
         raise DecodeError(f"crashes the decoder ({_signal_name(-code)})")
 
     def stop(self) -> None:
-        """End the process; it holds nothing that could be lost."""
+        """End the process at once; it has no data to save."""
         if self._running is None:
             return
         process, connection = self._running
@@ -277,12 +282,12 @@ class _Decoder:
 
     def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
         ours, theirs = socket.socketpair()
-        # The system ends a wait that takes too long, which costs no call for each image, as asking beforehand does.
+        # A time-out of the socket costs nothing per image; polling before each read would cost a system call.
         wait = struct.pack("@ll", *divmod(int(self._limit * 1e6 / _WAITS), 1_000_000))
         for way in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, way, wait)
         with theirs:
-            # What libraries print must not tear the progress display; what matters is in the answers.
+            # Output of the libraries would break the progress display; results and errors come over the socket.
             nowhere = subprocess.DEVNULL
             process = subprocess.Popen(self._command, stdin=theirs.fileno(), stdout=nowhere, stderr=nowhere)
         return process, Connection(ours.detach())
@@ -304,14 +309,13 @@ class _Decoder:
 
 
 class _Hangs(Exception):
-    """The decoding process takes too long."""
+    """Signal that the decoding process takes longer than the time limit."""
 
 
 def _first(connection: Connection) -> bytes:
-    """Return the first message of an answer. Raises BlockingIOError if none comes.
+    """Return the first message of the decoder's reply. Raises BlockingIOError if none comes within the time limit.
 
-    It is waited for several times, each for a part of the limit: a program that is stopped by Ctrl-Z and goes on an
-    hour later has used up one of them.
+    The limit is divided into several waits: a program stopped by Ctrl-Z and continued an hour later loses only one.
     """
     for _ in range(_WAITS - 1):
         with suppress(BlockingIOError):
@@ -327,12 +331,12 @@ def _signal_name(number: int) -> str:
 
 
 def decoding_pool(cores: int | None = None) -> ThreadPoolExecutor:
-    """Return threads to load images in, as many as keep a model on so many cores busy, by default on all of them."""
+    """Return a pool of threads to load images in: one for each of `cores` (default: all usable cores), at most 16."""
     return ThreadPoolExecutor(min(cores or machine.usable_cores(), _MOST_DECODERS), "decoding")
 
 
 def in_threads(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Generator[R]:
-    """Map in threads, in order, at most `ahead` results waiting: `Executor.map` would run through all."""
+    """Yield `work(item)` for each item, in order, at most `ahead` results waiting; `Executor.map` has no such limit."""
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:
@@ -349,7 +353,7 @@ def in_threads(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable
 def _as_they_come(
     pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int, left: Callable[[R], None] | None
 ) -> Generator[R]:
-    """Map in threads, the first to be done first, at most `ahead` under way or waiting; `left` gets what is unused."""
+    """Yield `work(item)` as each is done, at most `ahead` running or waiting; `left` receives results not yielded."""
     items, running, done = iter(items), set[Future[R]](), set[Future[R]]()
     try:
         while True:
@@ -366,7 +370,7 @@ def _as_they_come(
 
 
 def batched(loaded: Iterable[Loaded], size: int) -> Iterator[list[Loaded]]:
-    """Yield images `size` at a time, the last ones perhaps fewer."""
+    """Yield lists of `size` images; the last list may be shorter."""
     batch: list[Loaded] = []
     for image in loaded:
         batch.append(image)

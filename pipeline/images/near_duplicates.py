@@ -1,8 +1,8 @@
-"""Which images are nearly the same picture: by a fingerprint of 64 bits and a look at few pixels.
+"""Find images that are nearly the same picture, by a fingerprint of 64 bits and the correlation of small thumbnails.
 
 The fingerprint is the perceptual hash of C. Zauner, "Implementation and Benchmarking of Perceptual Image Hash
 Functions" (2010): the signs of the lowest frequencies of a small grey picture. It changes little when a picture is
-saved anew, made larger or smaller, or brighter.
+saved again, resized or made brighter.
 """
 
 from __future__ import annotations
@@ -13,34 +13,35 @@ from itertools import pairwise
 import cv2
 import numpy as np
 
-THUMB = 16  # side of the pictures that are compared
-_SMALL = 32  # side of the picture that is transformed
-_LOW = 8  # frequencies in either direction: 64 bits
+THUMB = 16  # side of the thumbnails that are compared, in pixels
+_SMALL = 32  # side of the picture before the cosine transform, in pixels
+_LOW = 8  # frequencies in each direction: 64 bits
 _BANDS = 8
-WITHIN = _BANDS - 1  # bits in which fingerprints of one picture differ at most: one band of eight is equal then
-_ALIKE = 0.97  # correlation of two thumbs of one picture, at least
-_PLAIN = 4.0  # grey levels of deviation, below which a picture has nothing on it to be correlated
+WITHIN = _BANDS - 1  # most bits in which near duplicates may differ; then at least one of the eight bands is equal
+_ALIKE = 0.97  # least correlation of the thumbnails of near duplicates
+_PLAIN = 4.0  # a standard deviation in grey levels; below it, a picture has too little contrast to correlate
 _BLOCK = 1 << 11
-_MOST_COMPARED = 1 << 22  # fingerprints at a time: 32 MB
-_MOST_PAIRS = 2_000_000  # that are kept: 32 MB
+_MOST_COMPARED = 1 << 22  # pairs of fingerprints compared at a time: 32 MB
+_MOST_PAIRS = 2_000_000  # pairs that are kept before they are reduced to one star per group: 32 MB
 _BYTE_ORDER = np.array([1 << bit for bit in range(64)], np.uint64)
 
 
 def fingerprint(pixels: np.ndarray) -> tuple[int, np.ndarray]:
-    """Return the fingerprint of a picture, (h, w, 3) uint8 RGB, and its thumb, (16, 16) uint8 grey."""
+    """Return the fingerprint of a picture, (h, w, 3) uint8 RGB, and its thumbnail, (16, 16) uint8 grey."""
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (_SMALL, _SMALL), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = cv2.dct(small)[:_LOW, :_LOW].ravel()
-    bits = low > np.median(low[1:])  # the first one is the brightness
+    bits = low > np.median(low[1:])  # the first coefficient is the mean brightness
     return int(_BYTE_ORDER[bits].sum()), cv2.resize(grey, (THUMB, THUMB), interpolation=cv2.INTER_AREA)
 
 
 def near_pairs(fingerprints: np.ndarray, thumbs: np.ndarray, advance: Callable[[int], None]) -> np.ndarray:
-    """Return the pairs (m, 2) int64 of nearly equal pictures, the smaller index first, in ascending order.
+    """Return pairs (m, 2) int64 of near duplicates, the smaller index first, in ascending order.
 
-    Not every pair of a group is told, but enough to connect it: of pictures with one fingerprint each with the next one
-    in brightness, and where there are millions of pairs, of each group those with its first picture. `fingerprints` is
-    (n,) uint64, `thumbs` (n, 16, 16) uint8; `advance(1)` is called eight times.
+    The pairs connect each group of near duplicates, but are not all pairs of it. Pictures with equal fingerprints are
+    paired with the next one in brightness only. If there are more than two million pairs, each group keeps the pairs
+    with its first picture. `fingerprints` is (n,) uint64, `thumbs` (n, 16, 16) uint8; `advance(1)` is called eight
+    times.
     """
     order = np.lexsort((thumbs.mean(axis=(1, 2)), fingerprints))
     distinct, first = np.unique(fingerprints[order], return_index=True)
@@ -60,12 +61,12 @@ def near_pairs(fingerprints: np.ndarray, thumbs: np.ndarray, advance: Callable[[
 
 
 def _stars(pairs: np.ndarray, count: int) -> np.ndarray:
-    """Return pairs that connect the same images, of each group those with its first one."""
+    """Return pairs (m, 2) int64 that connect the same groups: the first image of a group with each other image."""
     return np.array([[group[0], other] for group in clusters(pairs, count) for other in group[1:]], np.int64)
 
 
 def _within_band(distinct: np.ndarray, band: int) -> Iterator[np.ndarray]:
-    """Yield pairs (m, 2) of indices into `distinct` that share a band of bits and differ in few of the others."""
+    """Yield pairs (m, 2) of indices into `distinct` with equal bits in `band` that differ in at most `WITHIN` bits."""
     value = (distinct >> np.uint64(8 * band)) & np.uint64(255)
     order = np.argsort(value, kind="stable")
     bounds = np.searchsorted(value[order], np.arange(257))
@@ -81,7 +82,10 @@ def _within_band(distinct: np.ndarray, band: int) -> Iterator[np.ndarray]:
 
 
 def alike(thumbs: np.ndarray, pairs: np.ndarray, *, mirrored: bool = False) -> np.ndarray:
-    """Return whether the thumbs of these pairs (m, 2) show the same, or with `mirrored` its mirror image: (m,) bool."""
+    """Return for each of `pairs` (m, 2) whether its thumbnails show the same picture: (m,) bool.
+
+    With `mirrored`, a picture and its mirror image count as the same.
+    """
     found = np.zeros(len(pairs), bool)
     for start in range(0, len(pairs), _BLOCK):
         left, right = (thumbs[side].astype(np.float32) for side in pairs[start : start + _BLOCK].T)
@@ -92,7 +96,7 @@ def alike(thumbs: np.ndarray, pairs: np.ndarray, *, mirrored: bool = False) -> n
 
 
 def _same(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Return whether thumbs (m, 16, 16) float32 show the same, (m,) bool."""
+    """Return for each pair of thumbnails, (m, 16, 16) float32, whether they show the same picture: (m,) bool."""
     left, right = left.reshape(len(left), -1), right.reshape(len(right), -1)
     means = left.mean(1), right.mean(1)
     left, right = left - means[0][:, None], right - means[1][:, None]
@@ -103,7 +107,7 @@ def _same(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def clusters(pairs: np.ndarray, count: int) -> list[list[int]]:
-    """Return the images that `pairs` (m, 2) connect, of `count` images, as groups of at least two, in their order."""
+    """Return the groups of images that `pairs` (m, 2) connect, of `count` images in all, each in ascending order."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

@@ -1,1 +1,1 @@
-"""Pages to look at: one run, several runs or a sweep as HTML, and what `doctor` finds before anything is computed."""
+"""Write HTML reports of a run, of several runs or of a sweep, and check a dataset before anything is computed."""

@@ -1,4 +1,7 @@
-"""The report of several runs, or of a sweep: which is best, and what each cost."""
+"""Write the HTML report that compares several runs, or the settings of a sweep, by accuracy and cost.
+
+`report_comparison` writes the page of runs, `report_sweep` the page of a sweep.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ from pipeline.training.sweep.leaderboard import (
     varied,
 )
 
-_MOST_DRAWN = 60  # points
-_NO_BACKBONES: dict[str, Any] = {"cost": "", "backbone_columns": [], "backbone_rows": []}  # that are compared
+_MOST_DRAWN = 60  # points in a plot
+_NO_BACKBONES: dict[str, Any] = {"cost": "", "backbone_columns": [], "backbone_rows": []}  # no comparison of backbones
 _NO_IMAGES = {"classes": [], "images": None, "confusion": None}  # for the page's script
 
 
@@ -59,12 +62,14 @@ _OF_BACKBONES = (
 
 
 def report_comparison(names: Sequence[str], workspace: Workspace, out: Path) -> dict[str, Any]:
-    """Write a page that compares runs on their test splits: these, or all on the dataset of the latest.
+    """Write a page that compares the named runs on their test splits; return a summary of it.
+
+    Without `names`, all runs on the dataset of the latest run are compared.
 
     Raises
     ------
     RunError
-        If there are none, or one cannot be read.
+        If there are no runs, a run cannot be read, or the page cannot be written.
     """
     chosen = _chosen(names, workspace)
     try:
@@ -88,7 +93,7 @@ def _chosen(names: Sequence[str], workspace: Workspace) -> list[RunDataset]:
 
 
 def notes_of(chosen: Sequence[RunDataset]) -> list[str]:
-    """Return what is to be known of the accuracies beside each other: what each was measured on."""
+    """Return notes on what the accuracies were measured on: other datasets, changed images, images trained on."""
     notes, datasets = list[str](), distinct(chosen)
     if len(datasets) > 1:
         paths = distinct_names(sorted({each.path or each.name for each in datasets}))
@@ -127,7 +132,7 @@ def _page_of_runs(chosen: Sequence[RunDataset]) -> str:
 
 
 def _untrained(weights: Iterable[tuple[str, Any]]) -> tuple[bool, list[str]]:
-    """Return whether all (backbone, weights) are untrained, and if only some are, a note that names them."""
+    """Return whether all pairs (backbone, weights) are untrained, and a note that names them if only some are."""
     is_untrained = {(backbone, str(identity).startswith("untrained")) for backbone, identity in weights}
     names = sorted(backbone for backbone, untrained in is_untrained if untrained)
     if all(untrained for _, untrained in is_untrained):
@@ -137,7 +142,7 @@ def _untrained(weights: Iterable[tuple[str, Any]]) -> tuple[bool, list[str]]:
 
 
 def _labels(about: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what each run is called in the plot: its means, and its backbone if there are several."""
+    """Return the name of each run in the plot: its head and stage, and its backbone if there are several."""
     means, backbones = [_means(each["summary"]) for each in about], list(map(store.backbone_of, about))
     return means if len(set(backbones)) < 2 else [" ".join(both) for both in zip(means, backbones, strict=True)]
 
@@ -166,7 +171,7 @@ def _interval(low: float | None, high: float | None) -> str:
 
 
 def report_sweep(folder: Path, out: Path) -> dict[str, Any]:
-    """Write a page about the sweep in a folder: all settings that were tried, ranked. Raises RunError."""
+    """Write a page about the sweep in a folder, with all its settings ranked; return a summary. Raises RunError."""
     try:
         about = json.loads(files.read_small(folder / "sweep.json", files.MOST_JSON_BYTES))
         if (about["format"], about["version"]) != (sweep.FORMAT, sweep.VERSION):
@@ -195,7 +200,7 @@ def _page_of_sweep(about: Mapping[str, Any]) -> str:
         untrained=untrained,
         notes=[*notes, *_notes_of_sweep(about, several)],
         caption="Accuracy on the validation split.",
-        scatter=""  # of several, the cost of extraction tells more
+        scatter=""  # for several backbones, the plot of extraction cost replaces this one
         if several
         else page.scatter(
             [f"{row['rank']}" for row in tried],
@@ -222,7 +227,7 @@ def _notes_of_sweep(about: Mapping[str, Any], several: bool) -> list[str]:
 
 
 def _backbones(about: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the plot and the table of what each backbone's best head is worth, and what its features cost."""
+    """Return the plot and the table of each backbone: the accuracy of its best head and the cost of its features."""
     best = best_of_each(about["runs"])
     weights = {each["space"]: str(each["weights"]) for each in about["backbones"]}
     points = cost_points(about["runs"])

@@ -1,6 +1,7 @@
-"""What a dataset's own features say of it: a map, labels that are likely wrong, images that are nearly the same.
+"""Find issues of a dataset from its features: labels that are likely wrong, and near-duplicate images.
 
-All of it is about every image, in memory that grows by about a kilobyte an image, whatever the number of classes.
+`find_issues` does both; `project` places images on a map. All images are analysed. Memory grows by about one kilobyte
+for each image, independent of the number of classes.
 """
 
 from __future__ import annotations
@@ -18,38 +19,38 @@ from pipeline.report.thumbnails import ImageLooks
 from pipeline.training.heads.base import deal_folds
 from pipeline.training.rows import Rows, blocks
 
-_MOST_TSNE = 5_000  # images; beyond, t-SNE takes minutes
-_SAMPLE = 10_000  # images that components, and what is to be chosen, are learned from
-_COMPONENTS = 128  # that features are reduced to before anything else: what is left out is mostly noise
+_MOST_TSNE = 5_000  # most images for t-SNE; with more, it takes minutes
+_SAMPLE = 10_000  # images on which components and hyperparameters are fitted
+_COMPONENTS = 128  # principal components to which features are reduced first: the rest is mostly noise
 _FOLDS = 5
-_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # inverse penalties of the logistic regression
-_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)  # of the discriminant analysis
-_MOST_ITERATED = 1 << 23  # images times classes up to which a regression is fitted: beyond, it takes hours
-_BLOCK = 1 << 22  # probabilities that are in memory together: 32 MB
-_UNLIKELY = 0.5  # times chance: how likely a label is at most to be called doubtful
-_NEIGHBOURS = 3  # by features, of each image, that are looked at for being nearly the same
+_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # values of C tried for the logistic regression
+_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)  # tried for the linear discriminant analysis
+_MOST_ITERATED = 1 << 23  # images times classes up to which a regression is fitted: above, it takes hours
+_BLOCK = 1 << 22  # probabilities in memory at the same time: 32 MB
+_UNLIKELY = 0.5  # a label is doubtful only if its probability is below this factor times chance (1 / classes)
+_NEIGHBOURS = 3  # nearest neighbours by features that are compared with each image as near-duplicates
 
-Fold = tuple[Any, np.ndarray, float]  # a fitted model, the images held out, what to divide logits by
+Fold = tuple[Any, np.ndarray, float]  # a fitted model, indices of the images held out, the temperature of its logits
 
 
 @dataclass(frozen=True, eq=False)
 class DatasetIssues:
-    """Of n images.
+    """The issues found among n images.
 
     Parameters
     ----------
     components
-        (n, k) float32: principal components of their features.
+        (n, k) float32: principal components of the images' features.
     likely_wrong
-        Indices of images whose label is likely wrong, the likeliest first.
+        Indices of images whose label is likely wrong, the most doubtful first.
     suggested
-        (n,) int: the class that cross-validated features say; -1 where nothing could be learned of the image's class.
+        (n,) int: the class predicted by cross-validation; -1 where no model was trained on the image's class.
     own_probability
-        (n,) float: how likely they find the label that is given.
+        (n,) float: the cross-validated probability of the given label.
     accuracy
-        How often what they say is the label that is given: where this is low, much of what is named is right.
+        The share of images whose prediction is the given label. If it is low, many labels in `likely_wrong` are right.
     near
-        (m, 2) int: pairs of images that are nearly the same picture, or its mirror image.
+        (m, 2) int: pairs of near-duplicate images; mirror images count too.
     """
 
     components: np.ndarray
@@ -61,9 +62,9 @@ class DatasetIssues:
 
 
 def reduce_dimensions(rows: Rows) -> np.ndarray:
-    """Return (n, c) features as at most 128 principal components of standardised channels: (n, k) float32.
+    """Reduce features (n, c) to at most 128 principal components of standardised channels: (n, k) float32.
 
-    They are learned from 10,000 rows at most, and the rows gone through in blocks.
+    The components are fitted on at most 10,000 rows. The rows are transformed in blocks.
     """
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import StandardScaler
@@ -87,7 +88,10 @@ def _sample(count: int) -> np.ndarray:
 def find_issues(
     rows: Rows, labels: np.ndarray, groups: np.ndarray, looks: ImageLooks, classes: int, progress: Progress
 ) -> DatasetIssues:
-    """Look at pooled features (n, c), labels (n,), and groups (n,) whose members must not be told apart by folds."""
+    """Return the issues of images by their pooled features (n, c), labels (n,) and groups (n,).
+
+    Members of one group are always in the same fold. `classes` is the number of classes.
+    """
     with progress("looking at features", len(_STRENGTHS) + 4, "steps") as advance:
         components = reduce_dimensions(rows)
         advance(1)
@@ -102,7 +106,10 @@ def find_issues(
 
 
 def project(components: np.ndarray, method: str | None) -> tuple[np.ndarray, str]:
-    """Return where some images lie on a map, (n, 2) float within 0 to 1, by their components, and how it was made."""
+    """Return the positions of images on a map, (n, 2) float in [0, 1], from their components, and the method used.
+
+    `method` is "tsne" or "pca"; None chooses t-SNE for up to 5,000 images, else PCA.
+    """
     from sklearn.manifold import TSNE
 
     method = method or ("tsne" if len(components) <= _MOST_TSNE else "pca")
@@ -117,11 +124,11 @@ def project(components: np.ndarray, method: str | None) -> tuple[np.ndarray, str
 def cross_validated(
     components: np.ndarray, labels: np.ndarray, groups: np.ndarray, classes: int, advance: Callable[[int], None]
 ) -> list[Fold]:
-    """Return models of the labels, each with the images it was not fitted on, by five folds; none of too few images.
+    """Fit classifiers by five-fold cross-validation; return each with the images held out, or none for too few images.
 
-    They are logistic regressions, with the penalty under which some 10,000 images agree best with their labels; of more
-    images and classes than these can be fitted to, discriminant analyses, with the temperature for which they do.
-    `advance(1)` is called for each penalty.
+    The classifiers are logistic regressions. Their penalty is the one with the least cross-validated log loss on at
+    most 10,000 images. If images times classes exceed 2^23, they are linear discriminant analyses instead, with the
+    temperature chosen in the same way. `advance(1)` is called for each penalty.
     """
     if len(labels) * classes > _MOST_ITERATED:
         from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -133,7 +140,7 @@ def cross_validated(
     for at, strength in enumerate(_STRENGTHS):
         folds = _by_folds(components[some], labels[some], groups[some], lambda: _regression(strength))  # noqa: B023
         loss = _loss(folds, components[some], labels[some], classes)
-        if loss >= least:  # and would be with less of a penalty still
+        if loss >= least:  # an even weaker penalty would not lower the loss either
             advance(len(_STRENGTHS) - at)
             break
         best, least, chosen = folds, loss, strength
@@ -153,12 +160,12 @@ def _by_folds(components: np.ndarray, labels: np.ndarray, groups: np.ndarray, mo
     from sklearn.exceptions import ConvergenceWarning
 
     count = min(_FOLDS, int(np.bincount(labels).max()), len(np.unique(groups)))
-    if count < 2:  # too few images for any of them to be told by others
+    if count < 2:  # too few images for cross-validation
         return []
     folds = list[Fold]()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of classes with few images
-        warnings.simplefilter("ignore", ConvergenceWarning)  # nearly there is good enough to be looked at
+        warnings.simplefilter("ignore", UserWarning)  # about classes with few images
+        warnings.simplefilter("ignore", ConvergenceWarning)  # an approximate fit suffices to rank images for review
         for fitted, held in deal_folds(labels, groups, count, 0):
             if len(held) and 2 <= len(np.unique(labels[fitted])) < len(fitted):
                 folds.append((model().fit(components[fitted], labels[fitted]), held, 1.0))
@@ -166,7 +173,10 @@ def _by_folds(components: np.ndarray, labels: np.ndarray, groups: np.ndarray, mo
 
 
 def _cooled(folds: list[Fold], components: np.ndarray, labels: np.ndarray, classes: int) -> list[Fold]:
-    """Return the folds with the temperature of least loss on some images: an analysis alone is too sure of itself."""
+    """Return the folds with the temperature of least log loss on a sample of images.
+
+    Without a temperature, the probabilities of a linear discriminant analysis are overconfident.
+    """
     some = np.isin(np.arange(len(labels)), _sample(len(labels)))
     tried = [[(model, held, warm) for model, held, _ in folds] for warm in _TEMPERATURES]
     losses = [_loss([(model, held[some[held]], warm) for model, held, warm in of], components, labels, classes)
@@ -185,9 +195,9 @@ def _loss(folds: list[Fold], components: np.ndarray, labels: np.ndarray, classes
 def _said(
     folds: list[Fold], components: np.ndarray, labels: np.ndarray, classes: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield images and what is said of them, (m, classes) float64, block by block.
+    """Yield indices of held-out images (m,) and their probabilities (m, classes) float64, block by block.
 
-    An image is left out if nothing of its class was fitted: it would only be told that it is something else.
+    An image is left out if its fold's model saw no image of its class: the model would always contradict its label.
     """
     from scipy.special import softmax
 
@@ -205,10 +215,11 @@ def _said(
 def _judged(
     components: np.ndarray, labels: np.ndarray, classes: int, folds: list[Fold]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the images whose label is likely wrong, the likeliest first; the class suggested for each; its own share.
+    """Return the images with likely wrong labels; for every image, its predicted class and its label's probability.
 
-    Named is what confident learning names (Northcutt, Jiang and Chuang 2021) and whose label is found to be less than
-    half as likely as by chance: of hard images, which a weak backbone leaves many of, the former names too many.
+    The images with the most doubtful labels come first. An image is listed if confident learning finds it (Northcutt,
+    Jiang and Chuang 2021) and its label has less than half the probability of chance. Confident learning alone lists
+    too many of the hard images, and a weak backbone makes many images hard.
     """
     from cleanlab.experimental.label_issues_batched import LabelInspector
 
@@ -228,10 +239,11 @@ def _judged(
 
 
 def near_pairs(components: np.ndarray, looks: ImageLooks) -> np.ndarray:
-    """Return pairs (m, 2), the smaller index first, of images that are nearly the same picture.
+    """Return pairs (m, 2) of near-duplicate images, the smaller index first.
 
-    They are sought by fingerprints and, as these miss what is mirrored or slightly cut, among those whose features
-    (n, k) are closest; their pictures decide. Of copies only the first has neighbours: else each would have the others.
+    Candidates are images with similar fingerprints, and images whose features (n, k) are closest, because fingerprints
+    miss mirrored and slightly cropped images. The thumbnails of a pair of neighbours decide. Of identical images only
+    the first is compared by features; else the neighbours of each would be its own copies.
     """
     seen = np.flatnonzero(looks.seen)
     by_picture = seen[near_duplicates.near_pairs(looks.fingerprints[seen], looks.thumbs[seen], lambda n: None)]
@@ -242,13 +254,13 @@ def near_pairs(components: np.ndarray, looks: ImageLooks) -> np.ndarray:
 
 
 def _closest(components: np.ndarray) -> np.ndarray:
-    """Return each row (n, k) with the few whose directions are closest, as pairs (m, 2), the smaller index first."""
+    """Return pairs (m, 2) of each row (n, k) and its 3 nearest rows by cosine similarity, the smaller index first."""
     from sklearn.neighbors import NearestNeighbors
 
     if not len(components):
         return np.zeros((0, 2), np.int64)
     directions = components / np.maximum(np.linalg.norm(components, axis=1, keepdims=True), 1e-9)
-    count = min(_NEIGHBOURS + 1, len(directions))  # the closest of all is it itself
+    count = min(_NEIGHBOURS + 1, len(directions))  # the nearest row is the row itself
     neighbours: Any = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(directions)
     found = neighbours.kneighbors(directions, return_distance=False)
     pairs = np.stack([np.repeat(np.arange(len(found)), found.shape[1]), found.ravel()], axis=1)

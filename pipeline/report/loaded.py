@@ -1,4 +1,7 @@
-"""What a run's folder says of it, as a page shows it: numbers, curves, tables. Needs neither images nor features."""
+"""Load a run's stored results for its report page: metrics, curves, tables, predictions.
+
+`load_run` reads only the run's folder; it needs neither images nor features.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +23,24 @@ from pipeline.runs.metrics import confusion_cells
 from pipeline.runs.predictions import Answers, read_predictions
 from pipeline.training.open_run import TrainedRun
 
-_MOST_CLASSES = 1_000  # in the table; a page with more is slow to open
+_MOST_CLASSES = 1_000  # rows of the table of classes; a page with more is slow to open
 _MEASURES = ("precision", "recall", "f1", "roc_auc", "support")
 _STAGES = {"freeze": "the full model, backbone frozen", "finetune": "the full model, fine-tuned"}
-_TOLD_ELSEWHERE = ("run", "head", "space", "weights", "precision")  # of a summary
+_TOLD_ELSEWHERE = ("run", "head", "space", "weights", "precision")  # keys of a summary that other tables show
 
 _AXES = {"fold": "the folds", "epoch": "the epochs", "C": "C"}
 
 Row = tuple[str, str]
-# What files that are no run's make of reading them.
+# The exceptions that reading damaged or foreign files can raise.
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, csv.Error)
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedRun:
-    """What stands on the page: `values` for its template, and the cells of the confusion matrix.
+    """The stored results of a run: `values` for the page's template, the confusion matrix and the predictions.
 
-    A cell is true class, answer, and how many images. `said` holds for each split and name of an image, as it is spelt,
-    what was said of it: label, answer, confidence; several where several images have one name.
+    `confusion` is a list of cells [true class, predicted class, number of images]. `said` maps (split, image name as
+    written in the CSV) to a list of (label, predicted class, probability); it is longer where images share a name.
     """
 
     values: dict[str, Any]
@@ -46,12 +49,12 @@ class LoadedRun:
 
 
 def load_run(run: TrainedRun, program: Sequence[str]) -> LoadedRun:
-    """Read what a run keeps; `program` is what the command lines on the page begin with.
+    """Read the stored results of a run; `program` is the beginning of the command lines on the page.
 
     Raises
     ------
     RunError
-        If it is not what a run leaves.
+        If a file cannot be read, or its content is not valid.
     """
     try:
         about, metrics, history, bad = (
@@ -83,14 +86,14 @@ def load_run(run: TrainedRun, program: Sequence[str]) -> LoadedRun:
 
 
 def _number(value: Any) -> float:
-    """Return a finite number, such as it is, or raise ValueError."""
+    """Return `value` unchanged if it is a finite number, else raise ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{value!r:.60} where a number should be")
     return value
 
 
 def _per_class(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what is told of each class; of too many, of those that are told apart worst, in their order."""
+    """Return the measures of each class; above 1,000 classes, of the 1,000 with the lowest F1, in class order."""
     told = [_measures(each) for each in measured]
     tested = [i for i, each in enumerate(told) if each["support"]]
     worst = sorted(tested, key=lambda i: told[i]["f1"])[:_MOST_CLASSES]
@@ -107,7 +110,7 @@ def _json(path: Path) -> Any:
 
 
 def _curves(history: Sequence[Mapping[str, float]]) -> list[Row]:
-    """Return what there is of loss and accuracy over the training: a caption and SVG of each."""
+    """Return the plots of loss and accuracy during training, as far as recorded: caption and SVG of each."""
     x = "fold" if "fold" in history[0] else "epoch" if "epoch" in history[0] else "C"
     kinds = [kind for kind in ("loss", "accuracy") if kind in history[0] or f"val_{kind}" in history[0]]
     found = []
@@ -118,7 +121,7 @@ def _curves(history: Sequence[Mapping[str, float]]) -> list[Row]:
 
 
 def _cards(run: TrainedRun, about: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the headline: name, value, and what else is to be said."""
+    """Return the cards at the top of the page: name, value, and a line of details."""
     test, val, summary, dataset = metrics["test"], metrics["val"], about["summary"], about["dataset"]
     low, high = map(_number, test["accuracy_interval"])
     sure = f"95% interval {low:.1%} to {high:.1%}, {counted(test['images'], 'test image')}"
@@ -138,7 +141,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _provenance(run: TrainedRun, about: Mapping[str, Any]) -> dict[str, list[Row]]:
-    """Return tables by their titles."""
+    """Return the tables of settings and results, by title."""
     dataset, summary = about["dataset"], about["summary"]
     base = {"base weights": run.base.weights} if run.full else {}
     measured = {name: value for name, value in summary.items() if name not in _TOLD_ELSEWHERE}

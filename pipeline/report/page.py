@@ -1,4 +1,4 @@
-"""Values → one HTML page that opens offline: template, style and script in it, nothing from a network."""
+"""Render an HTML page that opens offline: template, style, script and plots are embedded in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _PAGES = resources.files("pipeline.report") / "pages"
 
 
 def render(template: str, data: Mapping[str, Any], sheets: Sequence[str] = (), **values: Any) -> str:
-    """Return the page of a template in `pages`. What `values` hold is escaped, `data` is for the script."""
+    """Return the HTML of a template in `pages`, filled with `values`, which are escaped; `data` is for the script.
+
+    `sheets` are pictures of thumbnails as data URLs.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -38,13 +41,13 @@ def render(template: str, data: Mapping[str, Any], sheets: Sequence[str] = (), *
 
 
 def embedded(data: Mapping[str, Any]) -> str:
-    """Return JSON that can stand in a script element: no text in it can end that or begin a comment."""
+    """Return JSON that is safe inside a script element: no text in it can end the element or begin a comment."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def printable(value: Any) -> Any:
-    """Return the same with every text such as UTF-8 can carry it."""
+    """Return the same value with every text in it made encodable as UTF-8."""
     if isinstance(value, str):
         return to_utf8(value)
     if isinstance(value, Mapping):
@@ -53,7 +56,7 @@ def printable(value: Any) -> Any:
 
 
 def number(value: Any, decimals: int = 3) -> str:
-    """Return a number as people read it: so many digits after the point, thousands parted."""
+    """Return a number as text, with thousands separators; floats have `decimals` decimals, None is a dash."""
     if value is None:
         return "\N{EN DASH}"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{decimals}f}"
@@ -98,7 +101,7 @@ def _draw_scatter(
 
 
 def _svg(draw: Callable[[IO[str]], None]) -> str:
-    """Return what `draw` writes as SVG without its prologue, in the colours of the page; "" if nothing."""
+    """Return the SVG that `draw` writes, without XML prologue, in the page's text colour; "" if nothing is drawn."""
     buffer = io.StringIO()
     draw(buffer)
     text = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The report of one run: what it learned, what it mistakes, what its images are like, how to make it again."""
+"""Write the HTML report of one run: results, mistakes, dataset issues, and commands that reproduce the run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ _METHODS = {"tsne": "t-SNE", "pca": "principal components"}
 def write_report(
     run: TrainedRun, workspace: Workspace, out: Path, program: Sequence[str], *, max_pixels: int, method: str | None
 ) -> dict[str, Any]:
-    """Write the report of a run to `out`; return what is told of it.
+    """Write the report of a run to `out`; return a summary of it for the command's output.
 
-    The command lines on it begin with `program`.
-
-    What the run's folder holds is always there. Pictures need its images, and the map, doubtful labels and near
-    copies the features of its backbone in the cache; where they are not, the page says so.
+    The command lines on the page begin with `program`. Results stored in the run's folder are always shown. Thumbnails
+    need the run's images. The map, doubtful labels and near-duplicates need the backbone's features in the cache. The
+    page names the parts that are missing.
 
     Raises
     ------
@@ -65,7 +64,7 @@ def write_report(
 
 
 def trained_on(about: Mapping[str, Any]) -> list[str]:
-    """Return what is to be said of a run's test images that it was trained on; `about` is its run.json."""
+    """Return notes on a run's test images that the run was trained on; `about` is its run.json."""
     summary = about["summary"]
     left_out, measured, crossing = (
         value if isinstance(value := summary.get(name), int) else 0
@@ -83,7 +82,7 @@ def trained_on(about: Mapping[str, Any]) -> list[str]:
 
 
 def _looked(shown: ImageSelection | None) -> dict[str, Any]:
-    """Return what the template says of the images: how many, and what was found; None where nobody could look."""
+    """Return the template's values about the images: their number, and counts of issues (None without features)."""
     found = shown.found if shown else None
     if shown is None or found is None:
         none = dict.fromkeys(("method", "suspects", "near", "crossing", "told_apart"))
@@ -100,7 +99,7 @@ def _looked(shown: ImageSelection | None) -> dict[str, Any]:
 
 
 def require_target(out: Path) -> None:
-    """Raise RunError if no page can be written there: before it is made, which may take a minute."""
+    """Raise RunError if no page can be written to `out`; call it before rendering, which may take a minute."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -109,14 +108,14 @@ def require_target(out: Path) -> None:
         ) from error
     if out.is_dir():
         raise RunError(f"the report cannot be written to {out}: that is a folder; name a file in it")
-    if out.exists() and not out.is_file():  # a device or a pipe would be replaced
+    if out.exists() and not out.is_file():  # publishing would replace a device or a pipe
         raise RunError(f"the report cannot be written to {out}: that is no regular file")
     if not os.access(out.parent, os.W_OK):
         raise RunError(f"the report cannot be written to {out}: its folder is read-only; name another by --out")
 
 
 def publish(out: Path, text: str) -> None:
-    """Write a page, the whole file or none; of a link, what it leads to. Raises RunError."""
+    """Write a page, either completely or not at all; a symbolic link is followed. Raises RunError."""
     try:
         files.write_whole(out.resolve(), text.encode("utf-8"))
     except OSError as error:

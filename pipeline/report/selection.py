@@ -1,4 +1,7 @@
-"""The images on a page: which they are, their small pictures, what their features say, what was said of them."""
+"""Select the images shown on a run's report page, with thumbnails, predictions, dataset issues and a map.
+
+`select_images` collects all of it in an `ImageSelection`; `script_data` and `named` turn that into JSON values.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +24,20 @@ from pipeline.training.labelled_features import LabelledFeatures, LabelledImages
 from pipeline.training.open_run import TrainedRun
 from pipeline.training.rows import RowSelection, open_rows
 
-MOST_IMAGES = 10_000  # with pictures on a page
-MOST_LISTED = 200  # doubtful labels, and near copies, on a page
-_MOST_ROWS = 2**29  # bytes of features in memory; more are read as they are needed
+MOST_IMAGES = 10_000  # images with a thumbnail on a page
+MOST_LISTED = 200  # doubtful labels, and pairs of near-duplicates, listed on a page
+_MOST_ROWS = 2**29  # bytes of features in memory; the others are read from disk when needed
 _NO_FEATURES = "there is no map, and no look for doubtful labels and near copies"
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSelection:
-    """n images, test first: positions in `images.keys`, what was said and found of them, and which are on the page.
+    """The n images of a run, test images first, and the m of them that the page shows.
 
-    `predicted` (n,) int is -1 for images of which nothing was said, `confidence` (n,) float is how sure it was.
-    `selected` (m,) are the indices of those on the page, in ascending order, which have `tiles`, and `places` (m, 2) on
-    a map that was made by `method`, or None.
+    `positions` (n,) are indices into `images.keys`. `predicted` (n,) int is the predicted class, -1 for images without
+    a prediction; `confidence` (n,) float is its probability. `found` are the dataset's issues, None without features.
+    `selected` (m,) are the indices of the images on the page, in ascending order. `tiles` are their thumbnails,
+    `places` (m, 2) their positions on a map made by `method` ("tsne", "pca", or None without a map).
     """
 
     images: LabelledImages
@@ -48,24 +52,27 @@ class ImageSelection:
 
     @property
     def names(self) -> list[str]:
-        """What people call them."""
+        """The names of the n images."""
         return self.images.names(self.positions)
 
     @property
     def labels(self) -> np.ndarray:
-        """Their labels, (n,) int."""
+        """The labels of the n images, (n,) int."""
         return self.images.labels(self.positions)
 
     @property
     def sides(self) -> np.ndarray:
-        """Which side of the split each is on, (n,) str."""
+        """The split of each image, (n,) str: "train", "val" or "test"."""
         return self.images.sides(self.positions)
 
 
 def select_images(
     run: TrainedRun, said: Answers, workspace: Workspace, max_pixels: int, method: str | None, notes: list[str]
 ) -> ImageSelection | None:
-    """Return the images of the run with findings, and pictures of some; what cannot be had is noted."""
+    """Return the images of a run with their issues and the thumbnails of a selection; None if they cannot be opened.
+
+    `said` are the run's stored predictions. What is missing on the page is added to `notes`, one sentence each.
+    """
     images = _images(run, workspace, max_pixels, notes)
     if images is None:
         return None
@@ -112,7 +119,7 @@ def _note_left_out(count: int, selected: int, looks: ImageLooks, notes: list[str
 def _found(
     images: LabelledFeatures, positions: np.ndarray, looks: ImageLooks, classes: int, workspace: Workspace
 ) -> DatasetIssues:
-    """Look at what the features of all these images say; near copies across the split come first."""
+    """Return the issues of these images; pairs of near-duplicates in two different splits come first."""
     with images.space.reading():
         (rows,) = open_rows(images.space, images.keys, "pooled", [RowSelection(positions)], memory=_MOST_ROWS)
         labels, groups = images.labels(positions), images.groups[positions]
@@ -123,7 +130,7 @@ def _found(
 
 
 def _images(run: TrainedRun, workspace: Workspace, max_pixels: int, notes: list[str]) -> LabelledImages | None:
-    """Return the run's images, with their rows if the cache has them."""
+    """Return the run's images, with their rows if the cache has them; None with a note if they cannot be opened."""
     if run.request is None:
         notes.append("The run does not say what it was trained on, so that its images are not shown.")
         return None
@@ -143,9 +150,9 @@ def _images(run: TrainedRun, workspace: Workspace, max_pixels: int, notes: list[
 
 
 def _answers(images: LabelledImages, positions: np.ndarray, said: Answers) -> tuple[np.ndarray, np.ndarray]:
-    """Return what was said of these images, (n,) int, and how surely, (n,) float.
+    """Return the predicted class of each image, (n,) int, and its probability, (n,) float.
 
-    -1 where nothing was, or where the image has another label by now, or lies in another split.
+    The class is -1 where there is no prediction, or where the image's label or split has changed since.
     """
     left = {name: list(answers) for name, answers in said.items()}
     predicted, confidence = np.full(len(positions), -1), np.zeros(len(positions))
@@ -162,7 +169,10 @@ def _answers(images: LabelledImages, positions: np.ndarray, said: Answers) -> tu
 def _select(
     images: LabelledImages, positions: np.ndarray, predicted: np.ndarray, found: DatasetIssues | None
 ) -> np.ndarray:
-    """Return which images to show, (10,000,): those that are listed as found, then tested ones, mistakes first."""
+    """Return the sorted indices of the images to show, (10,000,).
+
+    Images of listed issues have priority, then test images; within a split, wrong predictions come first.
+    """
     listed = np.zeros(len(positions), bool)
     if found is not None:
         listed[found.likely_wrong[:MOST_LISTED]] = True
@@ -175,7 +185,7 @@ def _select(
 
 
 def script_data(shown: ImageSelection) -> dict[str, Any]:
-    """Return what the page's script draws of the images on it."""
+    """Return the data of the images on the page for its script, as JSON values."""
     found, columns, some = shown.found, shown.tiles.columns, shown.selected
     on_sheet = columns**2
     counts = [min(on_sheet, len(some) - start) for start in range(0, len(some), on_sheet)]
@@ -205,13 +215,13 @@ def _suspects(found: DatasetIssues) -> list[dict[str, Any]]:
 
 
 def crossing(shown: ImageSelection) -> np.ndarray:
-    """Return which of the near copies lie on two sides of the split, (m,) bool."""
+    """Return which pairs of near-duplicates are in two different splits, (m,) bool."""
     pairs = shown.found.near if shown.found else np.zeros((0, 2), np.int64)
     return shown.sides[pairs[:, 0]] != shown.sides[pairs[:, 1]]
 
 
 def named(shown: ImageSelection, found: DatasetIssues) -> dict[str, Any]:
-    """Return what was found image by image, for scripts."""
+    """Return the issues with image names, as JSON values for the output of `report`."""
     names, labels, sides, classes = shown.names, shown.labels, shown.sides.tolist(), shown.images.dataset.classes
     return {
         "out_of_sample_accuracy": found.accuracy,

@@ -1,6 +1,7 @@
-"""What each image looks like: marks that near copies are found by, and small pictures that a page can carry.
+"""Make thumbnails of images for a page, and the fingerprints that find near-duplicates.
 
-The small pictures are packed into a few large ones, as a page must open offline.
+`make_thumbnails` decodes identical images once. `pack_sheets` packs the thumbnails into a few large pictures, which are
+embedded in the page because the page must open offline.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from pipeline.training.labelled_features import LabelledImages
 
 _COLUMNS = 16
 _ON_A_SHEET = _COLUMNS**2
-_SIDES = (96, 64, 48, 32)  # pixels; the largest with which all fit
-_MANY = 3_000  # images from which on they are not made in the largest size first
-_QUALITY = 70
-_ROOM = 9_000_000  # bytes of all sheets as text
-_AHEAD = 64  # images
-_SIZE, _FIT = 299, "pad"  # in which images are decoded: undistorted, and with nothing cut off
-_MISSING = 128  # the grey of an image that cannot be read any more
+_SIDES = (96, 64, 48, 32)  # possible thumbnail sizes in pixels; the largest with which all fit is used
+_MANY = 3_000  # above this number of images, the largest size is not tried
+_QUALITY = 70  # of WebP, 1 to 100
+_ROOM = 9_000_000  # most bytes of all sheets, base64-encoded
+_AHEAD = 64  # images decoded in advance
+_SIZE, _FIT = 299, "pad"  # decoding size and fit: images are neither distorted nor cropped
+_MISSING = 128  # grey value of images that cannot be read any more
 
 
 @dataclass(frozen=True, eq=False)
 class ImageLooks:
-    """What n images look like.
+    """Thumbnails and fingerprints of n images.
 
-    `pictures` are (n, side, side, 3) uint8 RGB, with a side of 0 where only marks were wanted. `fingerprints` (n,)
-    uint64 and `thumbs` (n, 16, 16) uint8 are those of `near`; `seen` (n,) bool is false for images that cannot be read.
-    `copy_of` (n,) int is the first of them with the same content.
+    `pictures` are thumbnails (n, side, side, 3) uint8 RGB; side is 0 if only fingerprints were requested.
+    `fingerprints` (n,) uint64 and `thumbs` (n, 16, 16) uint8 are those of `near_duplicates`. `seen` (n,) bool is false
+    for images that cannot be read. `copy_of` (n,) int is the index of the first image with the same content.
     """
 
     pictures: np.ndarray
@@ -46,8 +47,9 @@ class ImageLooks:
 
 @dataclass(frozen=True)
 class ThumbnailSheets:
-    """Tile i lies on sheet i // 256, in row i % 256 // 16 and column i % 16; each is `side` pixels wide and high.
+    """Thumbnails packed as tiles into a few large pictures, the sheets.
 
+    Tile i is on sheet i // 256, in row i % 256 // 16 and column i % 16. Each tile is `side` pixels wide and high.
     `sheets` are WebP pictures as data URLs.
     """
 
@@ -59,7 +61,10 @@ class ThumbnailSheets:
 def make_thumbnails(
     images: LabelledImages, positions: np.ndarray, max_pixels: int, progress: Progress, depth: int, *, pictures: bool
 ) -> ImageLooks:
-    """Look at the images at these positions, each content once; make `pictures` of them too, or only their marks."""
+    """Return fingerprints of the images at these positions, and thumbnails if `pictures` is set.
+
+    Images with the same content are decoded once. `depth` is the number of bits that 16-bit channels hold.
+    """
     side = _SIDES[len(positions) > _MANY] if pictures else 0
     of_key: dict[bytes, int] = {}
     copy_of = np.array([of_key.setdefault(images.keys[at], i) for i, at in enumerate(positions.tolist())], np.int64)
@@ -92,14 +97,14 @@ def _marks(image: Loaded, side: int) -> tuple[np.ndarray, int, np.ndarray] | Non
 
 
 def pack_sheets(pictures: np.ndarray) -> ThumbnailSheets:
-    """Return pictures (n, side, side, 3) as tiles, as large as a page can carry them."""
+    """Return thumbnails (n, side, side, 3) packed into sheets, with the largest tile size that fits a page."""
     sides = [side for side in _SIDES if side <= pictures.shape[1]]
     side = next((side for side in sides if _estimate(pictures, side) < _ROOM), _SIDES[-1])
     return ThumbnailSheets(side, list(_sheets(pictures, side)))
 
 
 def _estimate(pictures: np.ndarray, side: int) -> float:
-    """Return about how many bytes all sheets take, by one of images from everywhere."""
+    """Return the estimated bytes of all sheets, from one sheet with evenly spaced images."""
     some = pictures[:: max(1, len(pictures) // _ON_A_SHEET)][:_ON_A_SHEET]
     return sum(map(len, _sheets(some, side))) / max(1, len(some)) * len(pictures)
 

@@ -1,5 +1,5 @@
-"""What a training was asked for, and what came out: a folder for each run.
+"""Store runs: the training request and the results, in a folder for each run.
 
-`request` is stored before training begins; `store` publishes the folder whole and finds runs by name; `metrics` and
-`plots` measure and draw predictions.
+`request` defines training requests, which are stored before training begins. `store` publishes a run's folder by one
+rename and finds runs by name. `metrics` computes metrics of predictions, and `plots` draws them.
 """

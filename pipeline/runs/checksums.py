@@ -1,4 +1,4 @@
-"""The checksums of a run's files: written when it is published, compared when it is read."""
+"""Write the checksums of a run's files when the run is published, and check them when it is read."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 from pipeline.core import files
 from pipeline.core.errors import RunError
 
-CHECKSUMS = "SHA256SUMS"  # of all files of a published run, as `sha256sum --check` reads it
-_VOUCHING = ("run.json", "network.json", "head.json", "fold-*/head.json")  # the last three hold the weights' digests
+CHECKSUMS = "SHA256SUMS"  # lists all files of a published run, in the format of `sha256sum --check`
+_VOUCHING = ("run.json", "network.json", "head.json", "fold-*/head.json")  # the last three hold digests of weights
 
 
 def write_checksums(folder: Path, but: Sequence[str]) -> None:
-    """Write the checksums of all files in a run's folder, but of those with these names."""
+    """Write the checksums of all files in a run's folder, except files with the names `but`."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (CHECKSUMS, *but)]
     lines = [f"{files.sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
     files.write_whole(folder / CHECKSUMS, "".join(lines).encode("utf-8", "surrogateescape"))
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """Return file name → sha256, 64 hex digits, of a run's files; nothing of a run that has no checksums.
+    """Return file name → sha256, 64 hex digits, of a run's files; an empty dict for a run without checksums.
 
     Raises
     ------
     RunError
-        If they cannot be read.
+        If the checksums cannot be read.
     """
     path = folder / CHECKSUMS
     if not path.exists():
@@ -39,9 +39,10 @@ def read_checksums(folder: Path) -> dict[str, str]:
 
 
 def check_files(folder: Path, named: object) -> None:
-    """Raise RunError unless the files that vouch for the others are as they were published.
+    """Raise RunError if run.json, or a file that holds digests of weights, was changed after publishing.
 
-    A run of 0.1.0 names no checksums and has none; then there is nothing to compare with.
+    `named` is the value "checksums" of run.json. A run of version 0.1.0 has neither this value nor checksums; nothing
+    is compared then.
     """
     path = folder / CHECKSUMS
     if named is None and not path.exists():
@@ -55,7 +56,7 @@ def check_files(folder: Path, named: object) -> None:
 
 
 def not_published(path: Path) -> RunError:
-    """Return the error for a file of a run that was changed."""
+    """Return the error for a file of a run that was changed after publishing."""
     return RunError(
         f"{path} is not the file that was published, as {CHECKSUMS} has another digest; restore it, or train anew"
     )

@@ -1,4 +1,4 @@
-"""Labels and probabilities → named numbers. Knows no models."""
+"""Compute the metrics of a classifier from labels and probabilities; independent of models."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import Any
 
 import numpy as np
 
-MOST_DENSE = 200  # classes up to which a confusion matrix is kept whole, and each image's probability of every class
-_MOST_CELLS = 1_000_000  # of a larger matrix that are kept, the largest first
-_BINS = 15  # of the calibration
+MOST_DENSE = 200  # classes up to which the full confusion matrix and the probabilities of all classes are stored
+_MOST_CELLS = 1_000_000  # cells of a larger matrix that are stored, those with the highest counts first
+_BINS = 15  # bins of the calibration
 _TOP = 5
-_BLOCK = 1 << 22  # probabilities that are looked at together: 32 MB as float64
+_BLOCK = 1 << 22  # probabilities processed at the same time: 32 MB as float64
 
 
 def compute_metrics(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """Return the metrics of a classifier on one split, taking little memory beside the probabilities.
+    """Return the metrics of a classifier on one split; rows are processed in blocks to save memory.
 
     Parameters
     ----------
     labels : (n,) int
         Indices into `classes`.
     probabilities : (n, k) float
-        One row an image, summing to 1.
+        One row for each image, summing to 1.
 
     Returns
     -------
     dict with `accuracy` and its 95% Wilson interval, `top5_accuracy` (None for five classes or fewer),
-    `balanced_accuracy`, `macro_f1`, `log_loss` (nats), `roc_auc` (each class against the rest, their mean; None if
-    no class can be told from the rest), `expected_calibration_error` and its bins `calibration`, `per_class`
-    (precision, recall, f1, roc_auc, support) and `confusion`: (k, k), rows being the true classes, or, of more than 200
-    classes, a list of [true, predicted, count] (and, where a million of them do not suffice, `confusion_left_out`: the
-    number of images in the others).
+    `balanced_accuracy`, `macro_f1`, `log_loss` (nats), `roc_auc` (each class against the rest, their mean; None if it
+    is defined for no class), `expected_calibration_error` and its bins `calibration`, `per_class` (precision, recall,
+    f1, roc_auc, support) and `confusion`. This is (k, k), rows being the true classes. For more than 200 classes it is
+    a list of [true, predicted, count]. If that list would have more than a million entries, the largest are kept, and
+    `confusion_left_out` is the number of images in the others.
     """
     from sklearn import metrics
 
@@ -74,10 +74,11 @@ def _of_class(
 
 
 def _by_image(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return for each image the answer, its probability, the truth's, the row's sum, and whether the truth is near.
+    """Return five arrays (n,), one value for each image.
 
-    Each is (n,). Near are the five likeliest classes, of equal ones the last, as in scikit-learn's
-    `top_k_accuracy_score`.
+    They are the predicted class, its probability, the probability of the true class, the sum of the row, and whether
+    the true class is among the five likeliest. Of classes with equal probability, the last one ranks highest, as in
+    scikit-learn's `top_k_accuracy_score`.
     """
     n, k = probabilities.shape
     predicted, in_top = np.zeros(n, np.int64), np.zeros(n, bool)
@@ -86,7 +87,7 @@ def _by_image(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray
         part = slice(start, start + rows)
         shares = probabilities[part].astype(np.float64)
         sums[part] = shares.sum(axis=1)
-        shares /= sums[part, None]  # float32 sums to 1 within 1e-7, not within 1e-15
+        shares /= sums[part, None]  # float32 rows sum to 1 only within 1e-7
         truth = labels[part, None]
         of_truth = np.take_along_axis(shares, truth, axis=1)
         before = (shares > of_truth) | ((shares == of_truth) & (np.arange(k) > truth))
@@ -96,7 +97,7 @@ def _by_image(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray
 
 
 def _roc_areas(labels: np.ndarray, probabilities: np.ndarray, sums: np.ndarray) -> list[float | None]:
-    """Return the area under the ROC curve of each class against the rest; None if either is absent."""
+    """Return the area under the ROC curve of each class against the rest; None if no image or every image has it."""
     n, k = probabilities.shape
     areas: list[float | None] = []
     for start in range(0, k, columns := max(1, _BLOCK // n)):
@@ -108,10 +109,13 @@ def _roc_areas(labels: np.ndarray, probabilities: np.ndarray, sums: np.ndarray) 
 
 
 def _area(positive: np.ndarray, ordered: np.ndarray) -> float:
-    """Return how often a positive's score is above a negative's, of all pairs; ties count half. `ordered` has both."""
+    """Return the share of (positive, negative) pairs in which the positive scores higher; ties count half.
+
+    `positive` are the scores of the positives, `ordered` the sorted scores of all images.
+    """
     p, n = len(positive), len(ordered)
     below = (np.searchsorted(ordered, positive, "left") + np.searchsorted(ordered, positive, "right")).sum() / 2
-    return float((below - p * p / 2) / (p * (n - p)))  # among themselves the positives win half
+    return float((below - p * p / 2) / (p * (n - p)))  # subtract pairs of two positives, of which half count
 
 
 def _confusion(labels: np.ndarray, predicted: np.ndarray, k: int) -> dict[str, Any]:
@@ -125,15 +129,15 @@ def _confusion(labels: np.ndarray, predicted: np.ndarray, k: int) -> dict[str, A
 
 
 def confusion_cells(confusion: Any, k: int) -> np.ndarray:
-    """Return the cells (m, 3) int64 of a confusion matrix in either form: true class, answer, how many images (not 0).
+    """Return the cells (m, 3) int64 of a stored confusion matrix: true class, predicted class, number of images (> 0).
 
     Raises
     ------
     ValueError
-        If it is neither (k, k) counts nor a list of triples within k classes.
+        If `confusion` is neither (k, k) counts nor a list of triples within k classes.
     """
     found = np.array(confusion)
-    if found.dtype.kind == "i" and found.shape == (k, k):  # once the only form, however many classes
+    if found.dtype.kind == "i" and found.shape == (k, k):  # early versions used this form for any k
         return np.column_stack([*np.nonzero(found), found[np.nonzero(found)]])
     if k <= MOST_DENSE or found.dtype.kind != "i" or found.shape[1:] != (3,) or not (found[:, :2] >= 0).all():
         raise ValueError(f"a confusion matrix of another shape or kind, {found.shape} {found.dtype}")
@@ -143,21 +147,21 @@ def confusion_cells(confusion: Any, k: int) -> np.ndarray:
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, Any]]:
-    """Return how sure a classifier was and how often it was right, in 15 bins of equal width over [0, 1].
+    """Return the confidence and the accuracy of a classifier, in 15 bins of equal width over [0, 1].
 
     Parameters
     ----------
     confidence : (n,) float
         The probability of the predicted class.
     right : (n,) bool
-        Whether it was the true one.
+        Whether the predicted class is the true class.
 
     Returns
     -------
     list of dicts with `from`, `to`, `images`, and the means `confidence` and `accuracy` (None in an empty bin).
     """
     edges = np.linspace(0, 1, _BINS + 1)
-    place = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)  # (low, high], as in Guo et al.
+    place = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)  # bins are (low, high], as in Guo et al.
     found = []
     for i in range(_BINS):
         inside = place == i

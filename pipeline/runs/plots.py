@@ -1,7 +1,7 @@
-"""Pictures of a training and of what a classifier says, by matplotlib. Knows no models.
+"""Draw plots of training histories and predictions with matplotlib; independent of models.
 
-Whatever matplotlib is told from outside, by a `matplotlibrc` or the environment, has no say in them. One that cannot be
-drawn is a notice: its numbers are kept beside it.
+A user's `matplotlibrc` and the environment do not change the plots. If matplotlib cannot draw a plot, the plot is left
+out with a warning: its numbers are stored beside it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 Target = Path | IO[str]
-INK = "#010203"  # what is drawn in it takes the colour of the page's text
+INK = "#010203"  # placeholder colour that pages replace by the colour of their text
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 _CLEAR = ("figure.facecolor", "axes.facecolor", "legend.facecolor", "savefig.facecolor")
 _OF_PAGES = {
@@ -35,26 +35,26 @@ _OF_PAGES = {
     **dict.fromkeys(_CLEAR, "none"),
     **{"svg.fonttype": "none", "svg.hashsalt": "icebox", "font.family": "sans-serif"},
 }
-_MOST_NUMBERS = 20  # classes up to which a confusion matrix has its numbers written into it
-_MOST_NAMES = 60  # classes up to which they are named
-_MOST_MISTAKES = 30  # that are drawn instead
+_MOST_NUMBERS = 20  # classes up to which a confusion matrix shows its counts
+_MOST_NAMES = 60  # classes up to which a confusion matrix shows their names
+_MOST_MISTAKES = 30  # most frequent mistakes drawn instead of a matrix of too many classes
 
 
 @dataclass(frozen=True)
 class CostPoint:
-    """An accuracy with its interval, what it cost, and whether no other point is better in both."""
+    """An accuracy with its interval and the speed of extraction; `on_front`: no other point is better in both."""
 
-    name: str  # a second line says more
+    name: str  # may have a second line with details
     images_per_second: float
     span: tuple[float, float, float]  # low, value, high
     on_front: bool
 
 
 def save_figure(build: Callable[P, Any]) -> Callable[Concatenate[Target, P], None]:
-    """Make a function that returns a figure one that takes where to write it first.
+    """Decorate a function that returns a figure: it then takes a target as first argument and writes the figure there.
 
-    A path gets a PNG, a stream an SVG for pages. What matplotlib cannot draw is a notice, and nothing is written. What
-    `build` raises of its values, and OSError of a file that cannot be written, are passed on.
+    A path gets a PNG; a text stream gets an SVG for pages. If matplotlib cannot draw the figure, a warning is logged
+    and nothing is written. Exceptions that `build` raises, and OSError if the file cannot be written, are passed on.
     """
 
     @functools.wraps(build)
@@ -75,12 +75,12 @@ def save_figure(build: Callable[P, Any]) -> Callable[Concatenate[Target, P], Non
 
 
 class _UndrawnError(Exception):
-    """What matplotlib said when it could not draw, of whatever kind: what the picture shows is kept in numbers."""
+    """Raised with matplotlib's message if matplotlib cannot be imported or cannot render a figure."""
 
 
 @contextmanager
 def _style(more: Mapping[Any, Any]) -> Iterator[None]:
-    """Have matplotlib draw by its own defaults and `more`, and afterwards again as it did."""
+    """Set matplotlib's settings to its defaults and `more`; restore the former settings on exit."""
     matplotlib, why_not = _matplotlib()
     if matplotlib is None:
         raise _UndrawnError(why_not)
@@ -92,7 +92,10 @@ def _style(more: Mapping[Any, Any]) -> Iterator[None]:
 
 @functools.cache
 def _matplotlib() -> tuple[Any, str]:
-    """Return matplotlib, or None and why it cannot be imported: it looks for fonts first, each time."""
+    """Return matplotlib and "", or None and the reason why it cannot be imported.
+
+    The result is cached, because each failed import searches for fonts again.
+    """
     try:
         matplotlib = import_matplotlib()
         import_module("matplotlib.figure")
@@ -105,7 +108,7 @@ def _rendered(figure: Any, as_png: bool) -> bytes:
     options = {"format": "png", "dpi": 120} if as_png else {"format": "svg", "metadata": {"Date": None}}
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the box that is drawn tells
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the plot shows a box for the glyph
         try:
             figure.savefig(buffer, **options)
         except Exception as error:
@@ -139,9 +142,9 @@ def draw_curves(history: Sequence[Mapping[str, float]], x: str, title: str) -> A
 
 @save_figure
 def draw_confusion(cells: np.ndarray, classes: Sequence[str], title: str) -> Any:
-    """Draw a confusion matrix from its cells (m, 3): true class, answer, how many images.
+    """Draw a confusion matrix from its cells (m, 3): true class, predicted class, number of images.
 
-    It is coloured by the share of the true class. Of more than 200 classes, whose cells would be smaller than dots, the
+    Colours show the share of the true class. For more than 200 classes the cells would be too small to see, so the 30
     most frequent mistakes are drawn instead.
     """
     from matplotlib.figure import Figure
@@ -189,7 +192,7 @@ def _draw_mistakes(cells: np.ndarray, classes: Sequence[str], title: str) -> Any
 
 @save_figure
 def draw_calibration(bins: Sequence[Mapping[str, Any]], title: str) -> Any:
-    """Draw how often a classifier is right beside how sure it says it is, over bins of `evaluate`'s "calibration"."""
+    """Draw a reliability diagram, accuracy over confidence, from the bins "calibration" of `compute_metrics`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6, 5), layout="constrained")
@@ -217,7 +220,7 @@ def _shortened(name: str) -> str:
 def draw_ranking(
     names: Sequence[str], spans: Sequence[tuple[float, float, float]], alike: Sequence[bool], title: str
 ) -> Any:
-    """Draw a value with its interval (low, value, high) for each name, the first on top; those `alike` stand out."""
+    """Draw a value with its interval (low, value, high) for each name, the first on top; those in `alike` are blue."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.4 + 0.26 * len(names)), layout="constrained")

@@ -1,4 +1,4 @@
-"""What a model said of images, image by image, as a run keeps it: `predictions.csv`, written and read."""
+"""Write and read a run's `predictions.csv`: the predictions of a model, one row for each image."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 from pipeline.core.utf8 import to_utf8
 from pipeline.runs.metrics import MOST_DENSE
 
-_TOP = 10  # classes whose probabilities are kept of each image where there are more than MOST_DENSE
+_TOP = 10  # likeliest classes stored for each image if there are more than MOST_DENSE classes
 
 Answers = dict[tuple[str, str], list[tuple[int, int, float]]]
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model said of the images of one split."""
+    """The predictions of a model for the images of one split."""
 
     split: str
     names: Sequence[str]
@@ -30,10 +30,10 @@ class Predictions:
 
 
 def write_predictions(path: Path, parts: Sequence[Predictions], classes: Sequence[str]) -> None:
-    """Write a CSV with one row an image: name, split, label, predicted, probability, and p:<class> for each.
+    """Write a CSV file with a row for each image: image, split, label, predicted, probability, and p:<class> columns.
 
-    Of more than 200 classes the ten likeliest are told instead: label_2 and probability_2 to label_10 and
-    probability_10 beside the first, the answer.
+    For more than 200 classes, only the ten likeliest are stored: `predicted` and `probability`, then label_2 and
+    probability_2 to label_10 and probability_10.
     """
     named = [to_utf8(name) for name in classes]
     dense = len(classes) <= MOST_DENSE
@@ -55,22 +55,22 @@ def _dense(row: np.ndarray, named: Sequence[str]) -> list[str]:
 
 
 def _likeliest(row: np.ndarray, named: Sequence[str]) -> list[str]:
-    some = np.union1d(np.argpartition(-row, _TOP)[:_TOP], row.argmax())  # in ascending order, so that of equal ones …
-    best = some[np.argsort(-row[some], kind="stable")][:_TOP]  # … the first is the answer, as everywhere
+    some = np.union1d(np.argpartition(-row, _TOP)[:_TOP], row.argmax())  # ascending, so that ties are in class order
+    best = some[np.argsort(-row[some], kind="stable")][:_TOP]  # the first of ties is predicted, like `argmax`
     return [cell for i in map(int, best) for cell in (named[i], f"{row[i]:.6g}")]
 
 
 def read_predictions(path: Path, classes: Sequence[str]) -> Answers:
-    """Return for each split and name of an image, as it is spelt, its label, the answer, and its probability.
+    """Return (split, image name as written in the file) → a list of (label, predicted class, its probability).
 
-    There are several where several images have one name.
+    The list has more than one entry if images share a name.
 
     Raises
     ------
     OSError, ValueError, KeyError, csv.Error
-        If the file is not what `write_predictions` leaves.
+        If the file cannot be read, or is not in the format of `write_predictions`.
     """
-    known = {name.encode("utf-8", "backslashreplace").decode(): i for i, name in enumerate(classes)}  # of earlier files
+    known = {name.encode("utf-8", "backslashreplace").decode(): i for i, name in enumerate(classes)}  # in older files
     known |= {to_utf8(name): i for i, name in enumerate(classes)}
     said: Answers = {}
     with path.open(newline="", encoding="utf-8") as file:

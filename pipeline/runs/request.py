@@ -1,4 +1,8 @@
-"""What a run was asked for: which images, which features, which head. Enough to go on with it, or to repeat it."""
+"""Define training requests: which images, which features, which head.
+
+A `TrainRequest`, `FinetuneRequest` or `SweepRequest` is stored with its run as JSON. It holds all that is needed to
+resume the run or to repeat it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DatasetChoice:
-    """What the user said about the images."""
+    """The user's options that choose the images: a dataset name or path, and how to read it."""
 
     dataset: str
     archive: str | None = None
@@ -34,13 +38,13 @@ class DatasetChoice:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        """Raise TypeError if a value is not what it should be: a run.json may come from elsewhere."""
+        """Raise TypeError if a value has a wrong type: a run.json may come from an untrusted source."""
         texts = all(isinstance(value, str | None) for value in (self.archive, self.image_root))
         if not isinstance(self.dataset, str) or not texts or not isinstance(self.limit, int | None):
             raise TypeError(f"{self} is no choice of images")
 
     def anchored(self) -> Self:
-        """Return the same with absolute paths, so that it means the same from anywhere."""
+        """Return the same choice with absolute paths, so that it does not depend on the working directory."""
         name = self.dataset if dataset.is_known(self.dataset) else _absolute(self.dataset)
         archive, root = (each and _absolute(each) for each in (self.archive, self.image_root))
         return replace(self, dataset=name, archive=archive, image_root=root)
@@ -62,7 +66,10 @@ def _absolute(path: str) -> str:
 
 
 def space_of_request(stored: Mapping[str, Any]) -> FeatureChoice:
-    """Return the choice of the very space that an unfinished run began with: `auto` may mean another one by now."""
+    """Return a choice of exactly the feature space that an unfinished run began with.
+
+    The choice names the space, because `auto` may mean another space by now. Raises RunError if none is stored.
+    """
     space = stored.get("space")
     if not isinstance(space, str):
         raise RunError("the run does not say which feature space it began with; train anew")
@@ -70,7 +77,7 @@ def space_of_request(stored: Mapping[str, Any]) -> FeatureChoice:
 
 
 def _parts(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of what was asked for, of plain JSON values; raises whatever those stumble over."""
+    """Return the fields of a request from its JSON values; the caller handles the exceptions of invalid values."""
     parts = dict(value)
     head = dict(parts["head"])
     parts["head"] = HeadSpec.make(head.pop("head"), **head)
@@ -81,9 +88,10 @@ def _parts(value: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """One head to be trained; `folds` 0 trains one, K trains K of them as an ensemble; `memory` in bytes.
+    """A request to train a head on cached features.
 
-    It is trained on all `views` of its training images.
+    `folds` is 0 for a single head, or K for an ensemble of K heads, one for each cross-validation fold. `memory` is in
+    bytes. The head is trained on all `views` of its training images.
     """
 
     images: DatasetChoice
@@ -103,17 +111,17 @@ class TrainRequest:
             raise UsageError(f"--folds must be 0 or at least 2, found {self.folds}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
+        """Return the request as plain JSON values."""
         return {**asdict(self), "head": self.head.to_dict()}
 
     @classmethod
     def of_request(cls, stored: Mapping[str, Any]) -> Self:
-        """Return what the request of an unfinished run says, in the space it began with. Raises RunError."""
+        """Return the request of an unfinished run, with the feature space it began with. Raises RunError."""
         return replace(cls.from_dict(stored.get("asked", {})), features=space_of_request(stored))
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
-        """Return what `to_dict` gave. Raises RunError if it is not that."""
+        """Return the request whose `to_dict` gave `value`. Raises RunError if `value` is not valid."""
         try:
             return cls(**_parts(value))
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -122,11 +130,11 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class FinetuneRequest:
-    """A full model to be trained, by `stage` "freeze" or "finetune".
+    """A request to train a full model, by `stage` "freeze" or "finetune".
 
-    `head` says how it is trained and, unless it begins with the run in the folder `init`, what its head is. It trains
-    after the layer `freeze_until`, on images, each epoch augmented afresh by `augment` if that is given, or, with
-    `from_cache`, on cached rows in all `views`.
+    `head` holds the training settings. It also defines the head, unless the initial model is the run in the folder
+    `init`. Layers after `freeze_until` are trained. The training data are images, augmented anew each epoch by
+    `augment` if given; with `from_cache` they are cached rows in all `views`.
     """
 
     stage: str
@@ -135,7 +143,7 @@ class FinetuneRequest:
     head: HeadSpec
     max_pixels: int
     init: str | None = None
-    freeze_until: str | None = None  # None: what is usual for the backbone
+    freeze_until: str | None = None  # None: the backbone's default
     batch_norm: str = "frozen"
     from_cache: bool = False
     augment: Augmentation | None = None
@@ -151,12 +159,12 @@ class FinetuneRequest:
             raise TypeError("values that cannot be")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
+        """Return the request as plain JSON values."""
         return {**asdict(self), "head": self.head.to_dict()}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
-        """Return what `to_dict` gave. Raises RunError if it is not that."""
+        """Return the request whose `to_dict` gave `value`. Raises RunError if `value` is not valid."""
         try:
             parts = _parts(value)
             recipe = parts.pop("augment")
@@ -167,7 +175,7 @@ class FinetuneRequest:
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """The settings to be tried, all different, on the rows of each of `features`; `memory` in bytes."""
+    """A request to try settings, all different, on the rows of each of `features`; `memory` is in bytes."""
 
     images: DatasetChoice
     features: tuple[FeatureChoice, ...]
@@ -177,18 +185,18 @@ class SweepRequest:
     views: Views = PLAIN_VIEW
 
     def head(self, features: FeatureChoice, spec: HeadSpec) -> TrainRequest:
-        """Return the same for one of the settings, on one of the features."""
+        """Return the request to train one of the settings on one of the features."""
         return TrainRequest(self.images, features, spec, self.max_pixels, memory=self.memory, views=self.views)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values; `features` is an object, or a list of several."""
+        """Return the request as plain JSON values; `features` is an object, or a list if there are several."""
         several = [asdict(each) for each in self.features]
         specs = [spec.to_dict() for spec in self.specs]
         return {**asdict(self), "features": several if len(several) > 1 else several[0], "specs": specs}
 
     @classmethod
     def of_request(cls, stored: Mapping[str, Any]) -> Self:
-        """Return what the request of an unfinished sweep says, in the spaces it began with. Raises RunError."""
+        """Return the request of an unfinished sweep, with the feature spaces it began with. Raises RunError."""
         spaces = stored.get("space")
         several = spaces if isinstance(spaces, list) else [spaces]
         begun = tuple(space_of_request({"space": space}) for space in several)
@@ -196,7 +204,7 @@ class SweepRequest:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Self:
-        """Return what `to_dict` gave. Raises RunError if it is not that."""
+        """Return the request whose `to_dict` gave `value`. Raises RunError if `value` is not valid."""
         try:
             rest = dict(value)
             specs, views = [dict(spec) for spec in rest.pop("specs")], Views.from_dict(rest.pop("views"))
@@ -209,14 +217,14 @@ class SweepRequest:
 
 
 def command_of(stored: Mapping[str, Any]) -> str:
-    """Return the command whose unfinished run left this request."""
+    """Return the command that made an unfinished run, from its stored request: `train-head` or a stage."""
     request = stored.get("asked")
     stage = request.get("stage") if isinstance(request, dict) else None
     return stage if stage in STAGES else "train-head"
 
 
 def resume_commands(root: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return for each unfinished run the command that goes on with it; of those that cannot be read it is said why."""
+    """Return for each unfinished run the command that resumes it; skip runs that cannot be read, with a warning."""
     found = dict[str, str]()
     for name in names:
         try:
@@ -227,12 +235,12 @@ def resume_commands(root: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def stopped_run(workspace: Workspace, name: str, command: str) -> tuple[str, dict[str, Any]]:
-    """Return the name of a stopped run, of "latest" that of the last one of `command`, and its request.
+    """Return the name and the stored request of a stopped run; "latest" is the last one that `command` made.
 
     Raises
     ------
     RunError
-        If there is none, or another command left it.
+        If there is no such run, or another command made it.
     """
     if name == "latest":
         of = resume_commands(workspace.runs, unfinished(workspace.runs))
@@ -246,18 +254,18 @@ def stopped_run(workspace: Workspace, name: str, command: str) -> tuple[str, dic
 def with_network(
     request: FinetuneRequest, stored: Mapping[str, Any], given: str | None, workspace: Workspace
 ) -> FinetuneRequest:
-    """Return the same for a stopped run, with the file of its own network where that lies by now.
+    """Return the request of a stopped run with the current path of the file of the user's own network.
 
-    It is the file that is `given`, else the one that was asked for, else one that is known by its content.
+    The path is `given`, else the path in the request, else a file that is known to have the same content.
 
     Raises
     ------
     UsageError
-        If a file is given for a network of the table.
+        If a file is given for a built-in backbone.
     SpecError
-        If the file that is given is another network.
+        If the given file is another network.
     WeightsError
-        If none of them is that network.
+        If none of the files is that network.
     """
     noted, former = stored.get("network"), request.features.backbone
     if not isinstance(noted, dict):
@@ -271,7 +279,7 @@ def with_network(
             raise SpecError(f"{wanted}, and {given} is another one; give that file")
         return _on_file(request, path)
     if former is None:
-        return request  # it began with a run, which says where its network lies
+        return request  # the initial model is a run, which stores the path of its network
     at_hand = networks.network_file(noted, workspace.cache.index)
     for path in (Path(former), *([at_hand] if at_hand else [])):
         with suppress(SpecError, WeightsError):

@@ -1,9 +1,9 @@
-"""Which images a run was trained, selected and tested on, by their content: `images.npz` in its folder.
+"""Store which images a run was trained, selected and tested on, by their content: `images.npz` in the run's folder.
 
-`key` (n, 32) uint8 is the sha256 of each image's encoded bytes (of the raw pixels, for datasets that come as arrays),
-`split` (n,) uint8 a place in `splits`, ("train", "val", "test", "initial"). An image with copies in two splits stands
-there twice. "initial" are the images that the model this run began with was trained or selected on, and `complete` is
-False if that is not known. It is read by `numpy.load(allow_pickle=False)`.
+The file has four arrays. `key` (n, 32) uint8 is the sha256 of each image's encoded bytes, or of its raw pixels for
+datasets that come as arrays. `split` (n,) uint8 is an index into `splits`, ("train", "val", "test", "initial"). An
+image with copies in two splits is listed in both. "initial" are the images that the initial model was trained or
+selected on. `complete` is False if these are not known. Read the file by `numpy.load(allow_pickle=False)`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from pipeline.runs.checksums import not_published, read_checksums
 FILE = "images.npz"
 SPLITS = ("train", "val", "test", "initial")
 _OWN = ("train", "val", "test")
-SEEN = ("train", "val", "initial")  # in these a model was trained or selected on images
+SEEN = ("train", "val", "initial")  # splits whose images a model was trained or selected on
 
 
 @dataclass(frozen=True, eq=False)
 class RunImages:
-    """Which images a run was trained on, "train", selected on, "val", tested on, "test", or began with, "initial".
+    """The images that a run was trained on ("train"), selected on ("val") or tested on ("test").
 
-    `digests` (n, 32) uint8 are their keys, `splits` (n,) uint8 places in `SPLITS`; each pair stands there once. Without
-    `complete` nobody knows what the model that the run began with was trained on.
+    "initial" are the images that the run's initial model was trained or selected on. `digests` (n, 32) uint8 are the
+    images' keys, `splits` (n,) uint8 indices into `SPLITS`; each pair is listed once. `complete` is False if it is not
+    known what the initial model was trained on.
     """
 
     digests: np.ndarray
@@ -43,7 +44,7 @@ class RunImages:
 
     @classmethod
     def of(cls, keys: Mapping[str, Sequence[bytes]], initial: Self | None = None) -> Self:
-        """Return the images with these keys, by the split; `initial` is what the run began with."""
+        """Return the images with these keys, given by split; `initial` are the images of the initial model."""
         parts = [_distinct(raw(keys.get(split, ()))) for split in _OWN]
         parts.append(_distinct(initial.among(*SEEN) if initial else raw(())))
         numbers = np.repeat(np.arange(len(parts), dtype=np.uint8), [len(part) for part in parts])
@@ -51,11 +52,11 @@ class RunImages:
 
     @classmethod
     def unknown(cls) -> Self:
-        """Return what is known of a model of which it is not known what it was trained on."""
+        """Return an empty, incomplete set: the images of a model whose training images are not known."""
         return cls(raw(()), np.zeros(0, np.uint8), complete=False)
 
     def among(self, *splits: str) -> np.ndarray:
-        """Return the keys of the images in any of these splits, (m, 32) uint8; some may stand there twice."""
+        """Return the keys of the images in any of these splits, (m, 32) uint8; a key may occur more than once."""
         return self.digests[np.isin(self.splits, [SPLITS.index(split) for split in splits])]
 
     def contains(self, keys: Sequence[bytes], *splits: str) -> np.ndarray:
@@ -67,12 +68,12 @@ class RunImages:
         begins, starts = _beginnings(known)[order], _beginnings(wanted)
         at = np.minimum(np.searchsorted(begins, starts), len(order) - 1)
         found = (known[order[at]] == wanted).all(axis=1)
-        doubtful = (begins[at] == starts) & ~found  # somebody made keys that begin alike
+        doubtful = (begins[at] == starts) & ~found  # keys with equal first 8 bytes: made on purpose
         found[doubtful] = np.isin(comparable(wanted[doubtful]), comparable(known)) if doubtful.any() else False
         return found
 
     def shares_most(self, other: Self) -> bool:
-        """Return whether these are images of the same dataset: most of those of the smaller one are in the other."""
+        """Return whether both are images of the same dataset: more than half of the smaller set is in the other."""
         mine, theirs = sorted((_distinct(each.among(*_OWN)) for each in (self, other)), key=len)
         begins, starts = _beginnings(theirs), _beginnings(mine)
         found = begins[np.minimum(np.searchsorted(begins, starts), len(begins) - 1)] == starts if len(mine) else starts
@@ -85,12 +86,12 @@ class RunImages:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """Return the images of the run in a folder; None of one that was made before runs kept them.
+        """Return the images of the run in a folder; None for an early run, which did not store them.
 
         Raises
         ------
         RunError
-            If the file cannot be read, or is not the one that was published.
+            If the file cannot be read, or was changed after publishing.
         """
         path, known = folder / FILE, read_checksums(folder)
         if FILE not in known and not path.exists():
@@ -104,14 +105,14 @@ class RunImages:
                     found = cls(stored["key"], stored["split"], bool(stored["complete"]))
                     names = stored["splits"].tolist()
             found._check(names)
-        except RunError:  # which says all of it
+        except RunError:  # its message is complete
             raise
         except (OSError, ValueError, LookupError, EOFError, MemoryError, zipfile.BadZipFile) as error:
             raise RunError(f"{path} cannot be read ({error}); restore it, or train anew") from error
         return found
 
     def _check(self, names: Sequence[str]) -> None:
-        """Raise ValueError unless the arrays are of the shapes and values they must be."""
+        """Raise ValueError unless the arrays have the required shapes, dtypes and values."""
         whole = self.digests.shape == (len(self.splits), KEY_BYTES) and self.splits.shape == (len(self.splits),)
         types = self.digests.dtype == np.uint8 and self.splits.dtype == np.uint8
         if tuple(names) != SPLITS or not (whole and types) or (self.splits >= len(SPLITS)).any():
@@ -119,7 +120,7 @@ class RunImages:
 
 
 def _check_size(file: BinaryIO) -> None:
-    """Raise ValueError if the file would unpack to more than it has bytes: nothing in ours is packed."""
+    """Raise ValueError if the file would unpack to more bytes than it has: `write` compresses nothing."""
     with zipfile.ZipFile(file) as stored:
         unpacked = sum(part.file_size for part in stored.infolist())
     if unpacked > file.seek(0, os.SEEK_END):

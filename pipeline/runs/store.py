@@ -1,4 +1,8 @@
-"""A run directory: what was asked, what came out, the model. It appears whole or not at all."""
+"""Store runs as folders, each with its request, its results and its model.
+
+`new_run` and `reopened` fill a hidden folder and publish it by one rename. A run is therefore complete or absent.
+`find_run`, `read_run` and `list_runs` find published runs; `unfinished` and `remove_leftovers` deal with stopped ones.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +30,23 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "icebox-run"
 VERSION = 1
-_SUMMARY = {"run", "head", "accuracy", "accuracy_interval", "val_accuracy", "seconds", "weights"}  # what is listed
-MOST_ABOUT = 2**26  # bytes of a run.json: `runs ls` reads all of them, wherever they come from
-REQUEST = "request.json"  # what was asked, in an unfinished run's folder
-WINNER = "winner.json"  # the name of the run that the best setting of a sweep became, in an unfinished sweep's folder
+_SUMMARY = {"run", "head", "accuracy", "accuracy_interval", "val_accuracy", "seconds", "weights"}  # listed by `runs ls`
+MOST_ABOUT = 2**26  # largest size of a run.json in bytes: `runs ls` reads every one, also from untrusted sources
+REQUEST = "request.json"  # the training request, in an unfinished run's folder
+WINNER = "winner.json"  # the name of the run made from a sweep's best setting, in an unfinished sweep's folder
 _CHECKPOINT = "checkpoint.npz"
-_SPENT = (REQUEST, _CHECKPOINT)  # what only an unfinished run needs
-_KEPT = (f"**/{_CHECKPOINT}", "fold-*/head.json", "trials/*/trial.json")  # what is not done again on going on
-_LONGEST_SLUG = 120  # file systems take names of 255 bytes; time, number and prefix are added
+_SPENT = (REQUEST, _CHECKPOINT)  # files that only an unfinished run needs
+_KEPT = (f"**/{_CHECKPOINT}", "fold-*/head.json", "trials/*/trial.json")  # finished work that --resume does not repeat
+_LONGEST_SLUG = 120  # file names have at most 255 bytes; time, number and prefix are added to the slug
 
 
 @contextmanager
 def new_run(root: Path, title: str, command: str = "train-head") -> Iterator[tuple[str, Path]]:
-    """Give the name of a new run and a folder to fill; on leaving without an error it becomes `root/<name>`.
+    """Yield the name of a new run and a folder to fill; on exit without an error, publish it as `root/<name>`.
 
-    After an error nothing is left, unless there is a checkpoint to go on from; after a kill a hidden
-    ".partial-…" folder, which `unfinished` lists and `reopened` takes up again. `command` is who does that.
+    After an error the folder is removed, unless finished work in it (a checkpoint, for example) allows a resume. After
+    a kill a hidden ".partial-…" folder remains: `unfinished` lists it and `reopened` continues it. `command` is the
+    command that resumes such a run, for the message about it.
 
     Raises
     ------
@@ -60,9 +65,9 @@ def new_run(root: Path, title: str, command: str = "train-head") -> Iterator[tup
 
 @contextmanager
 def new_folder(final: Path, ending: str = "") -> Iterator[Path]:
-    """Give a folder to fill; on leaving without an error it takes the place of `final`, else that stays as it was.
+    """Yield a folder to fill; on exit without an error, replace `final` with it. After an error `final` is unchanged.
 
-    Killed, it leaves a ".partial-…" folder that nobody holds, whose name has this `ending`.
+    After a kill a ".partial-…" folder without a lock remains, whose name has this `ending`.
     """
     partial, former = (files.partial_name(final.parent, ending) for _ in range(2))
     try:
@@ -86,24 +91,24 @@ def new_folder(final: Path, ending: str = "") -> Iterator[Path]:
 
 @contextmanager
 def reopened(root: Path, name: str, command: str = "train-head") -> Iterator[tuple[str, Path]]:
-    """Give name and folder of an unfinished run, to be filled and published as with `new_run`.
+    """Yield name and folder of an unfinished run, to be filled and published as with `new_run`.
 
     Raises
     ------
     RunError
-        If there is no such run, it is finished, or somebody is at work on it.
+        If there is no such run, it is finished, or another process works on it.
     """
     partial = _partial(root, name)
     if not partial.is_dir():
         raise RunError(_not_resumable(root, name))
     with held_if_abandoned(partial) as held:
-        if not partial.is_dir():  # whoever worked on it has just published it
+        if not partial.is_dir():  # another process has published the run meanwhile
             raise RunError(_not_resumable(root, name))
         if not held:
             raise RunError(f"the run {name} is being worked on by another process")
         if without_locks():
             logger.warning("without locks, nothing keeps another process from going on with %s too", name)
-        for path in partial.rglob(f"{files.PARTIAL_PREFIX}*"):  # what was being written when it was killed
+        for path in partial.rglob(f"{files.PARTIAL_PREFIX}*"):  # files whose writing the kill interrupted
             files.remove(path)
         with _published(partial, root / name, command):
             yield name, partial
@@ -126,15 +131,15 @@ def _published(partial: Path, final: Path, command: str) -> Iterator[None]:
         elif not isinstance(error, CheckpointError):
             logger.warning("what was trained so far is kept; go on by: %s --resume %s", command, final.name)
         raise
-    for path in _of_unfinished(final):  # only now: killed before, it can still be gone on with
+    for path in _of_unfinished(final):  # only after the rename: a run killed before it can still be resumed
         try:
             files.remove(path)
-        except OSError as error:  # what was made is whole
+        except OSError as error:  # only a warning: the published run is complete
             logger.warning("%s cannot be removed (%s) and is of no use any more; `cache gc` removes it", path, error)
 
 
 def _of_unfinished(folder: Path) -> list[Path]:
-    """Return the files that only an unfinished run needs; a published one has some if it was killed right after."""
+    """Return the files that only an unfinished run needs; a run killed right after publishing still has some."""
     spent = (folder / REQUEST, folder / WINNER, *folder.rglob(_CHECKPOINT), *folder.glob("trials/*/head.*"))
     return [path for path in spent if path.exists()]
 
@@ -146,9 +151,9 @@ def write_request(
     space: str | Sequence[str] | None,
     network: Mapping[str, Any] | None = None,
 ) -> None:
-    """Note in an unfinished run's folder what was asked for, the digest of its rows or images, and their spaces.
+    """Write into an unfinished run's folder the request, the digest of its rows or images, and their feature spaces.
 
-    Of an own `network` it notes what `source.record` gives, with its two hashes.
+    For a `network` of the user's own, the record of `source.record` with its two hashes is stored too.
     """
     stored = {"asked": dict(request), "material": rows_digest, "space": space, "created": now()}
     if network is not None:
@@ -157,25 +162,28 @@ def write_request(
 
 
 def now() -> str:
-    """Return this instant as `created` says it: ISO 8601, UTC. Names have local time, which may go back."""
+    """Return the current time as `created` stores it: ISO 8601, UTC, in milliseconds.
+
+    Runs are ordered by this time, not by their names: names have local time, which can jump back.
+    """
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _in_order(described: Mapping[str, Path]) -> list[str]:
-    """Return names by when their descriptions say that they were `created`, the oldest first."""
+    """Return the names ordered by the `created` time in their JSON files, the oldest first."""
     return sorted(described, key=lambda name: (_created(described[name]), name))
 
 
 def _created(path: Path) -> float:
-    """Return the instant, in POSIX seconds; of a file that does not say it when the file was written."""
+    """Return the `created` time of a JSON file in POSIX seconds; without one, the file's modification time."""
     try:
         return datetime.fromisoformat(json.loads(files.read_small(path, MOST_ABOUT))["created"]).timestamp()
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # whoever reads it says what is wrong
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # the function that reads the file reports it
         return path.stat().st_mtime if path.exists() else 0.0
 
 
 def read_request(root: Path, name: str) -> dict[str, Any]:
-    """Return what was asked of the unfinished run `name`. Raises RunError."""
+    """Return the content of request.json of the unfinished run `name`. Raises RunError."""
     path = _partial(root, name) / REQUEST
     try:
         stored = json.loads(files.read_small(path, MOST_JSON_BYTES))
@@ -197,7 +205,7 @@ def require_same(root: Path, name: str, rows_digest: str) -> None:
 
 
 def latest_of(names: Sequence[str], root: Path) -> str:
-    """Return the last of the names of stopped runs. Raises RunError if there is none."""
+    """Return the last of the names of stopped runs. Raises RunError if `names` is empty."""
     if not names:
         raise RunError(f"nothing in {root} was stopped so that it could be resumed by this command")
     return names[-1]
@@ -211,9 +219,10 @@ def unfinished(root: Path) -> list[str]:
 
 
 def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> tuple[list[Path], int]:
-    """Remove the folders of killed runs and evaluations, and what published ones no longer need.
+    """Remove the folders of killed runs and evaluations, and the files that published runs no longer need.
 
-    Those of `resumable` runs are removed only if so asked. Returns what is removed and its bytes.
+    Folders of runs that can be resumed are removed only with `resumable`. With `dry_run` nothing is removed. Returns
+    the paths that are (or would be) removed, and their size in bytes.
     """
     folders = [root / name for name in files.list_folders(root)]
     unnamed = [folder for folder in folders if files.is_partial(folder.name)]
@@ -225,7 +234,7 @@ def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> t
     sizes |= {path: path.stat().st_size for path in spent}
     if not dry_run:
         for folder in dead:
-            if not remove_abandoned(folder):  # somebody has just taken it up
+            if not remove_abandoned(folder):  # another process has resumed the run meanwhile
                 del sizes[folder]
         for path in spent:
             files.remove(path)
@@ -235,15 +244,15 @@ def remove_leftovers(root: Path, *, resumable: bool, dry_run: bool = False) -> t
 def find_run(root: Path, name: str) -> Path:
     """Return the folder of the run `name`: a name in `runs ls`, a path, "latest", or "best".
 
-    The best one has the highest validation accuracy, of those on the dataset and the classes of the latest. Raises
-    RunError.
+    "best" is the run with the highest validation accuracy among the runs on the dataset and classes of the latest run.
+    Raises RunError if there is no such run.
     """
     if name in ("latest", "best"):
         names = published_names(root)
         if not names:
             raise RunError(f"there are no runs in {root}; `train-head` makes them")
         return root / names[-1] if name == "latest" else _best(root)
-    for folder in (root / name, Path(name).resolve()):  # resolved, it has a name even if it is "."
+    for folder in (root / name, Path(name).resolve()):  # resolved, because "." has no folder name
         if name and (folder / "run.json").exists():
             return folder
     near = did_you_mean(name, ("latest", "best", *published_names(root)))
@@ -251,7 +260,10 @@ def find_run(root: Path, name: str) -> Path:
 
 
 def published_names(root: Path, description: str = "run.json") -> list[str]:
-    """Return the names of the folders of published runs, or of what else has a `description`, the oldest first."""
+    """Return the names of the published folders that contain a file `description`, the oldest first.
+
+    The default finds runs; "sweep.json" finds sweeps.
+    """
     return _in_order({path.parent.name: path for path in root.glob(f"[!.]*/{description}")})
 
 
@@ -270,7 +282,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     Raises
     ------
     RunError
-        If it cannot be read, or the run's files are not those that were published.
+        If run.json cannot be read, or a file that holds digests of weights was changed after publishing.
     """
     about = _read_about(folder / "run.json")
     check_files(folder, about.get("checksums"))
@@ -278,13 +290,13 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def network_record(about: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return what a run.json keeps of the file of an own network; None for a network of the table."""
+    """Return what run.json stores of the file of the user's own network; None for a built-in backbone."""
     found = about.get("network") or dict(about.get("made_by") or {}).get("network")
     return found if isinstance(found, dict) else None
 
 
 def backbone_of(about: Mapping[str, Any]) -> str:
-    """Return what people call the backbone of a run, by its run.json; early runs tell it by their features alone."""
+    """Return the name of a run's backbone from its run.json; early runs store it only under `features`."""
     features = about.get("features")
     named = features.get("backbone", "") if isinstance(features, dict) else ""
     return str(about["summary"].get("backbone", named))
@@ -297,7 +309,7 @@ def _partial(root: Path, name: str) -> Path:
 
 
 def _can_resume(folder: Path) -> bool:
-    """Return whether work would be lost with the folder: a checkpoint, or a whole head of several."""
+    """Return whether a folder can be resumed: it has a request and a checkpoint, a fold's head or a sweep's trial."""
     return (folder / REQUEST).exists() and any(True for pattern in _KEPT for _ in folder.glob(pattern))
 
 
@@ -310,13 +322,13 @@ def _not_resumable(root: Path, name: str) -> str:
 def list_runs(root: Path) -> list[dict[str, Any]]:
     """Return the content of run.json of every run under `root`, the oldest first.
 
-    A run that cannot be read is passed over, and it is said why.
+    A run that cannot be read is skipped with a warning.
     """
     return [dict(each.about) for each in list_datasets(root)]
 
 
 def list_datasets(root: Path) -> list[RunDataset]:
-    """Return the datasets of the same runs, one for each."""
+    """Return a `RunDataset` for each run that `list_runs` lists, in the same order."""
     found = []
     for name in published_names(root):
         try:
@@ -337,7 +349,7 @@ def _read_about(path: Path) -> dict[str, Any]:
 
 
 def _whole(about: Any) -> bool:
-    """Return whether what is listed of a run is there, and is what it should be."""
+    """Return whether a run.json has all values that are listed of a run, with valid types and finite numbers."""
     if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (FORMAT, VERSION):
         return False
     dataset, summary = about.get("dataset"), about.get("summary")
@@ -351,7 +363,7 @@ def _whole(about: Any) -> bool:
 
 
 def write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Write a CSV with a line for each entry."""
+    """Write a CSV file with one line for each entry; its columns are the keys of the first entry."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(history[0]))
         writer.writeheader()
@@ -359,12 +371,12 @@ def write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def slug(text: str) -> str:
-    """Return a text as part of a file name: letters, digits, dots, dashes and underscores."""
+    """Return a text as part of a file name: at most 120 ASCII letters, digits, dots, dashes and underscores."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:_LONGEST_SLUG] or "run"
 
 
 def _reserve(root: Path, wanted: str, held: ExitStack) -> tuple[str, Path]:
-    """Return a free name and its hidden folder, made and `held` now: only who made that folder may take the name."""
+    """Return a free run name and its hidden folder, created and locked (`held`) now, which reserves the name."""
     for number in itertools.count(1):
         name = wanted if number == 1 else f"{wanted}-{number}"
         partial = root / f"{files.PARTIAL_PREFIX}{name}"

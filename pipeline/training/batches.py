@@ -1,9 +1,8 @@
-"""Shuffled batches of rows, in an order that the seed and the number of the epoch alone decide.
+"""Yield shuffled batches of rows, in an order that depends only on the seed and the epoch's number.
 
-Rows in memory are shuffled as a whole. Rows on disk are shuffled in blocks: rows that lie side by side are read
-together, blocks from all over the dataset fill a window as large as the memory allows, and the rows of a window
-are shuffled. So every epoch reads each shard a few times, in large pieces, and a batch still mixes rows from
-everywhere.
+Rows in memory are shuffled as a whole. Rows on disk are shuffled in blocks: adjacent rows are read together,
+blocks from the whole dataset fill a window as large as the memory allows, and the rows of a window are shuffled.
+So each epoch reads each shard a few times, in large pieces, and a batch still mixes rows of the whole dataset.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ import numpy as np
 from pipeline.core.errors import DoNotFitError
 from pipeline.training.rows import Rows, StoredRows, read_ahead, read_ahead_in_place
 
-_BLOCK = 32  # rows read side by side; smaller in a small window, that it may still hold many blocks
+_BLOCK = 32  # adjacent rows in a block; fewer in a small window, so that it still holds many blocks
 _BLOCKS_IN_WINDOW = 16
 
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Batches of `size` rows and their labels (n,) int; the last one of an epoch may be smaller.
+    """Batches of `size` rows and their labels (n,) int; the last batch of an epoch may be smaller.
 
-    `fresh`, if given, makes of the rows and the epoch's number the rows of that epoch.
+    `fresh`, if given, takes the rows and the epoch's number, and returns the rows of that epoch.
+    Raises DoNotFitError if streamed rows have too little memory for a batch.
     """
 
     rows: Rows
@@ -60,11 +60,11 @@ class Shuffled:
         stored = rows.as_stored()
         window = self.size * (rows.rows_at_once // self.size)
         windows = _parts(block_order(stored, window, random), window)
-        rank = np.argsort(stored)  # of each row on disk
+        rank = np.argsort(stored)  # of each row, its position in the order on disk
         sorts = [np.argsort(rank[at]) for at in windows]
         ahead = read_ahead_in_place(rows, [at[sort] for at, sort in zip(windows, sorts, strict=True)])
         for at, sort, read in zip(windows, sorts, ahead, strict=True):
-            places = np.argsort(sort)  # in `read`, which lies as on disk, of the window's rows
+            places = np.argsort(sort)  # where `read`, which is in the order on disk, has each row of the window
             for some, these in zip(_parts(places, self.size), _parts(at, self.size), strict=True):
                 yield read[some], these
 
@@ -74,7 +74,7 @@ def _parts(order: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def block_order(stored: np.ndarray, window: int, random: np.random.Generator) -> np.ndarray:
-    """Return the indices `stored`, given as they lie on disk, block-shuffled for windows of `window` rows."""
+    """Return the indices `stored`, given in their order on disk, block-shuffled for windows of `window` rows."""
     block = max(1, min(_BLOCK, window // _BLOCKS_IN_WINDOW))
     starts = random.permutation(np.arange(0, len(stored), block))
     order = np.concatenate([stored[start : start + block] for start in starts])

@@ -1,4 +1,4 @@
-"""A training that was stopped goes on: named arrays and a little JSON in one file, replaced whole or not at all."""
+"""Save and load training checkpoints: named arrays and a JSON state in one file, replaced atomically."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from pipeline.core.errors import CheckpointError, RunError
 FILE = "checkpoint.npz"
 _STATE = "state.json"
 _UNREADABLE = (EOFError, MemoryError, OverflowError, RecursionError, zipfile.BadZipFile, zlib.error)
-_SHARE = 0.1  # of the time spent on training, at most, goes into checkpoints
+_SHARE = 0.1  # largest share of the training time that goes into writing checkpoints
 
 
 class Checkpoint:
-    """The checkpoint in a run's folder; `save` may be called after every epoch and writes when it is worth it."""
+    """The checkpoint in a run's folder. Call `save` after every epoch: it skips writing if the last was too recent."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        self._cost = 0.0  # seconds that writing took last time
+        self._cost = 0.0  # seconds that the last write took
         self._since = time.monotonic()
 
     def load(self) -> tuple[dict[str, list[np.ndarray]], dict[str, Any]] | None:
-        """Return the groups of arrays and the state that were saved last; None if nothing was.
+        """Return the groups of arrays and the state that were saved last; None if there is no checkpoint.
 
         Raises
         ------
         CheckpointError
-            If the file is not one that `save` wrote.
+            If `save` did not write the file.
         """
         if not self.path.exists():
             return None
@@ -46,15 +46,15 @@ class Checkpoint:
                     name: [file[f"{name}/{i}"] for i in range(count)] for name, count in state.pop("groups").items()
                 }
         except (*_UNREADABLE, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            # Without the text: NumPy's advises to load such a file unsafely.
+            # Leave out NumPy's message: it advises to load such a file with pickle, which is unsafe.
             raise CheckpointError(f"{self.path} is not a checkpoint; delete it and train from the start") from error
         return groups, state
 
     def save(self, groups: Mapping[str, Sequence[Any]], state: Mapping[str, Any]) -> None:
-        """Write groups of arrays and a JSON state, unless the last time was too short ago for what it costs.
+        """Write groups of arrays and a JSON state, or skip it so that writing takes at most 10% of the time.
 
-        The arrays may be variables: each becomes an array only when it is its turn to be written. Raises RunError if
-        the file cannot be written; what was saved before stays.
+        Arrays may be Keras variables; each is copied to NumPy only when it is written. Raises RunError if the file
+        cannot be written; the previous checkpoint stays.
         """
         start = time.monotonic()
         if start - self._since < self._cost / _SHARE:
@@ -73,5 +73,5 @@ class Checkpoint:
         self._cost = self._since - start
 
     def remove(self) -> None:
-        """Remove the file: the training has ended."""
+        """Remove the file, when the training has ended."""
         files.remove(self.path)

@@ -1,4 +1,4 @@
-"""A dataset with its cached rows → one HDF5 file."""
+"""Export a dataset with its cached rows to one HDF5 file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pipeline.training.labelled_features import join_features
 
 @dataclass(frozen=True)
 class Exported:
-    """What `cache export` wrote."""
+    """The result of `cache export`: counts of rows, missing rows, shards and bytes."""
 
     rows: int
-    missing: int  # of these, rows that are not in the cache: NaN in a virtual file, none in a self-contained one
-    shards: int  # that hold the rows: a virtual file is read from as many open files
+    missing: int  # rows that are not in the cache: NaN in a virtual file; a self-contained file has none
+    shards: int  # shards that hold the rows; reading a virtual file opens as many files
     bytes: int
     space: str
     quarantined: list[Quarantined]
@@ -37,14 +37,14 @@ def export_dataset(
     *,
     virtual: bool,
 ) -> Exported:
-    """Write the rows of `dataset` to `out`, in its order, without the images that cannot be decoded.
+    """Write the rows of `dataset` to `out`, in the dataset's order, without the images that cannot be decoded.
 
     Raises
     ------
     MissingRowsError
-        If an image that can be decoded has no row, and the file is not to be virtual.
+        If an image that can be decoded has no row, unless the file is `virtual`.
     CacheError
-        If a shard is damaged, or there is no room.
+        If a shard is damaged, or the disk is full.
     """
     labelled = join_features(dataset, workspace, choice, max_pixels, partly=virtual)
     images = labelled.usable.tolist()

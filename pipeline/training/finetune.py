@@ -1,4 +1,4 @@
-"""`freeze` and `finetune`: the full model, trained from images or from cached rows of its frozen part; published."""
+"""Train and publish full models (stages `freeze` and `finetune`), from images or from cached frozen features."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ logger = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=LabelledImages)
 
-_COLLAPSE = 0.1  # of accuracy on the training images, between training mode and inference mode
-_TIMED = 32  # images
+_COLLAPSE = 0.1  # loss of training accuracy, from training mode to inference mode, that counts as a collapse
+_TIMED = 32  # images in the batch that is timed
 _CHECKED = 16  # test images on which the saved model is compared with the trained one
-# By how much probabilities may differ then: rows are rounded to the storage type and computed in other batches.
+# Largest allowed difference of probabilities: rows are rounded to the storage type and computed in other batches.
 _MOST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
-_COPIES = 6  # of the trained numbers, in memory: weights, gradients, two of the optimizer, the best, one on its way
+_COPIES = 6  # of the parameters, in memory: weights, gradients, two optimizer moments, best weights, a temporary copy
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What `train_full` made."""
+    """Name, folder and summary of the run that `finetune` published, and the images that could not be decoded."""
 
     name: str
     path: Path
@@ -67,16 +67,16 @@ class FinetuneResult:
 def finetune(
     dataset: Dataset, workspace: Workspace, request: FinetuneRequest, *, resume: str | None = None
 ) -> FinetuneResult:
-    """Train, measure, save and publish a full model as asked. `resume` names an unfinished run.
+    """Train, measure, save and publish the full model of `request`. `resume` names an unfinished run.
 
     Raises
     ------
     DatasetError
-        If a split has no image, there is only one class to learn, or an image changes on the way.
+        If a split has no image, there is only one class to learn, or an image changes during training.
     SpecError
-        If what it is to begin with does not fit.
+        If the initial model does not fit the request.
     RunError
-        If the saved model, read back, says something else, or what is to be resumed has changed.
+        If the saved model, read back, predicts other probabilities, or the data of the run to resume have changed.
     """
     start = time.perf_counter()
     if request.tensorboard:
@@ -89,10 +89,10 @@ def finetune(
     with opened(dataset, workspace, request, origin) as setting:
         images, spec = setting.training_data.labelled, setting.network.spec
         resolved = replace(origin.resolved.choice, layer=spec.layer, precision=spec.precision, storage=spec.storage)
-        if origin.begun is not None:  # whose weights are known by its run.json
+        if origin.begun is not None:  # run.json of the initial run identifies its weights
             resolved = replace(resolved, weights=request.features.weights)
         until = request.freeze_until or (setting.network.layers[setting.until] if setting.until >= 0 else "none")
-        request = replace(request, features=resolved, freeze_until=until)  # what `auto` turned out to mean
+        request = replace(request, features=resolved, freeze_until=until)  # record the values chosen for `auto`
         digest = hashlib.sha256((images.digest() + _network_of(origin)).encode()).hexdigest()
         with _run(workspace, request, images, digest, resume, _own_network(origin, workspace)) as (name, directory):
             summary = _train_and_write(name, directory, request, setting, workspace, start)
@@ -101,7 +101,7 @@ def finetune(
 
 @dataclass(frozen=True)
 class _Setting:
-    """What is trained, on what: `below` gives the features the head stands on, of the same rows."""
+    """The model to train and its data; `below` computes the features that the head reads, from the same inputs."""
 
     origin: InitialModel
     network: FullModel
@@ -109,17 +109,20 @@ class _Setting:
     below: KerasModel | None
     training_data: TrainingData[Any]
     until: int  # the index of the last frozen layer
-    computed: int = 0  # rows, for this
+    computed: int = 0  # rows that were computed for this training
 
 
 def _network_of(origin: InitialModel) -> str:
-    """Return what the network that is trained is known by: of one's own, others may have weights as its own are."""
+    """Return the text that identifies the trained network: its weights' identity, and the name of an own network.
+
+    Two own networks may share the same weights; only the name tells them apart.
+    """
     backbone = origin.base.backbone
     return origin.weights.identity + (backbone if backbone.startswith(OWN) else "")
 
 
 def _own_network(origin: InitialModel, workspace: Workspace) -> dict[str, Any] | None:
-    """Return by what an own network, and its file, are known again; None for a network of the table."""
+    """Return the record that identifies an own network and its file; None for a network of the backbone table."""
     if not origin.base.backbone.startswith(OWN):
         return None
     recorded = origin.network_record or networks.record(origin.weights, workspace.cache.index) or {}
@@ -143,7 +146,7 @@ def _from_images(
 def _from_cache(
     dataset: Dataset, workspace: Workspace, request: FinetuneRequest, origin: InitialModel
 ) -> Iterator[_Setting]:
-    """Compute what is missing of the frozen part's rows, then train what comes after it."""
+    """Compute the missing rows of the frozen part, then yield the setting that trains the layers after it."""
     options = ComputeOptions(max_pixels=request.max_pixels)
     done = extract(dataset, workspace, origin.resolved, options, views=request.views)
     choice = FeatureChoice(space=done.space.name) if done.space else origin.resolved.choice
@@ -153,20 +156,20 @@ def _from_cache(
     made = _network(origin, spec, request, len(dataset.classes))
     model = made.after(origin.cut)
     kept = request.head.settings["batch_size"] * activations(model)
-    needed = dense.TENSORFLOW + 4 * (_COPIES * model.count_params() + kept)  # kept for the way back
+    needed = dense.TENSORFLOW + 4 * (_COPIES * model.count_params() + kept)  # backpropagation needs the activations
     with open_tensor_data(labelled, request.memory, needed) as training_data:
         yield _Setting(origin, made, model, made.features_after(origin.cut), training_data, origin.until, done.computed)
 
 
 def with_initial(images: S, request: FinetuneRequest, workspace: Workspace) -> S:
-    """Return the images with those that the run was trained on with which the model begins."""
+    """Return `images` with the record of the images that the initial run was trained on, if there is such a run."""
     if request.init is None:
         return images
     return replace(images, initial=initial_images(Path(request.init), workspace))
 
 
 def _network(origin: InitialModel, spec: FeatureSpec, request: FinetuneRequest, classes: int) -> FullModel:
-    """Return the network to begin with, frozen as asked for."""
+    """Return the initial network, with the requested layers frozen."""
     logger.info("building %s", origin.backbone)
     made = FullModel(spec, lambda shape: origin.head(request.head, shape, classes), origin.weights.network)
     made.load_backbone(origin.weights.identity, origin.weights.path)
@@ -184,7 +187,7 @@ def _run(
     resume: str | None,
     own_network: dict[str, Any] | None,
 ) -> Iterator[tuple[str, Path]]:
-    """Give name and folder of the run: a new one, or the one to go on with if its images and weights are the same."""
+    """Yield name and folder of a new run, or of the run to resume if its images and weights are the same."""
     if resume is not None:
         store.require_same(workspace.runs, resume, digest)
         with store.reopened(workspace.runs, resume, workspace.command(request.stage)) as found:
@@ -235,7 +238,7 @@ def _train_and_write(
 
 
 def _features(setting: _Setting, identity: str) -> dict[str, Any]:
-    """Return what features the network computes, its weights being `identity`, and which it began with."""
+    """Return the features that the network computes with the weights `identity`, and those of its base weights."""
     made = setting.network
     frozen = [each for each in made.cuts if made.layers.index(each) <= setting.until]
     unchanged = setting.origin.unchanged_until(made.layers, frozen)
@@ -245,7 +248,7 @@ def _features(setting: _Setting, identity: str) -> dict[str, Any]:
 
 
 def _summary(name: str, request: FinetuneRequest, setting: _Setting, trained: TrainingResult) -> dict[str, Any]:
-    """Return what is told of how a run was trained; what it is worth stands beside that."""
+    """Return the part of the summary on how the run was trained; `summarize_metrics` gives the accuracies."""
     made, training_data = setting.network, setting.training_data
     return {
         "run": name,
@@ -275,7 +278,7 @@ def _best(trained: TrainingResult) -> Entry:
 
 
 def _measured(request: FinetuneRequest, setting: _Setting, workspace: Workspace) -> dict[str, np.ndarray]:
-    """Return what the network says of each split in the plain view, (n, k) float32, as `predict` will answer."""
+    """Return the probabilities of each split in the plain view, (n, k) float32, computed as `predict` does."""
     answer = full_model.compile_model(setting.network, setting.origin.cut if request.from_cache else None)
     rows = {**setting.training_data.rows, "train": _plain(setting.training_data)}
     said = {}
@@ -286,7 +289,7 @@ def _measured(request: FinetuneRequest, setting: _Setting, workspace: Workspace)
 
 
 def _trained(directory: Path, request: FinetuneRequest, setting: _Setting, workspace: Workspace) -> TrainingResult:
-    """Run the loop, and leave the network at its best epoch."""
+    """Run the training loop, and leave the network with the weights of its best epoch."""
     settings, training_data = request.head.settings, setting.training_data
     size, labels = settings["batch_size"], training_data.data().train_labels
     checkpoint = Checkpoint(directory)
@@ -321,7 +324,7 @@ def _trained(directory: Path, request: FinetuneRequest, setting: _Setting, works
 
 
 def _head_inputs(setting: _Setting, size: int, workspace: Workspace) -> Iterator[np.ndarray]:
-    """Yield what the new head is to be normalised by: the features of the training rows, as it reads them."""
+    """Yield blocks of training features, as the new head reads them, to compute its normalisation from."""
     rows, pools = setting.training_data.rows["train"], setting.network.head.kind == "gap"
     with workspace.progress("measuring features", len(rows)) as advance:
         if setting.below is None:
@@ -335,10 +338,10 @@ def _head_inputs(setting: _Setting, size: int, workspace: Workspace) -> Iterator
 
 
 def _announce(request: FinetuneRequest, setting: _Setting) -> None:
-    """Say how long all will take, from a batch that is timed: the way back takes twice as long as the way there."""
+    """Log an estimate of the total time, from a timed batch. A backward pass counts as two forward passes."""
     rows, settings, training_data = setting.training_data.rows["train"], request.head.settings, setting.training_data
     some = rows[np.arange(min(len(rows), settings["batch_size"], _TIMED))]
-    for _ in range(2):  # the first time compiles
+    for _ in range(2):  # the first call compiles; the second one is timed
         start = time.perf_counter()
         full_model.probabilities(setting.model.predict_on_batch, some, len(some))
     each = (time.perf_counter() - start) / len(some)  # pyright: ignore[reportPossiblyUnboundVariable]
@@ -352,13 +355,13 @@ def _announce(request: FinetuneRequest, setting: _Setting) -> None:
 
 
 def _plain(training_data: TrainingData[Any]) -> Rows:
-    """Return the training rows in the plain view, which come first."""
+    """Return the training rows in the plain view; they precede those of the other views."""
     rows: Rows = training_data.rows["train"]
     return rows if training_data.views == 1 else select(rows, np.arange(len(training_data.labels["train"])))
 
 
 def _warn_of_collapse(inference: float, training: float, request: FinetuneRequest) -> None:
-    """Batch norm that trained on small batches can say other things in inference mode."""
+    """Warn if the training accuracy is much lower in inference mode, as batch norm on small batches can cause."""
     if inference < training - _COLLAPSE:
         advice = "take --batch-norm frozen" if request.batch_norm == "trainable" else "lower --learning-rate"
         logger.warning(
@@ -369,7 +372,10 @@ def _warn_of_collapse(inference: float, training: float, request: FinetuneReques
 
 
 def _check_saved(directory: Path, request: FinetuneRequest, setting: _Setting, test: np.ndarray) -> float:
-    """Read the model back and compare what it says of a few test images with what was measured."""
+    """Read the saved model back and return its largest difference from `test`, the probabilities of the trained one.
+
+    Raises RunError if a few test images differ by more than the precision allows.
+    """
     training_data, spec = setting.training_data, setting.network.spec
     images, members = training_data.labelled, training_data.members["test"][:_CHECKED]
     saved = full_model.compile_model(FullModel.load(directory, spec))

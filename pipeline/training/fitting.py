@@ -1,4 +1,4 @@
-"""Fit what was asked for: one head, or K of them by cross-validation, each with its checkpoint and logs."""
+"""Fit the heads of a train request: one head, or K heads by cross-validation, each with checkpoint and logs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _HISTORY = "history.json"
 
 @dataclass(frozen=True)
 class FitResult:
-    """A fitted head, and what it says of `val`, positions in the material, and of the test split: (n, k) float32.
+    """A fitted head, and its probabilities on the validation and test splits, each (n, k) float32.
 
-    Of several heads `val` is every row they were trained on, each answered by the head that did not see it.
+    `val_members` are the positions of the validation images. In cross-validation these are all training images, and
+    `val` holds for each the probabilities of the head that was not trained on it.
     """
 
     fitted: heads.Fitted
@@ -37,7 +38,7 @@ class FitResult:
 
 
 def fit_request(training_data: TrainingData, request: TrainRequest, directory: Path, progress: Progress) -> FitResult:
-    """Fit what was asked for, going on with what lies in `directory`."""
+    """Fit the head or heads of `request`, resuming from checkpoints and finished folds in `directory`."""
     fit = _fit_folds if request.folds else _fit_one
     steps = heads.steps(request.head) * max(1, request.folds)
     unit = "fits" if request.head.head == "logreg" else "epochs"
@@ -48,7 +49,7 @@ def fit_request(training_data: TrainingData, request: TrainRequest, directory: P
 def fit_head(
     spec: HeadSpec, data: heads.Data, directory: Path, advance: Callable[[float], None], *, tensorboard: bool = False
 ) -> heads.Fitted:
-    """Fit one head, with checkpoint and logs in `directory`."""
+    """Fit one head of `spec` on `data`, with checkpoint and logs in `directory`."""
     with tracking.tensorboard(directory, tensorboard) as note:
         return heads.fit(spec, data, heads.TrainingContext(advance, note, Checkpoint(directory)))
 
@@ -62,7 +63,10 @@ def _fit_one(
 
 
 def predict_probabilities(head: Predicts, rows: Rows, side: str) -> np.ndarray:
-    """Return what a head says of rows, (n, k) float32. Raises DatasetError if one of them holds what is no number."""
+    """Return the probabilities of `head` for `rows`, (n, k) float32. Raises DatasetError if a row has NaN or infinity.
+
+    `side` is the split's name in the error.
+    """
     said = head.predict(rows)
     if not np.isfinite(said).all():
         require_numbers(rows, f"the {side} split")

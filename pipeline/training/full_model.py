@@ -1,4 +1,8 @@
-"""The full model: the whole backbone with a head on top. What is frozen of it, where it is cut, how it is kept."""
+"""Build, freeze, cut, save and load full models: a whole backbone with a head on top.
+
+`FullModel` is the network, `compile_model` makes a compiled predictor of it, and `to_dense_head` converts a head
+that was trained on cached rows.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +46,11 @@ BatchPredictor = Callable[
     [np.ndarray], np.ndarray
 ]  # pixels (n, size, size, 3) uint8 RGB → probabilities (n, k) float32
 
-_MOST_BYTES = own.MOST_STORED  # of a network.json
-# Of the multiplications, at least, by default. InceptionV3 has 12% in its last two blocks, VGG16 9% in its last one.
+_MOST_BYTES = own.MOST_STORED  # largest size of a network.json
+# Least share of multiplications that train by default. InceptionV3's last two blocks have 12%, VGG16's last one 9%.
 _SHARE_TRAINED = 0.08
-_HEAD_SEEDS = 1_000  # numbers that a head's own seeds are derived by come before
-_MOST_AT_ONCE = 32  # rows that are answered together: more are no quicker, and a short batch is padded
+_HEAD_SEEDS = 1_000  # a head derives its own seeds from smaller numbers
+_MOST_AT_ONCE = 32  # rows in a batch of predictions: larger batches are no faster, and a short batch is padded
 
 
 class FullModel:
@@ -55,11 +59,11 @@ class FullModel:
     Parameters
     ----------
     spec
-        Its `precision` and `layer` are those of the network; the weights are loaded by `load_backbone`.
+        Gives the network's `precision` and `layer`; `load_backbone` loads the weights.
     make_head
-        Makes of (h, w, c) a head over rows of that shape.
+        Function that takes a row shape (h, w, c) and returns a head over rows of that shape.
     architecture
-        The file in which the architecture of an own network stands.
+        The file that holds the architecture of an own network.
     """
 
     def __init__(
@@ -70,30 +74,30 @@ class FullModel:
         self._architecture = architecture
         allow_any_names(self.whole)
         self.below = cut(self.whole, spec.layer)
-        self._frozen = ""  # the last layer up to which all is frozen and where the network can be cut
+        self._frozen = ""  # the last layer where the network can be cut and up to which all layers are frozen
         features = self.below.output
         self.head = make_head(tuple(features.shape[1:]))
         self.model: KerasModel = import_keras().Model(self.whole.inputs, self.head.model(features), name="full_model")
 
     def load_backbone(self, identity: str, path: Path | None) -> None:
-        """Give the backbone the weights that a spec names. Raises WeightsError if the file is not of them."""
+        """Load the weights `identity` into the backbone. Raises WeightsError if the file holds other weights."""
         check_weights(self.spec.backbone, path)
         load_weights(self.whole, identity, path)
 
     @property
     def cuts(self) -> list[str]:
-        """The names of those of its layers whose output alone carries the network on, in their order."""
+        """The names of the layers where the network can be cut, in order: all later layers need only their output."""
         layers = set(self.layers)
         return [name for name in cut_layers(self.whole) if name in layers]
 
     @property
     def layers(self) -> list[str]:
-        """The names of the backbone's layers, in their order, up to the one the head stands on."""
+        """The names of the backbone's layers, in order, up to the layer whose output the head reads."""
         names = layer_names(self.whole)
         return names[: names.index(self.spec.layer) + 1]
 
     def work(self, after: str = "") -> tuple[int, int]:
-        """Return how many multiplications of an image come after the layer `after`, and how many of them train."""
+        """Return the multiplications per image after the layer `after`, and how many of them are in trained layers."""
         calls = [*share_of_work(self.below, after), *share_of_work(self.head.model)]
         trains = next(i for i, (layer, _) in enumerate(calls) if getattr(layer, "trainable_weights", []))
         counts = [count for _, count in calls]
@@ -102,20 +106,22 @@ class FullModel:
     def freeze(self, until: int, *, batch_norm: bool) -> None:
         """Freeze the backbone's layers up to index `until`, -1 for none, and all batch norms unless `batch_norm`.
 
-        A frozen batch norm is in inference mode: its statistics, too, stay as they are. So are all layers up to the
-        last cut in the frozen part: `on_pixels` trains what `after` that cut trains. A nested model is one layer.
+        A frozen batch norm runs in inference mode: its statistics do not change either. All layers up to the last cut
+        in the frozen part run in inference mode too, so `on_pixels` trains what `after` that cut trains. A nested
+        model counts as one layer.
         """
         normalises = import_keras().layers.BatchNormalization
         names = self.layers
         frozen = set(names[: until + 1])
-        for layer in sorted(self.whole.layers, key=lambda each: each.name in frozen):  # a layer in both stays frozen
-            # One by one: Keras passes a value on to the layers inside only where it changes that of the outer one.
+        # Frozen layers come last, so that an inner layer shared by a trained and a frozen one ends frozen.
+        for layer in sorted(self.whole.layers, key=lambda each: each.name in frozen):
+            # Set each inner layer: Keras passes `trainable` on only where the outer layer's value changes.
             for inner in layer._flatten_layers():
                 inner.trainable = layer.name not in frozen and (batch_norm or not isinstance(inner, normalises))
         self._frozen = next((name for name in reversed(self.cuts) if name in frozen), "")
 
     def seed(self, seed: int) -> None:
-        """Have the backbone's layers that draw random numbers as they train, as Dropout does, draw them from `seed`."""
+        """Seed the backbone's layers that draw random numbers during training, such as Dropout."""
         states = [each for each in self.whole.variables if each.name == "seed_generator_state"]
         for number, state in enumerate(states):
             drawn = np.random.SeedSequence([seed, _HEAD_SEEDS + number]).generate_state(1)[0]
@@ -123,13 +129,13 @@ class FullModel:
 
     @property
     def trains(self) -> list[str]:
-        """The names of the layers that training changes, in order."""
+        """The names of the layers with trainable weights, in order."""
         layers = [*self.below.layers, *self.head.model.layers]
         return [layer.name for layer in layers if layer.trainable_weights]
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers training changes."""
+        """The number of trainable parameters."""
         return sum(int(np.prod(weight.shape)) for weight in self.model.trainable_weights)
 
     def on_pixels(self) -> KerasModel:
@@ -150,15 +156,15 @@ class FullModel:
         return keras.Model(inputs, model(scale(keras.ops.cast(inputs, "float32"), self.spec.scaling)))
 
     def after(self, layer: str) -> KerasModel:
-        """Return what comes after `layer`, with the same weights: its rows (n, h, w, c) → (n, k) probabilities."""
+        """Return the part after `layer`, sharing the weights: rows (n, h, w, c) → probabilities (n, k)."""
         return layers_after(self.model, layer, name=f"after_{layer}")
 
     def features_after(self, layer: str) -> KerasModel | None:
-        """Return what lies between `layer` and the head; None if nothing does."""
+        """Return the part between `layer` and the head; None if the head reads `layer` itself."""
         return None if layer == self.spec.layer else layers_after(self.below, layer)
 
     def save(self, directory: Path) -> str:
-        """Write backbone, head and our JSON; return the identity of the backbone's weights, as a spec names them."""
+        """Write backbone, head and `network.json`; return the identity of the backbone's weights for a FeatureSpec."""
         weights_file.save(self.whole, directory / WEIGHTS_FILE)
         digest = files.sha256_file(directory / WEIGHTS_FILE)
         self.head.save(directory)
@@ -167,21 +173,21 @@ class FullModel:
             "layer": self.spec.layer,
             "precision": self.spec.precision,
         }
-        if self._architecture is not None:  # of an own network, whose file need not be at hand then
+        if self._architecture is not None:  # so that loading does not need the own network's file
             about |= {"architecture": own.checked_architecture(self._architecture)}
         write_json(directory / JSON_FILE, {**about, "sha256": digest})
         return f"sha256:{digest}"
 
     @classmethod
     def load(cls, directory: Path, spec: FeatureSpec, precision: str | None = None) -> FullModel:
-        """Return the network that `save` wrote, rebuilt from our own JSON and filled with plain arrays.
+        """Return the network that `save` wrote, rebuilt from `network.json` and filled with plain arrays.
 
-        It computes in another `precision` than it was trained in, if one is given.
+        It computes in `precision` if given, else in the precision of its training.
 
         Raises
         ------
         RunError
-            If the files are missing, or not those that were saved.
+            If files are missing or differ from those that were saved.
         """
         try:
             made = _described(directory)
@@ -203,7 +209,7 @@ class FullModel:
 
 
 def _in_inference_mode(model: KerasModel) -> Any:
-    """Return a layer that calls `model` in inference mode also while what is around it trains."""
+    """Return a layer that calls `model` in inference mode even while the outer model trains."""
 
     class InferenceMode(import_keras().layers.Layer):
         def __init__(self) -> None:
@@ -226,7 +232,7 @@ def _require_saved(directory: Path, made: dict[str, Any]) -> None:
 
 
 def saved_weights(directory: Path) -> Weights:
-    """Return the weights of the backbone that `Network.save` wrote. Raises RunError if they are not those."""
+    """Return the backbone weights that `FullModel.save` wrote. Raises RunError if the file differs from the saved."""
     try:
         made = _described(directory)
         _require_saved(directory, made)
@@ -239,9 +245,14 @@ def saved_weights(directory: Path) -> Weights:
 
 
 def frozen_until(layers: Sequence[str], until: str) -> int:
-    """Return the index of the last frozen layer: that of the layer `until`, the number it says, or -1 for "none".
+    """Return the index of the last frozen layer; -1 if `until` is "none".
 
-    `layers` are the backbone's, up to the one the head stands on.
+    Parameters
+    ----------
+    layers
+        Names of the backbone's layers, up to the one that the head reads.
+    until
+        A layer's name, its index as a decimal number, or "none".
 
     Raises
     ------
@@ -253,7 +264,7 @@ def frozen_until(layers: Sequence[str], until: str) -> int:
     if until in layers:
         return layers.index(until)
     if until.isascii() and until.isdecimal() and (int(until) < len(layers) or until == FREEZE_UNTIL):
-        return min(int(until), len(layers) - 1)  # the default freezes all of a part that ends before it
+        return min(int(until), len(layers) - 1)  # the default index may be too large: freeze all
     raise UsageError(
         f"--freeze-until takes a layer's name, its number from 0 to {len(layers) - 1}, or none, found "
         f"{until!r:.60} (`summary --backbone B --all` lists them){did_you_mean(until, layers)}"
@@ -261,23 +272,24 @@ def frozen_until(layers: Sequence[str], until: str) -> int:
 
 
 def default_freeze_until(whole: KerasModel, layer: str) -> str:
-    """Return the name of the layer of `whole`, a backbone, up to which all is frozen by default; a head is on `layer`.
+    """Return the name of the last layer of the backbone `whole` that is frozen by default; the head reads `layer`.
 
-    At least 8% of the multiplications up to `layer` come after it, so that about the last block trains. It is the
-    last such layer where the network can be cut; where that leaves more than half, as no cut lies inside of the last
-    blocks, it is the last such layer of all. Where the first cut leaves less than 8%, it is the first cut.
+    At least 8% of the multiplications up to `layer` come after the returned layer, so about the last block trains.
+    It is the last such layer where the network can be cut. If that cut leaves more than half of the multiplications,
+    because the last blocks have no cut inside, it is the last such layer, cut or not. If the first cut leaves less
+    than 8%, it is the first cut.
 
     Raises
     ------
     SpecError
-        If no head can stand on `layer`.
+        If no head can read `layer`.
     """
     calls = share_of_work(cut(whole, layer))
     names = layer_names(whole)
     names = names[: names.index(layer) + 1]
     cuts = [name for name in cut_layers(whole) if name in names]
     left = total = sum(count for _, count in calls)
-    behind = {}  # after the last call of each layer
+    behind = {}  # multiplications after the last call of each layer
     for operation, count in calls:
         left -= count
         behind[operation.name] = left
@@ -287,12 +299,12 @@ def default_freeze_until(whole: KerasModel, layer: str) -> str:
 
 
 def cut_at(layers: Sequence[str], cuts: Sequence[str], until: int) -> str:
-    """Return the last of `cuts`, layers whose output alone carries the network on, up to index `until` of `layers`.
+    """Return the last of `cuts`, the layers where the network can be cut, up to index `until` of `layers`.
 
     Raises
     ------
     SpecError
-        If there is none: then nothing can be cached.
+        If there is no such cut: then no features can be cached.
     """
     found = [name for name in cuts if layers.index(name) <= until]
     if not found:
@@ -303,9 +315,10 @@ def cut_at(layers: Sequence[str], cuts: Sequence[str], until: int) -> str:
 def predict(
     answer: Callable[[np.ndarray], Any], rows: Rows, size: int, advance: Callable[[int], None] = lambda n: None
 ) -> Iterator[np.ndarray]:
-    """Yield what `answer`, as a model's `predict_on_batch`, says of rows, at most `size` at a time.
+    """Yield the outputs of `answer`, such as a model's `predict_on_batch`, for batches of at most `size` rows.
 
-    Each batch is padded to one shape, so that it is compiled once.
+    Outputs are float32. A short batch is padded to the common shape, so that `answer` compiles only once.
+    `advance` is called with the number of rows after each batch.
     """
     size = min(size, _MOST_AT_ONCE)
     parts = [np.arange(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
@@ -318,20 +331,20 @@ def predict(
 def probabilities(
     answer: Callable[[np.ndarray], Any], rows: Rows, size: int, advance: Callable[[int], None] = lambda n: None
 ) -> np.ndarray:
-    """Return what `predict` yields as one array: class probabilities (n, k) float32."""
+    """Return the outputs of `predict` as one array: class probabilities (n, k) float32."""
     return np.concatenate(list(predict(answer, rows, size, advance)))
 
 
 def to_dense_head(head: heads.Head, row_shape: tuple[int, ...], classes: int) -> DenseHead:
-    """Return a head that was trained on cached rows as one over tensors of `row_shape` (h, w, c), ready to be trained.
+    """Return a trainable dense head over tensors of `row_shape` (h, w, c), made from a head trained on cached rows.
 
-    A logistic regression becomes a `gap` head without hidden layers: its scaler is the normalisation, its
-    coefficients the weights of the softmax layer. An ensemble becomes the mean of its members.
+    A logistic regression becomes a `gap` head without hidden layers: its scaler becomes the normalisation, its
+    coefficients the weights of the softmax layer. An ensemble becomes one model that averages its members.
 
     Raises
     ------
     ValueError
-        If it reads other rows, or tells other classes apart.
+        If the head was trained on rows of another shape, or with another number of classes.
     """
     if isinstance(head, heads.Ensemble):
         return average([to_dense_head(member, row_shape, classes) for member in head.members])
@@ -348,10 +361,11 @@ def to_dense_head(head: heads.Head, row_shape: tuple[int, ...], classes: int) ->
 
 
 def compile_model(network: FullModel, after: str | None = None) -> BatchPredictor:
-    """Return a network as a function, compiled once for any number of images, that computes as cached features are.
+    """Return `network` as a compiled function: pixels (n, size, size, 3) uint8 RGB → probabilities (n, k) float32.
 
-    With `after` it takes rows of that layer, (n, h, w, c) in the storage type, instead of pixels; its output must carry
-    the network on alone. It raises IceboxError if an answer is not a number.
+    It computes features exactly as the cached ones are computed, and compiles once for any number of images. With
+    `after`, a layer where the network can be cut, the function takes that layer's rows (n, h, w, c) in the storage
+    type instead. The function raises IceboxError if a probability is NaN or infinite.
     """
     import tensorflow as tf
 

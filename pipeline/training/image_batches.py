@@ -1,4 +1,4 @@
-"""Images as training data: decoded whenever they are needed, augmented afresh for each epoch."""
+"""Read images as training data: decoded each time they are needed, augmented anew in each epoch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from pipeline.images.loader import Loaded, Loader, decoding_pool
 
 
 class ImageDecoder:
-    """Decodes images of a dataset in threads; `keys` are who they must be, (m,) of 32 bytes, for `usable` of them."""
+    """Decoder of a dataset's images, with a pool of threads.
+
+    `usable` (m,) are the indices of the images that can be decoded; `keys` (m, of 32 bytes) are their expected keys.
+    """
 
     def __init__(self, dataset: Dataset, keys: Sequence[bytes], usable: np.ndarray, loader: Loader, size: int) -> None:
         self.dataset = dataset
@@ -38,7 +41,7 @@ def open_decoder(
     max_pixels: int,
     depth: int = FULL_DEPTH,
 ) -> Iterator[ImageDecoder]:
-    """Give what decodes the images `usable` of a dataset; on leaving, its threads and processes end."""
+    """Yield a decoder of the images `usable` of a dataset; its threads and processes end with the context."""
     with Loader(dataset, size, fit, max_pixels, depth=depth) as loader:
         found = ImageDecoder(dataset, keys, usable, loader, size)
         try:
@@ -48,9 +51,9 @@ def open_decoder(
 
 
 class ImageRows:
-    """Images that are `Rows`: asked for by index they are decoded, (n, size, size, 3) uint8 RGB.
+    """Images as `Rows`: indexing decodes them to (n, size, size, 3) uint8 RGB.
 
-    With a `recipe` each is warped, by numbers that its key and `draw` decide.
+    With a `recipe` each image is augmented; its key and `draw` decide the random numbers.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class ImageRows:
         return len(self._at)
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        """Return these images. Raises DatasetError if one cannot be decoded any more, or is another one now."""
+        """Return the images at `indices`. Raises DatasetError if a file has changed or can no longer be decoded."""
         at, decoding = self._at[indices], self._decoding
         wanted = decoding.usable[at].tolist()
         members = dict(zip(wanted, at.tolist(), strict=True))
@@ -78,7 +81,7 @@ class ImageRows:
         return np.stack([found[i] for i in wanted])
 
     def augmented(self, recipe: Augmentation, seed: int, epoch: int) -> ImageRows:
-        """Return the same images as they are seen in one epoch."""
+        """Return the same images, augmented as in epoch `epoch` of a training with `seed`."""
         digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
         return ImageRows(self._decoding, self._at, recipe, int.from_bytes(digest[:8], "big"))
 

@@ -1,4 +1,7 @@
-"""What a full model begins with: which weights its backbone has, a new head or that of a run, where it is cut."""
+"""Choose the initial model of a full-model training: backbone weights, head, cut and last frozen layer.
+
+The head is new, or comes from the run that `--init` names. `open_initial_model` returns an `InitialModel`.
+"""
 
 from __future__ import annotations
 
@@ -39,27 +42,40 @@ from pipeline.training.heads.dense import build as build_head
 
 @dataclass(frozen=True)
 class InitialRun:
-    """The run that a full model begins with."""
+    """The run that gives a full model its initial head, and its backbone if that was trained too."""
 
     path: Path
     about: dict[str, Any]
     spec: FeatureSpec  # the features its head reads
-    base: FeatureSpec  # the same of the weights that its backbone once began with
-    unchanged_until: str  # the last layer whose output is still that of the base weights; "" if none is
+    base: FeatureSpec  # the same features by the base weights, with which training of its backbone once started
+    unchanged_until: str  # the last layer whose output is still that of the base weights; "" if there is none
 
     @property
     def full(self) -> bool:
-        """Whether it has a backbone of its own."""
+        """Whether the run is a full model, which has its own backbone weights."""
         return "base" in self.about
 
 
 @dataclass(frozen=True)
 class InitialModel:
-    """Where a full model begins.
+    """The initial state of a full model.
 
-    `weights` are loaded into its backbone; `base` describes the features of the weights that backbone once began with.
-    `cut` is the layer whose rows it is trained on, "" if it is trained on images; `resolved` says what those rows, or
-    the images, are like. `until` is the index of the last frozen layer, -1 if none is.
+    Attributes
+    ----------
+    base
+        The features by the base weights: those with which training of the backbone first started.
+    weights
+        The weights to load into the backbone.
+    label
+        The name of the base weights for people.
+    resolved
+        The choice of features that describes the rows, or the images, to train on.
+    cut
+        The layer whose cached rows the model is trained on; "" if it is trained on images.
+    until
+        The index of the last frozen layer; -1 if none is frozen.
+    begun
+        The initial run; None for a new head.
     """
 
     base: FeatureSpec
@@ -72,16 +88,19 @@ class InitialModel:
 
     @property
     def network_record(self) -> Mapping[str, Any] | None:
-        """What the run that it begins with keeps of the file of an own network."""
+        """The initial run's record of an own network's file; None if there is no such run or record."""
         return network_record(self.begun.about) if self.begun else None
 
     @property
     def backbone(self) -> str:
-        """What people call the network."""
+        """The name of the network for people."""
         return networks.label(self.base, self.network_record) if self.begun else self.resolved.source.label
 
     def head(self, spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> DenseHead:
-        """Return the head to begin with, over tensors (h, w, c)."""
+        """Return the initial head over tensors of `row_shape` (h, w, c): a new one, or that of the initial run.
+
+        Raises DoNotFitError if a new head takes more memory than is free, RunError if the run's head does not fit.
+        """
         if self.begun is None:
             heads.require_memory(spec, row_shape, classes)
             return DenseHead(build_head(spec, row_shape, classes), spec)
@@ -91,13 +110,13 @@ class InitialModel:
         return DenseHead(found.model, HeadSpec.make(found.spec.head, **{**spec.settings, **shape}))
 
     def matched(self, dataset: Dataset) -> Dataset:
-        """Return the dataset with the classes in the order of the run that the model begins with, if there is one."""
+        """Return the dataset with its classes in the order of the initial run, if there is one."""
         return with_classes(dataset, self.begun.path.name, self.begun.about["classes"]) if self.begun else dataset
 
     def unchanged_until(self, names: Sequence[str], cuts: Sequence[str]) -> str:
-        """Return the last of `cuts` up to which the base weights are what they were, "" if there is none.
+        """Return the last of `cuts` up to which the base weights are unchanged; "" if there is none.
 
-        `cuts` are those below what is about to be trained, `names` the backbone's layers.
+        `cuts` are the cuts in the frozen part, `names` all layers of the backbone.
         """
         if self.begun is not None and self.begun.full:
             before = self.begun.unchanged_until
@@ -106,16 +125,18 @@ class InitialModel:
 
 
 def open_initial_model(request: FinetuneRequest, dataset: Dataset, workspace: Workspace) -> InitialModel:
-    """Settle what a full model begins with.
+    """Return the initial model that `request` asks for.
 
     Raises
     ------
     DatasetError
-        If the run to begin with has other classes.
+        If the initial run has other classes than `dataset`.
     SpecError
-        If it does not fit what else was stated, or nothing is frozen that could be cached.
+        If the initial run does not fit the other options, or `--from-cache` finds no frozen part to cache.
+    RunError
+        If the folder of the initial run holds no trained model.
     WeightsError
-        If the weights cannot be had.
+        If the weights cannot be found or downloaded.
     """
     if request.init is not None:
         return _from_run(open_initial_run(Path(request.init), dataset), request, workspace)
@@ -138,7 +159,10 @@ def open_initial_model(request: FinetuneRequest, dataset: Dataset, workspace: Wo
 
 
 def _cut(request: FinetuneRequest, source: Source, layer: str) -> tuple[str, int, list[str]]:
-    """Return where the cached part ends, "" if nothing is cached, the index of the last frozen layer, and all names."""
+    """Return the cut where the cached part ends, the index of the last frozen layer, and the names of all layers.
+
+    The cut is "" if nothing is cached.
+    """
     names, cuts = _layers(source, layer)
     until = len(names) - 1
     if request.stage != "freeze":
@@ -147,7 +171,7 @@ def _cut(request: FinetuneRequest, source: Source, layer: str) -> tuple[str, int
 
 
 def _layers(source: Source, layer: str) -> tuple[list[str], list[str]]:
-    """Return the names of the backbone's layers up to `layer`, and of those where it can be cut."""
+    """Return the names of the backbone's layers up to `layer`, and of those among them where it can be cut."""
     names, cuts = _topology(source.name, source.input_size, source.file)
     if layer not in cuts:
         raise SpecError(f"no head can stand on {layer!r}; take one of {', '.join(cuts[-4:])}")
@@ -162,14 +186,24 @@ def _topology(name: str, input_size: int, file: Path | None) -> tuple[list[str],
 
 
 def _usual(source: Source, layer: str) -> str:
-    """Return the layer up to which is frozen where nothing was said."""
+    """Return the last frozen layer by default, when `--freeze-until` is not given."""
     if source.name == DEFAULT_BACKBONE:
         return FREEZE_UNTIL
     return full_model.default_freeze_until(build(source.name, input_size=source.input_size, network=source.file), layer)
 
 
 def open_initial_run(path: Path, dataset: Dataset) -> InitialRun:
-    """Return the run in a folder to begin with, if it has the dataset's classes. Raises what `origin_of` does."""
+    """Return the run in the folder `path` as an initial run.
+
+    Raises
+    ------
+    RunError
+        If the folder holds no trained model.
+    SpecError
+        If the run is an ensemble of heads.
+    DatasetError
+        If the run has other classes than `dataset`.
+    """
     about = read_run(path)
     try:
         spec, classes = FeatureSpec.from_dict(about["features"]), list(about["classes"])
@@ -199,7 +233,7 @@ def _from_run(begun: InitialRun, request: FinetuneRequest, workspace: Workspace)
         raise RunError(f"{begun.path / 'run.json'} is not that of a trained model ({begun.unchanged_until[:60]!r})")
     trained = full_model.saved_weights(begun.path) if begun.full else None
     weights = trained or base
-    assert weights is not None  # a full model has its own, and those of another run were just required
+    assert weights is not None  # a full model has its own weights; for a head, `base` was required above
     below = base is not None and (not trained or _at_most(cut, begun.unchanged_until, names))
     rows = base if below and base is not None else weights
     choice = FeatureChoice(
@@ -221,12 +255,12 @@ def _from_run(begun: InitialRun, request: FinetuneRequest, workspace: Workspace)
 
 
 def _base_weights(begun: InitialRun, stated: FeatureChoice, workspace: Workspace) -> Weights | None:
-    """Return the weights that the run's backbone once began with, if they are at hand.
+    """Return the base weights of the run, with which training of its backbone started; None if not available.
 
     Raises
     ------
     SpecError
-        If something else was stated than what the run began with.
+        If `stated` differs from the features or weights of the run.
     """
     spec, name = begun.spec, begun.path.name
     if stated.layer not in (None, spec.layer):
@@ -266,7 +300,10 @@ def _at_most(layer: str, last: str, names: Sequence[str]) -> bool:
 def _settled_weights(
     resolved: ResolvedChoice, dataset: Dataset, workspace: Workspace, layers: Sequence[str]
 ) -> tuple[Weights, FeatureSpec | None]:
-    """Return the stated weights, or those of the space that holds most of the dataset's rows, and that space's spec."""
+    """Return the weights to use, and the spec of the feature space that they were taken from, if any.
+
+    They are the stated weights, else those of the space that holds most of the dataset's rows, else the default ones.
+    """
     if resolved.weights is not None:
         return resolved.weights.require(), None
     with workspace.progress("identifying images", len(dataset)) as advance:
@@ -279,7 +316,7 @@ def _settled_weights(
 
 
 def _text(weights: Weights) -> str:
-    """Return what `--weights` takes to mean these."""
+    """Return the value of `--weights` that names these weights."""
     if weights.network is not None and weights.network == weights.path:
-        return "auto"  # those in the file of an own network
+        return "auto"  # weights stored in an own network's file
     return str(weights.path) if weights.path else f"untrained:{weights.identity.rsplit(':', 1)[1]}"

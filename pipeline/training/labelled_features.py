@@ -1,4 +1,8 @@
-"""A dataset and its cached rows, brought together: which images have rows, in which space, on which side."""
+"""Join a dataset with its cached rows: which images have rows, in which space, in which split.
+
+`join_features` returns `LabelledFeatures` for heads, `join_images` returns `LabelledImages` for models that read
+pixels.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +33,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """The images of a dataset that can be decoded, each on its side of the split."""
+    """The images of a dataset that can be decoded, with their labels, splits and groups."""
 
     dataset: Dataset
-    keys: list[bytes]  # of the usable images, in the order of `usable`
+    keys: list[bytes]  # keys of the usable images, in the order of `usable`
     usable: np.ndarray  # (m,) indices into the dataset
     split: Split
     quarantined: list[Quarantined]
-    groups: np.ndarray  # (m,) int64, alike for images that must stay together
-    initial: RunImages | None = field(default=None, kw_only=True)  # of the run that a model begins with
+    groups: np.ndarray  # (m,) int64; images with the same number must stay in the same fold
+    initial: RunImages | None = field(default=None, kw_only=True)  # images that the initial run was trained on
 
     def members(self, side: str) -> np.ndarray:
-        """Return positions in `keys` of the images on one side."""
+        """Return the positions in `keys` of the images of one split, "train", "val" or "test"."""
         return np.flatnonzero(self.split.sides[self.usable] == side)
 
     def labels(self, members: np.ndarray) -> np.ndarray:
@@ -48,17 +52,17 @@ class LabelledImages:
         return self.dataset.labels[self.usable[members]]
 
     def sides(self, members: np.ndarray) -> np.ndarray:
-        """Return the side of the split of the images at these positions in `keys`, (n,) str."""
+        """Return the split of the images at these positions in `keys`, (n,) str."""
         return self.split.sides[self.usable[members]]
 
     def names(self, members: np.ndarray) -> list[str]:
-        """Return what people call the images at these positions in `keys`."""
+        """Return the names of the images at these positions in `keys`."""
         return [self.dataset.names[int(i)] for i in self.usable[members]]
 
     def run_images(self, *, joined: bool = False) -> RunImages:
-        """Return which images a run on these is trained on, selected on and tested on.
+        """Return the images that a run on this dataset is trained on, selected on and tested on.
 
-        `joined` says that it is trained on those of the validation split too, as by cross-validation.
+        With `joined` it is trained on the images of the validation split too, as in cross-validation.
         """
         keys = {side: [self.keys[i] for i in self.members(side).tolist()] for side in SPLITS}
         if joined:
@@ -66,9 +70,9 @@ class LabelledImages:
         return RunImages.of(keys, self.initial)
 
     def trained_on(self, members: np.ndarray) -> np.ndarray:
-        """Return which of the images at these positions a run on these is trained or selected on, (n,) bool.
+        """Return for the images at these positions whether a run is trained or selected on them, (n,) bool.
 
-        Of the test split these are copies of images of other splits, and what the initial model was trained on.
+        Test images count if they are copies of images in other splits, or if the initial model was trained on them.
         """
         if not self.split.crossing and self.initial is None:
             return self.sides(members) != "test"
@@ -76,11 +80,11 @@ class LabelledImages:
 
     @property
     def content(self) -> str:
-        """A hash of which images there are, under which labels, in which groups, and on which sides."""
+        """The SHA-256 (hex) of the images' keys, labels, splits and groups."""
         return self._hashed(b"")
 
     def digest(self) -> str:
-        """Return a hash of all that decides what is trained on."""
+        """Return a hash of all that decides the training data."""
         return self.content
 
     def _hashed(self, first: bytes, last: bytes = b"") -> str:
@@ -93,7 +97,7 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class LabelledFeatures(LabelledImages):
-    """Images that have rows in `space`, in all `views`; only the training split is read in more than the plain one."""
+    """Images that have rows in `space`, in all `views`. Validation and test images are read in the plain view only."""
 
     space: FeatureSpace
     views: Views
@@ -112,14 +116,14 @@ def join_features(
     views: Views = PLAIN_VIEW,
     partly: bool = False,
 ) -> LabelledFeatures:
-    """Find the rows of all images of `dataset` that can be decoded, in all `views`; with `partly`, some may have none.
+    """Return the images of `dataset` that can be decoded, joined with their rows in all `views`. Compute none.
 
     Raises
     ------
     MissingFeaturesError
-        If an image that can be decoded has no row.
+        If an image that can be decoded has no row, unless `partly` allows that, or no feature space fits `choice`.
     DatasetError
-        If none can be decoded.
+        If no image can be decoded.
     """
     index = workspace.cache.index
     with workspace.progress("identifying images", len(dataset)) as advance:
@@ -142,14 +146,14 @@ def join_features(
 def join_images(
     dataset: Dataset, workspace: Workspace, max_pixels: int, fit: str, depth: int = FULL_DEPTH
 ) -> LabelledImages:
-    """Find the images of `dataset` that can be decoded, for whoever reads pixels instead of rows.
+    """Return the images of `dataset` that can be decoded, for models that read pixels instead of rows.
 
-    All are decoded once, so that a bad one is known before a long training meets it.
+    Every image is decoded once here, so that a broken image is found before a long training starts.
 
     Raises
     ------
     DatasetError
-        If none can be decoded.
+        If no image can be decoded.
     """
     cache = workspace.cache
     with workspace.progress("identifying images", len(dataset)) as advance:
@@ -165,7 +169,7 @@ def join_images(
 
 
 def list_images(dataset: Dataset, workspace: Workspace, quarantined: Set[str]) -> LabelledImages:
-    """Return the images of `dataset` but those of these names: none is decoded, and none is fetched."""
+    """Return the images of `dataset` except those whose names are `quarantined`. Decode none and fetch none."""
     with workspace.progress("identifying images", len(dataset)) as advance:
         keys = identify(dataset, workspace.cache.index, advance, read_unseen=False).keys
     known = [(i, key) for i, key in enumerate(keys) if key is not None and dataset.names[i] not in quarantined]
@@ -184,9 +188,9 @@ def _sorted(
 
 
 def _other_backbones(workspace: Workspace, backbone: str, keys: Set[bytes]) -> list[str]:
-    """Return what people call the other backbones that have a row of each of `keys`, in some feature space.
+    """Return the names of the other backbones of which a feature space has a row of each of `keys`.
 
-    None if `backbone` has such a space too: then it is not the backbone that was mistaken.
+    The list is empty if `backbone` has such a space too: then another option than the backbone is wrong.
     """
     spaces = workspace.cache.spaces() if keys else []
     complete = [space for space in spaces if space.locate(list(keys), [0] * len(keys)).found.all()]

@@ -1,4 +1,4 @@
-"""The training loop: epochs over batches, early stopping, the best weights kept, resumable after a kill."""
+"""Train a Keras classifier: epochs over batches, early stopping, best weights restored, resumable after a kill."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ Entry = dict[str, float]
 
 
 class NotFiniteError(RunError):
-    """The loss is not a number any more."""
+    """The loss is NaN or infinite."""
 
 
 class OtherCheckpointError(CheckpointError):
-    """A checkpoint is not of the model that is to go on with it."""
+    """A checkpoint belongs to another model than the one to resume."""
 
 
 class Batches(Protocol):
-    """Training data; the order depends on the number of the epoch alone, so that a resumed run sees the same."""
+    """Batches of training data.
+
+    The order must depend on the epoch's number alone, so that a resumed run sees the same batches.
+    """
 
     def __len__(self) -> int: ...
 
@@ -36,7 +39,7 @@ class Batches(Protocol):
 
 @dataclass
 class TrainingContext:
-    """Who looks on: progress in epochs, what keeps the history, and the checkpoint; each may be left out."""
+    """Callbacks of a training: progress in epochs, a recorder of history entries, and the checkpoint; all optional."""
 
     advance: Callable[[float], None] = lambda n: None
     note: Callable[[Entry], None] = lambda entry: None
@@ -45,7 +48,7 @@ class TrainingContext:
 
 @dataclass
 class _State:
-    """Where the training stands, beside the numbers of model and optimizer."""
+    """The state of a training, apart from the variables of model and optimizer."""
 
     epoch: int = 0
     waited: int = 0  # epochs since the best one
@@ -57,9 +60,10 @@ class _State:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What came of it: an entry an epoch, and the median epoch's seconds without the first, which compiles.
+    """The result of a training: one history entry per epoch, and times.
 
-    `seconds_before` is what epochs took that an earlier process trained.
+    `seconds_per_epoch` is the median without the first epoch, which compiles. `seconds_before` is the time of the
+    epochs that an earlier process trained.
     """
 
     history: list[Entry]
@@ -68,9 +72,10 @@ class TrainingResult:
 
 
 def optimizer(settings: Mapping[str, Any], steps_per_epoch: int) -> Any:
-    """Return the Keras optimizer of a spec's settings, its learning rate falling to 0 over all epochs if asked to.
+    """Return the Keras optimizer for a spec's `settings`.
 
-    Weight decay is decoupled from the gradient (Loshchilov and Hutter 2019) and spares the biases.
+    With a schedule, "cosine" or "linear", the learning rate falls to 0 over all epochs. Weight decay is decoupled
+    from the gradient (Loshchilov and Hutter 2019) and not applied to biases.
     """
     keras = import_keras()
     rate: Any = float(settings["learning_rate"])
@@ -89,10 +94,10 @@ def optimizer(settings: Mapping[str, Any], steps_per_epoch: int) -> Any:
 
 
 def _adam() -> Any:
-    """Return Keras' Adam with its update in one kernel of TensorFlow.
+    """Return Keras' Adam with the update in one TensorFlow kernel.
 
-    Of a `flatten` head's 33 million weights Keras' own makes half a dozen arrays of that size at every step, which
-    takes most of the step and half a gigabyte.
+    For the 33 million weights of a `flatten` head, Keras' own update creates half a dozen arrays of that size per
+    step. That takes most of the step's time and half a gigabyte.
     """
     keras = import_keras()
     import tensorflow as tf
@@ -128,23 +133,23 @@ def train(
     *,
     scale_loss: bool = False,
 ) -> TrainingResult:
-    """Train `model`, a classifier ending in softmax, and leave it at its best epoch by validation loss.
+    """Train `model`, a classifier ending in softmax, and leave it with the weights of least validation loss.
 
     Parameters
     ----------
     measure
-        Gives loss and accuracy of the model on the validation split.
+        Function that returns loss and accuracy of the model on the validation split.
     class_weights
-        (k,) float32, what each class counts in the loss.
+        (k,) float32, the weight of each class in the loss.
     scale_loss
-        For what computes in float16, where small gradients would vanish (Micikevicius et al. 2018).
+        Scale the loss; needed in float16, where small gradients would vanish (Micikevicius et al. 2018).
 
     Raises
     ------
     NotFiniteError
-        If the loss is not a number.
+        If the loss is NaN or infinite.
     OtherCheckpointError
-        If a checkpoint does not fit.
+        If the checkpoint does not fit the model.
     """
     keras = import_keras()
     steps = optimizer(settings, len(batches))
@@ -166,7 +171,7 @@ def train(
         state.elapsed += time.perf_counter() - start
         if not np.isfinite([loss, val_loss]).all():
             if watch.checkpoint is not None:
-                watch.checkpoint.remove()  # going on from it would end here again
+                watch.checkpoint.remove()  # a run resumed from it would fail here again
             raise NotFiniteError(
                 f"the loss is {loss:g}, on the validation split {val_loss:g}, after epoch {state.epoch}: "
                 "lower --learning-rate"
@@ -187,10 +192,10 @@ def train(
 def _epoch(
     model: KerasModel, batches: Batches, epoch: int, class_weights: np.ndarray, advance: Callable[[float], None]
 ) -> tuple[float, float]:
-    """Train on one epoch; return the mean loss, as it is minimised, and the accuracy on the way."""
+    """Train one epoch; return the mean of the minimised loss, and the accuracy in training mode."""
     one_hot = np.eye(len(class_weights), dtype=np.float32)
     weighted = (class_weights != 1).any()
-    sums, count = np.zeros(2), 0  # Keras tells each batch's means alone
+    sums, count = np.zeros(2), 0  # `train_on_batch` returns the means of one batch only
     for rows, labels in batches.epoch(epoch):
         weights = class_weights[labels] if weighted else None
         said = model.train_on_batch(rows, one_hot[labels], sample_weight=weights, return_dict=True)
@@ -229,7 +234,7 @@ def _restored(model: KerasModel, watch: TrainingContext) -> tuple[_State, list[n
 
 
 def rebuild_normalization(model: KerasModel) -> None:
-    """Have every normalisation in `model` compute with the variables it was given: it keeps what it made of others."""
+    """Update the normalisation layers of `model` after an assignment: they cache tensors derived from variables."""
     for layer in model.layers:
         if hasattr(layer, "layers"):
             rebuild_normalization(layer)

@@ -1,4 +1,4 @@
-"""Cached features for programs of your own: as arrays, shuffled batches, a `tf.data.Dataset`, or one by one."""
+"""Open cached features from your own program: as arrays, shuffled batches, a `tf.data.Dataset`, or single rows."""
 
 from __future__ import annotations
 
@@ -49,29 +49,28 @@ def open_features(
     Parameters
     ----------
     dataset, image_root, limit
-        As `--dataset`, `--image-root` and `--limit` of the command line say it.
+        As `--dataset`, `--image-root` and `--limit` on the command line.
     what
         "features", rows of (h, w, c) in the storage type, or "pooled", their spatial means (c,) float32.
     data_dir
-        The data directory; by default what ICEBOX_DATA names, else "data" where the program stands.
+        The data directory; by default the value of ICEBOX_DATA, else "data" in the current directory.
     space, layer
-        A feature space by name, or the layer it is of; by default the space that holds most of the images.
+        The name of a feature space, or the layer of one; by default the space that holds most of the images.
     backbone, input_size, scaling
-        The network, as `--backbone`, `--input-size` and `--scaling` say it; by default that of `space`, else
-        InceptionV3.
+        The network, as `--backbone`, `--input-size` and `--scaling`; by default that of `space`, else InceptionV3.
     views, augment
-        Views of each training image, the plain one included, and what the others are like, as `--augment` says it.
-        Validation and test images come in the plain view only.
+        The number of views of each training image, the plain view included, and the augmentation of the others, as
+        `--augment`. Validation and test images have the plain view only.
     memory
-        Bytes that rows may take in memory, by default half of what is free. If all splits together take more, they
-        are read from the shards as they are needed; none is read before it is asked for.
+        Bytes that rows may take in memory; by default half of the free memory. If all splits together take more,
+        rows are read from the shards when needed. No split is read before it is used.
     depth
-        Bits that images with 16 bits a channel were taken for, as `--depth` says it.
+        Bits of each channel that were used of 16-bit images, as `--depth`.
 
     Raises
     ------
     MissingFeaturesError
-        If an image that can be decoded has no row; the text names the command that computes it.
+        If an image that can be decoded has no row; the message names the command that computes it.
     DatasetError
         If the dataset cannot be listed, or no image of it can be decoded.
     """
@@ -111,7 +110,7 @@ def open_features(
 
 
 class Features:
-    """The cached rows of a dataset, split. `cache gc` waits until it is closed; a `with` statement does that."""
+    """The cached rows of a dataset, by split. Close it, or use `with`: `cache gc` waits until it is closed."""
 
     def __init__(self, labelled: LabelledFeatures, what: What, memory: int | None) -> None:
         self._material = labelled
@@ -122,7 +121,7 @@ class Features:
         stored = stored_rows(labelled.space, labelled.keys, what, list(self._wanted.values()))
         self._stored = dict(zip(self._wanted, stored, strict=True))
         self._room = room_for(stored, memory=memory)
-        self._opened = cache(self._open)  # of this object alone, so it goes with it
+        self._opened = cache(self._open)  # a cache for each object, so that rows are freed with it
 
     def __enter__(self) -> Self:
         return self
@@ -131,11 +130,11 @@ class Features:
         self.close()
 
     def close(self) -> None:
-        """Let go of the cache. Rows in memory stay usable."""
+        """Release the cache, so that `cache gc` can run. Rows in memory stay usable."""
         self._closing.close()
 
     def on_close(self, stack: ExitStack) -> None:
-        """Have `stack` closed by `close`."""
+        """Make `close` close `stack` too."""
         self._closing.enter_context(stack)
 
     @property
@@ -149,33 +148,33 @@ class Features:
         return self._material.space.name
 
     def names(self, split: SplitName = "train") -> list[str]:
-        """Return what the image of each row of `split` is called."""
+        """Return the image name of each row of `split`."""
         names, wanted = self._material.dataset.names, self._request(split)
         return [names[int(i)] for i in self._material.usable[wanted.at]] * len(wanted.views)
 
     def arrays(self, split: SplitName = "train") -> tuple[np.ndarray, np.ndarray]:
-        """Return all rows of `split` in memory, (n, …), and their labels (n,) int32."""
+        """Return all rows of `split` as an array (n, …), and their labels (n,) int32."""
         rows, labels = self._opened(split)
         return rows if isinstance(rows, np.ndarray) else rows[np.arange(len(rows))], labels
 
     def batches(
         self, split: SplitName = "train", size: int = 64, *, epoch: int = 1, seed: int = 0
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield each row of `split` once, in batches (size, …) with labels (size,), the last one perhaps smaller.
+        """Yield each row of `split` once, in batches (size, …) with labels (size,); the last batch may be smaller.
 
-        Seed and epoch decide the order. What does not fit memory is read ahead in large pieces, and shuffled
+        Seed and epoch decide the order. Rows that do not fit into memory are read ahead in large pieces, and shuffled
         within a window as large as the memory allows.
         """
         return self._shuffled(split, size, seed).epoch(epoch)
 
     def tf_dataset(self, split: SplitName = "train", size: int = 64, *, seed: int = 0) -> Any:
-        """Return a `tf.data.Dataset` of batches as `batches` yields them, in a new order each time it is gone through.
+        """Return a `tf.data.Dataset` of the batches of `batches`, in a new order in each iteration.
 
-        Rows are (None, …), labels (None,) int32.
+        Rows have the shape (None, …), labels (None,) int32.
         """
         from pipeline.backbone.keras_start import import_keras
 
-        import_keras(whole=True)  # quietly, and with GPU memory that grows as needed
+        import_keras(whole=True)  # before TensorFlow: sets its log level, and GPU memory that grows as needed
         import tensorflow as tf
 
         shuffled, epoch = self._shuffled(split, size, seed), 0
@@ -192,7 +191,7 @@ class Features:
         return made.apply(tf.data.experimental.assert_cardinality(len(shuffled))).prefetch(2)
 
     def items(self, split: SplitName = "train") -> Items:
-        """Return the rows of `split` one by one: an object that PyTorch's DataLoader takes as a dataset."""
+        """Return the rows of `split` as a map-style dataset for PyTorch's DataLoader."""
         return Items(*self._opened(split))
 
     def _request(self, split: SplitName) -> RowSelection:
@@ -217,7 +216,7 @@ class Features:
 
 
 class Items:
-    """n pairs (row, label) by index, row (…) as stored, label int. May be pickled, and used by many processes."""
+    """A sequence of n pairs (row, label): row (…) as stored, label int. Can be pickled, and used in many processes."""
 
     def __init__(self, rows: Rows, labels: np.ndarray) -> None:
         self._rows = rows
@@ -232,6 +231,6 @@ class Items:
         return self.__getitems__([i % len(self)])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[np.ndarray, int]]:
-        """Return several at once, each shard being opened once: DataLoader asks for its batches by this."""
+        """Return several pairs, opening each shard once. DataLoader fetches its batches by this method."""
         rows = self._rows[np.asarray(indices)]
         return [(row, int(label)) for row, label in zip(rows, self._labels[indices], strict=True)]

@@ -1,4 +1,4 @@
-"""A published run, opened: the feature space and the classes it knows, its head, what was asked for."""
+"""Open a published run: its feature space, classes, head and request."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A published run: its folder, the feature space and the classes it knows, what was asked for."""
+    """A published run: its folder, feature space, classes and request. The head is read when first used."""
 
     path: Path
     spec: FeatureSpec
     classes: list[str]
     kind: str  # the head's name
-    base: FeatureSpec  # the features of the weights that its backbone once began with; of a head those it reads
-    request: TrainRequest | FinetuneRequest | None  # None for a run of 0.1.0, which did not keep it
-    weights: str  # what those of `base` are called
-    content: str | None  # of its images, labels and splits, as `Sorted.content` gives it; None for an older run
-    network_record: Mapping[str, Any] | None = None  # of the file of an own network, as `source.record` gives it
+    base: FeatureSpec  # of a full model the features by its base weights, before training; of a head equal to `spec`
+    request: TrainRequest | FinetuneRequest | None  # None for a run of version 0.1.0, which did not store it
+    weights: str  # the name of the weights of `base`
+    content: str | None  # the hash `LabelledImages.content` of its images, labels and splits; None for an older run
+    network_record: Mapping[str, Any] | None = None  # record of an own network's file, as `source.record` returns it
 
     @property
     def name(self) -> str:
@@ -46,34 +46,34 @@ class TrainedRun:
 
     @property
     def backbone(self) -> str:
-        """What people call its network: the name in the table, or that of the file of an own one."""
+        """The name of its network for people: from the backbone table, or that of an own network's file."""
         return networks.label(self.base, self.network_record)
 
     @property
     def reads(self) -> str:
-        """Which rows its head reads: "features" or "pooled"."""
+        """The kind of rows that its head reads: "features" or "pooled"."""
         return "features" if self.full else heads.READS[self.kind]
 
     @property
     def full(self) -> bool:
-        """Whether it is a full model, which reads images, not rows."""
+        """Whether the run is a full model, which reads images instead of rows."""
         return isinstance(self.request, FinetuneRequest)
 
     @property
     def saw_validation(self) -> bool:
-        """Whether it was trained on the images of the validation split, too."""
+        """Whether the run was trained on the images of the validation split too."""
         return isinstance(self.request, TrainRequest) and self.request.folds > 0
 
     @cached_property
     def head(self) -> heads.Head:
-        """The head, read when it is first needed. Raises RunError."""
+        """The head, read at first use. Raises RunError if unreadable, or of another kind than in run.json."""
         head = heads.load(self.path)
         if head.kind != self.kind:
             raise RunError(f"{self.path} holds a {head.kind} head, and its run.json says {self.kind}")
         return head
 
     def predict(self, rows: Rows) -> np.ndarray:
-        """Return what the head says of rows, (n, k) float32. Raises RunError if it is of another run."""
+        """Return the probabilities of `rows`, (n, k) float32. Raises RunError if the head is of another run."""
         with heads.of_its_run(self.path, len(self.classes), rows.shape[1:]):
             said = self.head.predict(rows)
         if said.shape[1] != len(self.classes):
@@ -81,14 +81,17 @@ class TrainedRun:
         return said
 
     def network(self, precision: str | None = None) -> FullModel:
-        """Return the network of a full model, in another `precision` if one is given. Raises RunError."""
+        """Return the network of a full model, in `precision` if given, else in the precision of its training.
+
+        Raises RunError if the network cannot be loaded, or is of another run.
+        """
         loaded = FullModel.load(self.path, self.spec, precision)
         if loaded.model.output_shape[-1] != len(self.classes):
             raise heads.not_of_its_run(self.path, len(self.classes), loaded.below.output_shape[1:])
         return loaded
 
     def require_space(self, spec: FeatureSpec) -> None:
-        """Raise SpecError, naming each field that differs, unless `spec` is the space the run was trained in."""
+        """Raise SpecError, naming each field that differs, unless `spec` is the run's feature space."""
         mine, other = asdict(self.spec), asdict(spec)
         if differing := [name for name in mine if mine[name] != other[name]]:
             listed = ", ".join(f"{name} {mine[name]}, not {other[name]}" for name in differing)
@@ -97,12 +100,12 @@ class TrainedRun:
     def matched(self, dataset: Dataset) -> Dataset:
         """Return the dataset with the classes of the run, in the run's order; labels become indices into them.
 
-        Classes are matched by name in any order and Unicode form. The dataset may have some of them only.
+        Classes are matched by name, in any order and Unicode form. The dataset may have only some of the classes.
 
         Raises
         ------
         DatasetError
-            If it has one that the run does not know.
+            If the dataset has a class that the run does not have.
         """
         found = with_classes(dataset, self.name, self.classes)
         if absent := missing(self.classes, dataset.classes):
@@ -118,7 +121,10 @@ class TrainedRun:
 
 
 def open_run(root: Path, name: str) -> TrainedRun:
-    """Return the run `name`: as `runs ls` lists it, a path, "latest" or "best". Raises RunError."""
+    """Return the run `name`: a name that `runs ls` lists, a path, "latest" or "best".
+
+    Raises RunError if there is no such run, or its run.json is not that of a trained model.
+    """
     path = store.find_run(root, name)
     about = store.read_run(path)
     try:

@@ -1,4 +1,4 @@
-"""Cached rows as training data: in memory when they fit, else read from the shards as they are needed."""
+"""Read cached rows as training data: into memory if they fit, else streamed from the shards."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pipeline.core.units import size_text
 
 logger = logging.getLogger(__name__)
 
-_SHARE_OF_MEMORY = 0.5  # of what is available and not needed otherwise
-_AT_ONCE = 3  # parts of what is streamed that are in memory together: in use, what is made of it, being read
-_PASS_BYTES = 2**24  # read at once where rows are gone through in order
+_SHARE_OF_MEMORY = 0.5  # of the available memory that training itself does not need
+_AT_ONCE = 3  # parts of streamed rows in memory together: the one in use, a copy derived from it, the one being read
+_PASS_BYTES = 2**24  # bytes of a block in a sequential pass
 
 
 class Rows(Protocol):
-    """n rows that can be asked for by index; a numpy array is one."""
+    """Protocol of n rows that are read by an array of indices; a NumPy array satisfies it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ class Rows(Protocol):
 
 
 class StoredRows:
-    """Rows left on disk, of which at most `room` bytes are held at any time. May be pickled and used by any thread."""
+    """Rows on disk, of which at most `room` bytes are in memory at any time. Can be pickled, and is thread-safe."""
 
     def __init__(
         self, reader: ShardReader, located: RowLocations, shape: tuple[int, ...], row_bytes: int, room: int
@@ -57,11 +57,14 @@ class StoredRows:
         return self._reader.read(self._located.take(indices))
 
     def read_into(self, out: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """Return the rows in `out`; quickest in the order of `as_stored`, which needs no copy in between."""
+        """Read the rows at `indices` into `out` and return it.
+
+        Indices in the order of `as_stored` are fastest, because they need no intermediate copy.
+        """
         return self._reader.read(self._located.take(indices), out)
 
     def buffer(self, rows: int) -> np.ndarray:
-        """Return room for so many rows."""
+        """Return an uninitialised array for `rows` rows."""
         shape, dtype = self._reader.layout(self._located)
         return np.empty((rows, *shape), dtype)
 
@@ -70,25 +73,25 @@ class StoredRows:
         return StoredRows(self._reader, self._located.take(at), self.shape[1:], self.row_bytes, self.room)
 
     def within(self, room: int) -> StoredRows:
-        """Return the same rows, of which at most `room` bytes are held."""
+        """Return the same rows, of which at most `room` bytes are in memory at any time."""
         return StoredRows(self._reader, self._located, self.shape[1:], self.row_bytes, room)
 
     @property
     def rows_at_once(self) -> int:
-        """How many rows may be read at a time, the room being shared by those in use and those read ahead."""
+        """The number of rows that may be read at a time, as rows in use and rows read ahead share the room."""
         return self.room // (_AT_ONCE * self.row_bytes)
 
     def least_room(self, rows: int) -> int:
-        """Return the bytes that must be allowed to read so many rows at a time."""
+        """Return the least room, in bytes, that allows reading `rows` rows at a time."""
         return _AT_ONCE * self.row_bytes * rows
 
     def as_stored(self) -> np.ndarray:
-        """Return the indices (n,) in the order in which the rows lie on disk."""
+        """Return the indices (n,) in the order in which the rows are stored on disk."""
         return np.lexsort((self._located.positions, self._located.shards))
 
 
 class _Selected:
-    """Some rows of others that are in memory, not copied."""
+    """Some rows of other rows in memory, selected without copying."""
 
     def __init__(self, rows: Rows, at: np.ndarray) -> None:
         self.whole = rows
@@ -109,9 +112,9 @@ def select(rows: Rows, at: np.ndarray) -> Rows:
 
 @dataclass(frozen=True)
 class RowSelection:
-    """The images of a split, as (n,) indices into some keys, and the numbers of the views to read them in.
+    """The images of a split, as (n,) indices into a list of keys, and the numbers of the views to read.
 
-    Their rows come view by view: first all images in the first of `views`, then all in the next.
+    Rows are ordered view by view: all images in the first of `views`, then all images in the next.
     """
 
     at: np.ndarray
@@ -121,7 +124,7 @@ class RowSelection:
 def stored_rows(
     space: FeatureSpace, keys: Sequence[bytes], dataset: str, splits: Sequence[RowSelection]
 ) -> list[StoredRows]:
-    """Return the rows of `dataset` ("features" or "pooled") for each split of the images `keys`.
+    """Return the rows on disk of `dataset` ("features" or "pooled") for each split of the images `keys`.
 
     Raises
     ------
@@ -141,15 +144,21 @@ def stored_rows(
 def room_for(
     stored: Sequence[StoredRows], *, memory: int | None = None, needed: int = 0, available: int | None = None
 ) -> int | None:
-    """Return None if all rows fit into `memory` bytes, else how many bytes those that are streamed may take.
+    """Return None if all rows fit into memory, else the bytes that streamed rows may take. Log the decision.
 
-    By default it is half of what is `available`, to this process if that is not given, beside the `needed` bytes.
-    Which of the two it is, is said.
+    Parameters
+    ----------
+    memory
+        Bytes that rows may take; by default half of `available` minus `needed`.
+    needed
+        Bytes that training takes beside the rows.
+    available
+        Bytes of memory available; by default those available to this process.
 
     Raises
     ------
     UsageError
-        If `memory` holds less than a few rows.
+        If the rows do not fit, and `memory` has no room for 48 rows.
     """
     count, row_bytes = sum(map(len, stored)), stored[0].row_bytes
     if memory is None:
@@ -169,14 +178,14 @@ def room_for(
 
 
 def load_or_stream(rows: StoredRows, room: int | None) -> Rows:
-    """Return rows in memory, or such as take no more than `room` bytes of it."""
+    """Return the rows read into memory if `room` is None, else streamed rows that take at most `room` bytes."""
     return rows[np.arange(len(rows))] if room is None else rows.within(room)
 
 
 def load_or_stream_all(
     stored: Sequence[StoredRows], *, memory: int | None = None, needed: int = 0, available: int | None = None
 ) -> list[Rows]:
-    """Return all rows in memory if they fit together, else streamed ones, as `room_for` says."""
+    """Return all rows in memory if they fit together, else streamed rows, as `room_for` decides."""
     room = room_for(stored, memory=memory, needed=needed, available=available)
     return [load_or_stream(rows, room) for rows in stored]
 
@@ -190,12 +199,12 @@ def open_rows(
     memory: int | None = None,
     needed: int = 0,
 ) -> list[Rows]:
-    """Return `stored_rows` as `hold` has them."""
+    """Return the rows of `stored_rows`, in memory or streamed as `load_or_stream_all` decides."""
     return load_or_stream_all(stored_rows(space, keys, dataset, splits), memory=memory, needed=needed)
 
 
 def read_ahead(rows: Rows, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield `rows[part]` for each part in turn; what is not in memory is read while the part before is in use."""
+    """Yield `rows[part]` for each part in turn; a part on disk is read while the previous one is in use."""
     if _in_memory(rows):
         yield from (rows[part] for part in parts)
     else:
@@ -207,16 +216,16 @@ def _in_memory(rows: Rows) -> bool:
 
 
 def read_ahead_in_place(rows: StoredRows, parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield `rows[part]` for each part in turn, good only until the next is asked for.
+    """Yield `rows[part]` for each part in turn; each array is valid only until the next one is requested.
 
-    Two pieces of memory serve all parts: getting new ones from the system takes as long as the reading.
+    Two buffers are reused for all parts, because allocating new memory takes as long as reading.
     """
     buffers = itertools.cycle([rows.buffer(max(map(len, parts))) for _ in range(2)])
     yield from _ahead(lambda part: rows.read_into(next(buffers)[: len(part)], part), parts)
 
 
 def _ahead(read: Callable[[np.ndarray], np.ndarray], parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield `read(part)` for each part in turn, the next one being read, and no other, while one is in use."""
+    """Yield `read(part)` for each part in turn; only the next part is read while one is in use."""
     with ThreadPoolExecutor(1, "read-ahead") as pool:
         waiting: Future[np.ndarray] | None = None
         for part in parts:
@@ -233,7 +242,7 @@ def _row_bytes(rows: Rows) -> int:
 
 
 def blocks(rows: Rows) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield indices and rows, block after block, for passes that must not hold them all."""
+    """Yield (indices, rows) of consecutive blocks, for passes that must not load all rows at once."""
     stored = isinstance(rows, StoredRows)
     most = min(_PASS_BYTES // rows.row_bytes, rows.rows_at_once) if stored else _PASS_BYTES // _row_bytes(rows)
     size = max(1, min(1024, most))

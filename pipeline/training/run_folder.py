@@ -1,4 +1,4 @@
-"""What every run's folder holds, whatever was trained: its description, metrics, history, predictions, curves."""
+"""Write the files that every run has: description, images, metrics, history, predictions and curves."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Metrics = dict[str, dict[str, Any]]
 
 
 def compute_split_metrics(predictions: Sequence[Predictions], classes: Sequence[str]) -> Metrics:
-    """Return the metrics of each split."""
+    """Return split → metrics of its predictions."""
     return {part.split: compute_metrics(part.labels, part.probabilities, classes) for part in predictions}
 
 
 def summarize_metrics(metrics: Metrics, images: LabelledImages) -> dict[str, Any]:
-    """Return what every summary says of accuracies and images."""
+    """Return the part of a run's summary on accuracies and images, which all kinds of runs share."""
     val, test = metrics["val"], metrics["test"]
     tested = images.members("test")
     left_out = len(tested) - test["images"]
@@ -56,7 +56,10 @@ def write_results(
     x: str,
     predictions: Sequence[Predictions],
 ) -> None:
-    """Write all but the model into a run's folder; `about` is what run.json says beside what it says of every run."""
+    """Write all files except the model into a run's folder.
+
+    `about` gives the entries of run.json that depend on the kind of run; entries common to all runs are added.
+    """
     dataset = images.dataset
     path, image_root = resolved(about["asked"]["images"]) or (None, None)
     common = {

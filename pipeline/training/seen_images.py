@@ -1,4 +1,7 @@
-"""Which images a run has seen: its own record, or, of a run made before there was one, what its dataset says."""
+"""Find which images a run was trained, selected and tested on.
+
+The run's own record lists them. For an older run without a record, they follow from its dataset, if unchanged.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,15 @@ from pipeline.training.open_run import TrainedRun, open_run
 
 logger = logging.getLogger(__name__)
 
-_MOST_INITIAL = 20  # runs of which each began with the one before
+_MOST_INITIAL = 20  # longest chain of runs that each have the previous one as initial run
 
 
 def seen_images(run: TrainedRun, workspace: Workspace, at_hand: LabelledImages | None = None) -> RunImages | None:
-    """Return which images `run` was trained, selected and tested on; None if nobody knows, which is then said.
+    """Return the images that `run` was trained, selected and tested on; None if they are unknown.
 
-    A run that was made before runs kept it is known if its dataset is unchanged. `at_hand` are images that may be its
-    own, so that they need not be listed again.
+    A warning is logged if all are unknown, or those of its initial model.
+    For a run made before runs stored this record, the images are known only if its dataset is unchanged. If `at_hand`
+    are the images of the run's dataset, they are not listed again.
 
     Raises
     ------
@@ -46,7 +50,7 @@ def seen_images(run: TrainedRun, workspace: Workspace, at_hand: LabelledImages |
 
 
 def initial_images(init: Path, workspace: Workspace, depth: int = _MOST_INITIAL) -> RunImages:
-    """Return the images of the run in the folder `init`, with which another begins; if nobody knows, that is said."""
+    """Return the images of the initial run in the folder `init`; log a warning if they are unknown."""
     try:
         found = _seen(open_run(workspace.runs, str(init)), workspace, None, depth - 1) if depth else None
     except RunError as error:
@@ -70,7 +74,7 @@ def _seen(
 
 
 def _unchanged(run: TrainedRun, workspace: Workspace) -> LabelledImages | None:
-    """Return the images of a run's dataset if they, their labels and splits are what they were."""
+    """Return the images of a run's dataset if images, labels and splits are unchanged, else None."""
     if run.request is None or run.content is None:
         return None
     try:
@@ -83,7 +87,7 @@ def _unchanged(run: TrainedRun, workspace: Workspace) -> LabelledImages | None:
 
 
 def _quarantined(run: TrainedRun) -> set[str]:
-    """Return the names of the images that a run was made without: another decoder may take them by now."""
+    """Return the names of the images that the run left out as undecodable; a newer decoder may accept them now."""
     path = run.path / "quarantined.json"
     try:
         return {str(bad["path"]) for bad in json.loads(files.read_small(path, MOST_JSON_BYTES))}

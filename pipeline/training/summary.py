@@ -1,4 +1,4 @@
-"""Layers and parameter counts of the backbone and of a head on top."""
+"""Summarize the layers and parameter counts of a backbone and of a head on top."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pipeline.training.heads.dense import build as build_head
 def summarize(
     head: str, classes: int, layer: str | None = None, backbone: str | None = None, input_size: int | None = None
 ) -> dict[str, Any]:
-    """Return the layers of `backbone` up to `layer` and how many parameters would train with and without them.
+    """Return the layers of `backbone` up to `layer`, and how many parameters train with and without a frozen backbone.
 
-    Without a `layer` it is the backbone's default. Of a layer where the network can be cut it is said what its output
-    takes as float16 before it is compressed, and which share of the multiplications comes after it.
+    `layer` is by default that of the backbone. For each layer where the network can be cut, "bytes" is the size of its
+    output as uncompressed float16, and "share_after" the share of the multiplications that come after the layer.
 
     Raises
     ------
     UsageError
         If there is no such backbone.
     SpecError
-        If the backbone cannot be cut at that layer.
+        If the backbone cannot be cut at `layer`.
     """
     found = architecture(backbone)
     layer = layer or found.default_layer

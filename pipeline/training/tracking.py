@@ -1,4 +1,4 @@
-"""A training's history as TensorBoard logs, written while it runs. Needs the extra `tensorboard`."""
+"""Write the history of a training as TensorBoard logs while it runs. Needs the extra `tensorboard`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def require_tensorboard() -> None:
 
 @contextmanager
 def tensorboard(directory: Path, wanted: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """Give the function that notes an entry of the history; if not `wanted` it does nothing.
+    """Yield a function that logs one history entry; without `wanted` the function does nothing.
 
-    A run that is resumed notes its former entries again, so older logs are removed first.
+    Older logs are removed first, because a resumed run logs its earlier entries again.
     """
     if not wanted:
         yield lambda entry: None

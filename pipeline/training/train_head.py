@@ -1,4 +1,4 @@
-"""Stage two: a head trained from the cache, measured, and published as a run. Computes no feature."""
+"""Train a head on cached rows, measure it, and publish it as a run (stage two). Computes no features."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from pipeline.training.labelled_features import LabelledFeatures, join_features
 from pipeline.training.rows import Rows
 from pipeline.training.training_data import TrainingData, open_training_data
 
-_MOST_DIFFERENCE = 1e-5  # between the probabilities of a head in memory and the same one read back
+_MOST_DIFFERENCE = 1e-5  # largest allowed difference of probabilities between the head in memory and the saved one
 
 
 @dataclass(frozen=True)
 class HeadResult:
-    """What `train_head` made."""
+    """Name, folder and summary of the run that `train_head` published, and the images that could not be decoded."""
 
     name: str
     path: Path
@@ -40,7 +40,7 @@ class HeadResult:
 def train_head(
     dataset: Dataset, workspace: Workspace, request: TrainRequest, *, resume: str | None = None
 ) -> HeadResult:
-    """Train, measure and save what was asked for from cached rows; publish it. `resume` names an unfinished run.
+    """Train the head of `request` on cached rows, measure, save and publish it. `resume` names an unfinished run.
 
     Raises
     ------
@@ -49,7 +49,7 @@ def train_head(
     DatasetError
         If a split has no image, or there is only one class to learn.
     RunError
-        If the saved head, read back, does not say what it said before, or what is to be resumed has changed.
+        If the saved head, read back, predicts other probabilities, or the data of the run to resume have changed.
     """
     start = time.perf_counter()
     if request.tensorboard:
@@ -69,7 +69,7 @@ def train_head(
 def _run(
     workspace: Workspace, request: TrainRequest, labelled: LabelledFeatures, resume: str | None
 ) -> Iterator[tuple[str, Path]]:
-    """Give name and folder of the run: a new one, or the one to go on with if its rows are still the same."""
+    """Yield name and folder of a new run, or of the run to resume if its rows are the same."""
     command = workspace.command("train-head")
     if resume is None:
         with store.new_run(workspace.runs, f"{labelled.dataset.name}-{request.head.head}", command) as (
@@ -92,7 +92,10 @@ def write_run(
     outcome: FitResult,
     seconds: float,
 ) -> dict[str, Any]:
-    """Write everything of a run into its folder, check the saved head, and return the summary."""
+    """Write all files of a run into its folder, check the saved head, and return the summary.
+
+    Raises RunError if the saved head, read back, predicts other probabilities.
+    """
     labelled, fitted = training_data.labelled, outcome.fitted
     predictions = [
         training_data.predictions("val", outcome.val_members, outcome.val),
@@ -132,9 +135,9 @@ def write_run(
 
 
 def _check_saved(directory: Path, rows: Rows, expected: np.ndarray) -> None:
-    """Read the head back and compare, so that what is published is the model that was measured."""
+    """Raise RunError if the saved head, read back, does not predict `expected`: it must be the model measured."""
     difference = float(np.abs(heads.load(directory).predict(rows) - expected).max())
-    if not difference <= _MOST_DIFFERENCE:  # so that NaN counts as different
+    if not difference <= _MOST_DIFFERENCE:  # negated, so that NaN counts as different
         raise RunError(
             f"the saved head, read back, differs from the trained one by {difference:.2g}; nothing published"
         )

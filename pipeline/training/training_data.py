@@ -1,4 +1,8 @@
-"""What a model is trained on: the rows of a dataset, or its images, opened and checked."""
+"""Open and check training data: the cached rows of a dataset, or its images.
+
+`open_training_data` opens rows for heads, `open_tensor_data` rows for a full model after a cut, and
+`open_image_data` images for a full model.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +37,10 @@ S = TypeVar("S", bound=LabelledImages)
 
 @dataclass(frozen=True)
 class TrainingData(Generic[S]):
-    """Everything a model is trained on: for each split its positions in the material, its labels and its rows.
+    """Training data of a model: for each split its positions in `labelled.keys`, its labels and its rows.
 
-    For cross-validation what would be validation rows is part of "train", and there is no "val". `members` and
-    `labels` count images; of "train" there are as many rows as images times `views`, the plain ones first.
+    For cross-validation the validation images are part of "train", and there is no "val". `members` and `labels`
+    have one entry per image. The rows of "train" are images times `views`, those of the plain view first.
     """
 
     labelled: S
@@ -46,12 +50,15 @@ class TrainingData(Generic[S]):
     views: int = 1
 
     def data(self) -> heads.Data:
-        """Return what one head is fitted on."""
+        """Return the data that a single head is fitted on."""
         labels, groups = (np.tile(each, self.views) for each in (self.labels["train"], self.groups))
         return heads.Data(self.rows["train"], labels, self.rows["val"], self.labels["val"], self.classes, groups)
 
     def fold(self, some: np.ndarray, held: np.ndarray) -> heads.Data:
-        """Return what one head of several is fitted on: the training images `some` in all views, and `held` plain."""
+        """Return the data of one fold: train on images `some` in all views, validate on `held` in the plain view.
+
+        Both are indices (n,) into the training images.
+        """
         rows, labels, views = self.rows["train"], self.labels["train"], self.views
         at = np.concatenate([some + view * len(labels) for view in range(views)])
         train, train_labels, groups = select(rows, at), np.tile(labels[some], views), np.tile(self.groups[some], views)
@@ -64,11 +71,11 @@ class TrainingData(Generic[S]):
 
     @property
     def groups(self) -> np.ndarray:
-        """Which training images must stay together: alike numbers, (n,) int64."""
+        """The group of each training image, (n,) int64; images of one group must stay on one side of a fold."""
         return self.labelled.groups[self.members["train"]]
 
     def predictions(self, side: str, members: np.ndarray, probabilities: np.ndarray) -> Predictions:
-        """Return what was said of `members`, with their names and labels."""
+        """Return the probabilities (n, k) of `members` together with their names and labels."""
         return Predictions(side, self.labelled.names(members), self.labelled.labels(members), probabilities)
 
 
@@ -82,9 +89,10 @@ def open_training_data(
     sides: Sequence[str] = SPLITS,
     held: bool = True,
 ) -> Iterator[TrainingData[LabelledFeatures]]:
-    """Check the splits and open the rows that heads of these specs read, all of one kind; `gc` waits meanwhile.
+    """Check the splits and open the rows that heads of these specs read; `gc` waits until the context ends.
 
-    Rows are opened for `sides` only, by `hold`, or as they are stored if not `held`.
+    All heads must read the same kind of rows, "features" or "pooled". Rows are opened for `sides` only. If `held`,
+    `load_or_stream_all` decides where they are kept; else they are returned as `StoredRows`.
 
     Raises
     ------
@@ -100,7 +108,7 @@ def open_training_data(
         stored = _stored(labelled, members, names, reads)
         about = stored[0].shape[1:], len(labelled.dataset.classes)
         needed = memory_needed(specs, *about)
-        if held:  # else workers train, which have memory of their own
+        if held:  # otherwise Dask workers train, in their own memory
             heads.require_memory(max(specs, key=lambda spec: heads.memory_needed(spec, *about)), *about)
         rows = load_or_stream_all(stored, memory=memory, needed=needed) if held else stored
         yield TrainingData(labelled, members, labels, dict(zip(names, rows, strict=True)), labelled.views.count)
@@ -110,7 +118,10 @@ def open_training_data(
 def open_tensor_data(
     labelled: LabelledFeatures, memory: int | None, needed: int
 ) -> Iterator[TrainingData[LabelledFeatures]]:
-    """Do the same for a model that reads full tensors, and takes `needed` bytes beside them."""
+    """Check the splits and open the full tensors of a model that takes `needed` bytes beside them.
+
+    `gc` waits until the context ends. Raises what `split_members` does.
+    """
     members, labels = split_members(labelled)
     with labelled.space.reading():
         stored = _stored(labelled, members, SPLITS, "features")
@@ -122,7 +133,7 @@ def open_tensor_data(
 def open_image_data(
     images: LabelledImages, size: int, fit: str, max_pixels: int, depth: int = FULL_DEPTH
 ) -> Iterator[TrainingData[LabelledImages]]:
-    """Do the same for a model that reads images."""
+    """Check the splits and open the images, decoded to (n, size, size, 3) uint8 RGB; raise as `split_members` does."""
     members, labels = split_members(images)
     with open_decoder(images.dataset, images.keys, images.usable, size, fit, max_pixels, depth) as source:
         yield TrainingData(images, members, labels, {side: ImageRows(source, at) for side, at in members.items()})
@@ -137,7 +148,9 @@ def _stored(
 
 
 def split_members(images: LabelledImages, *, folds: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return for each split its positions among the images and its labels.
+    """Return for each split its positions in `images.keys`, and its labels. With `folds`, "train" includes "val".
+
+    Test images that the model is trained on are left out, unless there are no others.
 
     Raises
     ------
@@ -161,7 +174,7 @@ def memory_needed(specs: Sequence[HeadSpec], row_shape: tuple[int, ...], classes
 
 
 def _unseen(images: LabelledImages, tested: np.ndarray) -> np.ndarray:
-    """Return those of the test images that the model is not trained or selected on too; all if there are none."""
+    """Return the test images that the model is neither trained nor selected on; all of them if there is none."""
     seen = images.trained_on(tested)
     if not seen.any():
         return tested
@@ -171,7 +184,7 @@ def _unseen(images: LabelledImages, tested: np.ndarray) -> np.ndarray:
 
 
 def check_sides(dataset: Dataset, workspace: Workspace) -> None:
-    """Raise DatasetError if a split has no image, or there is only one class to learn, before any is decoded."""
+    """Raise DatasetError if a split has no image, or there is only one class to learn. Decode no image."""
     with workspace.progress("identifying images", len(dataset)) as advance:
         identities = identify(dataset, workspace.cache.index, advance)
     sides = assign(dataset, identities.keys).sides

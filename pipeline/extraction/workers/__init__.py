@@ -1,1 +1,1 @@
-"""Shard tasks on Dask workers: connecting, checking, watching and replacing them."""
+"""Run shard tasks on Dask workers: connect to workers, check and watch them, and repeat the tasks of lost ones."""

@@ -1,4 +1,4 @@
-"""Workers: processes of this machine, started for one command, or those of a Dask scheduler that is already there."""
+"""Connect to Dask workers: processes started on this machine for one command, or those of a running scheduler."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ _ADDRESS = re.compile(rf"((tcp|tls)://)?{_PLACE}")
 _DASHBOARD = re.compile(_PLACE)
 _TIMEOUT_S = 10  # to find the scheduler
 
-Client = Any  # distributed.Client; most of what it does is not typed
+Client = Any  # distributed.Client; most of its methods have no type hints
 
 
 @dataclass(frozen=True)
 class ClusterChoice:
-    """Who works: `workers` new processes here, or those of `scheduler`, an address such as tcp://10.0.0.1:8786.
+    """Which workers compute: `workers` new processes on this machine, or those of a running `scheduler`.
 
-    `tls_ca`, `tls_cert` and `tls_key` are PEM files for a scheduler that speaks TLS. `dashboard` is the address and
-    port that the pages of a scheduler started here listen at.
+    `scheduler` is an address such as tcp://10.0.0.1:8786; `tls_ca`, `tls_cert` and `tls_key` are PEM files for an
+    address tls://…. `dashboard` is the HOST:PORT of the dashboard of a scheduler started here. Raises UsageError if
+    the values do not fit together, or there are fewer GPUs than `workers`.
     """
 
     workers: int | None = None
@@ -70,17 +71,20 @@ class ClusterChoice:
             raise UsageError("--tls-cert and --tls-key go together")
 
     def at_most(self, count: int) -> ClusterChoice:
-        """Return the same with no more than `count` workers started: more would have nothing to do."""
+        """Return the choice with at most `count` new workers: more would have no task."""
         return replace(self, workers=min(self.workers, max(1, count))) if self.workers else self
 
     @property
     def name(self) -> str:
-        """What to call it."""
+        """The name of the cluster in messages."""
         return self.scheduler or "this machine"
 
     @property
     def threads(self) -> int | None:
-        """How many cores a worker computes with: its share of this machine's; None: as many as it has threads."""
+        """The number of cores of a new worker, an equal share of this machine's.
+
+        None for workers of a running scheduler: each uses as many cores as Dask gave it threads.
+        """
         return max(1, machine.usable_cores() // self.workers) if self.workers else None
 
 
@@ -91,16 +95,18 @@ def _is_place(pattern: re.Pattern[str], text: str) -> bool:
 
 @contextmanager
 def connected(choice: ClusterChoice) -> Iterator[Client]:
-    """Give a client of the chosen workers' scheduler; workers that were started end with the context.
+    """Give a client of the scheduler of the chosen workers; workers that were started end with the context.
 
     Raises
     ------
     UsageError
-        If no scheduler answers.
+        If no scheduler answers, or workers cannot be started.
+    IceboxError
+        If a limit of this process leaves too little for new workers.
     """
     from distributed import Client as DaskClient
 
-    # What it logs of lost connections is said by us in one line. Its import sets levels of its own.
+    # Icebox reports lost connections itself, in one line. Importing distributed sets log levels, so this comes after.
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if choice.workers is not None:
@@ -121,7 +127,7 @@ def _found(choice: ClusterChoice) -> Client:
     given = {name: str(path) for name, path in tls.items() if path is not None}
     address = str(choice.scheduler)
     try:
-        security = Security(**given)  # what is not given may stand in Dask's own configuration
+        security = Security(**given)  # Dask's own configuration fills in what is not given
         if address.startswith("tls://") and not security.get_connection_args("client").get("ssl_context"):
             raise UsageError("--scheduler tls://… needs --tls-ca, --tls-cert and --tls-key, or Dask's own settings")
         return DaskClient(address, timeout=_TIMEOUT_S, set_as_default=False, security=security)
@@ -133,20 +139,20 @@ def _found(choice: ClusterChoice) -> Client:
 
 
 def _started(count: int, dashboard: str | None) -> Any:
-    """Return a scheduler and `count` workers, processes of their own that start anew when they are killed.
+    """Return a cluster of a scheduler and `count` worker processes, which are restarted when they are killed.
 
     Raises
     ------
     UsageError
-        If they cannot be started, as when the dashboard's address is not to be had.
+        If they cannot be started, for example because the dashboard's port is in use.
     IceboxError
-        If a limit of this process leaves them too little.
+        If a limit of this process leaves too little for them.
     """
     from distributed import Nanny, Scheduler, SpecCluster
 
     options = {"host": LOOPBACK, "port": 0, "dashboard": True, "dashboard_address": dashboard or f"{LOOPBACK}:0"}
     with _interrupts_kept_here(), warnings.catch_warnings():
-        warnings.filterwarnings("error", "Port .* is already in use")  # or it would listen at another one
+        warnings.filterwarnings("error", "Port .* is already in use")  # else the dashboard would listen at another port
         try:
             return SpecCluster(
                 scheduler={"cls": Scheduler, "options": options},
@@ -164,12 +170,12 @@ def _started(count: int, dashboard: str | None) -> Any:
 
 @contextmanager
 def _interrupts_kept_here() -> Iterator[None]:
-    """Have threads that are started inside, and the processes that they start whenever, not be interrupted by Ctrl-C.
+    """Block SIGINT in threads started inside the context, and in every process that these threads start later.
 
-    The terminal sends it to all of them, but it is for us to end them.
+    On Ctrl-C the terminal sends SIGINT to all these processes, but Icebox ends its workers itself.
     """
-    os.environ["PYTHONSAFEPATH"] = "1"  # of Python processes started from here: the current folder brings no modules
-    resource_tracker.ensure_running()  # or it would be started inside, and let interrupts in
+    os.environ["PYTHONSAFEPATH"] = "1"  # new Python processes import no modules from the current folder
+    resource_tracker.ensure_running()  # started inside, it would unblock SIGINT again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -180,8 +186,8 @@ def _interrupts_kept_here() -> Iterator[None]:
 def _worker_options(number: int) -> dict[str, Any]:
     options: dict[str, Any] = {
         "host": LOOPBACK,
-        "nthreads": 2,  # one has the model while the other decodes ahead or writes
-        "memory_limit": 0,  # what a task takes is bounded; a worker ended for its size would compute it again
+        "nthreads": 2,  # one runs the model while the other decodes ahead or writes
+        "memory_limit": 0,  # none: tasks take bounded memory, and a task of an ended worker is computed again
         "dashboard": False,
         "silence_logs": logging.CRITICAL,
     }
@@ -191,7 +197,7 @@ def _worker_options(number: int) -> dict[str, Any]:
 
 
 def _devices() -> list[str]:
-    """Return what CUDA calls the GPUs that this process may use."""
+    """Return the CUDA names of the GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible and machine.gpu_count() else [str(i) for i in range(machine.gpu_count())]
 

@@ -1,4 +1,4 @@
-"""Which Dask workers are not worth giving work to: lost again and again, or paused for the memory they take."""
+"""Which Dask workers get no more tasks: those lost again and again, and those paused for the memory they use."""
 
 from __future__ import annotations
 
@@ -11,53 +11,56 @@ from pipeline.core import machine
 from pipeline.core.units import size_text
 from pipeline.extraction.workers.connect import LOOPBACK, Client
 
-MOST_LOSSES = 3  # of a worker that had not begun, or came near its memory limit, with nothing done in between
-MOST_AT_WORK = 20  # of one that had work in hand: an image may be what ends it, and then its task is halved
-PAUSED_S = 30.0  # without a task, until a paused worker is given up
-_ENDED = "worker-restart-memory"  # where nannies tell of workers that they ended
+MOST_LOSSES = 3  # losses during the check or near the memory limit, with no task finished in between
+MOST_AT_WORK = 20  # losses with tasks assigned: an image may crash the worker, and its task is halved to find it
+PAUSED_S = 30.0  # after which a paused worker without a task is given up
+_ENDED = "worker-restart-memory"  # Dask topic: nannies report workers that they ended
 
 About = Mapping[str, Any]  # what a scheduler knows of a worker
 
 
 class WorkerHealth:
-    """What is noticed of workers as they come and go; `about` is what the scheduler knows of one.
+    """Counts the losses of workers; `about` is what the scheduler knows of a worker.
 
-    A worker that was lost is started anew by its nanny, the process beside it, under another address; so losses are
-    counted by nanny.
+    The nanny of a lost worker (the process that watches it) starts it again under another address. Losses are
+    therefore counted by nanny.
     """
 
     def __init__(self) -> None:
         self._losses = Counter[str]()
         self._at_work = Counter[str]()
-        self._ended = set[str]()  # addresses of those that were ended for the memory they took
-        self._full = set[str]()  # nannies of such
-        self._paused: dict[str, float] = {}  # address → since when
+        self._ended = set[str]()  # addresses of workers that were ended for the memory they used
+        self._full = set[str]()  # nannies of these workers
+        self._paused: dict[str, float] = {}  # address → when the pause was first seen (time.monotonic)
 
     def listen(self, client: Client) -> None:
-        """Have nannies tell which workers they end for the memory they take."""
+        """Subscribe to the reports of nannies that ended a worker for the memory it used."""
         client.subscribe_topic(_ENDED, self._heard)
 
     def _heard(self, event: tuple[float, Any]) -> None:
         self._ended.add(event[1]["worker"])
 
     def ended_for_memory(self, address: str) -> bool:
-        """Return whether a worker was ended as it came near its memory limit."""
+        """Return whether its nanny ended the worker because it came near its memory limit."""
         return address in self._ended
 
     def lost(self, address: str, about: About, *, at_work: bool = False) -> None:
-        """Count the loss of a worker; `at_work` if what it had in hand may be why."""
+        """Count the loss of a worker; `at_work` if one of its tasks may be the reason."""
         (self._at_work if at_work else self._losses)[_nanny(address, about)] += 1
         if self.ended_for_memory(address):
             self._full.add(_nanny(address, about))
 
     def worked(self, address: str, about: About) -> None:
-        """Forget its losses, as it has done something."""
+        """Forget the losses of a worker that finished a task."""
         for losses in (self._losses, self._at_work):
             losses.pop(_nanny(address, about), None)
         self._full.discard(_nanny(address, about))
 
     def problem(self, address: str, about: About) -> str | None:
-        """Return why a worker is not to be given work, as what follows its name in a sentence; None if it may be."""
+        """Return why a worker must get no more tasks, or None if it may.
+
+        The text continues a sentence that begins with the worker's name.
+        """
         limit = f"its memory limit of {size_text(about.get('memory_limit') or 0)}"
         if (count := self._losses[_nanny(address, about)]) >= MOST_LOSSES:
             if _nanny(address, about) in self._full:
@@ -70,7 +73,7 @@ class WorkerHealth:
         return None
 
     def _is_stuck(self, address: str, about: About) -> bool:
-        """Return whether a worker has been paused for a while, with no task whose end would give memory back."""
+        """Return whether a worker has been paused for over `PAUSED_S` seconds without a running task."""
         tasks = about.get("metrics", {}).get("task_counts", {})
         if about.get("status") != "paused" or tasks.get("executing", 0):
             self._paused.pop(address, None)

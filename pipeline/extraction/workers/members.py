@@ -1,4 +1,4 @@
-"""What is known of each worker of a fleet, and what it has in hand."""
+"""The record that `DaskPool` has of each worker: its state, its tasks and its rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from pipeline.extraction.shard_task import AT_ONCE, ShardTask
 
 @dataclass(eq=False)
 class AssignedTask:
-    """A task that a worker has in hand, `alone` if it has nothing else: what ends it then is known."""
+    """A task that is assigned to a worker.
+
+    `alone`: the worker has no other task, so if the worker is lost, this task is the suspect. `advanced` is the number
+    of its rows computed so far.
+    """
 
     task: ShardTask
     future: Any
@@ -22,7 +26,11 @@ class AssignedTask:
 
 @dataclass(eq=False)
 class Worker:
-    """What is known of a worker. `fit`: None while that is being found out."""
+    """What is known of a worker.
+
+    `fit` is None until the worker was checked; `vetting` is the future of that check, and `reason` says why the worker
+    is unfit. `hands` is task number → assigned task. `since` is the time of `time.monotonic` when it was found fit.
+    """
 
     address: str
     name: str
@@ -38,10 +46,10 @@ class Worker:
     model_seconds: float = 0.0
 
     def load(self) -> int:
-        """Return how many tasks it has in hand; one that is to be alone counts for all."""
+        """Return the number of tasks assigned; a task that runs alone counts as `AT_ONCE`."""
         return AT_ONCE if any(hand.alone for hand in self.hands.values()) else len(self.hands)
 
     @property
     def rate(self) -> float:
-        """Rows a second, since it was found fit."""
+        """Rows per second since the worker was found fit."""
         return self.advanced / max(1e-3, time.monotonic() - self.since)

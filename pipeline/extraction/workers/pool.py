@@ -1,7 +1,7 @@
-"""Shard tasks on Dask workers, watched over: whoever cannot do them is told apart, whoever is lost is replaced.
+"""Run shard tasks on Dask workers: check each worker, assign tasks to it, and repeat the tasks of a lost worker.
 
-Dask carries tasks and answers, and notices who comes and goes. Which worker gets which task is decided here: a few at
-a time each, so that of millions few are in hand, and it is known what each had in hand when it was lost.
+Dask transports tasks and results, and lists the workers. `DaskPool` decides which worker gets which task, a few at a
+time: of millions of tasks few are in memory, and the tasks of a lost worker are known.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from pipeline.extraction.workers.worker import Requirements, check_worker, run_t
 
 logger = logging.getLogger(__name__)
 
-_MOST_LOSSES = 3  # of whoever had a task in hand, before it is tried alone, and in halves if that ends a worker too
+_MOST_LOSSES = 3  # workers lost with a task, before the task runs alone; if that loses a worker too, it is halved
 _SAMPLES = 3
-_GRACE_S = 5.0  # for others to come, where all who are there are unfit; for a file to be seen that somebody else wrote
+_GRACE_S = 5.0  # to wait for more workers if all are unfit, and for a file that a worker wrote to become visible here
 _FATAL = "reading or decoding it ended the worker, again and again"
 
 
@@ -44,14 +44,14 @@ _FATAL = "reading or decoding it ended the worker, again and again"
 def open_dask_pool(
     choice: ClusterChoice, setup: TaskSetup, dataset: Dataset, stats: ComputeStats
 ) -> Iterator[DaskPool]:
-    """Give the fit workers of a cluster, at least one of them ready.
+    """Give a pool of the fit workers of a cluster, once at least one of them is ready.
 
     Raises
     ------
     UsageError
         If no scheduler answers.
     IceboxError
-        If none of its workers can do the work; the text says why not.
+        If none of its workers can do the work; the message gives the reasons.
     """
     kinds = {tuple(part.partition("://")[0] for part in url.split("::")): url for url in dataset.urls()}
     versions = machine.versions(machine.FEATURE_PACKAGES)
@@ -69,8 +69,8 @@ class DaskPool:
         self._requirements = requirements
         self._effort = stats
         self._workers: dict[str, Worker] = {}
-        self._again: deque[ShardTask] = deque()  # taken back from somebody
-        self._next: ShardTask | None = None  # to be handed out
+        self._again: deque[ShardTask] = deque()  # taken back from a worker
+        self._next: ShardTask | None = None  # to be assigned next
         self._numbers = iter(range(2**63))
         self._looked = self._lonely_since = float("-inf")
         self._row_shape: tuple[int, ...] | None = None
@@ -99,7 +99,7 @@ class DaskPool:
 
     @property
     def size(self) -> int:
-        """How many workers there are, fit ones and those not known yet."""
+        """The number of workers that are fit or not checked yet."""
         return sum(worker.fit is not False for worker in self._workers.values())
 
     @property
@@ -111,18 +111,18 @@ class DaskPool:
 
     @property
     def batch_size(self) -> int:
-        """How many images a worker's model is given at once."""
+        """The number of images in a batch of a worker's model."""
         return self._requirements.setup.batch_of(self.row_shape)
 
     def run(self, tasks: Iterator[ShardTask], settle: Settle, advance: Advance, there: There) -> None:
-        """Have all tasks run; see `WorkerPool`.
+        """Run all tasks on the workers; see `WorkerPool`.
 
         Raises
         ------
         InterruptedComputationError
             If the scheduler is lost.
         IceboxError
-            If a task fails for a reason that is not one worker's, or nobody is left to do it; the text names whom.
+            If a task fails for a reason that is not one worker's own, or no fit worker is left; the message names it.
         """
         self._settle, self._advance, self._tasks = settle, advance, tasks
         self._unseen = None if there is shard_task.no_known_rows else uuid4().hex
@@ -140,10 +140,10 @@ class DaskPool:
         finally:
             self._drop_all()
 
-    # Who is there
+    # The list of workers
 
     def _look(self) -> None:
-        """Notice who came, who went and who has not been heard of."""
+        """Update the list of workers: new ones, lost ones, and silent ones without a heartbeat."""
         now = time.monotonic()
         if now - self._looked < scheduler_client.LOOK_EVERY_S:
             return
@@ -167,7 +167,7 @@ class DaskPool:
             worker.vetting = self._link.submit(address, check_worker, self._requirements)
 
     def _lose(self, worker: Worker, how: str) -> None:
-        """Take back what a worker had in hand."""
+        """Remove a lost worker and take back its tasks."""
         del self._workers[worker.address]
         full = self._link.health.ended_for_memory(worker.address)
         if full:
@@ -183,7 +183,7 @@ class DaskPool:
             logger.warning("the worker %s %s%s", worker.name, how, redone)
         if worker.vetting is not None:
             worker.vetting.cancel(force=True)
-        self._take_back(worker, lost=not full)  # its limit is no fault of the images
+        self._take_back(worker, lost=not full)  # the memory limit is no sign of a bad image
         if worker.rows:
             self._report(worker)
 
@@ -194,7 +194,7 @@ class DaskPool:
         worker.hands.clear()
 
     def _put_back(self, hand: AssignedTask, *, lost: bool) -> None:
-        """Have a task done by somebody, or if it is that which ends workers, its halves, down to the one image."""
+        """Queue a task again: halved if it was `alone` on a lost worker, or failed if such a task has one image."""
         self._advance(-hand.advanced)
         self._effort.lost += round(hand.advanced)
         task = replace(hand.task, losses=hand.task.losses + lost)
@@ -209,7 +209,7 @@ class DaskPool:
             self._advance(len(task))
 
     def _dismiss(self, worker: Worker, reason: str) -> None:
-        """Give a worker nothing more to do."""
+        """Mark a worker as unfit and take back its tasks; no more are assigned to it."""
         logger.warning("the worker %s is not used: it %s", worker.name, reason)
         if worker.vetting is not None:
             worker.vetting.cancel(force=True)
@@ -225,11 +225,11 @@ class DaskPool:
         self._again.clear()
         self._next = None
 
-    # What they do
+    # The tasks of the workers
 
     def _hand_out(self) -> None:
         fit = [worker for worker in self._workers.values() if worker.fit]
-        if any(worker.gpu for worker in fit):  # beside a GPU a processor would only be waited for
+        if any(worker.gpu for worker in fit):  # without a GPU a worker would finish last
             fit = [worker for worker in fit if worker.gpu]
         while fit and self._hold_next() and self._next is not None:
             worker, alone = min(fit, key=Worker.load), self._next.losses >= _MOST_LOSSES
@@ -244,7 +244,7 @@ class DaskPool:
             worker.hands[number] = AssignedTask(task, future, alone)
 
     def _hold_next(self) -> bool:
-        """Return whether there is a task to hand out; those that were given back come last."""
+        """Return whether there is a task to assign; tasks that were taken back come last."""
         if self._next is None:
             self._next = next(self._tasks, None)
         if self._next is None and self._again:
@@ -252,7 +252,7 @@ class DaskPool:
         return self._next is not None
 
     def _wait(self) -> None:
-        """Wait for something to happen, a moment at most, and deal with it."""
+        """Wait for one event, a second at most, and handle it."""
         self._require_somebody()
         kind, about = self._link.wait()
         if kind == "reported":
@@ -269,7 +269,7 @@ class DaskPool:
                     self._finished(worker, hand)
 
     def _require_somebody(self) -> None:
-        """Raise IceboxError if nobody is there to work, and nobody came for a while."""
+        """Raise IceboxError if there has been no fit or unchecked worker for a while."""
         workers, now = self._workers.values(), time.monotonic()
         if any(worker.fit is not False for worker in workers):
             self._lonely_since = now
@@ -288,7 +288,7 @@ class DaskPool:
         if error is None:
             worker.fit, worker.since, self._row_shape = True, time.monotonic(), shape
         elif isinstance(error, LostError):
-            worker.fit, worker.reason = False, "was lost"  # the next look will tell
+            worker.fit, worker.reason = False, "was lost"  # the next `_look` removes the lost worker
             self._link.health.lost(worker.address, worker.about)
         elif isinstance(error, IceboxError) and not isinstance(error, UnfitWorkerError):
             raise error
@@ -315,7 +315,7 @@ class DaskPool:
             raise error
 
     def _accept(self, worker: Worker, hand: AssignedTask, done: ShardResult) -> None:
-        """Take a finished task over, but for images that the worker alone could not read."""
+        """Accept the result of a task; queue again the images that only this worker could not read."""
         task, setup = hand.task, self._requirements.setup
         if done.shard is not None and not _published(setup.directory / f"{done.shard.name}.h5", done.shard.bytes):
             self._put_back(hand, lost=False)
@@ -372,7 +372,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _samples(dataset: Dataset) -> tuple[Path, ...]:
-    """Return a few image files that can be read here, for a worker to show that it sees them too."""
+    """Return at most `_SAMPLES` image files that this process can read; each worker must read them too."""
     found = (dataset.path(i) for i in range(min(len(dataset), 100)))
     return tuple(path.absolute() for path in found if path is not None and _readable(path))[:_SAMPLES]
 
@@ -388,7 +388,7 @@ def _readable(path: Path | None) -> bool:
 
 
 def _published(path: Path, size: int) -> bool:
-    """Return whether a shard is there; a network file system may show it a moment later."""
+    """Return whether a shard file of `size` bytes exists; a network file system may show it some seconds late."""
     start = time.monotonic()
     while True:
         with suppress(OSError):

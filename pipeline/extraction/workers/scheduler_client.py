@@ -1,4 +1,7 @@
-"""A Dask scheduler, spoken to: who is there, work given to one of them, answers taken; its loss waited out."""
+"""The client of a Dask scheduler: list its workers, submit calls to one of them, and receive the results.
+
+If the scheduler is lost, `InterruptedComputationError.recover` waits until it is back.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,19 @@ from pipeline.extraction.workers.health import WorkerHealth
 
 logger = logging.getLogger(__name__)
 
-SILENT_S = 30.0  # without a heartbeat, of which there should be one every few seconds: Dask itself waits for minutes
-PATIENCE_S = 60.0  # for a scheduler to come back, or a worker where there is none
+SILENT_S = 30.0  # without a heartbeat, then a worker is lost; they come every few seconds, and Dask waits minutes
+PATIENCE_S = 60.0  # to wait for a lost scheduler, or for a first worker
 LOOK_EVERY_S = 1.0
 
 Future = Any  # distributed.Future
 
 
 class LostError(Exception):
-    """Whoever had work in hand was lost, more than once."""
+    """The workers that ran a call were lost, more than once."""
 
 
 class SchedulerClient:
-    """The connection to the scheduler of a cluster; what it has to tell comes by `wait`."""
+    """The connection to the scheduler of a cluster; `wait` returns its events."""
 
     def __init__(self, choice: ClusterChoice, topic: str) -> None:
         self.name = choice.name
@@ -36,23 +39,31 @@ class SchedulerClient:
         self._stack = ExitStack()
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self.health = WorkerHealth()
-        self._heartbeats: dict[str, tuple[float, float]] = {}  # address → what the scheduler saw last, since when
+        self._heartbeats: dict[str, tuple[float, float]] = {}  # address → `last_seen`, and when it changed last
 
     def open(self) -> None:
-        """Connect. Raises UsageError if no scheduler answers."""
+        """Connect to the scheduler. Raises UsageError if no scheduler answers."""
         self._client: Client = self._stack.enter_context(connected(self._choice))
         self._client.subscribe_topic(self._topic, self._heard)
         self.health.listen(self._client)
 
     def close(self) -> None:
-        """End the connection, and the workers if they were started for it."""
+        """Close the connection, and end the workers that were started for it."""
         self._stack.close()
 
     def _heard(self, event: tuple[float, Any]) -> None:
         self._events.put(("reported", event[1]))
 
     def workers(self) -> tuple[dict[str, Any], set[str]]:
-        """Return address → what is known of each worker that is registered, and the addresses of those who answer."""
+        """Return the registered workers, and the addresses of those with a recent heartbeat.
+
+        The first is a dict: address → what the scheduler knows of the worker.
+
+        Raises
+        ------
+        InterruptedComputationError
+            If the scheduler is lost.
+        """
         with self._talking():
             if self._client.status != "running":
                 raise OSError("the connection was lost")
@@ -68,7 +79,11 @@ class SchedulerClient:
         return now - since < SILENT_S
 
     def submit(self, address: str, function: Any, *arguments: Any, gpu: float = 0) -> Future:
-        """Have one worker call `function`, with that share of a GPU; `wait` will tell when it is done."""
+        """Submit a call of `function` to one worker, and return its future; `wait` reports when it is done.
+
+        `gpu` is the share of a GPU that the call takes, 0 to 1. Raises InterruptedComputationError if the scheduler is
+        lost.
+        """
         with self._talking():
             future = self._client.submit(
                 function,
@@ -82,18 +97,25 @@ class SchedulerClient:
         return future
 
     def wait(self) -> tuple[str, Any]:
-        """Return what happened: ("done", future), ("reported", what a worker said), or after a moment ("", None)."""
+        """Return the next event: ("done", future) or ("reported", message of a worker).
+
+        After `LOOK_EVERY_S` seconds without an event it is ("", None).
+        """
         try:
             return self._events.get(timeout=LOOK_EVERY_S)
         except queue.Empty:
             return "", None
 
     def outcome(self, future: Future) -> tuple[Any, BaseException | None]:
-        """Return what a future that is done gave, and what it failed by, LostError or its own; one of them is None."""
+        """Return (result, None) of a future that is done, or (None, error) if it failed.
+
+        The error is LostError if Dask gave the call up because its workers were lost, else the call's own. Raises
+        InterruptedComputationError if the scheduler is lost.
+        """
         from distributed import KilledWorker
 
         with self._talking():
-            if future.status in ("cancelled", "lost"):  # not by us: whom we cancel we do not listen to any more
+            if future.status in ("cancelled", "lost"):  # by the scheduler; those Icebox cancels are never read
                 raise OSError("it knows nothing of what it was given")
             if future.status == "finished":
                 return future.result(), None
@@ -111,7 +133,7 @@ class SchedulerClient:
             raise InterruptedComputationError(text, self._recover) from error
 
     def _recover(self) -> None:
-        """Wait for the scheduler to come back. Raises IceboxError if it does not."""
+        """Wait for the scheduler to come back. Raises IceboxError if it does not within `PATIENCE_S` seconds."""
         logger.warning("the Dask scheduler of %s is gone; waiting for it to come back", self.name)
         self._stack.close()
         self._heartbeats.clear()

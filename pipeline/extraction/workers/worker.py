@@ -1,4 +1,4 @@
-"""What runs in the worker processes of a fleet: is this process fit for the work? And the tasks themselves."""
+"""The functions that Dask workers run: `check_worker` checks the worker process, `run_task` runs a shard task."""
 
 from __future__ import annotations
 
@@ -29,10 +29,22 @@ from pipeline.extraction.shard_task import (
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a worker must have to be of use; picklable.
+    """What a worker must have to do the work; picklable.
 
-    `samples` are image files it must be able to read, `urls` one address of each kind there is; `threads` how many
-    cores it takes, None: as many as it has threads; `topic` is where it reports how far it is.
+    Parameters
+    ----------
+    setup
+        What all tasks share.
+    versions
+        Package → version, None if the package is not installed. The worker must have the same.
+    samples
+        Image files that the worker must be able to read.
+    urls
+        One address of each kind in the dataset (https, s3, …). The worker must have the packages that fetch them.
+    threads
+        Number of cores that the worker uses. None: as many as Dask gave it threads.
+    topic
+        Dask topic under which the worker reports its progress.
     """
 
     setup: TaskSetup
@@ -44,14 +56,14 @@ class Requirements:
 
 
 def check_worker(requirements: Requirements) -> tuple[int, ...]:
-    """Check this process, load the model, and return the shape of a row.
+    """Check this process, load the model, and return the shape of a row, (h, w, c).
 
     Raises
     ------
     UnfitWorkerError
-        If it is not fit for the work; the text says why.
+        If this worker lacks something that the work needs; the message says what.
     SpecError, WeightsError
-        If nobody could do the work.
+        If no worker could do the work.
     """
     _check_versions(requirements.versions)
     _check_files(requirements)
@@ -64,10 +76,15 @@ def check_worker(requirements: Requirements) -> tuple[int, ...]:
 
 
 def run_task(task: ShardTask, requirements: Requirements, number: int, unseen: str | None) -> ShardResult:
-    """Run a task, reporting its progress under `number`.
+    """Run a task and return its result, reporting progress under `number`.
 
-    `unseen` names a computation of images that nobody has read before: copies among those that come to this process
-    are computed once.
+    `unseen` is an identifier of the whole computation, given if it has images whose hashes are unknown (remote
+    images). Then copies of one image that come to this process are computed once.
+
+    Raises
+    ------
+    UnfitWorkerError
+        If this worker does not see the folder of the shards, or lacks the weights.
     """
     from distributed import get_worker
 
@@ -115,7 +132,10 @@ def _check_weights(setup: TaskSetup) -> None:
 
 
 def _identity(weights: Path, network: Path | None) -> str:
-    """Return the identity of weights in a file: those in a file with an own network are known by their content."""
+    """Return the identity of the weights in a file.
+
+    Weights in the .keras file of an own network are identified by their values, others by the sha256 of the file.
+    """
     if network is None or weights != network:
         return f"sha256:{files.sha256_file(weights)}"
     try:
@@ -124,7 +144,7 @@ def _identity(weights: Path, network: Path | None) -> str:
         raise UnfitWorkerError(f"cannot read {network} ({error})") from error
 
 
-_theres: dict[str, KnownRows] = {}  # of the computation at hand
+_theres: dict[str, KnownRows] = {}  # of the running computation: its identifier → the rows known here
 
 
 def _there(unseen: str | None) -> There:
@@ -137,7 +157,7 @@ def _there(unseen: str | None) -> There:
         return _theres[unseen]
 
 
-# One model a process, however many threads ask for it; another setup's is let go as soon as nobody uses it.
+# One model a process, shared by its threads. The model of another setup is freed as soon as no thread uses it.
 _loading = threading.Lock()
 _loaded: dict[TaskSetup, ShardWorker] = {}
 _users: dict[TaskSetup, int] = {}

@@ -1,1 +1,1 @@
-"""What this machine has, and what is wrong with a dataset, before anything is computed."""
+"""Check this machine, or a dataset, before anything is computed: the implementation of `doctor`."""

@@ -1,4 +1,7 @@
-"""A dataset looked at before a night is spent on it: what is in it, what is wrong with it, what it will take."""
+"""Check a dataset before computing its features: its content, its problems, and the cost of computing.
+
+`check_dataset` decodes every image once and returns a `DatasetCheck`; `summarize` turns that into JSON values.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,9 @@ from pipeline.report.doctor.profile import profile_images
 
 @dataclass(frozen=True)
 class Copies:
-    """Groups of images that are the same, or nearly: each a list of indices into the dataset.
+    """Groups of identical images, or of near-duplicates; each group is a list of indices into the dataset.
 
-    Those that lie on several sides of the split come first, and `crossing` is how many these are.
+    Groups with images in more than one split come first; `crossing` is the number of these groups.
     """
 
     groups: list[list[int]]
@@ -35,13 +38,18 @@ class Copies:
 
     @property
     def images(self) -> int:
-        """How many images are in the groups."""
+        """The number of images in all groups."""
         return sum(map(len, self.groups))
 
 
 @dataclass(frozen=True, eq=False)
 class DatasetCheck:
-    """What was found. `looks` is (n,) of `survey.LOOK`; `quarantined` lists what cannot be read or decoded."""
+    """The results of the check of a dataset of n images.
+
+    `looks` is (n,) with the dtype `profile.LOOK`. `quarantined` lists the images that cannot be read or decoded.
+    `equal` and `near` are groups of identical and of nearly identical images. `free_bytes` and `available_memory` are
+    in bytes.
+    """
 
     dataset: Dataset
     split: Split
@@ -49,24 +57,24 @@ class DatasetCheck:
     quarantined: list[Quarantined]
     equal: Copies
     near: Copies
-    conflicting: list[list[int]]  # groups of equal images under several labels
+    conflicting: list[list[int]]  # groups of identical images with different labels
     space: str | None
     plan: Plan
-    cost: Cost | None  # None where nothing is missing
+    cost: Cost | None  # None if no row is missing, or no image could be decoded to measure it
     free_bytes: int
     available_memory: int
-    depth: int  # that 16-bit channels are taken for
-    input_size: int  # pixels a side that the network is given
-    row_shape: tuple[int, ...]  # of one image's features, (h, w, c)
+    depth: int  # number of bits that 16-bit channels are assumed to hold
+    input_size: int  # width and height of the network's input in pixels
+    row_shape: tuple[int, ...]  # shape of one image's features, (h, w, c); () if not known
 
     @property
     def allowed_bad(self) -> float:
-        """What `--max-bad` would have to allow for, in hundredths, rounded up; 0 if no image is bad."""
+        """The value of `--max-bad` that the dataset needs: the share of bad images, rounded up to hundredths."""
         return float(np.ceil(100 * len(self.quarantined) / len(self.dataset)) / 100)
 
     @property
     def counts(self) -> np.ndarray:
-        """Images of each class on each side that can be decoded, (classes, 3): train, val, test."""
+        """The number of decodable images of each class in each split, (classes, 3): train, val, test."""
         usable = np.ones(len(self.dataset), bool)
         usable[list(self.plan.quarantined)] = False
         counts = np.zeros((len(self.dataset.classes), len(SPLITS)), np.int64)
@@ -79,12 +87,12 @@ class DatasetCheck:
 def check_dataset(
     dataset: Dataset, workspace: Workspace, choice: FeatureChoice, max_pixels: int, views: Views = PLAIN_VIEW
 ) -> DatasetCheck:
-    """Look at every image of `dataset`, and at what of it is cached; measure what the rest would take.
+    """Check every image of `dataset`, find which rows are cached, and measure the cost of computing the others.
 
     Raises
     ------
     IceboxError
-        If the weights, the layer or the space that were asked for cannot be had.
+        If the requested weights, layer or feature space are not available.
     """
     index = workspace.cache.index
     with workspace.progress("identifying images", len(dataset)) as advance:
@@ -121,7 +129,7 @@ def check_dataset(
 
 
 def _near(looks: np.ndarray, split: Split, first: np.ndarray, workspace: Workspace) -> Copies:
-    """Return groups of distinct images that look nearly the same."""
+    """Return groups of near-duplicates among images of different content; of identical images the first is compared."""
     seen = np.sort(first[looks["kind"][first] != ""])
     with workspace.progress("comparing images", 8, "passes") as advance:
         pairs = near_duplicates.near_pairs(looks["fingerprint"][seen], looks["thumb"][seen], advance)
@@ -135,7 +143,7 @@ def _copies(groups: list[list[int]], split: Split) -> Copies:
 
 
 def summarize(found: DatasetCheck) -> dict[str, Any]:
-    """Return what was found as plain values, for JSON."""
+    """Return the results of a check as JSON values."""
     dataset, looks, plan = found.dataset, found.looks, found.plan
     seen = looks[looks["kind"] != ""]
     return {

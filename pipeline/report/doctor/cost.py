@@ -1,4 +1,4 @@
-"""What it takes to compute and to keep the rows that a dataset lacks, measured on some of its own images."""
+"""Measure the cost of computing and storing the missing rows of a dataset, on some of its own images."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ from pipeline.extraction.planning import Plan, Planning
 from pipeline.images.decoding import depth_of
 from pipeline.images.loader import Loader
 
-_UNIT = 1024 if sys.platform.startswith("linux") else 1  # of what the system says of a process's memory
+_UNIT = 1024 if sys.platform.startswith("linux") else 1  # bytes in the unit of `ru_maxrss`
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of the rows that are missing: seconds, bytes on disk; and the most memory that the process took to measure it.
+    """The cost of the missing rows: `seconds` to compute them, and `bytes` on disk.
 
-    `weights` are those it was measured with: untrained ones are as fast as others, but their rows are larger.
+    `memory` is the peak memory of this process in bytes, after the measurement. `row_shape` is the shape of one image's
+    features. `weights` are those used to measure: untrained weights are as fast as others, but their rows are larger on
+    disk.
     """
 
     seconds: float
@@ -47,9 +49,9 @@ class Cost:
 def measure(
     planning: Planning, plan: Plan, space: FeatureSpace | None, resolved: ResolvedChoice, workspace: Workspace
 ) -> Cost | None:
-    """Run the network on some of the images that lack rows, for some seconds; None if none of them can be decoded.
+    """Run the network for some seconds on images with missing rows; return None if none of them can be decoded.
 
-    Nothing is downloaded: without weights at hand, untrained ones stand in.
+    Nothing is downloaded: if the weights are not on this machine, untrained ones replace them.
     """
     weights = _at_hand(space, resolved, workspace)
     spec = replace(space.spec if space else resolved.new_spec(weights), weights=weights.identity)
@@ -60,7 +62,7 @@ def measure(
         pixels = list(islice((image.pixels for image in loaded if image.pixels is not None), batch))
     if not pixels:
         return None
-    # Features of weights that stand in may be too large for float16, which is no reason not to measure.
+    # Features of untrained weights may exceed float16. They are clipped, so that the cost can still be measured.
     exact, most = replace(spec, storage="float32"), np.finfo(spec.storage).max
     model = FrozenBackbone(exact, weights.path, batch, machine.usable_cores(), weights.network)
     if batch_of(space) is None:
@@ -76,7 +78,7 @@ def measure(
 
 
 def _at_hand(space: FeatureSpace | None, resolved: ResolvedChoice, workspace: Workspace) -> Weights:
-    """Return the weights that would be used, if they are on this machine, else untrained ones."""
+    """Return the weights that `features` would use if they are on this machine, else untrained weights."""
     source, stated = resolved.source, resolved.weights
     if source.name.startswith(OWN):
         return stated or (weights_of(space, workspace) if space else networks.resolve(source, "auto", workspace))

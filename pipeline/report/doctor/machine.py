@@ -1,4 +1,4 @@
-"""What this machine has, and what Icebox would do with it."""
+"""Describe this machine: versions, devices, memory, and the state of the data directory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _PACKAGES = ("tensorflow", "keras", "opencv-python", "h5py", "hdf5plugin", "scik
 
 
 def examine(workspace: Workspace) -> dict[str, Any]:
-    """Return what was found, every line of it looked up now. Sizes in bytes.
+    """Return the properties of this machine and of the data directory by name; sizes are in bytes.
 
-    This one imports TensorFlow, to ask it which devices it really sees.
+    This function imports TensorFlow, to count the GPUs that TensorFlow can use.
     """
     found = asdict(machine.inspect_machine())
     spaces = [space.totals() for space in workspace.cache.spaces()]

@@ -1,4 +1,7 @@
-"""What a dataset's images are, each looked at once: format, size, depth, how it is to be turned, what it looks like."""
+"""Profile a dataset's images: format, size, bit depth, transparency, EXIF orientation and fingerprint.
+
+`profile_images` decodes each image once; of identical images, only one is decoded.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pipeline.images import near_duplicates
 from pipeline.images.decoding import FULL_DEPTH, orientation
 from pipeline.images.loader import Loaded, Loader, decoding_pool
 
-# What is noted of an image. Sizes are in pixels, as stored; `kind` is "" where nobody could look.
+# The profile of an image. Sizes are in pixels, before any rotation; `kind` is "" if the image cannot be decoded.
 LOOK = np.dtype(
     [
         ("kind", "U6"),
@@ -20,20 +23,21 @@ LOOK = np.dtype(
         ("height", np.int32),
         ("deep", np.bool_),  # more than 8 bits a channel
         ("peak", np.uint16),  # the largest value, if it has 16 bits a channel
-        ("alpha", np.bool_),  # may be transparent in places
-        ("turned", np.bool_),  # EXIF says that it is to be turned
+        ("alpha", np.bool_),  # may be partly transparent; False for a GIF
+        ("turned", np.bool_),  # its EXIF orientation is not 1, so decoding rotates or flips it
         ("fingerprint", np.uint64),
         ("thumb", np.uint8, (near_duplicates.THUMB, near_duplicates.THUMB)),
     ]
 )
-_SIZE = 299  # of the pixels that fingerprints are made of
-_AHEAD = 64  # images
+_SIZE = 299  # width and height in pixels to which images are decoded for fingerprints
+_AHEAD = 64  # images decoded in advance
 
 
 def profile_images(planning: Planning, progress: Progress, depth: int = FULL_DEPTH) -> np.ndarray:
-    """Look at every image of a dataset once, 16-bit channels taken for `depth` bits; return what they are, (n,) `LOOK`.
+    """Return the profiles of a dataset's images, (n,) `LOOK`; identical images are decoded once.
 
-    What cannot be decoded is noted in the index, as `features` would.
+    16-bit channels are assumed to hold `depth` bits. Images that cannot be decoded are quarantined in the index, as by
+    `features`.
     """
     identities, dataset = planning.identities, planning.dataset
     known = identities.keys.grouped(but=sorted(identities.unseen)).first
@@ -58,7 +62,7 @@ def profile_images(planning: Planning, progress: Progress, depth: int = FULL_DEP
 
 
 def _copy(looks: np.ndarray, grouped: Grouped) -> None:
-    """Give what was found of one image to its copies."""
+    """Copy the profile of one image of each group of identical images to the others, in place."""
     group = np.cumsum(grouped.leads) - 1
     seen = looks["kind"][grouped.images] != ""
     found = np.full(len(grouped.first), -1)
@@ -68,7 +72,7 @@ def _copy(looks: np.ndarray, grouped: Grouped) -> None:
 
 
 def _look(image: Loaded) -> tuple | None:
-    """Return what an image is, the fields of `LOOK`; None if it could not be decoded. Called in threads."""
+    """Return the profile of an image, the fields of `LOOK`; None if it was not decoded. Called in threads."""
     header = image.header
     if image.pixels is None or header is None:
         return None

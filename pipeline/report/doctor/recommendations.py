@@ -1,4 +1,4 @@
-"""What to do about what a checkup found, in plain words. Each is one sentence or two; the most pressing come first."""
+"""Turn the results of a dataset check into recommendations, each of one or two sentences, the most urgent first."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pipeline.images.decoding import FULL_DEPTH, depth_advice
 from pipeline.report.doctor.checks import DatasetCheck
 from pipeline.training import heads
 
-_FEW = 20  # images of a class to train on; fewer are hardly learned from, and more so hardly measured
-_UNEVEN = 10  # times as many images in the largest class as in the smallest
-_LITTLE = 0.25  # of the pixels a side that the network is given
-_LONG = 2.0  # times as long as wide
-_MANY = 0.1  # share of the images from which on it is worth a word
-_HOURS = 3600.0
+_FEW = 20  # training images of a class; with fewer, a class is hard to learn and even harder to measure
+_UNEVEN = 10  # ratio of the largest to the smallest class from which on the imbalance is reported
+_LITTLE = 0.25  # share of the network's input size below which an image is small
+_LONG = 2.0  # ratio of the longer to the shorter side from which on an image is narrow
+_MANY = 0.1  # share of the images above which small or narrow images are reported
+_HOURS = 3600.0  # seconds of computing above which advice on speed is given
 
 
 def recommend(found: DatasetCheck) -> list[str]:
-    """Return what a person should know before computing anything; nothing if all is well."""
+    """Return recommendations for a dataset before anything is computed; an empty list if there are no problems."""
     if len(found.quarantined) == len(found.dataset):
         return ["none of the images can be read or decoded; look at the reasons"]
     return [*_wrong(found), *_sides(found), *_classes(found), *_pictures(found), *_machine(found)]
@@ -130,7 +130,7 @@ def _machine(found: DatasetCheck) -> Iterator[str]:
                 f"computing takes {duration(cost.seconds)} here: try --limit first; a GPU or more machines divide it "
                 "(--scheduler), and it may be stopped at any time"
             )
-    if not found.row_shape:  # nothing was ever computed, and nothing can be
+    if not found.row_shape:  # no row exists, and no image could be measured
         return
     places, channels = math.prod(found.row_shape[:-1]), found.row_shape[-1]
     rows = found.plan.rows * 2 * places * channels  # bytes of float16
@@ -146,5 +146,5 @@ def _machine(found: DatasetCheck) -> Iterator[str]:
 
 
 def _share(part: float) -> str:
-    """Return a share as people read it: 1/32, or all."""
+    """Return a share as text: "1/32", for example, or "all" for 1."""
     return f"1/{1 / part:.0f}" if part < 1 else "all"

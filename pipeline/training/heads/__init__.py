@@ -1,6 +1,6 @@
-"""The heads: build, fit, save and load. Each maps cached rows to class probabilities.
+"""Fit, save and load heads: classifiers that map cached rows to class probabilities.
 
-`flatten` reads full tensors (n, h, w, c), `gap` and `logreg` their spatial means (n, c).
+The head `flatten` reads full tensors (n, h, w, c); `gap` and `logreg` read their spatial means (n, c).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.training.loop import TrainingContext
 
 READS = {"flatten": "features", "gap": "pooled", "logreg": "pooled"}
 _MOST_MEMBERS = 1000
-_MOST_BYTES = 2**20  # of a head.json
+_MOST_BYTES = 2**20  # largest size of a head.json
 
 __all__ = [
     "READS",
@@ -42,28 +42,28 @@ __all__ = [
 
 
 def fit(spec: HeadSpec, data: Data, watch: TrainingContext) -> Fitted:
-    """Train a new head; `watch.advance(1)` is called after each epoch, or fit of the solver."""
+    """Train a new head of `spec`; `watch.advance(1)` is called after each epoch, or after each fit of the solver."""
     from pipeline.training.heads import dense, logreg
 
     return logreg.fit_logreg(spec, data, watch) if spec.head == "logreg" else dense.fit_dense(spec, data, watch)
 
 
 def steps(spec: HeadSpec) -> int:
-    """Return how often `fit` advances at most."""
+    """Return the largest number of steps by which `fit` advances: epochs, or fits of the solver."""
     from pipeline.training.heads import logreg
 
     return logreg.fit_steps(spec) if spec.head == "logreg" else spec.settings["epochs"]
 
 
 def memory_needed(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> int:
-    """Return about how many bytes `fit` takes beside the rows."""
+    """Return about how many bytes `fit` takes beside the rows; 0 for `logreg`."""
     from pipeline.training.heads import dense
 
     return 0 if spec.head == "logreg" else dense.memory_needed(spec, row_shape, classes)
 
 
 def require_memory(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> None:
-    """Report what training a large head takes. Raises DoNotFitError if it takes more memory than is free."""
+    """Log the memory that training a large head takes. Raises DoNotFitError if that is more than is free."""
     from pipeline.training.heads import dense
 
     if spec.head != "logreg":
@@ -71,14 +71,14 @@ def require_memory(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> 
 
 
 def release() -> None:
-    """Give back what Keras keeps of heads that are no longer there."""
+    """Free the global state that Keras keeps of deleted heads."""
     if "keras" in sys.modules:
         sys.modules["keras"].backend.clear_session()
 
 
 @contextmanager
 def of_its_run(directory: Path, classes: int, row_shape: tuple[int, ...]) -> Iterator[None]:
-    """Turn what Keras, NumPy or scikit-learn raise where a head does not fit its run into a RunError."""
+    """Turn a ValueError of Keras, NumPy or scikit-learn into a RunError: the head in `directory` is of another run."""
     try:
         yield
     except ValueError as error:
@@ -88,7 +88,7 @@ def of_its_run(directory: Path, classes: int, row_shape: tuple[int, ...]) -> Ite
 
 
 def not_of_its_run(directory: Path, classes: int, row_shape: tuple[int, ...]) -> RunError:
-    """Return the error for a head that reads other rows than its run, or tells other classes apart."""
+    """Return the error for a head that does not fit the rows or the number of classes of its run."""
     shape = "x".join(map(str, row_shape))
     return RunError(
         f"the head in {directory} is of another run: it does not tell {classes} classes apart by rows of {shape}"
@@ -96,20 +96,20 @@ def not_of_its_run(directory: Path, classes: int, row_shape: tuple[int, ...]) ->
 
 
 def load(directory: Path) -> Head:
-    """Return the head that `save` wrote.
+    """Return the head that `save` wrote to `directory`.
 
-    It is rebuilt from our own JSON and filled with plain arrays; nothing in the file can run code.
+    The head is rebuilt from `head.json` and filled with plain arrays; no saved file can run code.
 
     Raises
     ------
     RunError
-        If the files are missing, or are not what the JSON says.
+        If files are missing, or do not match `head.json`.
     """
     try:
         made = json.loads(files.read_small(directory / JSON_FILE, _MOST_BYTES))
         return _loaded(directory, made)
     except Exception as error:
-        # JSON, Keras, HDF5, zip and skops readers raise many kinds, some of them over dozens of lines.
+        # JSON, Keras, HDF5, zip and skops readers raise many types of errors, some with messages of dozens of lines.
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise RunError(f"no head can be loaded from {directory}: {reason}") from error
 

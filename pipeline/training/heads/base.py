@@ -1,4 +1,4 @@
-"""What every head is, what it is fitted on, and what comes of fitting it."""
+"""Define what all heads share: the `Head` protocol, the data to fit on, the result of a fit, folds and losses."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from pipeline.training.loop import Entry
 from pipeline.training.rows import Rows, blocks
 
 JSON_FILE = "head.json"
-_TRIES = 10  # to find folds
-_MOST_COUNTED = (
-    1 << 25
-)  # groups times classes up to which scikit-learn finds the folds: it counts each in each, 8 bytes
+_TRIES = 10  # random states to try for valid folds
+# Largest groups times classes for scikit-learn's folds: it counts every class in every group, 8 bytes each.
+_MOST_COUNTED = 1 << 25
 
 
 class Predicts(Protocol):
-    """Whatever tells classes apart by rows."""
+    """Protocol of a classifier of rows."""
 
     def predict(self, rows: Rows) -> np.ndarray:
         """Return class probabilities (n, k) float32."""
@@ -32,7 +31,7 @@ class Head(Predicts, Protocol):
     """A fitted head."""
 
     def save(self, directory: Path) -> None:
-        """Write the head into a run directory; `head.json` comes last, so that it vouches for the rest."""
+        """Write the head into a run directory; `head.json` is written last, so it exists only if all files do."""
         ...
 
     @property
@@ -42,27 +41,31 @@ class Head(Predicts, Protocol):
 
     @property
     def parameters(self) -> int:
-        """How many numbers were learned by gradient or solver."""
+        """The number of learned parameters."""
         ...
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A head and how it came about: one history entry an epoch (or a solver's fit), over the key `x`."""
+    """A fitted head and its history, with one entry per epoch or per fit of the solver.
+
+    `x` is the entries' key for the horizontal axis of a plot, such as "epoch" or "C".
+    """
 
     head: Head
     history: list[Entry]
     x: str
     seconds_per_epoch: float | None
-    facts: dict[str, float | bool] = field(default_factory=dict)  # what else was found, for the run's summary
-    seconds_before: float = 0.0  # spent on it by an earlier process that was stopped
+    facts: dict[str, float | bool] = field(default_factory=dict)  # further values for the run's summary
+    seconds_before: float = 0.0  # training time in an earlier process that was stopped
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a head is fitted on: rows and (n,) int labels of the training and validation splits.
+    """Data to fit a head on: rows and (n,) int labels of the training and validation splits.
 
-    `groups` (n,) int says which training rows belong together (copies, views, members of a group), if any do.
+    `groups` (n,) int gives the same number to training rows that belong together: copies, views, members of a group.
+    None means that every row is its own group.
     """
 
     train: Rows
@@ -74,7 +77,10 @@ class Data:
 
 
 def class_weights(labels: np.ndarray, classes: int, kind: str) -> np.ndarray:
-    """Return what each class counts, (k,) float32: 1, or "balanced" by its frequency, as in scikit-learn."""
+    """Return the weight of each class in the loss, (k,) float32.
+
+    If `kind` is "balanced", classes are weighted by inverse frequency as in scikit-learn; else all weights are 1.
+    """
     from sklearn.utils.class_weight import compute_class_weight
 
     weights = np.ones(classes, np.float32)
@@ -85,15 +91,17 @@ def class_weights(labels: np.ndarray, classes: int, kind: str) -> np.ndarray:
 
 
 def stratified_folds(labels: np.ndarray, groups: np.ndarray, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (train, held out) indices of each fold: classes spread evenly, a group's rows together, whatever the seed.
+    """Return (train, held out) indices of each fold, with classes spread evenly and the rows of a group together.
+
+    The folds do not depend on the seed of a head.
 
     Raises
     ------
     DatasetError
-        If that cannot be done such that something is held out and two classes are left to learn.
+        If no folds are found where each has held-out rows and at least two classes to train on.
     """
     if np.unique(groups).size >= count <= np.unique(labels, return_counts=True)[1].max():
-        for state in range(_TRIES):  # some leave a fold empty where groups are large
+        for state in range(_TRIES):  # with large groups, some random states leave a fold empty
             found = deal_folds(labels, groups, count, state)
             if all(len(held) and np.unique(labels[some]).size > 1 for some, held in found):
                 return found
@@ -101,9 +109,9 @@ def stratified_folds(labels: np.ndarray, groups: np.ndarray, count: int) -> list
 
 
 def deal_folds(labels: np.ndarray, groups: np.ndarray, count: int, state: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (train, held out) indices of each fold: classes spread as evenly as it goes, a group's rows together.
+    """Return (train, held out) indices of each fold, with classes spread evenly and the rows of a group together.
 
-    Some may be empty, or of one class.
+    Some folds may be empty, or have one class only.
     """
     from sklearn.model_selection import PredefinedSplit, StratifiedGroupKFold
 
@@ -111,12 +119,12 @@ def deal_folds(labels: np.ndarray, groups: np.ndarray, count: int, state: int) -
         return list(PredefinedSplit(_dealt(labels, groups, count, state)).split())
     folds = StratifiedGroupKFold(count, shuffle=True, random_state=state)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a class of fewer images lacks in some folds
+        warnings.simplefilter("ignore", UserWarning)  # that a class has fewer images than folds
         return list(folds.split(labels, labels, groups))
 
 
 def _dealt(labels: np.ndarray, groups: np.ndarray, count: int, state: int) -> np.ndarray:
-    """Return the fold of each row, groups being dealt out like cards, class by class."""
+    """Return the fold of each row; groups, ordered by class, are assigned to the folds in turn."""
     _, first, of = np.unique(groups, return_index=True, return_inverse=True)
     chance = np.random.default_rng(state).random(len(first))
     fold = np.empty(len(first), np.int64)
@@ -125,18 +133,18 @@ def _dealt(labels: np.ndarray, groups: np.ndarray, count: int, state: int) -> np
 
 
 def measure(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Return the cross-entropy in nats and the accuracy."""
+    """Return the cross-entropy in nats and the accuracy of `probabilities` (n, k) for `labels` (n,)."""
     truth = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     return cross_entropy(truth), float((probabilities.argmax(axis=1) == labels).mean())
 
 
 def cross_entropy(truth: np.ndarray) -> float:
-    """Return the mean loss in nats by the probabilities (n,) that were given to the true classes."""
+    """Return the mean cross-entropy in nats, from the predicted probabilities `truth` (n,) of the true classes."""
     return abs(float(-np.log(np.maximum(truth, np.finfo(np.float32).eps)).mean()))
 
 
 def not_numbers(where: str) -> str:
-    """Return what to say of rows that hold NaN or infinity."""
+    """Return the error message for rows that hold NaN or infinity."""
     return (
         f"features of {where} are not numbers (NaN or infinite): they overflow in this precision or storage; "
         "compute them by `features --precision float32 --storage float32`"
@@ -144,7 +152,7 @@ def not_numbers(where: str) -> str:
 
 
 def require_numbers(rows: Rows, where: str) -> None:
-    """Raise DatasetError if a row holds what is not a number."""
+    """Raise DatasetError if a row holds NaN or infinity."""
     for _, some in blocks(rows):
         if not np.isfinite(some).all():
             raise DatasetError(not_numbers(where))

@@ -1,4 +1,4 @@
-"""Dense heads, `flatten` and `gap`: small Keras models over rows, behind a fixed normalisation of each channel."""
+"""Build and fit the dense heads `flatten` and `gap`: small Keras models after a fixed normalisation per channel."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 _WEIGHTS_FILE = "head.weights.h5"
 TENSORFLOW = 700_000_000  # bytes that TensorFlow itself takes, measured on a CPU
-_COPIES = 6  # of a head's numbers while it trains: weights, gradients, two of Adam's, the best ones, one on its way
+_COPIES = 6  # of the parameters in training: weights, gradients, Adam's two moments, best weights, a temporary copy
 
-# A channel that hardly varies over the training rows must not be blown up: its deviation counts as at least
-# this share of the median channel's.
+# Least standard deviation of a channel, as a share of the median channel's. Without it, normalisation would amplify
+# channels that hardly vary over the training rows.
 _LEAST_DEVIATION = 0.01
 _NEVER = -1e4  # a logit whose probability is 0
-_LARGE = 2**22  # weights of a layer from which on their update takes much of a step, and memory worth a word
+_LARGE = 2**22  # weights of a layer whose update dominates the time of a step, and whose memory is logged
 
 
 class DenseHead:
@@ -50,7 +50,7 @@ class DenseHead:
         return np.concatenate([self.model.predict_on_batch(some) for _, some in blocks(rows)])
 
     def save(self, directory: Path) -> None:
-        """Write Keras weights and our JSON."""
+        """Write the Keras weights and `head.json`."""
         weights_file.save(self.model, directory / _WEIGHTS_FILE)
         about = self.spec.to_dict()
         made = {
@@ -64,7 +64,10 @@ class DenseHead:
 
     @classmethod
     def load(cls, directory: Path, made: Mapping[str, Any]) -> DenseHead:
-        """Return the head that `save` wrote, rebuilt from our JSON `made` and filled with plain arrays."""
+        """Return the head that `save` wrote, rebuilt from `made`, the content of `head.json`, and plain arrays.
+
+        Raises RunError if the weights file is not the one that was saved.
+        """
         if files.sha256_file(directory / _WEIGHTS_FILE) != made["sha256"]:
             raise RunError(f"{_WEIGHTS_FILE} is not the file that was saved")
         spec = HeadSpec.make(made["head"], **made["settings"])
@@ -79,15 +82,15 @@ class DenseHead:
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers."""
+        """The number of trainable parameters."""
         return sum(int(np.prod(weight.shape)) for weight in self.model.trainable_weights)
 
 
 def build(spec: HeadSpec, input_shape: tuple[int, ...], classes: int, quick: bool = False) -> KerasModel:
     """Return an untrained dense head.
 
-    `input_shape` is (h, w, c) or, for `gap`, also (c,): rows that were pooled already. `quick` makes large
-    layers such as train fastest on this machine, of the same weights, instead of Keras' own.
+    `input_shape` is (h, w, c) or, for `gap`, also (c,): rows that are already pooled. With `quick`, large layers are
+    built in the form that trains fastest on this machine, with the same initial weights, instead of as Keras' own.
     """
     layers = (keras := import_keras()).layers
     settings = spec.settings
@@ -115,7 +118,7 @@ def build(spec: HeadSpec, input_shape: tuple[int, ...], classes: int, quick: boo
 
 
 def _seed(seed: int, number: int) -> int:
-    """Return a seed of its own for each random thing in a head: what else a process draws must not matter."""
+    """Return the seed of the random layer or initializer `number`, independent of other draws in the process."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
@@ -130,12 +133,12 @@ def _count_parameters(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) 
 
 
 def require_memory(spec: HeadSpec, row_shape: tuple[int, ...], classes: int) -> None:
-    """Report the parameters and the memory of a large head before it is built.
+    """Log the parameters and the memory of a large head before it is built.
 
     Raises
     ------
     DoNotFitError
-        If it takes more memory than is free here.
+        If training takes more memory than is free on this machine.
     """
     if (count := _count_parameters(spec, row_shape, classes)) < _LARGE:
         return
@@ -158,12 +161,12 @@ def channel_statistics(blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.nda
     Raises
     ------
     DatasetError
-        If a row holds what is not a number.
+        If a row holds NaN or infinity.
     """
     count = 0
     mean, squares = np.zeros(1), np.zeros(1)
     for block in blocks:
-        # Chan, Golub and LeVeque (1983): merging means and squared deviations does not cancel digits.
+        # Merge means and squared deviations, which loses no digits to cancellation: Chan, Golub and LeVeque (1983).
         values = block.reshape(-1, block.shape[-1]).astype(np.float32)
         n, some = len(values), values.mean(axis=0, dtype=np.float64)
         delta = some - mean
@@ -179,7 +182,7 @@ def channel_statistics(blocks: Iterable[np.ndarray]) -> tuple[np.ndarray, np.nda
 
 
 def fit_dense(spec: HeadSpec, data: Data, watch: TrainingContext) -> Fitted:
-    """Train a new dense head, or go on from the checkpoint of one."""
+    """Train a new dense head, or resume it from the checkpoint in `watch`."""
     settings, shape = spec.settings, data.train.shape[1:]
     model = build(spec, shape, data.classes, quick=True)
     if settings["normalize"]:
@@ -205,7 +208,7 @@ def fit_dense(spec: HeadSpec, data: Data, watch: TrainingContext) -> Fitted:
 
 
 def _plain(model: KerasModel, spec: HeadSpec, classes: int) -> KerasModel:
-    """Return a head that was trained as one of Keras' own layers, without the optimizer, which is twice its size."""
+    """Return the trained head as a model of Keras' own layers, without the optimizer, which is twice its size."""
     plain = build(spec, model.input_shape[1:], classes)
     for layer in plain.layers:
         trained = model.get_layer(layer.name)
@@ -215,10 +218,10 @@ def _plain(model: KerasModel, spec: HeadSpec, classes: int) -> KerasModel:
 
 
 def normalise(model: KerasModel, blocks: Iterable[np.ndarray]) -> None:
-    """Bring each channel to mean 0 and, over all the places where an image shows it, to variance 1 together.
+    """Set the normalisation of `model` from blocks of rows: mean 0 and variance 1 / (h · w) for each channel.
 
-    At variance 1 in each of h · w places, the first steps of Adam overshoot: each weight moves by the learning
-    rate, all of 131,072 at once. `blocks` are rows (n, h, w, c), of a head that pools (n, c).
+    With variance 1 at each of the h · w positions, Adam's first steps overshoot: each weight moves by the learning
+    rate, all 131,072 at once. `blocks` are rows (n, h, w, c), or (n, c) for a head that pools.
     """
     layer = model.get_layer("normalize")
     mean, variance = channel_statistics(blocks)
@@ -232,16 +235,16 @@ def _set_normalization(layer: Any, mean: np.ndarray, variance: np.ndarray) -> No
 
 
 def from_logreg(head: LogregHead, row_shape: tuple[int, ...]) -> DenseHead:
-    """Return a logistic regression as a `gap` head without hidden layers, over rows (h, w, c).
+    """Return a logistic regression as a `gap` head without hidden layers, over rows of `row_shape` (h, w, c).
 
-    A class that had no training row keeps the probability 0.
+    A class without training rows keeps the probability 0.
     """
     scaler, regression = head.pipeline
     spec = HeadSpec.make("gap", hidden="none")
     model = build(spec, row_shape, head.classes)
     _set_normalization(model.get_layer("normalize"), scaler.mean_, scaler.scale_**2)
     coefficients, intercept = regression.coef_, regression.intercept_
-    if len(coefficients) == 1:  # of two classes scikit-learn keeps the second one's logit alone
+    if len(coefficients) == 1:  # for two classes, scikit-learn keeps only the second one's logit
         coefficients = np.concatenate([0 * coefficients, coefficients])
         intercept = np.concatenate([0 * intercept, intercept])
     kernel = np.zeros((row_shape[-1], head.classes), np.float32)
@@ -252,12 +255,12 @@ def from_logreg(head: LogregHead, row_shape: tuple[int, ...]) -> DenseHead:
 
 
 def average(heads: Sequence[DenseHead]) -> DenseHead:
-    """Return heads over the same rows as one whose probabilities are the mean of theirs."""
+    """Return one head whose probabilities are the mean of those of `heads`, all over the same rows."""
     if len(heads) == 1:
         return heads[0]
     keras = import_keras()
     inputs = keras.Input(heads[0].model.input_shape[1:], name="features")
-    # Each under a name of its own, as Keras demands.
+    # Keras requires a different name for each model.
     models = [keras.Model(head.model.inputs, head.model.output, name=f"head_{i}") for i, head in enumerate(heads, 1)]
     output = keras.layers.Average(name="mean")([model(inputs) for model in models])
     return DenseHead(keras.Model(inputs, output, name="mean_of_heads"), heads[0].spec)

@@ -1,4 +1,4 @@
-"""Several heads as one: the mean of their probabilities."""
+"""Combine several heads into an ensemble: the mean of their probabilities."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipeline.training.rows import Rows
 
 
 def member_name(number: int) -> str:
-    """Return the folder of the member `number`, 1 being the first."""
+    """Return the folder name of the member `number`, counted from 1."""
     return f"fold-{number}"
 
 
 class Ensemble:
-    """Heads over the same rows and classes, each saved in a folder of its own."""
+    """An ensemble of heads over the same rows and classes, each saved in its own folder."""
 
     def __init__(self, members: Sequence[Head]) -> None:
         self.members = members
@@ -28,7 +28,7 @@ class Ensemble:
         return np.stack([member.predict(rows) for member in self.members]).mean(axis=0)
 
     def save(self, directory: Path) -> None:
-        """Write the members that are not there yet, and our JSON."""
+        """Write the members that are not saved yet, and `head.json`."""
         for number, member in enumerate(self.members, 1):
             folder = directory / member_name(number)
             folder.mkdir(exist_ok=True)
@@ -38,10 +38,10 @@ class Ensemble:
 
     @property
     def kind(self) -> str:
-        """The name of its members' head."""
+        """The name of the members' head."""
         return self.members[0].kind
 
     @property
     def parameters(self) -> int:
-        """Those of all members."""
+        """The number of learned parameters of all members."""
         return sum(member.parameters for member in self.members)

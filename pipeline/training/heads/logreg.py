@@ -1,8 +1,9 @@
-"""The baseline `logreg`: standardisation and multinomial logistic regression over pooled rows, by scikit-learn.
+"""Fit the baseline head `logreg`: standardisation and multinomial logistic regression over pooled rows.
 
-The inverse penalty C is chosen from a path of values, by the loss on the validation split or by cross-validation
-within the training split; each fit starts from the one before. Then the probabilities are calibrated by one
-temperature (Guo et al. 2017, On Calibration of Modern Neural Networks), folded into the coefficients.
+The inverse penalty C is chosen from an ascending path of values, by the loss on the validation split or by
+cross-validation within the training split. Each fit starts from the coefficients of the previous one. Then one
+temperature calibrates the probabilities (Guo et al. 2017, On Calibration of Modern Neural Networks); the
+coefficients are divided by it.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ logger = logging.getLogger(__name__)
 
 _SKOPS_FILE = "head.skops"
 _FOLDS = 5
-_WORSE = 2  # larger C in a row that are worse than the best so far: then no more are tried
-_WORTH_THREADS = 2**24  # numbers: below, threads of the linear algebra wait for each other longer than they work
+_WORSE = 2  # stop after this many successive larger C that are worse than the best so far
+_WORTH_THREADS = 2**24  # values in the training rows; with fewer, several threads of linear algebra are slower than one
 _TEMPERATURES = (0.05, 20.0)
-_AT_ONCE = 1 << 23  # probabilities: 64 MB
-_TABLES = 3  # of a float32 for each row and class that the solver has in memory at a time
+_AT_ONCE = 1 << 23  # probabilities in memory at a time: 64 MB
+_TABLES = 3  # float32 tables of rows times classes that the solver has in memory at a time
 
 
 def _skops() -> Any:
-    with without("dask", "torch"):  # which scikit-learn would import, to the last of whose modules skops looks
+    with without("dask", "torch"):  # skops walks all of scikit-learn's modules, which would import these two
         import skops.io
     return skops.io
 
@@ -51,21 +52,24 @@ class LogregHead:
         self.classes = classes
 
     def predict(self, rows: Rows) -> np.ndarray:
-        """Return class probabilities (n, k) float32; 0 for a class that had no training row."""
+        """Return class probabilities (n, k) float32; 0 for a class without training rows."""
         probabilities = np.zeros((len(rows), self.classes), np.float32)
         for at, some in blocks(rows):
             probabilities[np.ix_(at, self.pipeline.classes_)] = self.pipeline.predict_proba(some)
         return probabilities
 
     def save(self, directory: Path) -> None:
-        """Write a skops file and our JSON."""
+        """Write a skops file and `head.json`."""
         _skops().dump(self.pipeline, directory / _SKOPS_FILE)
         digest = files.sha256_file(directory / _SKOPS_FILE)
         write_json(directory / JSON_FILE, {"head": "logreg", "classes": self.classes, "sha256": digest})
 
     @classmethod
     def load(cls, directory: Path, made: Mapping[str, Any]) -> LogregHead:
-        """Return the head in `directory`; a file that holds any type but scikit-learn's own is refused."""
+        """Return the head in `directory`; `made` is the content of `head.json`.
+
+        Raises RunError if the file is not the saved one, or holds types that skops does not trust.
+        """
         from sklearn.pipeline import Pipeline
 
         skops = _skops()
@@ -86,14 +90,14 @@ class LogregHead:
 
     @property
     def parameters(self) -> int:
-        """Coefficients and intercepts."""
+        """The number of coefficients and intercepts."""
         regression = self.pipeline[-1]
         return regression.coef_.size + regression.intercept_.size
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """A regression at one C, calibrated, and how it went."""
+    """A calibrated regression at one C, and its validation loss and accuracy."""
 
     c: float
     regression: Any
@@ -104,20 +108,20 @@ class _Fit:
 
 
 def fit_steps(spec: HeadSpec) -> int:
-    """Return how many fits `fit_logreg` makes."""
+    """Return the largest number of fits that `fit_logreg` makes."""
     path = len(spec.settings["C"])
     return path * (_FOLDS + 1) if spec.settings["select"] == "cv" and path > 1 else path
 
 
 def fit_logreg(spec: HeadSpec, data: Data, watch: TrainingContext) -> Fitted:
-    """Fit a new regression. Needs all rows in memory, twice: as they are and standardised.
+    """Fit a new regression. Needs all rows in memory twice: unchanged and standardised.
 
     Raises
     ------
     DoNotFitError
-        If they were left on disk.
+        If the rows are streamed from disk, or the solver's tables do not fit into memory.
     DatasetError
-        If there are too few for cross-validation, and C is to be chosen by it.
+        If a row holds NaN or infinity, or if C is chosen by cross-validation and there are too few rows for folds.
     """
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -140,7 +144,7 @@ def fit_logreg(spec: HeadSpec, data: Data, watch: TrainingContext) -> Fitted:
         watch.note(entry)
         watch.advance(1)
         if losses is None and len(fits) - 1 - _best([fit.val_loss for fit in fits]) >= _WORSE:
-            watch.advance(len(path) - len(fits))  # a larger C takes longer than all before it, and overfits more
+            watch.advance(len(path) - len(fits))  # larger C take longer than all before, and overfit more
             break
     chosen = _best([fit.val_loss for fit in fits] if losses is None else losses)
     best = fits[chosen]
@@ -161,7 +165,7 @@ def _along(
     val: np.ndarray,
     val_labels: np.ndarray,
 ) -> Iterator[_Fit]:
-    """Fit at each C of the ascending `path`, each time starting from where the last one ended."""
+    """Yield a calibrated fit for each C of the ascending `path`; each fit starts from the previous coefficients."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -171,8 +175,8 @@ def _along(
     for c in path:
         moving.C = c
         with warnings.catch_warnings(), machine.computing_threads(threads):
-            warnings.simplefilter("ignore", ConvergenceWarning)  # said below, in our own words
-            warnings.simplefilter("ignore", UserWarning)  # that classes are many for so few images
+            warnings.simplefilter("ignore", ConvergenceWarning)  # `_warn` reports it
+            warnings.simplefilter("ignore", UserWarning)  # that there are many classes for few images
             moving.fit(train, labels)
         temperature = _temperature(moving, val, val_labels) if settings["calibrate"] else 1.0
         fixed: Any = LogisticRegression(C=c, max_iter=settings["max_iter"], class_weight=weight)
@@ -183,7 +187,7 @@ def _along(
 
 
 def _temperature(regression: Any, val: np.ndarray, labels: np.ndarray) -> float:
-    """Return what to divide the logits by for the least loss on the validation split."""
+    """Return the temperature: the divisor of the logits with the least loss on the validation split."""
     from scipy.optimize import minimize_scalar
     from scipy.special import logsumexp
 
@@ -192,7 +196,7 @@ def _temperature(regression: Any, val: np.ndarray, labels: np.ndarray) -> float:
         return 1.0
     truth = np.searchsorted(regression.classes_, labels[known])
     logits = regression.decision_function(val[known])
-    if logits.ndim == 1:  # of two classes there is one logit, the other's being 0
+    if logits.ndim == 1:  # for two classes there is one logit; the first class has the logit 0
         logits = np.column_stack([np.zeros_like(logits), logits])
 
     def losses(some: np.ndarray, temperature: float) -> np.ndarray:
@@ -210,14 +214,14 @@ def _temperature(regression: Any, val: np.ndarray, labels: np.ndarray) -> float:
 def _losses_by_folds(
     settings: Mapping[str, Any], train: np.ndarray, data: Data, advance: Callable[[int], None]
 ) -> np.ndarray:
-    """Return for each C the mean loss over folds of the training split, rows of a group staying together."""
+    """Return for each C the mean loss over folds of the training split; the rows of a group stay in one fold."""
     from sklearn.preprocessing import StandardScaler
 
     groups = np.arange(len(train)) if data.groups is None else data.groups
     losses = np.zeros(len(settings["C"]))
     labels = data.train_labels
     for some, held in stratified_folds(labels, groups, _FOLDS):
-        scaler: Any = StandardScaler().fit(train[some])  # what is held out has no say in it
+        scaler: Any = StandardScaler().fit(train[some])  # held-out rows must not influence it
         ours, theirs = scaler.transform(train[some]), scaler.transform(train[held])
         fits = _along(settings["C"], settings, ours, labels[some], theirs, labels[held])
         for i, fit in enumerate(fits):
@@ -241,7 +245,7 @@ def _entry(fit: _Fit, train: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def _measured(regression: Any, rows: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Return loss and accuracy as `measure` has them, with the probabilities of some rows at a time in memory."""
+    """Return loss and accuracy as `measure` computes them, in blocks of rows that limit memory."""
     classes = int(max(labels.max(), regression.classes_.max())) + 1
     truth, right = np.zeros(len(rows)), np.zeros(len(rows), bool)
     for some in _blocks(len(rows), classes):
@@ -257,7 +261,7 @@ def _blocks(rows: int, columns: int) -> Iterator[np.ndarray]:
 
 
 def _require_room(rows: int, classes: int) -> None:
-    """Raise DoNotFitError if the solver's tables, of every row and class, do not fit into memory."""
+    """Raise DoNotFitError if the solver's tables of rows times classes do not fit into memory."""
     needed, available = _TABLES * rows * classes * 4, machine.available_memory()
     if needed > available:
         raise DoNotFitError(
@@ -267,7 +271,10 @@ def _require_room(rows: int, classes: int) -> None:
 
 
 def _all(rows: Rows, where: str) -> np.ndarray:
-    """Return all rows as one array (n, c) of numbers."""
+    """Return all rows as one array (n, c) of finite numbers.
+
+    Raises DoNotFitError if the rows are streamed from disk, DatasetError if a row holds NaN or infinity.
+    """
     if isinstance(rows, StoredRows):
         size = f"{len(rows):,} of {where} alone are {len(rows) * rows.row_bytes:,} bytes"
         raise DoNotFitError(

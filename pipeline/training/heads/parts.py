@@ -1,8 +1,8 @@
-"""A large dense layer for training on a CPU: its weights lie in parts, each updated right after its gradient is known.
+"""Provide a large dense layer for training on a CPU, with its weights split into parts.
 
-Of the 33 million weights of a `flatten` head, gradient, both moments of Adam and the weights themselves go through
-memory at every step, and that is what a step waits for. A part's gradient is still in the processor's cache when the
-optimizer asks for it, and while one core updates a part another one multiplies.
+A `flatten` head has 33 million weights. In each step, the weights, their gradient and both moments of Adam pass
+through memory, and memory bandwidth limits the speed. With parts, the gradient of a part is still in the processor's
+cache when the optimizer uses it, and one core updates a part while another core multiplies.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 from pipeline.backbone.keras_start import KerasModel, import_keras
 from pipeline.core import machine
 
-_PART = 2**20  # weights: 4 MiB
+_PART = 2**20  # weights in a part: 4 MiB
 
 
 def dense_in_parts() -> Callable[..., Any]:
-    """Return a layer that does what `keras.layers.Dense` does; `whole()` gives its weights as that one's.
+    """Return a layer class that computes as `keras.layers.Dense`; `whole()` returns its weights in that layer's layout.
 
-    Where the processor multiplies bfloat16, the gradient of the weights is such a product, rounded to 8 bits: far finer
-    than what a batch of 64 says of it anyway. Outputs, weights and what the optimizer keeps are float32.
+    If the processor can multiply bfloat16, the gradient of the weights is computed in bfloat16, rounded to 8 bits.
+    That error is far below the sampling noise of a batch of 64. Outputs, weights and optimizer state are float32.
     """
     keras = import_keras()
     import tensorflow as tf
@@ -64,7 +64,10 @@ def dense_in_parts() -> Callable[..., Any]:
 
 
 def _product(in_bfloat16: bool) -> Callable[[Any, Any], Any]:
-    """Return the product of inputs (n, i) and weights (i, o), whose gradient is one of bfloat16 or not."""
+    """Return a function that multiplies inputs (n, i) and weights (i, o).
+
+    With `in_bfloat16`, the gradient of the weights is computed in bfloat16.
+    """
     import tensorflow as tf
 
     @tf.custom_gradient
@@ -80,7 +83,7 @@ def _product(in_bfloat16: bool) -> Callable[[Any, Any], Any]:
 
 
 def _given(numbers: np.ndarray) -> Callable[..., np.ndarray]:
-    """Return an initializer that gives these numbers."""
+    """Return an initializer that returns `numbers`."""
     return lambda shape, dtype: numbers
 
 

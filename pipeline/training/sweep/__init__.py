@@ -1,1 +1,1 @@
-"""Many settings of heads on the rows of one backbone or several, ranked on the validation split."""
+"""Try many settings of heads on the rows of one or several backbones, and rank them on the validation split."""

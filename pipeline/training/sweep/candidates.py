@@ -1,4 +1,4 @@
-"""The feature spaces that a sweep compares: found, or computed first, and brought to the same images."""
+"""Find the feature spaces that a sweep compares, compute missing rows, and restrict all spaces to the same images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A dataset's rows in one of the spaces."""
+    """The rows of a dataset in one of the compared feature spaces."""
 
     choice: FeatureChoice
     labelled: LabelledFeatures
@@ -41,7 +41,7 @@ class Candidate:
 def compute_missing(
     dataset: Dataset, workspace: Workspace, request: SweepRequest, cluster: ClusterChoice | None
 ) -> int:
-    """Have the rows that are missing of each backbone computed, one after the other; return how many that were."""
+    """Compute the missing rows of each backbone, one backbone after the other; return the number of rows computed."""
     options = ComputeOptions(max_pixels=request.max_pixels, threads=machine.usable_cores())
     return sum(
         extract(dataset, workspace, choice, options, views=request.views, cluster=cluster).computed
@@ -50,16 +50,17 @@ def compute_missing(
 
 
 def find_candidates(dataset: Dataset, workspace: Workspace, request: SweepRequest) -> list[Candidate]:
-    """Find the rows of `dataset` in the space that each of `request.features` means. Computes none.
+    """Return the rows of `dataset` in the feature space of each of `request.features`. Computes none.
 
     Raises
     ------
     MissingFeaturesError
-        If an image that can be decoded has no row in one of them; its `lacking` are those that lack rows.
+        If an image that can be decoded has no row in a space. If several were requested, it is a
+        MissingBackbonesError, whose `lacking` are the indices of the choices that lack rows.
     UsageError
-        If two of them mean one space.
+        If two choices name the same space.
     RunError
-        If an image changed meanwhile.
+        If an image changed during the search.
     """
     found, lacking = list[LabelledFeatures](), list[int]()
     for number, choice in enumerate(request.features):
@@ -78,7 +79,7 @@ def find_candidates(dataset: Dataset, workspace: Workspace, request: SweepReques
 
 
 def digest(candidates: Sequence[Candidate]) -> str:
-    """Return a hash of all that decides what is trained on."""
+    """Return a hash of all that decides the training data of the sweep."""
     first, *others = (candidate.labelled.digest() for candidate in candidates)
     return hashlib.sha256("".join([first, *others]).encode()).hexdigest() if others else first
 
@@ -100,9 +101,9 @@ def _require_different(materials: Sequence[LabelledFeatures]) -> None:
 
 
 def _with_same_images(materials: Sequence[LabelledFeatures]) -> list[LabelledFeatures]:
-    """Return the same with those images alone that have rows in all spaces, so that their answers can be compared.
+    """Return `materials` restricted to the images that have rows in all spaces, so that results can be compared.
 
-    An image may have a row in one, and be undecodable by now for another.
+    An image may have a row in one space, and no longer be decodable for another.
     """
     common = functools.reduce(np.intersect1d, (labelled.usable for labelled in materials))
     if left_out := len(functools.reduce(np.union1d, (labelled.usable for labelled in materials))) - len(common):
@@ -112,7 +113,7 @@ def _with_same_images(materials: Sequence[LabelledFeatures]) -> list[LabelledFea
     same = [_restricted(labelled, common, list(bad.values())) for labelled in materials]
     if len({labelled.content for labelled in same}) > 1:
         raise RunError("images changed while the sweep was looking at them; run the same command again")
-    return [replace(labelled, keys=same[0].keys) for labelled in same]  # one list of what may be millions
+    return [replace(labelled, keys=same[0].keys) for labelled in same]  # share one list: it may have millions of keys
 
 
 def _restricted(labelled: LabelledFeatures, usable: np.ndarray, quarantined: list[Quarantined]) -> LabelledFeatures:
@@ -134,6 +135,6 @@ def _cost(workspace: Workspace, labelled: LabelledFeatures) -> ExtractionCost:
 
 
 def _told_apart(costs: Sequence[ExtractionCost]) -> list[ExtractionCost]:
-    """Return the same, networks of one name, as two files may have, named by their spaces too."""
+    """Return `costs` with distinct backbone names: networks of the same name get the name of their space added."""
     names = networks.distinct_labels([cost.backbone for cost in costs], [cost.space for cost in costs])
     return [replace(cost, backbone=name) for cost, name in zip(costs, names, strict=True)]

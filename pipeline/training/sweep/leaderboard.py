@@ -1,4 +1,4 @@
-"""Trials ranked by the validation split, which of their differences are within noise, and what their rows cost."""
+"""Rank the trials of a sweep on the validation split, test which differences are noise, and report extraction costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.runs.plots import CostPoint, draw_ranking
 
 SIGNIFICANCE = 0.05
 _MOST_DRAWN = 40
-_MEASURED = ("val_accuracy", "low", "high", "val_loss", "p_value", "within_noise")  # by the validation split
+_MEASURED = ("val_accuracy", "low", "high", "val_loss", "p_value", "within_noise")  # on the validation split
 _COLUMNS = (
     "rank", "trial", "backbone", "head", *_MEASURED, "seconds", "parameters", "bytes", "error", "space",
     "images_per_second", "bytes_per_row",
@@ -27,9 +27,9 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class ExtractionCost:
-    """Where the rows of a trial come from, and what they cost; None where that is unknown."""
+    """The backbone and space of a trial's rows, and the cost of extracting them; None if a cost is unknown."""
 
-    backbone: str  # as people call it
+    backbone: str  # its name for people
     space: str
     images_per_second: float | None  # of extraction on this machine
     bytes_per_row: int | None  # on disk
@@ -37,37 +37,39 @@ class ExtractionCost:
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting that was tried on the rows of one space, and what the validation split says of it."""
+    """One setting, tried on the rows of one space, and its result on the validation split."""
 
     name: str  # different for each trial of a sweep
     spec: HeadSpec
     cost: ExtractionCost
-    right: np.ndarray  # (n,) bool: which validation images it got right; empty if it failed
+    right: np.ndarray  # (n,) bool: which validation images were classified correctly; empty if the trial failed
     val_loss: float
     seconds: float
     parameters: int
     bytes: int  # of the saved head
-    error: str | None = None  # why it failed
+    error: str | None = None  # why the trial failed
 
     @property
     def accuracy(self) -> float:
-        """On the validation split."""
+        """The accuracy on the validation split; 0 if the trial failed."""
         return float(self.right.mean()) if len(self.right) else 0.0
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """What trials are ranked by, the best being the smallest: accuracy, then loss, then parameters."""
+        """The sort key of the ranking, smallest for the best trial: accuracy, then loss, then parameters."""
         return (self.error is not None, -self.accuracy, self.val_loss, self.parameters, self.name)
 
 
 def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the p-value of McNemar's exact test that two classifiers are equally often right on the same images.
+    """Return the p-value of McNemar's exact test that two classifiers have the same accuracy on the same images.
 
-    Only the images that one got right and the other did not tell them apart; by chance they are half and half.
+    The test uses only the images that exactly one of them classifies correctly. If the accuracies are equal, each
+    classifier is expected to be right on half of these.
 
     Parameters
     ----------
     one, other : (n,) bool
+        Which images each classifier got right.
     """
     from scipy.stats import binomtest
 
@@ -76,17 +78,17 @@ def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def leaderboard(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Return a row a trial, the best first, as plain JSON values.
+    """Return one row per trial, the best first, as plain JSON values.
 
-    `p_value` compares it with the best one by `mcnemar`, and `within_noise` says that it is 0.05 or more: on these
-    images the best one may be the better one by chance alone.
+    `p_value` compares the trial with the best one by `mcnemar`. `within_noise` is true if it is 0.05 or more: then
+    the best trial may be better on these images by chance alone.
     """
     ranked = sorted(trials, key=lambda trial: trial.order)
     return [_row(rank, trial, ranked[0]) for rank, trial in enumerate(ranked, 1)]
 
 
 def noise_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return in words how many other trials may be as good as the best, by what `leaderboard` returned."""
+    """Return a sentence on how many other trials may be as good as the best; `rows` are those of `leaderboard`."""
     others = [row["within_noise"] for row in rows if row["error"] is None][1:]
     if not others:
         return "no other setting to compare the best with"
@@ -122,20 +124,20 @@ def _row(rank: int, trial: Trial, best: Trial) -> dict[str, Any]:
 
 
 def best_of_each(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return of each space the row that ranks first, the best first; none of a space where every setting failed."""
+    """Return the best row of each space, the best first. A space where every setting failed has none."""
     first = {row["space"]: row for row in reversed(rows) if row["error"] is None}
     return sorted(first.values(), key=lambda row: row["rank"])
 
 
 def has_several_backbones(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether the rows of a leaderboard are of several feature spaces; those of earlier versions name none."""
+    """Return whether the rows of a leaderboard are of several feature spaces; older rows name no space."""
     return len({row.get("space") for row in rows}) > 1
 
 
 def pareto_front(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """Return for each row whether no other one is as accurate and as fast to extract, and better in one of both.
+    """Return for each row whether it is on the Pareto front of accuracy and extraction rate.
 
-    A row whose rate is unknown is on no front.
+    No other row is at least as accurate and as fast, and better in one of the two. A row without a rate is not on it.
     """
     points = [(row["val_accuracy"], row["images_per_second"]) for row in rows]
     known = [point for point in points if None not in point]
@@ -147,7 +149,7 @@ def pareto_front(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
 
 
 def cost_points(rows: Sequence[Mapping[str, Any]]) -> list[CostPoint]:
-    """Return the best row of each backbone as a point of a plot; none of a backbone whose rate is unknown."""
+    """Return the best row of each backbone as a point of a plot; backbones without a known rate are left out."""
     best = best_of_each(rows)
     return [
         CostPoint(_named(row), row["images_per_second"], (row["low"], row["val_accuracy"], row["high"]), on_front)
@@ -162,7 +164,7 @@ def _named(row: Mapping[str, Any]) -> str:
 
 
 def fastest_sentence(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return in words which backbone is the fastest of those within noise of the best, None if that is the best one."""
+    """Return a sentence on the fastest backbone within noise of the best; None if no such backbone is faster."""
     best, *others = best_of_each(rows)
     rate = best["images_per_second"] or math.inf
     faster = [row for row in others if row["within_noise"] and (row["images_per_second"] or 0) > rate]
@@ -176,7 +178,7 @@ def fastest_sentence(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def unmeasured_sentence(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return in words which backbones have no images/s on this machine, None if all have."""
+    """Return a sentence that lists the backbones without images/s on this machine; None if all have a rate."""
     names = [row["backbone"] for row in best_of_each(rows) if row["images_per_second"] is None]
     if not names:
         return None
@@ -184,7 +186,7 @@ def unmeasured_sentence(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def varied(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return trial → its settings as people tell it from others of its head: those that were varied."""
+    """Return trial → text of the settings that differ among the trials of its head, such as "hidden=64"."""
     found = {}
     for row in rows:
         siblings = [other["settings"] for other in rows if other["head"] == row["head"]]
@@ -200,7 +202,7 @@ def _text(value: Any) -> str:
 
 
 def write_leaderboard(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV with a line a trial; a setting that its head does not have is empty."""
+    """Write a CSV with one line per trial; settings that its head does not have are empty."""
     names = sorted({name for row in rows for name in row["settings"]})
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -211,7 +213,7 @@ def write_leaderboard(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_leaderboard(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Draw the accuracies of the best trials with their intervals."""
+    """Draw the accuracies of the best 40 trials with their confidence intervals."""
     names, several = varied(rows), has_several_backbones(rows)
     best = [row for row in rows if row["error"] is None][:_MOST_DRAWN]
     draw_ranking(

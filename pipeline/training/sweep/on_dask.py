@@ -1,4 +1,4 @@
-"""Trials of a sweep on Dask workers. The workers must see the same files under the same paths."""
+"""Run the trials of a sweep on Dask workers. The workers must see the same files under the same paths."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from pipeline.extraction.workers.health import WorkerHealth
 from pipeline.training.heads import Data
 from pipeline.training.rows import StoredRows, load_or_stream_all
 
-_SHARE_OF_LIMIT = 0.8  # of a worker's memory; with more in use Dask gives it nothing to do
-_LEAST_ROWS = 16  # that are read at once
+_SHARE_OF_LIMIT = 0.8  # of a worker's memory limit; above this share Dask pauses the worker
+_LEAST_ROWS = 16  # least number of rows that must fit in a read
 _ONE = threading.Lock()  # a process trains one head at a time, however many threads its worker has
-_held: dict[str, Data] = {}  # in a worker: the rows of the trials at hand, so that they are read once
+_held: dict[str, Data] = {}  # in a worker: the rows of the current trials, so that they are read only once
 
 Work = Callable[[HeadSpec, Data, Path], None]
 
@@ -41,18 +41,18 @@ def run_on_dask(
     memory: int | None,
     needed: int,
 ) -> Iterator[str]:
-    """Have `work(spec, data, folder)` done for each of `tasks`, and yield their names as they finish.
+    """Call `work(spec, data, folder)` on Dask workers for each of `tasks`, and yield the tasks' names as they finish.
 
-    It is done by the workers of `cluster`, which `client` is connected to. `data` has rows as they are stored; each
-    worker process reads them by `hold`. A task whose worker dies is given to another, and goes on with what lies in its
-    folder.
+    `client` is connected to the scheduler of `cluster`. `data` holds `StoredRows`; each worker process reads them by
+    `load_or_stream_all`, with the given `memory` and `needed` bytes. If a worker dies, its task is given to another
+    worker, which resumes from the files in the task's folder.
 
     Raises
     ------
     UsageError
         If the scheduler has no workers.
     IceboxError
-        What a task raises, or if the scheduler is lost, or all of its workers.
+        If a task raises it, or the scheduler or all workers are lost.
     """
     from distributed import CancelledError, KilledWorker
     from distributed.comm import CommClosedError
@@ -61,8 +61,8 @@ def run_on_dask(
         watch = _Watch(client, cluster)
         if not _registered(client):
             raise UsageError(f"the Dask scheduler at {cluster.name} has no workers; start some: dask worker ADDRESS")
-        token = uuid4().hex  # not made of an id(), which other rows have later, or in another program
-        # As a task, not scattered: what a dead worker held of it, another then has the scheduler give it again.
+        token = uuid4().hex  # not an id(): other rows may get the same one later, or in another program
+        # Submit the data as a task instead of scattering it: the scheduler can recompute a task if a worker dies.
         shared = client.submit(_same, data, pure=False)
         together = _together(client)
         futures = {
@@ -92,12 +92,12 @@ def run_on_dask(
 
 
 def _together(client: Client) -> int:
-    """Return how many workers there are at most on one machine."""
+    """Return the largest number of workers on one machine."""
     return max(Counter(address.rpartition(":")[0] for address in client.nthreads()).values(), default=1)
 
 
 def _registered(client: Client) -> dict[str, Any]:
-    """Return address → what is known of each worker. Raises CommClosedError if the scheduler is lost."""
+    """Return address → the scheduler's information on each worker. Raises CommClosedError if the scheduler is lost."""
     from distributed.comm import CommClosedError
 
     try:
@@ -109,7 +109,7 @@ def _registered(client: Client) -> dict[str, Any]:
 
 
 class _Watch:
-    """The workers, looked at while they work."""
+    """Watch of the workers' health while their tasks run."""
 
     def __init__(self, client: Client, cluster: ClusterChoice) -> None:
         self._client = client
@@ -118,13 +118,13 @@ class _Watch:
         self.worked()
 
     def worked(self) -> None:
-        """Begin anew, as something was done."""
+        """Reset the watch, after a task has finished."""
         self._lonely_since = time.monotonic()
         self._health = WorkerHealth()
         self._health.listen(self._client)
 
     def look(self) -> None:
-        """Raise IceboxError if no worker is worth waiting for, CommClosedError if the scheduler is lost."""
+        """Check the workers. Raises IceboxError if none can do the work, CommClosedError if the scheduler is lost."""
         before, self._there = self._there, _registered(self._client)
         for address in before.keys() - self._there.keys():
             self._health.lost(address, before[address])
@@ -143,7 +143,7 @@ class _Watch:
 
 
 def _next(done: queue.SimpleQueue[Any], watch: _Watch) -> Any:
-    """Return what is done next. Raises what `look` does."""
+    """Return the next finished future, checking the workers while waiting. Raises what `look` does."""
     while True:
         with suppress(queue.Empty):
             return done.get(timeout=scheduler_client.LOOK_EVERY_S)
@@ -181,7 +181,10 @@ def _task(
 
 
 def _available(together: int) -> int:
-    """Return the bytes that this worker, one of so many on its machine, may still take: its share, or its own limit."""
+    """Return the bytes of memory that this worker may still take.
+
+    It is an equal share for `together` workers on the machine, at most what the worker's own limit leaves.
+    """
     import psutil
     from distributed import get_worker
 
@@ -195,7 +198,7 @@ def _read(data: Data, memory: int | None, needed: int, together: int) -> Data:
     stored: list[Any] = [data.train, data.val]
     if not all(isinstance(rows, StoredRows) for rows in stored):
         raise TypeError("rows that are not on disk")
-    # At least what reading a few rows takes: a worker without that much is ended by its own limit, which is then named.
+    # Allow at least the room for a few rows. If a worker lacks it, Dask kills it, and the error names its limit.
     available = max(_available(together), needed + 2 * stored[0].least_room(_LEAST_ROWS))
     train, val = load_or_stream_all(stored, memory=memory, needed=needed, available=available)
     return replace(data, train=train, val=val)

@@ -1,11 +1,11 @@
-"""Many settings of heads tried on the rows of one backbone or of several.
+"""Try many settings of heads on the rows of one or several backbones (a sweep).
 
-They are ranked by the validation split, and the best one is measured on the test split.
+The trials are ranked on the validation split, and only the best one is measured on the test split.
 
-<root>/<name>/trials/<id>/     one setting each, on one backbone: what came of it, and of the best one its head
-<root>/<name>/sweep.json       what was asked and the leaderboard, once all are tried
+<root>/<name>/trials/<id>/     one setting on one backbone: its outcome, and the head if it is the best
+<root>/<name>/sweep.json       the request and the leaderboard, written when all settings are tried
 
-An unfinished sweep lies under a hidden name; a setting that is finished is never tried again.
+An unfinished sweep has a hidden name; a finished setting is never tried again.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ _ABOUT = "sweep.json"
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep made: its leaderboard, the run that the best setting became, and how many were tried before."""
+    """A finished sweep: its leaderboard, the run of the best setting, and how many trials were reused."""
 
     name: str
     path: Path
     rows: list[dict[str, Any]]
     best: dict[str, Any]  # the summary of the run
     reused: int
-    computed: int  # rows, before anything was tried
+    computed: int  # rows that were computed before the first trial
     quarantined: list[Quarantined]
 
 
@@ -75,10 +75,10 @@ def sweep(
     cluster: ClusterChoice | None = None,
     compute: bool = False,
 ) -> Sweep:
-    """Try every setting on every backbone, rank them by the validation split, publish the best as a run.
+    """Try every setting on every backbone, rank them on the validation split, and publish the best as a run.
 
-    `resume` names an unfinished sweep. The trials run one after the other here, or on the workers of `cluster`, which
-    must see the same files. No feature is computed, unless those that are missing are to be, by `compute`, first.
+    `resume` names an unfinished sweep. The trials run in this process one after the other, or on the workers of
+    `cluster`, which must see the same files. Missing features are computed first if `compute` is set, else never.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def sweep(
     DatasetError
         If a split has no image, or there is only one class to learn.
     RunError
-        If no setting could be trained, or what is to be resumed has changed.
+        If no setting could be trained, or the data of the sweep to resume have changed.
     """
     computed = compute_missing(dataset, workspace, request, cluster) if compute else 0
     candidates = find_candidates(dataset, workspace, request)
@@ -101,7 +101,7 @@ def sweep(
         rows = leaderboard(list(trials.values()))
         best = min(settings, key=lambda setting: trials[setting.name].order)
         if (error := trials[best.name].error) is not None:
-            files.remove_folder(folder / "trials")  # going on with them would end as this does
+            files.remove_folder(folder / "trials")  # a resumed sweep would fail in the same way
             raise RunError(f"none of {counted(len(trials), 'setting')} could be trained, the first: {error}")
         summary = _publish_best(workspace, request, best, folder)
         _write(folder, name, request, candidates, best, rows, summary)
@@ -131,7 +131,7 @@ def _folder(
 
 @dataclass(frozen=True, eq=False)
 class _Setting:
-    """One head with its settings, to be tried on the rows of one space; what comes of it lies in `folder`."""
+    """One head with its settings, to try on the rows of one space; its outcome is stored in `folder`."""
 
     candidate: Candidate
     spec: HeadSpec
@@ -146,12 +146,12 @@ class _Setting:
         return (self.folder / TRIAL).exists()
 
     def outcome(self) -> Trial:
-        """Read what came of it. Raises RunError."""
+        """Return the trial's stored outcome. Raises RunError if it cannot be read."""
         return read_trial(self.folder, self.spec, self.candidate.cost)
 
 
 def _settings(candidates: Sequence[Candidate], specs: Sequence[HeadSpec], trials: Path) -> list[_Setting]:
-    """Return every setting on every backbone; of a single one, folders are named as by earlier versions."""
+    """Return every setting on every backbone. For a single backbone, folders are named as in earlier versions."""
     found = []
     for candidate in candidates:
         of_space = f"{candidate.labelled.space.spec.fingerprint()[:8]}-" if len(candidates) > 1 else ""
@@ -162,7 +162,7 @@ def _settings(candidates: Sequence[Candidate], specs: Sequence[HeadSpec], trials
 def _try_all(
     settings: Sequence[_Setting], workspace: Workspace, memory: int | None, cluster: ClusterChoice | None
 ) -> None:
-    """Leave every setting's outcome in its folder, and of the best one the head."""
+    """Try the unfinished settings; write each outcome to its folder, and keep only the best head."""
     left = [setting for setting in settings if not setting.is_finished]
     podium = _Podium()
     for setting in settings:
@@ -186,7 +186,7 @@ def _try_group(
     podium: _Podium,
     advance: Callable[[float], None],
 ) -> None:
-    """Do so for settings that read the same rows: on return those are in memory no longer."""
+    """Try settings that read the same rows; the rows are freed on return."""
     labelled, specs = group[0].candidate.labelled, [setting.spec for setting in group]
     with open_training_data(labelled, specs, memory, sides=("train", "val"), held=pool is None) as training_data:
         data = training_data.data()
@@ -203,7 +203,7 @@ def _try_group(
 
 @contextmanager
 def _crew(cluster: ClusterChoice | None, count: int) -> Iterator[Callable[..., Iterator[str]] | None]:
-    """Give the way to have `count` trials, at most, run on workers; None if they are to be run here."""
+    """Yield a function that runs at most `count` trials on Dask workers; None to run them in this process."""
     if cluster is None:
         yield None
         return
@@ -230,7 +230,7 @@ def _here(settings: Sequence[_Setting], data: heads.Data, advance: Callable[[flo
             advance(n)
 
         run_trial(setting.spec, data, setting.folder, step)
-        advance(heads.steps(setting.spec) - done)  # what early stopping spared
+        advance(heads.steps(setting.spec) - done)  # the steps that early stopping skipped
         yield setting
 
 
@@ -253,13 +253,13 @@ def _report(trial: Trial) -> None:
 
 
 class _Podium:
-    """Keeps the head of the best trial so far and removes those of the others: a `flatten` head takes 134 MB."""
+    """Keep the head of the best trial so far and remove the others: a `flatten` head takes 134 MB on disk."""
 
     def __init__(self) -> None:
         self._best: tuple[Trial, Path] | None = None
 
     def enter(self, setting: _Setting) -> Trial:
-        """Compare a finished trial with the best one before it, and return it."""
+        """Return the outcome of a finished setting, and remove its head or the previous best, whichever ranks lower."""
         trial = setting.outcome()
         both = [entry for entry in ((trial, setting.folder), self._best) if entry is not None]
         self._best, *others = sorted(both, key=lambda each: each[0].order)
@@ -269,11 +269,11 @@ class _Podium:
         return trial
 
 
-# What comes of it
+# The results
 
 
 def _publish_best(workspace: Workspace, request: SweepRequest, best: _Setting, folder: Path) -> dict[str, Any]:
-    """Measure the best head on the test split, once, and publish it as a run; return its summary."""
+    """Measure the best head once on the test split, publish it as a run, and return the run's summary."""
     if (known := _winner(workspace, folder)) is not None:
         return store.read_run(known)["summary"]
     found, candidate, spec = read_json(best.folder / TRIAL), best.candidate, best.spec
@@ -282,7 +282,7 @@ def _publish_best(workspace: Workspace, request: SweepRequest, best: _Setting, f
         open_training_data(candidate.labelled, [spec], request.memory, sides=("val", "test")) as training_data,
         store.new_run(workspace.runs, title, workspace.command("train-head")) as (name, directory),
     ):
-        files.write_json(folder / store.WINNER, {"run": name})  # first: published, the run is known to be the winner
+        files.write_json(folder / store.WINNER, {"run": name})  # so that a resumed sweep finds the run
         head = heads.load(best.folder)
         fitted = heads.Fitted(head, found["history"], found["x"], found["seconds_per_epoch"], found["facts"])
         said = (predict_probabilities(head, training_data.rows[side], side) for side in ("val", "test"))
@@ -293,11 +293,11 @@ def _publish_best(workspace: Workspace, request: SweepRequest, best: _Setting, f
 
 
 def _winner(workspace: Workspace, folder: Path) -> Path | None:
-    """Return the folder of the run that the best setting became before the sweep was stopped, None if it did not."""
+    """Return the folder of the run of the best setting; None if it was not published before the sweep was stopped."""
     noted = list[Any]()
     if (folder / store.WINNER).exists():
         noted.append(read_json(folder / store.WINNER).get("run"))
-    if (folder / _ABOUT).exists():  # earlier versions removed their note before the sweep was published
+    if (folder / _ABOUT).exists():  # earlier versions removed `winner.json` before the sweep was published
         noted.append(dict(read_json(folder / _ABOUT).get("best") or {}).get("run"))
     found = (workspace.runs / str(name) for name in noted)
     return next((run for run in found if (run / "run.json").exists()), None)

@@ -1,4 +1,4 @@
-"""One setting of a sweep: fitted, its outcome left in a folder of its own and read from there."""
+"""Fit one setting of a sweep, write its outcome to a folder of its own, and read it back."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ from pipeline.training.sweep.leaderboard import ExtractionCost, Trial
 logger = logging.getLogger(__name__)
 
 TRIAL = "trial.json"
-_MOST_BYTES = 2**26  # of a JSON file in an unfinished sweep
+_MOST_BYTES = 2**26  # largest size of a JSON file in an unfinished sweep
 
 
 def run_trial(
     spec: HeadSpec, data: heads.Data, folder: Path, advance: Callable[[float], None] = lambda n: None
 ) -> None:
-    """Fit one setting and leave head and outcome in `folder`, going on with what lies there."""
+    """Fit one setting, and write head and outcome to `folder`.
+
+    An existing checkpoint is resumed; a finished trial is not repeated. If the loss becomes NaN or infinite, or the
+    training does not fit into memory, the outcome is the error.
+    """
     folder.mkdir(exist_ok=True)
     with exclusive(folder / ".lock", lambda holder: logger.info("waiting: %s is trying %s", holder, spec.identity)):
         if (folder / TRIAL).exists():
@@ -73,7 +77,7 @@ def _fitted(spec: HeadSpec, data: heads.Data, folder: Path, advance: Callable[[f
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of an unfinished sweep. Raises RunError."""
+    """Return the object in a JSON file of an unfinished sweep. Raises RunError if it cannot be read."""
     try:
         return dict(json.loads(files.read_small(path, _MOST_BYTES)))
     except (OSError, ValueError, TypeError) as error:
@@ -81,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_trial(folder: Path, spec: HeadSpec, cost: ExtractionCost) -> Trial:
-    """Return what `run_trial` left in `folder`. Raises RunError."""
+    """Return the outcome that `run_trial` wrote to `folder`. Raises RunError if it cannot be read."""
     found = read_json(folder / TRIAL)
     about = folder.name, spec, cost
     if found["error"] is not None:

@@ -1,4 +1,4 @@
-"""Which settings a sweep tries: every combination of the values that were stated, or a random draw from them."""
+"""List the settings that a sweep tries: all combinations of the given values, or a random draw from them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pipeline.core.spec import HEADS, WHOLE, HeadSpec
 
 logger = logging.getLogger(__name__)
 
-MOST = 10_000  # trials in a sweep
-_MOST_IN_VAIN = 1_000  # draws of what was drawn before, until it is concluded that there is no more
-_LOGARITHMIC = {"learning_rate", "weight_decay", "C"}  # drawn such that every power of ten is as likely
+MOST = 10_000  # largest number of trials in a sweep
+_MOST_IN_VAIN = 1_000  # successive draws without a new setting, after which drawing stops
+_LOGARITHMIC = {"learning_rate", "weight_decay", "C"}  # drawn uniformly on a logarithmic scale
 _RANGE = re.compile(r"(?P<low>[^.]+(\.\d+)?)\.\.(?P<high>.+)")
 
-# What is tried when nothing is stated: what matters most for each head, in few trials.
+# Values to try by default: few trials of the settings that matter most for each head.
 DEFAULTS: dict[str, tuple[str, ...]] = {
     "flatten": ("learning_rate=1e-4,1e-3", "patience=5"),
     "gap": ("learning_rate=3e-4,1e-3,3e-3", "hidden=64,256", "patience=5"),
@@ -32,13 +32,16 @@ DEFAULTS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers to draw from; both ends are legal."""
+    """A range of numbers to draw from, both ends included."""
 
     low: float
     high: float
 
     def draw(self, name: str, random: np.random.Generator) -> float | int:
-        """Return one, whole for settings that count; on a logarithmic scale for rates and penalties."""
+        """Return a random number of the range for the setting `name`.
+
+        Settings that count something get an int. Rates and penalties are drawn on a logarithmic scale.
+        """
         if name in WHOLE:
             return int(random.integers(int(self.low), int(self.high), endpoint=True))
         if name in _LOGARITHMIC:
@@ -57,13 +60,13 @@ def make_trials(heads: Sequence[str], stated: Sequence[str], draws: int | None, 
     heads
         Names of heads.
     stated
-        Texts like "learning_rate=1e-4,1e-3" for every head, or "gap.hidden=64,[128,64]" for one, for which it counts
-        before what is for every head. A setting that is not stated keeps its default; a head of which none is stated
-        has `DEFAULTS` tried.
+        Texts such as "learning_rate=1e-4,1e-3" for every head, or "gap.hidden=64,[128,64]" for one head. Values for
+        one head override those for every head. Other settings keep their defaults. For a head without any text,
+        the values in `DEFAULTS` are tried.
     draws
-        How many to draw at random; None for every combination. A range "1e-4..1e-2" can only be drawn from.
+        The number of settings to draw at random; None for all combinations. A range such as "1e-4..1e-2" needs draws.
     seed
-        Of the draw.
+        The seed of the draw.
 
     Raises
     ------
@@ -116,7 +119,7 @@ def _different(specs: Any) -> list[HeadSpec]:
 
 
 def _stated_for(head: str, heads: Sequence[str], stated: Sequence[str]) -> dict[str, Values]:
-    """Return setting → values of one head, each value checked."""
+    """Return setting → values for one head. Raises UsageError if a value is not valid."""
     of_all, of_one = dict[str, Values](), dict[str, Values]()
     for text in stated:
         owner, name, values = _parsed(text)
