@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,9 @@ PROGRAMS = sorted(path.name for path in FOLDER.glob("*.py"))
 
 @functools.cache
 def help_of(name: str) -> str:
-    done = subprocess.run([sys.executable, str(FOLDER / name), "--help"], capture_output=True, text=True, timeout=120)
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}  # which workers here have set
+    command = [sys.executable, str(FOLDER / name), "--help"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

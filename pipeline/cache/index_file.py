@@ -21,6 +21,7 @@ from pipeline.core.errors import CacheError, IndexDamagedError
 logger = logging.getLogger(__name__)
 
 VERSION = 3
+_MOST_VERSION = 1000  # a larger number is no version of any program, but a damaged header
 _SCHEMA = """
 CREATE TABLE shards (
     id INTEGER PRIMARY KEY, space TEXT NOT NULL, name TEXT NOT NULL, bytes INTEGER NOT NULL,
@@ -279,7 +280,9 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
     for setting in ("trusted_schema = OFF", "temp_store = MEMORY", "foreign_keys = ON", "cache_size = -32768"):
         db.execute(f"PRAGMA {setting}")
     version, objects = _version(db)
-    if version > VERSION:
+    if version > _MOST_VERSION and objects in _OBJECTS.values():
+        raise IndexDamagedError(path, f"its version is {version:,}")
+    if VERSION < version <= _MOST_VERSION:
         raise CacheError(
             f"the index {path} is of version {version}, this program reads {VERSION}; delete it, it is "
             "derived again from the shards"

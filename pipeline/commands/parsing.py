@@ -6,7 +6,7 @@ import inspect
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -73,7 +73,7 @@ def _typed(kind: Any, option: Option) -> Any:
     named = [part for part in parts if part is not type(None)]
     if option.kind is not None:
         chosen: Any = Path
-    elif any(get_origin(part) is Sequence or (get_origin(part) is not Literal and get_origin(part)) for part in named):
+    elif any(get_origin(part) is Sequence for part in named):
         chosen = list[str]
     else:
         chosen = str if str in named else named[0]

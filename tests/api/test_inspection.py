@@ -201,5 +201,5 @@ def test_features_are_exported(deployed: Deployed, box: Icebox, tmp_path: Path) 
     assert without(done.to_dict(), "seconds") == without(told, "seconds")
     with pytest.raises(UsageError, match="is there already"):
         box.cache.export(out, deployed.photos, **NETWORK)
-    with pytest.raises(MissingRowsError, match="make them by"):
+    with pytest.raises(MissingRowsError, match="compute them by"):
         Icebox(tmp_path / "other", quiet=True).cache.export(tmp_path / "none.h5", deployed.photos, **NETWORK)

@@ -23,6 +23,7 @@ from pipeline.core.spec import HEAD_DEFAULTS
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 NETWORK: Any = {"backbone": tiny(), "scaling": SCALING, "precision": "float32"}
+SWEPT: Any = {**NETWORK, "backbone": [tiny()]}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_a_full_model_is_trained_both_ways(box: pipeline.Icebox, photos: Path) -
 
 
 def test_a_sweep_keeps_the_best(box: pipeline.Icebox, photos: Path) -> None:
-    done = box.sweep(photos, head=["logreg"], settings=["C=0.01,1"], **{**NETWORK, "backbone": [tiny()]})
+    done = box.sweep(photos, head=["logreg"], settings=["C=0.01,1"], **SWEPT)
     assert len(done.runs) == 2
     assert done.best["run"] == box.run("latest").name
 

@@ -140,7 +140,7 @@ def test_wrong_use_is_told(photos: Path, tmp_path: Path) -> None:
             features.batches("train", 0)
     with pytest.raises(UsageError, match='"features" or "pooled", found'):
         open_features(photos, what="raw")  # type: ignore[arg-type]
-    with pytest.raises(MissingRowsError, match=r"in 3 views; make them by: python cli.py features .* --views 3"):
+    with pytest.raises(MissingRowsError, match=r"in 3 views; compute them by Icebox.features\(.* views=3"):
         open_features(photos, views=3)
     with pytest.raises(DatasetError, match="no dataset"):
         open_features(tmp_path / "nowhere")

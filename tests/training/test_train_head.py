@@ -39,7 +39,6 @@ from pipeline.training.training_data import split_members
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
-COMMAND = "icebox features --dataset photos"
 LOGREG = HeadSpec.make("logreg")
 GAP = HeadSpec.make("gap", epochs=5, learning_rate=0.02, batch_size=16)
 FLATTEN = HeadSpec.make("flatten", epochs=6, learning_rate=0.01, batch_size=16, hidden=32)
@@ -451,7 +450,7 @@ def test_missing_rows_are_counted_and_the_remedy_is_named(photos: Path, workspac
         train(workspace, dataset)
     assert "3 of 120 images have no features" in str(caught.value)
     assert space.name in str(caught.value)
-    assert COMMAND in str(caught.value)
+    assert "compute them by Icebox.features()" in str(caught.value)
     assert not workspace.runs.exists()
 
 
@@ -464,21 +463,21 @@ def test_missing_rows_count_images_copies_included(photos: Path, workspace: Work
 
 
 def test_without_any_features_all_rows_are_missing(photos: Path, workspace: Workspace) -> None:
-    with pytest.raises(MissingRowsError, match=f"120 of 120 images .* make them by: {COMMAND}"):
+    with pytest.raises(MissingRowsError, match=r"120 of 120 images .* compute them by Icebox.features"):
         train(workspace, listed(photos))
 
 
 def test_other_backbones_that_have_the_features_are_named(photos: Path, workspace: Workspace) -> None:
     dataset = listed(photos)
     fill(workspace, dataset, spec=spec_of("xception"), leave_out={3})
-    with pytest.raises(MissingRowsError, match=f"asked for; make them by: {COMMAND}"):
+    with pytest.raises(MissingRowsError, match=r"asked for; compute them by Icebox.features"):
         train(workspace, dataset)
     for name in ("vgg16", "mobilenet_v2"):
         fill(workspace, dataset, spec=spec_of(name))
     with pytest.raises(MissingRowsError, match="; there are features of mobilenet_v2, vgg16, which --backbone names; "):
         train(workspace, dataset)
     fill(workspace, dataset)
-    with pytest.raises(MissingRowsError, match=f"asked for; make them by: {COMMAND}"):
+    with pytest.raises(MissingRowsError, match=r"asked for; compute them by Icebox.features"):
         train(workspace, dataset, choice=FeatureChoice(precision="bfloat16"))
 
 

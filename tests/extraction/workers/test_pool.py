@@ -199,7 +199,7 @@ def test_workers_started_here_that_are_killed_again_and_again_are_given_up(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vet: Any, run_task: Any, when: str
 ) -> None:
     """As where the system has no memory left for them."""
-    monkeypatch.setattr(pipeline.extraction.workers.pool, "vet", vet)
+    monkeypatch.setattr(pipeline.extraction.workers.pool, "check_worker", vet)
     monkeypatch.setattr(pipeline.extraction.workers.pool, "run_task", run_task)
     monkeypatch.setattr(pipeline.extraction.workers.health, "MOST_AT_WORK", 3)
     reason = rf"0 on 127\.0\.0\.1 was lost \d times {when} \(\S+ [GM]B of memory are left"
