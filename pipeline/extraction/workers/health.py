@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +30,7 @@ class WorkerHealth:
         self._losses = Counter[str]()
         self._at_work = Counter[str]()
         self._ended = set[str]()  # addresses of workers that were ended for the memory they used
-        self._full = set[str]()  # nannies of these workers
+        self._lost = defaultdict[str, set[str]](set)  # nanny → addresses of its lost workers
         self._paused: dict[str, float] = {}  # address → when the pause was first seen (time.monotonic)
 
     def listen(self, client: Client) -> None:
@@ -47,14 +47,13 @@ class WorkerHealth:
     def lost(self, address: str, about: About, *, at_work: bool = False) -> None:
         """Count the loss of a worker; `at_work` if one of its tasks may be the reason."""
         (self._at_work if at_work else self._losses)[_nanny(address, about)] += 1
-        if self.ended_for_memory(address):
-            self._full.add(_nanny(address, about))
+        self._lost[_nanny(address, about)].add(address)
 
     def worked(self, address: str, about: About) -> None:
         """Forget the losses of a worker that finished a task."""
         for losses in (self._losses, self._at_work):
             losses.pop(_nanny(address, about), None)
-        self._full.discard(_nanny(address, about))
+        self._lost.pop(_nanny(address, about), None)
 
     def problem(self, address: str, about: About) -> str | None:
         """Return why a worker must get no more tasks, or None if it may.
@@ -63,7 +62,7 @@ class WorkerHealth:
         """
         limit = f"its memory limit of {size_text(about.get('memory_limit') or 0)}"
         if (count := self._losses[_nanny(address, about)]) >= MOST_LOSSES:
-            if _nanny(address, about) in self._full:
+            if self._ended & self._lost[_nanny(address, about)]:  # a nanny's report may come after the loss was seen
                 return f"was ended {count} times as it came near {limit}; {_MORE}"
             return f"was lost {count} times before it had done anything ({_memory(about)}); see its log"
         if (count := self._at_work[_nanny(address, about)]) >= MOST_AT_WORK:
