@@ -23,10 +23,9 @@ from typing import Any, BinaryIO
 
 from pipeline.core.errors import CacheError, RunError
 
-_BLOCK = 2**20  # bytes that are read at once
+_BLOCK = 2**20  # bytes read or written at a time, so that a full disk is noticed between two blocks
 MOST_JSON_BYTES = 2**28  # largest size of a JSON file with lists of images or classes, written or read
 PARTIAL_PREFIX = ".partial-"
-_BLOCK = 2**20  # bytes written at a time, so that a full disk is noticed between two blocks
 
 # Called before each file-system call, with the kind of call and its path. An exception from it stops the call.
 watcher: Callable[[str, Path], None] | None = None
